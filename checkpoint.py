@@ -55,7 +55,7 @@ NamedTensor = tuple[str, Tensor]
 
 class Checkpoint(NamedTuple):
     config: ModelConfig
-    quantization: dict | None  # see kernels/formats/__init__.py: parse_formats; None means that no weight is quantized
+    quantization: dict | None  # kernels/formats: QuantizationScheme.from_dict reads it; None: no weight is quantized
     tensors: dict[str, Tensor]  # memory-mapped
 
 

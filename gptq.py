@@ -10,7 +10,7 @@ Unlike the paper's, the groups are static: every group gets a scale and a zero b
 candidates, the pair (scale, zero) with the least rounding error wins, weighted by diag(H). act_order changes the order
 of rounding, and static groups do not depend on that order.
 
-quantize.py calls quantize_model. converters/hf_integers.py reads GPTQ checkpoints of other projects.
+quantize.py calls quantize_model. converters/hf_quantized_integers.py reads GPTQ checkpoints of other projects.
 """
 
 import sys
@@ -26,7 +26,7 @@ from evaluation.lm_harness import evaluate, import_lm_eval, task_manager
 from evaluation.scoring import split_windows
 from kernels.arguments import LayerCache
 from kernels.formats import Int4, Tensors
-from kernels.formats.base import nibbles_to_bytes
+from kernels.formats.base import pack_nibbles
 from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from layers import ExpertsGateUp, Linear
 from model import KVCache, Transformer
@@ -222,7 +222,7 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
             columns[..., i, :], errors[..., i - start, :] = q, error
         columns[..., stop:, :] -= upper[..., start:stop, stop:].mT @ errors
     q = columns.take_along_dim(order.argsort(-1)[..., None], -2).mT  # [..., N, K], in w's order
-    return {"weight": nibbles_to_bytes(q.to(torch.uint8)), "scales": scales, "zeros": zeros}
+    return {"weight": pack_nibbles(q.to(torch.uint8)), "scales": scales, "zeros": zeros}
 
 
 def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:

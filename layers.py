@@ -78,7 +78,7 @@ class WeightMatrix(nn.Module):
         self.format = format
 
     def kernel_arguments(self) -> WeightArguments:
-        group_size = self.format.inputs_per_scale(self.in_features)
+        group_size = self.format.effective_group_size(self.in_features)
         return WeightArguments(
             self.weight, self.scales, self.zeros, self.format.format_id, self.out_features, group_size
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 import collectives
 import tp
 from checkpoint import read_checkpoint
-from kernels.formats import Tensors, parse_formats
+from kernels.formats import QuantizationScheme, Tensors
 from model import Transformer, empty_model
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UsageError
@@ -58,7 +58,7 @@ def load_model(
     sharded: with several ranks, read only this rank's shard (tp.py); False: read the whole model."""
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
-    model = empty_model(config, parse_formats(quantization))
+    model = empty_model(config, QuantizationScheme.from_dict(quantization))
     tied = tied_tensor_names(model, tensors)
     quantized_names = quantized_tensor_names(model)
     check_tensors(path, model, tensors, tied, quantized_names)
@@ -72,11 +72,11 @@ def load_model(
     shard_tensor = None
     if n_ranks > 1:
         # Ranks cannot tie: each keeps the whole embedding, but only its rows of the head.
-        tensors |= {name: tensors[source] for name, source in tied.items()}
+        tensors |= {head: tensors[embedding] for head, embedding in tied.items()}
         tied = {}
         shard_tensor = tp.shard(model, device)
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
-    moved |= {name: moved[source] for name, source in tied.items()}
+    moved |= {head: moved[embedding] for head, embedding in tied.items()}
     model.load_state_dict(moved, assign=True)
     if tied:
         model.tie_embedding()

@@ -19,8 +19,10 @@ is in memory; with int4-gptq, one layer. The result is written under a temporary
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -39,6 +41,7 @@ from config import ModelConfig
 from converters.resolve import resolve_checkpoint
 from kernels import formats
 from kernels.formats import Int4, Tensors, WeightFormat
+from kernels.formats.base import in_chunks
 from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from loading import load
 from model import empty_model
@@ -46,16 +49,46 @@ from utils.errors import UsageError
 from utils.files import read_text
 from utils.machine import drop_pages, pick_device
 
-# ---- Formats --------------------------------------------------------------------------------------------------------
+QuantizedLayers = Iterator[tuple[str, Tensors]]  # (name of a linear layer, its tensors in model.pth)
+
+# ---- Quantizers: each yields (name, tensors in format) for every one of weights -------------------------------------
 
 
-class Int4HQQ(Int4):
-    """Int4 whose zero points are refined by half-quadratic quantization (HQQ), without data."""
+def round_to_nearest(weights: dict[str, Tensor], format: WeightFormat, args: argparse.Namespace) -> QuantizedLayers:
+    return quantize_each(weights, format.quantize)
 
-    def quantize_rows(self, w: Tensor) -> Tensors:
-        groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
-        scales, zeros = choose_qparams(groups)
-        return self.round_groups(groups, scales, hqq_zeros(groups, scales, zeros), w.shape[-1])
+
+def round_by_hqq(weights: dict[str, Tensor], format: Int4, args: argparse.Namespace) -> QuantizedLayers:
+    """Refines zero points by half-quadratic quantization (HQQ), without data."""
+    return quantize_each(weights, partial(in_chunks, partial(hqq_quantize_rows, format)))
+
+
+def round_by_gptq(weights: dict[str, Tensor], format: Int4, args: argparse.Namespace) -> QuantizedLayers:
+    """Rounds the linear layers of args.checkpoint_path by GPTQ, calibrated on a text."""
+    device, limit = pick_device(args.device), args.calibration_limit
+    text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
+    model, tokenizer = load(args.checkpoint_path, dtype=weights["lm_head"].dtype, use_kernels=False)
+    context = model.config.max_seq_len
+    length = args.calibration_seq_length or min(512, context)
+    if length > context:
+        raise UsageError(f"--calibration_seq_length must be at most the model's context, {context}")
+    windows = gptq.calibration_windows(tokenizer, text, length, limit)
+    config = gptq.GPTQConfig(format.group_size, args.percdamp, args.blocksize, args.act_order)
+    return gptq.quantize_model(model, windows, device, config)
+
+
+def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tensors]) -> QuantizedLayers:
+    """Yields (name, quantize(weight)) for every weight."""
+    for name, w in weights.items():
+        gptq.check_finite_weight(name, w)
+        yield name, quantize(w)
+
+
+def hqq_quantize_rows(format: Int4, w: Tensor) -> Tensors:
+    """Quantizes some rows of a matrix, w [rows, K]."""
+    groups = split_groups(w.float(), format.group_size)  # [rows, n_groups, group_size]
+    scales, zeros = choose_qparams(groups)
+    return format.round_groups(groups, scales, hqq_zeros(groups, scales, zeros), w.shape[-1])
 
 
 def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, steps: int = 8) -> Tensor:
@@ -75,8 +108,15 @@ def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, 
     return encode_zeros(best[..., 0])
 
 
-# --mode -> the format of the result. int4-gptq also makes Int4, but rounds in another way (gptq.py).
-QUANTIZE_MODES = formats.MODES | {"int4-hqq": Int4HQQ, "int4-gptq": Int4}
+class Quantizer(NamedTuple):
+    format_class: type[WeightFormat]  # of the result
+    quantize: Callable[[dict[str, Tensor], WeightFormat, argparse.Namespace], QuantizedLayers]
+
+
+# By --mode
+QUANTIZERS = {mode: Quantizer(format_class, round_to_nearest) for mode, format_class in formats.MODES.items()} | {
+    "int4-hqq": Quantizer(Int4, round_by_hqq), "int4-gptq": Quantizer(Int4, round_by_gptq),
+}
 DEFAULT_GROUP_SIZE = 32
 
 
@@ -88,7 +128,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     help = "model.pth, or a model's folder or .gguf; the result goes beside model.pth"
     common_args.add_checkpoint_path(parser, help=help)
-    add("--mode", default="int8", help=f"{', '.join(QUANTIZE_MODES)} (default: %(default)s)")
+    add("--mode", default="int8", help=f"{', '.join(QUANTIZERS)} (default: %(default)s)")
     help = f"of int4: 32, 64, 128 or 256 (default: {DEFAULT_GROUP_SIZE})"
     add("--groupsize", dest="group_size", metavar="GROUPSIZE", type=int, help=help)
     add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
@@ -112,13 +152,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace):
-    if args.mode not in QUANTIZE_MODES:
-        raise UsageError(f"--mode must be one of {', '.join(QUANTIZE_MODES)}, not {args.mode}")
-    group_sizes = QUANTIZE_MODES[args.mode].group_size_options
-    if args.group_size is not None and not group_sizes:
+    if args.mode not in QUANTIZERS:
+        raise UsageError(f"--mode must be one of {', '.join(QUANTIZERS)}, not {args.mode}")
+    format_class = QUANTIZERS[args.mode].format_class
+    if args.group_size is not None and not format_class.has_group_size_option:
         raise UsageError("--groupsize belongs to int4: leave it out, or take --mode int4")
-    if args.group_size is not None and args.group_size not in group_sizes:
-        raise UsageError(f"--groupsize must be one of {', '.join(map(str, group_sizes))}, not {args.group_size}")
+    if args.group_size is not None and args.group_size not in format_class.group_sizes:
+        sizes = ", ".join(map(str, format_class.group_sizes))
+        raise UsageError(f"--groupsize must be one of {sizes}, not {args.group_size}")
     if min(args.calibration_limit, args.blocksize) < 1 or not args.percdamp > 0:
         raise UsageError("--calibration_limit, --blocksize and --percdamp must be above 0")
     if args.calibration_seq_length is not None and args.calibration_seq_length < 2:
@@ -139,13 +180,11 @@ def main():
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
         raise UsageError(f"{path} is quantized already, to {quantization['mode']}; give a model.pth of 16 bits")
-    format = QUANTIZE_MODES[args.mode].from_options(args.group_size)
+    format_class, quantize = QUANTIZERS[args.mode]
+    format = format_class.from_options(args.group_size)
     weights = linear_weights(path, config, tensors)
     check_input_widths(weights, format)
-    if args.mode == "int4-gptq":
-        quantized = quantize_calibrated(args, weights["lm_head"].dtype)
-    else:
-        quantized = quantize_each(weights, format.quantize)
+    quantized = quantize(weights, format, args)
     suffix = format.name.replace(format.mode, args.mode)  # int4.g32 -> int4-hqq.g32
     out = path.with_name(f"{path.stem}{args.label}{suffix}.pth")
     write_quantized(out, config, tensors, weights, quantized, format)
@@ -173,31 +212,9 @@ def check_input_widths(weights: dict[str, Tensor], format: WeightFormat):
             raise UsageError(f"{name}.weight has {k} inputs; {needs}: use --mode int8")
 
 
-def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tensors]) -> Iterator[tuple[str, Tensors]]:
-    """Yields (name, quantize(weight)) for every weight."""
-    for name, w in weights.items():
-        gptq.check_finite_weight(name, w)
-        yield name, quantize(w)
-
-
-def quantize_calibrated(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str, Tensors]]:
-    """Quantizes the linear layers of args.checkpoint_path by GPTQ, and yields (name, tensors) for each. dtype: of the
-    checkpoint's weights."""
-    device, limit = pick_device(args.device), args.calibration_limit
-    text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
-    model, tokenizer = load(args.checkpoint_path, dtype=dtype, use_kernels=False)
-    context = model.config.max_seq_len
-    length = args.calibration_seq_length or min(512, context)
-    if length > context:
-        raise UsageError(f"--calibration_seq_length must be at most the model's context, {context}")
-    windows = gptq.calibration_windows(tokenizer, text, length, limit)
-    config = gptq.GPTQConfig(args.group_size, args.percdamp, args.blocksize, args.act_order)
-    return gptq.quantize_model(model, windows, device, config)
-
-
 def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
-    quantized: Iterable[tuple[str, Tensors]], format: WeightFormat,
+    quantized: QuantizedLayers, format: WeightFormat,
 ):
     """Writes a checkpoint of tensors, but with quantized tensors in place of weights. quantized yields (name, tensors
     in format) for every one of weights, in any order."""

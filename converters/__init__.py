@@ -1,30 +1,33 @@
-"""Converts other projects' files to model.pth: folder.py a checkpoint's folder, gguf_tensors.py a GGUF. These two files
-are called by scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and resolve.py.
-
-Every format is converted in two steps. First, a reader makes a SourceModel (model_tensors.py): a config, and tensors
-with canonical names and canonical layout, whose data is not read yet. Then convert reads, stacks and writes the tensors
-one by one.
-
-    format              opened by       its config by     its tensors by           its tokenizer by
-    Hugging Face        hf_files.py     hf_config.py      hf_tensors.py            (needs no change)
-    Meta, tinyllamas    meta.py         meta.py           meta.py                  tiktoken_file.py
-    GGUF                gguf_file.py    gguf_config.py    gguf_tensors.py          gguf_tokenizer.py
-
-    hf_quantized.py        finds the quantized weights of a Hugging Face checkpoint; these files unpack them:
-      hf_integers.py         GPTQ, AWQ, compressed-tensors
-      hf_floats.py           FP8, MXFP4
-    gguf_quantized.py      --keep: a GGUF's quantized weights stay quantized
-      gguf_blocks.py         decodes a GGUF's blocks
-    lora.py                --lora: merges an adapter into Hugging Face's weights
-    quantized_weight.py    a weight that stays quantized: renamed, split and reordered like a tensor
-    model_tensors.py       canonical names, which tensors are stacked, and convert, the last step of every format
-
-    families.py            the table of families, for all formats; family.py explains the columns
-    family_fields.py       reads fields that only one family's config.json has
-    family_tensors.py      renames and splits tensors that only one family has
+"""Converts other projects' files to model.pth. Read one of these first, from top to bottom: convert_folder.py or
+convert_gguf.py. scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and resolve.py call them.
 
     resolve.py             finds or makes the model.pth of --checkpoint_path, which may name a folder or a .gguf
-    sources.py             records from which files a model.pth was made
+    convert_folder.py      converts a folder of Hugging Face's or Meta's files, or with one of tinyllamas
+    convert_gguf.py        converts a GGUF
+
+Every format is converted in two steps. First, a reader makes a CanonicalCheckpoint (canonical.py): a config, and
+tensors with canonical names and canonical layout, whose data is not read yet. Then write_model reads, stacks and writes
+the tensors one by one.
+
+    format              opened by             its config by     its tensors by      its tokenizer by
+    Hugging Face        convert_folder.py     hf_config.py      hf_tensors.py       (needs no change)
+    Meta, tinyllamas    meta.py               meta.py           meta.py             meta_tokenizer.py
+    GGUF                gguf_file.py          gguf_config.py    convert_gguf.py     gguf_tokenizer.py
+
+    canonical.py                what the readers make: canonical names, and CanonicalCheckpoint
+    write_model.py              the last step of every format: stacks tensors, and writes model.pth
+    quantized_weight.py         a weight that stays quantized: renamed, split and reordered like a tensor
+    hf_quantized.py             finds the quantized weights of a Hugging Face checkpoint; these files unpack them:
+      hf_quantized_integers.py    GPTQ, AWQ, compressed-tensors
+      hf_quantized_floats.py      FP8, MXFP4
+    gguf_quantized.py           --keep: a GGUF's quantized weights stay quantized
+      gguf_blocks.py              decodes a GGUF's blocks
+    lora.py                     --lora: merges an adapter into Hugging Face's weights
+    source_files.py             records from which files a model.pth was made
+
+    families.py            the table of families, for all formats; some columns are functions of these files:
+      family_config.py       what only one family's config.json has
+      family_tensors.py      names and layouts of tensors that only one family has
 
 Where to add something new:
 
@@ -32,8 +35,9 @@ Where to add something new:
     a known family, as GGUF             a row of gguf_config.py: ARCHITECTURES
     a quantized type of GGUF            a row of gguf_blocks.py: BLOCK_TYPES, for --keep only
     a value of tokenizer.ggml.pre       a row of gguf_tokenizer.py: SPLITS
-    a quantized format of the hub       a row of hf_quantized.py: LAYER_READERS, with a function in hf_integers.py or
-                                        hf_floats.py; hf_quantized.py: check_supported; for tensors with new names,
-                                        OF_WEIGHT and is_quantized; a line of docs/quantized_checkpoints.md
-    another kind of folder              a branch of folder.py: read_model
+    a quantized format of the hub       a row of hf_quantized.py: LAYER_READERS, with a function in
+                                        hf_quantized_integers.py or hf_quantized_floats.py; hf_quantized.py:
+                                        check_supported; for tensors with new names, OF_WEIGHT and is_quantized; a line
+                                        of docs/quantized_checkpoints.md
+    another kind of folder              a branch of convert_folder.py: read_folder
 """

@@ -1,20 +1,22 @@
-"""Lists the families: FAMILIES has one row for each architecture. Some columns of a row are functions. Functions that
-read config.json are in family_fields.py, functions that change tensors in family_tensors.py.
+"""Lists the families: FAMILIES has a row for each architecture, and the class Family explains the columns. Some columns
+are functions. family_config.py has those that read config.json, family_tensors.py those that change tensors.
 
-    config = config_from_hf(json.load(open("config.json")))
-
-To add a family, add a row. docs/add_a_model.md has an example; family.py: Family explains the columns.
+To add a family, add a row. docs/add_a_model.md has an example.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 from config import ModelConfig
-from converters.family import Family
-from converters.family_fields import (
+from converters.canonical import StateDict
+from converters.family_config import (
+    all_sliding,
     arcee,
     baichuan,
     dbrx,
     ernie,
+    full_attention_every,
     gemma,
     gemma2,
     gemma3,
@@ -27,6 +29,8 @@ from converters.family_fields import (
     rename_dbrx,
     rename_phi3,
     seed_oss,
+    sliding_below_max_window_layers,
+    sliding_from_max_window_layers,
     smollm3,
     smollm3_layer_types,
     starcoder2,
@@ -44,49 +48,48 @@ from converters.family_tensors import (
     split_dbrx_experts,
     split_stacked_experts,
 )
-from converters.hf_config import (
-    all_sliding,
-    full_attention_every,
-    read_hf_config,
-    sliding_below_max_window_layers,
-    sliding_from_max_window_layers,
-    unsupported_part,
-    with_hf_names,
-)
-from utils.errors import UsageError, convert_type_errors
 
 
-def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:
-    """Returns the config that hf_config describes: the contents of Hugging Face's config.json, with the old fields of
-    RoPE (rope_theta, rope_scaling) or the new one (rope_parameters).
+@dataclass(frozen=True)
+class Family:
+    """How to read the config.json of one architecture, and how to make its tensors canonical."""
 
-    generation: the contents of generation_config.json, which may name more end tokens."""
-    generation = generation or {}
-    if not isinstance(hf_config, dict) or not isinstance(generation, dict):
-        raise UsageError("config.json and generation_config.json must each hold one object")
-    with convert_type_errors("config.json"):
-        family = find_family(hf_config)
-        try:
-            return read_hf_config(hf_config, generation, family)
-        except UsageError as e:
-            raise UsageError(with_hf_names(str(e), hf_config, family)) from None
+    model_type: str  # the value of config.json's "model_type"
+    defaults: dict  # transformers' defaults for fields that config.json leaves out
 
+    # Renames the fields of config.json to Llama's names
+    rename_fields: Callable[[dict], dict] = lambda hf_config: hf_config
 
-def find_family(hf_config: dict) -> Family:
-    """Finds the family by model_type, as transformers does; transformers ignores "architectures". An unknown
-    architecture is refused if the folder has code for it (auto_map): such code may change the maths, although
-    model_type is "llama"."""
-    model_type = hf_config.get("model_type")
-    names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
-    name = names if isinstance(names, str) else names[0]
-    if model_type in MODEL_TYPES and (name in FAMILIES or not hf_config.get("auto_map")):
-        return FAMILIES[MODEL_TYPES[model_type]]
-    if name in FAMILIES:
-        return FAMILIES[name]
-    part = unsupported_part(hf_config)
-    if part is not None:
-        raise UsageError(f"architecture {name!r} is not supported: {part}")
-    raise UsageError(f"architecture {name!r} is not one of {', '.join(FAMILIES)}")
+    # Sliding window
+    sliding_layers: str = "none"  # the layers with a window: "none", "all", or "layer_types" (config.json lists them)
+    default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json lacks layer_types; None: an error
+    needs_use_sliding_window: bool = False  # layers have a window only if use_sliding_window is true
+    scales_sliding_rope: bool = True  # False: rope_scaling changes only layers without a window
+
+    # Feed-forward
+    ffn_dim_field: str = "intermediate_size"
+    n_experts_fields: tuple[str, ...] = ()  # config.json's names of n_experts; the first found counts; (): no experts
+    norm_topk_prob: bool | None = True  # MoEConfig's norm_topk_prob; None: config.json has the value
+    shared_expert: bool = False  # whether every token also uses an expert of shared_expert_intermediate_size
+    experts_bias: bool = False  # whether the router and the experts have biases
+
+    # Everything else that changes the maths. The fields of ModelConfig are set in this order, and later ones win:
+    # config.json over defaults, both after rename_fields; then config_overrides; then read_overrides. A field of
+    # HF_NEUTRAL_VALUES (hf_config.py) with another value is refused, unless it is one of allowed_fields.
+    allowed_fields: tuple[str, ...] = ()  # fields of HF_NEUTRAL_VALUES that may have any value
+    config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig with one value for the whole family
+    read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
+
+    # Tensors, at conversion. family_tensors.py defines the renames and functions, hf_tensors.py applies them.
+    renames: dict[str, str] = field(default_factory=dict)  # part of a name -> part of a canonical name; in order
+    # Splits tensors that hold all experts of a layer
+    split_experts: Callable[[StateDict, ModelConfig], None] = split_stacked_experts
+    # Whether conversion scales the rows of the head to length one
+    normalizes_head: Callable[[ModelConfig], bool] = lambda config: False
+    norm_offset: float = 0.0  # added to the weights of norms: Gemma computes x * (1 + w)
+    layer_norm: bool = False  # whether norms subtract the mean of x; conversion makes the mean zero
+    norm_bias: bool = False  # whether these norms have biases; conversion adds them to the biases of the layers after
+    interleaved_rope: bool = False  # whether RoPE pairs elements 2 i and 2 i + 1, instead of i and i + rotary_dim / 2
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from config import ModelConfig
-from converters.model_tensors import SourceTensors
+from converters.canonical import StateDict
 
 # ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
 
-# Renames are made in order. In GEMMA_NORMS_TO_CANONICAL, renaming .post_attention_layernorm. frees that name for
-# .pre_feedforward_layernorm.
+# For every family, except the names that its own renames have
+LLAMA_NORMS_TO_CANONICAL = {
+    ".input_layernorm.": ".pre_attention_norm.", ".post_attention_layernorm.": ".pre_ffn_norm.",
+}
 GEMMA_NORMS_TO_CANONICAL = {
-    ".post_attention_layernorm.": ".post_attention_norm.", ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
+    ".post_attention_layernorm.": ".post_attention_norm.", ".pre_feedforward_layernorm.": ".pre_ffn_norm.",
     ".post_feedforward_layernorm.": ".post_ffn_norm.",
 }
 GLM4_NORMS_TO_CANONICAL = {
@@ -25,15 +27,15 @@ GPT_OSS_TO_CANONICAL = {".mlp.router.": ".mlp.gate."}
 STARCODER2_TO_CANONICAL = {".c_fc.": ".up_proj.", ".c_proj.": ".down_proj."}
 BAICHUAN_TO_CANONICAL = {".W_pack.": ".qkv_proj."}
 GROK_TO_CANONICAL = {
-    ".pre_attn_norm.scale": ".input_layernorm.weight", ".post_attn_norm.scale": ".post_attention_norm.weight",
-    ".pre_moe_norm.scale": ".post_attention_layernorm.weight", ".post_moe_norm.scale": ".post_ffn_norm.weight",
+    ".pre_attn_norm.scale": ".pre_attention_norm.weight", ".post_attn_norm.scale": ".post_attention_norm.weight",
+    ".pre_moe_norm.scale": ".pre_ffn_norm.weight", ".post_moe_norm.scale": ".post_ffn_norm.weight",
     "model.norm.scale": "model.norm.weight", ".attn.": ".self_attn.", ".moe_block.": ".mlp.",
     ".linear_v.": ".up_proj.", ".linear_1.": ".down_proj.", ".linear.": ".gate_proj.",
 }
 DBRX_TO_CANONICAL = {
     "transformer.wte.": "model.embed_tokens.", "transformer.norm_f.": "model.norm.",
-    "transformer.blocks.": "model.layers.", ".norm_attn_norm.norm_1.": ".input_layernorm.",
-    ".norm_attn_norm.norm_2.": ".post_attention_layernorm.", ".norm_attn_norm.attn.": ".self_attn.",
+    "transformer.blocks.": "model.layers.", ".norm_attn_norm.norm_1.": ".pre_attention_norm.",
+    ".norm_attn_norm.norm_2.": ".pre_ffn_norm.", ".norm_attn_norm.attn.": ".self_attn.",
     ".Wqkv.": ".qkv_proj.", ".out_proj.": ".o_proj.", ".ffn.router.layer.": ".mlp.gate.",
     ".ffn.experts.mlp.": ".mlp.experts.",
 }
@@ -49,7 +51,7 @@ def rename_tensor(name: str, new_names: dict[str, str]) -> str:
 # The parts are views: splitting reads nothing.
 
 
-def split_stacked_experts(tensors: SourceTensors, config: ModelConfig, are_transposed: bool = False):
+def split_stacked_experts(tensors: StateDict, config: ModelConfig, are_transposed: bool = False):
     """Splits gate_up_proj [E, 2F, dim] and down_proj [E, dim, F], as transformers 5 writes them.
 
     are_transposed: whether every expert's matrix is transposed, as in gpt-oss. The columns of gate and up then
@@ -69,7 +71,7 @@ def split_stacked_experts(tensors: SourceTensors, config: ModelConfig, are_trans
             tensors[f"{prefix}.{e}.up_proj.{kind}"] = up
 
 
-def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
+def split_dbrx_experts(tensors: StateDict, config: ModelConfig):
     """Splits w1, v1 and w2. Each is [E F, dim] and stacks all experts. The matrix of an expert in w2 is transposed."""
     projections = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
     for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
@@ -77,9 +79,9 @@ def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
             tensors[f"{prefix}.{e}.{projections[kind]}.weight"] = tensor.mT if kind == "w2" else tensor
 
 
-def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+def pop_matches(tensors: StateDict, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
     """Removes every tensor whose name matches pattern, and yields the tensor with the groups of the match. A tensor
-    with fewer than min_dim dimensions cannot be split, and stays. Later convert reports the missing parts."""
+    with fewer than min_dim dimensions cannot be split, and stays. Later write_model reports the missing parts."""
     for name in list(tensors):
         match = re.fullmatch(pattern, name)
         if match is not None and tensors[name].dim() >= min_dim:

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from kernels.formats import Tensors
-from kernels.formats.base import nibbles_to_bytes, unpack_nibbles_planar
+from kernels.formats.base import pack_nibbles, unpack_nibbles_planar
 
 FLOATS = (Type.F32, Type.F16, Type.BF16)
 
@@ -166,5 +166,5 @@ def decode_rows(rows: Tensor, ggml_type: Type) -> GroupedRows:
 def decode_mxfp4(rows: Tensor) -> Tensors:
     """Returns the tensors of our MXFP4 for rows of GGUF's MXFP4. A block holds an exponent and 32 values."""
     blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[Type.MXFP4][1]))
-    weight = nibbles_to_bytes(unpack_nibbles_planar(blocks[..., 1:]).flatten(-2))
+    weight = pack_nibbles(unpack_nibbles_planar(blocks[..., 1:]).flatten(-2))
     return {"weight": weight, "scales": blocks[..., 0].contiguous()}

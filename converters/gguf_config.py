@@ -1,5 +1,5 @@
 """Makes a ModelConfig of a GGUF's metadata. First the metadata become the config.json of the same model, then
-families.py reads the config.json.
+hf_config.py reads the config.json.
 
     config = read_gguf_config(metadata, tensors)    # both from gguf_file.py: read_gguf
 
@@ -13,8 +13,8 @@ from fractions import Fraction
 import numpy as np
 
 from config import ModelConfig, RopeScaling
-from converters.families import config_from_hf
 from converters.gguf_file import GGUFTensor
+from converters.hf_config import config_from_hf
 from utils.errors import UsageError
 
 # GGUF's name of a field, without the architecture's prefix ("llama.") -> config.json's name
@@ -70,7 +70,7 @@ class Architecture:
     family: str  # a key of families.py: FAMILIES
     fields: dict[str, str] = field(default_factory=dict)  # more rows of GGUF_FIELDS
     extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # config.json's fields that the metadata lack
-    names: dict[str, str] = field(default_factory=dict)  # more rows of gguf_tensors.py: GGUF_TO_CANONICAL
+    names: dict[str, str] = field(default_factory=dict)  # more rows of convert_gguf.py: GGUF_TO_CANONICAL
     ffn_up_has_gate: bool = False  # whether ffn_up stacks the rows of gate above the rows of up
     interleaved_rope: bool = False  # whether the two rows of a RoPE pair are neighbours in Q and K, as in Meta's files
 
@@ -138,7 +138,7 @@ ARCHITECTURES = {
         "GptOssForCausalLM",
         {"expert_feed_forward_length": "intermediate_size"},
         gpt_oss_fields,
-        names={"post_attention_norm": "post_attention_layernorm"},  # the norm before the feed-forward
+        names={"post_attention_norm": "pre_ffn_norm"},
     ),
 }
 

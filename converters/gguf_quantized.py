@@ -1,8 +1,8 @@
 """Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored values
 (q) stay where a format can hold them.
 
-    kept = GGUFQuantizer(plans, sources, row_order)    # chooses the formats
-    convert(path, SourceModel(config, tensors | kept.weights, kept.reader(read)))
+    kept = GGUFQuantizer(stacked, stored, row_order)    # chooses the formats
+    write_model(path, CanonicalCheckpoint(config, tensors | kept.weights, kept.reader(read)))
     print(*kept.report(), sep="\\n")              # how each type was converted
 
 A GGUF stores quantized values of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
@@ -24,15 +24,16 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
+from converters.canonical import TensorReader
 from converters.gguf_blocks import BLOCK_TYPES, FLOATS, BlockType, GroupedRows, decode_mxfp4, decode_rows
 from converters.gguf_file import GGUFTensor
-from converters.hf_floats import E8M0_NAN
+from converters.hf_quantized_floats import E8M0_NAN
 from converters.hf_tensors import reorder_heads
-from converters.model_tensors import TensorPlan, TensorReader, check_finite_tensor
 from converters.quantized_weight import LazyWeight, check_finite_scales
+from converters.write_model import StackedTensor, check_finite_tensor
 from kernels.formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
-from kernels.formats.integers import GroupedFormat
+from kernels.formats.integers import AffineFormat
 from utils.errors import UsageError
 
 SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of the GGUF's tensors
@@ -49,7 +50,7 @@ LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group siz
 
 
 def keeps_q(type: BlockType, format: WeightFormat) -> bool:
-    if not isinstance(format, GroupedFormat):
+    if not isinstance(format, AffineFormat):
         return False
     return type.bits * format.elements_per_byte <= 8 and type.group_size % format.group_size == 0
 
@@ -62,7 +63,7 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
     # A minimum makes a fractional zero, which is rounded to an integer. If q has fewer bits than the format, q
     # and zeros are multiplied by factor to fill the format's bits. Then rounding a zero loses less.
     factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
-    zeros = (groups.zeros * factor * format.zeros_denominator).round()
+    zeros = (groups.zeros * factor * 2**format.zero_fraction_bits).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
     scales, zeros = (groups.scales / factor).to(format.scale_dtype), zeros.clamp(0, 255).to(torch.uint8)
     per_group = {"scales": scales, "zeros": zeros, "is_kept": is_kept}
@@ -70,10 +71,10 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
     tensors = {"q": groups.q * factor} | {name: t.repeat_interleave(repeats, -1) for name, t in per_group.items()}
     if not is_kept.all():  # some groups' zeros are beyond 0 ... 255
         rounded = format.quantize(groups.dequantize())
-        rounded["q"] = format.bytes_to_elements(rounded["weight"])
+        rounded["q"] = format.unpack_q(rounded["weight"])
         where = {"q": groups.expand(is_kept), "scales": tensors["is_kept"], "zeros": tensors["is_kept"]}
         tensors = {name: torch.where(kept, tensors[name], rounded[name]) for name, kept in where.items()}
-    weight = format.elements_to_bytes(tensors["q"])
+    weight = format.pack_q(tensors["q"])
     return {"weight": weight, "scales": tensors["scales"], "zeros": tensors["zeros"]}, is_kept
 
 
@@ -89,7 +90,7 @@ class TargetWeight:
     n_bytes: the weight's size in each format."""
 
     name: str
-    plan: TensorPlan
+    stacked: StackedTensor
     parts: list[GGUFTensor]
     formats: list[WeightFormat] = field(init=False)
     gentle_format: WeightFormat = field(init=False)
@@ -108,7 +109,7 @@ class TargetWeight:
             formats = [GroupedInt8(group_size, torch.float16), SMALLER_INT8, SMALLEST_INT8, INT4]
             if types & {Type.MXFP4, *FLOATS}:
                 formats.insert(0, Unquantized())
-        empty = {format: format.empty(self.plan.shape, self.plan.dtype, "meta") for format in formats}
+        empty = {format: format.empty(self.stacked.shape, self.stacked.dtype, "meta") for format in formats}
         self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in empty.items()}
         self.formats = formats[:1]
         for format in formats[1:]:  # with few inputs, larger groups save nothing
@@ -145,27 +146,27 @@ class TargetWeight:
         return price, prices.index(price) + 1
 
 
-def choose_formats(stacks: list[TargetWeight], n_bytes: float):
-    """Chooses the format of every weight in stacks. If possible, all weights together take at most n_bytes."""
-    n_excess = sum(stack.n_bytes[stack.format] for stack in stacks) - n_bytes
-    stacks = middle_layers_first(stacks)  # at equal prices, layers in the middle come first
+def choose_formats(targets: list[TargetWeight], n_bytes: float):
+    """Chooses the format of every weight in targets. If possible, all weights together take at most n_bytes."""
+    n_excess = sum(target.n_bytes[target.format] for target in targets) - n_bytes
+    targets = middle_layers_first(targets)  # at equal prices, layers in the middle come first
     while n_excess > 0:
-        steps = [(*stack.cheapest_downgrade(n_excess), stack) for stack in stacks if len(stack.formats) > 1]
+        steps = [(*target.cheapest_downgrade(n_excess), target) for target in targets if len(target.formats) > 1]
         if not steps:
             break
-        _, i, stack = min(steps, key=lambda step: step[0])
-        n_excess -= stack.n_bytes[stack.format] - stack.n_bytes[stack.formats[i]]
-        del stack.formats[:i]
+        _, i, target = min(steps, key=lambda step: step[0])
+        n_excess -= target.n_bytes[target.format] - target.n_bytes[target.formats[i]]
+        del target.formats[:i]
     if n_excess > 0:
-        for stack in stacks:  # n_bytes is out of reach, so small formats would lose bits in vain
-            stack.formats = [stack.gentle_format]
+        for target in targets:  # n_bytes is out of reach, so small formats would lose bits in vain
+            target.formats = [target.gentle_format]
 
 
-def middle_layers_first(stacks: list[TargetWeight]) -> list[TargetWeight]:
-    """Sorts stacks by the distance of the layer from the middle layer, since the first and last layers matter most."""
-    layers = {stack.name: int(match[1]) for stack in stacks if (match := re.match(r"layers\.(\d+)\.", stack.name))}
+def middle_layers_first(targets: list[TargetWeight]) -> list[TargetWeight]:
+    """Sorts targets by the distance of the layer from the middle layer, since the first and last layers matter most."""
+    layers = {target.name: int(match[1]) for target in targets if (match := re.match(r"layers\.(\d+)\.", target.name))}
     middle = max(layers.values(), default=0) / 2
-    return sorted(stacks, key=lambda stack: abs(layers.get(stack.name, 2 * middle) - middle))
+    return sorted(targets, key=lambda target: abs(layers.get(target.name, 2 * middle) - middle))
 
 
 # ---- All weights ----------------------------------------------------------------------------------------------------
@@ -207,30 +208,31 @@ class RoundingErrors:
 class GGUFQuantizer:
     """Holds the weights of a GGUF that stay quantized: weights, by canonical names.
 
-    plans: our tensors. sources: the GGUF's tensors by canonical names. row_order: see hf_tensors.py: reorder_heads."""
+    stacked: our tensors. stored: the GGUF's tensors by canonical names. row_order: see hf_tensors.py: reorder_heads."""
 
-    def __init__(self, plans: dict[str, TensorPlan], sources: dict[str, GGUFTensor], row_order: Tensor | None):
-        linears = {name: plan for name, plan in plans.items() if plan.linear_format is not None}
-        for plan in linears.values():
-            for source in plan.sources:
-                check_type(source, sources[source].type)
-        stacks = [TargetWeight(name, plan, [sources[s] for s in plan.sources]) for name, plan in linears.items()]
-        others = [plan for name, plan in plans.items() if name not in linears]
-        other_bytes = sum(prod(plan.shape) * plan.dtype.itemsize for plan in others)
-        self.stored_bytes = sum(source.data.nbytes for source in sources.values())
-        choose_formats(stacks, SIZE_LIMIT * self.stored_bytes - other_bytes)
-        self.n_bytes = other_bytes + sum(stack.n_bytes[stack.format] for stack in stacks)
+    def __init__(self, stacked: dict[str, StackedTensor], stored: dict[str, GGUFTensor], row_order: Tensor | None):
+        targets, other_bytes = [], 0
+        for name, tensor in stacked.items():
+            if tensor.linear_format is None:
+                other_bytes += prod(tensor.shape) * tensor.dtype.itemsize
+                continue
+            for part_name in tensor.part_names:
+                check_type(part_name, stored[part_name].type)
+            targets.append(TargetWeight(name, tensor, [stored[part_name] for part_name in tensor.part_names]))
+        self.stored_bytes = sum(tensor.data.nbytes for tensor in stored.values())
+        choose_formats(targets, SIZE_LIMIT * self.stored_bytes - other_bytes)
+        self.n_bytes = other_bytes + sum(target.n_bytes[target.format] for target in targets)
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
         self.became_unquantized: Counter[str] = Counter()  # by type: tensors that are stacked with floats
         self.n_rounded: Counter[tuple[str, str]] = Counter()  # by type and format: floats that are quantized
         self.weights: dict[str, LazyWeight] = {}
-        for stack in stacks:
-            if isinstance(stack.format, Unquantized):
-                self.became_unquantized.update(part.type.name for part in stack.parts if part.type not in FLOATS)
+        for target in targets:
+            if isinstance(target.format, Unquantized):
+                self.became_unquantized.update(part.type.name for part in target.parts if part.type not in FLOATS)
                 continue
-            for source in stack.plan.sources:
-                read = partial(self.read, source, sources[source], stack.format, row_order)
-                self.weights[source] = LazyWeight(stack.format, torch.Size(sources[source].shape()), read)
+            for part_name, part in zip(target.stacked.part_names, target.parts, strict=True):
+                read = partial(self.read, part_name, part, target.format, row_order)
+                self.weights[part_name] = LazyWeight(target.format, torch.Size(part.shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
         """Returns a TensorReader that returns a weight of self.weights, if there is one by the name, and else calls

@@ -1,5 +1,6 @@
-"""Makes a ModelConfig of Hugging Face's config.json. A Family (family.py) says how; families.py lists the families, and
-calls read_hf_config.
+"""Makes a ModelConfig of Hugging Face's config.json. A row of families.py: FAMILIES says how.
+
+    config = config_from_hf(json.load(open("config.json")))
 
 A field is refused if it changes the maths and model.py does not implement the change.
 """
@@ -7,16 +8,51 @@ A field is refused if it changes the maths and model.py does not implement the c
 import math
 import re
 
-from config import MAX_MODULES, ModelConfig, MoEConfig, RopeScaling
-from converters.family import Family
-from utils.errors import UsageError
+from config import ModelConfig, MoEConfig, RopeScaling
+from converters.families import FAMILIES, MODEL_TYPES, Family
+from converters.family_config import SILU_NAMES, read_flag, required
+from utils.errors import UsageError, convert_type_errors
+
+
+def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:
+    """Returns the config that hf_config describes: the contents of Hugging Face's config.json, with the old fields of
+    RoPE (rope_theta, rope_scaling) or the new one (rope_parameters).
+
+    generation: the contents of generation_config.json, which may name more end tokens."""
+    generation = generation or {}
+    if not isinstance(hf_config, dict) or not isinstance(generation, dict):
+        raise UsageError("config.json and generation_config.json must each hold one object")
+    with convert_type_errors("config.json"):
+        family = find_family(hf_config)
+        try:
+            return read_hf_config(hf_config, generation, family)
+        except UsageError as e:
+            raise UsageError(with_hf_names(str(e), hf_config, family)) from None
+
+
+def find_family(hf_config: dict) -> Family:
+    """Finds the family by model_type, as transformers does; transformers ignores "architectures". An unknown
+    architecture is refused if the folder has code for it (auto_map): such code may change the maths, although
+    model_type is "llama"."""
+    model_type = hf_config.get("model_type")
+    names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
+    name = names if isinstance(names, str) else names[0]
+    if model_type in MODEL_TYPES and (name in FAMILIES or not hf_config.get("auto_map")):
+        return FAMILIES[MODEL_TYPES[model_type]]
+    if name in FAMILIES:
+        return FAMILIES[name]
+    part = unsupported_part(hf_config)
+    if part is not None:
+        raise UsageError(f"architecture {name!r} is not supported: {part}")
+    raise UsageError(f"architecture {name!r} is not one of {', '.join(FAMILIES)}")
+
 
 # ---- What is not supported ------------------------------------------------------------------------------------------
 
 # Fields that change the maths -> the neutral values, which change nothing. null and false are neutral, too. Any other
 # value is refused, unless the family has the field in allowed_fields.
 HF_NEUTRAL_VALUES = {
-    "hidden_act": ("silu", "swish"),
+    "hidden_act": SILU_NAMES,
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "clip_qkv": (),
@@ -107,22 +143,6 @@ def with_hf_names(message: str, hf_config: dict, family: Family) -> str:
     return message if message.startswith("config.json") else f"config.json: {message}"
 
 
-def required(hf_config: dict, *names: str):
-    """Returns the value of a field that config.json must have. names: the names that the field may have. The first name
-    that config.json has counts."""
-    for name in names:
-        if hf_config.get(name) is not None:
-            return hf_config[name]
-    raise UsageError(f"config.json: {' or '.join(names)} is missing")
-
-
-def read_flag(hf_config: dict, name: str) -> bool:
-    value = hf_config.get(name)
-    if not isinstance(value, bool | None):
-        raise UsageError(f"config.json: {name} must be true or false, not {value!r}")
-    return bool(value)
-
-
 def read_sizes(hf_config: dict, family: Family) -> dict:
     """Reads ModelConfig's sizes, norm_eps, biases and tie_embeddings."""
     n_heads = required(hf_config, "num_attention_heads")
@@ -156,8 +176,8 @@ def read_head_dim(hf_config: dict) -> int:
 def read_eos_ids(hf_config: dict, generation: dict) -> tuple[int, ...]:
     """Reads the end tokens of config.json and generation_config.json, without duplicates."""
     eos_ids = []
-    for source in (hf_config, generation):
-        ids = source.get("eos_token_id")
+    for fields in (hf_config, generation):
+        ids = fields.get("eos_token_id")
         for i in ids if isinstance(ids, list) else [ids]:
             if not isinstance(i, int | None):
                 raise UsageError(f"config.json: eos_token_id {ids!r} is not a token's number, nor a list of these")
@@ -211,36 +231,6 @@ def read_sliding_window(hf_config: dict, family: Family) -> dict:
     if not any(has_window):
         return {}
     return {"sliding_window": window, "layer_has_window": None if all(has_window) else has_window}
-
-
-# Functions for Family.default_layer_types
-
-
-def all_sliding(hf_config: dict) -> list[str]:
-    return ["sliding_attention" for _ in layer_numbers(hf_config)]
-
-
-def sliding_from_max_window_layers(hf_config: dict) -> list[str]:
-    """Returns a window for all layers but the first max_window_layers."""
-    first = hf_config["max_window_layers"]
-    return ["sliding_attention" if i >= first else "full_attention" for i in layer_numbers(hf_config)]
-
-
-def sliding_below_max_window_layers(hf_config: dict) -> list[str]:
-    """Returns a window for the even layers below max_window_layers: layers 0, 2 and so on."""
-    end = hf_config["max_window_layers"]
-    return ["full_attention" if i % 2 or i >= end else "sliding_attention" for i in layer_numbers(hf_config)]
-
-
-def full_attention_every(n: int, hf_config: dict) -> list[str]:
-    """Returns a window for all layers but every n-th."""
-    return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf_config)]
-
-
-def layer_numbers(hf_config: dict) -> range:
-    """Returns the numbers of the layers, from 0, at most MAX_MODULES. So a senseless num_hidden_layers does not fill
-    the memory before ModelConfig refuses it."""
-    return range(min(required(hf_config, "num_hidden_layers"), MAX_MODULES))
 
 
 # ---- RoPE -----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""Finds the quantized layers of a Hugging Face checkpoint, for folder.py. Weights keep their values: nothing is rounded
-again.
+"""Finds the quantized layers of a Hugging Face checkpoint, for convert_folder.py. Weights keep their values: nothing is
+rounded again.
 
     quantization = read_quantization(folder, hf_config, tensors)    # hf_config: the contents of config.json
     collect_quantized(tensors, quantization, config)                # X.qweight, X.scales, ... -> X.weight, a LazyWeight
 
 The tensors say which layers are quantized. docs/quantized_checkpoints.md says which contradictions of config.json are
-errors, and lists the formats. hf_integers.py and hf_floats.py read them.
+errors, and lists the formats. hf_quantized_integers.py and hf_quantized_floats.py read them.
 """
 
 import re
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from converters.hf_floats import float8_weight, split_mxfp4
-from converters.hf_integers import GPTQ_VERSIONS, awq_weight, gptq_weight, int8_weight, packed_weight
-from converters.model_tensors import SourceTensors
-from converters.quantized_weight import LazyWeight, SourceLayer
+from converters.canonical import StateDict
+from converters.hf_quantized_floats import float8_weight, split_mxfp4
+from converters.hf_quantized_integers import GPTQ_VERSIONS, awq_weight, gptq_weight, int8_weight, packed_weight
+from converters.quantized_weight import LazyWeight, QuantizedLayer
 from utils.errors import UsageError, convert_type_errors
 from utils.files import read_json
 
@@ -42,7 +42,7 @@ ACTIVATION_SCALES = re.compile(r"\.(input|output|activation|kv|[qkv])_(global_)?
 OF_WEIGHT = re.compile(r"(qweight|qzeros|scales|g_idx|weight(_\w+)?)$")
 
 
-def read_quantization(folder: Path, hf_config: dict, tensors: SourceTensors) -> dict | None:
+def read_quantization(folder: Path, hf_config: dict, tensors: StateDict) -> dict | None:
     """Returns quantization_config of config.json, or None if no weight is quantized. Fields that quantization_config
     lacks come from a file of OLDER_FILES. Checks that the method is supported."""
     older, quantization = read_older_file(folder), hf_config.get("quantization_config")
@@ -71,7 +71,7 @@ def read_older_file(folder: Path) -> dict:
     return {}
 
 
-def refuse_unknown_format(folder: Path, hf_config: dict, layer: SourceLayer) -> NoReturn:
+def refuse_unknown_format(folder: Path, hf_config: dict, layer: QuantizedLayer) -> NoReturn:
     """Raises UsageError for a checkpoint that does not state the format of its quantized weights, such as layer."""
     what = f"{layer.name} is quantized, and config.json has no quantization_config"
     if "compression_config" in hf_config:
@@ -115,7 +115,7 @@ def check_one_of(field: str, value, supported: tuple[str, ...]):
         raise UsageError(f"config.json: quantization_config's {field} {value!r} is not one of {', '.join(supported)}")
 
 
-def collect_quantized(tensors: SourceTensors, quantization: dict, config: ModelConfig):
+def collect_quantized(tensors: StateDict, quantization: dict, config: ModelConfig):
     """Replaces the tensors of every quantized layer by one LazyWeight, in place. Removes the scales of activations
     and of the KV cache. Raises UsageError if quantization contradicts the tensors, or if no layer is quantized."""
     n_before = len(tensors)
@@ -142,13 +142,13 @@ def is_only_kv_cache(quantization: dict) -> bool:
     return is_compressed and not quantization.get("config_groups") and bool(quantization.get("kv_cache_scheme"))
 
 
-def find_layers(tensors: dict[str, Tensor]) -> list[SourceLayer]:
+def find_layers(tensors: dict[str, Tensor]) -> list[QuantizedLayer]:
     """Finds the quantized layers, each with the tensors of its weight."""
-    layers: dict[str, SourceLayer] = {}
+    layers: dict[str, QuantizedLayer] = {}
     for name, tensor in tensors.items():
         layer_name, _, kind = name.rpartition(".")
         if OF_WEIGHT.fullmatch(kind):
-            layers.setdefault(layer_name, SourceLayer(layer_name, {})).tensors[kind] = tensor
+            layers.setdefault(layer_name, QuantizedLayer(layer_name, {})).tensors[kind] = tensor
     return [layer for layer in layers.values() if is_quantized(layer.tensors)]
 
 
@@ -158,11 +158,11 @@ def is_quantized(tensors: dict[str, Tensor]) -> bool:
     return "qweight" in tensors or "weight_packed" in tensors
 
 
-def read_float8(layer: SourceLayer, quantization: dict) -> LazyWeight:
+def read_float8(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
     return float8_weight(layer, quantization.get("weight_block_size"))
 
 
-def read_compressed(layer: SourceLayer, quantization: dict) -> LazyWeight:
+def read_compressed(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
     """Reads a weight of compressed-tensors. quantization: config.json's quantization_config."""
     for ignored in quantization.get("ignore") or []:
         if matches_target(layer.name, ignored):
@@ -199,7 +199,7 @@ def matches_target(name: str, target: str) -> bool:
 
 
 # quant_method -> the function that reads a layer. mxfp4 is not here, since a tensor holds many layers: split_mxfp4.
-LAYER_READERS: dict[str, Callable[[SourceLayer, dict], LazyWeight]] = {
+LAYER_READERS: dict[str, Callable[[QuantizedLayer, dict], LazyWeight]] = {
     "awq": awq_weight,
     "compressed-tensors": read_compressed,
     "fbgemm_fp8": read_float8,

@@ -1,4 +1,4 @@
-"""Gives the tensors of any family in a Hugging Face checkpoint canonical names (model_tensors.py) and one layout.
+"""Gives the tensors of any family in a Hugging Face checkpoint canonical names (canonical.py) and one layout.
 
     read = to_canonical_layout(tensors, config, family)    # family: a row of families.py: FAMILIES
 
@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig
-from converters.family import Family
-from converters.family_tensors import pop_matches, rename_tensor
+from converters.canonical import EMBEDDING, HEAD, StateDict, TensorReader
+from converters.families import Family
+from converters.family_tensors import LLAMA_NORMS_TO_CANONICAL, pop_matches, rename_tensor
 from converters.lora import Adapter, LoraMerger, replace_tensors
-from converters.model_tensors import EMBEDDING, HEAD, SourceTensors, TensorReader
 from converters.quantized_weight import LazyWeight
 from utils.errors import UsageError
 
 
 def to_canonical_layout(
-    tensors: SourceTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
+    tensors: StateDict, config: ModelConfig, family: Family, adapter: Adapter | None = None
 ) -> TensorReader:
     """Renames and splits tensors, in place. Returns a function that reads a tensor by its canonical name. adapter: a
     LoRA adapter, which the function merges into the weights."""
-    rename = partial(rename_tensor, new_names=family.renames)
+    rename = partial(rename_tensor, new_names=LLAMA_NORMS_TO_CANONICAL | family.renames)
     split = partial(split_tensors, config=config, family=family)
     rename_all(tensors, rename)
     add_tied_tensors(tensors, config, family)
@@ -40,11 +40,11 @@ def to_canonical_layout(
     norm_biases = pop_norm_biases(tensors, config) if family.norm_bias else {}
     row_order = rope_row_order(config, family.interleaved_rope)
     read = CanonicalReader(dict(tensors), config, family, merge, norm_biases, row_order)
-    widen(tensors, [name for name in tensors if read.computes(name)])
+    mark_as_float32(tensors, [name for name in tensors if read.computes(name)])
     return read
 
 
-def rename_all(tensors: SourceTensors, rename: Callable[[str], str]):
+def rename_all(tensors: StateDict, rename: Callable[[str], str]):
     """Renames tensors, in place. Raises UsageError if two tensors get the same name."""
     if not any(name.startswith("model.") for name in tensors) and any(name.startswith("layers.") for name in tensors):
         # transformers omits "model." if it saves a model without a head
@@ -60,7 +60,7 @@ def rename_all(tensors: SourceTensors, rename: Callable[[str], str]):
     tensors |= renamed
 
 
-def add_tied_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
+def add_tied_tensors(tensors: StateDict, config: ModelConfig, family: Family):
     """Adds the embedding if a checkpoint with tied embeddings has only the head. Adds the head if it must differ from
     the embedding after conversion."""
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
@@ -74,7 +74,7 @@ class CanonicalReader:
     """read(name) returns a tensor by its canonical name, with all changes of its data. Reading makes these changes, so
     that only one tensor is in memory at a time. What reading computes is float32, since 16 bits would round it."""
 
-    stored: SourceTensors  # renamed and split, but with the checkpoint's data
+    stored: StateDict  # renamed and split, but with the checkpoint's data
     config: ModelConfig
     family: Family
     merge: LoraMerger | None  # None: there is no adapter
@@ -111,8 +111,8 @@ class CanonicalReader:
         return None
 
 
-def widen(tensors: SourceTensors, names: list[str]):
-    """Replaces 16-bit tensors by what stands for tensors of float32."""
+def mark_as_float32(tensors: StateDict, names: list[str]):
+    """Replaces those 16-bit tensors that reading makes float32 by empty tensors of float32."""
     for name in names:
         if isinstance(tensors[name], Tensor) and tensors[name].dtype in (torch.float16, torch.bfloat16):
             tensors[name] = torch.empty_like(tensors[name], dtype=torch.float32, device="meta")
@@ -145,7 +145,7 @@ def select_rows(tensor: Tensor | LazyWeight, rows: Tensor) -> Tensor | LazyWeigh
     return tensor.select_rows(rows) if isinstance(tensor, LazyWeight) else tensor[rows]
 
 
-def undo_act_order(tensors: SourceTensors):
+def undo_act_order(tensors: StateDict):
     """Undoes GPTQ's act-order in down_proj, in place. Act-order scatters the inputs of a group. The inputs of down_proj
     are the outputs of gate_proj and up_proj. Sorting the rows of gate_proj and up_proj by input_order makes every group
     of down_proj contiguous, and leaves the model's output unchanged."""
@@ -153,19 +153,19 @@ def undo_act_order(tensors: SourceTensors):
         prefix, is_down, _ = name.rpartition("down_proj.weight")
         if not is_down or not isinstance(down, LazyWeight) or down.input_order is None:
             continue
-        sources = [f"{prefix}{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")]
-        sources = [source for source in sources if source in tensors]
-        if any(isinstance(tensors[source], Tensor) and tensors[source].dim() > 1 for source in sources):
+        gate_up = [f"{prefix}{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")]
+        gate_up = [part for part in gate_up if part in tensors]
+        if any(isinstance(tensors[part], Tensor) and tensors[part].dim() > 1 for part in gate_up):
             continue  # a sorted unquantized weight would be a copy in memory
-        for source in sources:
-            tensors[source] = select_rows(tensors[source], down.input_order)
+        for part in gate_up:
+            tensors[part] = select_rows(tensors[part], down.input_order)
         tensors[name] = replace(down, input_order=None)
 
 
 # LayerNorm -> ModelConfig's name of the biases of the layers after the norm, and these layers
 LINEARS_AFTER_NORM = {
-    "input_layernorm": ("qkv_bias", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
-    "post_attention_layernorm": ("ffn_bias", ["mlp.up_proj"]),
+    "pre_attention_norm": ("qkv_bias", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+    "pre_ffn_norm": ("ffn_bias", ["mlp.up_proj"]),
     "norm": ("head_bias", ["lm_head"]),
 }
 
@@ -175,7 +175,7 @@ def with_norm_biases(config: ModelConfig) -> ModelConfig:
     return replace(config, **dict.fromkeys((bias for bias, _ in LINEARS_AFTER_NORM.values()), True))
 
 
-def pop_norm_biases(tensors: SourceTensors, config: ModelConfig) -> dict[str, Tensor]:
+def pop_norm_biases(tensors: StateDict, config: ModelConfig) -> dict[str, Tensor]:
     """Removes the biases [dim] of LayerNorms from tensors. Returns {name of the bias of a linear layer: the bias of the
     norm before the layer}. A linear layer without a bias gets a bias of zeros. down_proj gets one, too, since in
     model.py both projections of a feed-forward have biases or none. config: before with_norm_biases."""
@@ -192,14 +192,14 @@ def pop_norm_biases(tensors: SourceTensors, config: ModelConfig) -> dict[str, Te
         option, linears = LINEARS_AFTER_NORM[norm]
         paths = [linear if norm == "norm" else prefix + linear for linear in linears]
         norm_biases |= {f"{path}.bias": norm_bias for path in paths}
-        if norm == "post_attention_layernorm":
+        if norm == "pre_ffn_norm":
             paths.append(f"{prefix}mlp.down_proj")
         if not getattr(config, option):
             add_zero_biases(tensors, paths, norm_bias.dtype)
     return norm_biases
 
 
-def add_zero_biases(tensors: SourceTensors, paths: list[str], dtype: torch.dtype):
+def add_zero_biases(tensors: StateDict, paths: list[str], dtype: torch.dtype):
     """Adds a bias of zeros to each linear layer of paths. Raises UsageError if the layer has a bias already."""
     for path in paths:
         if f"{path}.bias" in tensors:
@@ -225,7 +225,7 @@ def center_outputs(tensor: Tensor, dim: int) -> Tensor:
 # ---- Splitting: views, without reading ------------------------------------------------------------------------------
 
 
-def split_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
+def split_tensors(tensors: StateDict, config: ModelConfig, family: Family):
     """Splits tensors that hold several canonical tensors, or all experts of a layer."""
     split_fused(tensors, config)
     undo_act_order(tensors)
@@ -234,7 +234,7 @@ def split_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
         split_shared_expert(tensors, config)
 
 
-def split_fused(tensors: SourceTensors, config: ModelConfig):
+def split_fused(tensors: StateDict, config: ModelConfig):
     """Splits qkv_proj and gate_up_proj, as Phi-3 stores them."""
     for tensor, (prefix, kind) in pop_matches(tensors, r"(.*\.self_attn)\.qkv_proj\.(\w+)", min_dim=1):
         for projection, part in zip("qkv", tensor.tensor_split(kv_starts(config)), strict=True):
@@ -248,7 +248,7 @@ def kv_starts(config: ModelConfig) -> list[int]:
     return [config.q_dim, config.q_dim + config.kv_dim]
 
 
-def split_shared_expert(tensors: SourceTensors, config: ModelConfig):
+def split_shared_expert(tensors: StateDict, config: ModelConfig):
     """Splits a shared expert, n_shared_experts times as wide as the other experts, into experts of the usual width.
     Their outputs add up to the shared expert's."""
     n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts

@@ -19,25 +19,22 @@ params.json does not state the length of the context. infer_llama_version takes 
 import itertools
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from config import ModelConfig, RopeScaling
+from converters.canonical import EMBEDDING, HEAD, CanonicalCheckpoint, StateDict
 from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
-from converters.hf_files import load_bin, load_safetensors
 from converters.hf_tensors import reorder_heads, rope_row_order
-from converters.model_tensors import EMBEDDING, HEAD, SourceModel, SourceTensors
-from converters.tiktoken_file import is_tiktoken, make_tokenizer_files, read_tiktoken, special_tokens
-from text.tokenizer_files import read_tokenizer_model
+from converters.meta_tokenizer import read_meta_tokenizer
 from utils.errors import UsageError, convert_type_errors
-from utils.files import is_state_dict, load_torch_file, read_json
+from utils.files import is_state_dict, load_safetensors, load_torch_file, load_torch_state_dict, read_json
 
 PARAMS = "params.json"
-META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of Meta's name -> part of the canonical name (model_tensors.py)
-    "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of Meta's name -> part of the canonical name (canonical.py)
+    "tok_embeddings": "embed_tokens", "attention_norm": "pre_attention_norm", "ffn_norm": "pre_ffn_norm",
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
     ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
 }
@@ -58,7 +55,7 @@ def to_canonical_name(name: str) -> str:
 # ---- Meta's folders -------------------------------------------------------------------------------------------------
 
 
-def read_meta(folder: Path) -> SourceModel:
+def read_meta(folder: Path) -> CanonicalCheckpoint:
     """Reads the model in folder. Also makes the tokenizer's files that folder lacks, and a note about values that
     params.json lacks."""
     path = folder / PARAMS
@@ -81,7 +78,7 @@ def read_meta(folder: Path) -> SourceModel:
     def read(name: str) -> Tensor:
         return reorder_heads(name, concat_shards(shards[name], dims[name]), row_order)
 
-    return SourceModel(config, tensors, read, tokenizer, note)
+    return CanonicalCheckpoint(config, tensors, read, tokenizer, note)
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -100,7 +97,8 @@ def shard_files(folder: Path) -> list[Path]:
 
 def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
     """Returns {canonical name of a tensor: the tensor's shard in each file, memory-mapped}."""
-    contents = [load_safetensors(file) if file.suffix == ".safetensors" else load_bin(file) for file in files]
+    load = load_safetensors if files[0].suffix == ".safetensors" else load_torch_state_dict
+    contents = [load(file) for file in files]
     for file, tensors in zip(files, contents, strict=True):
         if difference := tensors.keys() ^ contents[0].keys():
             raise UsageError(f"{file.name} and {files[0].name} do not both have the tensor {min(difference)}")
@@ -160,7 +158,7 @@ def meta_head_dim(params: dict) -> int:
     return params.get("head_dim") or params["dim"] // params["n_heads"]
 
 
-def meta_config(params: dict, tensors: SourceTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
+def meta_config(params: dict, tensors: StateDict, has_tied_head: bool) -> tuple[ModelConfig, str]:
     """Returns the config, and a line about inferred values, or "" if none was inferred."""
     generation, context, factor = infer_llama_version(params, has_tied_head)
     stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
@@ -203,34 +201,10 @@ def meta_ffn_dim(params: dict) -> int:
     return math.ceil(ffn_dim / multiple_of) * multiple_of
 
 
-# ---- The tokenizer --------------------------------------------------------------------------------------------------
-
-
-def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, bytes]]:
-    """Returns (the config with the tokenizer's bos and end tokens, the files to write). tokenizer.model is in the
-    model's folder, or in the folder above, as in Meta's downloads."""
-    here, above = folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"
-    path = here if here.is_file() else above
-    if not path.is_file():
-        return config, {}
-    if not is_tiktoken(path):
-        library = read_tokenizer_model(path)
-        files = {} if path == here else {path.name: path.read_bytes()}
-        bos_id, eos_id = library.bos_id(), library.eos_id()  # -1 means none
-        return replace(config, bos_id=bos_id if bos_id >= 0 else None, eos_ids=(eos_id,) if eos_id >= 0 else ()), files
-    ranks = read_tiktoken(path)
-    n = len(ranks)
-    special = special_tokens(config.vocab_size - n, is_llama30=config.rope_scaling is None)
-    ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-    eos_ids = tuple(n + i for i, token in enumerate(special) if token in ends)
-    has_files = (folder / "tokenizer.json").is_file()
-    return replace(config, bos_id=n, eos_ids=eos_ids), {} if has_files else make_tokenizer_files(ranks, special)
-
-
 # ---- tinyllamas -----------------------------------------------------------------------------------------------------
 
 
-def read_tinyllamas(folder: Path) -> SourceModel:
+def read_tinyllamas(folder: Path) -> CanonicalCheckpoint:
     """Reads a model of karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names, and with RoPE's rows
     in Meta's order."""
     files = sorted(folder.glob("*.pt"))
@@ -247,10 +221,10 @@ def read_tinyllamas(folder: Path) -> SourceModel:
             tensors[to_canonical_name(name)] = tensor
         config = tinyllamas_config(data["model_args"], tensors)
     row_order = rope_row_order(config, interleaved=True)
-    return SourceModel(config, tensors, read=lambda name: reorder_heads(name, tensors[name], row_order))
+    return CanonicalCheckpoint(config, tensors, read=lambda name: reorder_heads(name, tensors[name], row_order))
 
 
-def tinyllamas_config(args: dict, tensors: SourceTensors) -> ModelConfig:
+def tinyllamas_config(args: dict, tensors: StateDict) -> ModelConfig:
     return ModelConfig(
         dim=args["dim"], n_layers=args["n_layers"], n_heads=args["n_heads"],
         n_kv_heads=args.get("n_kv_heads") or args["n_heads"], head_dim=args["dim"] // args["n_heads"],

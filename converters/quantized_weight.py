@@ -70,12 +70,12 @@ class LazyWeight:
         dtype of an Unquantized weight."""
         if format == Unquantized():
             return {"weight": self.dequantize(dtype)}
-        return self.format.widen(self.read(), format, self.shape[1])
+        return self.format.to_common_format(self.read(), format, self.shape[1])
 
     def is_storable(self) -> bool:
         """Returns whether model.pth can hold the weight in this format."""
         quantization = self.format.quantization
-        is_known = quantization is None or self.format.parse(quantization) == self.format
+        is_known = quantization is None or self.format.from_dict(quantization) == self.format
         return is_known and self.shape[1] % self.format.input_multiple == 0
 
 
@@ -116,7 +116,7 @@ MAY_BE_LEFT_OVER = {"weight_shape"}  # compressed-tensors stores it for all weig
 
 
 @dataclass
-class SourceLayer:
+class QuantizedLayer:
     """The tensors of a linear layer in another project's checkpoint, by the last part of a tensor's name (kind), such
     as "qweight"."""
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from collectives import call_on_rank_0
-from converters.sources import (
+from converters.source_files import (
     GGUF_PART,
     MODELS,
     SETTINGS,
@@ -47,7 +47,7 @@ def model_of_folder(folder: Path) -> str:
     if not weights and not any((folder / name).is_file() for name in SETTINGS):
         what = "config.json and weights of Hugging Face, params.json and weights of Meta, .gguf, or model.pth"
         raise UsageError(f"{folder} holds no model: it needs {what}")
-    from converters.folder import convert_folder  # here, since few calls convert
+    from converters.convert_folder import convert_folder  # here, since few calls convert
 
     return str(convert_folder(folder, announce=partial(announce_conversion, folder, folder)))
 
@@ -63,7 +63,7 @@ def model_of_gguf(file: Path) -> str:
     if model is not None:
         return str(model)
     try:
-        from converters.gguf_tensors import convert_gguf  # here, since only GGUF needs the packages gguf and protobuf
+        from converters.convert_gguf import convert_gguf  # here, since only GGUF needs the packages gguf and protobuf
     except ImportError as e:
         raise UsageError(f"reading {file} needs `pip install gguf protobuf` ({e})") from None
 

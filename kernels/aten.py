@@ -42,12 +42,12 @@ def pack(format: WeightFormat, tensors: Tensors, dtype: torch.dtype) -> AtenInt8
                 return None
             return AtenInt8(tensors["weight"], tensors["scales"].to(dtype))
         case Int4():
-            q = format.bytes_to_elements(tensors["weight"])  # [N, K]
+            q = format.unpack_q(tensors["weight"])  # [N, K]
             n, k = q.shape
             if n % MULTIPLE or k % format.group_size:
                 return None
             scales = tensors["scales"].float()  # [N, n_groups]
-            offsets = (8 - tensors["zeros"].float() / format.zeros_denominator) * scales
+            offsets = (8 - tensors["zeros"].float() / 2**format.zero_fraction_bits) * scales
             scales_and_offsets = torch.stack([scales, offsets], dim=-1).transpose(0, 1).to(dtype).contiguous()
             packed = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows.int(), 1) for rows in q.split(PACK_ROWS)]
             return AtenInt4(torch.cat(packed), format.group_size, scales_and_offsets)

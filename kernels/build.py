@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 
 from kernels import schema  # noqa: F401  (defines the schemas of the operations in the library)
+from kernels.formats import FORMATS
 
 SOURCES = Path(__file__).parent / "csrc"
 CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
@@ -44,10 +46,20 @@ def library() -> ctypes.CDLL | None:
 
     The returned library has the functions that record.py calls to record and replay tapes (kernels/csrc/tape.h).
     """
+    check_formats((SOURCES / "weights.h").read_text())
     library = find_or_compile()
     if library is not None:
         os.register_at_fork(after_in_child=use_one_thread)
     return library
+
+
+def check_formats(weights_h: str):
+    """Raises ImportError unless Formats in csrc/weights.h has the order of kernels/formats/: FORMATS, since a format's
+    number is its position in both. FORMATS may have more at its end: formats without C++ kernels."""
+    ours = [format_class.__name__ for format_class in FORMATS]
+    theirs = re.findall(r"\w+", re.search(r"using Formats = FormatList<(.+?)>", weights_h, re.S)[1])
+    if theirs != ours[: len(theirs)]:
+        raise ImportError(f"kernels/csrc/weights.h: Formats lists {theirs}; kernels/formats/: FORMATS lists {ours}")
 
 
 def find_or_compile() -> ctypes.CDLL | None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kernels import aten, build
 from kernels.backend import CPU, TORCH, cpu_backend, triton_backend
-from kernels.formats import Dequantized, Tensors, WeightFormat
+from kernels.formats import Tensors, Unquantized, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
 from utils.machine import drop_pages, free_memory, use_huge_pages
 
@@ -109,7 +109,7 @@ def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmap
         quantized = matrix.tensors()
         matrix.set_tensor("weight", dequantize_rows(matrix.format, quantized, matrix.in_features, dtype))
         matrix.scales = matrix.zeros = None
-        matrix.format = Dequantized(matrix.format.name)
+        matrix.format = Unquantized(dequantized_from=matrix.format.name)
         for tensor in quantized.values() if is_mmapped else ():
             drop_pages(tensor)
 

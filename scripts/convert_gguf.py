@@ -28,8 +28,8 @@ from cli import common_args
 from cli.script import exit_with_error, run_script
 
 try:
+    from converters.convert_gguf import convert_gguf
     from converters.gguf_config import ARCHITECTURES
-    from converters.gguf_tensors import convert_gguf
 except ImportError as e:
     exit_with_error(f"this script needs `pip install gguf protobuf` ({e})")
 

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from cli import common_args
 from cli.script import run_script
-from converters.folder import convert_folder
+from converters.convert_folder import convert_folder
 
 
 def main():

@@ -18,7 +18,7 @@ import checkpoint
 import generate
 from cli.script import run_script
 from config import ModelConfig
-from converters.families import config_from_hf
+from converters.hf_config import config_from_hf
 from model import Transformer
 
 VOCAB_SIZE = 260  # the 256 bytes and

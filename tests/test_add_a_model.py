@@ -47,10 +47,14 @@ import pytest
 import torch
 
 import kernels
+import kernels.triton.linear  # its operations, which run in Triton's interpreter
 from kernels.formats.nf4 import NF4, VALUES
 from tests import tiny
 
 from scripts.benchmarking.speed import random_linear
+from scripts.kernel_checks.exact_results import use_triton
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_nf4_rounds_to_the_nearest():
@@ -67,21 +71,38 @@ def test_nf4_at_random():
     assert abs(w.mean()) < 0.05 * 600**-0.5 and w.std().item() == pytest.approx(600**-0.5, rel=0.1)
 
 
+def check_products(w, exact, x, weight_error, rounding_error):
+    """A sum of K products in float32, of weights with a relative error, and rounded to 32 or 16 bits."""
+    assert torch.equal(w.dequantized_weight(torch.float32), exact)
+    y, terms = x.double() @ exact.double().T, x.double().abs() @ exact.double().abs().T
+    bound = ((x.shape[-1] + 8) * 2**-24 + weight_error) * terms + rounding_error * y.abs() + 2**-25
+    assert ((kernels.fused_linear(x, w).double() - y).abs() <= bound).all()
+
+
 @pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nf4_on_a_cpu(dtype):
-    """A sum of K products in float32, of weights that AMX rounds to bfloat16, and rounded to dtype."""
+    """AMX rounds weights to bfloat16."""
     for n, k, n_tokens in [(48, 72, 1), (33, 200, 5), (48, 136, 33)]:
         w = random_linear((n, k), NF4(), torch.device("cpu"), dtype)
         exact = w.dequantized_weight(torch.float32)
         kernels.pack_weights([w], dtype)
-        assert w.backend == kernels.CPU and torch.equal(w.dequantized_weight(torch.float32), exact)
+        assert w.backend == kernels.CPU
         w.backend = kernels.CPU
-        x = torch.randn(n_tokens, k).to(dtype)
-        y, terms = x.double() @ exact.double().T, x.double().abs() @ exact.double().abs().T
         u = torch.finfo(dtype).eps / 2
-        bound = ((k + 8) * 2**-24 + (u if dtype == torch.bfloat16 else 0)) * terms + u * y.abs() + 2**-25
-        assert ((kernels.fused_linear(x, w).double() - y).abs() <= bound).all()
+        check_products(w, exact, torch.randn(n_tokens, k).to(dtype), u if dtype == torch.bfloat16 else 0, u)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nf4_on_a_gpu(dtype):
+    """Both factors of a product have the type of x. Truncating to bfloat16, as the interpreter does, doubles errors."""
+    for n, k, n_tokens in [(16, 64, 3), (48, 72, 1), (33, 200, 5)]:
+        w = random_linear((n, k), NF4(), torch.device("cpu"), dtype)
+        exact = w.dequantized_weight(torch.float32)
+        use_triton(w)
+        u = torch.finfo(dtype).eps / 2
+        error = 2 * u if dtype == torch.bfloat16 else u
+        check_products(w, exact, torch.randn(n_tokens, k).to(dtype), 0 if dtype == torch.float32 else error, error)
 '''
 EXAMPLES = {  # name -> diff, tests of ours, and which of the tree's tests also try it
     "top_n_sigma": (TOP_N_SIGMA_DIFF, TOP_N_SIGMA_TESTS, ["tests/test_sampling.py"]),

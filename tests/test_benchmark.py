@@ -17,7 +17,7 @@ import torch
 
 import kernels
 from checkpoint import Checkpoint
-from converters.families import config_from_hf
+from converters.hf_config import config_from_hf
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized
 from loading import load_model, quantized_tensor_names
 from model import empty_model

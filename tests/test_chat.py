@@ -11,7 +11,7 @@ import torch
 
 import generate
 from cli.script import run_script
-from converters.families import config_from_hf
+from converters.hf_config import config_from_hf
 from engine import generation
 from engine.chat import ContextFull, Conversation
 from engine.sampling import SamplingParams

@@ -14,7 +14,7 @@ import eval
 import generate
 import quantize
 from cli.script import run_script
-from converters.folder import convert_folder
+from converters.convert_folder import convert_folder
 from converters.resolve import resolve_checkpoint
 from llm import LLM
 from scripts import convert_hf_checkpoint

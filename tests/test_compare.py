@@ -13,10 +13,11 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
 from config import ModelConfig, RopeScaling
+from converters.canonical import CanonicalCheckpoint
+from converters.convert_gguf import rename_gguf_tensors
 from converters.gguf_config import find_architecture, read_gguf_config
 from converters.gguf_file import read_gguf
-from converters.gguf_tensors import rename_gguf_tensors
-from converters.model_tensors import SourceModel, convert
+from converters.write_model import write_model
 from kernels.formats import Unquantized
 from rope import rope_frequencies
 from scripts import compare_llama_cpp as compare
@@ -52,7 +53,7 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
     meta, stored = read_gguf(tmp_path / "BF16.gguf")
     back = read_gguf_config(meta, stored)
     renamed = rename_gguf_tensors(stored, back, torch.bfloat16, find_architecture(meta))
-    convert(tmp_path / "back.pth", SourceModel(back, *renamed))
+    write_model(tmp_path / "back.pth", CanonicalCheckpoint(back, *renamed))
     _, _, tensors = read_checkpoint(tmp_path / "back.pth")
     # A GGUF has the divisors of RoPE's frequencies, and not the rule that they come from.
     assert replace(back, rope_scaling=config.rope_scaling) == config

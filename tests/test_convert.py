@@ -17,7 +17,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from checkpoint import read_checkpoint
-from converters.families import MODEL_TYPES, config_from_hf
+from converters.families import MODEL_TYPES
+from converters.hf_config import config_from_hf
 from tests.tiny import FAMILIES, ROOT, SIZES, convert, make_hf, refused, same_logits
 from tests.tiny_gguf import in_meta_order
 from utils.errors import UsageError
@@ -184,7 +185,7 @@ def test_a_tensor_that_a_layer_lacks(family, theirs, reported, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     (name,) = (n for n in tensors if re.fullmatch(rf"\w+\.(layers|blocks)\.1\.{theirs}(\.weight)?", n))
     save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "model.safetensors")
-    refused(tmp_path, "no tensor model.layers.1." + (reported or "(self_attn|mlp|input|post)"))
+    refused(tmp_path, "no tensor model.layers.1." + (reported or "(self_attn|mlp|pre|post)"))
     for wrong in (torch.ones(()), torch.ones(7), torch.ones(2, 3), torch.ones(2, 3, 5, 7)):
         save_file(tensors | {name: wrong}, tmp_path / "model.safetensors")
         refused(tmp_path, "no tensor model.layers.1.|tensor model.layers.1.* is .*; the config makes it ")
@@ -350,7 +351,7 @@ def test_a_full_disk_leaves_the_old_model(llama):
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from converters.folder import convert_folder
+from converters.convert_folder import convert_folder
 
 def anonymous_megabytes():
     return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
@@ -442,12 +443,16 @@ def test_tinyllamas(tmp_path):
 def test_the_bias_of_every_norm_is_needed(family, tmp_path):
     make_hf(family).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    for norm in ("layers.1.input_layernorm", "layers.0.post_attention_layernorm", "norm"):
-        name = f"model.{norm}.bias"
+    for theirs, canonical in [
+        ("layers.1.input_layernorm", "layers.1.pre_attention_norm"),
+        ("layers.0.post_attention_layernorm", "layers.0.pre_ffn_norm"),
+        ("norm", "norm"),
+    ]:
+        name, reported = f"model.{theirs}.bias", f"model.{canonical}.bias"
         save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "model.safetensors")
-        refused(tmp_path, f"^tensor {name} is missing$")
+        refused(tmp_path, f"^tensor {reported} is missing$")
         save_file(tensors | {name: torch.ones(7)}, tmp_path / "model.safetensors")
-        refused(tmp_path, rf"tensor {name} is \[7\]; the config makes it \[48\]")
+        refused(tmp_path, rf"tensor {reported} is \[7\]; the config makes it \[48\]")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers as hf
 
+from converters.convert_gguf import convert_gguf
 from converters.gguf_config import gguf_to_config_json
 from converters.gguf_file import read_gguf
-from converters.gguf_tensors import convert_gguf
 from tests.tiny import LINEAR, LLAMA3, ROOT, YARN, make_hf, same_logits
 from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
 from utils.errors import UsageError

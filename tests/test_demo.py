@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from converters.gguf_tensors import convert_gguf
+from converters.convert_gguf import convert_gguf
 from engine.generation import generate
 from engine.sampling import SamplingParams
 from engine.steps import build_steps

@@ -11,6 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from checkpoint import read_checkpoint
+from converters.convert_gguf import convert_gguf
 from converters.gguf_blocks import decode_mxfp4, decode_rows
 from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import (
@@ -25,8 +26,7 @@ from converters.gguf_quantized import (
     convert_groups,
     keeps_q,
 )
-from converters.gguf_tensors import convert_gguf
-from converters.model_tensors import TensorPlan
+from converters.write_model import StackedTensor
 from kernels.formats import MXFP4, GroupedInt8, Unquantized
 from loading import load_model
 from model import KVCache
@@ -126,7 +126,7 @@ def make_stack(name: str, **parts: tuple[str, int, int]) -> TargetWeight:
     shapes = [(Type[kind], gguf.quant_shape_to_byte_shape((n, k), Type[kind])) for kind, n, k in parts.values()]
     stored = [GGUFTensor(kind, np.broadcast_to(np.uint8(0), shape)) for kind, shape in shapes]
     shape = torch.Size([sum(part.shape()[0] for part in stored), stored[0].shape()[1]])
-    return TargetWeight(name, TensorPlan(shape, torch.bfloat16, []), stored)
+    return TargetWeight(name, StackedTensor(shape, torch.bfloat16, []), stored)
 
 
 def size_limit(stacks: list[TargetWeight]) -> float:
@@ -150,7 +150,7 @@ def test_which_weights_are_rounded_again():
         limit = size_limit(stacks)
         choose_formats(stacks, limit)
         assert 0.95 * limit < sum(stack.n_bytes[stack.format] for stack in stacks) <= limit
-        with_loss = [stack for stack in stacks if stack.loss(stack.format) > 0.1 * prod(stack.plan.shape)]
+        with_loss = [stack for stack in stacks if stack.loss(stack.format) > 0.1 * prod(stack.stacked.shape)]
         if default == "Q4_K":
             assert 0 < len(with_loss) <= 16 and all(stack.name.endswith("qkv_proj") for stack in with_loss)
         else:
@@ -184,7 +184,7 @@ def test_a_tied_head_keeps_its_bits(name):
     assert sum(stack.n_bytes[stack.format] for stack in [head, *layers]) <= limit
     assert head.format == head_format
     rounded = [stack for stack in layers if stack.format != INT4]
-    n_rounded, n_weights = (sum(prod(stack.plan.shape) for stack in some) for some in (rounded, layers))
+    n_rounded, n_weights = (sum(prod(stack.stacked.shape) for stack in some) for some in (rounded, layers))
     assert n_rounded <= most_rounded * n_weights
     assert all(stack.format == SMALLER_INT4 for stack in rounded)
 

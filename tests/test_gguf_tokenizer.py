@@ -15,7 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from checkpoint import read_checkpoint
-from converters.gguf_tensors import convert_gguf
+from converters.convert_gguf import convert_gguf
 from converters.gguf_tokenizer import SPLITS
 from tests.tiny import ROOT
 from tests.tiny_gguf import BPE, make_llama, write_gguf

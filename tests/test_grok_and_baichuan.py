@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import quantize
-from converters.families import config_from_hf
+from converters.hf_config import config_from_hf
 from engine.generation import generate
 from engine.sampling import SamplingParams
 from engine.steps import build_steps

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint import read_checkpoint
-from converters.hf_integers import unpack_words
+from converters.hf_quantized_integers import unpack_words
 from tests.quantized_folders import (
     CASES,
     IS_LINEAR,

@@ -11,7 +11,7 @@ import kernels
 from config import ACTIVATIONS
 from kernels import torch_ops
 from kernels.formats import MXFP4, Float8, Int4, Int8, Unquantized
-from kernels.formats.integers import GroupedFormat
+from kernels.formats.integers import AffineFormat
 from layers import ExpertsDown
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
@@ -85,7 +85,7 @@ def test_linear_of_many_tokens(format, dtype):
                 step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)
                 step += bounds.step_of(normed.nan_to_num(), quantized=False)
                 bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
-                if on_amx and isinstance(format, GroupedFormat):
+                if on_amx and isinstance(format, AffineFormat):
                     bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
                 ours = kernels.fused_linear(x, w, given_norm, residual)
                 total = y + residual.double()
@@ -216,7 +216,7 @@ def test_extremes(format):
         w = make_linear(32, 64, format, dtype)
         if isinstance(format, Int8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
-        elif isinstance(format, GroupedFormat):
+        elif isinstance(format, AffineFormat):
             w.weight[:8], w.weight[8:16], w.scales[16:20], w.zeros[20:24], w.zeros[24:28] = 255, 0, 0, 255, 0
         elif isinstance(format, Float8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = 448, -448, 0

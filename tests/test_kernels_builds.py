@@ -34,6 +34,14 @@ CASES = "one_thread and not 4-4-8 and not 2-1-256"
 VNNI_CASES = "one_thread and (test_linear[ or test_linear_of) and not unquantized and not fp8"
 
 
+def test_both_lists_of_formats_have_one_order():
+    weights_h = (kernels.build.SOURCES / "weights.h").read_text()
+    kernels.build.check_formats(weights_h)
+    for wrong in (weights_h.replace("Int8, Int4,", "Int4, Int8,"), weights_h.replace("MXFP4>", "MXFP4, NF4>")):
+        with pytest.raises(ImportError, match="weights.h: Formats lists .*; kernels/formats/: FORMATS lists"):
+            kernels.build.check_formats(wrong)
+
+
 @built
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v3 -mavxvnni", "x86-64"])
 def test_without_this_cpus_instructions(march):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint import read_checkpoint
-from converters.folder import convert_folder
+from converters.convert_folder import convert_folder
 from scripts import convert_hf_checkpoint
 from tests.tiny import FAMILIES, call, make_hf, refused, same_logits, write_tokenizer
 from text.tokenizer import load_tokenizer

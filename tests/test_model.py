@@ -6,7 +6,8 @@ import transformers as hf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from config import ModelConfig, MoEConfig
-from converters.families import MODEL_TYPES, config_from_hf
+from converters.families import MODEL_TYPES
+from converters.hf_config import config_from_hf
 from model import KVCache, empty_model
 from rope import rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES

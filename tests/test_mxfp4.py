@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from converters.hf_floats import mxfp4_weight
+from converters.hf_quantized_floats import mxfp4_weight
 from tests.quantized_folders import dequantized
 from tests.tiny import convert, make_hf, refused, same_logits
 

@@ -12,17 +12,24 @@ import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
 from kernels import formats
-from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, parse_format, parse_formats
+from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized, format_from_dict
 from kernels.formats.float_bits import E2M1_VALUES, round_mxfp4
-from kernels.formats.integers import GroupedFormat, split_groups
+from kernels.formats.integers import AffineFormat, split_groups
 from loading import load_model
 from model import KVCache
-from quantize import Int4HQQ
 from scripts.kernel_checks import exact_results
 from scripts.kernel_checks.exact_results import format_label
 from tests.tiny import ROOT, convert, write_folder
 from text.tokenizer import load_tokenizer
 from utils.errors import UsageError
+
+
+class Int4HQQ(Int4):
+    """Int4 as --mode int4-hqq rounds to it."""
+
+    def quantize_rows(self, w):
+        return quantize.hqq_quantize_rows(self, w)
+
 
 FORMATS = {
     "int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32), "fp8": Float8(),
@@ -34,7 +41,7 @@ IMPORTED = {  # which converters write, but quantize.py does not
     "int8.g64 float16": GroupedInt8(64, torch.float16),
 }
 EVERY = FORMATS | IMPORTED
-INTEGERS = {name: format for name, format in EVERY.items() if isinstance(format, Int8 | GroupedFormat)}
+INTEGERS = {name: format for name, format in EVERY.items() if isinstance(format, Int8 | AffineFormat)}
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 10
 FLOAT_ERROR = 1e-5  # of a few float32 operations, relative to their result
 
@@ -95,7 +102,7 @@ def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
     else:
         steps, zeros = (tensors[n].float().repeat_interleave(format.group_size, -1)[:, :k] for n in ("scales", "zeros"))
         q = torch.arange(256 if isinstance(format, GroupedInt8) else 16)
-        levels = (q - zeros[..., None] / format.zeros_denominator) * steps[..., None]  # [N, K, len(q)]
+        levels = (q - zeros[..., None] / 2**format.zero_fraction_bits) * steps[..., None]  # [N, K, len(q)]
     nearest = (levels - w[..., None]).abs().amin(-1)
     tolerance = FLOAT_ERROR * w.abs().amax(-1, keepdim=True)
     assert (error <= nearest + tolerance).all()
@@ -127,19 +134,19 @@ def test_every_format_is_tested():
     for tested in ([Unquantized(), *EVERY.values()], exact_results.CPU_FORMATS):
         assert {type(format) for format in tested} >= set(formats.FORMATS)
     assert [format_class.format_id for format_class in formats.FORMATS] == list(range(len(formats.FORMATS)))
-    assert quantize.QUANTIZE_MODES.keys() == {name.partition(".")[0] for name in FORMATS} | {"int4-gptq"}
+    assert quantize.QUANTIZERS.keys() == {name.partition(".")[0] for name in FORMATS} | {"int4-gptq"}
 
 
 @pytest.mark.parametrize("format", [Unquantized(), *FORMATS.values(), *IMPORTED.values()], ids=format_label)
 def test_a_header_names_its_format(format):
-    parsed = parse_format(format.quantization)
+    parsed = format_from_dict(format.quantization)
     assert parsed.quantization == format.quantization and parsed.name == format.name
-    assert parse_formats({"mode": "int8", "layers": {"a": format.quantization}}).of_layer("a") == parsed
+    assert QuantizationScheme.from_dict({"mode": "int8", "layers": {"a": format.quantization}}).of_layer("a") == parsed
 
 
 def test_a_mode_names_one_class():
     assert len({format_class.mode for format_class in formats.FORMATS}) == len(formats.FORMATS)
-    assert parse_format({"mode": "int8", "groupsize": 16}) == GroupedInt8(16)  # as earlier versions wrote it
+    assert format_from_dict({"mode": "int8", "groupsize": 16}) == GroupedInt8(16)  # as earlier versions wrote it
 
 
 @pytest.mark.parametrize(
@@ -156,7 +163,7 @@ def test_a_mode_names_one_class():
 )
 def test_a_header_that_names_none(quantization):
     with pytest.raises(UsageError, match="the checkpoint is quantized as .*, which this version does not read"):
-        parse_format(quantization)
+        format_from_dict(quantization)
 
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all of its values, and two NaN
@@ -178,7 +185,7 @@ def test_floats_are_rounded_to_the_nearest_the_format_has(format):
     else:
         values, steps = E4M3[~E4M3.isnan()], tensors["scales"]
         assert torch.equal(steps.max(1).values, w.abs().amax(1).div(448).clamp(min=2.0**-126))  # 448 is e4m3's largest
-    levels = steps.repeat_interleave(format.inputs_per_scale(96), 1)[..., None] * values  # [N, K, values]
+    levels = steps.repeat_interleave(format.effective_group_size(96), 1)[..., None] * values  # [N, K, values]
     nearest = (levels - w[..., None]).abs().amin(-1)
     assert (error <= nearest * (1 + FLOAT_ERROR) + 1e-37).all()
 
@@ -354,11 +361,20 @@ def test_formats_of_four_bits_take_inputs_in_eights_or_32s():
 
 
 def test_what_a_checkpoint_says_of_its_format_is_read():
-    for format in (Int8(), Int4(64), Float8(), Float8(128), MXFP4()):
-        assert parse_format(format.quantization) == format
+    """These are the words of files that exist, so they must not change."""
+    for format, quantization in [
+        (Int8(), {"mode": "int8"}),
+        (Int4(64), {"mode": "int4", "groupsize": 64}),
+        (Int4(64, torch.float16), {"mode": "int4", "groupsize": 64, "scale_dtype": "float16"}),
+        (GroupedInt8(16), {"mode": "int8-grouped", "groupsize": 16}),
+        (Float8(), {"mode": "fp8"}),
+        (Float8(128), {"mode": "fp8", "groupsize": 128}),
+        (MXFP4(), {"mode": "mxfp4"}),
+    ]:
+        assert format_from_dict(quantization) == format and format.quantization == quantization
     for wrong in ({"mode": "fp8", "groupsize": 48}, {"mode": "fp4"}, {"mode": "mxfp4", "groupsize": 64}):
         with pytest.raises(UsageError, match="which this version does not read"):
-            parse_format(wrong)
+            format_from_dict(wrong)
 
 
 def test_a_full_disk_leaves_the_old_file(folder, tmp_path):

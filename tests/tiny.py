@@ -11,8 +11,8 @@ import torch
 import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
-from converters.folder import convert_folder
-from kernels.formats import parse_formats
+from converters.convert_folder import convert_folder
+from kernels.formats import QuantizationScheme
 from loading import load_model
 from model import KVCache, empty_model
 from scripts.tiny_model import write_tokenizer
@@ -266,7 +266,7 @@ def give_input_orders(source: Path, target: Path):
     order. That is another model, but one like GPTQ's act-order makes."""
     config, quantization, tensors = read_checkpoint(source)
     generator = torch.Generator().manual_seed(0)
-    linears = dict(empty_model(config, parse_formats(quantization)).quantizable_linears())
+    linears = dict(empty_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears())
     names = [name for name, linear in linears.items() if linear.n_experts is None]
     for name in names:
         order = torch.randperm(linears[name].in_features, generator=generator)

@@ -31,7 +31,7 @@ from cli.ranks import process_group  # noqa: E402
 from engine import generation  # noqa: E402
 from engine.sampling import SamplingParams  # noqa: E402
 from engine.steps import build_steps  # noqa: E402
-from kernels.formats import parse_formats  # noqa: E402
+from kernels.formats import QuantizationScheme  # noqa: E402
 from model import KVCache, Transformer, empty_model  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)
@@ -225,7 +225,7 @@ def bytes_read(path: Path) -> dict:
     config, quantization, tensors = read_checkpoint(path)
     if "lm_head.weight" not in tensors:
         tensors |= {name.replace("embed_tokens", "lm_head"): t for name, t in tensors.items() if "embed_tokens" in name}
-    model = empty_model(config, parse_formats(quantization))
+    model = empty_model(config, QuantizationScheme.from_dict(quantization))
     shard_tensor = tp.shard(model, CPU)
     with BytesRead(tensors.values()) as read:
         parts = {name: shard_tensor(name, t) for name, t in tensors.items()}

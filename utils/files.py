@@ -1,4 +1,5 @@
-"""Reads text, JSON, and what torch.save wrote: a broken file raises UsageError. Replaces small files atomically."""
+"""Reads text, JSON, safetensors, and what torch.save wrote: a broken file raises UsageError. Replaces small files
+atomically."""
 
 import json
 import os
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from utils.errors import UsageError
@@ -64,6 +67,27 @@ def load_torch_file(path: Path, legacy: bool = False):
         if is_out_of_memory(e):
             raise
         raise UsageError(explain_load_error(path, e)) from None
+
+
+def load_torch_state_dict(file: Path) -> dict[str, Tensor]:
+    tensors = load_torch_file(file, legacy=True)
+    if not is_state_dict(tensors):
+        raise UsageError(f"{file} is not a table of tensors")
+    return tensors
+
+
+def load_safetensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise UsageError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}")
+    refuse_lfs_pointer(file)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise UsageError(f"{file} is truncated or not safetensors: {e}") from None
+    except ValueError as e:
+        if "UntypedStorage" in str(e):  # PyTorch makes this of about every second Ctrl-C or SIGTERM in load_file
+            raise KeyboardInterrupt from None
+        raise
 
 
 def refuse_lfs_pointer(path: Path):

@@ -33,17 +33,20 @@ The files, in the order in which to read them:
 
 from dataclasses import dataclass, field
 
-from kernels.formats.base import Dequantized, Tensors, Unquantized, WeightFormat
+from kernels.formats.base import Tensors, Unquantized, WeightFormat
 from kernels.formats.floats import MXFP4, Float8
 from kernels.formats.integers import GROUP_SIZES, GroupedInt8, Int4, Int8
 from utils.errors import UsageError
 
 __all__ = [
-    "Unquantized", "Dequantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat",
-    "QuantizationScheme", "Tensors", "FORMATS", "MODES", "GROUP_SIZES", "parse_formats", "parse_format",
+    "Unquantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationScheme", "Tensors",
+    "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
+# csrc/weights.h: Formats has the same order. kernels/build.py: check_formats makes sure
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
+for i, format_class in enumerate(FORMATS):
+    format_class.format_id = i
 MODES = {format_class.mode: format_class for format_class in FORMATS if format_class.is_cli_mode}  # by --mode
 
 
@@ -55,30 +58,30 @@ class QuantizationScheme:
     overrides: dict[str, WeightFormat] = field(default_factory=dict)  # by the layer's name
     act_order_layers: tuple[str, ...] = ()  # the layers with a tensor input_order
 
+    @classmethod
+    def from_dict(cls, quantization: dict | None) -> "QuantizationScheme":
+        """The formats that a checkpoint's "quantization" describes. It is the entry of the default format. In it,
+        "layers" has an entry for each layer with another format, and "act_order" lists layers. Raises UsageError."""
+        fields = quantization if isinstance(quantization, dict) else {}
+        overrides, act_order = fields.get("layers", {}), fields.get("act_order", [])
+        if not isinstance(overrides, dict):
+            raise UsageError(f"the checkpoint's quantized layers are {overrides!r}, which this version does not read")
+        if not isinstance(act_order, list) or not all(isinstance(name, str) for name in act_order):
+            raise UsageError(f"the checkpoint's act_order is {act_order!r}, not a list of layers; convert it again")
+        formats = {name: format_from_dict(value) for name, value in overrides.items()}
+        return cls(format_from_dict(quantization), formats, tuple(act_order))
+
     def of_layer(self, name: str) -> WeightFormat:
         return self.overrides.get(name, self.default)
 
 
-def parse_formats(quantization: dict | None) -> QuantizationScheme:
-    """The formats that a checkpoint's "quantization" describes. It is the entry of the default format. In it, "layers"
-    has an entry for each layer with another format, and "act_order" lists layers. Raises UsageError."""
-    fields = quantization if isinstance(quantization, dict) else {}
-    overrides, act_order = fields.get("layers", {}), fields.get("act_order", [])
-    if not isinstance(overrides, dict):
-        raise UsageError(f"the checkpoint's quantized layers are {overrides!r}, which this version does not read")
-    if not isinstance(act_order, list) or not all(isinstance(name, str) for name in act_order):
-        raise UsageError(f"the checkpoint's act_order is {act_order!r}, not a list of layers; convert it again")
-    formats = {name: parse_format(value) for name, value in overrides.items()}
-    return QuantizationScheme(parse_format(quantization), formats, tuple(act_order))
-
-
-def parse_format(quantization: dict | None) -> WeightFormat:
+def format_from_dict(quantization: dict | None) -> WeightFormat:
     """The format that one entry of "quantization" describes. Raises UsageError."""
     if quantization is None:
         return Unquantized()
     if isinstance(quantization, dict):
         for format_class in FORMATS:
-            format = format_class.parse(quantization)
+            format = format_class.from_dict(quantization)
             if format is not None:
                 return format
     raise UsageError(f"the checkpoint is quantized as {quantization!r}, which this version does not read")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,19 +14,22 @@ QUANTIZE_CHUNK = 2**18  # elements quantized at a time: their float32 copies fit
 
 
 class WeightFormat:
-    """The interface of a format, with defaults that suit most formats. A class, such as Int4, is a kind of format. An
-    object, such as Int4(group_size=32), is a format with its options. Four names of a format:
+    """How a weight is stored: the interface of the formats, with defaults that suit most of them.
 
-        class     format_id       2                                     in the C++ and Triton kernels
-                  mode            "int4"                                in --mode; None: not quantized
-        object    name            "int4.g32"                            in file names and in the output of --json
-                  quantization    {"mode": "int4", "groupsize": 32}     in model.pth; parse reads it
+    Int4 is a class, and Int4(group_size=32) an object that says everything about one weight. Wherever a format is
+    named, it is by one of these:
+
+        in the kernels              Int4.format_id    2
+        in --mode                   Int4.mode         "int4"
+        in file names and --json    its name          "int4.g32"
+        in model.pth                its quantization  {"mode": "int4", "groupsize": 32}, which from_dict reads
     """
 
-    format_id: int  # the position in FORMATS and in csrc/weights.h: Formats
-    mode: str | None = None
+    format_id: int  # the position in FORMATS, which sets it, and in csrc/weights.h: Formats
+    mode: str | None = None  # None: not quantized
     is_cli_mode = True  # whether --mode offers the class
-    group_size_options: tuple[int, ...] = ()  # values of --groupsize; empty if the class has no such option
+    has_group_size_option = False  # whether --groupsize chooses the group size
+    group_sizes: tuple[int, ...] = ()  # the group sizes that model.pth may have, unless there is only one
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
     elements_per_byte = 1  # of "weight"
     input_multiple = 1  # K must be a multiple of this number
@@ -49,12 +52,12 @@ class WeightFormat:
     @classmethod
     def from_options(cls, group_size: int) -> "WeightFormat":
         """The format that --mode with --groupsize names."""
-        return cls(group_size) if cls.group_size_options else cls()
+        return cls(group_size) if cls.has_group_size_option else cls()
 
     @classmethod
-    def parse(cls, quantization: dict) -> "WeightFormat | None":
-        """The inverse of quantization. None means that quantization describes no format of this class. This default is
-        for classes without options."""
+    def from_dict(cls, quantization: dict) -> "WeightFormat | None":
+        """The inverse of the property quantization. None means that the dict describes no format of this class. This
+        default is for classes without options."""
         matches = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
         return cls() if matches else None
 
@@ -83,10 +86,10 @@ class WeightFormat:
         projects that are stacked, such as q, k and v."""
         return self if self == other else None
 
-    def widen(self, tensors: Tensors, wider: "WeightFormat", in_features: int) -> Tensors:
-        """Converts tensors to wider, a format that common_format returns, without loss. This default makes groups
+    def to_common_format(self, tensors: Tensors, common: "WeightFormat", in_features: int) -> Tensors:
+        """Converts tensors to common, a format that common_format returns, without loss. This default makes groups
         shorter."""
-        sizes = self.inputs_per_scale(in_features), wider.inputs_per_scale(in_features)
+        sizes = self.effective_group_size(in_features), common.effective_group_size(in_features)
         if sizes[0] == sizes[1]:
             return tensors
         groups = {name: shard_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
@@ -104,8 +107,8 @@ class WeightFormat:
         """The format of a shard of length inputs. No group of the shard spans two groups of W."""
         return self if self.group_size is None else replace(self, group_size=math.gcd(length, self.group_size))
 
-    def inputs_per_scale(self, in_features: int) -> int:
-        """How many inputs of an output share a scale: group_size, or all."""
+    def effective_group_size(self, in_features: int) -> int:
+        """group_size, or in_features if all inputs of an output share a scale."""
         return self.group_size or in_features
 
     def pack_for_cpu(self, tensors: Tensors) -> Tensors:
@@ -127,14 +130,21 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class Unquantized(WeightFormat):
-    """Not quantized: a tensor of 16 or 32 bits."""
+    """A tensor of 16 or 32 bits.
 
-    format_id = 0
+    dequantized_from: the name of the checkpoint's format, if the weight was dequantized while loading, since that
+    format has no kernels on this device (kernels/packing.py: dequantize_weights)."""
+
+    dequantized_from: str | None = field(default=None, repr=False)
     is_cli_mode = False
     group_size = None
 
+    @property
+    def name(self):
+        return self.dequantized_from
+
     @classmethod
-    def parse(cls, quantization):
+    def from_dict(cls, quantization):
         return None  # model.pth has no entry for Unquantized
 
     def empty(self, shape, dtype, device):
@@ -159,18 +169,6 @@ class Unquantized(WeightFormat):
         return tensors["weight"]
 
 
-@dataclass(frozen=True)
-class Dequantized(Unquantized):
-    """A weight that was dequantized while loading, since its format has no kernels on this device
-    (kernels/packing.py: dequantize_weights)."""
-
-    original_name: str  # the name of the format in the checkpoint
-
-    @property
-    def name(self):
-        return self.original_name
-
-
 def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
     """Applies quantize_rows, which takes [rows, K], to w [..., N, K], a few rows at a time."""
     chunks = w.flatten(0, -2).split(max(1, QUANTIZE_CHUNK // w.shape[-1]))
@@ -193,13 +191,13 @@ def repeat_groups(t: Tensor, group_size: int, k: int) -> Tensor:
 # ---- Elements of 4 bits ---------------------------------------------------------------------------------------------
 
 
-def nibbles_to_bytes(q: Tensor) -> Tensor:
+def pack_nibbles(q: Tensor) -> Tensor:
     """Packs q [..., K] uint8 in 0..15 to [..., K / 2], as drawn in __init__.py."""
     low, high = q.unflatten(-1, (-1, 2, 4)).unbind(-2)
     return (low | high << 4).flatten(-2)
 
 
-def bytes_to_nibbles(weight: Tensor) -> Tensor:
+def unpack_nibbles(weight: Tensor) -> Tensor:
     """Unpacks [..., K / 2], as drawn in __init__.py, to q [..., K]."""
     return unpack_nibbles_planar(weight.unflatten(-1, (-1, 4))).flatten(-2)  # [..., K / 8, 4] -> [..., K / 8, 8]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.formats.base import Tensors, WeightFormat, bytes_to_nibbles, nibbles_to_bytes, repeat_groups
+from kernels.formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
 from kernels.formats.cpu_layouts import pair_rows, to_blocks
 from kernels.formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
 from kernels.formats.integers import GROUP_SIZES, split_groups
@@ -19,19 +19,19 @@ class Float8(WeightFormat):
     output share a scale. With None all inputs of an output share a scale."""
 
     group_size: int | None = None
-    format_id = 4
     mode = "fp8"
+    group_sizes = GROUP_SIZES
 
     @classmethod
-    def parse(cls, quantization):
+    def from_dict(cls, quantization):
         group_size = quantization.get("groupsize")
-        if quantization.get("mode") == cls.mode and group_size in (None, *GROUP_SIZES):
+        if quantization.get("mode") == cls.mode and group_size in (None, *cls.group_sizes):
             return cls(group_size)
         return None
 
     def empty(self, shape, dtype, device):
         *outputs, k = shape
-        n_groups = math.ceil(k / self.inputs_per_scale(k))
+        n_groups = math.ceil(k / self.effective_group_size(k))
         return {
             "weight": torch.empty(shape, dtype=torch.float8_e4m3fn, device=device),
             "scales": torch.empty((*outputs, n_groups), dtype=torch.float32, device=device),
@@ -39,7 +39,7 @@ class Float8(WeightFormat):
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         k = w.shape[-1]
-        groups = split_groups(w.float(), self.inputs_per_scale(k))
+        groups = split_groups(w.float(), self.effective_group_size(k))
         scales = (groups.abs().amax(-1) / FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
         q = (groups / scales[..., None]).flatten(-2)[:, :k]
         return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
@@ -47,7 +47,7 @@ class Float8(WeightFormat):
     def dequantize(self, tensors, dtype):
         q = tensors["weight"].float()
         k = q.shape[-1]
-        return (q * repeat_groups(tensors["scales"], self.inputs_per_scale(k), k)).to(dtype)
+        return (q * repeat_groups(tensors["scales"], self.effective_group_size(k), k)).to(dtype)
 
     def fill_randomly(self, tensors, std):
         tensors["weight"].view(torch.uint8).random_(0, 256).bitwise_and_(0xF7)  # no NaN; standard deviation 68.5
@@ -72,7 +72,6 @@ class MXFP4(WeightFormat):
     scale is a power of two, stored as an exponent (OCP Microscaling Formats, version 1.0)."""
 
     group_size: int = 32  # smaller in a shard that cuts through a group
-    format_id = 5
     mode = name = "mxfp4"
     quantization = {"mode": mode}  # without a group size, which is always 32
     elements_per_byte = 2
@@ -88,10 +87,10 @@ class MXFP4(WeightFormat):
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         q, scales = round_mxfp4(split_groups(w.float(), self.group_size))
-        return {"weight": nibbles_to_bytes(q.flatten(-2)[:, : w.shape[-1]]), "scales": scales}
+        return {"weight": pack_nibbles(q.flatten(-2)[:, : w.shape[-1]]), "scales": scales}
 
     def dequantize(self, tensors, dtype):
-        q = bytes_to_nibbles(tensors["weight"])
+        q = unpack_nibbles(tensors["weight"])
         scales = repeat_groups(tensors["scales"], self.group_size, q.shape[-1])
         return decode_mxfp4(q, scales).to(dtype)
 
@@ -104,5 +103,5 @@ class MXFP4(WeightFormat):
         tensors["scales"].bernoulli_((relative_variance - 1) / 3).add_(exponent + E8M0_BIAS)
 
     def pack_for_triton(self, tensors):
-        tiles = pack_tiles(bytes_to_nibbles(tensors["weight"]))
+        tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
         return {"weight": tiles, "scales": by_column(tensors["scales"])}

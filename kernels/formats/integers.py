@@ -7,12 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.formats.base import Tensors, WeightFormat, bytes_to_nibbles, nibbles_to_bytes, repeat_groups
+from kernels.formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
 from kernels.formats.cpu_layouts import to_blocks
 from kernels.formats.triton_layouts import pack_scales, pack_tiles
 
-GROUP_SIZES = (32, 64, 128, 256)  # that Int4 and Float8 may have
-INT8_GROUP_SIZES = (16, *GROUP_SIZES)  # that GroupedInt8 may have
+GROUP_SIZES = (32, 64, 128, 256)  # of Int4 and Float8; GroupedInt8 may have 16, too
 SCALE_DTYPES = ("bfloat16", "float16")  # that Int4 and GroupedInt8 may have
 
 
@@ -20,12 +19,11 @@ SCALE_DTYPES = ("bfloat16", "float16")  # that Int4 and GroupedInt8 may have
 class Int8(WeightFormat):
     """Symmetric, with one scale for each output. quantize.py makes q from -127 to 127."""
 
-    format_id = 1
     mode = "int8"
     group_size = None
 
     @classmethod
-    def parse(cls, quantization):
+    def from_dict(cls, quantization):
         matches = quantization.get("mode") == cls.mode and not quantization.keys() & {"groupsize", "scale_dtype"}
         return cls() if matches else None
 
@@ -58,23 +56,22 @@ class Int8(WeightFormat):
 
 
 @dataclass(frozen=True)
-class GroupedFormat(WeightFormat):
-    """What Int4 and GroupedInt8 have in common. Asymmetric, q >= 0. Every group_size inputs of an output share a scale
-    and a zero point. The last group may be shorter."""
+class AffineFormat(WeightFormat):
+    """What Int4 and GroupedInt8 have in common: w = (q - zero) * scale, with q >= 0. Every group_size inputs of an
+    output share a scale and a zero point. The last group may be shorter."""
 
     group_size: int
     scale_dtype: torch.dtype = torch.bfloat16
 
     mode: ClassVar[str]
-    group_sizes: ClassVar[tuple[int, ...]]  # valid values of "groupsize" in model.pth
-    zeros_denominator: ClassVar[int]  # the zero point is zeros / zeros_denominator, where zeros is the stored tensor
+    zero_fraction_bits: ClassVar[int]  # zeros are fixed-point numbers: the zero point is zeros / 2^zero_fraction_bits
 
     @property
     def quantization(self):
         return super().quantization | ({"scale_dtype": "float16"} if self.scale_dtype == torch.float16 else {})
 
     @classmethod
-    def parse(cls, quantization):
+    def from_dict(cls, quantization):
         group_size, scale_dtype = quantization.get("groupsize"), quantization.get("scale_dtype", "bfloat16")
         matches = quantization.get("mode") == cls.mode and group_size in cls.group_sizes
         return cls(group_size, getattr(torch, scale_dtype)) if matches and scale_dtype in SCALE_DTYPES else None
@@ -88,40 +85,40 @@ class GroupedFormat(WeightFormat):
             "zeros": torch.empty((*outputs, n_groups), dtype=torch.uint8, device=device),
         }
 
-    def elements_to_bytes(self, q: Tensor) -> Tensor:
+    def pack_q(self, q: Tensor) -> Tensor:
         """Packs q [..., N, K] uint8 to the tensor "weight"."""
         return q.contiguous()
 
-    def bytes_to_elements(self, weight: Tensor) -> Tensor:
+    def unpack_q(self, weight: Tensor) -> Tensor:
         """Unpacks the tensor "weight" to q [..., N, K] uint8."""
         return weight
 
     def dequantize(self, tensors, dtype):
-        q = self.bytes_to_elements(tensors["weight"])
+        q = self.unpack_q(tensors["weight"])
         scales, zeros = (
             repeat_groups(t, self.group_size, q.shape[-1])
-            for t in (tensors["scales"].float(), tensors["zeros"].float() / self.zeros_denominator)
+            for t in (tensors["scales"].float(), tensors["zeros"].float() / 2**self.zero_fraction_bits)
         )
         return ((q - zeros) * scales).to(dtype)
 
     def common_format(self, other):
-        """Two GroupedFormats with one scale_dtype have a common format. Zero points of other projects are integers, so
+        """Two AffineFormats with one scale_dtype have a common format. Zero points of other projects are integers, so
         GroupedInt8 can hold Int4."""
-        if not isinstance(other, GroupedFormat) or other.scale_dtype != self.scale_dtype:
+        if not isinstance(other, AffineFormat) or other.scale_dtype != self.scale_dtype:
             return None
         format_class = type(self) if type(self) is type(other) else GroupedInt8
         return format_class(math.gcd(self.group_size, other.group_size), self.scale_dtype)
 
 
-class Int4(GroupedFormat):
+class Int4(AffineFormat):
     """q from 0 to 15. A zero point is a multiple of 1/16."""
 
-    format_id = 2
     mode = "int4"
-    group_sizes = group_size_options = GROUP_SIZES
+    has_group_size_option = True
+    group_sizes = GROUP_SIZES
     input_multiple = shard_multiple = 8
     elements_per_byte = 2
-    zeros_denominator = 16
+    zero_fraction_bits = 4
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
@@ -131,7 +128,7 @@ class Int4(GroupedFormat):
     def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
         """The tensors for groups [N, n_groups, group_size] of rows of k elements. The last group may have padding."""
         q = round_int4(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
-        weight = self.elements_to_bytes(q.to(torch.uint8).flatten(-2)[:, :k])
+        weight = self.pack_q(q.to(torch.uint8).flatten(-2)[:, :k])
         return {"weight": weight, "scales": scales, "zeros": zeros}
 
     def fill_randomly(self, tensors, std):
@@ -140,40 +137,39 @@ class Int4(GroupedFormat):
         tensors["zeros"].random_(100, 141)  # about 16 * 7.5, and 7.5 is the mean of q
 
     def pack_for_triton(self, tensors):
-        tiles = pack_tiles(bytes_to_nibbles(tensors["weight"]))
+        tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
-    def widen(self, tensors, wider, in_features):
-        if isinstance(wider, GroupedInt8):
-            q, zeros = self.bytes_to_elements(tensors["weight"]), tensors["zeros"] // self.zeros_denominator
+    def to_common_format(self, tensors, common, in_features):
+        if isinstance(common, GroupedInt8):
+            q, zeros = self.unpack_q(tensors["weight"]), tensors["zeros"] >> self.zero_fraction_bits
             tensors = tensors | {"weight": q, "zeros": zeros}
-        return super().widen(tensors, wider, in_features)
+        return super().to_common_format(tensors, common, in_features)
 
-    def elements_to_bytes(self, q):
-        return nibbles_to_bytes(q)
+    def pack_q(self, q):
+        return pack_nibbles(q)
 
-    def bytes_to_elements(self, weight):
-        return bytes_to_nibbles(weight)
+    def unpack_q(self, weight):
+        return unpack_nibbles(weight)
 
 
-class GroupedInt8(GroupedFormat):
+class GroupedInt8(AffineFormat):
     """q from 0 to 255. A zero point is an integer from 0 to 255."""
 
-    format_id = 3
     mode = "int8-grouped"
     is_cli_mode = False
-    group_sizes = INT8_GROUP_SIZES
-    zeros_denominator = 1
+    group_sizes = (16, *GROUP_SIZES)
+    zero_fraction_bits = 0
 
     @property
     def name(self):
         return f"int8.g{self.group_size}"
 
     @classmethod
-    def parse(cls, quantization):
+    def from_dict(cls, quantization):
         if quantization.get("mode") == "int8":  # earlier versions wrote "int8" with a "groupsize"
             quantization = quantization | {"mode": cls.mode}
-        return super().parse(quantization)
+        return super().from_dict(quantization)
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
@@ -182,7 +178,7 @@ class GroupedInt8(GroupedFormat):
         zeros = zeros.round().clamp(0, 255)
         q = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 255)
         return {
-            "weight": self.elements_to_bytes(q.to(torch.uint8).flatten(-2)[:, : w.shape[-1]]),
+            "weight": self.pack_q(q.to(torch.uint8).flatten(-2)[:, : w.shape[-1]]),
             "scales": scales,
             "zeros": zeros.to(torch.uint8),
         }
@@ -231,9 +227,9 @@ def round_int4(w: Tensor, scale: Tensor | float, zero: Tensor) -> Tensor:
 
 def encode_zeros(zero: Tensor) -> Tensor:
     """Converts zero points to the stored numbers of int4: 16 * zero, rounded, uint8."""
-    return (zero * 16).round().clamp(0, 255).to(torch.uint8)
+    return (zero * 2**Int4.zero_fraction_bits).round().clamp(0, 255).to(torch.uint8)
 
 
 def decode_zeros(zeros: Tensor) -> Tensor:
     """The inverse of encode_zeros, float32."""
-    return zeros.float() / 16
+    return zeros.float() / 2**Int4.zero_fraction_bits

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint
 from config import ModelConfig
-from converters.model_tensors import source_shapes
+from converters.write_model import part_shapes
 from kernels.formats import Int4, Int8, Tensors
 from quantize import linear_weights, quantize_each, write_quantized
 from rope import rope_frequencies
@@ -135,14 +135,14 @@ def write_gguf(source: Path, target: Path):
 def gguf_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Yields a checkpoint's tensors with the names and the order of rows of a GGUF of the architecture "llama". A GGUF
     has the rows of q and k in the order of Meta's RoPE: rows i and i + D/2 are neighbours."""
-    from converters.gguf_tensors import GGUF_TO_CANONICAL
+    from converters.convert_gguf import GGUF_TO_CANONICAL
 
     gguf_names = {hf_name: gguf_name for gguf_name, hf_name in GGUF_TO_CANONICAL.items()}
     for name, tensor in tensors.items():
-        shapes = source_shapes(name, tensor.shape, config)
+        shapes = part_shapes(name, tensor.shape, config)
         parts = tensor.split([n_rows for n_rows, *_ in shapes.values()])
-        for source, part in zip(shapes, parts, strict=True):
-            layer, module, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", source).groups()
+        for part_name, part in zip(shapes, parts, strict=True):
+            layer, module, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", part_name).groups()
             if module in ("self_attn.q_proj", "self_attn.k_proj"):
                 halves = part.unflatten(0, (-1, 2, config.head_dim // 2))  # [heads, 2, D/2, ...]
                 part = halves.transpose(1, 2).reshape(part.shape)

@@ -25,7 +25,7 @@ from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.resolve import resolve_checkpoint
 from model import empty_model
-from quantize import QUANTIZE_MODES
+from quantize import QUANTIZERS
 from scripts import tables
 from utils.errors import UsageError
 from utils.machine import pick_device, read_bandwidth
@@ -38,11 +38,11 @@ ROUNDS = 5
 # Perplexity is measured with prefill, which does not round activations. A decode step on a CPU rounds activations to 8
 # bits, except with fp8.
 UNQUANTIZED = "16 bits"
-WITHOUT_GROUP_SIZE = [mode for mode, format_class in QUANTIZE_MODES.items() if not format_class.group_size_options]
+WITHOUT_GROUP_SIZE = [mode for mode, (format_class, _) in QUANTIZERS.items() if not format_class.has_group_size_option]
 QUANTIZE_FLAGS = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in WITHOUT_GROUP_SIZE}
 QUANTIZE_FLAGS |= {
     f"{mode} g{size}": ["--mode", mode, "--groupsize", size]
-    for mode in QUANTIZE_MODES
+    for mode in QUANTIZERS
     if mode not in WITHOUT_GROUP_SIZE
     for size in (32, 64, 128)
 }

@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 
 from checkpoint import read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
-from converters.families import config_from_hf
+from converters.hf_config import config_from_hf
 from engine.generation import generate
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler

@@ -46,7 +46,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     weights = make_weights(n, k, format, device)
     x = torch.randn(1, MMA_TOKENS, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_info(x.device).tuned  # where choose_tiles looks first
-    group_size = format.inputs_per_scale(k)
+    group_size = format.effective_group_size(k)
     key = table_key(format.format_id, n, k, gated, group_size)
     tuned.pop(key, None)
     guess = choose_tiles(x, format.format_id, n, gated, group_size)

@@ -36,7 +36,7 @@ def magnitudes(w) -> Tensor:
     ones = {"weight": w.weight, "scales": w.scales.abs(), "zeros": torch.zeros_like(w.zeros)}
     zeros = w.zeros.double().repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
     wide = w.scales.abs().double().repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
-    return w.format.dequantize(ones, torch.float64) + zeros / w.format.zeros_denominator * wide
+    return w.format.dequantize(ones, torch.float64) + zeros / 2**w.format.zero_fraction_bits * wide
 
 
 def product_error(x: Tensor, magnitude: Tensor, y: Tensor, dtype: torch.dtype, step: float = 0.0) -> Tensor:

@@ -7,40 +7,43 @@ holds one of karpathy's tinyllamas.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from config import ModelConfig
-from converters.families import config_from_hf, find_family
-from converters.hf_files import read_folder
+from converters.canonical import CanonicalCheckpoint, StateDict
+from converters.hf_config import config_from_hf, find_family
 from converters.hf_quantized import collect_quantized, read_quantization
 from converters.hf_tensors import to_canonical_layout, with_norm_biases
 from converters.lora import Adapter, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
-from converters.model_tensors import Announcement, SourceModel, SourceTensors, write_folder
-from converters.sources import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, record_sources
+from converters.source_files import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, record_sources
+from converters.write_model import Announcement, write_folder
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from utils.errors import UsageError
-from utils.files import read_json
+from utils.files import load_safetensors, load_torch_state_dict, read_json
+
+AUTO_GPTQ_FILE = "gptq_model-*.safetensors"  # early versions put bits and group size into the name
 
 
 def convert_folder(folder: Path, lora: Path | None = None, announce: Announcement | None = None) -> Path:
     """Writes model.pth into folder, and returns the path. If weights are quantized, the file's name says how.
 
-    lora: a folder with an adapter, into which the merged model.pth is written. announce: see convert."""
+    lora: a folder with an adapter, into which the merged model.pth is written. announce: see write_model."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     target = folder if lora is None else lora
     sources = describe_sources([*find_weights(target), *find_files(target, SETTINGS)])
-    model = read_model(folder) if lora is None else merge_folders(folder, lora)
-    path = write_folder(target, model, announce)
-    if model.note:
-        print(model.note, file=sys.stderr)
+    checkpoint = read_folder(folder) if lora is None else merge_folders(folder, lora)
+    path = write_folder(target, checkpoint, announce)
+    if checkpoint.note:
+        print(checkpoint.note, file=sys.stderr)
     record_sources(target, sources, path)
     return path
 
 
-def read_model(folder: Path) -> SourceModel:
+def read_folder(folder: Path) -> CanonicalCheckpoint:
     if (folder / "config.json").is_file():
         return read_hf(folder)
     if (folder / PARAMS).is_file():
@@ -56,7 +59,7 @@ def how_to_merge(lora: Path) -> str:
     return f"merge it with `scripts/convert_hf_checkpoint.py --checkpoint_dir (the folder of {base}) --lora {lora}`"
 
 
-def read_hf(folder: Path, adapter: Adapter | None = None) -> SourceModel:
+def read_hf(folder: Path, adapter: Adapter | None = None) -> CanonicalCheckpoint:
     """Reads a folder in Hugging Face's format, and merges adapter, if given, into the weights."""
     hf_config = read_json(folder / "config.json")
     if adapter is not None:
@@ -64,7 +67,7 @@ def read_hf(folder: Path, adapter: Adapter | None = None) -> SourceModel:
     config, note = read_config(folder, hf_config)
     tensors, family = read_tensors(folder, hf_config, config), find_family(hf_config)
     read = to_canonical_layout(tensors, config, family, adapter)
-    return SourceModel(with_norm_biases(config) if family.norm_bias else config, tensors, read, note=note)
+    return CanonicalCheckpoint(with_norm_biases(config) if family.norm_bias else config, tensors, read, note=note)
 
 
 def read_config(folder: Path, hf_config: dict) -> tuple[ModelConfig, str]:
@@ -81,27 +84,27 @@ def read_config(folder: Path, hf_config: dict) -> tuple[ModelConfig, str]:
     return replace(config, bos_id=bos_id, eos_ids=tuple(i for i in config.eos_ids if i in known)), note
 
 
-def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> SourceTensors:
+def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> StateDict:
     """Returns all tensors of the folder, memory-mapped, with a LazyWeight for each quantized weight. hf_config:
     the contents of config.json."""
-    tensors = read_folder(folder)
+    tensors = read_state_dict(folder)
     quantization = read_quantization(folder, hf_config, tensors)
     if quantization is not None:
         collect_quantized(tensors, quantization, config)
     return tensors
 
 
-def merge_folders(folder: Path, lora: Path) -> SourceModel:
+def merge_folders(folder: Path, lora: Path) -> CanonicalCheckpoint:
     """Reads the model in folder, and merges the adapter in lora into it."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: --lora needs a model in Hugging Face's format")
     if lora.resolve() == folder.resolve():
         raise UsageError("put the adapter into a folder of its own: model.pth goes there, and the base has one, too")
-    model = read_hf(folder, read_adapter(lora))
+    checkpoint = read_hf(folder, read_adapter(lora))
     if not any((lora / name).is_file() for name in TOKENIZERS):
         missing = [name for name in TOKENIZER_FILES if (folder / name).is_file() and not (lora / name).exists()]
-        model.tokenizer_files = {name: (folder / name).read_bytes() for name in missing}
-    return model
+        checkpoint.tokenizer_files = {name: (folder / name).read_bytes() for name in missing}
+    return checkpoint
 
 
 def check_not_quantized(folder: Path, hf_config: dict):
@@ -111,3 +114,44 @@ def check_not_quantized(folder: Path, hf_config: dict):
     if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
         what = f"{folder} is quantized (config.json: quantization_config), and an adapter cannot be merged into that"
         raise UsageError(f"{what}: give the model that it was made from")
+
+
+# ---- Hugging Face's weights: safetensors or pytorch_model.bin, in one file or many ----------------------------------
+
+
+def read_state_dict(folder: Path) -> StateDict:
+    """Returns all tensors of a folder, memory-mapped."""
+    for load, whole in ((load_safetensors, "model.safetensors"), (load_torch_state_dict, "pytorch_model.bin")):
+        index = folder / f"{whole}.index.json"
+        if (folder / whole).is_file():
+            return load(folder / whole)
+        if index.is_file():
+            return read_shards(read_index(index), index, load)
+    older = list(folder.glob(AUTO_GPTQ_FILE))
+    if len(older) == 1:
+        return load_safetensors(older[0])
+    raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
+
+
+def read_shards(file_of: dict[str, str], index: Path, load: Callable[[Path], StateDict]) -> StateDict:
+    """Returns the tensors of all files of an index. If two files have a tensor, file_of decides."""
+    tensors = {}
+    for file in sorted(set(file_of.values())):
+        for name, tensor in load(index.parent / file).items():
+            if name in tensors and name not in file_of:
+                raise UsageError(f"{file} and another file both have the tensor {name}, which {index} does not name")
+            if name not in tensors or file_of[name] == file:
+                tensors[name] = tensor
+    return tensors
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Returns the index's weight_map: the file of each tensor."""
+    content = read_json(index)
+    file_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        raise UsageError(f"{index} has no weight_map of file names")
+    for file in file_of.values():
+        if Path(file).name != file:
+            raise UsageError(f"{index} names {file!r}, which is not a file of the folder itself")
+    return file_of

@@ -1,7 +1,7 @@
-"""Converts Llama 3's tokenizer.model, a file of the tiktoken library, to tokenizer.json.
+"""Converts the tokenizer of Meta's folders, for meta.py. Llama 3's tokenizer.model, a file of the tiktoken library,
+becomes a tokenizer.json. That of Llama 1 and 2, a file of sentencepiece, stays as it is.
 
-    ranks = read_tiktoken(Path("checkpoints/Llama3.2-1B/tokenizer.model"))
-    files = make_tokenizer_files(ranks, special_tokens(256, is_llama30=False))    # name -> content
+    config, files = read_meta_tokenizer(folder, config)    # with the tokenizer's bos and end tokens; name -> content
 
 Every line of tokenizer.model is a token, in base64, and the token's rank. The rank is also the id. tiktoken splits a
 text into words with a regular expression. A word that is a token stays whole. Of any other word, tiktoken takes the
@@ -12,14 +12,16 @@ merges in place of the ranks.
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
+from config import ModelConfig
 from converters.gguf_tokenizer import LLAMA3_WORDS
 from text.tokenizer import byte_level_alphabet
-from text.tokenizer_files import TIKTOKEN_LINE
+from text.tokenizer_files import TIKTOKEN_LINE, read_tokenizer_model
 from utils.errors import UsageError
 
 # The names of special tokens. "" stands for a reserved token.
@@ -35,6 +37,27 @@ LLAMA3_TEMPLATE = """
 {{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"""
+
+
+def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, bytes]]:
+    """Returns (the config with the tokenizer's bos and end tokens, the files to write). tokenizer.model is in the
+    model's folder, or in the folder above, as in Meta's downloads."""
+    here, above = folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"
+    path = here if here.is_file() else above
+    if not path.is_file():
+        return config, {}
+    if not is_tiktoken(path):
+        library = read_tokenizer_model(path)
+        files = {} if path == here else {path.name: path.read_bytes()}
+        bos_id, eos_id = library.bos_id(), library.eos_id()  # -1 means none
+        return replace(config, bos_id=bos_id if bos_id >= 0 else None, eos_ids=(eos_id,) if eos_id >= 0 else ()), files
+    ranks = read_tiktoken(path)
+    n = len(ranks)
+    special = special_tokens(config.vocab_size - n, is_llama30=config.rope_scaling is None)
+    ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    eos_ids = tuple(n + i for i, token in enumerate(special) if token in ends)
+    has_files = (folder / "tokenizer.json").is_file()
+    return replace(config, bos_id=n, eos_ids=eos_ids), {} if has_files else make_tokenizer_files(ranks, special)
 
 
 def is_tiktoken(path: Path) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
+from converters.canonical import CanonicalCheckpoint, StateDict, TensorReader
 from converters.families import FAMILIES
 from converters.gguf_config import (
     LONG_FACTORS,
@@ -25,16 +26,16 @@ from converters.gguf_file import GGUFTensor, read_gguf
 from converters.gguf_quantized import GGUFQuantizer
 from converters.gguf_tokenizer import make_tokenizer_files
 from converters.hf_tensors import kv_starts, reorder_heads, rope_row_order
-from converters.model_tensors import Announcement, SourceModel, SourceTensors, TensorReader, plan_tensors, write_folder
-from converters.sources import describe_sources, find_gguf_parts, record_sources
+from converters.source_files import describe_sources, find_gguf_parts, record_sources
+from converters.write_model import Announcement, plan_stacks, write_folder
 from text.tokenizer_files import TOKENIZER_FILES
 from utils.errors import UsageError, convert_type_errors
 
-GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (model_tensors.py)
+GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (canonical.py)
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
-    "attn_norm": "input_layernorm",
+    "attn_norm": "pre_attention_norm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -43,7 +44,7 @@ GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (model_te
     "attn_k_norm": "self_attn.k_norm",
     "attn_sinks": "self_attn",
     "post_attention_norm": "post_attention_norm",
-    "ffn_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_ffn_norm",
     "post_ffw_norm": "post_ffn_norm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -64,7 +65,7 @@ def convert_gguf(
     """Writes model.pth, with weights in dtype, and the tokenizer's files to folder. Returns the path of model.pth.
 
     keep: whether quantized weights stay quantized. Then the file's name says how, and a report is printed.
-    announce: see convert."""
+    announce: see write_model."""
     if file.is_dir():
         raise UsageError(f"{file} is a folder; give a .gguf file")
     if not file.is_file():
@@ -78,10 +79,10 @@ def convert_gguf(
         kept = keep_quantized(stored, config, tensors, architecture) if keep else None
         tokenizer = make_tokenizer_files(metadata)
     files = dict.fromkeys(TOKENIZER_FILES) | tokenizer
-    model = SourceModel(config, tensors, read, files)
+    checkpoint = CanonicalCheckpoint(config, tensors, read, files)
     if kept is not None:
-        model.tensors, model.read = tensors | kept.weights, kept.reader(read)
-    path = write_folder(folder, model, announce)
+        checkpoint.tensors, checkpoint.read = tensors | kept.weights, kept.reader(read)
+    path = write_folder(folder, checkpoint, announce)
     if kept is not None:
         print(*kept.report(), sep="\n")
     record_sources(folder, sources, path)
@@ -93,19 +94,19 @@ def convert_gguf(
 
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
-) -> tuple[SourceTensors, TensorReader]:
-    """Returns the tensors and the read function of a SourceModel. The tensors are on the meta device. The function
-    returns a tensor with its rows in our order. Gemma's norms need no change, since a GGUF holds 1 + w already."""
-    sources = split_gguf_tensors(stored, config, architecture)
-    tensors = {name: torch.empty(source.shape(), dtype=dtype, device="meta") for name, source in sources.items()}
+) -> tuple[StateDict, TensorReader]:
+    """Returns the tensors and the read function of a CanonicalCheckpoint. The tensors are on the meta device. The
+    function returns a tensor with its rows in our order. Gemma's norms need no change, since a GGUF holds 1 + w."""
+    renamed = split_gguf_tensors(stored, config, architecture)
+    tensors = {name: torch.empty(tensor.shape(), dtype=dtype, device="meta") for name, tensor in renamed.items()}
     row_order = gguf_rope_row_order(config, architecture)
 
     def read(name: str) -> Tensor:
-        source = sources[name]
+        packed = renamed[name]
         try:
-            values = gguf.dequantize(source.data, source.type)
+            values = gguf.dequantize(packed.data, packed.type)
         except NotImplementedError:
-            raise UsageError(f"{name} is {source.type.name}, which the gguf package cannot dequantize") from None
+            raise UsageError(f"{name} is {packed.type.name}, which the gguf package cannot dequantize") from None
         tensor = torch.from_numpy(np.require(values, requirements="W"))  # writable, or PyTorch warns
         return reorder_heads(name, tensor, row_order)
 
@@ -113,11 +114,11 @@ def rename_gguf_tensors(
 
 
 def keep_quantized(
-    stored: dict[str, GGUFTensor], config: ModelConfig, tensors: SourceTensors, architecture: Architecture
+    stored: dict[str, GGUFTensor], config: ModelConfig, tensors: StateDict, architecture: Architecture
 ) -> GGUFQuantizer:
     """Returns the weights that stay quantized. tensors: the tensors that rename_gguf_tensors returns."""
-    sources = split_gguf_tensors(stored, config, architecture)
-    return GGUFQuantizer(plan_tensors(config, tensors), sources, gguf_rope_row_order(config, architecture))
+    renamed = split_gguf_tensors(stored, config, architecture)
+    return GGUFQuantizer(plan_stacks(config, tensors), renamed, gguf_rope_row_order(config, architecture))
 
 
 def gguf_rope_row_order(config: ModelConfig, architecture: Architecture) -> Tensor | None:
@@ -129,11 +130,11 @@ def split_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
     """Returns the GGUF's tensors by canonical names."""
-    sources: dict[str, GGUFTensor] = {}
+    renamed: dict[str, GGUFTensor] = {}
     for name, tensor in stored.items():
         if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
-            sources |= split_tensor(name, tensor, config, architecture)
-    return sources
+            renamed |= split_tensor(name, tensor, config, architecture)
+    return renamed
 
 
 def split_tensor(
@@ -154,9 +155,9 @@ def split_tensor(
         raise UsageError(f"the GGUF's tensor {name} has no place in this model")
     prefix = "" if layer is None else f"model.layers.{layer}."
     suffix = "sinks" if module == "attn_sinks" else kind
-    sources = {}
+    renamed = {}
     for canonical_module, rows in parts:
         experts = rows if "{e}" in canonical_module else [rows]
         for e, data in enumerate(experts):
-            sources[f"{prefix}{canonical_module.format(e=e)}.{suffix}"] = GGUFTensor(tensor.type, data)
-    return sources
+            renamed[f"{prefix}{canonical_module.format(e=e)}.{suffix}"] = GGUFTensor(tensor.type, data)
+    return renamed

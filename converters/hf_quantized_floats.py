@@ -15,16 +15,16 @@ import re
 import torch
 from torch import Tensor
 
-from converters.quantized_weight import LazyWeight, SourceLayer, check_finite_scales, stored_group_size
+from converters.quantized_weight import LazyWeight, QuantizedLayer, check_finite_scales, stored_group_size
 from kernels.formats import MXFP4, Float8, Tensors
-from kernels.formats.base import nibbles_to_bytes, shard_groups, unpack_nibbles_interleaved
+from kernels.formats.base import pack_nibbles, shard_groups, unpack_nibbles_interleaved
 from utils.errors import UsageError
 
 E4M3_NAN = 0x7F  # without the sign bit
 E8M0_NAN = 0xFF
 
 
-def float8_weight(layer: SourceLayer, block_shape: list[int] | None) -> LazyWeight:
+def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> LazyWeight:
     """Reads a weight of FP8. block_shape: how many outputs and inputs share a scale. None: a scale for each output, or
     one scale for the whole weight."""
     weight = layer.take("weight", (torch.float8_e4m3fn,), 2)
@@ -43,7 +43,7 @@ def float8_weight(layer: SourceLayer, block_shape: list[int] | None) -> LazyWeig
         if (weight.view(torch.uint8) & E4M3_NAN == E4M3_NAN).any():
             raise UsageError(f"tensor {layer.name}.weight holds numbers that are not finite")
         by_row = scales.float().repeat_interleave(n_rows, 0)[:n]
-        return {"weight": weight, "scales": shard_groups(by_row, 0, k, n_columns, format.inputs_per_scale(k))}
+        return {"weight": weight, "scales": shard_groups(by_row, 0, k, n_columns, format.effective_group_size(k))}
 
     return LazyWeight(format, weight.shape, read)
 
@@ -82,6 +82,6 @@ def mxfp4_weight(name: str, blocks: Tensor, scales: Tensor) -> LazyWeight:
 
     def read() -> Tensors:
         check_finite_scales(f"{name}_scales", scales != E8M0_NAN)
-        return {"weight": nibbles_to_bytes(unpack_nibbles_interleaved(blocks.flatten(-2))), "scales": scales}
+        return {"weight": pack_nibbles(unpack_nibbles_interleaved(blocks.flatten(-2))), "scales": scales}
 
     return LazyWeight(MXFP4(), torch.Size([len(blocks), blocks.shape[1] * 32]), read)

@@ -25,10 +25,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from converters.quantized_weight import LazyWeight, SourceLayer, stored_group_size
+from converters.quantized_weight import LazyWeight, QuantizedLayer, stored_group_size
 from kernels.formats import GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import shard_groups, unpack_nibbles_interleaved
-from kernels.formats.integers import GroupedFormat
+from kernels.formats.integers import AffineFormat
 from utils.errors import UsageError
 
 GPTQ_VERSIONS = ("gptq", "gptq_v2")  # by the names in config.json's checkpoint_format
@@ -74,15 +74,15 @@ class UnpackedWeight:
         signed = (self.read_q() ^ self.middle).view(torch.int8)
         return {"weight": signed, "scales": self.scales[:, 0].float()}
 
-    def read_groups(self, format: GroupedFormat) -> Tensors:
+    def read_groups(self, format: AffineFormat) -> Tensors:
         q, k = self.read_q(), self.shape[1]
         if self.input_order is not None:
             q = q[:, self.input_order]
         # Scales keep their dtype here, so that a weight that becomes dense is rounded only once
-        tensors = {"scales": self.scales, "zeros": self.read_zeros() * format.zeros_denominator}
+        tensors = {"scales": self.scales, "zeros": self.read_zeros() << format.zero_fraction_bits}
         sizes = min(self.group_size, k), format.group_size
         groups = {name: shard_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
-        return {"weight": format.elements_to_bytes(q)} | groups
+        return {"weight": format.pack_q(q)} | groups
 
 
 def stored_dtype(scales: Tensor) -> torch.dtype:
@@ -110,7 +110,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return by_byte if bits == 8 else unpack_nibbles_interleaved(by_byte)
 
 
-def infer_bits(layer: SourceLayer, n_words: int, n_values: int) -> int:
+def infer_bits(layer: QuantizedLayer, n_words: int, n_values: int) -> int:
     """Returns how many bits a value has, 4 or 8, where n_words hold n_values."""
     for bits in (4, 8):
         if math.ceil(n_values * bits / 32) == n_words:
@@ -127,7 +127,7 @@ def to_integer(field: str, value) -> int | None:
     return value
 
 
-def check_group_size(layer: SourceLayer, stated: int | None, k: int, n_groups: int) -> int:
+def check_group_size(layer: QuantizedLayer, stated: int | None, k: int, n_groups: int) -> int:
     """Returns the group size that config.json states, and checks that it fits n_groups. -1 and None mean that all k
     inputs are one group."""
     stated = to_integer("group_size", stated)
@@ -138,7 +138,7 @@ def check_group_size(layer: SourceLayer, stated: int | None, k: int, n_groups: i
 
 
 def read_input_order(
-    layer: SourceLayer, kind: str, k: int, group_size: int, n_groups: int, is_required: bool
+    layer: QuantizedLayer, kind: str, k: int, group_size: int, n_groups: int, is_required: bool
 ) -> Tensor | None:
     """Returns the order of the inputs in which every group is contiguous, or None if groups are contiguous already.
 
@@ -167,7 +167,7 @@ def read_input_order(
 # ---- GPTQ and AWQ ---------------------------------------------------------------------------------------------------
 
 
-def gptq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
+def gptq_weight(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
     """Reads a weight of GPTQ. quantization: config.json's quantization_config."""
     quantization = quantization | find_dynamic(layer, quantization.get("dynamic") or {})
     qweight, qzeros, scales = take_qweight(layer)
@@ -194,7 +194,7 @@ def gptq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
     return weight.to_weight(may_be_int8=quantization.get("sym") is not False)
 
 
-def find_dynamic(layer: SourceLayer, dynamic: dict) -> dict:
+def find_dynamic(layer: QuantizedLayer, dynamic: dict) -> dict:
     """Returns what "dynamic" states for a layer in place of quantization_config's fields. The keys of dynamic are
     regular expressions, after "+:" or nothing; the first that matches counts. "-:" means layers that are not
     quantized."""
@@ -215,7 +215,7 @@ def unpack_zeros(qzeros: Tensor, bits: int, version: str) -> Tensor:
     return unpack_words(qzeros, bits)
 
 
-def find_version(layer: SourceLayer, qweight: Tensor, qzeros: Tensor, bits: int, n: int, quantization: dict) -> str:
+def find_version(layer: QuantizedLayer, qweight: Tensor, qzeros: Tensor, bits: int, n: int, quantization: dict) -> str:
     """Returns the version of a layer's zero points: "gptq" (version 1) or "gptq_v2". The values tell it if they can.
     Else config.json does, and version 1 is the default.
 
@@ -256,7 +256,7 @@ def infer_version(qweight: Tensor, qzeros: Tensor, n: int) -> str | None:
     return best if means[best] < 0.25 and means[other] > 0.75 else None
 
 
-def awq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
+def awq_weight(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
     """Reads a weight of AWQ. quantization: config.json's quantization_config."""
     qweight, qzeros, scales = take_qweight(layer)
     (k, n_words), (n_groups, n) = qweight.shape, scales.shape
@@ -276,7 +276,7 @@ def awq_weight(layer: SourceLayer, quantization: dict) -> LazyWeight:
     return weight.to_weight()  # GPTQModel states sym true beside zero_point true, so sym means nothing in AWQ
 
 
-def take_qweight(layer: SourceLayer) -> tuple[Tensor, Tensor, Tensor]:
+def take_qweight(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
     qweight, qzeros = layer.take("qweight", (torch.int32,), 2), layer.take("qzeros", (torch.int32,), 2)
     return qweight, qzeros, layer.take_scales("scales", 2)
 
@@ -284,7 +284,7 @@ def take_qweight(layer: SourceLayer) -> tuple[Tensor, Tensor, Tensor]:
 # ---- compressed-tensors ---------------------------------------------------------------------------------------------
 
 
-def packed_weight(layer: SourceLayer, stated: dict) -> LazyWeight:
+def packed_weight(layer: QuantizedLayer, stated: dict) -> LazyWeight:
     """Reads a weight of pack-quantized. stated: the weight's scheme in config.json."""
     packed = layer.take("weight_packed", (torch.int32,), 2)
     shape = layer.take("weight_shape", (torch.int32, torch.int64), 1).tolist()
@@ -295,7 +295,7 @@ def packed_weight(layer: SourceLayer, stated: dict) -> LazyWeight:
     return compressed_weight(layer, stated, bits, torch.Size([n, k]), lambda: unpack_words(packed, bits)[:, :k])
 
 
-def int8_weight(layer: SourceLayer, stated: dict) -> LazyWeight:
+def int8_weight(layer: QuantizedLayer, stated: dict) -> LazyWeight:
     """Reads a weight of int-quantized. stated: the weight's scheme in config.json."""
     weight = layer.take("weight", (torch.int8,), 2)
     bits = 4 if to_integer("num_bits", stated.get("num_bits")) == 4 else 8
@@ -304,7 +304,7 @@ def int8_weight(layer: SourceLayer, stated: dict) -> LazyWeight:
 
 
 def compressed_weight(
-    layer: SourceLayer, stated: dict, bits: int, shape: torch.Size, read_q: Callable[[], Tensor]
+    layer: QuantizedLayer, stated: dict, bits: int, shape: torch.Size, read_q: Callable[[], Tensor]
 ) -> LazyWeight:
     n, k = shape
     layer.expect("num_bits", bits, to_integer("num_bits", stated.get("num_bits")))
@@ -324,7 +324,7 @@ def compressed_weight(
     return weight.to_weight(may_be_int8=stated.get("symmetric") is not False)
 
 
-def take_zeros(layer: SourceLayer, bits: int, n: int, n_groups: int) -> Callable[[], Tensor]:
+def take_zeros(layer: QuantizedLayer, bits: int, n: int, n_groups: int) -> Callable[[], Tensor]:
     """Takes compressed-tensors' zero points, if there are any. Returns a function that returns them unsigned, [N,
     n_groups] uint8."""
     kind = "weight_zero_point"
@@ -340,7 +340,7 @@ def take_zeros(layer: SourceLayer, bits: int, n: int, n_groups: int) -> Callable
     return lambda: unpack_words(zeros.T, bits)[:, :n].T
 
 
-def signed_to_unsigned(layer: SourceLayer, kind: str, numbers: Tensor, bits: int) -> Tensor:
+def signed_to_unsigned(layer: QuantizedLayer, kind: str, numbers: Tensor, bits: int) -> Tensor:
     """Returns numbers of this many bits, stored as int8 in the tensor called kind, with the middle as their zero."""
     middle = 1 << (bits - 1)
     if bits == 4 and ((numbers < -middle) | (numbers >= middle)).any():

@@ -1,11 +1,37 @@
-"""Reads fields of config.json that only one family has. families.py: FAMILIES lists these functions.
+"""Reads fields of config.json that only one family has, or a few. families.py: FAMILIES lists these functions.
 
 A function for Family.read_overrides has the family's name, and returns fields of ModelConfig.
 """
 
-from config import ACTIVATIONS
-from converters.hf_config import HF_NEUTRAL_VALUES, full_attention_every, layer_numbers, read_flag, required
+from config import ACTIVATIONS, MAX_MODULES
 from utils.errors import UsageError
+
+SILU_NAMES = ("silu", "swish")
+
+# ---- Reading one field ----------------------------------------------------------------------------------------------
+
+
+def required(hf_config: dict, *names: str):
+    """Returns the value of a field that config.json must have. names: the names that the field may have. The first name
+    that config.json has counts."""
+    for name in names:
+        if hf_config.get(name) is not None:
+            return hf_config[name]
+    raise UsageError(f"config.json: {' or '.join(names)} is missing")
+
+
+def read_flag(hf_config: dict, name: str) -> bool:
+    value = hf_config.get(name)
+    if not isinstance(value, bool | None):
+        raise UsageError(f"config.json: {name} must be true or false, not {value!r}")
+    return bool(value)
+
+
+def layer_numbers(hf_config: dict) -> range:
+    """Returns the numbers of the layers, from 0, at most MAX_MODULES. So a senseless num_hidden_layers does not fill
+    the memory before ModelConfig refuses it."""
+    return range(min(required(hf_config, "num_hidden_layers"), MAX_MODULES))
+
 
 # ---- read_overrides: fields of ModelConfig that come from config.json -----------------------------------------------
 
@@ -120,7 +146,28 @@ def dbrx(hf_config: dict) -> dict:
     return {"norm_eps": 1e-5, "clip_qkv": hf_config["clip_qkv"] or 0.0}
 
 
-# ---- default_layer_types and rename_fields --------------------------------------------------------------------------
+# ---- default_layer_types --------------------------------------------------------------------------------------------
+
+
+def all_sliding(hf_config: dict) -> list[str]:
+    return ["sliding_attention" for _ in layer_numbers(hf_config)]
+
+
+def sliding_from_max_window_layers(hf_config: dict) -> list[str]:
+    """Returns a window for all layers but the first max_window_layers."""
+    first = hf_config["max_window_layers"]
+    return ["sliding_attention" if i >= first else "full_attention" for i in layer_numbers(hf_config)]
+
+
+def sliding_below_max_window_layers(hf_config: dict) -> list[str]:
+    """Returns a window for the even layers below max_window_layers: layers 0, 2 and so on."""
+    end = hf_config["max_window_layers"]
+    return ["full_attention" if i % 2 or i >= end else "sliding_attention" for i in layer_numbers(hf_config)]
+
+
+def full_attention_every(n: int, hf_config: dict) -> list[str]:
+    """Returns a window for all layers but every n-th."""
+    return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf_config)]
 
 
 def gemma3_layer_types(hf_config: dict) -> list[str]:
@@ -132,6 +179,9 @@ def smollm3_layer_types(hf_config: dict) -> list[str]:
     if not read_flag(hf_config, "use_sliding_window"):
         return full_attention_every(1, hf_config)
     return ["full_attention" if has_rope else "sliding_attention" for has_rope in smollm3(hf_config)["layer_has_rope"]]
+
+
+# ---- rename_fields --------------------------------------------------------------------------------------------------
 
 
 def rename_phi3(hf_config: dict) -> dict:
@@ -158,7 +208,7 @@ def rename_dbrx(hf_config: dict) -> dict:
     if rope.get("rope_theta", 10000.0) == 10000.0 and "rope_theta" in attention:  # transformers 5 writes this default
         rope = rope | {"rope_theta": attention["rope_theta"]}
     activation = ffn.get("ffn_act_fn") or {}
-    if activation.get("name", "silu") not in HF_NEUTRAL_VALUES["hidden_act"]:
+    if activation.get("name", "silu") not in SILU_NAMES:
         raise UsageError(f"config.json: ffn_act_fn = {activation!r} is not supported")
     p = ffn.get("moe_normalize_expert_weights", 1)  # the weights of a token's experts are divided by their p-norm
     if p not in (None, 1):

@@ -1,0 +1,61 @@
+"""What all readers make, and write_model.py takes: a CanonicalCheckpoint, whose tensors have canonical names.
+
+The tensors of every format and family get these names:
+
+    Hugging Face's for Llama      for all but the norms of a layer
+    Hugging Face's for Qwen       q_norm, k_norm, gate, experts, shared_expert_gate
+    Hugging Face's for gpt-oss    sinks
+    our own                       pre_attention_norm, post_attention_norm, pre_ffn_norm, post_ffn_norm; since in Llama
+                                  post_attention_layernorm means pre_ffn_norm, and in Gemma post_attention_norm
+
+The layout of a canonical tensor is that of Hugging Face's Llama: a linear layer's weight is [outputs, inputs], and RoPE
+rotates elements i and i + head_dim / 2 of a head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from config import ModelConfig
+from converters.quantized_weight import LazyWeight
+
+# Our module in model.pth -> the canonical modules whose weights are concatenated along dim 0 to our weight
+CANONICAL_PARTS = {
+    "embed_tokens": ["model.embed_tokens"],
+    "norm": ["model.norm"],
+    "lm_head": ["lm_head"],
+    # In a layer, without the prefixes: "layers.3." of our names, "model.layers.3." of canonical names
+    "pre_attention_norm": ["pre_attention_norm"],
+    "attention": ["self_attn"],  # the sinks
+    "attention.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.o_proj": ["self_attn.o_proj"],
+    "attention.q_norm": ["self_attn.q_norm"],
+    "attention.k_norm": ["self_attn.k_norm"],
+    "post_attention_norm": ["post_attention_norm"],
+    "pre_ffn_norm": ["pre_ffn_norm"],
+    "post_ffn_norm": ["post_ffn_norm"],
+    "feed_forward.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],  # without a gate, up_proj alone
+    "feed_forward.down_proj": ["mlp.down_proj"],
+}
+# The same for a mixture of experts. Our tensor stacks all experts; {e} is an expert's number.
+MOE_CANONICAL_PARTS = CANONICAL_PARTS | {
+    "feed_forward.router": ["mlp.gate"],
+    "feed_forward.gate_up_proj": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
+    "feed_forward.down_proj": ["mlp.experts.{e}.down_proj"],
+}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+StateDict = dict[str, Tensor | LazyWeight]  # by Hugging Face's names or, after renaming, by canonical names
+TensorReader = Callable[[str], Tensor | LazyWeight]  # canonical name of a tensor -> the tensor with its data
+
+
+@dataclass
+class CanonicalCheckpoint:
+    """A checkpoint of any format, ready to be written as model.pth."""
+
+    config: ModelConfig
+    tensors: StateDict  # by canonical names, perhaps on the meta device: only shapes and dtypes count
+    read: TensorReader
+    tokenizer_files: dict[str, bytes | None] = field(default_factory=dict)  # name -> contents; None: remove the file
+    note: str = ""  # to print when model.pth is written
