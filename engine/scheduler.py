@@ -33,6 +33,7 @@ import collectives
 from engine.request import Request, check_length, find_finish_reason
 from engine.sampling import process_logits, sample
 from engine.steps import ModelRunner, check_sampled_ids, make_kv_cache, prefill_logits
+from engine.token_history import TokenHistory
 from kernels.backend import TORCH, Backend
 from kernels.record import call_with_tape_threads
 from model import Transformer
@@ -78,9 +79,11 @@ class Scheduler:
         self.model, self.n_slots, self.max_seq_len = model, n_slots, max_seq_len
         self.eos_ids = set(model.config.eos_ids) if eos_ids is None else eos_ids
         self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
+        self.position_tables = model.make_position_tables(self.kv_cache)
+        self.history = TokenHistory(n_slots, max_seq_len, self.kv_cache.device)
         # Without kernels the step would use torch.compile, which compiles anew for every number of running sequences.
         compile = compile and model.can_record(n_slots, 1)
-        self.decode_step = ModelRunner(model, self.kv_cache, return_logits, compile)
+        self.decode_step = ModelRunner(model, self.kv_cache, self.position_tables, return_logits, compile)
         self.waiting: deque[Request] = deque()
         self.running: list[RunningSequence | None] = []  # running[slot]; None: the slot is free
         # cached_ids[slot]: the tokens whose keys and values are in the slot. The ids stay after the sequence has ended,
@@ -131,7 +134,8 @@ class Scheduler:
         n_cached = self.copy_shared_prefix(request.prompt_ids, slot)
         tokens = torch.tensor([request.prompt_ids[n_cached:]], device=self.kv_cache.device)
         start_pos = torch.tensor([n_cached], device=self.kv_cache.device)
-        logits = prefill_logits(self.model, tokens, start_pos, self.kv_cache.narrow_batch(slot, 1))
+        kv_cache = self.kv_cache.narrow_batch(slot, 1)
+        logits = prefill_logits(self.model, tokens, start_pos, kv_cache, self.position_tables)
         self.cached_ids[slot] = list(request.prompt_ids)
         self.running[slot] = RunningSequence(request, torch.Generator().manual_seed(request.seed))
         return self.sample_next(range(slot, slot + 1), logits, tokens, start_pos)
@@ -151,11 +155,11 @@ class Scheduler:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]. Frees the
         slots of sequences that end."""
         sequences = self.running[slots.start : slots.stop]
-        kv_cache = self.kv_cache.narrow_batch(slots.start, len(slots))
+        history = self.history.narrow_batch(slots.start, len(slots))
         samplings = [sequence.request.sampling for sequence in sequences]
         # Even if no option needs the ids now: a later request that has such an option may copy this slot's prefix.
-        kv_cache.store_tokens(tokens, start_pos)
-        scores = process_logits(logits, tokens, start_pos, kv_cache, samplings)
+        history.store(tokens, start_pos)
+        scores = process_logits(logits, tokens, start_pos, history, samplings)
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         check_sampled_ids(ids)
         new_tokens = []
@@ -177,9 +181,15 @@ class Scheduler:
         n = max(shared)
         source = slot if shared[slot] == n else shared.index(n)
         if source != slot:
-            self.kv_cache.copy_sequence(source, slot, n)
+            self.copy_slot(source, slot, n)
         self.cached_ids[slot] = prompt_ids[:n]
         return n
+
+    def copy_slot(self, source: int, target: int, n: int):
+        """Copies the first n tokens of slot source to slot target."""
+        self.kv_cache.copy_sequence(source, target, n)
+        self.history.copy_sequence(source, target, n)
+        self.cached_ids[target] = self.cached_ids[source][:n]
 
     def compact(self):
         """Moves the last sequences into free slots before them, until no gap is left. A slot that a sequence has left
@@ -189,8 +199,8 @@ class Scheduler:
             if sequence is None:
                 continue
             source, target = len(self.running), self.running.index(None)
-            self.kv_cache.copy_sequence(source, target, len(self.cached_ids[source]))
-            self.running[target], self.cached_ids[target] = sequence, list(self.cached_ids[source])
+            self.copy_slot(source, target, len(self.cached_ids[source]))
+            self.running[target] = sequence
 
 
 def build_scheduler(

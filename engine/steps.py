@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 import collectives
 from engine.sampling import SamplingParams, process_logits, sample
+from engine.token_history import TokenHistory
+from kernels.arguments import PositionTables
 from kernels.build import find_compiler
 from kernels.record import call_with_tape_threads, record
 from model import KVCache, Transformer
@@ -45,10 +47,13 @@ NextTokenFunction = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, T], start_
 
 
 class GenerationSteps(NamedTuple):
-    """The two functions that generation.py: generate calls."""
+    """The two functions that generation.py: generate calls, and what further steps with the same KV cache share with
+    them (speculate.py)."""
 
     prefill: NextTokenFunction  # any T
     decode: NextTokenFunction  # T = 1
+    position_tables: list[PositionTables]
+    history: TokenHistory
 
 
 def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
@@ -66,20 +71,23 @@ def build_steps(
     """Returns the steps of plain generation with model and kv_cache. compile and compile_prefill are the options of
     generate.py."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
+    position_tables = model.make_position_tables(kv_cache)
+    history = TokenHistory(kv_cache.batch_size, kv_cache.max_seq_len, kv_cache.device)
 
     def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """Logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
         if sampling.depends_on_text:
-            kv_cache.store_tokens(tokens, start_pos)
-        logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
+            history.store(tokens, start_pos)
+        logits = process_logits(logits, tokens, start_pos, history, [sampling])
         return collectives.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     @torch.inference_mode()
     def prefill(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        logits = prefill_logits(model, tokens, start_pos, kv_cache, compiled_model)
+        logits = prefill_logits(model, tokens, start_pos, kv_cache, position_tables, compiled_model)
         return sampler(logits, tokens, start_pos)
 
-    return GenerationSteps(prefill, ModelRunner(model, kv_cache, sampler, compile))
+    decode = ModelRunner(model, kv_cache, position_tables, sampler, compile)
+    return GenerationSteps(prefill, decode, position_tables, history)
 
 
 def check_sampled_ids(ids: list[int]):
@@ -92,22 +100,26 @@ def check_sampled_ids(ids: list[int]):
 
 
 def prefill_logits(
-    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
+    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, position_tables: list[PositionTables],
+    compiled_model: Transformer | None = None,
 ) -> Tensor:
     """Returns the logits [B, 1, V] after the last of tokens [B, T]. The arguments are those of chunked_prefill."""
-    for hidden in chunked_prefill(model, tokens, start_pos, kv_cache, compiled_model):
+    for hidden in chunked_prefill(model, tokens, start_pos, kv_cache, position_tables, compiled_model):
         last_hidden = hidden[:, -1:]
     return model.compute_logits(last_hidden)
 
 
-def fill_kv_cache(model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache):
+def fill_kv_cache(
+    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, position_tables: list[PositionTables]
+):
     """Writes the keys and values of tokens [B, T] to kv_cache. Computes no logits."""
-    for _ in chunked_prefill(model, tokens, start_pos, kv_cache):
+    for _ in chunked_prefill(model, tokens, start_pos, kv_cache, position_tables):
         pass
 
 
 def chunked_prefill(
-    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
+    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, position_tables: list[PositionTables],
+    compiled_model: Transformer | None = None,
 ) -> Iterator[Tensor]:
     """Runs the blocks on tokens [B, T], one chunk after the other. Yields the hidden states of each chunk:
     [B, chunk, dim]. Attention gets only the used part of the cache. No decode step runs between two chunks.
@@ -124,8 +136,8 @@ def chunked_prefill(
             compiled_model is not None and chunk.numel() >= MIN_COMPILED_TOKENS and not model.can_record(*chunk.shape)
         )
         chunk_model = compiled_model if use_compiled else model
-        used_length = n_cached + offset + chunk.shape[1]
-        yield chunk_model.compute_hidden(chunk, start_pos + offset, kv_cache.narrow_length(used_length))
+        used_cache = kv_cache.narrow_length(n_cached + offset + chunk.shape[1])
+        yield chunk_model.compute_hidden(chunk, start_pos + offset, used_cache, position_tables)
 
 
 # ---- Decoding and verification --------------------------------------------------------------------------------------
@@ -154,8 +166,11 @@ class ModelRunner:
     The next call may overwrite the result and the logits that sampler gets, since both may be static buffers of a
     recording. Clone what must last."""
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool = False):
-        self.step = step = ModelStep(model, kv_cache, sampler)
+    def __init__(
+        self, model: Transformer, kv_cache: KVCache, position_tables: list[PositionTables], sampler: Callable,
+        compile: bool = False,
+    ):
+        self.step = step = ModelStep(model, kv_cache, position_tables, sampler)
         self.sampler, self.compile, self.device = sampler, compile, model.device
         self.can_record = step.can_record
         # The first call of each records. Of a runner's three, only one or two are ever called.
@@ -191,8 +206,10 @@ class ModelStep:
     that it records, so both in one object would be a reference cycle. A cycle would keep an unused KV cache in memory
     until Python's next garbage collection."""
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
-        self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
+    def __init__(
+        self, model: Transformer, kv_cache: KVCache, position_tables: list[PositionTables], sampler: Callable
+    ):
+        self.model, self.kv_cache, self.position_tables, self.sampler = model, kv_cache, position_tables, sampler
         self.can_record = cache(model.can_record)  # model.can_record goes through all modules
 
     def eager(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
@@ -203,11 +220,12 @@ class ModelStep:
         if not self.can_record(*tokens.shape):
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             kv_cache = kv_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
-        return self.model(tokens, start_pos, kv_cache)
+        return self.model(tokens, start_pos, kv_cache, self.position_tables)
 
     def compiled(self, tokens: Tensor, start_pos: Tensor, *sampler_inputs: Tensor):
         model, head = self.compiled_pieces
-        hidden = model.compute_hidden(tokens, start_pos, self.kv_cache.narrow_batch(0, len(tokens)))
+        kv_cache = self.kv_cache.narrow_batch(0, len(tokens))
+        hidden = model.compute_hidden(tokens, start_pos, kv_cache, self.position_tables)
         return head(hidden, tokens, start_pos, *sampler_inputs)
 
     @cached_property

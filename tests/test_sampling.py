@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from engine.generation import build_decode_loop
@@ -11,6 +13,7 @@ from engine.sampling import SamplingParams, probabilities, sample
 from engine.scheduler import Scheduler
 from engine.speculate import PromptLookup, build_speculative_decoder
 from engine.steps import build_steps, make_kv_cache
+from engine.token_history import TokenHistory
 from utils.errors import UsageError
 
 
@@ -104,15 +107,43 @@ def test_repetition_penalty_equals_transformers(pair):
     steps_of_lookup = list(lookup(ids, 0, n))
     assert [i for (tokens,) in steps_of_lookup for i in tokens] == expected
 
-    scheduler = Scheduler(ours, 3, 64, eos_ids=set())
-    plain, penalized = Request(ids, n), Request(ids, n, sampling)
-    for request in (plain, penalized, Request(ids[:7], 3, sampling)):
-        scheduler.submit(request)
-    found = {plain: [], penalized: []}
-    while scheduler.has_work():
-        for new in scheduler.step():
-            found.setdefault(new.request, []).append(new.token)
-    assert found[penalized] == expected and found[plain] != expected
+    plain, penalized, short = Request(ids, n), Request(ids, n, sampling), Request(ids[:7], 3, sampling)
+    for requests in ([plain, penalized, short], [short, plain, penalized]):  # the last one moves into short's slot
+        scheduler = Scheduler(ours, 3, 64, eos_ids=set())
+        for request in requests:
+            scheduler.submit(request)
+        found = {request: [] for request in requests}
+        while scheduler.has_work():
+            for new in scheduler.step():
+                found[new.request].append(new.token)
+        assert found[penalized] == expected and found[plain] != expected
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_token_history_is_the_texts(data):
+    """Whatever is stored, copied, or stored again from an earlier position on."""
+    n_texts, length, vocab_size = 3, 12, 9
+    history, texts = TokenHistory(n_texts, length, torch.device("cpu")), [[] for _ in range(n_texts)]
+    for _ in range(data.draw(st.integers(1, 8))):
+        if data.draw(st.booleans()):
+            source, target = data.draw(st.tuples(*[st.integers(0, n_texts - 1)] * 2))
+            n = data.draw(st.integers(0, len(texts[source])))
+            history.copy_sequence(source, target, n)
+            texts[target] = texts[source][:n]
+            continue
+        first, n_new = data.draw(st.integers(0, n_texts - 1)), data.draw(st.integers(1, 4))
+        rows = range(first, data.draw(st.integers(first + 1, n_texts)))
+        starts = [data.draw(st.integers(0, min(len(texts[row]), length - n_new))) for row in rows]
+        tokens = [data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=n_new, max_size=n_new)) for _ in rows]
+        view = history.narrow_batch(first, len(rows))
+        view.store(torch.tensor(tokens), torch.tensor(starts))
+        for row, start, new in zip(rows, starts, tokens, strict=True):
+            texts[row] = texts[row][:start] + new
+        last = torch.tensor(starts)[:, None] + torch.arange(n_new)
+        for row, start, seen in zip(rows, starts, view.token_presence_mask(last, vocab_size), strict=True):
+            for i, mask in enumerate(seen):
+                assert set(mask.nonzero()[:, 0].tolist()) == set(texts[row][: start + i + 1])
 
 
 def sorted_distribution(logits: torch.Tensor, top_p: float) -> torch.Tensor:
