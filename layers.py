@@ -110,9 +110,8 @@ class Linear(WeightMatrix):
         softcap      softcap * tanh(y / softcap)       if softcap is not 0
         clip         y, clamped to [-clip, clip]       if clip is not 0
 
-    input_order: int32 [K], or None; GPTQ and Marlin call it perm. Column i of W multiplies x[..., input_order[i]]. With
-    act-order the inputs of a quantization group are scattered; sorting the columns makes each group contiguous.
-    forward permutes x before the fused norm, so conversion permutes the weight of this norm, too.
+    input_order: int32 [K], or None: perm of GPTQ's act-order. W's columns are stored sorted by group, so y = W x[perm].
+    The norm's weight is stored permuted to match.
     aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
 
     def __init__(

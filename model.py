@@ -1,6 +1,6 @@
 """The model: one Transformer for every supported family, with or without a mixture of experts.
 
-    Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache) -> logits
+    Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache, position_tables) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys and values of earlier tokens; allocated once and passed in
 
@@ -12,7 +12,6 @@ heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K
 """
 
 import copy
-import math
 from collections.abc import Iterator
 
 import torch
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig
-from kernels.arguments import AttentionOptions, LayerCache
+from kernels.arguments import AttentionOptions, LayerCache, PositionTables
 from kernels.backend import Backend
 from kernels.formats import QuantizationScheme, Unquantized, WeightFormat
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm, WeightMatrix
-from rope import RopeTables, alibi_slopes
+from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
+from utils.floats import round_to_dtype
 
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationScheme(UNQUANTIZED)
@@ -44,16 +44,21 @@ class Transformer(nn.Module):
         scale, softcap = config.logit_scale, config.logit_softcap
         self.lm_head = Linear(config.dim, config.vocab_size, config.head_bias, out_scale=scale, softcap=softcap)
 
-    def forward(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
+    def forward(
+        self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache", position_tables: list[PositionTables]
+    ) -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
-        kv_cache must hold the keys and values of all tokens before; those of the new tokens are written to it."""
-        return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache))
+        kv_cache must hold the keys and values of all tokens before; those of the new tokens are written to it.
+        position_tables: the result of make_position_tables for kv_cache."""
+        return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache, position_tables))
 
-    def compute_hidden(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
+    def compute_hidden(
+        self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache", position_tables: list[PositionTables]
+    ) -> Tensor:
         """forward without the final norm and the head: [B, T, dim]."""
         x = self.embed(tokens)
-        for block, cache in zip(self.layers, kv_cache.layers, strict=True):
-            x = block(x, start_pos, cache)
+        for block, cache, tables in zip(self.layers, kv_cache.layers, position_tables, strict=True):
+            x = block(x, start_pos, cache, tables)
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -75,11 +80,8 @@ class Transformer(nn.Module):
 
     @property
     def embed_scale(self) -> float:
-        """config.embed_scale rounded to dtype, as in transformers. Computed without a tensor, since a step that is
-        recorded may call only the operations of kernels/schema.py."""
-        _, exponent = math.frexp(self.config.embed_scale)
-        spacing = math.ldexp(torch.finfo(self.dtype).eps, exponent - 1)  # of the numbers that dtype has here
-        return round(self.config.embed_scale / spacing) * spacing
+        """config.embed_scale rounded to dtype, as in transformers."""
+        return round_to_dtype(self.config.embed_scale, self.dtype)
 
     @property
     def is_tied(self) -> bool:
@@ -126,17 +128,30 @@ class Transformer(nn.Module):
     def active_weight_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
         total = 0
-        for name, tensor in self.state_dict().items():
-            if name.startswith("embed_tokens"):
+        for module in self.modules():
+            if module is self.embed_tokens:
                 continue
-            is_experts = self.config.moe and ".feed_forward." in name and ".router." not in name
-            total += tensor.nbytes * (self.config.moe.active_fraction if is_experts else 1)
+            own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            is_experts = isinstance(module, ExpertsGateUp | ExpertsDown)
+            fraction = self.config.moe.active_fraction if is_experts else 1
+            total += fraction * sum(tensor.nbytes for tensor in own_tensors)
         return round(total)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values for one token of one sequence, on this rank."""
         n_elements = sum(2 * block.attention.n_kv_heads * block.attention.head_dim for block in self.layers)
         return n_elements * self.dtype.itemsize
+
+    def make_position_tables(self, kv_cache: "KVCache") -> list[PositionTables]:
+        """Makes the tables of each layer, for kv_cache and for narrower views of it. RoPE's angles depend on the
+        cache's max_seq_len if RoPE is of type dynamic or longrope."""
+        tables = []
+        for block, rope in zip(self.layers, rope_tables(self.config, kv_cache.max_seq_len, self.device), strict=True):
+            slopes = block.attention.alibi_slopes
+            if slopes is not None:
+                slopes = torch.tensor(slopes, dtype=torch.float32, device=self.device)
+            tables.append(PositionTables(rope, slopes))
+        return tables
 
 
 def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZED) -> Transformer:
@@ -175,20 +190,21 @@ class TransformerBlock(nn.Module):
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
         self.post_ffn_norm = norm(config.post_norm)
 
-    def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim].
+    def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache, tables: PositionTables) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim]. With f the attention, then with f the feed-forward:
 
-        A sublayer takes its norm and its residual as arguments, since kernels fuse them with matrix products: the norm
-        with the sublayer's first product, the residual with its last. A post-norm stands between the last product and
-        the residual, so the post-norm adds the residual."""
-        # x = x + attention(norm(x))
+            without post-norm    x + f(norm(x))
+            with post-norm       x + post(f(norm(x)))
+
+        norm and residual are arguments of a sublayer, since kernels fuse them with matrix products: the norm with the
+        sublayer's first product, the residual with its last. A post-norm comes after the last product, so it takes the
+        residual instead."""
         if self.post_attention_norm is None:
-            x = self.attention(x, start_pos, cache, norm=self.pre_attention_norm, residual=x)
+            x = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm, residual=x)
         else:
-            y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
+            y = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm)
             x = self.post_attention_norm(y, residual=x)
 
-        # x = x + feed_forward(norm(x))
         if self.post_ffn_norm is None:
             x = self.feed_forward(x, norm=self.pre_ffn_norm, residual=x)
         else:
@@ -227,10 +243,11 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.q_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
 
     def forward(
-        self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None
+        self, x: Tensor, start_pos: Tensor, cache: LayerCache, tables: PositionTables, norm: RMSNorm | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(qkv, self.options(), cache, start_pos, self.backend)  # [B, T, H D]
+        y = kernels.attend(qkv, self.options(), cache, tables, start_pos, self.backend)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
 
     def options(self) -> AttentionOptions:
@@ -278,6 +295,8 @@ class MoE(nn.Module):
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
+        # The router and gate_up_proj both take norm, since a kernel fuses it with each product. Where plain PyTorch
+        # computes them, such as in prefill, norm runs twice: 4 dim operations more, next to the experts' 6 top_k dim F.
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = kernels.route(
             logits, self.moe.top_k, self.moe.norm_topk_prob, self.moe.n_shared_experts, self.router.backend
@@ -286,7 +305,7 @@ class MoE(nn.Module):
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
 
 
-# ---- Cache and positions --------------------------------------------------------------------------------------------
+# ---- KV cache -------------------------------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -300,63 +319,40 @@ class KVCache:
             raise UsageError(f"{max_seq_len} tokens do not fit the model's context of {model.config.max_seq_len}")
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.device = model.device
-        # For sampling that depends on the text: see store_tokens.
-        self.tokens = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
-        tables = RopeTables(model.config, max_seq_len, self.device)
         self.layers = []
-        for i, block in enumerate(model.layers):
-            attention, slopes = block.attention, None
-            if attention.alibi_slopes is not None:
-                slopes = torch.tensor(attention.alibi_slopes, dtype=torch.float32, device=self.device)
-            shape = (batch_size, attention.n_kv_heads, max_seq_len, attention.head_dim)
+        for block in model.layers:
+            shape = (batch_size, block.attention.n_kv_heads, max_seq_len, block.attention.head_dim)
             k, v = (torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(2))
-            self.layers.append(LayerCache(k, v, tables.of_layer(i), slopes))
-
-    def store_tokens(self, tokens: Tensor, start_pos: Tensor):
-        """Stores the ids of tokens [B, T], the first at start_pos [B], for sampling that depends on the text."""
-        positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=self.device)
-        self.tokens.scatter_(1, positions, tokens)
-
-    def token_presence_mask(self, last_positions: Tensor, vocab_size: int) -> Tensor:
-        """Whether each token of the vocabulary occurs in the text up to each of last_positions [B, n]: bool [B, n, V].
-        The ids of the text must have been stored."""
-        is_later = torch.arange(self.max_seq_len, device=self.device) > last_positions[..., None]  # [B, n, S]
-        ids = self.tokens[:, None].masked_fill(is_later, vocab_size)
-        seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=self.device)
-        return seen.scatter_(-1, ids, True)[..., :vocab_size]
+            self.layers.append(LayerCache(k, v))
 
     def narrow_length(self, n: int) -> "KVCache":
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache,
         so a shorter view costs less."""
         view = copy.copy(self)
-        view.max_seq_len, view.tokens = n, self.tokens[:, :n]
-        view.layers = [
-            cache._replace(k=cache.k[:, :, :n], v=cache.v[:, :, :n], rope=cache.rope[:n]) for cache in self.layers
-        ]
+        view.max_seq_len = n
+        view.layers = [LayerCache(cache.k[:, :, :n], cache.v[:, :, :n]) for cache in self.layers]
         return view
 
     def narrow_batch(self, start: int, n: int) -> "KVCache":
         """A view of n sequences, the first of which is number start."""
         if n == self.batch_size:  # always, except in a scheduler's steps
             return self
-        view = copy.copy(self)
-        view.batch_size, view.tokens = n, self.tokens[start : start + n]
-        rows = slice(start, start + n)
-        view.layers = [cache._replace(k=cache.k[rows], v=cache.v[rows]) for cache in self.layers]
+        view, rows = copy.copy(self), slice(start, start + n)
+        view.batch_size = n
+        view.layers = [LayerCache(cache.k[rows], cache.v[rows]) for cache in self.layers]
         return view
 
     def copy_sequence(self, source: int, target: int, n: int):
         """Copies the first n tokens of sequence source to sequence target."""
-        self.tokens[target, :n] = self.tokens[source, :n]
         for cache in self.layers:
             cache.k[target, :, :n] = cache.k[source, :, :n]
             cache.v[target, :, :n] = cache.v[source, :, :n]
 
     def swap_sequences(self, i: int, j: int, n: int):
         """Exchanges the first n tokens of sequences i and j."""
-        for tensor in (self.tokens, *(tensor for cache in self.layers for tensor in (cache.k, cache.v))):
-            positions = tensor[..., :n] if tensor is self.tokens else tensor[:, :, :n]
-            positions[[i, j]] = positions[[j, i]]
+        for cache in self.layers:
+            for tensor in (cache.k[:, :, :n], cache.v[:, :, :n]):
+                tensor[[i, j]] = tensor[[j, i]]
 
     def clear_sequence(self, i: int):
         """Sets keys and values of sequence i to 0."""

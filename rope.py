@@ -1,9 +1,9 @@
 """What a model knows about positions: the tables by which RoPE rotates queries and keys, and the slopes of ALiBi.
 
-    RopeTables(config, length, device).of_layer(i)    cos and sin of every position's angles, [length, D/2, 2]
-    alibi_slopes(n_heads)                             how fast each head's scores fall with the distance
+    rope_tables(config, length, device)    cos and sin of every position's angles: [length, D/2, 2] for each layer
+    alibi_slopes(n_heads)                  how fast each head's scores fall with the distance
 
-model.py: KVCache holds the tables. Attention holds the slopes.
+model.py: Transformer.make_position_tables makes both into tensors for a KV cache.
 """
 
 import math
@@ -15,24 +15,22 @@ from torch import Tensor
 from config import ModelConfig, RopeScaling
 
 
-class RopeTables:
-    """The tables of all layers (see rope_table). Layers with the same angles share a table."""
+def rope_tables(config: ModelConfig, length: int, device: torch.device) -> list[Tensor]:
+    """Returns the table of each layer (see rope_table). Layers with the same angles share a table."""
+    default = rope_table(config, length).to(device)
+    local = identity = default
+    if config.local_rope_theta is not None:
+        local_config = replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
+        local = rope_table(local_config, length).to(device)
+    if config.layer_has_rope is not None:  # identity rotates by no angle
+        identity = torch.stack([torch.ones_like(default[..., 0]), torch.zeros_like(default[..., 1])], dim=-1)
 
-    def __init__(self, config: ModelConfig, length: int, device: torch.device):
-        self.config = config
-        self.default = rope_table(config, length).to(device)
-        self.local = self.identity = self.default
-        if config.local_rope_theta is not None:
-            local_config = replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
-            self.local = rope_table(local_config, length).to(device)
-        if config.layer_has_rope is not None:  # identity rotates by no angle
-            cos, sin = torch.ones_like(self.default[..., 0]), torch.zeros_like(self.default[..., 1])
-            self.identity = torch.stack([cos, sin], dim=-1)
+    def of_layer(i: int) -> Tensor:
+        if config.layer_has_rope is not None and not config.layer_has_rope[i]:
+            return identity
+        return local if config.window(i) else default
 
-    def of_layer(self, i: int) -> Tensor:
-        if self.config.layer_has_rope is not None and not self.config.layer_has_rope[i]:
-            return self.identity
-        return self.local if self.config.window(i) else self.default
+    return [of_layer(i) for i in range(config.n_layers)]
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:

@@ -198,11 +198,11 @@ def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
 def insert_collectives(model: Transformer):
     """Adds the collectives to a sharded model. This is the last step of load_model."""
     reduce = choose_all_reduce(model.norm.weight)
+    shards_attention = "qkv_proj" in tp_plan(model.config)
     for layer in model.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
-        q_width = attention.n_heads * attention.head_dim
-        attention.o_proj = RowParallelLinear(attention.o_proj, reduce, q_width)
-        feed_forward.down_proj = RowParallelLinear(feed_forward.down_proj, reduce, feed_forward.down_proj.in_features)
+        attention.o_proj = RowParallelLinear(attention.o_proj, reduce, x_is_sharded=shards_attention)
+        feed_forward.down_proj = RowParallelLinear(feed_forward.down_proj, reduce, x_is_sharded=True)
     model.lm_head = ParallelHead(model.lm_head, model.config.vocab_size)
 
 
@@ -210,26 +210,26 @@ class RowParallelLinear(nn.Module):
     """A linear layer that is sharded along the inputs: o_proj or down_proj, also of experts. An all-reduce adds up the
     partial sums of all ranks. The residual is added after the all-reduce, since otherwise every rank would add it.
 
-    x and act-order (input_order) decide which inputs linear gets:
+    x is this rank's shard if the layer before is sharded, else full (see tp_plan). linear.input_order, of act-order,
+    may pick inputs from all of x, so linear gets:
 
-        x                                                    act-order    inputs of linear
-        this rank's shard: the layer before is sharded       no           x
-        this rank's shard                                    yes          all_gather(x), from which input_order picks
-        complete: attention is not sharded (see tp_plan)     no           this rank's slice of x
-        complete                                             yes          x, from which input_order picks
+        x          input_order    inputs of linear
+        sharded    no             x
+        sharded    yes            all_gather(x), from which linear selects
+        full       no             this rank's slice of x
+        full       yes            x, from which linear selects
     """
 
-    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], x_width: int):
-        """x_width: the size of x's last dimension."""
+    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], x_is_sharded: bool):
         super().__init__()
         self.linear, self.all_reduce = linear, all_reduce
         self.backend = linear.backend
-        x_is_complete = x_width > linear.in_features
+        has_order = linear.input_order is not None
         self.get_inputs = None  # x -> the inputs of linear; None: the inputs are x
-        if linear.input_order is None and x_is_complete:
-            self.get_inputs = self.select_own_inputs
-        elif linear.input_order is not None and not x_is_complete:
+        if x_is_sharded and has_order:
             self.get_inputs = all_gather
+        elif not x_is_sharded and not has_order:
+            self.get_inputs = self.slice_inputs
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
         if self.get_inputs is not None:
@@ -237,7 +237,7 @@ class RowParallelLinear(nn.Module):
         y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else kernels.add(residual, y, self.backend)
 
-    def select_own_inputs(self, x: Tensor) -> Tensor:
+    def slice_inputs(self, x: Tensor) -> Tensor:
         n = self.linear.in_features
         return x.narrow(-1, dist.get_rank() * n, n).contiguous()
 

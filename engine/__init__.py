@@ -1,5 +1,6 @@
 """From a model to text: what happens in a step and between steps. Each file imports only from the files above it.
 
+    token_history.py      the token ids of each text, for sampling that depends on the text
     sampling.py           logits to a token: temperature, top_k, top_p, min_p, repetition penalty
     steps.py              prefill, decode and verification, as functions from token ids to the next token ids
     generation.py         the loop: a prompt to new tokens, with one decode step per token

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
+from engine.token_history import TokenHistory
 from kernels.backend import TORCH, Backend
-from model import KVCache
 from utils.errors import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
@@ -95,19 +95,19 @@ class SamplingParams:
 
 
 def process_logits(
-    logits: Tensor, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, samplings: Sequence[SamplingParams]
+    logits: Tensor, tokens: Tensor, start_pos: Tensor, history: TokenHistory, samplings: Sequence[SamplingParams]
 ) -> Tensor:
     """Applies the sampling options that depend on the text: returns the processed logits [B, n, V]. A new option of
     this kind goes here, and in SamplingParams.needs_history and has_truncation.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
-    kv_cache: if an option depends on the text, the ids of the text and of tokens are in it (KVCache.store_tokens).
+    history: holds the text and tokens, if an option depends on the text.
     samplings: one for each sequence, or one for all."""
     if not any(sampling.needs_history for sampling in samplings):
         return logits
     n = logits.shape[1]
     last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
-    seen = kv_cache.token_presence_mask(last_positions, logits.shape[-1])
+    seen = history.seen_token_mask(last_positions, logits.shape[-1])
     penalty: float | Tensor = samplings[0].repetition_penalty
     if len(samplings) > 1:  # only in the scheduler, since a CUDA graph cannot record the copy to the GPU
         penalties = [sampling.repetition_penalty for sampling in samplings]

@@ -37,6 +37,7 @@ import collectives
 from engine.sampling import SamplingParams, process_logits, sample
 from engine.sequence import GREEDY, Logprobs, Sequence, check_length
 from engine.steps import NOT_FINITE, build_model_step, fill_kv_cache, make_kv_cache, prefill_logits
+from engine.token_history import TokenHistory
 from kernels.backend import TORCH, Backend
 from kernels.record import call_with_tape_threads
 from model import Transformer
@@ -95,9 +96,11 @@ class Scheduler:
             long prompt, or several short prompts."""
         self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
         self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
+        self.position_tables = model.make_position_tables(self.kv_cache)
+        self.history = TokenHistory(n_slots, max_seq_len, self.kv_cache.device)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
         compile = compile and model.can_record(n_slots, 1)
-        self.decode_step = build_model_step(model, self.kv_cache, return_logits, compile)
+        self.decode_step = build_model_step(model, self.kv_cache, self.position_tables, return_logits, compile)
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
         self.n_steps = 0
@@ -180,7 +183,8 @@ class Scheduler:
             target = min(free_slots, key=lambda i: self.slots[i].ended_at)
         n = max(shared)
         if shared[target] < n:
-            self.kv_cache.copy_sequence(shared.index(n), target, n)
+            for store in (self.kv_cache, self.history):
+                store.copy_sequence(shared.index(n), target, n)
         self.slots[target].cached_ids = sequence.prompt_ids[:n]
         self.slots[target].sequence = sequence
         sequence.start_time = time.perf_counter()
@@ -194,11 +198,11 @@ class Scheduler:
         start_pos = torch.tensor([n_cached], device=kv_cache.device)
         self.n_prefilled += len(chunk)
         if n_cached + n < len(prompt_ids):
-            fill_kv_cache(self.model, tokens, start_pos, kv_cache)
-            kv_cache.store_tokens(tokens, start_pos)
+            fill_kv_cache(self.model, tokens, start_pos, kv_cache, self.position_tables)
+            self.history.narrow_batch(i, 1).store(tokens, start_pos)
             slot.cached_ids += chunk
             return []
-        logits = prefill_logits(self.model, tokens, start_pos, kv_cache)
+        logits = prefill_logits(self.model, tokens, start_pos, kv_cache, self.position_tables)
         slot.cached_ids += chunk
         return self.sample_next(range(i, i + 1), logits, tokens, start_pos)
 
@@ -221,16 +225,17 @@ class Scheduler:
         sources = [i for i in range(n, len(self.slots)) if self.slots[i].is_decoding]
         for i, j in zip(gaps, sources, strict=True):
             length = max(len(self.slots[i].cached_ids), len(self.slots[j].cached_ids))
-            self.kv_cache.swap_sequences(i, j, length)
+            for store in (self.kv_cache, self.history):
+                store.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
     def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[Output]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
         sequences = [self.slots[i].sequence for i in slots]
-        kv_cache = self.kv_cache.narrow_batch(slots.start, len(slots))
+        history = self.history.narrow_batch(slots.start, len(slots))
         # Even if no option needs the ids now: a later prompt that has such an option may copy this slot's prefix.
-        kv_cache.store_tokens(tokens, start_pos)
-        scores = process_logits(logits, tokens, start_pos, kv_cache, [sequence.sampling for sequence in sequences])
+        history.store(tokens, start_pos)
+        scores = process_logits(logits, tokens, start_pos, history, [sequence.sampling for sequence in sequences])
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 

@@ -135,12 +135,12 @@ def build_speculative_decoder(
         logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
         if sampling.needs_history:
-            kv_cache.store_tokens(tokens, start_pos)
-        logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
+            steps.history.store(tokens, start_pos)
+        logits = process_logits(logits, tokens, start_pos, steps.history, [sampling])
         backend = model.lm_head.backend
         return collectives.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling, backend))
 
-    verify_step = build_model_step(model, kv_cache, sampler, compile)
+    verify_step = build_model_step(model, kv_cache, steps.position_tables, sampler, compile)
     return SpeculativeDecoder(steps, verify_step, proposer, k, model.device, estimate_verify_cost(model))
 
 
@@ -305,7 +305,7 @@ def build_draft_model(
     draft: Transformer, kv_cache: KVCache, model: Transformer, sampling: SamplingParams, compile: bool = False
 ) -> DraftModel:
     """Returns a proposer for model that samples from draft. kv_cache: the draft's."""
-    vocab_size = model.config.vocab_size
+    vocab_size, position_tables = model.config.vocab_size, draft.make_position_tables(kv_cache)
 
     def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
         # No process_logits here. The output stays exact, since verification applies it. But with a repetition penalty
@@ -318,8 +318,8 @@ def build_draft_model(
         return collectives.broadcast(multinomial(probs)), probs
 
     def prefill(tokens: Tensor, start_pos: Tensor):
-        fill_kv_cache(draft, tokens, start_pos, kv_cache)
+        fill_kv_cache(draft, tokens, start_pos, kv_cache, position_tables)
 
-    step = build_model_step(draft, kv_cache, sampler, compile)
+    step = build_model_step(draft, kv_cache, position_tables, sampler, compile)
     cost = draft.active_weight_bytes() / model.active_weight_bytes()
     return DraftModel(prefill, step, draft.config.vocab_size, model.device, cost)

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 import collectives
 from engine.sampling import SamplingParams, process_logits, sample
+from engine.token_history import TokenHistory
+from kernels.arguments import PositionTables
 from kernels.build import find_compiler
 from kernels.record import call_with_tape_threads, record
 from model import KVCache, Transformer
@@ -44,10 +46,13 @@ NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too
 
 
 class Steps(NamedTuple):
-    """The two functions that generation.py: generate calls: tokens [B, T], start_pos [B] -> the next tokens [B]."""
+    """The two functions that generation.py: generate calls: tokens [B, T], start_pos [B] -> the next tokens [B]. And
+    what further steps with the same KV cache share with them (speculate.py)."""
 
     prefill: Callable[[Tensor, Tensor], Tensor]  # any T
     decode: Callable[[Tensor, Tensor], Tensor]  # T = 1
+    position_tables: list[PositionTables]
+    history: TokenHistory
 
 
 def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
@@ -65,20 +70,23 @@ def build_steps(
     """Returns the steps of plain generation with model and kv_cache. compile and compile_prefill are the options of
     generate.py."""
     compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
+    position_tables = model.make_position_tables(kv_cache)
+    history = TokenHistory(kv_cache.batch_size, kv_cache.max_seq_len, kv_cache.device)
 
     def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """Logits [B, 1, V] after the last of tokens [B, T] -> next tokens [B], equal on all ranks."""
         if sampling.needs_history:
-            kv_cache.store_tokens(tokens, start_pos)
-        logits = process_logits(logits, tokens, start_pos, kv_cache, [sampling])
+            history.store(tokens, start_pos)
+        logits = process_logits(logits, tokens, start_pos, history, [sampling])
         return collectives.broadcast(sample(logits[:, -1], sampling, model.lm_head.backend))
 
     @torch.inference_mode()
     def prefill(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        logits = prefill_logits(model, tokens, start_pos, kv_cache, compiled_model)
+        logits = prefill_logits(model, tokens, start_pos, kv_cache, position_tables, compiled_model)
         return sampler(logits, tokens, start_pos)
 
-    return Steps(prefill, build_model_step(model, kv_cache, sampler, compile))
+    decode = build_model_step(model, kv_cache, position_tables, sampler, compile)
+    return Steps(prefill, decode, position_tables, history)
 
 
 def check_sampled_ids(ids: list[int]) -> list[int]:
@@ -92,22 +100,26 @@ def check_sampled_ids(ids: list[int]) -> list[int]:
 
 
 def prefill_logits(
-    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
+    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, position_tables: list[PositionTables],
+    compiled_model: Transformer | None = None,
 ) -> Tensor:
     """Returns the logits [B, 1, V] after the last of tokens [B, T]. The arguments are those of chunked_prefill."""
-    for hidden in chunked_prefill(model, tokens, start_pos, kv_cache, compiled_model):
+    for hidden in chunked_prefill(model, tokens, start_pos, kv_cache, position_tables, compiled_model):
         last_hidden = hidden[:, -1:]
     return model.compute_logits(last_hidden)
 
 
-def fill_kv_cache(model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache):
+def fill_kv_cache(
+    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, position_tables: list[PositionTables]
+):
     """Writes the keys and values of tokens [B, T] to kv_cache. Computes no logits."""
-    for _ in chunked_prefill(model, tokens, start_pos, kv_cache):
+    for _ in chunked_prefill(model, tokens, start_pos, kv_cache, position_tables):
         pass
 
 
 def chunked_prefill(
-    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, compiled_model: Transformer | None = None
+    model: Transformer, tokens: Tensor, start_pos: Tensor, kv_cache: KVCache, position_tables: list[PositionTables],
+    compiled_model: Transformer | None = None,
 ) -> Iterator[Tensor]:
     """Runs the blocks on tokens [B, T], one chunk after the other. Yields the hidden states of each chunk:
     [B, chunk, dim]. Attention gets only the used part of the cache.
@@ -124,14 +136,17 @@ def chunked_prefill(
             compiled_model is not None and chunk.numel() >= MIN_COMPILED_TOKENS and not model.can_record(*chunk.shape)
         )
         chunk_model = compiled_model if use_compiled else model
-        used_length = n_cached + offset + chunk.shape[1]
-        yield chunk_model.compute_hidden(chunk, start_pos + offset, kv_cache.narrow_length(used_length))
+        used_cache = kv_cache.narrow_length(n_cached + offset + chunk.shape[1])
+        yield chunk_model.compute_hidden(chunk, start_pos + offset, used_cache, position_tables)
 
 
 # ---- Decoding and verification --------------------------------------------------------------------------------------
 
 
-def build_model_step(model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool = False) -> Callable:
+def build_model_step(
+    model: Transformer, kv_cache: KVCache, position_tables: list[PositionTables], sampler: Callable,
+    compile: bool = False,
+) -> Callable:
     """Returns the function of decode and verification steps: the model, then sampler on the logits.
 
         step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
@@ -146,7 +161,7 @@ def build_model_step(model: Transformer, kv_cache: KVCache, sampler: Callable, c
         if not can_record(*tokens.shape):
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
-        return model(tokens, start_pos, used_cache)
+        return model(tokens, start_pos, used_cache, position_tables)
 
     def eager(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         return sampler(compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
@@ -157,7 +172,7 @@ def build_model_step(model: Transformer, kv_cache: KVCache, sampler: Callable, c
         # A tape holds only the operations of kernels/schema.py, and a sampler has others.
         return call_with_tape_threads(sampler, tape(tokens, start_pos), tokens, start_pos, *inputs)
 
-    compiled = compile_step(model, kv_cache, sampler)
+    compiled = compile_step(model, kv_cache, position_tables, sampler)
     modes = {"recorded": tape_and_sampler, "compiled": compiled, "eager": eager}
     if device_type == "cuda":
         modes["recorded"] = record(eager)
@@ -198,7 +213,9 @@ def choose_mode(can_record: bool, device_type: str, compile: bool) -> str:
 # ---- torch.compile --------------------------------------------------------------------------------------------------
 
 
-def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
+def compile_step(
+    model: Transformer, kv_cache: KVCache, position_tables: list[PositionTables], sampler: Callable
+) -> Callable:
     """Returns the function of build_model_step, compiled by torch.compile in two pieces: the blocks, of which one
     compiled block serves all layers, and the output head with the sampler. The pieces run as fast as one compiled step,
     and compile in a third of the time."""
@@ -213,7 +230,8 @@ def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Ca
 
     def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         compiled_model, compiled_head = compiled_pieces()
-        hidden = compiled_model.compute_hidden(tokens, start_pos, kv_cache.narrow_batch(0, len(tokens)))
+        used_cache = kv_cache.narrow_batch(0, len(tokens))
+        hidden = compiled_model.compute_hidden(tokens, start_pos, used_cache, position_tables)
         return compiled_head(hidden, tokens, start_pos, *inputs)
 
     return step

@@ -80,6 +80,7 @@ def compute_scores(
     batch_size = min(batch_size, len(sequences))
     device = model.device
     kv_cache = make_kv_cache(model, batch_size, len(sequences[order[0]].ids) - 1)
+    position_tables = model.make_position_tables(kv_cache)
     start_pos = torch.zeros(batch_size, dtype=torch.long, device=device)
     compiled_model = compile_blocks(model, dynamic=True) if compile else None
     for start in range(0, len(order), batch_size):
@@ -87,7 +88,8 @@ def compute_scores(
         inputs = [sequences[i].ids[:-1] for i in indices]
         inputs += inputs[:1] * (batch_size - len(inputs))  # the last batch may be smaller; repeat its first sequence
         tokens = pad(inputs).to(device)
-        hidden = torch.cat(list(chunked_prefill(model, tokens, start_pos, kv_cache, compiled_model)), dim=1)
+        chunks = chunked_prefill(model, tokens, start_pos, kv_cache, position_tables, compiled_model)
+        hidden = torch.cat(list(chunks), dim=1)
         for i, x in zip(indices, hidden, strict=False):
             yield score_sequence(model, i, sequences[i], x)
 

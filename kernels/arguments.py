@@ -2,7 +2,8 @@
 
     WeightArguments    a weight, in the order of kernel arguments
     AttentionOptions   the options of attention, by the names of kernel arguments
-    LayerCache         what a layer of a KVCache holds: keys and values, and the tables of positions
+    LayerCache         a layer's keys and values of earlier tokens
+    PositionTables     a layer's tables of RoPE and ALiBi
 """
 
 from typing import NamedTuple
@@ -36,10 +37,15 @@ class AttentionOptions(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """What attention reads besides weights: the keys and values of earlier tokens, and the tables of RoPE and ALiBi.
-    The tables are computed once, on the cache's device and for all its positions."""
+    """The keys and values of earlier tokens, in a layer."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]
-    rope: Tensor  # [S, D/2, 2] float32: cos and sin of the angles of every position
+
+
+class PositionTables(NamedTuple):
+    """How a layer's attention tells positions apart. Made once for all positions of a KV cache (model.py:
+    make_position_tables)."""
+
+    rope: Tensor  # [S or more, D/2, 2] float32: cos and sin of the angles of every position
     alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores

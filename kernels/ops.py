@@ -28,7 +28,7 @@ from torch import Tensor
 
 from config import ACTIVATIONS
 from kernels import torch_ops
-from kernels.arguments import AttentionOptions, LayerCache
+from kernels.arguments import AttentionOptions, LayerCache, PositionTables
 from kernels.backend import Backend
 from kernels.schema import ACTIVATION_IDS
 
@@ -132,7 +132,10 @@ def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) ->
     return kernel(contiguous(tokens), *table.kernel_arguments(), table.in_features, dtype, scale)
 
 
-def attend(qkv: Tensor, options: AttentionOptions, cache: LayerCache, start_pos: Tensor, backend: Backend) -> Tensor:
+def attend(
+    qkv: Tensor, options: AttentionOptions, cache: LayerCache, tables: PositionTables, start_pos: Tensor,
+    backend: Backend,
+) -> Tensor:
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]. The Triton kernel takes few tokens of a sequence
     (backend.py: MAX_TRITON_NEW_TOKENS)."""
@@ -140,25 +143,25 @@ def attend(qkv: Tensor, options: AttentionOptions, cache: LayerCache, start_pos:
     kernel = backend.attention_kernel(B, T, options.n_heads // cache.k.shape[1])
     if kernel is None:
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
-        q = rope_and_cache(qkv, options, cache, positions, backend)
-        return torch_ops.cached_attention(q, options, cache, positions)
+        q = rope_and_cache(qkv, options, cache, tables.rope, positions, backend)
+        return torch_ops.cached_attention(q, options, cache, tables.alibi_slopes, positions)
     return kernel(
         contiguous(qkv), contiguous(start_pos),
-        k_cache=cache.k, v_cache=cache.v, rope=cache.rope, alibi_slopes=cache.alibi_slopes,
+        k_cache=cache.k, v_cache=cache.v, rope=tables.rope, alibi_slopes=tables.alibi_slopes,
         **options._asdict(),  # n_heads, scale, window, ..., as in schema.py: ATTENTION
     )
 
 
 def rope_and_cache(
-    qkv: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor, backend: Backend
+    qkv: Tensor, options: AttentionOptions, cache: LayerCache, rope: Tensor, positions: Tensor, backend: Backend
 ) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
-    contiguous in each sequence. Returns the queries [B, T, H, D]."""
+    contiguous in each sequence. rope: PositionTables.rope. Returns the queries [B, T, H, D]."""
     kernel = backend.kernel("rope_and_cache", count_tokens(qkv))
     if kernel is None:
-        return torch_ops.rope_and_cache(qkv, options, cache, positions)
+        return torch_ops.rope_and_cache(qkv, options, cache, rope, positions)
     return kernel(
-        contiguous(qkv), contiguous(positions[:, 0]), k_cache=cache.k, v_cache=cache.v, rope=cache.rope,
+        contiguous(qkv), contiguous(positions[:, 0]), k_cache=cache.k, v_cache=cache.v, rope=rope,
         n_heads=options.n_heads, q_norm_weight=options.q_norm_weight, k_norm_weight=options.k_norm_weight,
         eps=options.eps,
     )

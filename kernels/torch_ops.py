@@ -100,7 +100,9 @@ def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) ->
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-def rope_and_cache(qkv: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor) -> Tensor:
+def rope_and_cache(
+    qkv: Tensor, options: AttentionOptions, cache: LayerCache, rope: Tensor, positions: Tensor
+) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T]. Returns the
     queries [B, T, H, D]."""
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
@@ -111,7 +113,7 @@ def rope_and_cache(qkv: Tensor, options: AttentionOptions, cache: LayerCache, po
         q = norm_heads(q, options.q_norm_weight, options.eps)
         k = norm_heads(k, options.k_norm_weight, options.eps)
         qk = torch.cat([q, k], dim=2)
-    q, k = apply_rope(qk, cache.rope[positions]).split([H, G], dim=2)
+    q, k = apply_rope(qk, rope[positions]).split([H, G], dim=2)
     if fills_cache(T, S):
         cache.k.copy_(k.transpose(1, 2))
         cache.v.copy_(v.transpose(1, 2))
@@ -122,17 +124,19 @@ def rope_and_cache(qkv: Tensor, options: AttentionOptions, cache: LayerCache, po
     return q
 
 
-def cached_attention(q: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor) -> Tensor:
+def cached_attention(
+    q: Tensor, options: AttentionOptions, cache: LayerCache, alibi_slopes: Tensor | None, positions: Tensor
+) -> Tensor:
     """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
     B, T, _, _ = q.shape
     if q.device.type == "cpu" and not torch.compiler.is_compiling():  # cut the part of the cache that has no tokens yet
         n_keys = int(positions.max()) + 1
         cache = cache._replace(k=cache.k[:, :, :n_keys], v=cache.v[:, :, :n_keys])
     q = q.transpose(1, 2)  # [B, H, T, D]
-    if options.sinks is not None or options.softcap or cache.alibi_slopes is not None:
+    if options.sinks is not None or options.softcap or alibi_slopes is not None:
         step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
         parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
-        y = torch.cat([eager_attention(q, options, cache, positions) for q, positions in parts], dim=2)
+        y = torch.cat([eager_attention(q, options, cache, alibi_slopes, positions) for q, positions in parts], dim=2)
     else:
         y = sdpa_attention(q, options, cache, positions)
     return y.transpose(1, 2).reshape(B, T, -1)
@@ -160,16 +164,18 @@ def sdpa_attention(q: Tensor, options: AttentionOptions, cache: LayerCache, posi
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale, enable_gqa=True)
 
 
-def eager_attention(q: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor) -> Tensor:
+def eager_attention(
+    q: Tensor, options: AttentionOptions, cache: LayerCache, alibi_slopes: Tensor | None, positions: Tensor
+) -> Tensor:
     """Attention with softcap, ALiBi or sinks, which SDPA lacks: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
     scores = (grouped @ cache.k[:, :, None].mT).float() * options.scale  # [B, G, H/G, T, S]
     if options.softcap:
         scores = apply_softcap(scores, options.softcap)
-    if cache.alibi_slopes is not None:
+    if alibi_slopes is not None:
         distances = torch.arange(S, device=q.device) - positions[..., None]  # [B, T, S]
-        bias = cache.alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
+        bias = alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
         scores = scores + bias.view_as(scores)
     mask = causal_mask(positions, S, options.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)

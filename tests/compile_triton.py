@@ -26,7 +26,7 @@ from triton.runtime import JITFunction
 
 import kernels
 from config import ACTIVATIONS
-from kernels.arguments import LayerCache
+from kernels.arguments import LayerCache, PositionTables
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from layers import ExpertsDown, ExpertsGateUp
@@ -187,13 +187,14 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
     for temperature in (0, 1):
         kernels.sample(torch.randn(1, 5000), temperature, kernels.TRITON)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
-    cache, start_pos = LayerCache(k, v, torch.randn(9000, 32, 2)), torch.zeros(1, dtype=torch.int64)
-    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, start_pos, 8, kernels.TRITON)
+    cache, tables = LayerCache(k, v), PositionTables(torch.randn(9000, 32, 2))
+    start_pos = torch.zeros(1, dtype=torch.int64)
+    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, tables, start_pos, 8, kernels.TRITON)
     # 64 queries of a key/value head, which is the most. With all options, for each adds to the shared memory or nothing
     norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
-    cache = cache._replace(alibi_slopes=torch.zeros(16))
+    tables = tables._replace(alibi_slopes=torch.zeros(16))
     qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)
-    attend(qkv, cache, start_pos, 16, kernels.TRITON, 100, *norms, sinks, softcap=50.0)
+    attend(qkv, cache, tables, start_pos, 16, kernels.TRITON, 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):

@@ -68,12 +68,12 @@ def fed(monkeypatch):
 
     fed, hidden = Fed(), Transformer.compute_hidden
 
-    def listen(self, tokens, start_pos, kv_cache):
+    def listen(self, tokens, *others):
         if tokens.shape[1] > 1:
             fed.append(tokens.shape[1])
             if len(fed) == fed.interrupt:
                 raise KeyboardInterrupt
-        return hidden(self, tokens, start_pos, kv_cache)
+        return hidden(self, tokens, *others)
 
     monkeypatch.setattr(Transformer, "compute_hidden", listen)
     return fed

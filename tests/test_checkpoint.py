@@ -13,7 +13,7 @@ from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig
 from loading import load_model
 from model import KVCache
-from tests.tiny import call, convert, make_hf, write_earlier_format
+from tests.tiny import call, convert, forward, make_hf, write_earlier_format
 from utils.errors import UsageError
 
 CONFIG, SHAPES = ModelConfig(*[2] * 8), {"a": ((9,), torch.float32)}
@@ -156,4 +156,4 @@ def test_files_of_earlier_versions_are_the_same_model(family, format, tmp_path):
 def logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     model = load_model(path, torch.device("cpu"), torch.float32)
     with torch.inference_mode():
-        return model(tokens, torch.zeros(1, dtype=torch.long), KVCache(model, 1, 9))
+        return forward(model, tokens, torch.zeros(1, dtype=torch.long), KVCache(model, 1, 9))

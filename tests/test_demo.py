@@ -14,7 +14,7 @@ from engine.sampling import SamplingParams
 from engine.steps import build_steps
 from loading import load_model
 from model import KVCache
-from tests.tiny import ROOT
+from tests.tiny import ROOT, forward
 from text.tokenizer import load_tokenizer
 
 FOLDER = ROOT / "checkpoints/SmolLM2-135M-Instruct"
@@ -46,7 +46,7 @@ def test_real_weights_equal_transformers(demo, tmp_path, monkeypatch):
     assert ids == hf.AutoTokenizer.from_pretrained(FOLDER, gguf_file=GGUF)(TEXT)["input_ids"]
     tokens, kv_cache = torch.tensor([ids]), KVCache(ours, 1, len(ids) + 30)
     with torch.inference_mode():
-        logits = ours(tokens, torch.tensor([0]), kv_cache)
+        logits = forward(ours, tokens, torch.tensor([0]), kv_cache)
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-3, rtol=1e-3)
     new = [i for (i,) in generate(build_steps(ours, kv_cache, SamplingParams()), tokens, 0, 30)]
     expected = theirs.generate(tokens, max_new_tokens=30, do_sample=False, eos_token_id=-1)

@@ -8,7 +8,7 @@ import torch
 import kernels
 from config import ModelConfig
 from kernels import torch_ops
-from kernels.arguments import LayerCache
+from kernels.arguments import LayerCache, PositionTables
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
@@ -24,26 +24,27 @@ pytestmark = pytest.mark.usefixtures("threads")
 ANY_TOKENS = kernels.CPU.with_limits(attend=math.inf)  # kernels for prompts, too, where PyTorch may be faster
 
 
-def check_attention(starts, n_tokens, n_heads, cache: LayerCache, window, norms, **options):
+def check_attention(starts, n_tokens, n_heads, cache: LayerCache, tables, window, norms, **options):
     """Of so many new tokens in each sequence, at the positions starts. The cache holds NaN where nothing has been
     written yet; afterwards the new tokens' keys and values are where they belong, and nothing else has changed."""
     (_, n_kv_heads, _, d), dtype = cache.k.shape, cache.k.dtype
     start_pos = torch.tensor(starts)
     qkv = torch.randn(len(starts), n_tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-    before = cache._replace(k=cache.k.clone(), v=cache.v.clone())
-    ours = attend(qkv, cache, start_pos, n_heads, ANY_TOKENS, window, *norms, **options)
-    bounds.check(ours, *exact_attention(qkv, before, start_pos, n_heads, window, norms, factor=dtype, **options))
-    k, v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
+    before = LayerCache(cache.k.clone(), cache.v.clone())
+    ours = attend(qkv, cache, tables, start_pos, n_heads, ANY_TOKENS, window, *norms, **options)
+    exact = exact_attention(qkv, before, tables, start_pos, n_heads, window, norms, factor=dtype, **options)
+    bounds.check(ours, *exact)
+    k, v, k_error = exact_cache(qkv, before, tables.rope, start_pos, n_heads, norms)
     bounds.check(cache.k.nan_to_num(9), k.nan_to_num(9), k_error)
     assert torch.equal(cache.v.nan_to_num(9), v.nan_to_num(9))
 
 
-def make_cache(starts, n_kv_heads, d, dtype, rope, alibi=None) -> LayerCache:
-    """As long as rope, with sequences of so many tokens."""
-    k, v = torch.randn(2, len(starts), n_kv_heads, len(rope), d).to(dtype).unbind()
+def make_cache(starts, n_kv_heads, length, d, dtype) -> LayerCache:
+    """With sequences of so many tokens."""
+    k, v = torch.randn(2, len(starts), n_kv_heads, length, d).to(dtype).unbind()
     for b, start in enumerate(starts):
         k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
-    return LayerCache(k, v, rope, alibi)
+    return LayerCache(k, v)
 
 
 @built
@@ -54,11 +55,12 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
     """Rows at positions of their own, in a cache that holds NaN where nothing has been written yet."""
     torch.manual_seed(0)
     config = ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024)
-    rope = rope_table(config, 640)
+    tables = PositionTables(rope_table(config, 640))
     for qk_norm in (False, True):
         norms = [make_norm(d, dtype) if qk_norm else None for _ in "qk"]
         for tokens, starts in [(1, [0]), (1, [600]), (1, [255, 3, 639]), (4, [3, 510]), (8, [509]), (8, [0])]:
-            check_attention(starts, tokens, n_heads, make_cache(starts, n_kv_heads, d, dtype, rope), window, norms)
+            cache = make_cache(starts, n_kv_heads, 640, d, dtype)
+            check_attention(starts, tokens, n_heads, cache, tables, window, norms)
 
 
 @built
@@ -67,12 +69,12 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
 def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
     """In one sequence or in many, and with longer splits than few tokens have."""
     torch.manual_seed(0)
-    rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 4096), 1400)
+    tables = PositionTables(rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 4096), 1410))
     for window, tokens, starts in [
         (0, 9, [510]), (0, 64, [0]), (0, 33, [1340]), (300, 7, [0, 1390, 3, 600]), (0, 1, list(range(0, 1020, 60))),
     ]:
-        cache = make_cache(starts, n_kv_heads, d, dtype, rope[: max(starts) + tokens + 8])
-        check_attention(starts, tokens, n_heads, cache, window, norms=(None, None))
+        cache = make_cache(starts, n_kv_heads, max(starts) + tokens + 8, d, dtype)
+        check_attention(starts, tokens, n_heads, cache, tables, window, norms=(None, None))
 
 
 @built
@@ -93,8 +95,8 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
         (300, {"sinks": sinks, "scale": 0.3, "softcap": 5.0}, slopes),
     ]:
         for tokens, starts in [(1, [0]), (1, [255, 3, 639]), (4, [3, 510])]:
-            cache = make_cache(starts, n_kv_heads, d, dtype, rope, alibi)
-            check_attention(starts, tokens, n_heads, cache, window, norms, **options)
+            cache = make_cache(starts, n_kv_heads, 640, d, dtype)
+            check_attention(starts, tokens, n_heads, cache, PositionTables(rope, alibi), window, norms, **options)
 
 
 @built
@@ -105,19 +107,18 @@ def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, m
     """Of more tokens than a step has: the kernel rope_and_cache and PyTorch's attention together."""
     torch.manual_seed(0)
     monkeypatch.setattr(torch_ops, "EAGER_QUERIES", 30)
-    rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180)
+    tables = PositionTables(rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180))
     widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]
     norms = [None, None] if widths is None else [make_norm(width, dtype) for width in widths]
     for window, options in [(0, {}), (20, {}), (20, {"sinks": torch.randn(n_heads).to(dtype)})]:
         for starts in ([0, 0], [5, 110]):
             k, v = torch.randn(2, 2, n_kv_heads, 180, d).to(dtype).unbind()
-            cache, start_pos = LayerCache(k, v, rope), torch.tensor(starts)
-            before = cache._replace(k=k.clone(), v=v.clone())
+            before, start_pos = LayerCache(k.clone(), v.clone()), torch.tensor(starts)
             qkv = torch.randn(2, 70, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-            ours = attend(qkv, cache, start_pos, n_heads, kernels.CPU, window, *norms, **options)
-            y, bound = exact_attention(qkv, before, start_pos, n_heads, window, norms, factor=dtype, **options)
+            ours = attend(qkv, LayerCache(k, v), tables, start_pos, n_heads, kernels.CPU, window, *norms, **options)
+            y, bound = exact_attention(qkv, before, tables, start_pos, n_heads, window, norms, factor=dtype, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # PyTorch rounds weights too
-            exact_k, exact_v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
+            exact_k, exact_v, k_error = exact_cache(qkv, before, tables.rope, start_pos, n_heads, norms)
             bounds.check(k, exact_k, k_error)
             assert torch.equal(v, exact_v)
 
@@ -137,21 +138,21 @@ def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype):
         (65, [0], 0, None, {}), (200, [131], 0, None, {}), (33, [0, 367], 0, None, {}), (130, [7], 1, None, {}),
         (90, [200, 0, 3], 70, None, {}), (150, [0], 0, slopes, {}), (66, [64], 5, slopes, everything),
     ]:
-        cache = make_cache(starts, n_kv_heads, d, dtype, rope, alibi)
-        check_attention(starts, tokens, n_heads, cache, window, norms, **options)
+        cache = make_cache(starts, n_kv_heads, 400, d, dtype)
+        check_attention(starts, tokens, n_heads, cache, PositionTables(rope, alibi), window, norms, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_reference(dtype):
     """The PyTorch version against the same exact result, also of more tokens than the kernels take."""
     torch.manual_seed(0)
-    rope = rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64)
+    tables = PositionTables(rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64))
     for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 0), (20, [0, 0], 6), (20, [44, 3], 9), (64, [0], 100)]:
         start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16).to(dtype)
         k, v = torch.randn(2, len(starts), 2, 64, 16).to(dtype).unbind()
-        cache = LayerCache(k, v, rope)
-        y, bound = exact_attention(qkv, cache, start_pos, 6, window, (None, None), factor=dtype)
-        ours = attend(qkv, cache, start_pos, 6, kernels.TORCH, window)
+        cache = LayerCache(k, v)
+        y, bound = exact_attention(qkv, cache, tables, start_pos, 6, window, (None, None), factor=dtype)
+        ours = attend(qkv, cache, tables, start_pos, 6, kernels.TORCH, window)
         bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # SDPA rounds weights too
 
 
@@ -166,9 +167,9 @@ def test_attention_reference_sinks_scale_softcap():
         for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 6), (64, [0], 100)]:
             start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
-            cache = LayerCache(k, v, rope, alibi)
-            y, bound = exact_attention(qkv, cache, start_pos, 6, window, norms, factor=torch.float32, **options)
-            ours = attend(qkv, cache, start_pos, 6, kernels.TORCH, window, *norms, **options)
+            cache, tables = LayerCache(k, v), PositionTables(rope, alibi)
+            y, bound = exact_attention(qkv, cache, tables, start_pos, 6, window, norms, factor=torch.float32, **options)
+            ours = attend(qkv, cache, tables, start_pos, 6, kernels.TORCH, window, *norms, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
 
 
@@ -176,24 +177,24 @@ def test_attention_reference_sinks_scale_softcap():
 def test_what_does_not_fit_is_refused():
     """An error, not a write beyond the cache."""
     rope, weight = rope_table(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64), 8), torch.zeros(1, 2, 8, 16)
-    cache = LayerCache(weight, weight.clone(), rope)
+    cache, tables = LayerCache(weight, weight.clone()), PositionTables(rope)
     for rows, tokens, start_pos in [(2, 1, [0]), (1, 1, [8]), (1, 1, [-1]), (1, 2, [7]), (1, 1, [0, 1]), (1, 65, [0])]:
         with pytest.raises(RuntimeError, match="no room"):
-            attend(torch.randn(rows, tokens, 128), cache, torch.tensor(start_pos), 4, ANY_TOKENS)
+            attend(torch.randn(rows, tokens, 128), cache, tables, torch.tensor(start_pos), 4, ANY_TOKENS)
     with pytest.raises(RuntimeError, match="int64"):
-        attend(torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.int32), 4, kernels.CPU)
+        attend(torch.randn(1, 1, 128), cache, tables, torch.zeros(1, dtype=torch.int32), 4, kernels.CPU)
     with pytest.raises(RuntimeError, match="type"):
-        attend(torch.randn(1, 1, 128).half(), cache, torch.zeros(1, dtype=torch.long), 4, kernels.CPU)
+        attend(torch.randn(1, 1, 128).half(), cache, tables, torch.zeros(1, dtype=torch.long), 4, kernels.CPU)
     for norms, sinks, said in [
         ((64, 16), 4, "wide"), ((16, 32), 4, "wide"), ((48, 32), 4, "wide"), ((64, 32), 3, r"\[H\]"),
     ]:
         q_norm, k_norm = (make_norm(width, torch.float32) for width in norms)
         with pytest.raises(RuntimeError, match=said):
             attend(
-                torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, kernels.CPU, 0, q_norm, k_norm,
-                torch.zeros(sinks),
+                torch.randn(1, 1, 128), cache, tables, torch.zeros(1, dtype=torch.long), 4, kernels.CPU, 0, q_norm,
+                k_norm, torch.zeros(sinks),
             )
     for slopes in (torch.zeros(3), torch.zeros(4).half()):
         with pytest.raises(RuntimeError, match="slopes"):
-            view = cache._replace(alibi_slopes=slopes)
-            attend(torch.randn(1, 1, 128), view, torch.zeros(1, dtype=torch.long), 4, kernels.CPU)
+            with_slopes = PositionTables(rope, slopes)
+            attend(torch.randn(1, 1, 128), cache, with_slopes, torch.zeros(1, dtype=torch.long), 4, kernels.CPU)

@@ -10,7 +10,7 @@ from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
 from model import KVCache, empty_model
 from rope import rope_table
-from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
+from tests.tiny import FAMILIES, LAYER_TYPES, SIZES, forward
 from utils.errors import UsageError
 
 
@@ -22,9 +22,9 @@ def test_logits_equal_transformers(family, use_kernels, pair):
     start, kv_cache = torch.zeros(2, dtype=torch.long), KVCache(ours, 2, 128)
     with torch.inference_mode():
         expected = theirs(tokens).logits
-        whole = ours(tokens, start, KVCache(ours, 2, 128))
+        whole = forward(ours, tokens, start, KVCache(ours, 2, 128))
         ends = [0, 7, 24, 80, *range(81, 121)]  # three chunks, then token by token
-        parts = [ours(tokens[:, a:b], start + a, kv_cache) for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [forward(ours, tokens[:, a:b], start + a, kv_cache) for a, b in zip(ends, ends[1:], strict=False)]
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)
 
@@ -37,15 +37,15 @@ def test_rows_have_positions_of_their_own(family, use_kernels, pair):
     tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(1))
     together, starts = KVCache(ours, 2, 64), torch.tensor([30, 7])
     with torch.inference_mode():
-        ours(tokens[:, :30], torch.zeros(2, dtype=torch.long), together)
+        forward(ours, tokens[:, :30], torch.zeros(2, dtype=torch.long), together)
         logits = []
         for n in (1, 3, 9, 17):
             rows = torch.stack([tokens[b, start : start + n] for b, start in enumerate(starts.tolist())])
-            logits.append(ours(rows, starts, together))
+            logits.append(forward(ours, rows, starts, together))
             starts = starts + n
         for b, first in enumerate((30, 7)):
             alone = KVCache(ours, 1, 64)
-            expected = ours(tokens[b : b + 1, : first + 30], torch.zeros(1, dtype=torch.long), alone)[0, first:]
+            expected = forward(ours, tokens[b : b + 1, : first + 30], torch.tensor([0]), alone)[0, first:]
             torch.testing.assert_close(torch.cat(logits, 1)[b], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_prompts_longer_than_every_window(family, use_kernels, pair):
     with torch.inference_mode():
         expected = theirs(tokens).logits
         for length in (n, 256):
-            logits = ours(tokens, torch.tensor([0]), KVCache(ours, 1, length))
+            logits = forward(ours, tokens, torch.tensor([0]), KVCache(ours, 1, length))
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -90,7 +90,8 @@ def test_rope_that_depends_on_the_length(family, n, pair):
     tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         kv_cache = KVCache(ours, 1, n)
-        parts = [ours(tokens[:, :9], torch.tensor([0]), kv_cache), ours(tokens[:, 9:], torch.tensor([9]), kv_cache)]
+        chunks = [(0, tokens[:, :9]), (9, tokens[:, 9:])]
+        parts = [forward(ours, chunk, torch.tensor([start]), kv_cache) for start, chunk in chunks]
         torch.testing.assert_close(torch.cat(parts, 1), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
 
 

@@ -19,7 +19,7 @@ from loading import load_model
 from model import KVCache
 from scripts.kernel_checks import exact_results
 from scripts.kernel_checks.exact_results import format_label
-from tests.tiny import ROOT, convert, write_folder
+from tests.tiny import ROOT, convert, forward, write_folder
 from text.tokenizer import load_tokenizer
 from utils.errors import UsageError
 
@@ -83,7 +83,7 @@ def shapes_of(tensors: dict) -> dict:
 def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
     """Of tokens [B, T]: [B, T, V]."""
     start_pos = torch.zeros(len(tokens), dtype=torch.long)
-    return model(tokens, start_pos, KVCache(model, *tokens.shape))
+    return forward(model, tokens, start_pos, KVCache(model, *tokens.shape))
 
 
 @pytest.mark.parametrize("k", [8, 24, 64, 72, 200])
@@ -253,7 +253,7 @@ def test_hessians_are_of_what_each_linear_gets(folder):
     """Of experts, of the tokens that are sent to them."""
     model = load_model(folder("qwen3-moe") / "model.pth", "cpu", torch.float32, use_kernels=False)
     tokens = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
-    layer, cache = model.layers[0], KVCache(model, 1, 12).layers[0]
+    layer, kv_cache = model.layers[0], KVCache(model, 1, 12)
     feed_forward, seen = layer.feed_forward, {}
 
     def keep(name, hook_input):
@@ -269,7 +269,9 @@ def test_hessians_are_of_what_each_linear_gets(folder):
         keep("down", lambda args, kwargs: (args[0][0], args[1][0])), with_kwargs=True
     )
     with torch.inference_mode():
-        hessians = gptq.compute_hessians(model, 0, [model.embed(tokens)], torch.zeros(1, dtype=torch.long), cache)
+        start_pos, tables = torch.zeros(1, dtype=torch.long), model.make_position_tables(kv_cache)
+        inputs = [model.embed(tokens)]
+        hessians = gptq.compute_hessians(model, 0, inputs, start_pos, kv_cache.layers[0], tables[0])
     hidden, topk_ids = seen["down"]  # [T, top_k, F], [T, top_k]
     names = ("attention.qkv_proj", "attention.o_proj", "feed_forward.gate_up_proj", "feed_forward.down_proj")
     assert hessians.keys() == {f"layers.0.{name}" for name in names}

@@ -7,7 +7,7 @@ import torch
 
 import kernels
 from config import ModelConfig, MoEConfig
-from kernels.arguments import LayerCache
+from kernels.arguments import LayerCache, PositionTables
 from kernels.formats import Float8, Int4, Int8, Unquantized
 from kernels.record import MAX_CPU_GRAPHS, call_at_graph_break, call_with_tape_threads, record
 from kernels.schema import SCHEMAS
@@ -62,7 +62,8 @@ def test_replayed_is_computed(format, dtype, family):
     """With one thread or two, for steps of one token and of several, at any start_pos, one shape after the other."""
     model = make_model(format, dtype, **FAMILIES[family])
     caches = [KVCache(model, 2, 40) for _ in range(2)]
-    recorded = record(lambda tokens, start_pos: model(tokens, start_pos, caches[1]))
+    tables = model.make_position_tables(caches[0])
+    recorded = record(lambda tokens, start_pos: model(tokens, start_pos, caches[1], tables))
     generator = torch.Generator().manual_seed(1)
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
@@ -70,7 +71,7 @@ def test_replayed_is_computed(format, dtype, family):
             assert model.can_record(2, n_tokens)
             torch.set_num_threads(threads)
             tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
-            expected = model(tokens, torch.tensor(start_pos), caches[0])
+            expected = model(tokens, torch.tensor(start_pos), caches[0], tables)
             assert torch.equal(recorded(tokens, torch.tensor(start_pos)), expected)
     torch.set_num_threads(1)
     for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
@@ -94,13 +95,14 @@ def test_every_argument_is_recorded(format):
     gate_up = make_linear(96, dim, format, torch.float32, n_experts, bias=True, kind=ExpertsGateUp)
     down = make_linear(dim, 48, format, torch.float32, n_experts, bias=True, kind=ExpertsDown)
     packed(torch.nn.ModuleList([embedding, qkv_proj, head, router, gate_up, down]))
-    rope, slopes = rope_table(config, 40), torch.rand(n_heads)
-    caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), rope, slopes) for _ in range(2)]
+    tables = PositionTables(rope_table(config, 40), torch.rand(n_heads))
+    caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind()) for _ in range(2)]
 
     def step(tokens, start_pos, cache):
         x = embedding(tokens, 8.0, torch.float32)
         y = attend(
-            qkv_proj(x), cache, start_pos, n_heads, kernels.CPU, 0, q_norm, k_norm, sinks, scale=0.3, softcap=2.0
+            qkv_proj(x), cache, tables, start_pos, n_heads, kernels.CPU, 0, q_norm, k_norm, sinks, scale=0.3,
+            softcap=2.0,
         )
         x = norm(y, residual=x)
         topk_weights, topk_ids = kernels.route(router(x), 2, True, 2, kernels.CPU)
@@ -120,11 +122,11 @@ def test_every_argument_is_recorded(format):
 def test_recording_computes_nothing_and_results_are_overwritten():
     model = make_model(Unquantized(), torch.float32)
     kv_cache = KVCache(model, 1, 8)
-    calls = []
+    tables, calls = model.make_position_tables(kv_cache), []
 
     def step(tokens, start_pos):
         calls.append(1)
-        return model(tokens, start_pos, kv_cache)
+        return model(tokens, start_pos, kv_cache, tables)
 
     recorded, position = record(step), torch.zeros(1, dtype=torch.long)
     first = recorded(torch.tensor([[5]]), position)
@@ -174,16 +176,17 @@ def test_what_is_no_operation_raises(operation):
     """And leaves nothing behind: the next recording works."""
     model = make_model(Unquantized(), torch.float32)
     kv_cache, token, position = KVCache(model, 1, 8), torch.tensor([[5]]), torch.zeros(1, dtype=torch.long)
+    tables = model.make_position_tables(kv_cache)
 
     def step(tokens, start_pos):
-        logits = model(tokens, start_pos, kv_cache)
+        logits = model(tokens, start_pos, kv_cache, tables)
         return torch.softmax(logits, -1) if operation is torch.softmax else operation(logits)
 
     with pytest.raises(RuntimeError, match="is no operation of kernels/ops.py"):
         record(step)(token, position)
     with torch.inference_mode():
-        recorded = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache)[:, -1].view(-1))  # views may
-        assert torch.equal(recorded(token, position), model(token, position, kv_cache).flatten())
+        recorded = record(lambda *inputs: model(*inputs, kv_cache, tables)[:, -1].view(-1))  # views may
+        assert torch.equal(recorded(token, position), model(token, position, kv_cache, tables).flatten())
 
 
 def test_a_tape_can_hold_every_operation_of_a_short_step():
@@ -196,7 +199,8 @@ def test_a_tape_can_hold_every_operation_of_a_short_step():
 def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
     model = make_model(Unquantized(), torch.float32)
     kv_cache = KVCache(model, 1, 4)
-    recorded = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
+    tables = model.make_position_tables(kv_cache)
+    recorded = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, tables))
     recorded(torch.tensor([[5]]), torch.tensor([3]))
     for token, position, said in [(5, 4, "no room"), (5, -1, "no room"), (97, 0, "vocabulary"), (-1, 0, "vocabulary")]:
         before = kv_cache.layers[0].k.clone()

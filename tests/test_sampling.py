@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from engine.generation import build_decode_loop
@@ -11,6 +13,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import PromptLookup, build_speculative_decoder
 from engine.steps import build_steps, make_kv_cache
+from engine.token_history import TokenHistory
 from utils.errors import UsageError
 
 
@@ -103,15 +106,46 @@ def test_repetition_penalty_equals_transformers(pair):
     lookup = build_speculative_decoder(ours, kv_cache, steps, sampling, PromptLookup(2, torch.device("cpu")), k=4)
     assert [i for (i,) in lookup(ids, 0, n)] == expected
 
-    scheduler = Scheduler(ours, 3, 64)
-    plain, penalized = Sequence(ids, n), Sequence(ids, n, sampling)
-    for sequence in (plain, penalized, Sequence(ids[:7], 3, sampling)):
-        scheduler.submit(sequence)
-    found = {plain: [], penalized: []}
-    while scheduler.has_work():
-        for output in scheduler.step():
-            found.setdefault(output.sequence, []).extend(output.new_ids)
-    assert found[penalized] == expected and found[plain] != expected
+    for order in ([0, 1, 2], [2, 0, 1]):  # the second time, penalized moves to the slot of short
+        plain, penalized, short = Sequence(ids, n), Sequence(ids, n, sampling), Sequence(ids[:7], 3, sampling)
+        scheduler = Scheduler(ours, 3, 64)
+        for i in order:
+            scheduler.submit([plain, penalized, short][i])
+        while scheduler.has_work():
+            scheduler.step()
+        assert penalized.new_ids == expected and plain.new_ids != expected
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_token_history_is_the_texts(data):
+    """Whatever is stored, copied, swapped, or stored again from an earlier position on."""
+    n_texts, length, vocab_size = 3, 12, 9
+    history, texts = TokenHistory(n_texts, length, torch.device("cpu")), [[] for _ in range(n_texts)]
+    for _ in range(data.draw(st.integers(1, 8))):
+        action = data.draw(st.sampled_from(["store", "copy", "swap"]))
+        if action != "store":
+            source, target = data.draw(st.tuples(*[st.integers(0, n_texts - 1)] * 2))
+            n = data.draw(st.integers(0, len(texts[source])))
+            if action == "copy":
+                history.copy_sequence(source, target, n)
+                texts[target] = texts[source][:n]
+            else:
+                history.swap_sequences(source, target, max(len(texts[source]), len(texts[target])))
+                texts[source], texts[target] = texts[target], texts[source]
+            continue
+        first, n_new = data.draw(st.integers(0, n_texts - 1)), data.draw(st.integers(1, 4))
+        rows = range(first, data.draw(st.integers(first + 1, n_texts)))
+        starts = [data.draw(st.integers(0, min(len(texts[row]), length - n_new))) for row in rows]
+        tokens = [data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=n_new, max_size=n_new)) for _ in rows]
+        view = history.narrow_batch(first, len(rows))
+        view.store(torch.tensor(tokens), torch.tensor(starts))
+        for row, start, new in zip(rows, starts, tokens, strict=True):
+            texts[row] = texts[row][:start] + new
+        last = torch.tensor(starts)[:, None] + torch.arange(n_new)
+        for row, start, seen in zip(rows, starts, view.seen_token_mask(last, vocab_size), strict=True):
+            for i, mask in enumerate(seen):
+                assert set(mask.nonzero()[:, 0].tolist()) == set(texts[row][: start + i + 1])
 
 
 def sorted_distribution(logits: torch.Tensor, top_p: float) -> torch.Tensor:

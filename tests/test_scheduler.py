@@ -22,7 +22,7 @@ from kernels.formats import MXFP4, Float8, Int4, Int8
 from llm import LLM
 from loading import load
 from model import Transformer
-from tests.tiny import make_hf, to_ours
+from tests.tiny import forward, make_hf, to_ours
 from text.tokenizer import StopStringFinder
 from utils.errors import UsageError
 
@@ -275,7 +275,7 @@ def test_logprobs(pair):
     for prompt, answer in zip(prompts, found, strict=False):
         ids = [*prompt, *(output.new_ids[0] for output in answer)]
         with torch.inference_mode():
-            logits = model(torch.tensor([ids[:-1]]), torch.tensor([0]), make_kv_cache(model, 1, len(ids)))[0]
+            logits = forward(model, torch.tensor([ids[:-1]]), torch.tensor([0]), make_kv_cache(model, 1, len(ids)))[0]
         expected = logits[len(prompt) - 1 :].log_softmax(-1)
         for output, logprobs in zip(answer, expected, strict=True):
             (found_logprobs,), (token,) = output.logprobs, output.new_ids

@@ -10,6 +10,7 @@ import torch
 from engine.steps import make_kv_cache
 from tests.byte_models import VOCAB_SIZE
 from tests.serving import SECONDS, USER, client_of, joined
+from tests.tiny import forward
 
 pytest_plugins = ["tests.serving"]
 
@@ -150,7 +151,8 @@ def test_a_stop_text_ends_one_of_several_texts(complete_chain):
 def score(server, ids: list[int], n_prompt: int) -> torch.Tensor:
     """The log-probabilities [n, V] after each of ids but the last, from those after the prompt on."""
     with torch.inference_mode():
-        logits = server.model(torch.tensor([ids[:-1]]), torch.tensor([0]), make_kv_cache(server.model, 1, len(ids)))
+        kv_cache = make_kv_cache(server.model, 1, len(ids))
+        logits = forward(server.model, torch.tensor([ids[:-1]]), torch.tensor([0]), kv_cache)
     return logits[0, n_prompt - 1 :].log_softmax(-1)
 
 

@@ -23,6 +23,7 @@ from engine.speculate import (
     rejection_sample,
 )
 from engine.steps import Steps, build_steps
+from engine.token_history import TokenHistory
 from loading import load_model
 from model import KVCache
 from tests.tiny import FAMILIES, call, convert, make_hf, to_ours
@@ -186,7 +187,8 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
         proposer = PromptLookup(3, CPU)
     else:
         proposer = toy_draft(toy_logits(2, never=3 if draft == "never" else None), sampling, text)
-    decoder = SpeculativeDecoder(Steps(prefill, decode), verify, proposer, k=2, device=CPU)
+    steps = Steps(prefill, decode, position_tables=[], history=TokenHistory(1, len(text), CPU))
+    decoder = SpeculativeDecoder(steps, verify, proposer, k=2, device=CPU)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0

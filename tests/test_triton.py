@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 import kernels
 from config import ModelConfig
-from kernels.arguments import LayerCache
+from kernels.arguments import LayerCache, PositionTables
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.formats.triton_layouts import pack_tiles
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
@@ -39,7 +39,7 @@ from scripts.kernel_checks.exact_results import (
     make_linear,
     use_triton,
 )
-from tests.tiny import ROOT, make_hf, to_ours
+from tests.tiny import ROOT, forward, make_hf, to_ours
 
 U32 = bounds.U[torch.float32]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about rows and columns of padding
@@ -252,17 +252,17 @@ def test_sample_of_what_is_not_finite(value):
 def test_attention_stays_in_the_cache():
     """Nothing before the first position or beyond the last is written or looked at; what fits is right."""
     torch.manual_seed(0)
-    rope, G, D = rope_table(ModelConfig(64, 1, 4, 2, 16, 64, 64, 64), 16), 2, 16
+    tables, G, D = PositionTables(rope_table(ModelConfig(64, 1, 4, 2, 16, 64, 64, 64), 16)), 2, 16
     k, v = torch.randn(2, 5, G, 24, D).unbind()
     for cache in (k, v):
         cache[:, :, :4], cache[:, :, 20:] = torch.nan, torch.nan
-    before, inside = LayerCache(k.clone(), v.clone(), rope), slice(4, 20)
+    before, inside = LayerCache(k.clone(), v.clone()), slice(4, 20)
     start_pos, qkv = torch.tensor([15, 18, 1000, -1, -1000]), torch.randn(5, 1, (4 + 2 * G) * D)
-    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside], rope), start_pos, 4, kernels.TRITON)
+    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside]), tables, start_pos, 4, kernels.TRITON)
     assert ours[:3].isfinite().all()
     fits = slice(0, 1)
-    cache = LayerCache(before.k[fits, :, inside], before.v[fits, :, inside], rope)
-    bounds.check(ours[fits], *exact_attention(qkv[fits], cache, start_pos[fits], 4, 0, (None, None)))
+    cache = LayerCache(before.k[fits, :, inside], before.v[fits, :, inside])
+    bounds.check(ours[fits], *exact_attention(qkv[fits], cache, tables, start_pos[fits], 4, 0, (None, None)))
     for after, old in ((k, before.k), (v, before.v)):
         assert not torch.equal(after[0, :, 19], old[0, :, 19])
         after[0, :, 19] = old[0, :, 19]
@@ -285,9 +285,10 @@ def tiny_model(family: str, n_layers: int):
 def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
     """Of a prompt's many tokens at once, of two one by one, and of four at once."""
     kv_cache, start, logits = KVCache(model, 1, 200), 0, []
+    tables = model.make_position_tables(kv_cache)
     with torch.inference_mode():
         for tokens in prompt[None].split([len(prompt) - 6, 1, 1, 4], dim=1):
-            logits.append((step or model)(tokens, torch.tensor([start]), kv_cache))
+            logits.append((step or model)(tokens, torch.tensor([start]), kv_cache, tables))
             start += tokens.shape[1]
     return torch.cat(logits, dim=1)
 
@@ -327,10 +328,10 @@ def test_many_sequences(small_gpu):
 
     def step() -> torch.Tensor:
         kv_cache = KVCache(model, 12, 64)
-        for cache, values in zip(kv_cache.layers[0][:2], k_and_v, strict=True):
+        for cache, values in zip(kv_cache.layers[0], k_and_v, strict=True):
             cache.copy_(values)
         with torch.inference_mode():
-            return model(torch.arange(3, 15)[:, None], start_pos, kv_cache)
+            return forward(model, torch.arange(3, 15)[:, None], start_pos, kv_cache)
 
     expected = step()
     use_triton(model)
@@ -354,8 +355,8 @@ def test_torch_compile(small_gpu):
     expected = logits_of(model, prompt)
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
 
-    def step(tokens, start_pos, kv_cache):
-        return (compiled if tokens.numel() <= launch.MMA_TOKENS else model)(tokens, start_pos, kv_cache)
+    def step(tokens, *others):
+        return (compiled if tokens.numel() <= launch.MMA_TOKENS else model)(tokens, *others)
 
     assert torch.equal(logits_of(model, prompt, step), expected)
 

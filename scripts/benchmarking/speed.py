@@ -245,7 +245,9 @@ def measure_prefill(model: Transformer, n: int) -> dict:
 def measure_verify(model: Transformer, compile: bool) -> float:
     """Returns the time of a step of 5 tokens, as in a verification, over the time of a step of one token. The two kinds
     of steps take turns."""
-    step = build_model_step(model, KVCache(model, 1, 5), lambda logits, *inputs: logits.argmax(-1), compile)
+    kv_cache = KVCache(model, 1, 5)
+    tables = model.make_position_tables(kv_cache)
+    step = build_model_step(model, kv_cache, tables, lambda logits, *inputs: logits.argmax(-1), compile)
     tokens = torch.zeros(1, 5, dtype=torch.long, device=model.device)
     position = torch.zeros(1, dtype=torch.long, device=model.device)
     seconds = {1: [], 5: []}
