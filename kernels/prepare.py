@@ -44,12 +44,12 @@ def prepare_kernels(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mma
         without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
         dequantize_weights(without_kernel, dtype, is_mmapped)
         if has_kernels:
-            pack_for_cpu(matrices, is_mmapped)
+            pack_for_cpu(matrices, dtype, is_mmapped)
     elif device.type == "cuda" and load_triton_kernels(device):
         pack_for_triton(matrices, dtype)
 
 
-def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
+def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
     """Packs the weights of matrices into huge pages, one weight behind the other."""
     memory = HugePageArena()
     is_quantized = any(matrix.format.is_quantized for matrix in matrices)
@@ -67,6 +67,8 @@ def pack_for_cpu(matrices: list[WeightMatrix], is_mmapped: bool):
         # Unquantized matrices of a quantized model, such as routers, also stay on the kernels up to MAX_CPU_TOKENS.
         # PyTorch would be faster, but one PyTorch operation would make the whole step unrecordable.
         matrix.max_kernel_tokens = MAX_CPU_TOKENS if is_quantized else max_unquantized_tokens(matrix.weight.dtype)
+        if matrix.n_experts is None and build.library().has_prefill_linear(dtype == torch.bfloat16):
+            matrix.max_kernel_tokens = float("inf")
 
 
 def max_unquantized_tokens(dtype: torch.dtype) -> int:

@@ -17,62 +17,13 @@
 #pragma once
 
 #include "attention.h"
+#include "words.h"
 
 constexpr int64_t KEY_TILE = 64;
-constexpr int64_t ROWS = 6;         // with 4 Vecs in a row, so many sums fit in 32 registers
 constexpr int64_t TASK_ROWS = 192;  // a task has about so many rows
 constexpr float LOG2_E = 1.44269504f;
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// ---- Products of words ----------------------------------------------------------------------------------------------
-//
-// Both products sum over words of 32 bits: a float, or two bf16 that a CPU multiplies in one instruction.
-//
-//     product    a [ROWS, n words]              b [n, 64 words]
-//     q k^T      queries, words of head_dim     packed keys: word i of each key in row i
-//     p v        words of keys                  packed values: the words (v[2j], v[2j + 1]) of each column in row j
-
-using Word = uint32_t;
-constexpr int64_t COLUMNS = 64;  // of a product: 4 Vecs
-
-#if defined(__AVX512BF16__)
-template <typename T> constexpr int64_t PER_WORD = std::is_same_v<T, bf16> ? 2 : 1;
-#else
-template <typename T> constexpr int64_t PER_WORD = 1;
-#endif
-
-// acc[lane] += the product of word a and word b[lane].
-template <typename T> inline void add_product(Vec& acc, Word a, const Word* b) {
-#if defined(__AVX512BF16__)
-  if constexpr (PER_WORD<T> == 2) {
-    acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a), load<__m512bh>(b));
-    return;
-  }
-#endif
-  acc += std::bit_cast<float>(a) * load<Vec>(b);
-}
-
-// c [ROWS, COLUMNS] = a [ROWS, n] b [n, COLUMNS], or += if accumulates. a, b and c are parts of wider matrices, whose
-// strides are a_stride, b_stride and c_stride.
-template <typename T, bool accumulates>
-inline void multiply_words(const Word* a, int64_t a_stride, const Word* b, int64_t b_stride, int64_t n, float* c,
-                           int64_t c_stride) {
-  Vec acc[ROWS][4] = {};
-  const auto for_each_vec = [&](auto f) {  // unrolled, so that acc stays in registers
-#pragma GCC unroll 6
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) f(acc[r][v], r, v);
-  };
-  if constexpr (accumulates)
-    for_each_vec([&](Vec& sum, int r, int v) { sum = load<Vec>(c + r * c_stride + v * LANES); });
-  for (int64_t i = 0; i < n; i++)
-    for_each_vec([&](Vec& sum, int r, int v) {
-      add_product<T>(sum, a[r * a_stride + i], b + i * b_stride + v * LANES);
-    });
-  for_each_vec([&](Vec& sum, int r, int v) { store_vec(sum, c + r * c_stride + v * LANES); });
-}
+// ---- Packing -------------------------------------------------------------------------------------------------------
 
 // Returns words i to i + 15 of x [d]. Words beyond the end are zeros.
 template <typename T> inline UIntVec load_words(const T* x, int64_t i, int64_t d) {
@@ -216,15 +167,15 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     if (!any_visible) return;
     alignas(64) float scores[ROWS][KEY_TILE];
     alignas(64) Word p[ROWS][KEY_TILE / PER_WORD<T>];
-    multiply_words<T, false>(buffers.q + row * query_words(), query_words(), buffers.k, KEY_TILE, query_words(),
+    multiply_words<T, false>(buffers.q + row * query_words(), query_words(), buffers.k, KEY_TILE, LANES, query_words(),
                              scores[0], KEY_TILE);
     for (int64_t r = 0; r < ROWS; r++) {
       if (has_finished_scores()) finish_row(rows, row + r, key, scores[r]);
       if (visible[r].begin > 0 || visible[r].end < KEY_TILE) mask_row(visible[r], scores[r]);
     }
     // All rows at each step, since the steps of a single row wait for each other.
-    float* acc = buffers.acc + row * width();
-    Softmax* softmax = buffers.softmax + row;
+    float* const acc = buffers.acc + row * width();
+    Softmax* const softmax = buffers.softmax + row;
     for (int64_t r = 0; r < ROWS; r++)
       if (visible[r].begin < visible[r].end) raise_maximum(scores[r], softmax[r], acc + r * width());
     const float factor = score_factor();
@@ -232,8 +183,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
       if (visible[r].begin < visible[r].end) exponentiate(scores[r], factor, softmax[r], p[r]);
       else std::memset(p[r], 0, sizeof p[r]);
     for (int64_t column = 0; column < width(); column += COLUMNS)
-      multiply_words<T, true>(p[0], KEY_TILE / PER_WORD<T>, buffers.v + column, width(), KEY_TILE / PER_WORD<T>,
-                              acc + column, width());
+      multiply_words<T, true>(p[0], KEY_TILE / PER_WORD<T>, buffers.v + column, width(), LANES,
+                              KEY_TILE / PER_WORD<T>, acc + column, width());
   }
 
   // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * score_factor() is the logit of a
