@@ -232,7 +232,7 @@ def has_attention_kernel(backend: str, batch: int, n_new_tokens: int, heads_per_
 
 
 def has_prefill_attention_kernel(backend: str, batch: int, n_new_tokens: int, dtype: torch.dtype) -> bool:
-    """Whether attend calls a kernel for more new tokens than a step can have (kernels/csrc/prefill.h). Compiled steps
+    """Whether attend calls a kernel for more new tokens than a step can have (csrc/prefill_attention.h). Compiled steps
     do without, since torch.compile cannot trace a call of the library."""
     if backend != "cpu" or torch.compiler.is_compiling() or batch * n_new_tokens <= MAX_CPU_TOKENS:
         return False

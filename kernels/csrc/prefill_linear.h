@@ -84,7 +84,8 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     Word* panel = panel_scratch.at_least<Word>(PANEL_WORDS * COLUMNS);
     float* acc = acc_scratch.at_least<float>(round_up(tokens.end - tokens.begin, ROWS) * COLUMNS);
     dispatch_format(w.format, [&]<typename F>(F) {
-      WeightTiles<F> tiles[] = {{w, blocks[0], PANEL_BYTES}, {w, blocks[1], PANEL_BYTES}, {w, blocks[2], PANEL_BYTES}, {w, blocks[3], PANEL_BYTES}};
+      const auto tiles_of = [&](int64_t i) { return WeightTiles<F>(w, blocks[i], PANEL_BYTES); };
+      WeightTiles<F> tiles[] = {tiles_of(0), tiles_of(1), tiles_of(2), tiles_of(3)};
       for (int64_t begin = 0; begin < w.k; begin += PANEL_K) {
         const int64_t end = std::min(w.k, begin + PANEL_K);
         for (int64_t i = 0; i < 4; i++)
@@ -93,16 +94,18 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
         multiply_panel(x, panel, round_up(end - begin, TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
       }
     });
-    for (int64_t token = tokens.begin; token < tokens.end; token += ROWS)
-      store_outputs(acc + (token - tokens.begin) * COLUMNS, first_block, blocks, {token, std::min(token + ROWS, tokens.end)});
+    for (int64_t token = tokens.begin; token < tokens.end; token += ROWS, acc += ROWS * COLUMNS)
+      store_outputs(acc, first_block, blocks, {token, std::min(token + ROWS, tokens.end)});
   }
 
   // Decodes the inputs [begin, end) of a block to panel [words, 16].
-  template <typename F> void decode(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, IntVec* panel) const {
+  template <typename F>
+  void decode(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, IntVec* panel) const {
     for (int64_t k = begin; k < end; k += TILE_K, panel += TILE_K / 2) {
-      if (k + TILE_K > end) std::fill_n(panel, TILE_K / 2, IntVec{});
-      tiles.read(k, std::min(end, k + TILE_K), panel);
-      if constexpr (F::SCALE_AFTER_SUM) scale_tile<F>(w, block, k, divide_up(std::min(end, k + TILE_K) - k, 2), panel);
+      const int64_t tile_end = std::min(end, k + TILE_K);
+      if (tile_end < k + TILE_K) std::fill_n(panel, TILE_K / 2, IntVec{});
+      tiles.read(k, tile_end, panel);
+      if constexpr (F::SCALE_AFTER_SUM) scale_tile<F>(w, block, k, divide_up(tile_end - k, 2), panel);
     }
   }
 
