@@ -14,8 +14,8 @@ The backends compute the same functions, but round differently. With activations
     kernels   Most results within an operation stay float32, and the last one is rounded. Exceptions:
     CPU       A product with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 8 with a
               scale each (csrc/activations.h: quantize_token). AMX (csrc/amx.h) and prefill (csrc/prefill_linear.h) do
-              not round x, but weights to bfloat16. A norm rounds x / rms(x) before its weight multiplies that, as PyTorch
-              does.
+              not round x, but weights to bfloat16. A norm rounds x / rms(x) before its weight multiplies that, as
+              PyTorch does.
     TRITON    A fused norm multiplies x with its weight, rounds that, and divides by rms(x) after the product
               (triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
 
