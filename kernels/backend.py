@@ -119,7 +119,7 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
     library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(PRODUCTS, library.max_unquantized_tokens(is_bf16))
-    # Other kernels for a prompt, where they are faster than PyTorch (csrc/prefill_linear.h, prefill_attention.h)
+    # Other kernels for a prompt, where they are faster than PyTorch (csrc/prefill_linear.h, csrc/prefill_attention.h)
     if library.has_prefill_linear(is_bf16):
         limits["fused_linear"] = math.inf
     if library.has_prefill_attention(is_bf16):
