@@ -13,8 +13,9 @@ The backends compute the same functions, but round differently. With activations
               step of an operation is rounded.
     kernels   Most results within an operation stay float32, and the last one is rounded. Exceptions:
     CPU       A product with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 8 with a
-              scale each (csrc/activations.h: quantize_token). AMX, for many tokens, does not round x, but weights to
-              bfloat16 (csrc/amx.h). A norm rounds x / rms(x) before its weight multiplies that, as PyTorch does.
+              scale each (csrc/activations.h: quantize_token). AMX (csrc/amx.h) and prefill (csrc/prefill_linear.h) do
+              not round x, but weights to bfloat16. A norm rounds x / rms(x) before its weight multiplies that, as
+              PyTorch does.
     TRITON    A fused norm multiplies x with its weight, rounds that, and divides by rms(x) after the product
               (triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
 
@@ -118,7 +119,10 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
     library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(PRODUCTS, library.max_unquantized_tokens(is_bf16))
-    if library.has_prefill_attention(is_bf16):  # another kernel, which is faster than PyTorch (csrc/prefill.h)
+    # Other kernels for a prompt, where they are faster than PyTorch (csrc/prefill_linear.h, csrc/prefill_attention.h)
+    if library.has_prefill_linear(is_bf16):
+        limits["fused_linear"] = math.inf
+    if library.has_prefill_attention(is_bf16):
         limits["attend"] = math.inf
     return CPU.with_limits(**limits)
 

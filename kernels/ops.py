@@ -137,8 +137,7 @@ def attend(
     backend: Backend,
 ) -> Tensor:
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
-    keys and values to cache, the first at start_pos [B]. The Triton kernel takes few tokens of a sequence
-    (backend.py: MAX_TRITON_NEW_TOKENS)."""
+    keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
     kernel = backend.attention_kernel(B, T, options.n_heads // cache.k.shape[1])
     if kernel is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import aten, build
-from kernels.backend import CPU, TORCH, cpu_backend, triton_backend
+from kernels.backend import TORCH, cpu_backend, triton_backend
 from kernels.formats import Tensors, Unquantized, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
 from utils.machine import drop_pages, free_memory, use_huge_pages
@@ -38,7 +38,7 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
     if device.type == "cpu":
         has_kernels = build.library() is not None
         if has_kernels:
-            with_kernel = [m for m in matrices if m.format.has_kernel(CPU.name, m.in_features)]
+            with_kernel = [m for m in matrices if m.format.fits_kernels(m.in_features)]
         else:
             with_kernel = pack_for_aten(matrices, dtype)
         without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
@@ -54,7 +54,7 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
     memory = HugePageArena()
     backend = cpu_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        if not matrix.format.has_kernel(CPU.name, matrix.in_features):
+        if not matrix.format.fits_kernels(matrix.in_features):
             continue
         matrix.backend = backend
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows

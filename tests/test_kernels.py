@@ -3,6 +3,7 @@ likeliest token; test_kernels_attention.py and test_kernels_experts.py have the 
 them on the code for other CPUs."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import kernels
 from config import ACTIVATIONS
 from kernels import torch_ops
+from kernels.build import library
 from kernels.formats import MXFP4, Float8, Int4, Int8, Unquantized
 from kernels.formats.integers import AffineFormat
 from layers import ExpertsDown
@@ -27,6 +29,7 @@ from tests.cpu_kernels import as_seen, built, packed, rounds_activations
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 pytestmark = pytest.mark.usefixtures("threads")
+ANY_TOKENS = kernels.CPU.with_limits(fused_linear=math.inf)  # the kernel for prompts, too
 
 # ---- Products -------------------------------------------------------------------------------------------------------
 
@@ -65,27 +68,29 @@ def test_linear(format, dtype):
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_many_tokens(format, dtype):
-    """In several blocks of tokens, or on AMX, if the CPU has it. There bfloat16 activations are not rounded, but
-    weights whose scales are those of groups are."""
+    """In several blocks of tokens; on AMX, if the CPU has it; and as in a prefill. The last two do not round bfloat16
+    activations, but weights whose scales are those of groups."""
     torch.manual_seed(0)
-    on_amx = dtype == torch.bfloat16 and kernels.build.library().has_amx_bf16()
+    is_bf16 = dtype == torch.bfloat16
+    on_amx, has_prefill = is_bf16 and library().has_amx_bf16(), library().has_prefill_linear(is_bf16)
     odd = [(21, 37)] if isinstance(format, Unquantized) else []  # quantized, K must be a multiple of 8
     for n, k in [(33, 72), (64, 200), *odd]:
         w, norm = make_linear(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
         matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         bias = 0 if w.bias is None else w.bias.double()
-        packed(w)
-        for tokens in (6, 9, 15, 16, 17, 33, 64):
+        packed(w).backend = ANY_TOKENS
+        for tokens in (6, 9, 15, 16, 17, 33, 64, *((65, 67, 200) if has_prefill else ())):
             x, residual = torch.randn(tokens, k).to(dtype), torch.randn(tokens, n).to(dtype)
             x[2], x[4, 1] = 0, torch.nan  # neither changes another token's result
             for given_norm in (None, norm):
                 normed = torch_ops.rms_norm(x, norm.weight, norm.eps) if given_norm else x
-                seen = normed if on_amx and tokens > 8 else as_seen(normed, format)
+                rounds_weights = on_amx and tokens > 8 or tokens > 64
+                seen = normed if rounds_weights else as_seen(normed, format)
                 y = seen.double() @ matrix.T + bias
                 step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)
                 step += bounds.step_of(normed.nan_to_num(), quantized=False)
                 bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
-                if on_amx and isinstance(format, AffineFormat):
+                if rounds_weights and isinstance(format, AffineFormat | Float8):
                     bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
                 ours = kernels.fused_linear(x, w, given_norm, residual)
                 total = y + residual.double()
@@ -95,10 +100,36 @@ def test_linear_of_many_tokens(format, dtype):
                 if n % 32 == 0:
                     ours = kernels.fused_linear(x, w, given_norm, activation="swiglu")
                     check_activated(ours[others], "swiglu", y[others], bound[others], fused=True)
-    with pytest.raises(RuntimeError, match="1 to 64"):
-        arguments = w.kernel_arguments()
-        x = torch.zeros(65, k, dtype=dtype)
-        torch.ops.gptfast.fused_linear(x, *arguments, None, None, 0, None, 0, 1, 0, 0, False)
+    if not is_bf16:
+        with pytest.raises(RuntimeError, match="1 to 64"):
+            arguments = w.kernel_arguments()
+            x = torch.zeros(65, k, dtype=dtype)
+            torch.ops.gptfast.fused_linear(x, *arguments, None, None, 0, None, 0, 1, 0, 0, False)
+
+
+@built
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
+def test_linear_of_a_prompt(format):
+    """Several panels of inputs, several tasks, and a last task of fewer outputs or tokens (csrc/prefill_linear.h)."""
+    if not library().has_prefill_linear(True):
+        pytest.skip("this CPU has no instructions for bf16, or AMX")
+    torch.manual_seed(0)
+    for n, k, tokens in [(176, 544, 70), (96, 1032, 131), (64, 520, 600)]:
+        w, norm = make_linear(n, k, format, torch.bfloat16, bias=True), make_norm(k, torch.bfloat16)
+        matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
+        packed(w).backend = ANY_TOKENS
+        x, residual = torch.randn(tokens, k).bfloat16(), torch.randn(tokens, n).bfloat16()
+        normed = torch_ops.rms_norm(x, norm.weight, norm.eps)
+        y = normed.double() @ matrix.T + w.bias.double()
+        step = 2 * bounds.step_of(normed, quantized=False)
+        bound = bounds.product_error(normed, magnitude, y, torch.float32, step)
+        if isinstance(format, AffineFormat | Float8):
+            bound = bound + bounds.U[torch.bfloat16] * (normed.double().abs() @ matrix.abs().T)
+        bounds.check(kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, bound)
+        total = y + residual.double()
+        ours = kernels.fused_linear(x, w, norm, residual)
+        bounds.check(ours, total, bound + bounds.rounding_error(total, torch.bfloat16))
+        check_activated(kernels.fused_linear(x, w, norm, activation="swiglu"), "swiglu", y, bound, fused=n % 32 == 0)
 
 
 def check_activated(ours: torch.Tensor, activation: str, x: torch.Tensor, error: torch.Tensor, fused: bool):

@@ -13,7 +13,7 @@
 //     weights.h        packed weights and their formats (float8.h: 8-bit floats)
 //     activations.h    prepares the inputs of products
 //     dot.h, amx.h     products of blocks of weights; amx.h is for many tokens
-//     linear.h, moe.h, attention.h, prefill.h, sampling.h    the operations
+//     linear.h, moe.h, attention.h, prefill_linear.h, prefill_attention.h, sampling.h    the operations
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,7 +25,8 @@
 #include "attention.h"
 #include "linear.h"
 #include "moe.h"
-#include "prefill.h"
+#include "prefill_attention.h"
+#include "prefill_linear.h"
 #include "sampling.h"
 
 using torch::headeronly::ScalarType;
@@ -117,17 +118,23 @@ Activation check_activation(int64_t id) {
 Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
               int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
               int64_t activation_id, double out_scale, double softcap, double clip, bool float32_out) {
-  const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight, residual});
+  const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight, residual});
+  const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(m <= MAX_CPU_TOKENS || (HAS_PREFILL_LINEAR && is_bf16), "activations must be of 1 to 64 tokens");
   const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
   const Activation activation = check_activation(activation_id);
   Tensor out = torch::stable::new_empty(x, resized(x, is_gated(activation) ? n / 2 : n),
                                         float32_out ? ScalarType::Float : x.scalar_type());
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
-    submit(FusedLinearOp<T>{
+    const FusedLinearOp<T> op{
         .x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
         .residual = ptr<T>(residual), .activation = activation, .out_scale = float(out_scale),
         .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
-        .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr});
+        .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr};
+    if (m <= MAX_CPU_TOKENS) submit(op);
+#if defined(__AVX512BF16__)
+    else if constexpr (std::is_same_v<T, bf16>) submit(PrefillLinearOp{op});
+#endif
   });
   return out;
 }
@@ -338,8 +345,9 @@ extern "C" {
 int max_unquantized_tokens(int is_bf16) {
   return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_CPU_TOKENS : MAX_CPU_TOKENS / 2;
 }
-// Returns whether attend computes more than MAX_CPU_TOKENS tokens faster than PyTorch does. Where bf16 has AMX, PyTorch
-// uses it, and the two were not compared.
+// Return whether fused_linear and attend compute more than MAX_CPU_TOKENS tokens faster than PyTorch does. Where bf16 has
+// AMX, PyTorch uses it, and the two were not compared.
+int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 // The tests call it.
 int has_amx_bf16() { return has_amx(); }

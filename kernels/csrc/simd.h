@@ -235,6 +235,26 @@ inline Vec exp_vec(Vec x) {
   return (Vec)((IntVec)p + (((IntVec)t - (IntVec)to_int) << 23));
 }
 
+// Returns 2^x to float's precision, for x <= 0. 2^-infinity is 0. NaN stays NaN. x = n + r with an integer n, and a
+// polynomial gives 2^r; its coefficients minimize the relative error for |r| <= 1/2.
+inline Vec exp2_vec(Vec x) {
+#if defined(__AVX512F__)
+  x = (Vec)_mm512_max_ps((__m512)(Vec{} - 200.0f), (__m512)x);  // 2^-200 is rounded to 0
+  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const Vec r = x - (Vec)n;
+  Vec p = Vec{} + 1.534580224e-4f;
+  p = p * r + 1.339993090e-3f;
+  p = p * r + 9.618489072e-3f;
+  p = p * r + 5.550328642e-2f;
+  p = p * r + 2.402264625e-1f;
+  p = p * r + 6.931471825e-1f;
+  p = p * r + 1.0f;
+  return (Vec)_mm512_scalef_ps((__m512)p, n);  // p 2^n
+#else
+  return x == NEGATIVE_INFINITY ? Vec{} : exp_vec(x * 0.693147181f);
+#endif
+}
+
 // Returns tanh(x) to float's precision. NaN stays NaN. The formula with e^(2x) loses precision near zero, so a
 // polynomial of Cephes serves |x| < 0.625.
 inline Vec tanh_vec(Vec x) {

@@ -122,9 +122,9 @@ class WeightFormat:
         kernels/triton/formats.py: KERNEL_FORMATS has for the format. None stands for a tensor that is left out."""
         raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method pack_for_triton")
 
-    def has_kernel(self, backend: str, in_features: int) -> bool:
-        """Whether the backend called backend ("cpu" or "triton") has a kernel for a W with in_features inputs. This
-        default is for quantized formats: their kernels read 8 elements at a time."""
+    def fits_kernels(self, in_features: int) -> bool:
+        """Whether kernels can read a W with in_features inputs. This default is for quantized formats: their kernels
+        read 8 elements at a time."""
         return in_features % 8 == 0
 
 
@@ -162,7 +162,7 @@ class Unquantized(WeightFormat):
     def pack_for_triton(self, tensors):
         return tensors
 
-    def has_kernel(self, backend, in_features):
+    def fits_kernels(self, in_features):
         return True
 
     def dequantize(self, tensors, dtype):

@@ -5,7 +5,7 @@
 This is Flash-Decoding. The cache is cut into splits. Each program goes over one split with FlashAttention's online
 softmax (arXiv:2205.14135). The last program to finish combines the results of all splits. Programs read on the device
 how many tokens the cache holds, so one CUDA graph serves every position. kernels/ops.py calls attend, and
-kernels/torch_ops.py computes the same function in plain PyTorch, rounded differently (kernels/ops.py).
+kernels/torch_ops.py computes the same function in plain PyTorch, rounded differently (kernels/backend.py).
 
 In shape comments B is sequences, T new tokens of a sequence, S max_seq_len of the cache, H query heads, G key/value
 heads, D head_dim. In a program M is queries and N keys. X is whatever a function is called with: queries or keys.
@@ -26,7 +26,7 @@ from kernels.schema import triton_op
 from kernels.triton.launch import done_counters, dot_dtype, gpu_info, overlap_options, wait_for_previous_kernel
 from kernels.triton.linear import apply_softcap
 
-BLOCK_T = tl.constexpr(16)  # kernels/ops.py: MAX_TRITON_NEW_TOKENS; tl.dot needs at least 16
+BLOCK_T = tl.constexpr(16)  # kernels/backend.py: MAX_TRITON_NEW_TOKENS; tl.dot needs at least 16
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

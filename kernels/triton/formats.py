@@ -241,7 +241,7 @@ def has_triton_kernel(matrix: "WeightMatrix") -> bool:
     """Returns whether the kernels can read the weight of matrix."""
     format = matrix.format
     known = BY_ID.get(format.format_id)
-    if known is None or not format.has_kernel("triton", matrix.in_features):
+    if known is None or not format.fits_kernels(matrix.in_features):
         return False
     narrowest_slice = 32 if known.is_tiled else 16
     if format.group_size is not None and format.group_size % narrowest_slice:

@@ -6,7 +6,7 @@
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). moe.py calls fused_linear for the products of experts.
 formats.py has what depends on the format of W. kernels/torch_ops.py computes the same functions in plain PyTorch. It
-divides x by rms(x) before it multiplies, and rounds more often (kernels/ops.py).
+divides x by rms(x) before it multiplies, and rounds more often (kernels/backend.py).
 
 Instructions that only NVIDIA's GPUs have are left out on other GPUs. With TRITON_INTERPRET=1 the kernels run on CPU
 tensors: so tests/test_triton.py checks them.

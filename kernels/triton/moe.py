@@ -5,7 +5,7 @@
     experts_down       multiplies the results with the down projections, and sums them with the router's weights
 
 They implement torch.ops.gptfast_triton.*, which kernels/ops.py calls. kernels/torch_ops.py computes the same functions
-in plain PyTorch, rounded differently (kernels/ops.py). Both products are the kernel of linear.py, with topk_ids.
+in plain PyTorch, rounded differently (kernels/backend.py). Both products are the kernel of linear.py, with topk_ids.
 """
 
 import triton

@@ -330,7 +330,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
     w = exact_linear(dim, ffn_dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsDown)
     matrix, bias = matrix_and_bias(w)
     kernels.pack_for_triton([w])
-    assert w.backend == (kernels.TRITON if format.has_kernel(kernels.TRITON.name, ffn_dim) else kernels.TORCH)
+    assert w.backend == (kernels.TRITON if format.fits_kernels(ffn_dim) else kernels.TORCH)
     for n_tokens in token_counts:
         topk_weights, topk_ids = torch_ops.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
         hidden = integers(1, n_tokens, TOP_K, ffn_dim, dtype=dtype)

@@ -17,61 +17,13 @@
 #pragma once
 
 #include "attention.h"
+#include "words.h"
 
 constexpr int64_t KEY_TILE = 64;
-constexpr int64_t ROWS = 6;         // with 4 Vecs in a row, so many sums fit in 32 registers
 constexpr int64_t TASK_ROWS = 192;  // a task has about so many rows
+constexpr float LOG2_E = 1.44269504f;
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// ---- Products of words ----------------------------------------------------------------------------------------------
-//
-// Both products sum over words of 32 bits: a float, or two bf16 that a CPU multiplies in one instruction.
-//
-//     product    a [ROWS, n words]              b [n, 64 words]
-//     q k^T      queries, words of head_dim     packed keys: word i of each key in row i
-//     p v        words of keys                  packed values: the words (v[2j], v[2j + 1]) of each column in row j
-
-using Word = uint32_t;
-constexpr int64_t COLUMNS = 64;  // of a product: 4 Vecs
-
-#if defined(__AVX512BF16__)
-template <typename T> constexpr int64_t PER_WORD = std::is_same_v<T, bf16> ? 2 : 1;
-#else
-template <typename T> constexpr int64_t PER_WORD = 1;
-#endif
-
-// acc[lane] += the product of word a and word b[lane].
-template <typename T> inline void add_product(Vec& acc, Word a, const Word* b) {
-#if defined(__AVX512BF16__)
-  if constexpr (PER_WORD<T> == 2) {
-    acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a), load<__m512bh>(b));
-    return;
-  }
-#endif
-  acc += std::bit_cast<float>(a) * load<Vec>(b);
-}
-
-// c [ROWS, COLUMNS] = a [ROWS, n] b [n, COLUMNS], or += if accumulates. a, b and c are parts of wider matrices, whose
-// strides are a_stride, b_stride and c_stride.
-template <typename T, bool accumulates>
-inline void multiply_words(const Word* a, int64_t a_stride, const Word* b, int64_t b_stride, int64_t n, float* c,
-                           int64_t c_stride) {
-  Vec acc[ROWS][4] = {};
-  const auto for_each_vec = [&](auto f) {  // unrolled, so that acc stays in registers
-#pragma GCC unroll 6
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) f(acc[r][v], r, v);
-  };
-  if constexpr (accumulates)
-    for_each_vec([&](Vec& sum, int r, int v) { sum = load<Vec>(c + r * c_stride + v * LANES); });
-  for (int64_t i = 0; i < n; i++)
-    for_each_vec([&](Vec& sum, int r, int v) {
-      add_product<T>(sum, a[r * a_stride + i], b + i * b_stride + v * LANES);
-    });
-  for_each_vec([&](Vec& sum, int r, int v) { store_vec(sum, c + r * c_stride + v * LANES); });
-}
+// ---- Packing -------------------------------------------------------------------------------------------------------
 
 // Returns words i to i + 15 of x [d]. Words beyond the end are zeros.
 template <typename T> inline UIntVec load_words(const T* x, int64_t i, int64_t d) {
@@ -201,6 +153,9 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     return {window ? std::max<int64_t>(0, n_seen - window) : 0, std::min(KEY_TILE, n_seen)};
   }
 
+  // Whether a score is more than scale * product.
+  bool has_finished_scores() const { return this->softcap || this->alibi_slopes; }
+
   // Attends from ROWS rows to the tile of keys that starts at key.
   void attend_to_tile(const Block& rows, int64_t row, int64_t key, const Buffers& buffers) const {
     Range visible[ROWS];
@@ -210,46 +165,75 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
       any_visible |= visible[r].begin < visible[r].end;
     }
     if (!any_visible) return;
-    alignas(64) float products[ROWS][KEY_TILE];
-    alignas(64) Word p[ROWS][KEY_TILE / PER_WORD<T>] = {};
-    multiply_words<T, false>(buffers.q + row * query_words(), query_words(), buffers.k, KEY_TILE, query_words(),
-                             products[0], KEY_TILE);
+    alignas(64) float scores[ROWS][KEY_TILE];
+    alignas(64) Word p[ROWS][KEY_TILE / PER_WORD<T>];
+    multiply_words<T, false>(buffers.q + row * query_words(), query_words(), buffers.k, KEY_TILE, LANES, query_words(),
+                             scores[0], KEY_TILE);
+    for (int64_t r = 0; r < ROWS; r++) {
+      if (has_finished_scores()) finish_row(rows, row + r, key, scores[r]);
+      if (visible[r].begin > 0 || visible[r].end < KEY_TILE) mask_row(visible[r], scores[r]);
+    }
+    // All rows at each step, since the steps of a single row wait for each other.
+    float* const acc = buffers.acc + row * width();
+    Softmax* const softmax = buffers.softmax + row;
     for (int64_t r = 0; r < ROWS; r++)
-      if (visible[r].begin < visible[r].end)
-        exponentiate(rows, row + r, key, products[r], visible[r], buffers.softmax[row + r],
-                     buffers.acc + (row + r) * width(), p[r]);
+      if (visible[r].begin < visible[r].end) raise_maximum(scores[r], softmax[r], acc + r * width());
+    const float factor = score_factor();
+    for (int64_t r = 0; r < ROWS; r++)
+      if (visible[r].begin < visible[r].end) exponentiate(scores[r], factor, softmax[r], p[r]);
+      else std::memset(p[r], 0, sizeof p[r]);
     for (int64_t column = 0; column < width(); column += COLUMNS)
-      multiply_words<T, true>(p[0], KEY_TILE / PER_WORD<T>, buffers.v + column, width(), KEY_TILE / PER_WORD<T>,
-                              buffers.acc + row * width() + column, width());
+      multiply_words<T, true>(p[0], KEY_TILE / PER_WORD<T>, buffers.v + column, width(), LANES,
+                              KEY_TILE / PER_WORD<T>, acc + column, width());
   }
 
-  // Computes p = exp(score - m_i) for the visible keys of a row; p of the others is zero. products are q k^T. If the
-  // maximum m_i grows, rescales l_i and acc.
-  void exponentiate(const Block& rows, int64_t row, int64_t key, const float* products, Range visible, Softmax& softmax,
-                    float* acc, Word* p) const {
-    const ScoreOptions options = this->score_options(head(rows, row));
-    const int64_t distance = key - position(rows, row);  // of the tile's first key
-    const bool all_visible = visible.begin == 0 && visible.end == KEY_TILE;
-    Vec values[KEY_TILE / LANES], max = Vec{} + softmax.m_i, l_i = {};
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < KEY_TILE / LANES; i++) {
-      const Vec index = LANE + float(i * LANES);
-      const Vec score = finish_scores(load_vec(products + i * LANES), options, index + float(distance));
+  // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * score_factor() is the logit of a
+  // softmax with base 2. Softmax::m_i is the maximum of these logits.
+  float score_factor() const { return LOG2_E * (has_finished_scores() ? 1.0f : this->scale); }
+
+  void finish_row(const Block& rows, int64_t row, int64_t key, float* scores) const {
+    const ScoreOptions options = this->score_options(head(rows, std::min(row, rows.n_rows - 1)));
+    const float distance = key - position(rows, row);  // of the tile's first key
+    for (int64_t i = 0; i < KEY_TILE; i += LANES)
+      store_vec(finish_scores(load_vec(scores + i), options, LANE + (distance + i)), scores + i);
+  }
+
+  static void mask_row(Range visible, float* scores) {
+    for (int64_t i = 0; i < KEY_TILE; i += LANES) {
+      const Vec index = LANE + float(i);
       const auto is_visible = (index >= float(visible.begin)) & (index < float(visible.end));
-      values[i] = all_visible ? score : is_visible ? score : Vec{} + NEGATIVE_INFINITY;
-      max = larger(max, values[i]);
+      store_vec(is_visible ? load_vec(scores + i) : Vec{} + NEGATIVE_INFINITY, scores + i);
     }
-    const float m_i = largest_lane(max);
-    if (m_i != softmax.m_i) {  // also if m_i is NaN
-      const float alpha = exp_vec(Vec{} + (softmax.m_i - m_i))[0];
-      softmax = {m_i, softmax.l_i * alpha};
-      for (int64_t i = 0; i < width(); i += LANES) store_vec(load_vec(acc + i) * alpha, acc + i);
-    }
+  }
+
+  // If the scores raise the maximum m_i, rescales l_i and acc. A score that is NaN does not, but its p is NaN.
+  void raise_maximum(const float* scores, Softmax& softmax, float* acc) const {
+    const float m_i = largest_score(scores) * score_factor();
+    if (m_i <= softmax.m_i) return;
+    const float alpha = exp2_vec(Vec{} + (softmax.m_i - m_i))[0];
+    softmax = {m_i, softmax.l_i * alpha};
+    for (int64_t i = 0; i < width(); i += LANES) store_vec(load_vec(acc + i) * alpha, acc + i);
+  }
+
+  static float largest_score(const float* scores) {
+#if defined(__AVX512F__)
+    __m512 max = load<__m512>(scores);
+    for (int64_t i = LANES; i < KEY_TILE; i += LANES) max = _mm512_max_ps(max, load<__m512>(scores + i));
+    return _mm512_reduce_max_ps(max);
+#else
+    return *std::max_element(scores, scores + KEY_TILE);
+#endif
+  }
+
+  // Computes p = 2^(score * score_factor() - m_i) and adds p to l_i.
+  static void exponentiate(const float* scores, float factor, Softmax& softmax, Word* p) {
+    const float m_i = softmax.m_i;
+    Vec l_i = {};
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < KEY_TILE / LANES; i++) {
-      const Vec e = values[i] == NEGATIVE_INFINITY ? Vec{} : exp_vec(values[i] - m_i);
+    for (int64_t i = 0; i < KEY_TILE; i += LANES) {
+      const Vec e = exp2_vec(load_vec(scores + i) * factor - m_i);
       l_i += e;
-      store_words<T>(e, p + i * LANES / PER_WORD<T>);
+      store_words<T>(e, p + i / PER_WORD<T>);
     }
     softmax.l_i += sum(l_i);
   }
@@ -257,9 +241,9 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   // A sink is the score of one more key, whose value is zero.
   void write_output(const Block& rows, int64_t row, const Buffers& buffers) const {
     const auto [m_i, l_i] = buffers.softmax[row];
-    const float sink = this->sinks ? to_float(this->sinks[head(rows, row)]) : NEGATIVE_INFINITY;
+    const float sink = this->sinks ? LOG2_E * to_float(this->sinks[head(rows, row)]) : NEGATIVE_INFINITY;
     const float largest = std::max(m_i, sink);
-    const float alpha = std::exp(m_i - largest), scale = alpha / (alpha * l_i + std::exp(sink - largest));
+    const float alpha = std::exp2(m_i - largest), scale = alpha / (alpha * l_i + std::exp2(sink - largest));
     T* out = this->out + offset(rows, row);
     for (int64_t i = 0; i < head_dim; i += LANES)
       store_partial(load_vec(buffers.acc + row * width() + i) * scale, out, i, head_dim);

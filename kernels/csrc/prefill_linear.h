@@ -1,0 +1,143 @@
+// The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill.
+//
+//     task     a block of tokens, and COLUMNS outputs
+//     panel    PANEL_K inputs of the task's weights, decoded to bf16 once for all tokens of the task
+//
+//     for each panel:
+//         for each group of ROWS tokens:  acc [ROWS, COLUMNS] += x [ROWS, PANEL_K] panel
+//     out = epilogue(acc)
+//
+// A panel stays in the L1 cache while the tokens pass by. PyTorch would dequantize a whole matrix to memory first.
+// Quantized weights are rounded to bf16, as PyTorch's would be. Activations are not quantized.
+#pragma once
+
+#include "bf16_weights.h"
+#include "linear.h"
+#include "words.h"
+
+#if defined(__AVX512BF16__)
+
+// Multiplies tile [n_words] of e4m3 weights, which are not scaled yet, with the scales of their groups.
+template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t first_input, int64_t n_words,
+                                      IntVec* tile) {
+  for (int64_t i = 0; i < n_words; i++) {
+    const int64_t group = (first_input + 2 * i) / w.group_size;
+    const Vec scale = F::scales_and_zeros(w, block * w.n_groups + group).scales;
+    const Vec even = (Vec)(tile[i] << 16) * scale, odd = (Vec)(tile[i] & 0xffff0000) * scale;
+    tile[i] = bf16_pairs(add_half_ulp(even), add_half_ulp(odd));
+  }
+}
+
+struct PrefillLinearOp : FusedLinearOp<bf16> {
+  static constexpr int64_t PANEL_K = 256, PANEL_WORDS = PANEL_K / 2, PANEL_BYTES = PANEL_K * sizeof(bf16);
+  static constexpr int64_t MIN_BLOCK_TOKENS = 96, MAX_BLOCK_TOKENS = 516;  // decoding takes a few % of MIN's products
+  static constexpr int64_t TASKS_PER_THREAD = 8;                           // so many share out evenly
+
+  int64_t n_panels() const { return divide_up(w.k, PANEL_K); }
+  int64_t padded_m() const { return round_up(m, ROWS); }
+  int64_t n_out() const { return is_gated(activation) ? w.n / 2 : w.n; }
+  int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
+  // With a gated activation, half of a task's blocks are of the gate projection, and half of the up projection.
+  int64_t out_blocks_per_task() const { return is_gated(activation) ? 2 : 4; }
+
+  // The memory that all threads share holds norm(x) as words [n_panels, padded_m, PANEL_WORDS], padded with zeros.
+  size_t shared_bytes() const { return n_panels() * padded_m() * PANEL_WORDS * sizeof(Word); }
+
+  void execute(char* shared, Barrier& barrier) const {
+    Word* x_words = reinterpret_cast<Word*>(shared);
+    prepare_inputs(x_words);
+    barrier.wait();
+    const int64_t n_threads = omp_get_num_threads(), n_columns = divide_up(n_out_blocks(), out_blocks_per_task());
+    const int64_t n_token_blocks = std::clamp(divide_up(TASKS_PER_THREAD * n_threads, n_columns),
+                                              divide_up(m, MAX_BLOCK_TOKENS), divide_up(m, MIN_BLOCK_TOKENS));
+    const int64_t block_tokens = round_up(divide_up(m, n_token_blocks), ROWS);
+    for (int64_t i = omp_get_thread_num(); i < n_columns * n_token_blocks; i += n_threads) {
+      const int64_t begin = i % n_token_blocks * block_tokens, end = std::min(m, begin + block_tokens);
+      if (begin < end) multiply_task(x_words, i / n_token_blocks * out_blocks_per_task(), {begin, end});
+    }
+  }
+
+  void prepare_inputs(Word* x_words) const {
+    const Range range = thread_range(padded_m());
+    for (int64_t token = range.begin; token < range.end; token++) {
+      const bf16* from = x + token * w.k;
+      const float scale = norm_weight && token < m ? inverse_rms(from, eps, w.k) : 1;
+      for (int64_t i = 0; i < n_panels() * PANEL_K; i += LANES) {
+        Word* to = x_words + (i / PANEL_K * padded_m() + token) * PANEL_WORDS + i % PANEL_K / 2;
+        Vec v = {};
+        if (token < m && i < w.k)
+          v = norm_weight ? normed_vec(from, norm_weight, scale, i, w.k) : load_partial(from, i, w.k);
+        store_vec(v, reinterpret_cast<bf16*>(to));
+      }
+    }
+  }
+
+  // Computes the outputs of out_blocks_per_task() blocks, from first_block on, for the tokens [begin, end).
+  void multiply_task(const Word* x_words, int64_t first_block, Range tokens) const {
+    int64_t blocks[4];  // of W. Beyond the last block, the last one is multiplied again, and its outputs are not stored
+    for (int64_t i = 0; i < 4; i++) {
+      const int64_t out_block = first_block + (is_gated(activation) ? i / 2 : i);
+      const bool is_up = is_gated(activation) && i % 2;
+      blocks[i] = std::min(out_block, n_out_blocks() - 1) + (is_up ? n_out_blocks() : 0);
+    }
+    static thread_local Scratch panel_scratch, acc_scratch;
+    Word* panel = panel_scratch.at_least<Word>(PANEL_WORDS * COLUMNS);
+    float* acc = acc_scratch.at_least<float>(round_up(tokens.end - tokens.begin, ROWS) * COLUMNS);
+    dispatch_format(w.format, [&]<typename F>(F) {
+      const auto tiles_of = [&](int64_t i) { return WeightTiles<F>(w, blocks[i], PANEL_BYTES); };
+      WeightTiles<F> tiles[] = {tiles_of(0), tiles_of(1), tiles_of(2), tiles_of(3)};
+      for (int64_t begin = 0; begin < w.k; begin += PANEL_K) {
+        const int64_t end = std::min(w.k, begin + PANEL_K);
+        for (int64_t i = 0; i < 4; i++)
+          decode<F>(tiles[i], blocks[i], begin, end, reinterpret_cast<IntVec*>(panel + i * PANEL_WORDS * BLOCK_N));
+        const Word* x = x_words + (begin / PANEL_K * padded_m() + tokens.begin) * PANEL_WORDS;
+        multiply_panel(x, panel, round_up(end - begin, TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
+      }
+    });
+    for (int64_t token = tokens.begin; token < tokens.end; token += ROWS, acc += ROWS * COLUMNS)
+      store_outputs(acc, first_block, blocks, {token, std::min(token + ROWS, tokens.end)});
+  }
+
+  // Decodes the inputs [begin, end) of a block to panel [words, 16].
+  template <typename F>
+  void decode(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, IntVec* panel) const {
+    for (int64_t k = begin; k < end; k += TILE_K, panel += TILE_K / 2) {
+      const int64_t tile_end = std::min(end, k + TILE_K);
+      if (tile_end < k + TILE_K) std::fill_n(panel, TILE_K / 2, IntVec{});
+      tiles.read(k, tile_end, panel);
+      if constexpr (F::SCALE_AFTER_SUM) scale_tile<F>(w, block, k, divide_up(tile_end - k, 2), panel);
+    }
+  }
+
+  static void multiply_panel(const Word* x, const Word* panel, int64_t n_words, bool accumulates, int64_t n_tokens,
+                             float* acc) {
+    for (int64_t token = 0; token < n_tokens; token += ROWS, x += ROWS * PANEL_WORDS, acc += ROWS * COLUMNS) {
+      const auto multiply = accumulates ? multiply_words<bf16, true> : multiply_words<bf16, false>;
+      multiply(x, PANEL_WORDS, panel, BLOCK_N, PANEL_WORDS * BLOCK_N, n_words, acc, COLUMNS);
+    }
+  }
+
+  // Applies the epilogue to acc [ROWS, COLUMNS], the sums of tokens [begin, end), and stores the outputs.
+  void store_outputs(const float* acc, int64_t first_block, const int64_t* blocks, Range tokens) const {
+    BlockSums sums[4];
+    for (int64_t i = 0; i < 4; i++) {
+      const Vec scale = dispatch_format(w.format, [&]<typename F>(F) { return F::output_scales(w, blocks[i]); });
+      for (int64_t r = 0; r < tokens.end - tokens.begin; r++)
+        sums[i][r] = load_vec(acc + r * COLUMNS + i * LANES) * scale;
+    }
+    FusedLinearOp<bf16> op = *this;  // of these tokens
+    op.out += tokens.begin * n_out();
+    if (residual) op.residual += tokens.begin * n_out();
+    if (float32_out) op.float32_out += tokens.begin * n_out();
+    const int64_t blocks_per_output = 4 / out_blocks_per_task();
+    const int64_t n_blocks = std::min(out_blocks_per_task(), n_out_blocks() - first_block);
+    for (int64_t r = 0; r < tokens.end - tokens.begin; r++)
+      for (int64_t b = 0; b < n_blocks; b++)
+        op.epilogue(sums + b * blocks_per_output, r, 0, blocks + b * blocks_per_output, n_out());
+  }
+};
+
+constexpr bool HAS_PREFILL_LINEAR = true;
+#else
+constexpr bool HAS_PREFILL_LINEAR = false;
+#endif
