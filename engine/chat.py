@@ -127,11 +127,12 @@ class Conversation:
         sequence = self.sequence
         sequence.resume(max_new_tokens)
         self.messages += new_messages
+        answer = self.messages[-1]
         self.finish_reason = "interrupted"  # overwritten below unless the caller stops early
         try:
             for token in self.new_tokens(ids, max_new_tokens):
                 piece = sequence.append(token)
-                self.messages[-1]["content"] += piece
+                answer["content"] = sequence.text
                 if piece:
                     yield piece
                 if sequence.finish_reason:
@@ -139,6 +140,7 @@ class Conversation:
             is_full = max_new_tokens == n_free and sequence.finish_reason != "stop"
             self.finish_reason = "context" if is_full else sequence.finish_reason
         finally:
+            answer["content"] = sequence.text  # Ctrl-C may come between append and the same line above
             if self.finish_reason == "interrupted" and not self.answer_ids:
                 self.finish_reason = None
                 del self.messages[-2:]

@@ -74,21 +74,23 @@ class Sequence:
         takes no more tokens."""
         if self.finish_reason is not None:
             return ""
+        text, finish_reason = "", None
+        if token in self.eos_ids:  # an end token has no text
+            finish_reason = "stop"
+        elif self.detokenizer is not None:
+            text = self.detokenizer.push(token)
+            finish_reason = "stop" if self.detokenizer.found_stop else None
+        if finish_reason is None and len(self.new_ids) + 1 == self.max_new_tokens:
+            finish_reason = "length"
+        if self.detokenizer is not None and (finish_reason == "stop" or (finish_reason and not self.is_resumable)):
+            text += self.detokenizer.end()
+        # All at once, at the end: Ctrl-C may come at any time, and chat.py goes on with what there is.
         self.new_ids.append(token)
+        self.text += text
+        self.finish_reason = finish_reason
         self.token_times.append(time.perf_counter())
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        text, is_stopped = "", token in self.eos_ids
-        if self.detokenizer is not None and not is_stopped:  # an end token has no text
-            text = self.detokenizer.push(token)
-            is_stopped = self.detokenizer.found_stop
-        if is_stopped:
-            self.finish_reason = "stop"
-        elif len(self.new_ids) == self.max_new_tokens:
-            self.finish_reason = "length"
-        if self.detokenizer is not None and (is_stopped or (self.finish_reason and not self.is_resumable)):
-            text += self.detokenizer.end()
-        self.text += text
         return text
 
     def resume(self, max_new_tokens: int):

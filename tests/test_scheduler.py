@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -398,6 +398,7 @@ def test_interrupt_keeps_what_is_complete(chain):
     assert found == [(1, "🙂E"), (2, "")]
 
 
+@settings(deadline=None)
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_finder(text, stop, data):
     """Whatever the pieces, the text ends before the stop text that is complete first."""
