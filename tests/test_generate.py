@@ -233,3 +233,12 @@ def test_compiled_prefill(family, pair, monkeypatch, without_inductor):
     counters = check_compiled(pair(family)[1], 2, warm, cases, compile_prefill=True)
     if family == "llama3":  # a mixture reads on the host which experts are in use
         assert not counters["graph_break"]
+
+
+def test_compiled_prefill_with_kernels(pair, monkeypatch, without_inductor):
+    """Chunks of more tokens than a step can have, on the kernels for prompts where the CPU has them."""
+    without_inductor()
+    monkeypatch.setattr(steps_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 40)  # of two sequences
+    cases = [(0, 37, 9), (29, 34, 1), (0, 63, 1)]
+    counters = check_compiled(pair("llama3", True)[1], 2, [(5, 49, 1)], cases, compile_prefill=True)
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] > 0

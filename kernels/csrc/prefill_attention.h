@@ -6,7 +6,7 @@
 //     for each tile:                                            [rows, KEY_TILE]
 //         for each group of ROWS rows:
 //             scores  =  q k^T                                  [ROWS, KEY_TILE]
-//             p       =  exp(scores - m_i), and acc, l_i and m_i are rescaled if the maximum m_i has grown
+//             p       =  2^(scores log2(e) - m_i); acc, l_i and m_i are rescaled if the maximum m_i has grown
 //             acc    +=  p v                                    [ROWS, head_dim]
 //     out = acc / l_i
 //
