@@ -45,7 +45,7 @@ from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
 from utils.machine import free_memory
 
-# With small chunks prefill is slow: every chunk reads all weights, and dequantizes them.
+# With small chunks prefill is slow: every chunk reads all weights.
 PREFILL_CHUNK_TOKENS = 512
 
 

@@ -37,12 +37,11 @@ from utils.errors import UsageError
 from utils.machine import check_memory
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
-# chunks are slow: every chunk dequantizes all weights again, and all chunks but the first need an attention mask.
+# chunks are slow: every chunk reads all weights again, and where PyTorch multiplies, it dequantizes them first.
 CPU_PREFILL_CHUNK_TOKENS = 2048
 GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
-
 
 
 class Steps(NamedTuple):
