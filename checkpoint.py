@@ -142,6 +142,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
+def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds the tensors of a tied head, which a checkpoint stores only as the embedding's. A head that has its own
+    tensors keeps them: quantize.py writes such a head, since it does not quantize the embedding."""
+    if not config.tie_embeddings or "lm_head.weight" in tensors:
+        return tensors
+    embedding = {name: tensor for name, tensor in tensors.items() if name.startswith("embed_tokens.")}
+    return tensors | {name.replace("embed_tokens.", "lm_head."): tensor for name, tensor in embedding.items()}
+
+
 def rename_earlier(config, tensors: dict[str, Tensor]) -> tuple:
     """Replaces the names of an earlier version by today's. Returns (config, tensors). config may have any type, since
     the file may be broken: ModelConfig.from_dict checks config later."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import collectives
 import tp
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, with_tied_head
 from kernels.formats import QuantizationScheme, Tensors
 from model import Transformer, empty_model
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -59,9 +59,9 @@ def load_model(
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
     model = empty_model(config, QuantizationScheme.from_dict(quantization))
-    tied = tied_tensor_names(model, tensors)
     quantized_names = quantized_tensor_names(model)
-    check_tensors(path, model, tensors, tied, quantized_names)
+    all_tensors = with_tied_head(config, tensors)
+    check_tensors(path, model, all_tensors, quantized_names)
     check_input_orders(path, tensors)
     n_ranks = collectives.world_size() if sharded else 1
     if use_kernels and device.type == "cpu":  # packing copies all weights
@@ -71,14 +71,11 @@ def load_model(
 
     shard_tensor = None
     if n_ranks > 1:
-        # Ranks cannot tie: each keeps the whole embedding, but only its rows of the head.
-        tensors |= {head: tensors[embedding] for head, embedding in tied.items()}
-        tied = {}
+        tensors = all_tensors  # ranks cannot tie: each keeps the whole embedding, but only its rows of the head
         shard_tensor = tp.shard(model, device)
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
-    moved |= {head: moved[embedding] for head, embedding in tied.items()}
-    model.load_state_dict(moved, assign=True)
-    if tied:
+    model.load_state_dict(with_tied_head(config, moved), assign=True)
+    if "lm_head.weight" not in moved:
         model.tie_embedding()
     model.eval().requires_grad_(False)
     if use_kernels:
@@ -86,16 +83,6 @@ def load_model(
     if n_ranks > 1:
         tp.insert_collectives(model)
     return model
-
-
-def tied_tensor_names(model: Transformer, tensors: Tensors) -> dict[str, str]:
-    """Returns {name of a head tensor: name of an embedding tensor} for a tied head, whose tensors the checkpoint stores
-    only as the embedding. Returns {} if the checkpoint has the head's own tensors. A tied head has its own tensors if
-    the formats of head and embedding differ."""
-    head, embedding = model.lm_head, model.embed_tokens
-    if not model.config.tie_embeddings or head.format != embedding.format or "lm_head.weight" in tensors:
-        return {}
-    return {f"lm_head.{name}": f"embed_tokens.{name}" for name in head.tensors()}
 
 
 def quantized_tensor_names(model: Transformer) -> set[str]:
@@ -107,13 +94,13 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
     return names
 
 
-def check_tensors(path: Path, model: Transformer, tensors: Tensors, tied: dict[str, str], quantized_names: set[str]):
+def check_tensors(path: Path, model: Transformer, tensors: Tensors, quantized_names: set[str]):
     """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
 
-    tied: the result of tied_tensor_names.
+    tensors: also of a tied head.
     quantized_names: the tensors whose dtypes must fit, too."""
-    needed = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    for name in needed.keys() | tensors.keys():
+    needed = model.state_dict()
+    for name in sorted(needed.keys() | tensors.keys()):  # embed_tokens before a tied lm_head
         fits = name in needed and name in tensors and tensors[name].shape == needed[name].shape
         if fits and name in quantized_names:
             fits = tensors[name].dtype == needed[name].dtype

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import gptq
-from checkpoint import read_checkpoint, save_checkpoint
+from checkpoint import read_checkpoint, save_checkpoint, with_tied_head
 from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
@@ -117,6 +117,7 @@ class Quantizer(NamedTuple):
 QUANTIZERS = {mode: Quantizer(format_class, round_to_nearest) for mode, format_class in formats.MODES.items()} | {
     "int4-hqq": Quantizer(Int4, round_by_hqq), "int4-gptq": Quantizer(Int4, round_by_gptq),
 }
+GROUP_SIZE_MODES = [mode for mode, (format_class, _) in QUANTIZERS.items() if format_class.has_group_size_option]
 DEFAULT_GROUP_SIZE = 32
 
 
@@ -129,7 +130,8 @@ def parse_args() -> argparse.Namespace:
     help = "model.pth, or a model's folder or .gguf; the result goes beside model.pth"
     common_args.add_checkpoint_path(parser, help=help)
     add("--mode", default="int8", help=f"{', '.join(QUANTIZERS)} (default: %(default)s)")
-    help = f"of int4: 32, 64, 128 or 256 (default: {DEFAULT_GROUP_SIZE})"
+    sizes = ", ".join(map(str, formats.GROUP_SIZES))
+    help = f"of {', '.join(GROUP_SIZE_MODES)}: one of {sizes} (default: {DEFAULT_GROUP_SIZE})"
     add("--groupsize", dest="group_size", metavar="GROUPSIZE", type=int, help=help)
     add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
     group = parser.add_argument_group("int4-gptq")
@@ -156,7 +158,7 @@ def check_args(args: argparse.Namespace):
         raise UsageError(f"--mode must be one of {', '.join(QUANTIZERS)}, not {args.mode}")
     format_class = QUANTIZERS[args.mode].format_class
     if args.group_size is not None and not format_class.has_group_size_option:
-        raise UsageError("--groupsize belongs to int4: leave it out, or take --mode int4")
+        raise UsageError(f"--groupsize belongs to {', '.join(GROUP_SIZE_MODES)}: leave it out, or take one of these")
     if args.group_size is not None and args.group_size not in format_class.group_sizes:
         sizes = ", ".join(map(str, format_class.group_sizes))
         raise UsageError(f"--groupsize must be one of {sizes}, not {args.group_size}")
@@ -195,8 +197,7 @@ def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
     """Returns the weights to quantize, by the name of the layer. tensors: the contents of the checkpoint at path. The
     weight of a tied head is the embedding."""
     shapes = {name: linear.weight.shape for name, linear in empty_model(config).quantizable_linears()}
-    if config.tie_embeddings:
-        tensors = {"lm_head.weight": tensors.get("embed_tokens.weight")} | tensors
+    tensors = with_tied_head(config, tensors)
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}
     for name, shape in shapes.items():
         if weights[name] is None or weights[name].shape != shape:

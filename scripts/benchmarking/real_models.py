@@ -20,12 +20,12 @@ from statistics import median
 
 import torch
 
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.resolve import resolve_checkpoint
 from model import empty_model
-from quantize import QUANTIZERS
+from quantize import GROUP_SIZE_MODES, QUANTIZERS
 from scripts import tables
 from utils.errors import UsageError
 from utils.machine import pick_device, read_bandwidth
@@ -38,13 +38,9 @@ ROUNDS = 5
 # Perplexity is measured with prefill, which does not round activations. A decode step on a CPU rounds activations to 8
 # bits, except with fp8.
 UNQUANTIZED = "16 bits"
-WITHOUT_GROUP_SIZE = [mode for mode, (format_class, _) in QUANTIZERS.items() if not format_class.has_group_size_option]
-QUANTIZE_FLAGS = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in WITHOUT_GROUP_SIZE}
+QUANTIZE_FLAGS = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in QUANTIZERS if mode not in GROUP_SIZE_MODES}
 QUANTIZE_FLAGS |= {
-    f"{mode} g{size}": ["--mode", mode, "--groupsize", size]
-    for mode in QUANTIZERS
-    if mode not in WITHOUT_GROUP_SIZE
-    for size in (32, 64, 128)
+    f"{mode} g{size}": ["--mode", mode, "--groupsize", size] for mode in GROUP_SIZE_MODES for size in (32, 64, 128)
 }
 
 
@@ -114,7 +110,7 @@ def quantized_file(source: Path, mode: str, calibration_text: Path) -> Path:
 def bits_per_weight(file: Path) -> float:
     """Returns the bits of file for each weight of a linear layer, scales and zero points included."""
     config, _, tensors = read_checkpoint(file)
-    tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])  # a tied head that is not quantized
+    tensors = with_tied_head(config, tensors)
     n_bytes = n_weights = 0
     for layer, linear in empty_model(config).quantizable_linears():
         n_weights += linear.weight.numel()
