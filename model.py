@@ -142,6 +142,11 @@ class Transformer(nn.Module):
         n_elements = sum(2 * block.attention.n_kv_heads * block.attention.head_dim for block in self.layers)
         return n_elements * self.dtype.itemsize
 
+    def step_bytes(self, n_attended: float, batch_size: int = 1) -> int:
+        """Bytes that a decode step reads: the weights, and the keys and values of n_attended tokens of each sequence
+        (config.py: mean_attended_tokens)."""
+        return self.active_weight_bytes() + round(batch_size * n_attended * self.kv_bytes_per_token())
+
     def make_position_tables(self, kv_cache: "KVCache") -> list[PositionTables]:
         """Makes the tables of each layer, for kv_cache and for narrower views of it. RoPE's angles depend on the
         cache's max_seq_len if RoPE is of type dynamic or longrope."""

@@ -39,7 +39,7 @@ def build_result(
         steps_per_second /= tokens_per_step(accept_counts) or 1
     n_prompt_tokens = len(last.prompt_ids)
     halfway = n_prompt_tokens + len(last.new_ids) // 2  # the mean number of tokens in the cache over all steps
-    bytes_per_step = model.active_weight_bytes() + kv_bytes_per_step(model, kv_cache, halfway, args.compile)
+    bytes_per_step = model.step_bytes(tokens_read(model, kv_cache, halfway, args.compile), kv_cache.batch_size)
     texts = [describe_batch(batch) for batch in samples]
     return texts[-1] | {
         "samples": texts,
@@ -76,13 +76,11 @@ def median(values: list[float]) -> float:
     return statistics.median(values) if values else 0.0
 
 
-def kv_bytes_per_step(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> int:
-    """Returns how many bytes of keys and values a decode step reads when n_tokens tokens are in the cache."""
+def tokens_read(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> float:
+    """Returns of how many tokens of a sequence a decode step reads keys and values, when the cache holds n_tokens."""
     if model.can_record(kv_cache.batch_size, 1):
-        n_read = model.config.mean_attended_tokens(n_tokens)
-    else:  # a compiled step reads the whole cache, also the part without tokens
-        n_read = kv_cache.max_seq_len if compile else n_tokens
-    return round(n_read * kv_cache.batch_size * model.kv_bytes_per_token())
+        return model.config.mean_attended_tokens(n_tokens)
+    return kv_cache.max_seq_len if compile else n_tokens  # a compiled step reads the whole cache
 
 
 @lru_cache(maxsize=1)

@@ -37,7 +37,7 @@ from engine.generation import generate
 from engine.steps import Steps, build_steps
 from kernels.formats import WeightFormat
 from model import KVCache
-from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, time_tokens
+from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, random_prompt, time_tokens
 from utils.errors import OutOfMemoryError, UsageError
 
 CPU = torch.device("cpu")
@@ -105,8 +105,7 @@ class Decoder:
     def token_times(self, steps: Steps) -> Iterator[float]:
         """Decodes a text. Yields the time after prefill and after every decode step, by a clock that all processes
         share."""
-        prompt = torch.randint(self.model.config.vocab_size, (1, self.n_prompt))
-        for _ in generate(steps, prompt, 0, self.n_new):
+        for _ in generate(steps, random_prompt(self.model, self.n_prompt), 0, self.n_new):
             yield time.monotonic()
 
     def time_text(self, n_threads: int) -> list[float]:

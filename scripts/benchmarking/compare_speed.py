@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from checkpoint import read_checkpoint
 from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
 from engine.generation import generate
@@ -29,6 +28,7 @@ from engine.sampling import SamplingParams
 from engine.steps import build_steps
 from loading import load_model
 from model import KVCache, Transformer
+from scripts.benchmarking.speed import seconds_of_steps
 from utils.errors import UsageError
 from utils.machine import read_bandwidth
 
@@ -105,15 +105,16 @@ def result_of(future: Future):
 def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
     """Returns the mean number of bytes that a decode step reads, for each file by name. Keys and values have 16 bits on
     both sides."""
-    config = read_checkpoint(files["bf16"]).config
-    n_attended = mean(config.mean_attended_tokens(PROMPT + i + 1) for i in range(STEPS))
-    cache_bytes = round(4 * config.n_layers * config.n_kv_heads * config.head_dim * n_attended)
+    load = partial(load_model, device=CPU, dtype=torch.bfloat16, use_kernels=False)
+    model = load(files["bf16"])
+    n_attended = mean(model.config.mean_attended_tokens(PROMPT + i + 1) for i in range(STEPS))
+    cache_bytes = round(n_attended * model.kv_bytes_per_token())
     sizes = {}
     for name, file in files.items():
         if file.suffix == ".pth":
-            sizes[name] = cache_bytes + load_model(file, CPU, torch.bfloat16, use_kernels=False).active_weight_bytes()
+            sizes[name] = load(file).step_bytes(n_attended)
         else:
-            sizes[name] = cache_bytes + gguf_active_weight_bytes(file, config)
+            sizes[name] = gguf_active_weight_bytes(file, model.config) + cache_bytes
     return sizes
 
 
@@ -146,10 +147,8 @@ def tokens_per_second(load: Callable[[str, int, int], Generate], file: str, thre
     time.sleep(PAUSE)
     n_prompt, n_new = (PREFILL, 1) if task == "prefill" else (PROMPT, 1 + STEPS)
     prompts = [[(i + j) % 64 for i in range(n_prompt)] for j in range(n_sequences)]
-    times = [time.perf_counter()]
-    for _ in generate_greedily(prompts, n_new):
-        times.append(time.perf_counter())
-    return PREFILL / (times[1] - times[0]) if task == "prefill" else n_sequences * STEPS / (times[-1] - times[1])
+    prefill, *steps = seconds_of_steps(generate_greedily(prompts, n_new))
+    return PREFILL / prefill if task == "prefill" else n_sequences / mean(steps)
 
 
 @cache

@@ -10,11 +10,13 @@ weights of an int4 model are random int4 codes on the device, so the model never
 import argparse
 import os
 import time
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from checkpoint import read_checkpoint, save_checkpoint
@@ -186,12 +188,11 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     seconds = median(mean(time_tokens(model, steps, start, 1, n_new)[1:]) for _ in range(SAMPLES))
     read_after = read_bandwidth(device)
     positions = range(n_prompt, n_prompt + n_new - 1)  # prefill makes the first new token
-    kv_bytes_per_position = kv_cache.batch_size * model.kv_bytes_per_token()
-    tokens_read = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
-    bytes_per_second = (model.active_weight_bytes() + kv_bytes_per_position * tokens_read) / seconds
+    n_attended = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
+    bytes_per_second = model.step_bytes(n_attended) / seconds
     return {
         "compile_seconds": compile_seconds,
-        "kv_bytes": kv_bytes_per_position * kv_cache.max_seq_len,
+        "kv_bytes": model.kv_bytes_per_token() * kv_cache.max_seq_len,
         "peak_memory_bytes": peak,
         "model_bytes": model.active_weight_bytes(),
         "decode_tokens_per_sec": 1 / seconds,
@@ -205,11 +206,19 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
 def time_tokens(model: Transformer, steps: Steps, start: int, n_prompt: int, n_new: int) -> list[float]:
     """Returns the seconds of prefill, and of every decode step after it, for a random prompt at position start. Prefill
     makes the first of n_new tokens."""
-    prompt = torch.randint(model.config.vocab_size, (1, n_prompt), device=model.device)
+    return seconds_of_steps(generate(steps, random_prompt(model, n_prompt), start, n_new))
+
+
+def random_prompt(model: Transformer, n: int) -> Tensor:
+    return torch.randint(model.config.vocab_size, (1, n), device=model.device)
+
+
+def seconds_of_steps(generated: Iterator) -> list[float]:
+    """Runs generated, which yields after every step, and returns the seconds of each step."""
     times = [time.perf_counter()]
-    for _ in generate(steps, prompt, start, n_new):
+    for _ in generated:
         times.append(time.perf_counter())
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in pairwise(times)]
 
 
 def measure_parallel(model: Transformer, sizes: list[int], n_prompt: int, n_new: int, compile: bool) -> dict:
@@ -220,8 +229,7 @@ def measure_parallel(model: Transformer, sizes: list[int], n_prompt: int, n_new:
     for i in range(SAMPLES + 1):  # round 0 records and compiles
         for n, scheduler in schedulers.items():
             for _ in range(n):
-                prompt = torch.randint(model.config.vocab_size, (n_prompt,)).tolist()
-                scheduler.submit(Sequence(prompt, n_new))
+                scheduler.submit(Sequence(random_prompt(model, n_prompt)[0].tolist(), n_new))
             for _ in range(n):
                 scheduler.step()  # a prefill
             began = time.perf_counter()
