@@ -72,7 +72,8 @@ def load_model(
     shard_tensor = None
     if n_ranks > 1:
         tensors = all_tensors  # ranks cannot tie: each keeps the whole embedding, but only its rows of the head
-        shard_tensor = tp.shard(model, device)
+        shard_tensor = tp.tensor_sharder(model)
+        tp.shard_model(model, device, shard_tensor)
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
     model.load_state_dict(with_tied_head(config, moved), assign=True)
     if "lm_head.weight" not in moved:

@@ -6,24 +6,26 @@ The layout is Megatron's (arXiv:1909.08053). A rank has some heads of every atte
 every feed-forward and expert, and a part of the output head's vocabulary. Every rank has the whole embedding, norms and
 routers.
 
-    qkv_proj, gate_up_proj    sharded along the outputs: a rank computes some outputs in full
-    o_proj, down_proj         sharded along the inputs: a rank computes partial sums, which an all-reduce adds up
-    lm_head                   sharded along the outputs: an all-gather concatenates the logits
+    qkv_proj, gate_up_proj    column-parallel, along the outputs: a rank computes some outputs in full
+    o_proj, down_proj         row-parallel, along the inputs: a rank computes partial sums, which an all-reduce adds up
+    lm_head                   column-parallel: an all-gather concatenates the logits
 
-tp_plan returns this table. loading.py: load_model calls shard before reading the tensors, and insert_collectives at the
-end. All ranks run the same code, except in these places:
+The names are Megatron's, and speak of W^T. tp_plan returns this table. loading.py: load_model calls tensor_sharder and
+shard_model before reading the tensors, and insert_collectives at the end. All ranks run the same code, except in these
+places:
 
-    shard                              every rank reads other parts of the tensors
-    shard_inputs                       only rank 0 has the biases of o_proj and down_proj; other ranks have zeros
-    RowParallelLinear, ParallelHead    every rank computes a part, and a collective joins the parts
-    broadcast                          (collectives.py) all ranks sample a token, then take rank 0's token
-    call_on_rank_0                     (collectives.py) only rank 0 converts a checkpoint
-    silence, input_lines               (cli/ranks.py) only rank 0 prints, and reads what the user types
-    rank_path                          (cli/ranks.py) every rank writes its own trace file
+    tensor_sharder                       every rank reads other parts of the tensors
+    shard_row_parallel                   only rank 0 has the biases of o_proj and down_proj; other ranks have zeros
+    RowParallelLinear, ParallelLMHead    every rank computes a part, and a collective joins the parts
+    broadcast                            (collectives.py) all ranks sample a token, then take rank 0's token
+    call_on_rank_0                       (collectives.py) only rank 0 converts a checkpoint
+    silence, input_lines                 (cli/ranks.py) only rank 0 prints, and reads what the user types
+    rank_path                            (cli/ranks.py) every rank writes its own trace file
 
 cli/ranks.py: process_group connects the processes.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ from utils.errors import UsageError
 class ShardSpec:
     """How a linear layer is sharded."""
 
-    style: str  # "colwise": along the outputs; "rowwise": along the inputs. Megatron's names, which speak of W^T
+    style: str  # "column": column-parallel, along the outputs; "row": row-parallel, along the inputs
     sizes: tuple[int, ...]  # of each matrix that one weight stacks, such as q, k and v; every matrix is cut separately
     head_size: int = 1  # elements of a head, which stay on one rank; 1: the layer has no heads
 
@@ -58,12 +60,12 @@ def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
     A q/k norm over all heads together needs all heads. So with such a norm every rank computes all of attention, and
     only o_proj is sharded."""
     shards_heads, qkv_dims = not config.qk_norm_across_heads, (config.q_dim, config.kv_dim, config.kv_dim)
-    qkv_proj = {"qkv_proj": ShardSpec("colwise", qkv_dims, head_size=config.head_dim)} if shards_heads else {}
+    qkv_proj = {"qkv_proj": ShardSpec("column", qkv_dims, head_size=config.head_dim)} if shards_heads else {}
     return qkv_proj | {
-        "o_proj": ShardSpec("rowwise", (config.q_dim,), head_size=config.head_dim),
-        "gate_up_proj": ShardSpec("colwise", config.gate_up_dims),
-        "down_proj": ShardSpec("rowwise", (config.ffn_dim,)),
-        "lm_head": ShardSpec("colwise", (config.vocab_size,)),
+        "o_proj": ShardSpec("row", (config.q_dim,), head_size=config.head_dim),
+        "gate_up_proj": ShardSpec("column", config.gate_up_dims),
+        "down_proj": ShardSpec("row", (config.ffn_dim,)),
+        "lm_head": ShardSpec("column", (config.vocab_size,)),
     }
 
 
@@ -75,7 +77,7 @@ def shard_range(size: int, head_size: int, rank: int, n_ranks: int) -> tuple[int
     n_heads = size // head_size
     if n_heads < n_ranks:
         return rank * n_heads // n_ranks * head_size, head_size
-    length = -(-n_heads // n_ranks) * head_size  # rounded up
+    length = math.ceil(n_heads / n_ranks) * head_size
     return rank * length, length
 
 
@@ -112,31 +114,38 @@ def check_device(device: torch.device):
                          "start fewer, or give no number in --device")
 
 
-def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], Tensor]:
-    """Shrinks model to this rank's shard. Returns a function (name, tensor of the checkpoint) -> this rank's shard of
-    the tensor. model must be on the meta device, in the formats of the checkpoint."""
-    plan, n_ranks = tp_plan(model.config), world_size()
-    linears = dict(model.quantizable_linears())
-    formats = {name: linear.format for name, linear in linears.items()}  # the checkpoint's; linear.format changes below
-    check_device(device)
-    check_can_shard(model.config, max(formats.values(), key=lambda format: format.shard_multiple), n_ranks)
+def tensor_sharder(model: Transformer) -> Callable[[str, Tensor], Tensor]:
+    """Returns a function (name, tensor of the checkpoint) -> this rank's shard of the tensor. model: in the formats of
+    the checkpoint, not sharded."""
+    plan, linears, n_heads = tp_plan(model.config), dict(model.quantizable_linears()), model.config.n_heads
+    formats = {name: linear.format for name, linear in linears.items()}  # shard_model changes linear.format
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
         """Returns this rank's shard as a copy, so that the other parts of a memory-mapped tensor are not read. Returns
         tensor itself if every rank has the whole tensor."""
         module_name, _, tensor_name = name.rpartition(".")
         if tensor_name == "sinks":
-            start, length = shard_range(model.config.n_heads, 1, dist.get_rank(), n_ranks)
+            start, length = shard_range(n_heads, 1, dist.get_rank(), world_size())
             return tensor[start : start + length].clone()
         spec = plan.get(module_name.rpartition(".")[2])
         if spec is None:
             return tensor
-        if spec.style == "rowwise":
-            return shard_inputs(tensor, tensor_name, spec, formats[module_name])
+        if spec.style == "row":
+            return shard_row_parallel(tensor, tensor_name, spec, formats[module_name])
         if tensor_name == "input_order":
             return tensor
-        return shard_outputs(tensor, spec, dim=0 if linears[module_name].n_experts is None else 1)
+        return shard_column_parallel(tensor, spec, dim=0 if linears[module_name].n_experts is None else 1)
 
+    return shard_tensor
+
+
+def shard_model(model: Transformer, device: torch.device, shard_tensor: Callable[[str, Tensor], Tensor]):
+    """Shrinks model, which is on the meta device, to this rank's shard. device: where the shard will be.
+    shard_tensor: tensor_sharder's, for model."""
+    plan, linears, n_ranks = tp_plan(model.config), dict(model.quantizable_linears()), world_size()
+    check_device(device)
+    widest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_multiple)
+    check_can_shard(model.config, widest, n_ranks)
     for name, linear in linears.items():
         spec = plan.get(name.rpartition(".")[2])
         if spec is None:
@@ -144,29 +153,28 @@ def shard(model: Transformer, device: torch.device) -> Callable[[str, Tensor], T
         for tensor_name, tensor in linear.state_dict().items():
             linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
         n = sum(shard_range(size, spec.head_size, 0, n_ranks)[1] for size in spec.sizes)  # the same on every rank
-        if spec.style == "rowwise":
-            linear.in_features, linear.format = n, formats[name].shard_format(n)
+        if spec.style == "row":
+            linear.in_features, linear.format = n, linear.format.shard_format(n)
         else:
             linear.out_features = n
     for module in model.modules():
         if isinstance(module, Attention) and "qkv_proj" in plan:
             shard_attention(module, n_ranks)
-    return shard_tensor
 
 
 def shard_attention(attention: Attention, n_ranks: int):
     """Reduces attention to the heads of this rank."""
     start, length = shard_range(attention.n_heads, 1, dist.get_rank(), n_ranks)
     attention.n_heads = length
-    attention.n_kv_heads = -(-attention.n_kv_heads // n_ranks)  # rounded up: at least one
+    attention.n_kv_heads = math.ceil(attention.n_kv_heads / n_ranks)
     if attention.sinks is not None:  # meta tensors: loading reads the values from the checkpoint
         attention.sinks = nn.Parameter(attention.sinks[:length], requires_grad=False)
     if attention.alibi_slopes is not None:
         attention.alibi_slopes = attention.alibi_slopes[start : start + length]
 
 
-def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: WeightFormat) -> Tensor:
-    """Returns this rank's shard of a tensor of a layer that is sharded along its inputs.
+def shard_row_parallel(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: WeightFormat) -> Tensor:
+    """Returns this rank's shard of a tensor of a row-parallel layer: what belongs to its inputs.
 
     tensor_name: weight, scales, zeros, input_order or bias."""
     if tensor_name == "bias":  # the all-reduce sums the biases of all ranks, so ranks other than 0 have zeros
@@ -175,10 +183,10 @@ def shard_inputs(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: Weig
     start, length = shard_range(size, spec.head_size, dist.get_rank(), world_size())
     if tensor_name == "input_order":
         return tensor[start : start + length].clone()
-    return format.shard_inputs(tensor_name, tensor, start, length)
+    return format.narrow_inputs(tensor_name, tensor, start, length)
 
 
-def shard_outputs(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
+def shard_column_parallel(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
     """Returns this rank's outputs along dim. Cuts each of the matrices that tensor stacks. Zeros pad a range that
     reaches beyond the end of a matrix."""
     shards = []
@@ -203,7 +211,7 @@ def insert_collectives(model: Transformer):
         attention, feed_forward = layer.attention, layer.feed_forward
         attention.o_proj = RowParallelLinear(attention.o_proj, reduce, x_is_sharded=shards_attention)
         feed_forward.down_proj = RowParallelLinear(feed_forward.down_proj, reduce, x_is_sharded=True)
-    model.lm_head = ParallelHead(model.lm_head, model.config.vocab_size)
+    model.lm_head = ParallelLMHead(model.lm_head, model.config.vocab_size)
 
 
 class RowParallelLinear(nn.Module):
@@ -242,7 +250,7 @@ class RowParallelLinear(nn.Module):
         return x.narrow(-1, dist.get_rank() * n, n).contiguous()
 
 
-class ParallelHead(nn.Module):
+class ParallelLMHead(nn.Module):
     """The output head, sharded along the vocabulary. An all-gather concatenates the logits of all ranks."""
 
     def __init__(self, linear: nn.Module, vocab_size: int):

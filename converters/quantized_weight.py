@@ -46,7 +46,7 @@ class LazyWeight:
             return unquantized.select_inputs(start, length)
 
         def read() -> Tensors:
-            return {name: self.format.shard_inputs(name, t, start, length) for name, t in self.read().items()}
+            return {name: self.format.narrow_inputs(name, t, start, length) for name, t in self.read().items()}
 
         return LazyWeight(self.format.shard_format(length), torch.Size([self.shape[0], length]), read)
 

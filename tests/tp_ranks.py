@@ -26,7 +26,7 @@ import eval as evaluation  # noqa: E402
 import generate  # noqa: E402
 import loading  # noqa: E402
 import tp  # noqa: E402
-from checkpoint import read_checkpoint  # noqa: E402
+from checkpoint import read_checkpoint, with_tied_head  # noqa: E402
 from cli.ranks import process_group  # noqa: E402
 from engine import generation  # noqa: E402
 from engine.sampling import SamplingParams  # noqa: E402
@@ -224,10 +224,9 @@ class BytesRead(TorchDispatchMode):
 def bytes_read(path: Path) -> dict:
     """What is read of the file for this rank's part, how much that must be, and the size of all that is cut."""
     config, quantization, tensors = read_checkpoint(path)
-    if "lm_head.weight" not in tensors:
-        tensors |= {name.replace("embed_tokens", "lm_head"): t for name, t in tensors.items() if "embed_tokens" in name}
+    tensors = with_tied_head(config, tensors)
     model = empty_model(config, QuantizationScheme.from_dict(quantization))
-    shard_tensor = tp.shard(model, CPU)
+    shard_tensor = tp.tensor_sharder(model)
     with BytesRead(tensors.values()) as read:
         parts = {name: shard_tensor(name, t) for name, t in tensors.items()}
     cut = [name for name, part in parts.items() if part is not tensors[name]]

@@ -95,7 +95,7 @@ class WeightFormat:
         groups = {name: shard_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
         return tensors | groups
 
-    def shard_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
+    def narrow_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
         """The part of the tensor called name that belongs to inputs [start, start + length) of W."""
         if name == "weight":
             return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
