@@ -94,7 +94,7 @@ def parse(data: np.ndarray) -> tuple[dict, dict[str, GGUFTensor]]:
         shape = [header.scalar("Q") for _ in range(header.count("I"))]
         infos.append((name, shape[::-1], header.scalar("I"), header.scalar("Q")))
     alignment = metadata.get("general.alignment", 32)
-    start = -(-header.offset // alignment) * alignment  # rounded up
+    start = math.ceil(header.offset / alignment) * alignment
     tensors = {}
     for name, shape, type_id, offset in infos:
         if type_id not in KNOWN_TYPES and type_id < MAX_TYPE:

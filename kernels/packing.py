@@ -83,7 +83,7 @@ class HugePageArena:
             self.used = -self.memory.data_ptr() % self.PAGE_BYTES  # begins at a page
             use_huge_pages(self.memory[self.used :])
         copy = self.memory[self.used : self.used + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
-        self.used += -(-t.nbytes // self.ALIGNMENT) * self.ALIGNMENT
+        self.used += math.ceil(t.nbytes / self.ALIGNMENT) * self.ALIGNMENT
         return copy
 
 

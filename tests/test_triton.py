@@ -5,6 +5,7 @@ there, what is not a result, and whole models.
 """
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -171,7 +172,7 @@ def test_int4_tiles(shape):
     q = torch.randint(16, shape, dtype=torch.uint8)
     n, k = shape[-2:]
     tiles = pack_tiles(q)
-    assert tiles.shape == (*shape[:-2], -(-n // 16), -(-k // 64), 128)
+    assert tiles.shape == (*shape[:-2], math.ceil(n / 16), math.ceil(k / 64), 128)
     columns_of_bits = {0: 0, 4: 2, 8: 16, 12: 18, 16: 1, 20: 3, 24: 17, 28: 19}
     drawn = torch.zeros(*shape[:-2], tiles.shape[-3] * 16, tiles.shape[-2] * 64, dtype=torch.int32)
     for lane in range(32):

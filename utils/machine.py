@@ -222,7 +222,7 @@ def use_huge_pages(t: Tensor):
 
 def madvise(t: Tensor, advice: int):
     """Calls Linux's madvise for the pages that lie completely in t. Does nothing on other systems."""
-    start = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # rounded up
+    start = math.ceil(t.data_ptr() / mmap.PAGESIZE) * mmap.PAGESIZE
     end = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE  # rounded down
     if sys.platform == "linux" and end > start:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
