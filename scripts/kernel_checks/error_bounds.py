@@ -26,13 +26,13 @@ def magnitudes(w) -> Tensor:
     weight, scales = w.weight.double(), w.scales
     if scales is None:
         return weight.abs()
-    if w.weight.dtype == torch.float8_e4m3fn:
-        return w.dequantized_weight(torch.float64).abs()
     if w.weight.dtype == torch.int8:  # (q + 128) - 128
         return (weight.abs() + 256) * scales.double()[..., None]
     if scales.dtype == torch.uint8:  # MXFP4: ((12 + 2 e2m1) - 12) * scale / 2, with exponents as scales
         wide = decode_e8m0(scales).repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
         return w.dequantized_weight(torch.float64) + 12 * wide
+    if w.zeros is None:  # a number times its scale, no difference
+        return w.dequantized_weight(torch.float64).abs()
     ones = {"weight": w.weight, "scales": w.scales.abs(), "zeros": torch.zeros_like(w.zeros)}
     zeros = w.zeros.double().repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
     wide = w.scales.abs().double().repeat_interleave(w.format.group_size, -1)[..., : w.in_features]

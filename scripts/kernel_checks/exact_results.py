@@ -20,6 +20,7 @@ from kernels import torch_ops
 from kernels.arguments import AttentionOptions, LayerCache, PositionTables
 from kernels.backend import Backend
 from kernels.formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
+from kernels.formats.integers import AffineFormat
 from layers import Embedding, Linear, RMSNorm
 from scripts.kernel_checks import error_bounds as bounds
 
@@ -149,10 +150,11 @@ def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
     """Returns the error of a float32 output of exact data. Sums are exact within a slice of 16 or more columns. The
-    sums of slices are scaled and added up, and a few roundings (1 / rms, bias, residual) follow. With float8 every term
-    may be rounded, since float8's range is wider than the 24 bits of a float32. terms: the sum of all magnitudes."""
-    weight = format.empty(torch.Size([1, k]), torch.float32, "meta")["weight"]
-    n_sums = k if weight.dtype == torch.float8_e4m3fn else 0 if format.group_size is None else k / 16
+    sums of slices are scaled and added up, and a few roundings (1 / rms, bias, residual) follow. If a format's numbers
+    are no integers of a few bits, every term may be rounded: float8's range is wider than the 24 bits of a float32.
+    terms: the sum of all magnitudes."""
+    has_exact_sums = isinstance(format, Unquantized | Int8 | AffineFormat | MXFP4)
+    n_sums = (0 if format.group_size is None else k / 16) if has_exact_sums else k
     return (n_sums + 12) * U32 * terms
 
 
