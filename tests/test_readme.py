@@ -187,6 +187,15 @@ def test_what_comments_name_exists():
         assert set(words) <= known, f"{path}: {set(words) - known}"
 
 
+def test_index_of_tests():
+    """tests/__init__.py has every test file, and every file and folder of the project."""
+    index = (ROOT / "tests/__init__.py").read_text()
+    assert set(re.findall(r"\btest_\w+", index)) == {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    listed = {part for row in re.findall(r"^    (\S.*?)  ", index, re.M) for part in row.split(", ")}
+    assert {path.name for path in ROOT.glob("*.py")} | {f"{name}/" for name in (*PACKAGES, "scripts")} <= listed
+    assert all((ROOT / part).exists() for part in listed if "." in part or "/" in part)
+
+
 def split_comments(text: str) -> tuple[str, str]:
     """(docstrings and comments, everything else) of a Python file, each on one line."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
