@@ -31,6 +31,8 @@ inline float to_float(f16 x) { return x; }
 inline float to_float(uint8_t x) { return x; }
 inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 
+constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
+
 // ---- Load, store, prefetch ------------------------------------------------------------------------------------------
 
 // Loads a number or a vector of type T. The address need not be aligned.
