@@ -363,10 +363,11 @@ void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_block
   dispatch_format(w.format, [&]<typename F>(F format) {
     const Prepared<F, T>* typed[M];
     for (int m = 0; m < M; m++) typed[m] = static_cast<const Prepared<F, T>*>(tokens[m]);
-    // With more than 2 tokens, or more than 4 for Float8, two blocks share the loads of the activations.
+    // Two blocks in step share the loads of the activations. One block after the other is faster while memory limits
+    // the speed, which is up to 5 tokens.
     constexpr bool IS_BF16_FLOAT8 = std::is_same_v<F, Float8> && std::is_same_v<Prepared<F, T>, bf16>;
     if constexpr (HAS_WIDE_REGISTERS && ((M > 2 && ROUNDS_TO_INT8<F, T>) || (M > 4 && IS_BF16_FLOAT8)))
-      if (n_blocks == 2) return run_loop<M, 2>(format, w, blocks, part, typed, out);
+      if (n_blocks == 2 && (M > 5 || part.count > 1)) return run_loop<M, 2>(format, w, blocks, part, typed, out);
     for (int64_t b = 0; b < n_blocks; b++) run_loop<M, 1>(format, w, blocks + b, part, typed, out + b);
   });
 }
