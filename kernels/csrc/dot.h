@@ -75,14 +75,13 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const Part& part, const Q
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
-  const auto prefetch = block_prefetcher<M, BLOCKS>(w, part);
+  const Prefetcher<M, BLOCKS> prefetch(w, part);
   Vec total[BLOCKS][M] = {};
   for (int64_t i = 0; i < w.k / Q8_GROUP; i++) {  // 8 inputs: two words of each output, 128 bytes
     IntVec first[BLOCKS], second[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
-      const char* words = data[b] + i * 128;
-      for (int j = 0; j < 128; j += 64) prefetch(data[b], i * 128 + j, i * 128);
-      first[b] = load<IntVec>(words), second[b] = load<IntVec>(words + 64);
+      first[b] = load<IntVec>(data[b] + i * 128), second[b] = load<IntVec>(data[b] + i * 128 + 64);
+      prefetch(data[b], i * 128), prefetch(data[b], i * 128 + 64);
     }
     for (int m = 0; m < M; m++) {
       const IntVec q0 = broadcast4(x[m][i].q), q4 = broadcast4(x[m][i].q + 4);
@@ -117,7 +116,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const Part& part, cons
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
-  const auto prefetch = block_prefetcher<M, BLOCKS>(w, part);
+  const Prefetcher<M, BLOCKS> prefetch(w, part);
   Vec total[BLOCKS][M] = {};
   for (int64_t i = 0, end, group = 0; i < w.k / Q8_GROUP; i = end, group++) {
     end = std::min(w.k, i * Q8_GROUP + w.group_size) / Q8_GROUP;
@@ -126,7 +125,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const Part& part, cons
       WeightBytes bytes[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) {
         const char* words = data[b] + i * N_BYTES;
-        for (int j = 0; j < N_BYTES; j += 64) prefetch(data[b], i * N_BYTES + j, i * N_BYTES);
+        for (int j = 0; j < N_BYTES; j += 64) prefetch(data[b], i * N_BYTES + j);
         bytes[b] = load_bytes<F>(words);
       }
 #pragma GCC unroll 8  // so that the sums stay in registers
@@ -198,7 +197,7 @@ void dot_float8(const Weights& w, const int64_t* blocks, const Part& part, const
   constexpr int UNROLL = M <= (IS_BF16 ? 4 : 2) ? 2 : 1, SUMS = IS_BF16 && M > 5 ? 1 : 2;
   const char* data[BLOCKS];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
-  const auto prefetch = block_prefetcher<M, BLOCKS>(w, part);
+  const Prefetcher<M, BLOCKS> prefetch(w, part);
   Vec total[BLOCKS][M] = {};
   for (int64_t k = 0, group = 0; k < w.k; group++) {
     Vec acc[BLOCKS][M][UNROLL][SUMS] = {};
@@ -208,7 +207,7 @@ void dot_float8(const Weights& w, const int64_t* blocks, const Part& part, const
         const int64_t i = k + 4 * u, offset = i * BLOCK_N;
         std::conditional_t<IS_BF16, Bf16Pairs, FloatPairs> weights[BLOCKS];
         for (int b = 0; b < BLOCKS; b++) {
-          prefetch(data[b], offset, offset);
+          prefetch(data[b], offset);
           if constexpr (IS_BF16) weights[b] = float8_to_bf16(load<IntVec>(data[b] + offset));
           else weights[b] = float8_to_float(load<IntVec>(data[b] + offset));
         }
@@ -281,20 +280,22 @@ template <typename T> bool reads_in_order(int64_t k) {
 template <int M, int R, typename T>
 void dot_unquantized(const Weights& w, int64_t block, const Part& part, const T* const* tokens, Vec* out) {
   constexpr int UNROLL = R > 1 ? 1 : M <= 4 ? 4 : 2;  // independent sums along k, as above
-  constexpr int64_t WIDTH = 64 / sizeof(T);
-  const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N), row_bytes = k * sizeof(T);
-  const char* data = w.block_data(block);
-  const T *first = reinterpret_cast<const T*>(data), *x[M];
+  constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH / sizeof(T) / R;
+  const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
+  const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];
   for (int m = 0; m < M; m++) x[m] = tokens[m];
-  const Prefetcher<M, R> prefetch(w, part, row_bytes, (R - 1) * row_bytes);
+  const Prefetcher<M, 1> prefetch(w, part);
   Vec sums[M][BLOCK_N] = {};
   for (int64_t r = 0; r < n; r += R) {
     const T* weight[R];
     for (int j = 0; j < R; j++) weight[j] = first + std::min(r + j, n - 1) * k;
     Vec acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
+      // Output r + j + R is read after output r + j. An address beyond the end of the latter skips the R - 1 others.
+      const int64_t ahead = i + AHEAD + (i + AHEAD < k ? 0 : (R - 1) * k);
       for (int j = 0; j < R; j++) {
-        prefetch(data, (r + j) * row_bytes + i * sizeof(T), i * sizeof(T));
+        if constexpr (R == 1) prefetch(w.block_data(block), (r * k + i) * sizeof(T));
+        else prefetch_l1(weight[j] + ahead);
         for (int m = 0; m < M; m++) multiply_add(acc[m][j][u], weight[j] + i, x[m] + i);
       }
     };
@@ -363,8 +364,7 @@ void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_block
   dispatch_format(w.format, [&]<typename F>(F format) {
     const Prepared<F, T>* typed[M];
     for (int m = 0; m < M; m++) typed[m] = static_cast<const Prepared<F, T>*>(tokens[m]);
-    // Two blocks in step share the loads of the activations. One block after the other is faster while memory limits
-    // the speed, which is up to 5 tokens.
+    // Two blocks in step share the loads of the activations. With up to 5 tokens, reading memory in order is faster.
     constexpr bool IS_BF16_FLOAT8 = std::is_same_v<F, Float8> && std::is_same_v<Prepared<F, T>, bf16>;
     if constexpr (HAS_WIDE_REGISTERS && ((M > 2 && ROUNDS_TO_INT8<F, T>) || (M > 4 && IS_BF16_FLOAT8)))
       if (n_blocks == 2 && (M > 5 || part.count > 1)) return run_loop<M, 2>(format, w, blocks, part, typed, out);
@@ -377,8 +377,8 @@ template <typename T, int... I> constexpr auto functions_by_tokens(std::integer_
   return std::array{&multiply_by_format<I + 1, T>...};
 }
 
-// Returns how many tokens a part of m tokens may have. The sums of 6 tokens with 4 outputs fit in registers, those of 8
-// do not. Still one loop over 8 tokens is faster than two loops.
+// Returns how many tokens a part of m tokens may have. Of 8 tokens, the sums with 4 outputs do not fit in registers.
+// Still one loop over 8 tokens is faster than two loops.
 template <typename T> int64_t most_tokens(const Weights& w, int64_t m) {
   const bool is_unquantized = dispatch_format(w.format, []<typename F>(F) { return std::is_same_v<F, Unquantized>; });
   return is_unquantized && (reads_in_order<T>(w.k) || (HAS_WIDE_REGISTERS && m > BLOCK_M)) ? MAX_IN_ORDER : BLOCK_M;

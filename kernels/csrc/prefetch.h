@@ -24,33 +24,26 @@ constexpr int64_t PREFETCH = 8192;
 // one, 1, or the one after that, 2.
 struct Part { int64_t index, count, next_block; };
 
-// Prefetches for a loop over M tokens that reads N streams in step. A stream is a block, or an output of an unquantized
-// block.
-template <int M, int N> class Prefetcher {
-  static constexpr int64_t AHEAD = PREFETCH / N;
+// Prefetches for a loop over M tokens that reads BLOCKS blocks in step.
+template <int M, int BLOCKS> class Prefetcher {
   static constexpr bool IS_WHOLE = M <= 2;  // one or two tokens are never a part
-  int64_t begin = AHEAD;   // the distance in bytes from the first weights of a block to what is prefetched with them
+  int64_t begin;           // the distance in bytes from the first weights of a block to what is prefetched with them
   int64_t step = 64;       // how many bytes to prefetch for 64 bytes read
-  int64_t limit, skipped;  // from this offset in a stream, skips so many bytes, which belong to the other streams
+  int64_t limit, skipped;  // from this offset in a block, skips so many bytes, which the other block has
 
  public:
-  Prefetcher(const Weights& w, const Part& part, int64_t stream_bytes, int64_t skipped)
-      : limit(stream_bytes - AHEAD), skipped(skipped) {
+  Prefetcher(const Weights& w, const Part& part)
+      : begin(std::min(PREFETCH, w.block_bytes())), limit(w.block_bytes() - begin),
+        skipped((part.next_block - 1) * w.block_bytes()) {
     if (IS_WHOLE || part.count == 1) return;
-    const int64_t block_bytes = w.block_bytes();
-    begin = part.next_block * block_bytes + part.index * block_bytes / part.count;
-    step = 64 / part.count, limit = stream_bytes;
+    begin = part.next_block * w.block_bytes() + part.index * w.block_bytes() / part.count;
+    step = 64 / part.count, limit = w.block_bytes();
   }
 
-  // Prefetches for the weights at an offset in a block. offset_in_stream is the same offset, or that in the output.
-  [[gnu::always_inline]] void operator()(const char* block, int64_t offset, int64_t offset_in_stream) const {
-    if constexpr (IS_WHOLE && N == 1) return prefetch_l1(block + offset + AHEAD);
+  // Prefetches for the weights at an offset in a block.
+  [[gnu::always_inline]] void operator()(const char* block, int64_t offset) const {
+    if constexpr (IS_WHOLE && BLOCKS == 1) return prefetch_l1(block + offset + PREFETCH);
     const char* p = block + begin + offset / 64 * step;
-    prefetch_l1(N > 1 && offset_in_stream >= limit ? p + skipped : p);
+    prefetch_l1(BLOCKS > 1 && offset >= limit ? p + skipped : p);
   }
 };
-
-// Returns the Prefetcher of a loop over BLOCKS blocks of quantized weights.
-template <int M, int BLOCKS> Prefetcher<M, BLOCKS> block_prefetcher(const Weights& w, const Part& part) {
-  return {w, part, w.block_bytes(), (part.next_block - 1) * w.block_bytes()};
-}
