@@ -35,6 +35,13 @@ class AttentionOptions(NamedTuple):
     eps: float = 0.0  # of both norms
     sinks: Tensor | None = None  # [H], the scores of one more key, whose value is zero
 
+    def only_scales(self, alibi_slopes: Tensor | None) -> bool:
+        """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute it.
+        Norms and RoPE come before the scores. Unpacking all options makes a new one fail here until it is named, since
+        SDPA would ignore it silently."""
+        _n_heads, _scale, _window, softcap, _q_norm_weight, _k_norm_weight, _eps, sinks = self
+        return not softcap and sinks is None and alibi_slopes is None
+
 
 class LayerCache(NamedTuple):
     """The keys and values of earlier tokens, in a layer."""

@@ -133,12 +133,12 @@ def cached_attention(
         n_keys = int(positions.max()) + 1
         cache = cache._replace(k=cache.k[:, :, :n_keys], v=cache.v[:, :, :n_keys])
     q = q.transpose(1, 2)  # [B, H, T, D]
-    if options.sinks is not None or options.softcap or alibi_slopes is not None:
+    if options.only_scales(alibi_slopes):
+        y = sdpa_attention(q, options, cache, positions)
+    else:
         step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
         parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
         y = torch.cat([eager_attention(q, options, cache, alibi_slopes, positions) for q, positions in parts], dim=2)
-    else:
-        y = sdpa_attention(q, options, cache, positions)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 

@@ -71,9 +71,14 @@ inline float largest_lane(Vec v) {
   return v[0];
 }
 
-// How a product q . k becomes a score: softcap(scale * product) + slope * distance. A softcap of 0 changes nothing. The
-// slope is ALiBi's or 0. The distance is the position of the key minus that of the query.
-struct ScoreOptions { float scale, softcap, slope; };
+// How a product q . k becomes a score: softcap(scale * product) + slope * distance. The slope is ALiBi's. The distance is
+// the position of the key minus that of the query. Every option but scale has a default that changes nothing.
+struct ScoreOptions {
+  float scale, softcap = 0, slope = 0;
+  bool operator==(const ScoreOptions&) const = default;
+  // Whether a score is scale * product. == compares all members, so a new option needs no line here.
+  bool only_scales() const { return *this == ScoreOptions{scale}; }
+};
 inline Vec finish_scores(Vec products, const ScoreOptions& options, Vec distance) {
   Vec scores = products * options.scale;
   if (options.softcap) scores = apply_softcap(scores, options.softcap);

@@ -99,6 +99,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   // beyond n_rows complete the last group of ROWS.
   struct Block {
     int64_t b, kv_head, first_token, n_rows;
+    bool only_scales;  // whether the scores of all rows are scale * product
   };
   // Memory of a thread.
   struct Buffers {
@@ -109,7 +110,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   void attend_block(const T* q, int64_t b, int64_t kv_head, int64_t block) const {
     const int64_t first_token = block * block_tokens(), end_token = std::min(n_tokens, first_token + block_tokens());
-    const Block rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv()};
+    const Block rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv(), only_scales(kv_head)};
     const Buffers buffers = allocate(round_up(rows.n_rows, ROWS));
     for (int64_t row = 0; row < round_up(rows.n_rows, ROWS); row++) {
       for (int64_t i = 0; i < query_words(); i += LANES) {
@@ -153,8 +154,11 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     return {window ? std::max<int64_t>(0, n_seen - window) : 0, std::min(KEY_TILE, n_seen)};
   }
 
-  // Whether a score is more than scale * product.
-  bool has_finished_scores() const { return this->softcap || this->alibi_slopes; }
+  bool only_scales(int64_t kv_head) const {
+    for (int64_t h = 0; h < heads_per_kv(); h++)
+      if (!this->score_options(kv_head * heads_per_kv() + h).only_scales()) return false;
+    return true;
+  }
 
   // Attends from ROWS rows to the tile of keys that starts at key.
   void attend_to_tile(const Block& rows, int64_t row, int64_t key, const Buffers& buffers) const {
@@ -170,15 +174,15 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     multiply_words<T, false>(buffers.q + row * query_words(), query_words(), buffers.k, KEY_TILE, LANES, query_words(),
                              scores[0], KEY_TILE);
     for (int64_t r = 0; r < ROWS; r++) {
-      if (has_finished_scores()) finish_row(rows, row + r, key, scores[r]);
+      if (!rows.only_scales) finish_row(rows, row + r, key, scores[r]);
       if (visible[r].begin > 0 || visible[r].end < KEY_TILE) mask_row(visible[r], scores[r]);
     }
     // All rows at each step, since the steps of a single row wait for each other.
     float* const acc = buffers.acc + row * width();
     Softmax* const softmax = buffers.softmax + row;
+    const float factor = score_factor(rows);
     for (int64_t r = 0; r < ROWS; r++)
-      if (visible[r].begin < visible[r].end) raise_maximum(scores[r], softmax[r], acc + r * width());
-    const float factor = score_factor();
+      if (visible[r].begin < visible[r].end) raise_maximum(scores[r], factor, softmax[r], acc + r * width());
     for (int64_t r = 0; r < ROWS; r++)
       if (visible[r].begin < visible[r].end) exponentiate(scores[r], factor, softmax[r], p[r]);
       else std::memset(p[r], 0, sizeof p[r]);
@@ -187,9 +191,9 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
                               KEY_TILE / PER_WORD<T>, acc + column, width());
   }
 
-  // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * score_factor() is the logit of a
+  // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * score_factor is the logit of a
   // softmax with base 2. Softmax::m_i is the maximum of these logits.
-  float score_factor() const { return LOG2_E * (has_finished_scores() ? 1.0f : this->scale); }
+  float score_factor(const Block& rows) const { return LOG2_E * (rows.only_scales ? this->scale : 1.0f); }
 
   void finish_row(const Block& rows, int64_t row, int64_t key, float* scores) const {
     const ScoreOptions options = this->score_options(head(rows, std::min(row, rows.n_rows - 1)));
@@ -207,8 +211,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   }
 
   // If the scores raise the maximum m_i, rescales l_i and acc. A score that is NaN does not, but its p is NaN.
-  void raise_maximum(const float* scores, Softmax& softmax, float* acc) const {
-    const float m_i = largest_score(scores) * score_factor();
+  void raise_maximum(const float* scores, float factor, Softmax& softmax, float* acc) const {
+    const float m_i = largest_score(scores) * factor;
     if (m_i <= softmax.m_i) return;
     const float alpha = exp2_vec(Vec{} + (softmax.m_i - m_i))[0];
     softmax = {m_i, softmax.l_i * alpha};
@@ -225,7 +229,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 #endif
   }
 
-  // Computes p = 2^(score * score_factor() - m_i) and adds p to l_i.
+  // Computes p = 2^(score * factor - m_i) and adds p to l_i.
   static void exponentiate(const float* scores, float factor, Softmax& softmax, Word* p) {
     const float m_i = softmax.m_i;
     Vec l_i = {};
