@@ -19,7 +19,7 @@ from config import ACTIVATIONS
 
 CPU_ONLY = ("gptfast",)
 NAMESPACES = (*CPU_ONLY, "gptfast_triton")
-ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/simd.h: Activation
+ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/simd.h: Activation
 GATED_IDS = {ACTIVATION_IDS[name] for name, is_gated in ACTIVATIONS.items() if is_gated}
 WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int format_id, int n, int group_size"
 ATTENTION = (

@@ -71,8 +71,8 @@ inline float largest_lane(Vec v) {
   return v[0];
 }
 
-// How a product q . k becomes a score: softcap(scale * product) + slope * distance. The slope is ALiBi's. The distance is
-// the position of the key minus that of the query. Every option but scale has a default that changes nothing.
+// How a product q . k becomes a score: softcap(scale * product) + slope * distance. The slope is ALiBi's. The distance
+// is the position of the key minus that of the query. Every option but scale has a default that changes nothing.
 struct ScoreOptions {
   float scale, softcap = 0, slope = 0;
   bool operator==(const ScoreOptions&) const = default;

@@ -290,8 +290,8 @@ inline Vec normal_cdf(Vec x) {
   return x < 0.0f ? tail : 1 - tail;
 }
 
-// The activation of a feed-forward. The order is that of ACTIVATION_IDS in kernels/schema.py. COUNT is the number of
-// the others.
+// The activation of a feed-forward. The order is that of ACTIVATIONS in config.py, which build.py checks. COUNT is the
+// number of the others.
 enum class Activation : int64_t {
   NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, GELU_PYTORCH_TANH, RELU2, COUNT
 };
