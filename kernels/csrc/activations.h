@@ -121,8 +121,8 @@ template <typename T> struct InputPreparer {
   bool is_widened() const {
     return !for_amx && dispatch_format(w.format, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
   }
-  int64_t padded_m() const { return for_amx ? (m + TILE_M - 1) / TILE_M * TILE_M : m; }
-  int64_t padded_k() const { return (w.k + TILE_K - 1) / TILE_K * TILE_K; }
+  int64_t padded_m() const { return for_amx ? round_up(m, TILE_M) : m; }
+  int64_t padded_k() const { return round_up(w.k, TILE_K); }
 
   // Returns the bytes of a prepared token. 0 means that the product can read x itself.
   int64_t token_bytes() const {

@@ -30,7 +30,7 @@ template <typename T> struct FusedLinearOp {
     const int64_t n_out = gated ? w.n / 2 : w.n;
     PreparedToken tokens[MAX_CPU_TOKENS];
     const char* tiles = preparer().prepare(shared, barrier, tokens);
-    const Range range = thread_range((n_out + BLOCK_N - 1) / BLOCK_N);
+    const Range range = thread_range(divide_up(n_out, BLOCK_N));
     BlockSums sums[2];
     std::optional<TileRegisters> tile_registers;
     if (on_amx) tile_registers.emplace();
@@ -69,7 +69,7 @@ template <typename T> struct RMSNormOp {
   // The threads share the elements. Each thread computes the rms of every token that it has elements of, which is
   // cheaper than a barrier.
   void execute(char*, Barrier&) const {
-    const int64_t vecs_per_token = (k + LANES - 1) / LANES;
+    const int64_t vecs_per_token = divide_up(k, LANES);
     const Range range = thread_range(m * vecs_per_token);
     float inverse_rms = 0;  // of the current token
     for (int64_t task = range.begin; task < range.end; task++) {
@@ -92,7 +92,7 @@ template <typename T> struct PermuteInputsOp {
 
   // The threads share the columns of out, in pieces of LANES columns.
   void execute(char*, Barrier&) const {
-    const Range range = thread_range((n + LANES - 1) / LANES);
+    const Range range = thread_range(divide_up(n, LANES));
     const int64_t begin = range.begin * LANES, end = std::min(n, range.end * LANES);
     for (int64_t token = 0; token < m; token++)
       for (int64_t i = begin; i < end; i++) out[token * n + i] = x[token * k + input_order[i]];
@@ -108,7 +108,7 @@ template <typename T> struct ActivateOp {
   T* out;
 
   void execute(char*, Barrier&) const {
-    const int64_t vecs_per_token = (f + LANES - 1) / LANES;
+    const int64_t vecs_per_token = divide_up(f, LANES);
     const Range range = thread_range(m * vecs_per_token);
     for (int64_t task = range.begin; task < range.end; task++) {
       const int64_t token = task / vecs_per_token, i = task % vecs_per_token * LANES;
@@ -126,7 +126,7 @@ template <typename T> struct AddOp {
   T* out;
 
   void execute(char*, Barrier&) const {
-    const Range range = thread_range((n + LANES - 1) / LANES);
+    const Range range = thread_range(divide_up(n, LANES));
     for (int64_t i = range.begin * LANES; i < range.end * LANES; i += LANES)
       store_partial(load_partial(x, i, n) + load_partial(y, i, n), out, i, n);
   }

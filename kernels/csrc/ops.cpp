@@ -99,7 +99,7 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
       return w.scalar_type() == type;
     } else {
       if (!scales || (F::HAS_ZEROS && !zeros) || group_size < 1) return false;
-      result.bits = 32 / F::PER_WORD, result.n_groups = (k + group_size - 1) / group_size;
+      result.bits = 32 / F::PER_WORD, result.n_groups = divide_up(k, group_size);
       result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
       return w.scalar_type() == ScalarType::Int && scales->element_size() == F::SCALE_BYTES;
     }

@@ -31,6 +31,9 @@ inline float to_float(f16 x) { return x; }
 inline float to_float(uint8_t x) { return x; }
 inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 
+inline int64_t divide_up(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return divide_up(n, multiple) * multiple; }
+
 // ---- Load, store, prefetch ------------------------------------------------------------------------------------------
 
 // Loads a number or a vector of type T. The address need not be aligned.

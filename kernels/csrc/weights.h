@@ -38,7 +38,7 @@ struct Weights {
   int64_t group_size, n_groups;  // group_size inputs of an output share a scale. Int8 has one group of k inputs
   bool has_f16_scales;           // whether scales of 16 bits are f16 and not bf16
 
-  int64_t n_blocks() const { return (n + BLOCK_N - 1) / BLOCK_N; }
+  int64_t n_blocks() const { return divide_up(n, BLOCK_N); }
   const char* block_data(int64_t block) const { return data + block * BLOCK_N * k * bits / 8; }
   Weights expert(int64_t e) const {
     Weights w = *this;
