@@ -21,7 +21,6 @@
 constexpr int64_t TOKEN_BLOCK = 8;  // the most new tokens of a task, which reads a split once for all of them
 constexpr int64_t SPLIT_LEN = 256;  // the keys of a split, for up to TOKEN_BLOCK tokens
 constexpr int64_t MAX_SPLIT_LEN = SPLIT_LEN * (MAX_CPU_TOKENS / TOKEN_BLOCK);
-constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
 // Applies RoPE: rotates each pair (x[i], x[i + d / 2]) of x [d] by rope [d / 2, 2] (cos, sin). out [d] may be x.
 template <typename T> void apply_rope(const T* x, const float* rope, int64_t d, T* out) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "activations.h"
+#include "prefetch.h"
 
 // Truncates a and b to bf16. Lane i of the result is the pair (a[i], b[i]).
 inline IntVec bf16_pairs(Vec a, Vec b) { return (IntVec)(((UIntVec)a >> 16) | ((UIntVec)b & 0xffff0000)); }
@@ -121,7 +122,8 @@ template <typename F> class WeightTiles {
   void read(int64_t begin, int64_t end, IntVec* rows) {
     for (int64_t k = begin; k < end; k += F::PER_WORD, rows += F::PER_WORD / 2, data += 64) {
       if (k == next_group_begin) decoder.set_group(w, next_group++), next_group_begin += w.group_size;
-      prefetch_ahead(data);
+      prefetch_l2(data + PREFETCH);  // and not to L1, which holds tiles
+      prefetch_l1(data + 512);
       decoder.decode(load<IntVec>(data), rows);
     }
   }

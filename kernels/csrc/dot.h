@@ -1,7 +1,7 @@
 // Products of blocks of weights with the activations of 1 to MAX_CPU_TOKENS tokens, for every format of weights.
 //
 // A decode step multiplies every weight with few activations, so memory bandwidth limits its speed. The loops here read
-// each weight once and in order, prefetch later weights, and keep the sums of up to BLOCK_M tokens in registers. For
+// each weight once, prefetch later weights (prefetch.h), and keep the sums of up to BLOCK_M tokens in registers. For
 // more tokens, the loops read a block of weights several times. After the first time the block is in the cache.
 //
 //     loop               weights                                       activations
@@ -24,6 +24,7 @@
 #include <utility>
 
 #include "activations.h"
+#include "prefetch.h"
 
 // Whether a Vec fits in one register. CPUs with such registers have 32 of them.
 #if defined(__AVX512F__)
@@ -68,18 +69,19 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 
 // Multiplies Int8 weights with M tokens. Computes BLOCKS blocks at a time, which share the loads of the activations.
 template <int M, int BLOCKS>
-void dot_w8a8(const Weights& w, const int64_t* blocks, const QuantizedGroup* const* tokens, Vec* const* out) {
+void dot_w8a8(const Weights& w, const int64_t* blocks, const Part& part, const QuantizedGroup* const* tokens,
+              Vec* const* out) {
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
+  const Prefetcher<M, BLOCKS> prefetch(w, part);
   Vec total[BLOCKS][M] = {};
   for (int64_t i = 0; i < w.k / Q8_GROUP; i++) {  // 8 inputs: two words of each output, 128 bytes
     IntVec first[BLOCKS], second[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
-      const char* words = data[b] + i * 128;
-      for (int offset = 0; offset < 128; offset += 64) prefetch_ahead(words + offset);
-      first[b] = load<IntVec>(words), second[b] = load<IntVec>(words + 64);
+      first[b] = load<IntVec>(data[b] + i * 128), second[b] = load<IntVec>(data[b] + i * 128 + 64);
+      prefetch(data[b], i * 128), prefetch(data[b], i * 128 + 64);
     }
     for (int m = 0; m < M; m++) {
       const IntVec q0 = broadcast4(x[m][i].q), q4 = broadcast4(x[m][i].q + 4);
@@ -107,12 +109,14 @@ template <typename F> WeightBytes load_bytes(const char* words) {
 // Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts runs of Q8_GROUP inputs,
 // whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
-void dot_grouped(const Weights& w, const int64_t* blocks, const QuantizedGroup* const* tokens, Vec* const* out) {
+void dot_grouped(const Weights& w, const int64_t* blocks, const Part& part, const QuantizedGroup* const* tokens,
+                 Vec* const* out) {
   constexpr int64_t N_BYTES = 64 * Q8_GROUP / F::PER_WORD;  // bytes of a block's weights for Q8_GROUP inputs
   const char* data[BLOCKS];
   const QuantizedGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
+  const Prefetcher<M, BLOCKS> prefetch(w, part);
   Vec total[BLOCKS][M] = {};
   for (int64_t i = 0, end, group = 0; i < w.k / Q8_GROUP; i = end, group++) {
     end = std::min(w.k, i * Q8_GROUP + w.group_size) / Q8_GROUP;
@@ -121,9 +125,10 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const QuantizedGroup* 
       WeightBytes bytes[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) {
         const char* words = data[b] + i * N_BYTES;
-        for (int offset = 0; offset < N_BYTES; offset += 64) prefetch_ahead(words + offset);
+        for (int j = 0; j < N_BYTES; j += 64) prefetch(data[b], i * N_BYTES + j);
         bytes[b] = load_bytes<F>(words);
       }
+#pragma GCC unroll 8  // so that the sums stay in registers
       for (int m = 0; m < M; m++) {
         const IntVec q0 = broadcast4(x[m][i].q), q4 = broadcast4(x[m][i].q + 4);
         for (int b = 0; b < BLOCKS; b++) {
@@ -183,41 +188,56 @@ inline Vec add_pairs(Vec a, Vec b) {
 }
 
 // Multiplies Float8 weights with M tokens. X is bf16 or float. Scales the sum of each group of inputs.
-template <int M, typename X> void dot_float8(const Weights& w, int64_t block, const X* const* tokens, Vec* out) {
+//
+// Independent sums along k, UNROLL * SUMS for each token, hide the latency of the additions. Floats need two for the
+// two lanes of a pair. With many tokens, one sum of bf16 products is enough.
+template <int M, int BLOCKS, typename X>
+void dot_float8(const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens, Vec* const* out) {
   constexpr bool IS_BF16 = std::is_same_v<X, bf16>;
-  constexpr int UNROLL = M <= 2 ? 2 : 1;  // independent sums along k, which hide the latency of the additions
-  const char* data = w.block_data(block);
-  Vec total[M] = {};
-  for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
-    Vec acc[M][UNROLL][2] = {};
+  constexpr int UNROLL = M <= (IS_BF16 ? 4 : 2) ? 2 : 1, SUMS = IS_BF16 && M > 5 ? 1 : 2;
+  const char* data[BLOCKS];
+  for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
+  const Prefetcher<M, BLOCKS> prefetch(w, part);
+  Vec total[BLOCKS][M] = {};
+  for (int64_t k = 0, group = 0; k < w.k; group++) {
+    Vec acc[BLOCKS][M][UNROLL][SUMS] = {};
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end; k += 4 * UNROLL)
-      for (int u = 0; u < UNROLL; u++, data += 64) {
-        prefetch_ahead(data);
-        const auto weights = [&] {
-          if constexpr (IS_BF16) return float8_to_bf16(load<IntVec>(data));
-          else return float8_to_float(load<IntVec>(data));
-        }();
+#pragma GCC unroll 2
+      for (int u = 0; u < UNROLL; u++) {
+        const int64_t i = k + 4 * u, offset = i * BLOCK_N;
+        std::conditional_t<IS_BF16, Bf16Pairs, FloatPairs> weights[BLOCKS];
+        for (int b = 0; b < BLOCKS; b++) {
+          prefetch(data[b], offset);
+          if constexpr (IS_BF16) weights[b] = float8_to_bf16(load<IntVec>(data[b] + offset));
+          else weights[b] = float8_to_float(load<IntVec>(data[b] + offset));
+        }
+#pragma GCC unroll 8  // so that the sums stay in registers
         for (int m = 0; m < M; m++) {
-          const X* x = tokens[m] + k + 4 * u;
-          const auto x01 = broadcast2(x), x23 = broadcast2(x + 2);
-          if constexpr (IS_BF16) {
-            add_bf16_products(acc[m][u][0], weights.inputs01, x01);
-            add_bf16_products(acc[m][u][1], weights.inputs23, x23);
-          } else {
-            for (int h = 0; h < 2; h++) {
-              acc[m][u][h] += weights.inputs01[h] * x01;
-              acc[m][u][h] += weights.inputs23[h] * x23;
+          const auto x01 = broadcast2(tokens[m] + i), x23 = broadcast2(tokens[m] + i + 2);
+          for (int b = 0; b < BLOCKS; b++) {
+            if constexpr (IS_BF16) {
+              add_bf16_products(acc[b][m][u][0], weights[b].inputs01, x01);
+              add_bf16_products(acc[b][m][u][SUMS - 1], weights[b].inputs23, x23);
+            } else {
+              for (int h = 0; h < 2; h++) {
+                acc[b][m][u][h] += weights[b].inputs01[h] * x01;
+                acc[b][m][u][h] += weights[b].inputs23[h] * x23;
+              }
             }
           }
         }
       }
-    const Vec scale = Float8::scales_and_zeros(w, group).scales;
-    for (int m = 0; m < M; m++) {
-      for (int u = 1; u < UNROLL; u++) acc[m][0][0] += acc[m][u][0], acc[m][0][1] += acc[m][u][1];
-      total[m] += scale * (IS_BF16 ? acc[m][0][0] + acc[m][0][1] : add_pairs(acc[m][0][0], acc[m][0][1]));
+    for (int b = 0; b < BLOCKS; b++) {
+      const Vec scale = Float8::scales_and_zeros(w, blocks[b] * w.n_groups + group).scales;
+      for (int m = 0; m < M; m++) {
+        Vec sums[2] = {acc[b][m][0][0], acc[b][m][0][SUMS - 1]};
+        for (int u = 1; u < UNROLL; u++) sums[0] += acc[b][m][u][0], sums[1] += acc[b][m][u][1];
+        total[b][m] += scale * (!IS_BF16 ? add_pairs(sums[0], sums[1]) : SUMS == 2 ? sums[0] + sums[1] : sums[0]);
+      }
     }
   }
-  for (int m = 0; m < M; m++) out[m] = total[m];
+  for (int b = 0; b < BLOCKS; b++)
+    for (int m = 0; m < M; m++) out[b][m] = total[b][m];
 }
 
 // ---- Unquantized weights --------------------------------------------------------------------------------------------
@@ -243,29 +263,39 @@ void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* con
       for (int64_t j = begin; j < k; j++) out[i][r] += to_float(w[r * k + j]) * to_float(tokens[i][j]);
 }
 
-// Multiplies Unquantized weights with M tokens. T is the type of weights and activations.
-template <int M, typename T> void dot_unquantized(const Weights& w, int64_t block, const T* const* tokens, Vec* out) {
-  constexpr int R = M <= 2 ? 1 : 4;       // outputs at a time, which share the loads of the activations
-  constexpr int UNROLL = M <= 2 ? 4 : 1;  // independent sums along k, which hide the latency of the additions
-  constexpr int64_t WIDTH = 64 / sizeof(T);
+// Whether to multiply one output at a time. Then memory is read in order, which can be 1.5 times as fast as reading
+// four outputs in step. But each output reads the activations again, so they must fit in L1 and need no conversion.
+constexpr int MAX_IN_ORDER = 6;               // the most tokens of such a loop
+constexpr int64_t IN_ORDER_BYTES = 24 << 10;  // the most bytes of their activations
+template <typename T> bool reads_in_order(int64_t k) {
+#if defined(__AVX512BF16__)
+  constexpr bool CONVERTS = std::is_same_v<T, f16>;
+#else
+  constexpr bool CONVERTS = !std::is_same_v<T, float>;
+#endif
+  return !CONVERTS && int64_t(MAX_IN_ORDER * sizeof(T)) * k <= IN_ORDER_BYTES;
+}
+
+// Multiplies Unquantized weights with M tokens, R outputs at a time. T is the type of weights and activations.
+template <int M, int R, typename T>
+void dot_unquantized(const Weights& w, int64_t block, const Part& part, const T* const* tokens, Vec* out) {
+  constexpr int UNROLL = R > 1 ? 1 : M <= 4 ? 4 : 2;  // independent sums along k, as above
+  constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH / sizeof(T) / R;
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
   const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];
   for (int m = 0; m < M; m++) x[m] = tokens[m];
+  const Prefetcher<M, 1> prefetch(w, part);
   Vec sums[M][BLOCK_N] = {};
   for (int64_t r = 0; r < n; r += R) {
     const T* weight[R];
     for (int j = 0; j < R; j++) weight[j] = first + std::min(r + j, n - 1) * k;
     Vec acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
+      // Output r + j + R is read after output r + j. An address beyond the end of the latter skips the R - 1 others.
+      const int64_t ahead = i + AHEAD + (i + AHEAD < k ? 0 : (R - 1) * k);
       for (int j = 0; j < R; j++) {
-        // The address to prefetch: `bytes` after weight[j] + i. Output r + j + R is read after output r + j. So an
-        // address beyond the end of output r + j skips the R - 1 outputs between the two.
-        const auto ahead = [&](int64_t bytes) {
-          const int64_t input = i + bytes / int64_t(sizeof(T));
-          return weight[j] + input + (input < k ? 0 : (R - 1) * k);
-        };
-        prefetch_l2(ahead(PREFETCH_L2));
-        prefetch_l1(ahead(PREFETCH_L1));
+        if constexpr (R == 1) prefetch(w.block_data(block), (r * k + i) * sizeof(T));
+        else prefetch_l1(weight[j] + ahead);
         for (int m = 0; m < M; m++) multiply_add(acc[m][j][u], weight[j] + i, x[m] + i);
       }
     };
@@ -276,12 +306,10 @@ template <int M, typename T> void dot_unquantized(const Weights& w, int64_t bloc
     for (int j = 0; j < R; j++)
       for (int m = 0; m < M; m++) {
         for (int u = 1; u < UNROLL; u++) acc[m][j][0] += acc[m][j][u];
-        if constexpr (R == 1) out[m][r] = sum(acc[m][0][0]);
-        else sums[m][r + j] = acc[m][j][0];
+        sums[m][r + j] = acc[m][j][0];
       }
   }
-  if constexpr (R > 1)
-    for (int m = 0; m < M; m++) out[m] = transpose_reduce_add(sums[m]);
+  for (int m = 0; m < M; m++) out[m] = transpose_reduce_add(sums[m]);
   if (k % WIDTH) add_remainder(first, n, k, k / WIDTH * WIDTH, tokens, M, out);
 }
 
@@ -305,35 +333,42 @@ Vec add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const
 // Multiplies M tokens with BLOCKS blocks of weights, by the loop for the format and the type X of the activations. The
 // first template is for all packed formats without an overload.
 template <int M, int BLOCKS, typename F, typename X>
-void run_loop(F, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
-  if constexpr (std::is_same_v<X, QuantizedGroup>) dot_grouped<F, M, BLOCKS>(w, blocks, tokens, out);
+void run_loop(F, const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens, Vec* const* out) {
+  if constexpr (std::is_same_v<X, QuantizedGroup>) dot_grouped<F, M, BLOCKS>(w, blocks, part, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
-  for (int b = 0; b < BLOCKS; b++) dot_unquantized<M>(w, blocks[b], tokens, out[b]);
+void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens,
+              Vec* const* out) {
+  auto dot = dot_unquantized<M, M <= 2 ? 1 : 4, X>;
+  if constexpr (M > 2 && M <= MAX_IN_ORDER)
+    if (reads_in_order<X>(w.k)) dot = dot_unquantized<M, 1, X>;
+  for (int b = 0; b < BLOCKS; b++) dot(w, blocks[b], part, tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void run_loop(Int8, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
-  if constexpr (std::is_same_v<X, QuantizedGroup>) dot_w8a8<M, BLOCKS>(w, blocks, tokens, out);
+void run_loop(Int8, const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens,
+              Vec* const* out) {
+  if constexpr (std::is_same_v<X, QuantizedGroup>) dot_w8a8<M, BLOCKS>(w, blocks, part, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void run_loop(Float8, const Weights& w, const int64_t* blocks, const X* const* tokens, Vec* const* out) {
-  for (int b = 0; b < BLOCKS; b++) dot_float8<M>(w, blocks[b], tokens, out[b]);
+void run_loop(Float8, const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens,
+              Vec* const* out) {
+  dot_float8<M, BLOCKS>(w, blocks, part, tokens, out);
 }
 
 // multiply for M tokens, M <= BLOCK_M. T is the type that the activations had before preparation.
 template <int M, typename T>
-void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
-                        Vec* const* out) {
+void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const Part& part,
+                        const PreparedToken* tokens, Vec* const* out) {
   dispatch_format(w.format, [&]<typename F>(F format) {
     const Prepared<F, T>* typed[M];
     for (int m = 0; m < M; m++) typed[m] = static_cast<const Prepared<F, T>*>(tokens[m]);
-    // With more than 2 tokens, two blocks share the loads of the activations.
-    if constexpr (M > 2 && HAS_WIDE_REGISTERS && ROUNDS_TO_INT8<F, T>)
-      if (n_blocks == 2) return run_loop<M, 2>(format, w, blocks, typed, out);
-    for (int64_t b = 0; b < n_blocks; b++) run_loop<M, 1>(format, w, blocks + b, typed, out + b);
+    // Two blocks in step share the loads of the activations. With up to 5 tokens, reading memory in order is faster.
+    constexpr bool IS_BF16_FLOAT8 = std::is_same_v<F, Float8> && std::is_same_v<Prepared<F, T>, bf16>;
+    if constexpr (HAS_WIDE_REGISTERS && ((M > 2 && ROUNDS_TO_INT8<F, T>) || (M > 4 && IS_BF16_FLOAT8)))
+      if (n_blocks == 2 && (M > 5 || part.count > 1)) return run_loop<M, 2>(format, w, blocks, part, typed, out);
+    for (int64_t b = 0; b < n_blocks; b++) run_loop<M, 1>(format, w, blocks + b, part, typed, out + b);
   });
 }
 
@@ -342,15 +377,23 @@ template <typename T, int... I> constexpr auto functions_by_tokens(std::integer_
   return std::array{&multiply_by_format<I + 1, T>...};
 }
 
+// Returns how many tokens a part of m tokens may have. Of 8 tokens, the sums with 4 outputs do not fit in registers.
+// Still one loop over 8 tokens is faster than two loops.
+template <typename T> int64_t most_tokens(const Weights& w, int64_t m) {
+  const bool is_unquantized = dispatch_format(w.format, []<typename F>(F) { return std::is_same_v<F, Unquantized>; });
+  return is_unquantized && (reads_in_order<T>(w.k) || (HAS_WIDE_REGISTERS && m > BLOCK_M)) ? MAX_IN_ORDER : BLOCK_M;
+}
+
 // Computes out[b][i] = tokens[i] * (block blocks[b] of w)^T for tokens [m] and 1 or 2 blocks.
 template <typename T>
 void multiply(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
               BlockSums* out) {
   static constexpr auto by_tokens = functions_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
-  const int64_t n_parts = (m + BLOCK_M - 1) / BLOCK_M;  // parts of nearly equal numbers of tokens
+  const int64_t most = most_tokens<T>(w, m), next_block = n_blocks == 2 && blocks[1] == blocks[0] + 1 ? 2 : 1;
+  const int64_t n_parts = (m + most - 1) / most;  // parts of nearly equal numbers of tokens
   for (int64_t i = 0; i < n_parts; i++) {
     const int64_t first = m * i / n_parts, n_tokens = m * (i + 1) / n_parts - first;
-    Vec* const part[] = {out[0] + first, out[1] + first};
-    by_tokens[n_tokens - 1](w, blocks, n_blocks, tokens + first, part);
+    Vec* const part_out[] = {out[0] + first, out[1] + first};
+    by_tokens[n_tokens - 1](w, blocks, n_blocks, {i, n_parts, next_block}, tokens + first, part_out);
   }
 }

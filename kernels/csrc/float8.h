@@ -24,7 +24,7 @@
 
 // Whether the product of bf16 activations is computed in bf16. The CPU must have instructions for bf16 products and for
 // float8_to_bf16. Otherwise activations become float.
-#if defined(__AVX512BF16__) && defined(__GFNI__) && defined(__AVX512VBMI__)
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 constexpr bool HAS_FLOAT8_BF16 = true;
 #else
 constexpr bool HAS_FLOAT8_BF16 = false;
@@ -41,26 +41,28 @@ constexpr std::array<float, 256> FLOAT8_VALUES = [] {  // 1/256 of the number th
   return values;
 }();
 
+// The upper bytes of the magnitudes as bf16, and then the lower bytes.
+alignas(64) constexpr std::array<uint8_t, 256> FLOAT8_BF16_BYTES = [] {
+  std::array<uint8_t, 256> bytes = {};
+  for (int magnitude = 0; magnitude < 128; magnitude++) {
+    const uint32_t bits = std::bit_cast<uint32_t>(FLOAT8_VALUES[magnitude]);
+    bytes[magnitude] = bits >> 24, bytes[128 + magnitude] = bits >> 16;
+  }
+  return bytes;
+}();
+
 // ---- Conversion -----------------------------------------------------------------------------------------------------
 
 // 4 inputs of 16 outputs, as pairs of bf16: lane i has a pair of output i.
 struct Bf16Pairs { IntVec inputs01, inputs23; };
 
 inline Bf16Pairs float8_to_bf16(IntVec words) {
-#if defined(__GFNI__) && defined(__AVX512VBMI__)
-  // Each byte s eeee mmm becomes the upper and the lower byte of a bf16. gf2p8affine moves the bits of 64 bytes as a
-  // matrix says, and XORs them with a constant byte:
-  //     upper   0 0111eee     the sign is added last
-  //     lower   e mmm0000
-  // If eeee is 0, both bytes come from tables of the numbers m / 8 * 2^-14.
+#if defined(__AVX512VBMI__)
+  // Tables of 128 bytes, indexed by the lowest 7 bits of a byte, have the upper and the lower byte of the bf16.
   const __m512i bytes = (__m512i)words;
-  const __m512i upper_table = _mm512_set1_epi64(0x3838383837373700);
-  const __m512i lower_table = _mm512_set1_epi64(0x60402000c0800000);
-  const __mmask64 is_subnormal = _mm512_testn_epi8_mask(bytes, _mm512_set1_epi8(0x78));
-  __m512i upper = _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(0x1020400000000000), 0x38);
-  __m512i lower = _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(0x0000000001020408), 0);
-  upper = _mm512_mask_permutexvar_epi8(upper, is_subnormal, bytes, upper_table);  // index: the lowest 6 bits of a byte
-  lower = _mm512_mask_permutexvar_epi8(lower, is_subnormal, bytes, lower_table);
+  const __m512i* tables = reinterpret_cast<const __m512i*>(FLOAT8_BF16_BYTES.data());
+  __m512i upper = _mm512_permutex2var_epi8(tables[0], bytes, tables[1]);
+  const __m512i lower = _mm512_permutex2var_epi8(tables[2], bytes, tables[3]);
   upper = _mm512_ternarylogic_epi32(upper, bytes, _mm512_set1_epi8(int8_t(0x80)), 0xf8);  // upper | (bytes & 0x80)
   return {(IntVec)_mm512_unpacklo_epi8(lower, upper), (IntVec)_mm512_unpackhi_epi8(lower, upper)};
 #else

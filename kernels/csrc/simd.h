@@ -10,6 +10,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -30,6 +31,8 @@ inline float to_float(float x) { return x; }
 inline float to_float(f16 x) { return x; }
 inline float to_float(uint8_t x) { return x; }
 inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+
+constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
 inline int64_t divide_up(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
 inline int64_t round_up(int64_t n, int64_t multiple) { return divide_up(n, multiple) * multiple; }
@@ -95,17 +98,9 @@ template <typename T> inline void store_partial(Vec v, T* p, int64_t first, int6
   std::memcpy(p + first, padded, std::max<int64_t>(n - first, 0) * sizeof(T));
 }
 
-// Prefetch distances in bytes. A core that reads 20 GB/s at a latency of 250 ns has 5,000 bytes in flight.
-constexpr int64_t PREFETCH_L2 = 8192;
-constexpr int64_t PREFETCH_L1 = 512;
-
-inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
-inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
-// Prefetches what a loop that now reads p will read later.
-inline void prefetch_ahead(const char* p) {
-  prefetch_l2(p + PREFETCH_L2);
-  prefetch_l1(p + PREFETCH_L1);
-}
+// always_inline: GCC may find that a call of a function that only prefetches has no effect, and remove the call.
+[[gnu::always_inline]] inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
+[[gnu::always_inline]] inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Returns table[byte] for each byte of bytes. table has 16 bytes, and each byte of bytes is 0 to 15.
 inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {

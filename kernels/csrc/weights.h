@@ -39,7 +39,8 @@ struct Weights {
   bool has_f16_scales;           // whether scales of 16 bits are f16 and not bf16
 
   int64_t n_blocks() const { return divide_up(n, BLOCK_N); }
-  const char* block_data(int64_t block) const { return data + block * BLOCK_N * k * bits / 8; }
+  int64_t block_bytes() const { return BLOCK_N * k * bits / 8; }
+  const char* block_data(int64_t block) const { return data + block * block_bytes(); }
   Weights expert(int64_t e) const {
     Weights w = *this;
     w.data += e * data_stride;
