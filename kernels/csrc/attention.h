@@ -14,8 +14,6 @@
 // the cache, and not on the length of the cache.
 #pragma once
 
-#include <limits>
-
 #include "activations.h"
 
 constexpr int64_t TOKEN_BLOCK = 8;  // the most new tokens of a task, which reads a split once for all of them

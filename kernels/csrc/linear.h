@@ -132,10 +132,10 @@ template <typename T> struct AddOp {
   }
 };
 
-// Computes out [F::PER_WORD inputs, 16 outputs] from the 16 words at data. The elements are not scaled yet.
+// Computes out [F::ELEMENTS_PER_WORD inputs, 16 outputs] from the 16 words at data. The elements are not scaled yet.
 template <typename F> void unpack_words(F, const char* data, Vec* out) {
   const IntVec words = load<IntVec>(data);
-  for (int j = 0; j < F::PER_WORD; j++) out[j] = as_float(F::element(words, j));
+  for (int j = 0; j < F::ELEMENTS_PER_WORD; j++) out[j] = as_float(F::element(words, j));
 }
 inline void unpack_words(Float8, const char* data, Vec* out) { unpack_float8(load<IntVec>(data), out); }
 
@@ -149,10 +149,10 @@ template <typename F, typename T> void dequantize_row(const Weights& w, int64_t 
     const Vec scale = group_scale * F::output_scales(w, block);
     for (int64_t k = begin; k < end; k += LANES) {
       Vec values = {};
-      for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, data += 64) {
-        Vec inputs[F::PER_WORD];
+      for (int64_t i = 0; i < LANES && k + i < end; i += F::ELEMENTS_PER_WORD, data += 64) {
+        Vec inputs[F::ELEMENTS_PER_WORD];
         unpack_words(F{}, data, inputs);
-        for (int64_t j = 0; j < F::PER_WORD; j++) values[i + j] = inputs[j][lane];
+        for (int64_t j = 0; j < F::ELEMENTS_PER_WORD; j++) values[i + j] = inputs[j][lane];
       }
       store_partial((values - zero[lane]) * scale[lane], out, k, end);
     }
@@ -202,7 +202,8 @@ template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
       const Vec scale = group_scale * F::output_scales(w, b);
       for (int64_t k = begin; k < end; k += LANES) {
         Vec tile[LANES] = {};
-        for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, data += 64) unpack_words(F{}, data, tile + i);
+        for (int64_t i = 0; i < LANES && k + i < end; i += F::ELEMENTS_PER_WORD, data += 64)
+          unpack_words(F{}, data, tile + i);
         for (Vec& inputs : tile) inputs = (inputs - zero) * scale;
         transpose(tile);
         for (int64_t r = 0; r < n_outputs; r++) store_partial(tile[r], out + (b * BLOCK_N + r) * w.k, k, end);
