@@ -4,8 +4,7 @@
     experts_gate_up    multiplies every token with the gate and up projections of the token's experts
     experts_down       multiplies the results with the down projections, and sums them with the router's weights
 
-They implement torch.ops.gptfast_triton.*, which kernels/ops.py calls. kernels/torch_ops.py computes the same functions
-in plain PyTorch, rounded differently (kernels/backend.py). Both products are the kernel of linear.py, with topk_ids.
+They implement torch.ops.gptfast_triton.* (kernels/schema.py). Both products are the kernel of linear.py, with topk_ids.
 """
 
 import triton
@@ -109,7 +108,7 @@ def experts_down(
 def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
     """Returns (topk_weights, topk_ids) for float32 logits [..., E], or [..., E + 1] with shared experts. Both are
     [..., top_k + n_shared_experts]. norm_topk_prob: the weights of the top_k experts are scaled to sum to one."""
-    topk_weights, topk_ids = schema.route_fake(logits, top_k, norm_topk_prob, n_shared_experts)
+    topk_weights, topk_ids = schema.empty_route(logits, top_k, norm_topk_prob, n_shared_experts)
     n_logits = logits.shape[-1]
     grid = (logits.numel() // n_logits,)
     route_kernel[grid](
