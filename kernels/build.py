@@ -1,4 +1,4 @@
-"""Builds and loads the C++ kernels in kernels/csrc/: library(), which packing.py, backend.py and record.py call.
+"""Builds and loads the C++ kernels in kernels/csrc/: library().
 
 The first use compiles the kernels for this machine, which takes some fifteen seconds. The compiled library is cached in
 ~/.cache/gpt-fast, or in a temporary folder if that cache is not usable. The environment variable CXX chooses the

@@ -1,10 +1,8 @@
-"""The operations in plain PyTorch, for any device and any number of tokens: prefill, devices without kernels, and
---kernels off. They also are what the kernels are tested against. The kernels compute the same functions, but round
-differently: kernels/backend.py says how.
+"""The operations in plain PyTorch. No kernel takes every step: these functions serve prefill, devices without kernels,
+and --kernels off. They are also the definition that the kernels are tested against.
 
-kernels/ops.py describes the operations, and calls these functions for steps without a kernel. A weight of any format is
-read through linear.dequantized_weight(dtype). If the weight is packed for a backend, a kernel of this backend
-dequantizes it.
+kernels/ops.py describes the operations. A weight of any format is read through linear.dequantized_weight(dtype). If the
+weight is packed for a backend, a kernel of this backend dequantizes it.
 """
 
 from __future__ import annotations

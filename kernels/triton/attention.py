@@ -4,8 +4,7 @@
 
 This is Flash-Decoding. The cache is cut into splits. Each program goes over one split with FlashAttention's online
 softmax (arXiv:2205.14135). The last program to finish combines the results of all splits. Programs read on the device
-how many tokens the cache holds, so one CUDA graph serves every position. kernels/ops.py calls attend, and
-kernels/torch_ops.py computes the same function in plain PyTorch, rounded differently (kernels/backend.py).
+how many tokens the cache holds, so one CUDA graph serves every position.
 
 In shape comments B is sequences, T new tokens of a sequence, S max_seq_len of the cache, H query heads, G key/value
 heads, D head_dim. In a program M is queries and N keys. X is whatever a function is called with: queries or keys.

@@ -1,4 +1,5 @@
-"""How the Triton kernels are launched: what a GPU can do, the tile sizes of a product, kernels that overlap.
+"""How the Triton kernels are launched. A kernel of a decode step takes microseconds. So it counts how evenly its
+programs share the GPU (tile sizes), and how long the GPU idles between two kernels (kernels that overlap).
 
     gpu_info                    what the GPU can do
     has_matrix_units, min_block_m, dot_dtype    what a product needs to know, by device and by type of x
@@ -8,7 +9,7 @@
     choose_tiles                the tile sizes of y = x W^T: from tuned.json or by a rule
 
 tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product.
-scripts/benchmark.py --tune writes tuned.json. linear.py calls choose_tiles. All kernels use the other functions.
+scripts/benchmark.py --tune writes tuned.json.
 
 Kernels that overlap. On NVIDIA's Hopper and later GPUs, a kernel may start while the previous kernel still runs. CUDA
 calls this programmatic dependent launch (PDL). Two instructions control it:

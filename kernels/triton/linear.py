@@ -1,12 +1,11 @@
-"""Products of a few tokens and a weight in any format, in Triton: most of a decode step on a GPU.
+"""Products of a few tokens and a weight in any format, in Triton. A decode step on a GPU mostly waits for weights, so
+each is read once for all tokens, and what comes before and after a product is computed with it.
 
     fused_linear    y = x W^T, and what comes before and after the product, in the order that kernels/ops.py gives
     rms_norm        a norm that no product follows
     permute_inputs  puts x in the order of the columns of W
 
-They implement torch.ops.gptfast_triton.* (kernels/schema.py). moe.py calls fused_linear for the products of experts.
-formats.py has what depends on the format of W. kernels/torch_ops.py computes the same functions in plain PyTorch. It
-divides x by rms(x) before it multiplies, and rounds more often (kernels/backend.py).
+They implement torch.ops.gptfast_triton.* (kernels/schema.py). formats.py has what depends on the format of W.
 
 Instructions that only NVIDIA's GPUs have are left out on other GPUs. With TRITON_INTERPRET=1 the kernels run on CPU
 tensors: so tests/test_triton.py checks them.

@@ -2,7 +2,7 @@
 
     sample    logits and noise -> token ids, registered as torch.ops.gptfast_triton.sample
 
-kernels/ops.py: sample calls it. A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is
+A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is
 the argmax of logits / T - log E, where E is noise of the exponential distribution, one number for each logit. So the
 kernel needs neither a softmax nor a sum. The kernel takes the argmax of logits - T log E, which also works for T = 0.
 """
