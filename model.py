@@ -12,6 +12,7 @@ heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K
 """
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,13 +20,12 @@ from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig
-from kernels.arguments import AttentionOptions, LayerCache, PositionTables
 from kernels.backend import Backend
 from kernels.formats import QuantizationScheme, Unquantized, WeightFormat
+from kernels.schema import AttentionOptions, LayerCache, PositionTables
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm, WeightMatrix
 from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
-from utils.floats import round_to_dtype
 
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationScheme(UNQUANTIZED)
@@ -303,6 +303,14 @@ class MoE(nn.Module):
         )  # [B, T, top_k]
         hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation=self.activation)  # [B, T, top_k, F]
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
+
+
+def round_to_dtype(x: float, dtype: torch.dtype) -> float:
+    """Returns the number of dtype that is nearest to x; of two, the even one. x must be in dtype's normal range. Uses
+    no tensor, since a step that is recorded may call only the operations of kernels/schema.py."""
+    _, exponent = math.frexp(x)
+    spacing = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # of the numbers that dtype has near x
+    return round(x / spacing) * spacing
 
 
 # ---- KV cache -------------------------------------------------------------------------------------------------------

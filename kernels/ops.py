@@ -28,9 +28,8 @@ from torch import Tensor
 
 from config import ACTIVATIONS
 from kernels import torch_ops
-from kernels.arguments import AttentionOptions, LayerCache, PositionTables
 from kernels.backend import Backend
-from kernels.schema import ACTIVATION_IDS
+from kernels.schema import ACTIVATION_IDS, AttentionOptions, LayerCache, PositionTables
 
 if TYPE_CHECKING:  # layers.py imports this file
     from layers import Embedding, Linear, RMSNorm

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from config import ACTIVATIONS
 from kernels import aten
-from kernels.arguments import AttentionOptions, LayerCache
+from kernels.schema import AttentionOptions, LayerCache
 
 if TYPE_CHECKING:  # layers.py imports ops.py, which imports this file
     from layers import Embedding, Linear

@@ -26,8 +26,8 @@ from triton.runtime import JITFunction
 
 import kernels
 from config import ACTIVATIONS
-from kernels.arguments import LayerCache, PositionTables
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
+from kernels.schema import LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from layers import ExpertsDown, ExpertsGateUp
 from scripts.kernel_checks.exact_results import attend, make_linear, make_norm

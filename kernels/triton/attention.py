@@ -362,7 +362,7 @@ def attend(
     rope: [S, D / 2, 2], cosine and sine of the angles of every position.
     q_norm_weight, k_norm_weight: [D] to norm each head; [H D] and [G D] to norm all heads of a token together.
 
-    The other arguments: see AttentionOptions, LayerCache and PositionTables in kernels/arguments.py."""
+    The other arguments: see AttentionOptions, LayerCache and PositionTables in kernels/schema.py."""
     (batch, n_tokens, _), (_, n_kv_heads, max_seq_len, head_dim) = qkv.shape, k_cache.shape
     n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
