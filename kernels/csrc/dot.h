@@ -291,8 +291,7 @@ void dot_unquantized(const Weights& w, int64_t block, const Part& part, const T*
     for (int j = 0; j < R; j++) weight[j] = first + std::min(r + j, n - 1) * k;
     Vec acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
-      // R rows are read side by side. When row r + j ends, the loop goes on with row r + j + R, so the address jumps
-      // over the R - 1 rows between.
+      // R rows are read side by side. After row r + j comes row r + j + R, so the address jumps over the R - 1 between
       const int64_t ahead = i + AHEAD + (i + AHEAD < k ? 0 : (R - 1) * k);
       for (int j = 0; j < R; j++) {
         if constexpr (R == 1) prefetch(w.block_data(block), (r * k + i) * sizeof(T));

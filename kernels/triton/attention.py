@@ -44,8 +44,7 @@ def attend_kernel(
     q_norm_weight_ptr, k_norm_weight_ptr,  # [Q_NORM_HEADS, D], [K_NORM_HEADS, D], or None
     sinks_ptr, alibi_slopes_ptr,  # [H], [H], or None
     out_ptr, partial_out_ptr,  # [B, T, H, D], [B, T, H, N_SPLITS, D]
-    partial_ml_ptr,  # [B, T, H, N_SPLITS, 2]: m_i and l_i of each split
-    semaphores_ptr,  # [B, G], zeros
+    partial_ml_ptr, semaphores_ptr,  # [B, T, H, N_SPLITS, 2]: m_i and l_i of each split; [B, G]: zeros
     eps, qk_scale, qk_softcap, cache_stride_b, cache_stride_g, S, T,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
     Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr,  # heads that are normed together: 1, or all
