@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from utils.errors import UsageError
 
 # Activation -> whether the feed-forward is gated: down(activation(gate x) * up x), instead of down(activation(up x)).
-# The formulas are in kernels/torch_ops.py: activate.
+# The formulas are in kernels/torch_ops.py: activate. kernels/csrc/simd.h: Activation has the same order.
 ACTIVATIONS = {
     "swiglu": True, "geglu": True, "geglu_tanh": True, "clamped_swiglu": True,
     "gelu_pytorch_tanh": False, "relu2": False,

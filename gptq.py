@@ -24,10 +24,10 @@ from torch import Tensor
 
 from evaluation.lm_harness import evaluate, import_lm_eval, task_manager
 from evaluation.scoring import split_windows
-from kernels.arguments import LayerCache, PositionTables
 from kernels.formats import Int4, Tensors
 from kernels.formats.base import pack_nibbles
 from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
+from kernels.schema import LayerCache, PositionTables
 from layers import ExpertsGateUp, Linear
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels.arguments import WeightArguments
 from kernels.aten import AtenInt4, AtenInt8
 from kernels.backend import TORCH, Backend
 from kernels.formats import Tensors, Unquantized, WeightFormat
+from kernels.schema import WeightArguments
 
 
 class RMSNorm(nn.Module):

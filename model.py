@@ -12,6 +12,7 @@ heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K
 """
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,13 +20,12 @@ from torch import Tensor, nn
 
 import kernels
 from config import ModelConfig
-from kernels.arguments import AttentionOptions, LayerCache, PositionTables
 from kernels.backend import Backend
 from kernels.formats import QuantizationScheme, Unquantized, WeightFormat
+from kernels.schema import AttentionOptions, LayerCache, PositionTables
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm, WeightMatrix
 from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
-from utils.floats import round_to_dtype
 
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationScheme(UNQUANTIZED)
@@ -122,8 +122,8 @@ class Transformer(nn.Module):
         backend = self.lm_head.backend
         attention = self.layers[0].attention  # all layers have the same numbers of heads
         heads_per_kv_head = attention.n_heads // attention.n_kv_heads
-        is_on_one = all(matrix.backend == backend for matrix in matrices)
-        return is_on_one and backend.can_record(batch_size, n_new_tokens, heads_per_kv_head)
+        all_on_one_backend = all(matrix.backend == backend for matrix in matrices)
+        return all_on_one_backend and backend.can_record(batch_size, n_new_tokens, heads_per_kv_head)
 
     def active_weight_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
@@ -300,14 +300,22 @@ class MoE(nn.Module):
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
-        # The router and gate_up_proj both take norm, since a kernel fuses it with each product. Where plain PyTorch
-        # computes them, such as in prefill, norm runs twice: 4 dim operations more, next to the experts' 6 top_k dim F.
+        # norm is passed to both products because the kernels fuse it. In plain PyTorch it is therefore computed twice;
+        # that is negligible beside the experts' products.
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = kernels.route(
             logits, self.moe.top_k, self.moe.norm_topk_prob, self.moe.n_shared_experts, self.router.backend
         )  # [B, T, top_k]
         hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation=self.activation)  # [B, T, top_k, F]
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
+
+
+def round_to_dtype(x: float, dtype: torch.dtype) -> float:
+    """Returns the number of dtype that is nearest to x; of two, the even one. x must be in dtype's normal range. Uses
+    no tensor, since a step that is recorded may call only the operations of kernels/schema.py."""
+    _, exponent = math.frexp(x)
+    spacing = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # of the numbers that dtype has near x
+    return round(x / spacing) * spacing
 
 
 # ---- KV cache -------------------------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 import collectives
 from engine.sampling import SamplingParams, process_logits, sample
 from engine.token_history import TokenHistory
-from kernels.arguments import PositionTables
 from kernels.build import find_compiler
 from kernels.record import call_with_tape_threads, record
+from kernels.schema import PositionTables
 from model import KVCache, Transformer
 from utils.errors import UsageError
 from utils.machine import check_memory

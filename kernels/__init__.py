@@ -4,9 +4,8 @@ Callers write kernels.attend(...). Each file imports only from the files above i
 package, there are types alone, for annotations.)
 
     formats/       how weights are stored: int8, int4, ...
-    schema.py      the arguments of the kernels, one list for C++ and Triton
+    schema.py      the arguments of the kernels, one list for C++ and Triton; those that belong together
     aten.py        products with quantized weights by PyTorch's own kernels, without a C++ compiler
-    arguments.py   arguments that belong together: a weight, and those of attention
     torch_ops.py   every operation in plain PyTorch, for prefill, other devices and --kernels off
     build.py       compiles and loads the C++ kernels (csrc/)
     triton/        the Triton kernels; triton/__init__.py lists the files

@@ -1,4 +1,5 @@
-"""The backends. A backend is what computes an operation, and knows for which steps it has kernels.
+"""The backends. A kernel for few tokens is slow for many or cannot compute them, and not every device has kernels. So
+what computes an operation is decided for each step. A backend knows for which steps it has kernels.
 
     CPU       C++, kernels/csrc/
     TRITON    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
@@ -42,8 +43,8 @@ PRODUCTS = ("fused_linear", "experts_gate_up", "experts_down")
 
 @dataclass(frozen=True)
 class Backend:
-    """CPU, TRITON or TORCH. == ignores max_tokens, which depends on a model's weights and on the machine (cpu_backend,
-    triton_backend).
+    """CPU, TRITON or TORCH, with the limits of a model. == asks which of the three a backend is, whatever its
+    max_tokens, which depend on a model's weights and on the machine (cpu_backend, triton_backend).
 
     namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
     max_tokens: by operation, the most tokens of a step for which its kernel is called. Plain PyTorch computes a step of
@@ -96,7 +97,7 @@ TORCH = Backend("torch")
 CPU = Backend(
     "cpu",
     "gptfast",
-    # The last four have no arrays of tokens, and go over their data once: they serve any number of tokens
+    # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *PRODUCTS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
 )

@@ -1,4 +1,4 @@
-"""Builds and loads the C++ kernels in kernels/csrc/: library(), which packing.py, backend.py and record.py call.
+"""Builds and loads the C++ kernels in kernels/csrc/: library().
 
 The first use compiles the kernels for this machine, which takes some fifteen seconds. The compiled library is cached in
 ~/.cache/gpt-fast, or in a temporary folder if that cache is not usable. The environment variable CXX chooses the
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from config import ACTIVATIONS
 from kernels import schema  # noqa: F401  (defines the schemas of the operations in the library)
 from kernels.formats import FORMATS
 
@@ -47,6 +48,7 @@ def library() -> ctypes.CDLL | None:
     The returned library has the functions that record.py calls to record and replay tapes (kernels/csrc/tape.h).
     """
     check_formats((SOURCES / "weights.h").read_text())
+    check_activations((SOURCES / "simd.h").read_text())
     library = find_or_compile()
     if library is not None:
         os.register_at_fork(after_in_child=use_one_thread)
@@ -60,6 +62,15 @@ def check_formats(weights_h: str):
     theirs = re.findall(r"\w+", re.search(r"using Formats = FormatList<(.+?)>", weights_h, re.S)[1])
     if theirs != ours[: len(theirs)]:
         raise ImportError(f"kernels/csrc/weights.h: Formats lists {theirs}; kernels/formats/: FORMATS lists {ours}")
+
+
+def check_activations(simd_h: str):
+    """Raises ImportError unless Activation in csrc/simd.h has the order of config.py: ACTIVATIONS, as check_formats
+    does for formats. ACTIVATIONS may have more at its end: activations without C++ kernels."""
+    ours = ["NONE", *(name.upper() for name in ACTIVATIONS)]
+    *theirs, _count = re.findall(r"\w+", re.search(r"enum class Activation : int64_t {(.+?)}", simd_h, re.S)[1])
+    if theirs != ours[: len(theirs)]:
+        raise ImportError(f"kernels/csrc/simd.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
 
 
 def find_or_compile() -> ctypes.CDLL | None:

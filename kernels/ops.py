@@ -1,4 +1,5 @@
-"""The operations that a model is made of. layers.py and model.py call kernels.attend(...), ...
+"""The operations that a model is made of. Layers compute by nothing else, so one forward serves every device, and a CPU
+can record a step as a flat list of operations (record.py).
 
     fused_linear       a matrix product with what comes before and after it. Each step but the product is optional:
                        1. RMSNorm of x   2. x W^T   3. bias   4. activation   5. out_scale   6. softcap
@@ -11,12 +12,11 @@
     route              the router's choice of experts
     experts_gate_up, experts_down      the matrix products with the weights of the chosen experts
 
-Operations are the only things that compute; a recorded step is a flat list of them (record.py). An operation asks a
-backend for a kernel: the backend of its layer, or the argument backend. Without a kernel it calls torch_ops.py.
-backend.py lists the backends and their limits, and says how their rounding differs.
+An operation asks a backend for a kernel: the backend of its layer, or the argument backend. Without a kernel it calls
+torch_ops.py. backend.py lists the backends, their limits, and how their rounding differs.
 
-sample comes after the model. rope_and_cache is the first half of attend, where PyTorch computes attend. Neither is on a
-tape.
+Two operations are never recorded: sample, which runs after the recorded model, and rope_and_cache, the kernel that
+attend uses for q, k and v when PyTorch computes the attention itself (prefill).
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from torch import Tensor
 
 from config import ACTIVATIONS
 from kernels import torch_ops
-from kernels.arguments import AttentionOptions, LayerCache, PositionTables
 from kernels.backend import Backend
-from kernels.schema import ACTIVATION_IDS
+from kernels.schema import ACTIVATION_IDS, AttentionOptions, LayerCache, PositionTables
 
 if TYPE_CHECKING:  # layers.py imports this file
     from layers import Embedding, Linear, RMSNorm

@@ -1,7 +1,7 @@
 """Chooses the backend of a model by its device, and packs the weights for the kernels of the backend.
 
-model.py: Transformer.pack_weights calls pack_weights. The backend of a matrix is TORCH until the matrix is packed. It
-stays TORCH if there are no kernels for the matrix or for the device.
+The backend of a matrix is TORCH until the matrix is packed. It stays TORCH if there are no kernels for the matrix or
+for the device.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""record(step) records a decode step as a graph, and replays the graph for every token: a CUDA graph on a GPU, tapes of
-C++ kernels on a CPU.
+"""Records a decode step as a graph, and replays the graph for every token. To call the operations of a step from Python
+takes some milliseconds, about as long as a small model needs to compute them. The graph is a CUDA graph on a GPU, and
+tapes of C++ kernels on a CPU.
 
     step = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
     logits = step(tokens, start_pos)       # the first call with these shapes records; every later call replays

@@ -1,10 +1,8 @@
-"""The operations in plain PyTorch, for any device and any number of tokens: prefill, devices without kernels, and
---kernels off. They also are what the kernels are tested against. The kernels compute the same functions, but round
-differently: kernels/backend.py says how.
+"""The operations in plain PyTorch. No kernel takes every step: these functions serve prefill, devices without kernels,
+and --kernels off. They are also the definition that the kernels are tested against.
 
-kernels/ops.py describes the operations, and calls these functions for steps without a kernel. A weight of any format is
-read through linear.dequantized_weight(dtype). If the weight is packed for a backend, a kernel of this backend
-dequantizes it.
+kernels/ops.py describes the operations. A weight of any format is read through linear.dequantized_weight(dtype). If the
+weight is packed for a backend, a kernel of this backend dequantizes it.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from config import ACTIVATIONS
 from kernels import aten
-from kernels.arguments import AttentionOptions, LayerCache
+from kernels.schema import AttentionOptions, LayerCache
 
 if TYPE_CHECKING:  # layers.py imports ops.py, which imports this file
     from layers import Embedding, Linear
@@ -133,12 +131,12 @@ def cached_attention(
         n_keys = int(positions.max()) + 1
         cache = cache._replace(k=cache.k[:, :, :n_keys], v=cache.v[:, :, :n_keys])
     q = q.transpose(1, 2)  # [B, H, T, D]
-    if options.sinks is not None or options.softcap or alibi_slopes is not None:
+    if options.only_scales(alibi_slopes):
+        y = sdpa_attention(q, options, cache, positions)
+    else:
         step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
         parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
         y = torch.cat([eager_attention(q, options, cache, alibi_slopes, positions) for q, positions in parts], dim=2)
-    else:
-        y = sdpa_attention(q, options, cache, positions)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 

@@ -26,8 +26,8 @@ from triton.runtime import JITFunction
 
 import kernels
 from config import ACTIVATIONS
-from kernels.arguments import LayerCache, PositionTables
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
+from kernels.schema import LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from layers import ExpertsDown, ExpertsGateUp
 from scripts.kernel_checks.exact_results import attend, make_linear, make_norm
@@ -62,7 +62,7 @@ class Gpu:
     shared_kb: int  # shared memory that a program may have
     min_block_m: int  # of launch.Gpu
     num_sms: int = 100
-    can_overlap: bool = False
+    has_pdl: bool = False
     compiles_all: bool = False
 
     @property
@@ -70,7 +70,7 @@ class Gpu:
         """Of the products."""
         if self.has_larger_tiles:
             return TILED_FORMATS
-        if self.can_overlap and self.has_matrix_units:
+        if self.has_pdl and self.has_matrix_units:
             return PREFETCHED_FORMATS
         return FORMATS + OTHER_GROUP_SIZES if self.compiles_all else FORMATS
 
@@ -88,8 +88,8 @@ GPUS = [
     Gpu("Turing", GPUTarget("cuda", 75, 32), torch.float16, 64, 1, compiles_all=True),
     Gpu("Ampere", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8, compiles_all=True),
     Gpu("Ampere, larger tiles", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8, num_sms=1),
-    Gpu("Hopper", GPUTarget("cuda", 90, 32), torch.bfloat16, 99, 8, can_overlap=True),
-    Gpu("Hopper, float32", GPUTarget("cuda", 90, 32), torch.float32, 64, 8, can_overlap=True),
+    Gpu("Hopper", GPUTarget("cuda", 90, 32), torch.bfloat16, 99, 8, has_pdl=True),
+    Gpu("Hopper, float32", GPUTarget("cuda", 90, 32), torch.float32, 64, 8, has_pdl=True),
     Gpu("CDNA 3", GPUTarget("hip", "gfx942", 64), torch.bfloat16, 64, 16, compiles_all=True),
     Gpu("RDNA 3", GPUTarget("hip", "gfx1100", 32), torch.float16, 64, 16),
 ]
@@ -200,7 +200,7 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
 def compile_for(gpu: Gpu):
     compiler = Compiler(gpu)
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
-    known = launch.Gpu(gpu.num_sms, gpu.min_block_m, gpu.can_overlap, {})
+    known = launch.Gpu(gpu.num_sms, gpu.min_block_m, gpu.has_pdl, {})
     launch.gpu_info = attention.gpu_info = lambda device: known
     linear.dot_dtype = attention.dot_dtype = lambda x: getattr(tl, str(x.dtype).removeprefix("torch."))
     expected = launch_products(gpu)

@@ -8,7 +8,7 @@ import torch
 import kernels
 from config import ModelConfig
 from kernels import torch_ops
-from kernels.arguments import LayerCache, PositionTables
+from kernels.schema import LayerCache, PositionTables
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (

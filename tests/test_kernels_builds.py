@@ -42,6 +42,15 @@ def test_both_lists_of_formats_have_one_order():
             kernels.build.check_formats(wrong)
 
 
+def test_both_lists_of_activations_have_one_order():
+    simd_h = (kernels.build.SOURCES / "simd.h").read_text()
+    kernels.build.check_activations(simd_h)
+    changes = [("NONE, SWIGLU, GEGLU,", "NONE, GEGLU, SWIGLU,"), ("RELU2, COUNT", "RELU2, MISH, COUNT")]
+    for wrong in [simd_h.replace(*change) for change in changes]:
+        with pytest.raises(ImportError, match="simd.h: Activation lists .*; config.py: ACTIVATIONS lists"):
+            kernels.build.check_activations(wrong)
+
+
 @built
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v3 -mavxvnni", "x86-64"])
 def test_without_this_cpus_instructions(march):

@@ -7,10 +7,9 @@ import torch
 
 import kernels
 from config import ModelConfig, MoEConfig
-from kernels.arguments import LayerCache, PositionTables
 from kernels.formats import Float8, Int4, Int8, Unquantized
 from kernels.record import MAX_CPU_GRAPHS, call_at_graph_break, call_with_tape_threads, record
-from kernels.schema import SCHEMAS
+from kernels.schema import SCHEMAS, LayerCache, PositionTables
 from layers import ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer
 from rope import rope_table

@@ -18,9 +18,9 @@ from triton.runtime import interpreter
 
 import kernels
 from config import ModelConfig
-from kernels.arguments import LayerCache, PositionTables
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.formats.triton_layouts import pack_tiles
+from kernels.schema import LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
 from model import KVCache

@@ -1,7 +1,6 @@
 """What every part of the project uses. Each file imports from those above it alone.
 
     errors.py     the errors of a user's mistake
-    floats.py     a float as a PyTorch dtype rounds it
     machine.py    the machine's devices, memory and bandwidth
     files.py      reads texts, JSON and PyTorch's files
 """

@@ -6,7 +6,7 @@
 
 #include "weights.h"
 
-constexpr int64_t Q8_GROUP = 8;              // activations of a QuantizedGroup, which share a scale
+constexpr int64_t Q8_BLOCK = 8;              // activations of a Q8Block, which share a scale
 constexpr int64_t TILE_M = 16, TILE_K = 32;  // a tile of activations is [16 tokens, 32 inputs] (amx.h)
 constexpr int64_t TILE_BYTES = 1024;
 
@@ -38,7 +38,7 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 
 // ---- Quantization ---------------------------------------------------------------------------------------------------
 
-// Q8_GROUP activations x as int8: x = scale * q, |q| <= 127.
+// Q8_BLOCK activations x as int8: x = scale * q, |q| <= 127. It is llama.cpp's block_q8, shorter.
 //
 // The loops multiply x with weights w - zero. They compute the sum of w * x, and subtract the zero points afterwards:
 //
@@ -48,15 +48,15 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 // is oneDNN's name (llama.cpp: s of block_q8_1). The format of w decides what is stored:
 //
 //     format            zero points                       compensation
-//     F::SHARED_ZERO    one for all weights               -zero * (sum of q in this group)
+//     F::SHARED_ZERO    one for all weights               -zero * (sum of q in this block)
 //     other formats     one for each group of weights     a running sum of x, which each group of weights begins anew
 //
-// A group of weights spans several QuantizedGroups. The last of them has the complete sum, so dot_grouped reads the
+// A group of weights spans several Q8Blocks. The last of them has the complete sum, so dot_grouped reads the
 // compensation of the last one.
-struct QuantizedGroup {
+struct Q8Block {
   float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
   float compensation;
-  int8_t q[Q8_GROUP];
+  int8_t q[Q8_BLOCK];
 };
 
 // Whether activations of type T are quantized for a product with weights of format F. Float32 activations (--precision
@@ -68,8 +68,8 @@ template <typename F, typename T>
 constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Unquantized> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
                                  !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
-// Quantizes x [k] to groups [padded k / Q8_GROUP]. F is the format of w. A Vec holds two groups, one in each half.
-template <typename F, typename T> void quantize_token(const T* x, const Weights& w, QuantizedGroup* groups) {
+// Quantizes x [k] to blocks [padded k / Q8_BLOCK]. F is the format of w. A Vec holds two blocks, one in each half.
+template <typename F, typename T> void quantize_token(const T* x, const Weights& w, Q8Block* blocks) {
   const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
   const auto add = [](IntVec a, IntVec b) { return a + b; };
   const Vec to_int = Vec{} + ROUND_TO_INT;
@@ -82,14 +82,14 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
     const IntVec q = (IntVec)(v * (max > 1e-30f ? 127 / max : Vec{}) + to_int) - (IntVec)to_int;
     const ByteVec bytes = __builtin_convertvector(q, ByteVec);
     const IntVec sums = reduce_halves(q, add);
-    for (int i = 0; i < LANES; i += Q8_GROUP) {
+    for (int i = 0; i < LANES; i += Q8_BLOCK) {
       const bool begins_weight_group = (k + i) % w.group_size == 0;
       running_sum = (begins_weight_group ? 0 : running_sum) + sums[i] * scale[i];
-      QuantizedGroup& group = groups[(k + i) / Q8_GROUP];
-      group.scale = scale[i];
-      if constexpr (F::SHARED_ZERO) group.compensation = -F::SHARED_ZERO * sums[i];
-      else group.compensation = running_sum;
-      std::memcpy(group.q, reinterpret_cast<const int8_t*>(&bytes) + i, Q8_GROUP);
+      Q8Block& block = blocks[(k + i) / Q8_BLOCK];
+      block.scale = scale[i];
+      if constexpr (F::SHARED_ZERO) block.compensation = -F::SHARED_ZERO * sums[i];
+      else block.compensation = running_sum;
+      std::memcpy(block.q, reinterpret_cast<const int8_t*>(&bytes) + i, Q8_BLOCK);
     }
   }
 }
@@ -97,10 +97,10 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
 // ---- The input of a product -----------------------------------------------------------------------------------------
 
 // The element type of a prepared token, which dot.h multiplies with weights of format F. A prepared token is an array:
-// QuantizedGroup [k / Q8_GROUP], float [k] or T [k].
+// Q8Block [k / Q8_BLOCK], float [k] or T [k].
 template <typename F, typename T>
-using Prepared = std::conditional_t<ROUNDS_TO_INT8<F, T>, QuantizedGroup,
-                                    std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
+using Prepared =
+    std::conditional_t<ROUNDS_TO_INT8<F, T>, Q8Block, std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
 
 // The address of a prepared token. The format F is unknown at compile time, and so is the type of the token.
 // multiply_by_format (dot.h) casts the address to const Prepared<F, T>*.
@@ -121,12 +121,12 @@ template <typename T> struct InputPreparer {
   bool is_widened() const {
     return !for_amx && dispatch_format(w.format, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
   }
-  int64_t padded_m() const { return for_amx ? (m + TILE_M - 1) / TILE_M * TILE_M : m; }
-  int64_t padded_k() const { return (w.k + TILE_K - 1) / TILE_K * TILE_K; }
+  int64_t padded_m() const { return for_amx ? round_up(m, TILE_M) : m; }
+  int64_t padded_k() const { return round_up(w.k, TILE_K); }
 
   // Returns the bytes of a prepared token. 0 means that the product can read x itself.
   int64_t token_bytes() const {
-    if (is_quantized()) return padded_k() / Q8_GROUP * sizeof(QuantizedGroup);
+    if (is_quantized()) return padded_k() / Q8_BLOCK * sizeof(Q8Block);
     if (is_widened()) return padded_k() * sizeof(float);
     return norm_weight || for_amx ? padded_k() * sizeof(T) : 0;
   }
@@ -160,14 +160,14 @@ template <typename T> struct InputPreparer {
       T* normed = is_last_step ? reinterpret_cast<T*>(out) : scratch.at_least<T>(padded_k());
       token = apply_norm(token, norm_weight, inverse_rms(token, eps, w.k), w.k, normed);
     }
-    if (is_quantized()) quantize(token, reinterpret_cast<QuantizedGroup*>(out));
+    if (is_quantized()) quantize(token, reinterpret_cast<Q8Block*>(out));
     if (is_widened())
       for (int64_t k = 0; k < w.k; k += LANES)
         store_partial(load_partial(token, k, w.k), reinterpret_cast<float*>(out), k, w.k);
     if (for_amx) copy_to_tiles(token, i, memory);
   }
 
-  void quantize(const T* token, QuantizedGroup* out) const {
+  void quantize(const T* token, Q8Block* out) const {
     dispatch_format(w.format, [&]<typename F>(F) {
       if constexpr (ROUNDS_TO_INT8<F, T>) quantize_token<F>(token, w, out);
     });

@@ -14,8 +14,6 @@
 // the cache, and not on the length of the cache.
 #pragma once
 
-#include <limits>
-
 #include "activations.h"
 
 constexpr int64_t TOKEN_BLOCK = 8;  // the most new tokens of a task, which reads a split once for all of them
@@ -70,9 +68,14 @@ inline float largest_lane(Vec v) {
   return v[0];
 }
 
-// How a product q . k becomes a score: softcap(scale * product) + slope * distance. A softcap of 0 changes nothing. The
-// slope is ALiBi's or 0. The distance is the position of the key minus that of the query.
-struct ScoreOptions { float scale, softcap, slope; };
+// How a product q . k becomes a score: softcap(scale * product) + slope * distance. The slope is ALiBi's. The distance
+// is the position of the key minus that of the query. Every option but scale has a default that changes nothing.
+struct ScoreOptions {
+  float scale, softcap = 0, slope = 0;
+  bool operator==(const ScoreOptions&) const = default;
+  // Whether a score is scale * product. == compares all members, so a new option needs no line here.
+  bool only_scales() const { return *this == ScoreOptions{scale}; }
+};
 inline Vec finish_scores(Vec products, const ScoreOptions& options, Vec distance) {
   Vec scores = products * options.scale;
   if (options.softcap) scores = apply_softcap(scores, options.softcap);
@@ -87,7 +90,7 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions&
                float* scores, const T* next, int64_t stride) {
   Vec max = Vec{} + NEGATIVE_INFINITY;
   for (int64_t s = 0; s < n; s += LANES) {
-    for (int64_t r = (s + stride - 1) / stride; next && r * stride < std::min(s + LANES, n); r++)
+    for (int64_t r = divide_up(s, stride); next && r * stride < std::min(s + LANES, n); r++)
       prefetch_vector(next + r * d, d);
     Vec products = {};
     if constexpr (D > 0) {
@@ -233,11 +236,11 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   ScoreOptions score_options(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
   int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, start_pos[b] - window + 1) : 0; }
   // The number of keys in a split. Grows with the number of tokens, so that the memory of partial outputs does not.
-  int64_t split_len() const { return SPLIT_LEN * ((batch * n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK); }
-  int64_t count_splits(int64_t n_keys) const { return (n_keys + split_len() - 1) / split_len(); }
+  int64_t split_len() const { return SPLIT_LEN * divide_up(batch * n_tokens, TOKEN_BLOCK); }
+  int64_t count_splits(int64_t n_keys) const { return divide_up(n_keys, split_len()); }
   int64_t n_splits(int64_t b) const { return count_splits(start_pos[b] + n_tokens - first_key(b)); }
   int64_t max_splits() const { return count_splits(max_seq_len); }
-  int64_t n_token_blocks() const { return (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK; }  // of a sequence
+  int64_t n_token_blocks() const { return divide_up(n_tokens, TOKEN_BLOCK); }  // of a sequence
 
   // The queries of a key/value head are [n_tokens, heads_per_kv]. query_index is the index in this order, flattened.
   int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }

@@ -16,8 +16,8 @@ inline Vec add_half_ulp(Vec v) { return (Vec)((UIntVec)v + 0x8000); }
 // Decodes packed words of format F to rows of a tile of weights.
 //
 //     set_group(w, i)        loads the scales and zeros of group i, which the next words belong to
-//     decode(words, rows)    16 words -> PER_WORD / 2 rows. Row i has elements 2 i and 2 i + 1 of each output, which is
-//                            the VNNI layout that AMX and vdpbf16ps read
+//     decode(words, rows)    16 words -> ELEMENTS_PER_WORD / 2 rows. Row i has elements 2 i and 2 i + 1 of each output,
+//                            which is the VNNI layout that AMX and vdpbf16ps read
 //
 // The caller applies the scales that this struct leaves out: output_scales, and the group's if SCALE_AFTER_SUM.
 //
@@ -30,7 +30,7 @@ template <typename F> struct WordDecoder {
     const auto weight = [&](int j) {
       return add_half_ulp((as_float(F::element(words, j)) - group.zeros) * group.scales);
     };
-    for (int j = 0; j < F::PER_WORD; j += 2) rows[j / 2] = bf16_pairs(weight(j), weight(j + 1));
+    for (int j = 0; j < F::ELEMENTS_PER_WORD; j += 2) rows[j / 2] = bf16_pairs(weight(j), weight(j + 1));
   }
 };
 
@@ -120,7 +120,7 @@ template <typename F> class WeightTiles {
       : w(w), data(w.block_data(block)), next_group(block * w.n_groups) {}
 
   void read(int64_t begin, int64_t end, IntVec* rows) {
-    for (int64_t k = begin; k < end; k += F::PER_WORD, rows += F::PER_WORD / 2, data += 64) {
+    for (int64_t k = begin; k < end; k += F::ELEMENTS_PER_WORD, rows += F::ELEMENTS_PER_WORD / 2, data += 64) {
       if (k == next_group_begin) decoder.set_group(w, next_group++), next_group_begin += w.group_size;
       prefetch_l2(data + PREFETCH);  // and not to L1, which holds tiles
       prefetch_l1(data + 512);

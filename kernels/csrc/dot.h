@@ -5,8 +5,8 @@
 // more tokens, the loops read a block of weights several times. After the first time the block is in the cache.
 //
 //     loop               weights                                       activations
-//     dot_w8a8           Int8                                          int8 (QuantizedGroup)
-//     dot_grouped        Int4, GroupedInt8, MXFP4: scales of groups    int8 (QuantizedGroup)
+//     dot_w8a8           Int8                                          int8 (Q8Block)
+//     dot_grouped        Int4, GroupedInt8, MXFP4: scales of groups    int8 (Q8Block)
 //     dot_weight_only    any packed format                             float
 //     dot_float8         Float8                                        bf16 or float
 //     dot_unquantized    Unquantized                                   the type of the weights
@@ -69,15 +69,15 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 
 // Multiplies Int8 weights with M tokens. Computes BLOCKS blocks at a time, which share the loads of the activations.
 template <int M, int BLOCKS>
-void dot_w8a8(const Weights& w, const int64_t* blocks, const Part& part, const QuantizedGroup* const* tokens,
+void dot_w8a8(const Weights& w, const int64_t* blocks, const Part& part, const Q8Block* const* tokens,
               Vec* const* out) {
   const char* data[BLOCKS];
-  const QuantizedGroup* x[M];
+  const Q8Block* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   const Prefetcher<M, BLOCKS> prefetch(w, part);
   Vec total[BLOCKS][M] = {};
-  for (int64_t i = 0; i < w.k / Q8_GROUP; i++) {  // 8 inputs: two words of each output, 128 bytes
+  for (int64_t i = 0; i < w.k / Q8_BLOCK; i++) {  // 8 inputs: two words of each output, 128 bytes
     IntVec first[BLOCKS], second[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
       first[b] = load<IntVec>(data[b] + i * 128), second[b] = load<IntVec>(data[b] + i * 128 + 64);
@@ -98,28 +98,28 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const Part& part, const Q
   }
 }
 
-// The weights of a block for Q8_GROUP inputs, as bytes: elements 0-3 of each output, and elements 4-7.
+// The weights of a block for Q8_BLOCK inputs, as bytes: elements 0-3 of each output, and elements 4-7.
 struct WeightBytes { IntVec first, second; };
 template <typename F> WeightBytes load_bytes(const char* words) {
   const IntVec v = load<IntVec>(words), low = IntVec{} + 0x0f0f0f0f;
-  if constexpr (F::PER_WORD == 4) return {v, load<IntVec>(words + 64)};
+  if constexpr (F::ELEMENTS_PER_WORD == 4) return {v, load<IntVec>(words + 64)};
   else return {F::unsigned_bytes(v & low), F::unsigned_bytes((v >> 4) & low)};
 }
 
-// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts runs of Q8_GROUP inputs,
+// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts runs of Q8_BLOCK inputs,
 // whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
-void dot_grouped(const Weights& w, const int64_t* blocks, const Part& part, const QuantizedGroup* const* tokens,
+void dot_grouped(const Weights& w, const int64_t* blocks, const Part& part, const Q8Block* const* tokens,
                  Vec* const* out) {
-  constexpr int64_t N_BYTES = 64 * Q8_GROUP / F::PER_WORD;  // bytes of a block's weights for Q8_GROUP inputs
+  constexpr int64_t N_BYTES = 64 * Q8_BLOCK / F::ELEMENTS_PER_WORD;  // bytes of a block's weights for Q8_BLOCK inputs
   const char* data[BLOCKS];
-  const QuantizedGroup* x[M];
+  const Q8Block* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   const Prefetcher<M, BLOCKS> prefetch(w, part);
   Vec total[BLOCKS][M] = {};
-  for (int64_t i = 0, end, group = 0; i < w.k / Q8_GROUP; i = end, group++) {
-    end = std::min(w.k, i * Q8_GROUP + w.group_size) / Q8_GROUP;
+  for (int64_t i = 0, end, group = 0; i < w.k / Q8_BLOCK; i = end, group++) {
+    end = std::min(w.k, i * Q8_BLOCK + w.group_size) / Q8_BLOCK;
     Vec partial[BLOCKS][M] = {};
     for (; i < end; i++) {
       WeightBytes bytes[BLOCKS];
@@ -156,7 +156,7 @@ void dot_weight_only(const Weights& w, int64_t block, const float* const* tokens
     const auto [scale, zero] = F::scales_and_zeros(w, group);
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end; data += 64) {
       const IntVec words = load<IntVec>(data);
-      for (int j = 0; j < F::PER_WORD; j++, k++) {
+      for (int j = 0; j < F::ELEMENTS_PER_WORD; j++, k++) {
         const Vec weight = (as_float(F::element(words, j)) - zero) * scale;
         for (int m = 0; m < M; m++) total[m] += weight * tokens[m][k];
       }
@@ -291,7 +291,7 @@ void dot_unquantized(const Weights& w, int64_t block, const Part& part, const T*
     for (int j = 0; j < R; j++) weight[j] = first + std::min(r + j, n - 1) * k;
     Vec acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
-      // Output r + j + R is read after output r + j. An address beyond the end of the latter skips the R - 1 others.
+      // R rows are read side by side. After row r + j comes row r + j + R, so the address jumps over the R - 1 between
       const int64_t ahead = i + AHEAD + (i + AHEAD < k ? 0 : (R - 1) * k);
       for (int j = 0; j < R; j++) {
         if constexpr (R == 1) prefetch(w.block_data(block), (r * k + i) * sizeof(T));
@@ -334,7 +334,7 @@ Vec add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const
 // first template is for all packed formats without an overload.
 template <int M, int BLOCKS, typename F, typename X>
 void run_loop(F, const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens, Vec* const* out) {
-  if constexpr (std::is_same_v<X, QuantizedGroup>) dot_grouped<F, M, BLOCKS>(w, blocks, part, tokens, out);
+  if constexpr (std::is_same_v<X, Q8Block>) dot_grouped<F, M, BLOCKS>(w, blocks, part, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
@@ -348,7 +348,7 @@ void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const Part& 
 template <int M, int BLOCKS, typename X>
 void run_loop(Int8, const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens,
               Vec* const* out) {
-  if constexpr (std::is_same_v<X, QuantizedGroup>) dot_w8a8<M, BLOCKS>(w, blocks, part, tokens, out);
+  if constexpr (std::is_same_v<X, Q8Block>) dot_w8a8<M, BLOCKS>(w, blocks, part, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
@@ -390,7 +390,7 @@ void multiply(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_bloc
               BlockSums* out) {
   static constexpr auto by_tokens = functions_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
   const int64_t most = most_tokens<T>(w, m), next_block = n_blocks == 2 && blocks[1] == blocks[0] + 1 ? 2 : 1;
-  const int64_t n_parts = (m + most - 1) / most;  // parts of nearly equal numbers of tokens
+  const int64_t n_parts = divide_up(m, most);  // parts of nearly equal numbers of tokens
   for (int64_t i = 0; i < n_parts; i++) {
     const int64_t first = m * i / n_parts, n_tokens = m * (i + 1) / n_parts - first;
     Vec* const part_out[] = {out[0] + first, out[1] + first};

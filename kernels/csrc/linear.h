@@ -30,7 +30,7 @@ template <typename T> struct FusedLinearOp {
     const int64_t n_out = gated ? w.n / 2 : w.n;
     PreparedToken tokens[MAX_CPU_TOKENS];
     const char* tiles = preparer().prepare(shared, barrier, tokens);
-    const Range range = thread_range((n_out + BLOCK_N - 1) / BLOCK_N);
+    const Range range = thread_range(divide_up(n_out, BLOCK_N));
     BlockSums sums[2];
     std::optional<TileRegisters> tile_registers;
     if (on_amx) tile_registers.emplace();
@@ -69,7 +69,7 @@ template <typename T> struct RMSNormOp {
   // The threads share the elements. Each thread computes the rms of every token that it has elements of, which is
   // cheaper than a barrier.
   void execute(char*, Barrier&) const {
-    const int64_t vecs_per_token = (k + LANES - 1) / LANES;
+    const int64_t vecs_per_token = divide_up(k, LANES);
     const Range range = thread_range(m * vecs_per_token);
     float inverse_rms = 0;  // of the current token
     for (int64_t task = range.begin; task < range.end; task++) {
@@ -92,7 +92,7 @@ template <typename T> struct PermuteInputsOp {
 
   // The threads share the columns of out, in pieces of LANES columns.
   void execute(char*, Barrier&) const {
-    const Range range = thread_range((n + LANES - 1) / LANES);
+    const Range range = thread_range(divide_up(n, LANES));
     const int64_t begin = range.begin * LANES, end = std::min(n, range.end * LANES);
     for (int64_t token = 0; token < m; token++)
       for (int64_t i = begin; i < end; i++) out[token * n + i] = x[token * k + input_order[i]];
@@ -108,7 +108,7 @@ template <typename T> struct ActivateOp {
   T* out;
 
   void execute(char*, Barrier&) const {
-    const int64_t vecs_per_token = (f + LANES - 1) / LANES;
+    const int64_t vecs_per_token = divide_up(f, LANES);
     const Range range = thread_range(m * vecs_per_token);
     for (int64_t task = range.begin; task < range.end; task++) {
       const int64_t token = task / vecs_per_token, i = task % vecs_per_token * LANES;
@@ -126,16 +126,16 @@ template <typename T> struct AddOp {
   T* out;
 
   void execute(char*, Barrier&) const {
-    const Range range = thread_range((n + LANES - 1) / LANES);
+    const Range range = thread_range(divide_up(n, LANES));
     for (int64_t i = range.begin * LANES; i < range.end * LANES; i += LANES)
       store_partial(load_partial(x, i, n) + load_partial(y, i, n), out, i, n);
   }
 };
 
-// Computes out [F::PER_WORD inputs, 16 outputs] from the 16 words at data. The elements are not scaled yet.
+// Computes out [F::ELEMENTS_PER_WORD inputs, 16 outputs] from the 16 words at data. The elements are not scaled yet.
 template <typename F> void unpack_words(F, const char* data, Vec* out) {
   const IntVec words = load<IntVec>(data);
-  for (int j = 0; j < F::PER_WORD; j++) out[j] = as_float(F::element(words, j));
+  for (int j = 0; j < F::ELEMENTS_PER_WORD; j++) out[j] = as_float(F::element(words, j));
 }
 inline void unpack_words(Float8, const char* data, Vec* out) { unpack_float8(load<IntVec>(data), out); }
 
@@ -149,10 +149,10 @@ template <typename F, typename T> void dequantize_row(const Weights& w, int64_t 
     const Vec scale = group_scale * F::output_scales(w, block);
     for (int64_t k = begin; k < end; k += LANES) {
       Vec values = {};
-      for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, data += 64) {
-        Vec inputs[F::PER_WORD];
+      for (int64_t i = 0; i < LANES && k + i < end; i += F::ELEMENTS_PER_WORD, data += 64) {
+        Vec inputs[F::ELEMENTS_PER_WORD];
         unpack_words(F{}, data, inputs);
-        for (int64_t j = 0; j < F::PER_WORD; j++) values[i + j] = inputs[j][lane];
+        for (int64_t j = 0; j < F::ELEMENTS_PER_WORD; j++) values[i + j] = inputs[j][lane];
       }
       store_partial((values - zero[lane]) * scale[lane], out, k, end);
     }
@@ -202,7 +202,8 @@ template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
       const Vec scale = group_scale * F::output_scales(w, b);
       for (int64_t k = begin; k < end; k += LANES) {
         Vec tile[LANES] = {};
-        for (int64_t i = 0; i < LANES && k + i < end; i += F::PER_WORD, data += 64) unpack_words(F{}, data, tile + i);
+        for (int64_t i = 0; i < LANES && k + i < end; i += F::ELEMENTS_PER_WORD, data += 64)
+          unpack_words(F{}, data, tile + i);
         for (Vec& inputs : tile) inputs = (inputs - zero) * scale;
         transpose(tile);
         for (int64_t r = 0; r < n_outputs; r++) store_partial(tile[r], out + (b * BLOCK_N + r) * w.k, k, end);

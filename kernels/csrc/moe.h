@@ -44,7 +44,7 @@ template <typename T> struct ExpertsGateUpOp {
 
   // A task is a block of outputs of a batch. The threads share the tasks.
   void execute(char* shared, Barrier& barrier) const {
-    const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = (n_out + BLOCK_N - 1) / BLOCK_N;
+    const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = divide_up(n_out, BLOCK_N);
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
     PreparedToken tokens[MAX_CPU_TOKENS], batch_tokens[MAX_CPU_TOKENS];
     preparer().prepare(shared, barrier, tokens);

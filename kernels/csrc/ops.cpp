@@ -1,9 +1,9 @@
-// The CPU kernels as PyTorch operations, torch.ops.gptfast.NAME. Each function here checks its tensors, allocates the
-// output, and submits the operation (tape.h: submit). kernels/build.py compiles this file, which includes the headers.
+// The CPU kernels as PyTorch operations, torch.ops.gptfast.NAME. Kernels trust addresses and sizes, also when a tape
+// replays them, so tensors are checked here. Each function checks its tensors, allocates the output, and submits the
+// operation (tape.h: submit). kernels/build.py compiles this file, which includes the headers.
 //
-//     kernels/ops.py          describes the operations, and calls the functions
+//     kernels/ops.py          describes the operations
 //     kernels/schema.py       has the schemas of the functions
-//     kernels/torch_ops.py    computes the same functions in PyTorch; rounding differs, as backend.py says
 //
 // The headers, in the order in which to read them:
 //
@@ -99,7 +99,7 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
       return w.scalar_type() == type;
     } else {
       if (!scales || (F::HAS_ZEROS && !zeros) || group_size < 1) return false;
-      result.bits = 32 / F::PER_WORD, result.n_groups = (k + group_size - 1) / group_size;
+      result.bits = 32 / F::ELEMENTS_PER_WORD, result.n_groups = divide_up(k, group_size);
       result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
       return w.scalar_type() == ScalarType::Int && scales->element_size() == F::SCALE_BYTES;
     }
@@ -341,12 +341,12 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t form
 
 extern "C" {
 // Returns the most tokens for which these kernels multiply unquantized weights faster than PyTorch does, as measured in
-// docs/measurements.md. kernels/backend.py: cpu_backend calls it, and the next function.
+// docs/measurements.md.
 int max_unquantized_tokens(int is_bf16) {
   return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_CPU_TOKENS : MAX_CPU_TOKENS / 2;
 }
-// Return whether fused_linear and attend compute more than MAX_CPU_TOKENS tokens faster than PyTorch does. Where bf16 has
-// AMX, PyTorch uses it, and the two were not compared.
+// Return whether fused_linear and attend compute more than MAX_CPU_TOKENS tokens faster than PyTorch does. Where bf16
+// has AMX, PyTorch uses it, and the two were not compared.
 int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 // The tests call it.

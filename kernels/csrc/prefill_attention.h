@@ -4,10 +4,10 @@
 //     tile     KEY_TILE keys and values, which the thread packs once for all rows of the task
 //
 //     for each tile:                                            [rows, KEY_TILE]
-//         for each group of ROWS rows:
-//             scores  =  q k^T                                  [ROWS, KEY_TILE]
+//         for MR rows at a time:
+//             scores  =  q k^T                                  [MR, KEY_TILE]
 //             p       =  2^(scores log2(e) - m_i); acc, l_i and m_i are rescaled if the maximum m_i has grown
-//             acc    +=  p v                                    [ROWS, head_dim]
+//             acc    +=  p v                                    [MR, head_dim]
 //     out = acc / l_i
 //
 // PyTorch computes the scores of all keys up to the last token, and then masks those that a token does not see, unless
@@ -17,7 +17,7 @@
 #pragma once
 
 #include "attention.h"
-#include "words.h"
+#include "microkernel.h"
 
 constexpr int64_t KEY_TILE = 64;
 constexpr int64_t TASK_ROWS = 192;  // a task has about so many rows
@@ -25,18 +25,18 @@ constexpr float LOG2_E = 1.44269504f;
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
-// Returns words i to i + 15 of x [d]. Words beyond the end are zeros.
-template <typename T> inline UIntVec load_words(const T* x, int64_t i, int64_t d) {
-  if constexpr (PER_WORD<T> == 1) return (UIntVec)load_partial(x, i, d);
-  UIntVec words = {};
-  std::memcpy(&words, x + 2 * i, std::clamp<int64_t>(d - 2 * i, 0, 32) * sizeof(T));
-  return words;
+// Returns factors i to i + 15 of x [d]. Factors beyond the end are zeros.
+template <typename T> inline UIntVec load_factors(const T* x, int64_t i, int64_t d) {
+  if constexpr (PER_FACTOR<T> == 1) return (UIntVec)load_partial(x, i, d);
+  UIntVec factors = {};
+  std::memcpy(&factors, x + 2 * i, std::clamp<int64_t>(d - 2 * i, 0, 32) * sizeof(T));
+  return factors;
 }
 
-// Stores p [16] as words.
-template <typename T> inline void store_words(Vec p, Word* out) {
+// Stores p [16] as factors.
+template <typename T> inline void store_factors(Vec p, Factor* out) {
 #if defined(__AVX512BF16__)
-  if constexpr (PER_WORD<T> == 2) {
+  if constexpr (PER_FACTOR<T> == 2) {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)p);
     std::memcpy(out, &rounded, sizeof rounded);
     return;
@@ -45,27 +45,28 @@ template <typename T> inline void store_words(Vec p, Word* out) {
   store_vec(p, reinterpret_cast<float*>(out));
 }
 
-// Packs keys k [n, d], n <= KEY_TILE: out [n_words, KEY_TILE]. The other keys become zeros.
-template <typename T> void pack_keys(const T* k, int64_t n, int64_t d, int64_t n_words, Word* out) {
+// Packs keys k [n, d], n <= KEY_TILE: out [n_factors, KEY_TILE]. The other keys become zeros.
+template <typename T> void pack_keys(const T* k, int64_t n, int64_t d, int64_t n_factors, Factor* out) {
   for (int64_t key = 0; key < KEY_TILE; key += LANES)
-    for (int64_t i = 0; i < n_words; i += LANES) {
-      UIntVec words[LANES] = {};
-      for (int64_t r = 0; r < std::min(LANES, n - key); r++) words[r] = load_words(k + (key + r) * d, i, d);
-      transpose(words);
-      for (int64_t r = 0; r < LANES; r++) std::memcpy(out + (i + r) * KEY_TILE + key, &words[r], sizeof words[r]);
+    for (int64_t i = 0; i < n_factors; i += LANES) {
+      UIntVec factors[LANES] = {};
+      for (int64_t r = 0; r < std::min(LANES, n - key); r++) factors[r] = load_factors(k + (key + r) * d, i, d);
+      transpose(factors);
+      for (int64_t r = 0; r < LANES; r++) std::memcpy(out + (i + r) * KEY_TILE + key, &factors[r], sizeof factors[r]);
     }
 }
 
-// Packs values v [n, d], n <= KEY_TILE: out [KEY_TILE / PER_WORD, width]. The other values become zeros.
-template <typename T> void pack_values(const T* v, int64_t n, int64_t d, int64_t width, Word* out) {
+// Packs values v [n, d], n <= KEY_TILE: out [KEY_TILE / PER_FACTOR, width]. The other values become zeros.
+template <typename T> void pack_values(const T* v, int64_t n, int64_t d, int64_t width, Factor* out) {
   const auto bits = [&](int64_t key, int64_t column) {
     return key < n ? (UIntVec)load_partial(v + key * d, column, d) : UIntVec{};
   };
-  for (int64_t key = 0; key < KEY_TILE; key += PER_WORD<T>, out += width)
+  for (int64_t key = 0; key < KEY_TILE; key += PER_FACTOR<T>, out += width)
     for (int64_t column = 0; column < width; column += LANES) {
-      UIntVec words = bits(key, column);
-      if constexpr (PER_WORD<T> == 2) words = words >> 16 | bits(key + 1, column);  // a bf16 is a float's upper half
-      std::memcpy(out + column, &words, sizeof words);
+      UIntVec factors = bits(key, column);
+      // A bf16 is the upper half of a float
+      if constexpr (PER_FACTOR<T> == 2) factors = factors >> 16 | bits(key + 1, column);
+      std::memcpy(out + column, &factors, sizeof factors);
     }
 }
 
@@ -77,8 +78,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   using Base::window, Base::heads_per_kv;
 
   int64_t block_tokens() const { return std::clamp<int64_t>(TASK_ROWS / heads_per_kv(), 8, 64); }
-  int64_t query_words() const { return round_up((head_dim + PER_WORD<T> - 1) / PER_WORD<T>, LANES); }
-  int64_t width() const { return round_up(head_dim, COLUMNS); }  // of acc and of packed values
+  int64_t query_factors() const { return round_up(divide_up(head_dim, PER_FACTOR<T>), LANES); }
+  int64_t width() const { return round_up(head_dim, NR); }  // of acc and of packed values
 
   // The memory that all threads share holds q [batch, n_tokens, n_heads, head_dim].
   size_t shared_bytes() const { return batch * n_tokens * n_heads * head_dim * sizeof(T); }
@@ -90,31 +91,32 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     rope_and_cache.execute(nullptr, barrier);
     barrier.wait();
     // The threads take the tasks in turns, since later blocks of tokens see more keys and take longer.
-    const int64_t n_blocks = (n_tokens + block_tokens() - 1) / block_tokens(), n_caches = batch * n_kv_heads;
+    const int64_t n_blocks = divide_up(n_tokens, block_tokens()), n_caches = batch * n_kv_heads;
     for (int64_t i = omp_get_thread_num(); i < n_blocks * n_caches; i += omp_get_num_threads())
       attend_block(q, i % n_caches / n_kv_heads, i % n_kv_heads, i / n_caches);
   }
 
   // The rows of a task. Row r has token r / heads_per_kv of the block, and query head r % heads_per_kv of kv_head. Rows
-  // beyond n_rows complete the last group of ROWS.
+  // beyond n_rows complete the last MR.
   struct Block {
     int64_t b, kv_head, first_token, n_rows;
+    bool only_scales;  // whether the scores of all rows are scale * product
   };
   // Memory of a thread.
   struct Buffers {
-    Word *q, *k, *v;   // [rows, query_words], [query_words, KEY_TILE], [KEY_TILE / PER_WORD, width]
-    float* acc;        // [rows, width]
-    Softmax* softmax;  // [rows]
+    Factor *q, *k, *v;  // [rows, query_factors], [query_factors, KEY_TILE], [KEY_TILE / PER_FACTOR, width]
+    float* acc;         // [rows, width]
+    Softmax* softmax;   // [rows]
   };
 
   void attend_block(const T* q, int64_t b, int64_t kv_head, int64_t block) const {
     const int64_t first_token = block * block_tokens(), end_token = std::min(n_tokens, first_token + block_tokens());
-    const Block rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv()};
-    const Buffers buffers = allocate(round_up(rows.n_rows, ROWS));
-    for (int64_t row = 0; row < round_up(rows.n_rows, ROWS); row++) {
-      for (int64_t i = 0; i < query_words(); i += LANES) {
-        const UIntVec words = row < rows.n_rows ? load_words(q + offset(rows, row), i, head_dim) : UIntVec{};
-        std::memcpy(buffers.q + row * query_words() + i, &words, sizeof words);
+    const Block rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv(), only_scales(kv_head)};
+    const Buffers buffers = allocate(round_up(rows.n_rows, MR));
+    for (int64_t row = 0; row < round_up(rows.n_rows, MR); row++) {
+      for (int64_t i = 0; i < query_factors(); i += LANES) {
+        const UIntVec factors = row < rows.n_rows ? load_factors(q + offset(rows, row), i, head_dim) : UIntVec{};
+        std::memcpy(buffers.q + row * query_factors() + i, &factors, sizeof factors);
       }
       std::fill_n(buffers.acc + row * width(), width(), 0.0f);
       buffers.softmax[row] = {NEGATIVE_INFINITY, 0};
@@ -123,17 +125,17 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     const int64_t end_key = start_pos[b] + end_token;
     for (int64_t key = first_key; key < end_key; key += KEY_TILE) {
       const int64_t n = std::min(KEY_TILE, end_key - key);
-      pack_keys(cached(this->k_cache, b, kv_head, key), n, head_dim, query_words(), buffers.k);
+      pack_keys(cached(this->k_cache, b, kv_head, key), n, head_dim, query_factors(), buffers.k);
       pack_values(cached(this->v_cache, b, kv_head, key), n, head_dim, width(), buffers.v);
-      for (int64_t row = 0; row < rows.n_rows; row += ROWS) attend_to_tile(rows, row, key, buffers);
+      for (int64_t row = 0; row < rows.n_rows; row += MR) attend_to_tile(rows, row, key, buffers);
     }
     for (int64_t row = 0; row < rows.n_rows; row++) write_output(rows, row, buffers);
   }
 
   Buffers allocate(int64_t n_rows) const {
-    static thread_local Scratch words, floats, softmax;
-    const int64_t q_size = n_rows * query_words(), k_size = query_words() * KEY_TILE;
-    Word* q = words.at_least<Word>(q_size + k_size + KEY_TILE / PER_WORD<T> * width());
+    static thread_local Scratch factors, floats, softmax;
+    const int64_t q_size = n_rows * query_factors(), k_size = query_factors() * KEY_TILE;
+    Factor* q = factors.at_least<Factor>(q_size + k_size + KEY_TILE / PER_FACTOR<T> * width());
     return {q, q + q_size, q + q_size + k_size, floats.at_least<float>(n_rows * width()),
             softmax.at_least<Softmax>(n_rows)};
   }
@@ -153,43 +155,46 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     return {window ? std::max<int64_t>(0, n_seen - window) : 0, std::min(KEY_TILE, n_seen)};
   }
 
-  // Whether a score is more than scale * product.
-  bool has_finished_scores() const { return this->softcap || this->alibi_slopes; }
+  bool only_scales(int64_t kv_head) const {
+    for (int64_t h = 0; h < heads_per_kv(); h++)
+      if (!this->score_options(kv_head * heads_per_kv() + h).only_scales()) return false;
+    return true;
+  }
 
-  // Attends from ROWS rows to the tile of keys that starts at key.
+  // Attends from MR rows to the tile of keys that starts at key.
   void attend_to_tile(const Block& rows, int64_t row, int64_t key, const Buffers& buffers) const {
-    Range visible[ROWS];
+    Range visible[MR];
     bool any_visible = false;
-    for (int64_t r = 0; r < ROWS; r++) {
+    for (int64_t r = 0; r < MR; r++) {
       visible[r] = visible_keys(rows, row + r, key);
       any_visible |= visible[r].begin < visible[r].end;
     }
     if (!any_visible) return;
-    alignas(64) float scores[ROWS][KEY_TILE];
-    alignas(64) Word p[ROWS][KEY_TILE / PER_WORD<T>];
-    multiply_words<T, false>(buffers.q + row * query_words(), query_words(), buffers.k, KEY_TILE, LANES, query_words(),
-                             scores[0], KEY_TILE);
-    for (int64_t r = 0; r < ROWS; r++) {
-      if (has_finished_scores()) finish_row(rows, row + r, key, scores[r]);
+    alignas(64) float scores[MR][KEY_TILE];
+    alignas(64) Factor p[MR][KEY_TILE / PER_FACTOR<T>];
+    microkernel<T, false>(buffers.q + row * query_factors(), query_factors(), buffers.k, KEY_TILE, LANES,
+                          query_factors(), scores[0], KEY_TILE);
+    for (int64_t r = 0; r < MR; r++) {
+      if (!rows.only_scales) finish_row(rows, row + r, key, scores[r]);
       if (visible[r].begin > 0 || visible[r].end < KEY_TILE) mask_row(visible[r], scores[r]);
     }
     // All rows at each step, since the steps of a single row wait for each other.
     float* const acc = buffers.acc + row * width();
     Softmax* const softmax = buffers.softmax + row;
-    for (int64_t r = 0; r < ROWS; r++)
-      if (visible[r].begin < visible[r].end) raise_maximum(scores[r], softmax[r], acc + r * width());
-    const float factor = score_factor();
-    for (int64_t r = 0; r < ROWS; r++)
-      if (visible[r].begin < visible[r].end) exponentiate(scores[r], factor, softmax[r], p[r]);
+    const float exponent_scale = this->exponent_scale(rows);
+    for (int64_t r = 0; r < MR; r++)
+      if (visible[r].begin < visible[r].end) raise_maximum(scores[r], exponent_scale, softmax[r], acc + r * width());
+    for (int64_t r = 0; r < MR; r++)
+      if (visible[r].begin < visible[r].end) exponentiate(scores[r], exponent_scale, softmax[r], p[r]);
       else std::memset(p[r], 0, sizeof p[r]);
-    for (int64_t column = 0; column < width(); column += COLUMNS)
-      multiply_words<T, true>(p[0], KEY_TILE / PER_WORD<T>, buffers.v + column, width(), LANES,
-                              KEY_TILE / PER_WORD<T>, acc + column, width());
+    for (int64_t column = 0; column < width(); column += NR)
+      microkernel<T, true>(p[0], KEY_TILE / PER_FACTOR<T>, buffers.v + column, width(), LANES,
+                           KEY_TILE / PER_FACTOR<T>, acc + column, width());
   }
 
-  // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * score_factor() is the logit of a
-  // softmax with base 2. Softmax::m_i is the maximum of these logits.
-  float score_factor() const { return LOG2_E * (has_finished_scores() ? 1.0f : this->scale); }
+  // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * exponent_scale is the exponent
+  // of a softmax with base 2. Softmax::m_i is the maximum of these exponents.
+  float exponent_scale(const Block& rows) const { return LOG2_E * (rows.only_scales ? this->scale : 1.0f); }
 
   void finish_row(const Block& rows, int64_t row, int64_t key, float* scores) const {
     const ScoreOptions options = this->score_options(head(rows, std::min(row, rows.n_rows - 1)));
@@ -207,8 +212,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   }
 
   // If the scores raise the maximum m_i, rescales l_i and acc. A score that is NaN does not, but its p is NaN.
-  void raise_maximum(const float* scores, Softmax& softmax, float* acc) const {
-    const float m_i = largest_score(scores) * score_factor();
+  void raise_maximum(const float* scores, float exponent_scale, Softmax& softmax, float* acc) const {
+    const float m_i = largest_score(scores) * exponent_scale;
     if (m_i <= softmax.m_i) return;
     const float alpha = exp2_vec(Vec{} + (softmax.m_i - m_i))[0];
     softmax = {m_i, softmax.l_i * alpha};
@@ -225,15 +230,15 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 #endif
   }
 
-  // Computes p = 2^(score * score_factor() - m_i) and adds p to l_i.
-  static void exponentiate(const float* scores, float factor, Softmax& softmax, Word* p) {
+  // Computes p = 2^(score * exponent_scale - m_i) and adds p to l_i.
+  static void exponentiate(const float* scores, float exponent_scale, Softmax& softmax, Factor* p) {
     const float m_i = softmax.m_i;
     Vec l_i = {};
 #pragma GCC unroll 4
     for (int64_t i = 0; i < KEY_TILE; i += LANES) {
-      const Vec e = exp2_vec(load_vec(scores + i) * factor - m_i);
+      const Vec e = exp2_vec(load_vec(scores + i) * exponent_scale - m_i);
       l_i += e;
-      store_words<T>(e, p + i / PER_WORD<T>);
+      store_factors<T>(e, p + i / PER_FACTOR<T>);
     }
     softmax.l_i += sum(l_i);
   }

@@ -1,10 +1,10 @@
 // The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill.
 //
-//     task     a block of tokens, and COLUMNS outputs
+//     task     a block of tokens, and NR outputs
 //     panel    PANEL_K inputs of the task's weights, decoded to bf16 once for all tokens of the task
 //
 //     for each panel:
-//         for each group of ROWS tokens:  acc [ROWS, COLUMNS] += x [ROWS, PANEL_K] panel
+//         for MR tokens at a time:  acc [MR, NR] += x [MR, PANEL_K] panel
 //     out = epilogue(acc)
 //
 // A panel stays in the L1 cache while the tokens pass by. PyTorch would dequantize a whole matrix to memory first.
@@ -13,14 +13,14 @@
 
 #include "bf16_weights.h"
 #include "linear.h"
-#include "words.h"
+#include "microkernel.h"
 
 #if defined(__AVX512BF16__)
 
-// Multiplies tile [n_words] of e4m3 weights, which are not scaled yet, with the scales of their groups.
-template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t first_input, int64_t n_words,
+// Multiplies tile [n_factors] of e4m3 weights, which are not scaled yet, with the scales of their groups.
+template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t first_input, int64_t n_factors,
                                       IntVec* tile) {
-  for (int64_t i = 0; i < n_words; i++) {
+  for (int64_t i = 0; i < n_factors; i++) {
     const int64_t group = (first_input + 2 * i) / w.group_size;
     const Vec scale = F::scales_and_zeros(w, block * w.n_groups + group).scales;
     const Vec even = (Vec)(tile[i] << 16) * scale, odd = (Vec)(tile[i] & 0xffff0000) * scale;
@@ -29,41 +29,41 @@ template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t f
 }
 
 struct PrefillLinearOp : FusedLinearOp<bf16> {
-  static constexpr int64_t PANEL_K = 256, PANEL_WORDS = PANEL_K / 2, PANEL_BYTES = PANEL_K * sizeof(bf16);
+  static constexpr int64_t PANEL_K = 256, PANEL_FACTORS = PANEL_K / 2, PANEL_BYTES = PANEL_K * sizeof(bf16);
   static constexpr int64_t MIN_BLOCK_TOKENS = 96, MAX_BLOCK_TOKENS = 516;  // decoding takes a few % of MIN's products
   static constexpr int64_t TASKS_PER_THREAD = 8;                           // so many share out evenly
 
   int64_t n_panels() const { return divide_up(w.k, PANEL_K); }
-  int64_t padded_m() const { return round_up(m, ROWS); }
+  int64_t padded_m() const { return round_up(m, MR); }
   int64_t n_out() const { return is_gated(activation) ? w.n / 2 : w.n; }
   int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
   // With a gated activation, half of a task's blocks are of the gate projection, and half of the up projection.
   int64_t out_blocks_per_task() const { return is_gated(activation) ? 2 : 4; }
 
-  // The memory that all threads share holds norm(x) as words [n_panels, padded_m, PANEL_WORDS], padded with zeros.
-  size_t shared_bytes() const { return n_panels() * padded_m() * PANEL_WORDS * sizeof(Word); }
+  // The memory that all threads share holds norm(x) as factors [n_panels, padded_m, PANEL_FACTORS], padded with zeros.
+  size_t shared_bytes() const { return n_panels() * padded_m() * PANEL_FACTORS * sizeof(Factor); }
 
   void execute(char* shared, Barrier& barrier) const {
-    Word* x_words = reinterpret_cast<Word*>(shared);
-    prepare_inputs(x_words);
+    Factor* x_factors = reinterpret_cast<Factor*>(shared);
+    prepare_inputs(x_factors);
     barrier.wait();
     const int64_t n_threads = omp_get_num_threads(), n_columns = divide_up(n_out_blocks(), out_blocks_per_task());
     const int64_t n_token_blocks = std::clamp(divide_up(TASKS_PER_THREAD * n_threads, n_columns),
                                               divide_up(m, MAX_BLOCK_TOKENS), divide_up(m, MIN_BLOCK_TOKENS));
-    const int64_t block_tokens = round_up(divide_up(m, n_token_blocks), ROWS);
+    const int64_t block_tokens = round_up(divide_up(m, n_token_blocks), MR);
     for (int64_t i = omp_get_thread_num(); i < n_columns * n_token_blocks; i += n_threads) {
       const int64_t begin = i % n_token_blocks * block_tokens, end = std::min(m, begin + block_tokens);
-      if (begin < end) multiply_task(x_words, i / n_token_blocks * out_blocks_per_task(), {begin, end});
+      if (begin < end) multiply_task(x_factors, i / n_token_blocks * out_blocks_per_task(), {begin, end});
     }
   }
 
-  void prepare_inputs(Word* x_words) const {
+  void prepare_inputs(Factor* x_factors) const {
     const Range range = thread_range(padded_m());
     for (int64_t token = range.begin; token < range.end; token++) {
       const bf16* from = x + token * w.k;
       const float scale = norm_weight && token < m ? inverse_rms(from, eps, w.k) : 1;
       for (int64_t i = 0; i < n_panels() * PANEL_K; i += LANES) {
-        Word* to = x_words + (i / PANEL_K * padded_m() + token) * PANEL_WORDS + i % PANEL_K / 2;
+        Factor* to = x_factors + (i / PANEL_K * padded_m() + token) * PANEL_FACTORS + i % PANEL_K / 2;
         Vec v = {};
         if (token < m && i < w.k)
           v = norm_weight ? normed_vec(from, norm_weight, scale, i, w.k) : load_partial(from, i, w.k);
@@ -73,7 +73,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   }
 
   // Computes the outputs of out_blocks_per_task() blocks, from first_block on, for the tokens [begin, end).
-  void multiply_task(const Word* x_words, int64_t first_block, Range tokens) const {
+  void multiply_task(const Factor* x_factors, int64_t first_block, Range tokens) const {
     int64_t blocks[4];  // of W. Beyond the last block, the last one is multiplied again, and its outputs are not stored
     for (int64_t i = 0; i < 4; i++) {
       const int64_t out_block = first_block + (is_gated(activation) ? i / 2 : i);
@@ -81,24 +81,24 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
       blocks[i] = std::min(out_block, n_out_blocks() - 1) + (is_up ? n_out_blocks() : 0);
     }
     static thread_local Scratch panel_scratch, acc_scratch;
-    Word* panel = panel_scratch.at_least<Word>(PANEL_WORDS * COLUMNS);
-    float* acc = acc_scratch.at_least<float>(round_up(tokens.end - tokens.begin, ROWS) * COLUMNS);
+    Factor* panel = panel_scratch.at_least<Factor>(PANEL_FACTORS * NR);
+    float* acc = acc_scratch.at_least<float>(round_up(tokens.end - tokens.begin, MR) * NR);
     dispatch_format(w.format, [&]<typename F>(F) {
       const auto tiles_of = [&](int64_t i) { return WeightTiles<F>(w, blocks[i], PANEL_BYTES); };
       WeightTiles<F> tiles[] = {tiles_of(0), tiles_of(1), tiles_of(2), tiles_of(3)};
       for (int64_t begin = 0; begin < w.k; begin += PANEL_K) {
         const int64_t end = std::min(w.k, begin + PANEL_K);
         for (int64_t i = 0; i < 4; i++)
-          decode<F>(tiles[i], blocks[i], begin, end, reinterpret_cast<IntVec*>(panel + i * PANEL_WORDS * BLOCK_N));
-        const Word* x = x_words + (begin / PANEL_K * padded_m() + tokens.begin) * PANEL_WORDS;
+          decode<F>(tiles[i], blocks[i], begin, end, reinterpret_cast<IntVec*>(panel + i * PANEL_FACTORS * BLOCK_N));
+        const Factor* x = x_factors + (begin / PANEL_K * padded_m() + tokens.begin) * PANEL_FACTORS;
         multiply_panel(x, panel, round_up(end - begin, TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
       }
     });
-    for (int64_t token = tokens.begin; token < tokens.end; token += ROWS, acc += ROWS * COLUMNS)
-      store_outputs(acc, first_block, blocks, {token, std::min(token + ROWS, tokens.end)});
+    for (int64_t token = tokens.begin; token < tokens.end; token += MR, acc += MR * NR)
+      store_outputs(acc, first_block, blocks, {token, std::min(token + MR, tokens.end)});
   }
 
-  // Decodes the inputs [begin, end) of a block to panel [words, 16].
+  // Decodes the inputs [begin, end) of a block to panel [factors, 16].
   template <typename F>
   void decode(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, IntVec* panel) const {
     for (int64_t k = begin; k < end; k += TILE_K, panel += TILE_K / 2) {
@@ -109,21 +109,21 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     }
   }
 
-  static void multiply_panel(const Word* x, const Word* panel, int64_t n_words, bool accumulates, int64_t n_tokens,
-                             float* acc) {
-    for (int64_t token = 0; token < n_tokens; token += ROWS, x += ROWS * PANEL_WORDS, acc += ROWS * COLUMNS) {
-      const auto multiply = accumulates ? multiply_words<bf16, true> : multiply_words<bf16, false>;
-      multiply(x, PANEL_WORDS, panel, BLOCK_N, PANEL_WORDS * BLOCK_N, n_words, acc, COLUMNS);
+  static void multiply_panel(const Factor* x, const Factor* panel, int64_t n_factors, bool accumulates,
+                             int64_t n_tokens, float* acc) {
+    for (int64_t token = 0; token < n_tokens; token += MR, x += MR * PANEL_FACTORS, acc += MR * NR) {
+      const auto multiply = accumulates ? microkernel<bf16, true> : microkernel<bf16, false>;
+      multiply(x, PANEL_FACTORS, panel, BLOCK_N, PANEL_FACTORS * BLOCK_N, n_factors, acc, NR);
     }
   }
 
-  // Applies the epilogue to acc [ROWS, COLUMNS], the sums of tokens [begin, end), and stores the outputs.
+  // Applies the epilogue to acc [MR, NR], the sums of tokens [begin, end), and stores the outputs.
   void store_outputs(const float* acc, int64_t first_block, const int64_t* blocks, Range tokens) const {
     BlockSums sums[4];
     for (int64_t i = 0; i < 4; i++) {
       const Vec scale = dispatch_format(w.format, [&]<typename F>(F) { return F::output_scales(w, blocks[i]); });
       for (int64_t r = 0; r < tokens.end - tokens.begin; r++)
-        sums[i][r] = load_vec(acc + r * COLUMNS + i * LANES) * scale;
+        sums[i][r] = load_vec(acc + r * NR + i * LANES) * scale;
     }
     FusedLinearOp<bf16> op = *this;  // of these tokens
     op.out += tokens.begin * n_out();

@@ -16,7 +16,7 @@ struct SampleOp {
   static constexpr int64_t N_PARTS = 32;
 
   Range part_range(int64_t part) const {
-    const Range vecs = range_of_thread(part, N_PARTS, (n + LANES - 1) / LANES);
+    const Range vecs = range_of_thread(part, N_PARTS, divide_up(n, LANES));
     return {vecs.begin * LANES, std::min(vecs.end * LANES, n)};
   }
   size_t shared_bytes() const { return m * N_PARTS * sizeof(float); }

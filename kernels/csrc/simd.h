@@ -34,6 +34,9 @@ inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 
 
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
+inline int64_t divide_up(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return divide_up(n, multiple) * multiple; }
+
 // ---- Load, store, prefetch ------------------------------------------------------------------------------------------
 
 // Loads a number or a vector of type T. The address need not be aligned.
@@ -285,8 +288,8 @@ inline Vec normal_cdf(Vec x) {
   return x < 0.0f ? tail : 1 - tail;
 }
 
-// The activation of a feed-forward. The order is that of ACTIVATION_IDS in kernels/schema.py. COUNT is the number of
-// the others.
+// The activation of a feed-forward. The order is that of ACTIVATIONS in config.py, which build.py checks. COUNT is the
+// number of the others.
 enum class Activation : int64_t {
   NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, GELU_PYTORCH_TANH, RELU2, COUNT
 };

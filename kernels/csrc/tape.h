@@ -1,4 +1,6 @@
-// Operations and tapes. A tape is a recorded list of operations; a CPU replays it as a GPU replays a CUDA graph.
+// Operations and tapes. A small model computes an operation in microseconds, about as long as Python takes to call it.
+// So a CPU replays a recorded list of operations, a tape, as a GPU replays a CUDA graph. Without a tape, a small model
+// ran at 0.4 to 0.7 of the speed (docs/how_it_works.md).
 //
 // The threads of an OpenMP parallel region execute an operation together. Each thread computes a range of the tasks.
 // ops.cpp submits every operation that Python calls (submit). What happens next depends on whether a tape is recorded:
@@ -12,8 +14,6 @@
 //     tape_replay  thread 0 | fused_linear: first half  | attend: RoPE | keys | out | fused_linear ...
 //                  thread 1 | fused_linear: second half | attend: RoPE | keys | out | fused_linear ...
 //                                               barrier ^              ^      ^     ^
-//
-// Without a tape, a small model ran at 0.4 to 0.7 of the speed (docs/how_it_works.md).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -31,7 +31,7 @@ class Scratch {
 
  public:
   template <typename T> T* at_least(size_t n) {
-    const size_t n_lines = (n * sizeof(T) + 63) / 64;
+    const size_t n_lines = divide_up(n * sizeof(T), 64);
     if (lines.size() < n_lines) lines.resize(n_lines);
     return reinterpret_cast<T*>(lines.data());
   }

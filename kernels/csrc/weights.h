@@ -38,7 +38,7 @@ struct Weights {
   int64_t group_size, n_groups;  // group_size inputs of an output share a scale. Int8 has one group of k inputs
   bool has_f16_scales;           // whether scales of 16 bits are f16 and not bf16
 
-  int64_t n_blocks() const { return (n + BLOCK_N - 1) / BLOCK_N; }
+  int64_t n_blocks() const { return divide_up(n, BLOCK_N); }
   int64_t block_bytes() const { return BLOCK_N * k * bits / 8; }
   const char* block_data(int64_t block) const { return data + block * block_bytes(); }
   Weights expert(int64_t e) const {
@@ -64,7 +64,7 @@ struct Weights {
 //
 // The struct of a format says how the loops of dot.h, amx.h and linear.h decode the weights. A new format needs
 //
-//     PER_WORD            elements of a word
+//     ELEMENTS_PER_WORD   elements of a word
 //     SCALE_BYTES         bytes of a scale: 4 (float), 2 (f16 or bf16) or 1 (an exponent)
 //     element             element j of each of 16 words
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
@@ -95,7 +95,7 @@ struct Unquantized : FormatDefaults {
 struct Int8 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_OUTPUT_SCALES = true;
   static constexpr int32_t SHARED_ZERO = 128;
-  static constexpr int PER_WORD = 4, SCALE_BYTES = 4;
+  static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 4;
   static IntVec element(IntVec words, int j) { return (words >> (8 * j)) & 255; }
   static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) { return {Vec{} + 1, Vec{} + float(SHARED_ZERO)}; }
   static Vec output_scales(const Weights& w, int64_t block) {
@@ -105,7 +105,7 @@ struct Int8 : FormatDefaults {
 
 struct Int4 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
-  static constexpr int PER_WORD = 8, SCALE_BYTES = 2;
+  static constexpr int ELEMENTS_PER_WORD = 8, SCALE_BYTES = 2;
   static IntVec element(IntVec words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
   // Maps each byte of nibbles, 0 to 15, to the unsigned byte that dot_grouped multiplies.
   static IntVec unsigned_bytes(IntVec nibbles) { return nibbles; }
@@ -117,7 +117,7 @@ struct Int4 : FormatDefaults {
 
 struct GroupedInt8 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
-  static constexpr int PER_WORD = 4, SCALE_BYTES = 2;
+  static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 2;
   static IntVec element(IntVec words, int j) { return Int8::element(words, j); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {w.load_16_bit_scales(group), load_vec(w.zeros_of(group))};
@@ -128,7 +128,7 @@ struct GroupedInt8 : FormatDefaults {
 struct Float8 : FormatDefaults {
   static constexpr bool BF16_ACTIVATIONS = HAS_FLOAT8_BF16, SCALE_AFTER_SUM = true;
   static constexpr int64_t MIN_AMX_TOKENS = 3;
-  static constexpr int PER_WORD = 4, SCALE_BYTES = 4;
+  static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 4;
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {load_vec(w.scales_of<float>(group)) * FLOAT8_FACTOR, Vec{}};
   }
@@ -138,7 +138,7 @@ struct Float8 : FormatDefaults {
 // from 0 to 24, with the zero point 12 and half the scale.
 struct MXFP4 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true;
-  static constexpr int PER_WORD = 8, SCALE_BYTES = 1;
+  static constexpr int ELEMENTS_PER_WORD = 8, SCALE_BYTES = 1;
   // For the four bits of a number, TABLE has q, and VALUES has the number.
   alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
   alignas(64) static constexpr std::array<float, 16> VALUES = [] {

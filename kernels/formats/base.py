@@ -70,7 +70,7 @@ class WeightFormat:
         return in_chunks(self.quantize_rows, w)
 
     def quantize_rows(self, w: Tensor) -> Tensors:
-        """Quantizes some rows of a matrix, w [rows, K]. quantize calls it."""
+        """Quantizes some rows of a matrix, w [rows, K]."""
         raise NotImplementedError
 
     def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:

@@ -10,8 +10,7 @@
     sampling.py     sample
 
 linear, formats, moe, attention and sampling register their operations as torch.ops.gptfast_triton.* when they are
-imported (kernels/schema.py). kernels/ops.py calls the operations. kernels/torch_ops.py computes the same functions in
-plain PyTorch, and kernels/backend.py says how the two round. In these files `import triton` is the library.
+imported (kernels/schema.py). In these files `import triton` is the library.
 
 A weight of int4 takes this way. It is packed once, when the model is loaded:
 

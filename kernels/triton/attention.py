@@ -4,8 +4,7 @@
 
 This is Flash-Decoding. The cache is cut into splits. Each program goes over one split with FlashAttention's online
 softmax (arXiv:2205.14135). The last program to finish combines the results of all splits. Programs read on the device
-how many tokens the cache holds, so one CUDA graph serves every position. kernels/ops.py calls attend, and
-kernels/torch_ops.py computes the same function in plain PyTorch, rounded differently (kernels/backend.py).
+how many tokens the cache holds, so one CUDA graph serves every position.
 
 In shape comments B is sequences, T new tokens of a sequence, S max_seq_len of the cache, H query heads, G key/value
 heads, D head_dim. In a program M is queries and N keys. X is whatever a function is called with: queries or keys.
@@ -23,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import triton_op
-from kernels.triton.launch import done_counters, dot_dtype, gpu_info, overlap_options, wait_for_previous_kernel
+from kernels.triton.launch import dot_dtype, gpu_info, pdl_options, pdl_wait, semaphores
 from kernels.triton.linear import apply_softcap
 
 BLOCK_T = tl.constexpr(16)  # kernels/backend.py: MAX_TRITON_NEW_TOKENS; tl.dot needs at least 16
@@ -44,8 +43,8 @@ def attend_kernel(
     start_pos_ptr, rope_ptr,  # [B], [S, D / 2, 2]
     q_norm_weight_ptr, k_norm_weight_ptr,  # [Q_NORM_HEADS, D], [K_NORM_HEADS, D], or None
     sinks_ptr, alibi_slopes_ptr,  # [H], [H], or None
-    out_ptr, splits_ptr, stats_ptr,  # [B, T, H, D], [B, T, H, N_SPLITS, D], [B, T, H, N_SPLITS, 2]: m_i and l_i
-    n_done_ptr,  # [B, G], zeros
+    out_ptr, partial_out_ptr,  # [B, T, H, D], [B, T, H, N_SPLITS, D]
+    partial_ml_ptr, semaphores_ptr,  # [B, T, H, N_SPLITS, 2]: m_i and l_i of each split; [B, G]: zeros
     eps, qk_scale, qk_softcap, cache_stride_b, cache_stride_g, S, T,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
     Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr,  # heads that are normed together: 1, or all
@@ -61,11 +60,11 @@ def attend_kernel(
         program i    |    0    |    1    |    2     |       2       |            for N_SPLITS = 3
 
     The last program reads the new tokens from qkv, and only this program writes to the cache. So no program waits for
-    another. Each program stores its result in splits and stats, and adds one to n_done. The program that finds all
-    others counted combines the results, and sets n_done back to zero.
+    another. Each program stores its result in partial_out and partial_ml, and adds one to a semaphore. The program that
+    finds all others counted combines the results, and sets the semaphore back to zero.
 
     The softmax has base 2, since exp2 is one instruction: qk_scale and qk_softcap include a factor of LOG2_E."""
-    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
+    pdl_wait(USE_PDL, TRIGGER_EARLY)
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     HEADS_PER_KV: tl.constexpr = N_HEADS // N_KV_HEADS
     TOKEN_STRIDE: tl.constexpr = (N_HEADS + 2 * N_KV_HEADS) * D
@@ -124,9 +123,9 @@ def attend_kernel(
     if N_SPLITS == 1:
         store_vectors(out_ptr, query * D, acc / l_i[:, None], mask_m, D)
     else:
-        counter = sequence * N_KV_HEADS + kv_head  # index in [B, G]
+        semaphore = sequence * N_KV_HEADS + kv_head  # index in [B, G]
         store_and_combine(
-            m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
+            m_i, l_i, acc, out_ptr, partial_out_ptr, partial_ml_ptr, semaphores_ptr, query, split, semaphore, mask_m,
             D, N_SPLITS, N_SPLITS_PADDED,
         )
 
@@ -202,34 +201,36 @@ def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i,
 
 @triton.jit
 def store_and_combine(
-    m_i, l_i, acc, out_ptr, splits_ptr, stats_ptr, n_done_ptr, query, split, counter, mask_m,
+    m_i, l_i, acc, out_ptr, partial_out_ptr, partial_ml_ptr, semaphores_ptr, query, split, semaphore, mask_m,
     D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
 ):
-    """Stores the result of one split, and adds one to n_done at index counter. The last program of the counter stores
-    the output. query [BLOCK_M]: indices of the queries in [B, T, H]."""
+    """Stores the result of one split, and adds one to the semaphore. The last program of the semaphore stores the
+    output. query [BLOCK_M]: indices of the queries in [B, T, H]."""
     first_split = query * N_SPLITS  # index in [B, T, H, N_SPLITS]
-    store_vectors(splits_ptr, (first_split + split) * D, acc, mask_m, D)
-    tl.store(stats_ptr + (first_split + split) * 2, m_i, mask=mask_m)
-    tl.store(stats_ptr + (first_split + split) * 2 + 1, l_i, mask=mask_m)
+    store_vectors(partial_out_ptr, (first_split + split) * D, acc, mask_m, D)
+    tl.store(partial_ml_ptr + (first_split + split) * 2, m_i, mask=mask_m)
+    tl.store(partial_ml_ptr + (first_split + split) * 2 + 1, l_i, mask=mask_m)
     tl.debug_barrier()  # all threads of the program have stored before the program counts
-    if tl.atomic_add(n_done_ptr + counter, 1, sem="acq_rel") == N_SPLITS - 1:
-        tl.store(n_done_ptr + counter, 0)
-        out = combine_splits(splits_ptr, stats_ptr, first_split, mask_m, D, N_SPLITS, N_SPLITS_PADDED, acc.shape[1])
+    if tl.atomic_add(semaphores_ptr + semaphore, 1, sem="acq_rel") == N_SPLITS - 1:
+        tl.store(semaphores_ptr + semaphore, 0)
+        out = combine_splits(
+            partial_out_ptr, partial_ml_ptr, first_split, mask_m, D, N_SPLITS, N_SPLITS_PADDED, acc.shape[1]
+        )
         store_vectors(out_ptr, query * D, out, mask_m, D)
 
 
 @triton.jit
 def combine_splits(
-    splits_ptr, stats_ptr, first_split, mask_m, D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    partial_out_ptr, partial_ml_ptr, first_split, mask_m,
+    D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Combines the results of all splits into the output [BLOCK_M, BLOCK_D]. first_split [BLOCK_M]: indices of the
     first split of each query in [B, T, H, N_SPLITS]. Other programs have just written the results, so loads bypass the
     L1 cache (.cg)."""
     split = tl.arange(0, N_SPLITS_PADDED)[None, :]
-    stat_ptr, mask_stats = stats_ptr + (first_split[:, None] + split) * 2, mask_m[:, None] & (split < N_SPLITS)
-    m_splits = tl.load(stat_ptr, mask=mask_stats, other=-1e38, cache_modifier=".cg")  # [BLOCK_M, N_SPLITS_PADDED]
-    l_splits = tl.load(stat_ptr + 1, mask=mask_stats, other=0.0, cache_modifier=".cg")
+    ml_ptr, mask_ml = partial_ml_ptr + (first_split[:, None] + split) * 2, mask_m[:, None] & (split < N_SPLITS)
+    m_splits = tl.load(ml_ptr, mask=mask_ml, other=-1e38, cache_modifier=".cg")  # [BLOCK_M, N_SPLITS_PADDED]
+    l_splits = tl.load(ml_ptr + 1, mask=mask_ml, other=0.0, cache_modifier=".cg")
     m_i = tl.max(m_splits, axis=1)
     l_i = tl.sum(tl.exp2(m_splits - m_i[:, None]) * l_splits, axis=1)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -237,8 +238,8 @@ def combine_splits(
     acc = tl.zeros([first_split.shape[0], BLOCK_D], tl.float32)
     for i in tl.range(0, N_SPLITS, loop_unroll_factor=4):
         index = first_split + i
-        m_split = tl.load(stats_ptr + index * 2, mask=mask_m, other=-1e38, cache_modifier=".cg")
-        acc_split = tl.load(splits_ptr + index[:, None] * D + d, mask=mask_acc, other=0.0, cache_modifier=".cg")
+        m_split = tl.load(partial_ml_ptr + index * 2, mask=mask_m, other=-1e38, cache_modifier=".cg")
+        acc_split = tl.load(partial_out_ptr + index[:, None] * D + d, mask=mask_acc, other=0.0, cache_modifier=".cg")
         acc += tl.exp2(m_split - m_i)[:, None] * acc_split
     return acc / l_i[:, None]
 
@@ -360,20 +361,20 @@ def attend(
     rope: [S, D / 2, 2], cosine and sine of the angles of every position.
     q_norm_weight, k_norm_weight: [D] to norm each head; [H D] and [G D] to norm all heads of a token together.
 
-    The other arguments: see AttentionOptions, LayerCache and PositionTables in kernels/arguments.py."""
+    The other arguments: see AttentionOptions, LayerCache and PositionTables in kernels/schema.py."""
     (batch, n_tokens, _), (_, n_kv_heads, max_seq_len, head_dim) = qkv.shape, k_cache.shape
     n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
     n_queries = batch * n_tokens * n_heads
     out = qkv.new_empty(batch, n_tokens, n_heads * head_dim)
-    splits = stats = None
+    partial_out = partial_ml = None
     if n_splits > 1:
-        splits = qkv.new_empty(n_queries, n_splits, head_dim, dtype=torch.float32)
-        stats = qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32)
+        partial_out = qkv.new_empty(n_queries, n_splits, head_dim, dtype=torch.float32)
+        partial_ml = qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32)
     grid = n_splits, n_kv_heads, batch
     attend_kernel[grid](
         qkv, k_cache, v_cache, start_pos, rope, q_norm_weight, k_norm_weight, sinks, alibi_slopes,
-        out, splits, stats, done_counters(qkv.device),
+        out, partial_out, partial_ml, semaphores(qkv.device),
         eps, LOG2_E.value * scale, LOG2_E.value * softcap if softcap else None,
         k_cache.stride(0), k_cache.stride(1), max_seq_len, n_tokens,
         n_heads, n_kv_heads, head_dim, window,
@@ -384,7 +385,7 @@ def attend(
         BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
         BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
         DTYPE=dot_dtype(qkv), num_stages=2,
-        **overlap_options(qkv.device, grid),
+        **pdl_options(qkv.device, grid),
     )
     return out
 

@@ -6,7 +6,7 @@
     unpack_scale_words       a scale and a zero point in one word
     e8m0_to_float            a scale that is a power of two
 
-formats.py calls these functions. kernels/formats/triton_layouts.py packs the words.
+kernels/formats/triton_layouts.py packs the words.
 
 The floats have the type DTYPE, which is the type of x. A register holds two 16-bit floats. So the functions decode
 elements in pairs. The two elements of a pair are 16 bits apart in the word, and neighbours in their row of W. For

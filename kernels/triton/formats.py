@@ -62,7 +62,9 @@ if TYPE_CHECKING:  # layers.py imports kernels
 
 
 @triton.jit
-def multiply_rows(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
+def multiply_unquantized_or_int8(
+    acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
+):
     elements = load_rows(w, k_starts, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
     return tl.dot(elements.to(x.dtype), x, acc, input_precision="ieee")
 
@@ -98,8 +100,8 @@ def product_with_zeros(q, x, scale, zero):
         sum of (q - zero) * scale * x  =  scale * (sum of q * x  -  zero * sum of x)
 
     The sum of x is a product with ones, since the matrix unit has time to spare and leaves the sum in the layout of the
-    other product. The ones are the result of a join, as q is. So Triton gives ones and q the same layout, and loads x
-    once for both products."""
+    other product. tl.full would get another register layout than q, and Triton would then convert x twice. Built with
+    tl.join, as q is, `ones` gets q's layout, so x is loaded once for both products."""
     half = tl.full([q.shape[0], q.shape[1], q.shape[2] // 2], 1.0, q.dtype)
     ones = tl.reshape(tl.join(half, half), q.shape)
     sum_x = tl.dot(ones, x, input_precision="ieee")  # equal in all rows
@@ -219,8 +221,8 @@ class KernelFormat(NamedTuple):
 
 
 KERNEL_FORMATS = [  # format_class, is_tiled, scales, multiply, dequantize
-    KernelFormat(Unquantized, False, Scales.NONE, multiply_rows, None),
-    KernelFormat(Int8, False, Scales.FLOAT32, multiply_rows, dequantize_int8),
+    KernelFormat(Unquantized, False, Scales.NONE, multiply_unquantized_or_int8, None),
+    KernelFormat(Int8, False, Scales.FLOAT32, multiply_unquantized_or_int8, dequantize_int8),
     KernelFormat(Int4, True, Scales.WITH_ZEROS, multiply_int4, dequantize_int4),
     KernelFormat(GroupedInt8, False, Scales.WITH_ZEROS, multiply_grouped_int8, dequantize_grouped_int8),
     KernelFormat(Float8, False, Scales.FLOAT32, multiply_float8, dequantize_float8),

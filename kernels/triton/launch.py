@@ -1,14 +1,15 @@
-"""How the Triton kernels are launched: what a GPU can do, the tile sizes of a product, kernels that overlap.
+"""How the Triton kernels are launched. A kernel of a decode step takes microseconds. So it counts how evenly its
+programs share the GPU (tile sizes), and how long the GPU idles between two kernels (kernels that overlap).
 
     gpu_info                    what the GPU can do
     has_matrix_units, min_block_m, dot_dtype    what a product needs to know, by device and by type of x
-    overlap_options             arguments for the launch of a kernel that may overlap with the previous kernel
-    wait_for_previous_kernel    the first call in every kernel
-    done_counters               counters by which a program knows that all other programs of the kernel are done
+    pdl_options                 arguments for the launch of a kernel that may overlap with the previous kernel
+    pdl_wait                    the first call in every kernel
+    semaphores                  by which a program knows that all other programs of the kernel are done
     choose_tiles                the tile sizes of y = x W^T: from tuned.json or by a rule
 
 tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product.
-scripts/benchmark.py --tune writes tuned.json. linear.py calls choose_tiles. All kernels use the other functions.
+scripts/benchmark.py --tune writes tuned.json.
 
 Kernels that overlap. On NVIDIA's Hopper and later GPUs, a kernel may start while the previous kernel still runs. CUDA
 calls this programmatic dependent launch (PDL). Two instructions control it:
@@ -31,9 +32,9 @@ A executes gdc_launch_dependents as early as possible without letting B occupy m
     a product with more programs                            after the loop over K, when all programs are nearly done
     any other kernel                                        never, so the next kernel starts when this kernel ends
 
-If a product with more programs executed the instruction at once, B would fill the multiprocessors that finish their
-part of A first, and the others would do the rest of A alone. Int8 steps of Llama-3.1-8B then took 4.5 ms instead of 3.3
-(H100).
+Why not always at once? If A has several waves of programs, B's programs would take over the multiprocessors that become
+free after the first wave, and A's later waves would run on the few that are left. Int8 steps of Llama-3.1-8B then took
+4.5 ms instead of 3.3 (H100).
 """
 
 import json
@@ -59,14 +60,14 @@ MMA_TOKENS = 8
 class Gpu(NamedTuple):
     num_sms: int  # multiprocessors (NVIDIA) or compute units (AMD)
     min_block_m: int  # tokens that a matrix unit multiplies at a time; 1 means that the kernels use no matrix units
-    can_overlap: bool  # whether the GPU has PDL
+    has_pdl: bool  # whether the GPU has PDL
     tuned: dict[str, dict[str, int]]  # table_key -> fields of a TileConfig
 
 
 @cache
 def gpu_info(device: torch.device) -> Gpu:
     if device.type == "cpu":  # Triton's interpreter
-        return Gpu(num_sms=16, min_block_m=8, can_overlap=False, tuned={})
+        return Gpu(num_sms=16, min_block_m=8, has_pdl=False, tuned={})
     properties = torch.cuda.get_device_properties(device)
     is_nvidia = torch.version.hip is None
     if is_nvidia:
@@ -77,7 +78,7 @@ def gpu_info(device: torch.device) -> Gpu:
     return Gpu(
         properties.multi_processor_count,
         min_block_m,
-        can_overlap=is_nvidia and properties.major >= 9,
+        has_pdl=is_nvidia and properties.major >= 9,
         tuned=tuned.get(properties.name, {}),
     )
 
@@ -101,17 +102,17 @@ def dot_dtype(x: Tensor) -> tl.dtype:
     return getattr(tl, str(x.dtype).removeprefix("torch."))
 
 
-def overlap_options(device: torch.device, grid: tuple[int, ...]) -> dict:
+def pdl_options(device: torch.device, grid: tuple[int, ...]) -> dict:
     """Returns arguments for the launch of a kernel. On a GPU with PDL the kernel may start before the previous kernel
-    has ended, so it must call wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)."""
+    has ended, so it must call pdl_wait(USE_PDL, TRIGGER_EARLY)."""
     gpu = gpu_info(device)
-    if not gpu.can_overlap:
+    if not gpu.has_pdl:
         return {"USE_PDL": False, "TRIGGER_EARLY": False}
     return {"USE_PDL": True, "TRIGGER_EARLY": math.prod(grid) <= gpu.num_sms, "launch_pdl": True}
 
 
 @triton.jit
-def wait_for_previous_kernel(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr):
+def pdl_wait(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr):
     """Waits until the previous kernel has ended. Until then a kernel may read only weights, and must not write."""
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
@@ -120,9 +121,9 @@ def wait_for_previous_kernel(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr)
 
 
 @cache
-def done_counters(device: torch.device) -> Tensor:
-    """Returns counters, all zero. Each program of a kernel adds one when it is done. The program that finds all others
-    counted is the last: it combines what all programs have stored, and sets the counter back to zero.
+def semaphores(device: torch.device) -> Tensor:
+    """Returns semaphores, all zero. Each program of a kernel adds one when it is done. The program that finds all
+    others counted is the last: it combines what all programs have stored, and sets the semaphore back to zero.
 
     All kernels share this tensor. Two kernels that overlap do not disturb each other: the second kernel counts only
     after gdc_wait, and by then the first kernel has ended."""

@@ -1,12 +1,11 @@
-"""Products of a few tokens and a weight in any format, in Triton: most of a decode step on a GPU.
+"""Products of a few tokens and a weight in any format, in Triton. A decode step on a GPU mostly waits for weights, so
+each is read once for all tokens, and what comes before and after a product is computed with it.
 
     fused_linear    y = x W^T, and what comes before and after the product, in the order that kernels/ops.py gives
     rms_norm        a norm that no product follows
     permute_inputs  puts x in the order of the columns of W
 
-They implement torch.ops.gptfast_triton.* (kernels/schema.py). moe.py calls fused_linear for the products of experts.
-formats.py has what depends on the format of W. kernels/torch_ops.py computes the same functions in plain PyTorch. It
-divides x by rms(x) before it multiplies, and rounds more often (kernels/backend.py).
+They implement torch.ops.gptfast_triton.* (kernels/schema.py). formats.py has what depends on the format of W.
 
 Instructions that only NVIDIA's GPUs have are left out on other GPUs. With TRITON_INTERPRET=1 the kernels run on CPU
 tensors: so tests/test_triton.py checks them.
@@ -27,8 +26,8 @@ from kernels.triton.launch import (
     choose_tiles,
     dot_dtype,
     min_block_m,
-    overlap_options,
-    wait_for_previous_kernel,
+    pdl_options,
+    pdl_wait,
 )
 from kernels.triton.weights import ProgramWeights, prefetch_weights, program_outputs, slice_columns, slice_starts
 
@@ -98,8 +97,8 @@ def fused_linear_kernel(
     Grid with topk_ids: [N / BLOCK_N, M * TOP_K]. Axis 1 is the (token, expert) pairs. The first pair of an expert
     computes all pairs of that expert, so the expert is read once. The programs of its other pairs return at once.
 
-    Up to MMA_TOKENS tokens are N_TOKENS: Triton compiles a kernel for each number of tokens. More tokens are n_tokens:
-    one kernel serves all numbers up to BLOCK_M."""
+    For up to MMA_TOKENS tokens the number is a compile-time constant, N_TOKENS, so there is a kernel for each number.
+    For more it is the run-time argument n_tokens, and there is one kernel for each BLOCK_M."""
     SLICE_K: tl.constexpr = BLOCK_K // K_SLICES
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N
     N_OUT = N // 2 if IS_GATED else N
@@ -107,7 +106,7 @@ def fused_linear_kernel(
     mask_n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_N) % BLOCK_OUT < N_OUT
     if USE_PDL and topk_ids_ptr is None:
         prefetch_weights(w_ptr, N, N_OUT, W_STRIDE, IS_TILED, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
-    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
+    pdl_wait(USE_PDL, TRIGGER_EARLY)
 
     # Find the rows of x and y that belong to each token: at the index of the token, or of its pair with the expert
     offs_m = tl.arange(0, BLOCK_M)
@@ -327,7 +326,7 @@ def fused_linear(
         BLOCK_K=block_k, K_SLICES=block_k // slice_k,
         NUM_STAGES=tiles.num_stages, PREFETCH_BYTES=PREFETCH_BYTES, N_THREADS=32 * tiles.num_warps,
         num_warps=tiles.num_warps,
-        **overlap_options(x.device, grid),
+        **pdl_options(x.device, grid),
     )
     return y
 
@@ -342,7 +341,7 @@ def rms_norm_kernel(
 ):
     """Computes y [M, DIM] = [residual +] x / rms(x) * weight. Grid: [M]. Program m has token m. BLOCK is a power of 2,
     at least DIM."""
-    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
+    pdl_wait(USE_PDL, TRIGGER_EARLY)
     d = tl.arange(0, BLOCK)
     offsets, mask = tl.program_id(0) * DIM + d, d < DIM
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -364,7 +363,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         x, weight, residual, y, eps, dim,
         BLOCK=triton.next_power_of_2(dim),
         num_warps=8,
-        **overlap_options(x.device, grid),
+        **pdl_options(x.device, grid),
     )
     return y
 
@@ -384,7 +383,7 @@ def permute_inputs_kernel(
     mask = offs_n < N
     # input_order belongs to the weight: no kernel writes input_order, so this load need not wait
     input_order = tl.load(input_order_ptr + offs_n, mask=mask, other=0)
-    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
+    pdl_wait(USE_PDL, TRIGGER_EARLY)
     x = tl.load(x_ptr + tl.program_id(0) * K + input_order, mask=mask, other=0.0)
     tl.store(y_ptr + tl.program_id(0) * N + offs_n, x, mask=mask)
 
@@ -395,5 +394,5 @@ def permute_inputs(x: Tensor, input_order: Tensor) -> Tensor:
     k, n = x.shape[-1], len(input_order)
     y, block = x.new_empty(*x.shape[:-1], n), min(1024, triton.next_power_of_2(n))
     grid = x.numel() // k, triton.cdiv(n, block)
-    permute_inputs_kernel[grid](x, input_order, y, k, n, block, **overlap_options(x.device, grid))
+    permute_inputs_kernel[grid](x, input_order, y, k, n, block, **pdl_options(x.device, grid))
     return y

@@ -4,8 +4,7 @@
     experts_gate_up    multiplies every token with the gate and up projections of the token's experts
     experts_down       multiplies the results with the down projections, and sums them with the router's weights
 
-They implement torch.ops.gptfast_triton.*, which kernels/ops.py calls. kernels/torch_ops.py computes the same functions
-in plain PyTorch, rounded differently (kernels/backend.py). Both products are the kernel of linear.py, with topk_ids.
+They implement torch.ops.gptfast_triton.* (kernels/schema.py). Both products are the kernel of linear.py, with topk_ids.
 """
 
 import triton
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from kernels import schema
 from kernels.schema import triton_op
-from kernels.triton.launch import overlap_options, wait_for_previous_kernel
+from kernels.triton.launch import pdl_options, pdl_wait
 from kernels.triton.linear import fused_linear
 
 
@@ -30,7 +29,7 @@ def route_kernel(
     First come the TOP_K likeliest experts, weighted with their probabilities. Then come N_SHARED shared experts, with
     ids from E on. The weight of each shared expert is the sigmoid of the token's last logit. BLOCK is a power of two,
     at least E + N_SHARED and TOP_K + N_SHARED."""
-    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
+    pdl_wait(USE_PDL, TRIGGER_EARLY)
     token, e = tl.program_id(0), tl.arange(0, BLOCK)
     logits_ptr += token * (E + 1 if N_SHARED else E)
     logits = tl.load(logits_ptr + e, mask=e < E, other=-float("inf"))
@@ -61,7 +60,7 @@ def moe_combine_kernel(
 ):
     """Computes out [M, N] = [residual +] the sum over TOP_K of topk_weights [M, TOP_K] * y [M, TOP_K, N].
     Grid: [N / BLOCK, M]. Program (i, m) has outputs [i * BLOCK, (i + 1) * BLOCK) of token m."""
-    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
+    pdl_wait(USE_PDL, TRIGGER_EARLY)
     token, offs_n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if residual_ptr is not None:
         total = tl.load(residual_ptr + token * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
@@ -100,7 +99,7 @@ def experts_down(
     out = hidden.new_empty(*topk_ids.shape[:-1], n)
     grid = triton.cdiv(n, 512), out.numel() // n
     moe_combine_kernel[grid](
-        y, topk_weights, residual, out, n, TOP_K=topk_ids.shape[-1], BLOCK=512, **overlap_options(out.device, grid)
+        y, topk_weights, residual, out, n, TOP_K=topk_ids.shape[-1], BLOCK=512, **pdl_options(out.device, grid)
     )
     return out
 
@@ -109,13 +108,13 @@ def experts_down(
 def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
     """Returns (topk_weights, topk_ids) for float32 logits [..., E], or [..., E + 1] with shared experts. Both are
     [..., top_k + n_shared_experts]. norm_topk_prob: the weights of the top_k experts are scaled to sum to one."""
-    topk_weights, topk_ids = schema.route_fake(logits, top_k, norm_topk_prob, n_shared_experts)
+    topk_weights, topk_ids = schema.empty_route(logits, top_k, norm_topk_prob, n_shared_experts)
     n_logits = logits.shape[-1]
     grid = (logits.numel() // n_logits,)
     route_kernel[grid](
         logits, topk_weights, topk_ids, n_logits - 1 if n_shared_experts else n_logits, top_k, norm_topk_prob,
         n_shared_experts,
         BLOCK=triton.next_power_of_2(max(n_logits, top_k + n_shared_experts)),
-        **overlap_options(logits.device, grid),
+        **pdl_options(logits.device, grid),
     )
     return topk_weights, topk_ids

@@ -2,7 +2,7 @@
 
     sample    logits and noise -> token ids, registered as torch.ops.gptfast_triton.sample
 
-kernels/ops.py: sample calls it. A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is
+A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is
 the argmax of logits / T - log E, where E is noise of the exponential distribution, one number for each logit. So the
 kernel needs neither a softmax nor a sum. The kernel takes the argmax of logits - T log E, which also works for T = 0.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import triton_op
-from kernels.triton.launch import done_counters, overlap_options, wait_for_previous_kernel
+from kernels.triton.launch import pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program has
 
@@ -21,7 +21,7 @@ BLOCK_V = 2048  # tokens of the vocabulary that a program has
 @triton.jit
 def sample_kernel(
     logits_ptr, noise_ptr, tokens_ptr,  # [B, V], [B, V], [B]
-    block_scores_ptr, block_tokens_ptr, n_done_ptr,  # [B, N_BLOCKS], [B, N_BLOCKS], [B]
+    block_scores_ptr, block_tokens_ptr, semaphores_ptr,  # [B, N_BLOCKS], [B, N_BLOCKS], [B]
     temperature, V,
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
     N_BLOCKS_PADDED: tl.constexpr,  # N_BLOCKS, padded to a power of two
@@ -30,7 +30,7 @@ def sample_kernel(
     """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
     The last program of a sequence to finish finds the best token of all blocks. A logit that is not finite gets the
     score infinity and the token -1, so -1 is the result of the sequence."""
-    wait_for_previous_kernel(USE_PDL, TRIGGER_EARLY)
+    pdl_wait(USE_PDL, TRIGGER_EARLY)
     block, sequence = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(logits_ptr + sequence * V + token, mask=token < V, other=-1e38)
@@ -46,8 +46,8 @@ def sample_kernel(
     tl.store(block_scores_ptr + sequence * N_BLOCKS + block, best_score)
     tl.store(block_tokens_ptr + sequence * N_BLOCKS + block, best_token)
     tl.debug_barrier()  # all threads of the program have stored before the program counts
-    if tl.atomic_add(n_done_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
-        tl.store(n_done_ptr + sequence, 0)
+    if tl.atomic_add(semaphores_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
+        tl.store(semaphores_ptr + sequence, 0)
         best_of_all = best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS, N_BLOCKS_PADDED)
         tl.store(tokens_ptr + sequence, best_of_all.to(tl.int64))
 
@@ -74,7 +74,7 @@ def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
     block_tokens = logits.new_empty(batch, n_blocks, dtype=torch.int32)
     grid = n_blocks, batch
     sample_kernel[grid](
-        logits, noise, tokens, block_scores, block_tokens, done_counters(logits.device), temperature, vocab_size,
-        BLOCK_V, n_blocks, triton.next_power_of_2(n_blocks), **overlap_options(logits.device, grid),
+        logits, noise, tokens, block_scores, block_tokens, semaphores(logits.device), temperature, vocab_size,
+        BLOCK_V, n_blocks, triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
     )
     return tokens

@@ -17,10 +17,10 @@ import torch
 
 import kernels
 from kernels import torch_ops
-from kernels.arguments import AttentionOptions, LayerCache, PositionTables
 from kernels.backend import Backend
 from kernels.formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
 from kernels.formats.integers import AffineFormat
+from kernels.schema import AttentionOptions, LayerCache, PositionTables
 from layers import Embedding, Linear, RMSNorm
 from scripts.kernel_checks import error_bounds as bounds
 
