@@ -27,6 +27,7 @@ from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
 from cli.startup import build_decoder, load_draft, required_seq_len, warm_up
 from cli.terminal import converse
+from converters.resolve import ensure_converted
 from engine.chat import Conversation
 from engine.generation import DecodeLoop, build_decode_loop
 from engine.sequence import Sequence
@@ -41,6 +42,9 @@ def main():
     args = parse_args(__doc__)
     common_args.set_threads(args.threads)
     load_options, prompts = common_args.load_options(args), read_prompts(args)
+    args.checkpoint_path = ensure_converted(args.checkpoint_path)  # last, since converting may take half an hour
+    if args.draft_checkpoint_path:
+        args.draft_checkpoint_path = ensure_converted(args.draft_checkpoint_path)
     start = time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, **load_options)
     stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}  # more fields for --json

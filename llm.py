@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from converters.resolve import resolve_checkpoint
+from converters.resolve import ensure_converted
 from engine.chat import Conversation
 from engine.generation import DecodeLoop, build_decode_loop, generate
 from engine.sampling import SamplingParams
@@ -54,7 +54,7 @@ class LLM:
             if name not in names:
                 raise UsageError(f"{name} is no sampling option; these are: {', '.join(names)}")
         self.sampling, self.compile = SamplingParams(**sampling), compile
-        path = resolve_checkpoint(checkpoint_path)
+        path = ensure_converted(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         self.free_decode_loops: list[DecodeLoop] = []  # the decode loops that no text uses
