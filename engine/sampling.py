@@ -3,8 +3,8 @@
     sample(logits, SamplingParams())                          # the likeliest token
     sample(logits, SamplingParams(temperature=0.8, top_k=50))
 
-steps.py, speculate.py and scheduler.py call process_logits, which applies the options that depend on the text, and then
-sample. No function waits for the device, so that the next step can start before the host has read the sampled token.
+process_logits comes before sample: it applies the option that depends on the text. No function waits for the device, so
+that the next step can start before the host has read the sampled token.
 """
 
 import math
@@ -92,6 +92,9 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether an option of process_logits is set."""
         return self.repetition_penalty != 1
+
+
+GREEDY = SamplingParams()
 
 
 def process_logits(

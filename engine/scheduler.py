@@ -34,10 +34,9 @@ import torch
 from torch import Tensor
 
 import collectives
-from engine.sampling import SamplingParams, process_logits, sample
-from engine.sequence import GREEDY, Logprobs, Sequence, check_length
-from engine.steps import NOT_FINITE, build_model_step, fill_kv_cache, make_kv_cache, prefill_logits
-from engine.token_history import TokenHistory
+from engine.runner import NOT_FINITE, ModelRunner, make_kv_cache
+from engine.sampling import GREEDY, SamplingParams, process_logits, sample
+from engine.sequence import Logprobs, Sequence, check_length
 from kernels.backend import TORCH, Backend
 from kernels.record import call_with_tape_threads
 from model import Transformer
@@ -96,11 +95,10 @@ class Scheduler:
             long prompt, or several short prompts."""
         self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
         self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
-        self.position_tables = model.make_position_tables(self.kv_cache)
-        self.history = TokenHistory(n_slots, max_seq_len, self.kv_cache.device)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
-        compile = compile and model.can_record(n_slots, 1)
-        self.decode_step = build_model_step(model, self.kv_cache, self.position_tables, return_logits, compile)
+        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.can_record(n_slots, 1))
+        self.history = self.runner.history
+        self.decode_step = self.runner.build_step()  # gives logits, since every sequence has its own sampling options
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
         self.n_steps = 0
@@ -191,25 +189,25 @@ class Scheduler:
 
     def prefill(self, i: int, n: int) -> list[Output]:
         """Computes the next n tokens of the prompt in slot i. After the last one, samples the first new token."""
-        slot, kv_cache = self.slots[i], self.kv_cache.narrow_batch(i, 1)
+        slot, device = self.slots[i], self.runner.device
         prompt_ids, n_cached = slot.sequence.prompt_ids, len(slot.cached_ids)
         chunk = prompt_ids[n_cached : n_cached + n]
-        tokens = torch.tensor([chunk], device=kv_cache.device)
-        start_pos = torch.tensor([n_cached], device=kv_cache.device)
+        tokens = torch.tensor([chunk], device=device)
+        start_pos = torch.tensor([n_cached], device=device)
         self.n_prefilled += len(chunk)
         if n_cached + n < len(prompt_ids):
-            fill_kv_cache(self.model, tokens, start_pos, kv_cache, self.position_tables)
+            self.runner.fill_kv_cache(tokens, start_pos, first=i)
             self.history.narrow_batch(i, 1).store(tokens, start_pos)
             slot.cached_ids += chunk
             return []
-        logits = prefill_logits(self.model, tokens, start_pos, kv_cache, self.position_tables)
+        logits = self.runner.prefill_logits(tokens, start_pos, first=i)
         slot.cached_ids += chunk
         return self.sample_next(range(i, i + 1), logits, tokens, start_pos)
 
     def decode(self, n: int) -> list[Output]:
         """Computes the next token of the n decoding sequences."""
         self.compact(n)
-        slots, device = self.slots[:n], self.kv_cache.device
+        slots, device = self.slots[:n], self.runner.device
         last_ids = [slot.sequence.new_ids[-1] for slot in slots]
         tokens = torch.tensor(last_ids, device=device)[:, None]
         start_pos = torch.tensor([len(slot.cached_ids) for slot in slots], device=device)
@@ -268,12 +266,6 @@ def longest_seq_len(model: Transformer, sequences: list[Sequence]) -> int:
     Scheduler.submit refuses longer sequences."""
     longest = max((len(sequence.prompt_ids) + sequence.max_new_tokens for sequence in sequences), default=1)
     return min(longest, model.config.max_seq_len)
-
-
-def return_logits(logits: Tensor, *_) -> Tensor:
-    """A sampler for build_model_step that does not sample. The scheduler samples, as every sequence has its own
-    options."""
-    return logits
 
 
 def max_slots(model: Transformer, max_seq_len: int) -> int:

@@ -17,12 +17,10 @@ from typing import NamedTuple
 import torch
 
 from config import ModelConfig
-from engine.sampling import SamplingParams
+from engine.sampling import GREEDY, SamplingParams
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import IncrementalDetokenizer, Tokenizer
 from utils.errors import UsageError
-
-GREEDY = SamplingParams()
 
 
 class Logprobs(NamedTuple):
