@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 import collectives
-from engine.sampling import GREEDY, SamplingParams, process_logits, sample
+from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample
 from engine.token_history import TokenHistory
 from kernels.arguments import PositionTables
 from kernels.backend import Backend
@@ -89,7 +89,7 @@ class Sampler:
     def penalize(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         if self.sampling.needs_history:
             self.history.store(tokens, start_pos)
-        return process_logits(logits, tokens, start_pos, self.history, [self.sampling])
+        return apply_repetition_penalty(logits, tokens, start_pos, self.history, [self.sampling])
 
 
 class ModelRunner:
