@@ -9,7 +9,7 @@ There are three kinds of steps:
 
     prefill         takes a prompt of any length, in chunks, and is never recorded
     decode          takes one token of every sequence
-    verification    takes several tokens of a draft; speculate.py gets it from build_step, which also makes decode
+    verification    takes several proposed tokens; speculate.py makes it with build_step
 
 A decode or verification step has one of three modes (choose_mode):
 
@@ -93,8 +93,7 @@ class Sampler:
 
 
 class ModelRunner:
-    """The steps of a model with one KV cache, and what all of them share: the cache, the tables of positions, the token
-    ids of the texts, and the recordings."""
+    """The steps of a model with one KV cache, and what they share: the cache, tables, and the texts' ids."""
 
     def __init__(
         self, model: Transformer, kv_cache: KVCache, sampling: SamplingParams = GREEDY, compile: bool = False,
@@ -171,7 +170,7 @@ class ModelRunner:
 
 
 def choose_mode(can_record: bool, device_type: str, compile: bool) -> str:
-    """Returns the mode of a step: the table at the top of this file."""
+    """Returns the mode of a step, by the table at the top of this file."""
     if can_record and (compile or device_type == "cpu"):
         return "recorded"
     return "compiled" if compile else "eager"
@@ -183,6 +182,8 @@ def return_logits(logits: Tensor, *_) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class EagerStep:
+    """A step as plain calls: what the other modes record or compile."""
+
     model: Transformer
     kv_cache: KVCache
     position_tables: list[PositionTables]
@@ -212,8 +213,7 @@ class TapeStep:
 
 class CompiledStep:
     """A step compiled by torch.compile in two pieces: the blocks, of which one compiled block serves all layers, and
-    the output head with the sampler. The pieces run as fast as one compiled step, and compile in a third of the
-    time."""
+    the head with the sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
     def __init__(self, step: EagerStep):
         self.step = step

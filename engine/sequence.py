@@ -5,7 +5,7 @@
     text = sequence.append(token)     # adds a new token, and returns the new text
     sequence.finish_reason            # None until the sequence ends
 
-generation.py and scheduler.py compute the tokens. Where a sequence ends is decided here, in append, and nowhere else.
+Where a sequence ends is decided here, in append, and nowhere else.
 """
 
 import time

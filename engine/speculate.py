@@ -171,8 +171,8 @@ def rejection_sample(
 
 @dataclass
 class AcceptanceRate:
-    """The rate at which the model accepts proposed tokens, as an exponential moving average. A step rejects at most one
-    token, since the tokens after the rejected token do not count."""
+    """The rate at which the model accepts proposed tokens, as an exponential moving average. A step is some
+    accepted tokens and at most one rejection, since verification stops at the first rejected token."""
 
     n_accepted: float = PRIOR_ACCEPTED
     n_rejected: float = PRIOR_REJECTED
