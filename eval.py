@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from cli import common_args
 from cli.ranks import process_group
 from cli.script import run_script
-from converters.resolve import resolve_checkpoint
+from converters.resolve import ensure_converted
 from evaluation.lm_harness import evaluate, harness_model, task_manager
 from evaluation.scoring import perplexity
 from loading import load
@@ -67,7 +67,7 @@ def main():
     text = read_text(args.text_file) if args.text_file else None
     manager = task_manager(args.tasks, args.include_path) if args.tasks else None
     load_options = common_args.load_options(args)
-    model, tokenizer = load(resolve_checkpoint(args.checkpoint_path), **load_options)
+    model, tokenizer = load(ensure_converted(args.checkpoint_path), **load_options)
     length = context = model.config.max_seq_len
     if args.max_seq_len is not None:
         length = args.max_seq_len

@@ -25,12 +25,13 @@ from cli.parallel import complete_in_parallel
 from cli.ranks import process_group
 from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
-from cli.startup import build_decoder, load_draft, required_seq_len, warm_up
+from cli.startup import build_speculative_decoder, load_draft, required_seq_len, warm_up
 from cli.terminal import converse
+from converters.resolve import ensure_converted
 from engine.chat import Conversation
-from engine.generation import DecodeLoop, build_decode_loop
+from engine.generation import DecodeLoop, PlainDecoder
+from engine.runner import ModelRunner, make_kv_cache
 from engine.sequence import Sequence
-from engine.steps import build_steps, make_kv_cache
 from llm import LLM  # noqa: F401  (earlier READMEs import LLM from here)
 from loading import load
 
@@ -41,6 +42,9 @@ def main():
     args = parse_args(__doc__)
     common_args.set_threads(args.threads)
     load_options, prompts = common_args.load_options(args), read_prompts(args)
+    args.checkpoint_path = ensure_converted(args.checkpoint_path)  # last, since converting may take half an hour
+    if args.draft_checkpoint_path:
+        args.draft_checkpoint_path = ensure_converted(args.draft_checkpoint_path)
     start = time.perf_counter()
     model, tokenizer = load(args.checkpoint_path, **load_options)
     stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}  # more fields for --json
@@ -51,11 +55,9 @@ def main():
         return
 
     kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
-    steps = build_steps(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
-    decode_loop = build_decode_loop(steps, kv_cache)
-    if args.speculative:
-        decode_loop = build_decoder(args, model, draft, kv_cache, steps)
-    stats |= warm_up(args, model, steps, decode_loop, sequences)
+    runner = ModelRunner(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
+    decode_loop = build_speculative_decoder(args, runner, draft) if args.speculative else PlainDecoder(runner)
+    stats |= warm_up(args, runner, decode_loop, sequences)
     torch.manual_seed(args.seed)
     if args.conversation:
         eos_ids = model.config.eos_ids
@@ -67,8 +69,7 @@ def main():
             labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]
             with profiled(args.profile if j == args.num_samples else None):
                 samples.append(generate_text(args, sequence, decode_loop, labels))
-        accept_counts = decode_loop.accept_counts() if args.speculative else None
-        print_result(args, build_result(args, model, kv_cache, samples, accept_counts) | stats, model)
+        print_result(args, build_result(args, model, kv_cache, samples, decode_loop.accept_counts()) | stats, model)
 
 
 def generate_text(args: argparse.Namespace, prompt: Sequence, decode_loop: DecodeLoop, labels: list) -> list[Sequence]:

@@ -6,13 +6,13 @@
 
 LLM consists of these parts, which also take batches. generate is the loop (engine/generation.py):
 
-    from llm import SamplingParams, build_steps, generate, load, make_kv_cache
+    from llm import ModelRunner, SamplingParams, generate, load, make_kv_cache
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])
     kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=prompt.shape[1] + 50)
-    steps = build_steps(model, kv_cache, SamplingParams(temperature=0.8))
-    for ids in generate(steps, prompt, n_cached=0, max_new_tokens=50):
+    runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8))
+    for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(tokenizer.decode(ids))
 """
 
@@ -22,18 +22,18 @@ from pathlib import Path
 
 import torch
 
-from converters.resolve import resolve_checkpoint
+from converters.resolve import ensure_converted
 from engine.chat import Conversation
-from engine.generation import DecodeLoop, build_decode_loop, generate
+from engine.generation import DecodeLoop, PlainDecoder, generate
+from engine.runner import ModelRunner, make_kv_cache
 from engine.sampling import SamplingParams
 from engine.scheduler import build_scheduler
 from engine.sequence import Sequence, build_sequence, check_length, check_max_new_tokens
-from engine.steps import build_steps, make_kv_cache
 from loading import load
 from utils.errors import UsageError
 from utils.machine import pick_device
 
-__all__ = ["LLM", "SamplingParams", "build_steps", "generate", "load", "make_kv_cache"]
+__all__ = ["LLM", "ModelRunner", "SamplingParams", "generate", "load", "make_kv_cache"]
 
 
 class LLM:
@@ -54,7 +54,7 @@ class LLM:
             if name not in names:
                 raise UsageError(f"{name} is no sampling option; these are: {', '.join(names)}")
         self.sampling, self.compile = SamplingParams(**sampling), compile
-        path = resolve_checkpoint(checkpoint_path)
+        path = ensure_converted(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         self.free_decode_loops: list[DecodeLoop] = []  # the decode loops that no text uses
@@ -62,7 +62,7 @@ class LLM:
     def new_decode_loop(self) -> DecodeLoop:
         """Returns a DecodeLoop with a new KV cache."""
         kv_cache = make_kv_cache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
-        return build_decode_loop(build_steps(self.model, kv_cache, self.sampling, self.compile), kv_cache)
+        return PlainDecoder(ModelRunner(self.model, kv_cache, self.sampling, self.compile))
 
     def generate(self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
         """Yields the text that follows prompt, piece by piece, up to an end token or one of the stop strings. A second

@@ -38,7 +38,7 @@ from checkpoint import read_checkpoint, save_checkpoint, with_tied_head
 from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
-from converters.resolve import resolve_checkpoint
+from converters.resolve import ensure_converted
 from kernels import formats
 from kernels.formats import Int4, Tensors, WeightFormat
 from kernels.formats.base import in_chunks
@@ -178,7 +178,7 @@ def check_args(args: argparse.Namespace):
 def main():
     args = parse_args()
     common_args.set_threads(args.threads)
-    path = args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
+    path = args.checkpoint_path = ensure_converted(args.checkpoint_path)
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
         raise UsageError(f"{path} is quantized already, to {quantization['mode']}; give a model.pth of 16 bits")

@@ -16,7 +16,6 @@ import torch
 
 from cli import common_args
 from config import ModelConfig
-from converters.resolve import resolve_checkpoint
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence, build_sequence
 from engine.speculate import MAX_DRAFT_TOKENS
@@ -61,9 +60,6 @@ def parse_args(doc: str) -> argparse.Namespace:
         args.parallel = 1  # only the scheduler reports log-probabilities
     if args.speculate_k is None:
         args.speculate_k = DEFAULT_SPECULATE_K["lookup" if args.prompt_lookup else "draft"]
-    args.checkpoint_path = resolve_checkpoint(args.checkpoint_path)
-    if args.draft_checkpoint_path:
-        args.draft_checkpoint_path = resolve_checkpoint(args.draft_checkpoint_path)
     return args
 
 

@@ -8,24 +8,16 @@ import time
 from functools import partial
 
 import torch
-from torch import Tensor
 
 import collectives
 from cli.ranks import communication_share
 from engine.generation import DecodeLoop
+from engine.runner import ModelRunner, make_kv_cache
 from engine.sequence import Sequence, check_length
-from engine.speculate import (
-    PromptLookup,
-    Proposer,
-    SpeculativeDecoder,
-    build_draft_model,
-    build_speculative_decoder,
-    draft_lengths,
-)
-from engine.steps import Steps, make_kv_cache
+from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeDecoder
 from kernels import MAX_CPU_TOKENS, TRITON
 from loading import load
-from model import KVCache, Transformer
+from model import Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -68,17 +60,17 @@ def required_seq_len(
     return longest + args.max_new_tokens
 
 
-def build_decoder(
-    args: argparse.Namespace, model: Transformer, draft: Transformer | None, kv_cache: KVCache, steps: Steps
+def build_speculative_decoder(
+    args: argparse.Namespace, runner: ModelRunner, draft: Transformer | None
 ) -> SpeculativeDecoder:
     """Returns a SpeculativeDecoder, which proposes tokens by the draft model, or by prompt lookup if draft is None."""
-    warn_without_kernels(args.speculate_k, model)
+    warn_without_kernels(args.speculate_k, runner.model)
     if draft is None:
-        proposer: Proposer = PromptLookup(args.prompt_lookup, kv_cache.device)
+        proposer: Proposer = NgramProposer(args.prompt_lookup, runner.device)
     else:
-        draft_cache = make_kv_cache(draft, 1, kv_cache.max_seq_len)
-        proposer = build_draft_model(draft, draft_cache, model, args.sampling, args.compile)
-    return build_speculative_decoder(model, kv_cache, steps, args.sampling, proposer, args.speculate_k, args.compile)
+        draft_cache = make_kv_cache(draft, 1, runner.kv_cache.max_seq_len)
+        proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling, args.compile), runner.model)
+    return SpeculativeDecoder(runner, proposer, args.speculate_k)
 
 
 def warn_without_kernels(k: int, model: Transformer):
@@ -88,45 +80,25 @@ def warn_without_kernels(k: int, model: Transformer):
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)
 
 
-def warm_up(
-    args: argparse.Namespace, model: Transformer, steps: Steps, decode_loop: DecodeLoop, sequences: list[Sequence]
-) -> dict:
-    """Calls run_steps_once. Returns fields of --json: the seconds that it took, and what only several ranks have."""
-    start = time.perf_counter()
-    run_steps_once(args, model.device, steps, decode_loop, sequences)
-    stats = {"compile_seconds": time.perf_counter() - start}
-    if args.json and collectives.world_size() > 1:
-        tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=model.device)
-        share = communication_share(partial(steps.decode, tokens, tokens[:, 0]))
-        stats |= {"world_size": collectives.world_size(), "communication_share": share}
-    return stats
-
-
 @torch.inference_mode()
-def run_steps_once(
-    args: argparse.Namespace, device: torch.device, steps: Steps, decode_loop: DecodeLoop, sequences: list[Sequence]
-):
-    """Runs steps once, so that they are compiled or recorded before the first prompt:
-
-        --compile_prefill    prefill
-        --compile            decode, and each verification
-
-    Without --compile, a CPU records a step at its first use. The prompt overwrites what this function writes to the KV
-    caches."""
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.long, device=device)
-
+def warm_up(
+    args: argparse.Namespace, runner: ModelRunner, decode_loop: DecodeLoop, sequences: list[Sequence]
+) -> dict:
+    """Compiles or records what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
+    records a step at its first use. The prompt overwrites what this function writes to the KV caches. Returns fields of
+    --json: the seconds that it took, and what only several ranks have."""
+    start, device = time.perf_counter(), runner.device
     if args.compile_prefill:
         # The length of a conversation's first prompt is unknown. Take a length that the kernels do not compute.
         n_prompt_tokens = len(sequences[0].prompt_ids) if sequences else MAX_CPU_TOKENS + 1
+        prompt = torch.zeros(args.batch_size, n_prompt_tokens, dtype=torch.long, device=device)
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
-        steps.prefill(zeros(args.batch_size, n_prompt_tokens), zeros(args.batch_size) + 1)
-    if not args.compile:
-        return
-    steps.decode(zeros(args.batch_size, 1), zeros(args.batch_size))
-    if args.speculative:
-        for k in draft_lengths(args.speculate_k):
-            if k < args.max_new_tokens:
-                proposal = decode_loop.proposer.propose([0, 0, 0], k)
-                decode_loop.verify(zeros(1, 1), zeros(1), proposal)
+        runner.prefill(prompt, prompt[:, 0] + 1)
+    if args.compile:
+        decode_loop.warm_up(args.max_new_tokens)
+    stats = {"compile_seconds": time.perf_counter() - start}
+    if args.json and collectives.world_size() > 1:
+        tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
+        share = communication_share(partial(runner.decode, tokens, tokens[:, 0]))
+        stats |= {"world_size": collectives.world_size(), "communication_share": share}
+    return stats

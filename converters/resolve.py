@@ -1,6 +1,6 @@
 """Resolves --checkpoint_path, which may be a model.pth, a folder that holds a model, or a GGUF file.
 
-    path = resolve_checkpoint(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # model.pth in the folder, made if missing
+    path = ensure_converted(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # model.pth in the folder, made if missing
 
 The converters are imported only if something must be converted.
 """
@@ -24,7 +24,7 @@ from converters.source_files import (
 from utils.errors import UsageError
 
 
-def resolve_checkpoint(path: Path | str) -> Path:
+def ensure_converted(path: Path | str) -> Path:
     """Returns the model.pth of a folder or a .gguf. The model.pth is made now if it is missing, older than its sources,
     or made of other sources. Any other path is returned as it is. With several ranks, rank 0 converts while the others
     wait."""

@@ -2,7 +2,7 @@
 
     token_history.py      the token ids of each text, for sampling that depends on the text
     sampling.py           logits to a token: temperature, top_k, top_p, min_p, repetition penalty
-    steps.py              prefill, decode and verification, as functions from token ids to the next token ids
+    runner.py             ModelRunner: a model with a KV cache; prefill, decode and verification
     generation.py         the loop: a prompt to new tokens, with one decode step per token
     speculate.py          draft models, prompt lookup, verification
     sequence.py           Sequence: a prompt, its new tokens and their text, and where it ends

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
-from engine.scheduler import Output, Scheduler
+from engine.scheduler import Scheduler, SequenceUpdate
 from engine.sequence import Sequence
 from utils.machine import pick_device
 
@@ -22,17 +22,17 @@ class CompletionError(RuntimeError):
 
 class AsyncCompleter:
     """Computes the sequences of several callers together. Only self.thread uses the scheduler, and it changes sequences
-    in every step. So a caller reads a sequence only when it has ended, and until then the Outputs."""
+    in every step. So a caller reads a sequence only when it has ended, and until then the updates."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
         # PyTorch has a current device per thread
         self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(str(scheduler.kv_cache.device),))
-        self.inboxes: dict[Sequence, list[Output]] = {}  # where the caller of a sequence receives Outputs
+        self.inboxes: dict[Sequence, list[SequenceUpdate]] = {}  # where the caller of a sequence receives updates
         self.step: asyncio.Task | None = None  # the newest step; all callers wait for the same one
 
-    async def complete(self, sequences: list[Sequence]) -> AsyncIterator[list[Output]]:
-        """Yields the Outputs after each step, until all sequences have ended. If the caller stops early, its slots
+    async def complete(self, sequences: list[Sequence]) -> AsyncIterator[list[SequenceUpdate]]:
+        """Yields the updates after each step, until all sequences have ended. If the caller stops early, its slots
         become free. Raises CompletionError if one of sequences fails. Later calls still work."""
         inbox, n_left = [], len(sequences)
         try:
@@ -41,7 +41,7 @@ class AsyncCompleter:
                 self.inboxes[sequence] = inbox
                 self.thread.submit(self.scheduler.submit, sequence)
             while n_left:
-                if not inbox:  # otherwise another caller's step has added Outputs
+                if not inbox:  # otherwise another caller's step has added updates
                     if self.step is None or self.step.done():  # the first caller that waits starts the step
                         self.step = asyncio.create_task(self.run_step())
                     await asyncio.shield(self.step)  # a caller that is cancelled must not cancel the step
@@ -63,7 +63,7 @@ class AsyncCompleter:
             traceback.print_exc()
             for sequence in self.inboxes:
                 sequence.fail(str(e))
-            outputs = [Output(sequence, [], "", [], "error") for sequence in self.inboxes]
+            outputs = [SequenceUpdate(sequence, [], "", [], "error") for sequence in self.inboxes]
         for output in outputs:
             if output.sequence in self.inboxes:  # its caller has not stopped
                 self.inboxes[output.sequence].append(output)

@@ -6,7 +6,7 @@
 
 In every turn the checkpoint's chat template writes out the whole conversation. The KV cache still holds the tokens of
 earlier turns. So the model computes only from the first token that differs from the cached tokens. When the context is
-nearly full, the oldest messages are dropped. cli/terminal.py runs a conversation on a terminal.
+nearly full, the oldest messages are dropped.
 """
 
 import sys

@@ -1,31 +1,31 @@
 """The loop of generation: a prompt to new tokens, with one decode step per token.
 
-    steps = build_steps(model, kv_cache, sampling)  # steps.py
-    for ids in generate(steps, prompt, n_cached=0, max_new_tokens=50):
+    runner = ModelRunner(model, kv_cache, sampling)  # runner.py
+    for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-generate is the loop. A DecodeLoop is what generate.py, llm.py and chat.py call: this loop or that of speculate.py,
-bound to a KV cache. scheduler.py has a loop of its own, since its sequences begin and end at different times.
+generate is the loop. A DecodeLoop is this loop or that of speculate.py, bound to a runner. scheduler.py has a loop of
+its own, since its sequences begin and end at different times.
 
 Shapes: B sequences, T new tokens per sequence.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.steps import Steps, check_sampled_ids
-from model import KVCache
+from engine.runner import ModelRunner, check_sampled_ids
 
 
-def generate(steps: Steps, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+def generate(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
     """Yields the next token of each sequence, max_new_tokens times. The KV cache already holds n_cached tokens before
     prompt [B, T]. The cache must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits
     are not finite."""
     start_pos = torch.full(prompt.shape[:1], n_cached, device=prompt.device)
-    tokens = steps.prefill(prompt, start_pos)
+    tokens = runner.prefill(prompt, start_pos)
     start_pos = start_pos + prompt.shape[1]
     for n_left in reversed(range(max_new_tokens)):
         read_ids = copy_to_host_async(tokens)
@@ -35,7 +35,7 @@ def generate(steps: Steps, prompt: Tensor, n_cached: int, max_new_tokens: int) -
         if n_left > 0:
             # Token -1 stands for logits that are not finite. On a GPU this step starts before the host has checked the
             # tokens, and the embedding has no row -1, so clamp the tokens.
-            tokens = steps.decode(tokens[:, None].clamp(min=0), start_pos)
+            tokens = runner.decode(tokens[:, None].clamp(min=0), start_pos)
             start_pos = start_pos + 1
         # On a GPU the next step is queued before the host waits for the tokens of this step. Then the GPU computes
         # while the host handles the tokens. The next step may overwrite tokens, since tokens may be a recording's
@@ -61,19 +61,34 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
 
 
 class DecodeLoop(Protocol):
-    """A function that continues a text. There are two: the result of build_decode_loop, and speculate.py:
-    SpeculativeDecoder."""
+    """A function that continues a text: PlainDecoder, or SpeculativeDecoder of speculate.py."""
 
     def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         """Continues the text token_ids in each of B sequences. Yields the next token of each sequence, [B],
         max_new_tokens times. The first n_cached of token_ids are in the KV cache."""
 
+    def warm_up(self, max_new_tokens: int):
+        """Runs each kind of step once that a text of max_new_tokens may need, so that it is compiled or recorded.
+        Overwrites the first tokens of the KV cache."""
 
-def build_decode_loop(steps: Steps, kv_cache: KVCache) -> DecodeLoop:
-    """Returns the DecodeLoop of plain decoding: a decode step for every token."""
+    def accept_counts(self) -> list[int] | None:
+        """Returns how many steps of the last text accepted 0, 1 ... k proposed tokens. None: nothing proposes."""
 
-    def decode_loop(token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-        prompt = torch.tensor([token_ids[n_cached:]] * kv_cache.batch_size, device=kv_cache.device)
-        return generate(steps, prompt, n_cached, max_new_tokens)
 
-    return decode_loop
+@dataclass(frozen=True)
+class PlainDecoder:
+    """A DecodeLoop with a decode step for every token."""
+
+    runner: ModelRunner
+
+    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+        prompt = torch.tensor([token_ids[n_cached:]] * self.runner.kv_cache.batch_size, device=self.runner.device)
+        return generate(self.runner, prompt, n_cached, max_new_tokens)
+
+    @torch.inference_mode()
+    def warm_up(self, max_new_tokens: int):
+        zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
+        self.runner.decode(zeros, zeros[:, 0])
+
+    def accept_counts(self) -> None:
+        return None

@@ -3,8 +3,8 @@
     sample(logits, SamplingParams())                          # the likeliest token
     sample(logits, SamplingParams(temperature=0.8, top_k=50))
 
-steps.py, speculate.py and scheduler.py call process_logits, which applies the options that depend on the text, and then
-sample. No function waits for the device, so that the next step can start before the host has read the sampled token.
+apply_repetition_penalty comes before sample. No function waits for the device, so that the next step can start before
+the host has read the sampled token.
 """
 
 import math
@@ -22,7 +22,7 @@ from kernels.backend import TORCH, Backend
 from utils.errors import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
-# On a CPU sorted_nucleus searches for the likely tokens, so that it need not sort the whole vocabulary.
+# On a CPU sort_for_top_p searches for the likely tokens, so that it need not sort the whole vocabulary.
 SMALL_VOCABULARY = 1000  # with this many tokens or fewer, sorting is faster than searching
 FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
@@ -32,7 +32,7 @@ VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token
 class SamplingParams:
     """How a token is chosen. The options apply in this order:
 
-        repetition_penalty    arXiv:1909.05858; in process_logits, the others in sample
+        repetition_penalty    arXiv:1909.05858; in apply_repetition_penalty, the others in sample
         temperature
         top_k
         top_p                 arXiv:1904.09751
@@ -85,20 +85,23 @@ class SamplingParams:
 
     @property
     def has_truncation(self) -> bool:
-        """Whether an option excludes tokens: any field is set but temperature and repetition_penalty."""
-        return self != SamplingParams(self.temperature, repetition_penalty=self.repetition_penalty)
+        """Whether an option excludes tokens. Then no kernel draws, since a kernel draws from the whole vocabulary."""
+        return any(option is not None for option in (self.top_k, self.top_p, self.min_p))
 
     @property
     def needs_history(self) -> bool:
-        """Whether an option of process_logits is set."""
+        """Whether an option depends on the text."""
         return self.repetition_penalty != 1
 
 
-def process_logits(
+GREEDY = SamplingParams()
+
+
+def apply_repetition_penalty(
     logits: Tensor, tokens: Tensor, start_pos: Tensor, history: TokenHistory, samplings: Sequence[SamplingParams]
 ) -> Tensor:
-    """Applies the sampling options that depend on the text: returns the processed logits [B, n, V]. A new option of
-    this kind goes here, and in SamplingParams.needs_history and has_truncation.
+    """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. sample does
+    not apply it, so scheduler.py: sample_each ignores it when it groups sequences of equal options.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
     history: holds the text and tokens, if an option depends on the text.
@@ -127,7 +130,7 @@ def sample(
     temperatures: those of the sequences, float32 [B, 1] and positive, in place of sampling's; only with uniform."""
     kernel_can_sample = (
         backend.can_sample(sampling.is_greedy)
-        and (sampling.is_greedy or not sampling.has_truncation)  # a kernel draws from the whole vocabulary
+        and (sampling.is_greedy or not sampling.has_truncation)
         and (sampling.is_greedy or uniform is None)  # a kernel does not take uniform
     )
     if kernel_can_sample:
@@ -135,7 +138,7 @@ def sample(
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
     else:
-        probs, ids = filtered_probs(logits, sampling, temperatures)
+        probs, ids = apply_top_k_top_p(logits, sampling, temperatures)
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.sum(-1).isfinite()
@@ -144,12 +147,12 @@ def sample(
 
 def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Returns the distribution [B, V] from which sample draws. sampling must not be greedy."""
-    probs, ids = filtered_probs(logits, sampling)
+    probs, ids = apply_top_k_top_p(logits, sampling)
     probs = probs / probs.sum(-1, keepdim=True)
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
-def filtered_probs(
+def apply_top_k_top_p(
     logits: Tensor, sampling: SamplingParams, temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
@@ -167,7 +170,7 @@ def filtered_probs(
     probs = scores.softmax(-1)
     if sampling.top_p is not None:
         if not has_top_k:
-            probs, ids = sorted_nucleus(probs, sampling.top_p)
+            probs, ids = sort_for_top_p(probs, sampling.top_p)
         before = F.pad(probs.cumsum(-1)[:, :-1], (1, 0))  # the summed probability of all likelier tokens
         probs = probs.masked_fill(before >= sampling.top_p, 0)
     if sampling.min_p is not None:
@@ -175,19 +178,19 @@ def filtered_probs(
     return probs, ids
 
 
-def sorted_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+def sort_for_top_p(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Finds the likeliest tokens of each sequence, enough for their probabilities to sum to top_p. probs [B, V] ->
     probabilities and ids, both [B, C], the likeliest first. Equally likely tokens are in the order of their ids. Zeros
     pad a sequence that needs fewer than C tokens."""
     # On a GPU and when compiled, C must not depend on the probabilities. So all V tokens are sorted there.
     if probs.device.type != "cpu" or torch.compiler.is_compiling() or probs.shape[-1] <= SMALL_VOCABULARY:
         return probs.sort(dim=-1, descending=True, stable=True)
-    values, ids = zip(*[search_nucleus(row, top_p) for row in probs], strict=True)
+    values, ids = zip(*[search_for_top_p(row, top_p) for row in probs], strict=True)
     return pad_sequence(values, batch_first=True), pad_sequence(ids, batch_first=True)
 
 
-def search_nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """sorted_nucleus for one sequence [V]. Sorts only the tokens above a threshold. If their probabilities sum to less
+def search_for_top_p(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """sort_for_top_p for one sequence [V]. Sorts only the tokens above a threshold. If their probabilities sum to less
     than top_p, divides the threshold by 8 and searches again. Usually the first threshold is low enough."""
     missing = -len(probs) % VOCAB_BLOCK
     blocks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, VOCAB_BLOCK)

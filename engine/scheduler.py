@@ -34,10 +34,9 @@ import torch
 from torch import Tensor
 
 import collectives
-from engine.sampling import SamplingParams, process_logits, sample
-from engine.sequence import GREEDY, Logprobs, Sequence, check_length
-from engine.steps import NOT_FINITE, build_model_step, fill_kv_cache, make_kv_cache, prefill_logits
-from engine.token_history import TokenHistory
+from engine.runner import NOT_FINITE, ModelRunner, make_kv_cache
+from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample
+from engine.sequence import Logprobs, Sequence, check_length
 from kernels.backend import TORCH, Backend
 from kernels.record import call_with_tape_threads
 from model import Transformer
@@ -49,9 +48,9 @@ from utils.machine import free_memory
 PREFILL_CHUNK_TOKENS = 512
 
 
-class Output(NamedTuple):
+class SequenceUpdate(NamedTuple):
     """What a step has added to a sequence: the fields of Sequence, but only what is new. In contrast to a sequence, an
-    Output does not change in later steps."""
+    update does not change in later steps."""
 
     sequence: Sequence
     new_ids: list[int]  # one token, or none if the sequence has failed
@@ -96,11 +95,10 @@ class Scheduler:
             long prompt, or several short prompts."""
         self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
         self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
-        self.position_tables = model.make_position_tables(self.kv_cache)
-        self.history = TokenHistory(n_slots, max_seq_len, self.kv_cache.device)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
-        compile = compile and model.can_record(n_slots, 1)
-        self.decode_step = build_model_step(model, self.kv_cache, self.position_tables, return_logits, compile)
+        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.can_record(n_slots, 1))
+        self.history = self.runner.history
+        self.decode_step = self.runner.build_step()  # gives logits, since every sequence has its own sampling options
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
         self.n_steps = 0
@@ -151,20 +149,20 @@ class Scheduler:
     # ---- Steps ----
 
     @torch.inference_mode()
-    def step(self) -> list[Output]:
-        """Computes one token of every decoding sequence, or a chunk of a prompt. Returns an Output for each new token.
+    def step(self) -> list[SequenceUpdate]:
+        """Computes one token of every decoding sequence, or a chunk of a prompt. Returns an update for each new token.
         There is none while a prompt needs more chunks."""
         self.n_steps += 1
         n_decoding = sum(slot.is_decoding for slot in self.slots)
         if not n_decoding or self.n_prefilled < self.chunk_tokens:
-            self.admit()
+            self.schedule_next()
             for i, slot in enumerate(self.slots):
                 if slot.is_prefilling:
                     return self.prefill(i, self.chunk_tokens if n_decoding else self.max_seq_len)
         self.n_prefilled = 0
         return self.decode(n_decoding) if n_decoding else []
 
-    def admit(self):
+    def schedule_next(self):
         """Moves the next sequence from the queue into a free slot, unless there is none or another prompt is being
         computed. Copies the longest prefix that the prompt shares with any slot. The prefix never contains the prompt's
         last token, since only a token that is computed gives logits.
@@ -189,27 +187,27 @@ class Scheduler:
         self.slots[target].sequence = sequence
         sequence.start_time = time.perf_counter()
 
-    def prefill(self, i: int, n: int) -> list[Output]:
+    def prefill(self, i: int, n: int) -> list[SequenceUpdate]:
         """Computes the next n tokens of the prompt in slot i. After the last one, samples the first new token."""
-        slot, kv_cache = self.slots[i], self.kv_cache.narrow_batch(i, 1)
+        slot, device = self.slots[i], self.runner.device
         prompt_ids, n_cached = slot.sequence.prompt_ids, len(slot.cached_ids)
         chunk = prompt_ids[n_cached : n_cached + n]
-        tokens = torch.tensor([chunk], device=kv_cache.device)
-        start_pos = torch.tensor([n_cached], device=kv_cache.device)
+        tokens = torch.tensor([chunk], device=device)
+        start_pos = torch.tensor([n_cached], device=device)
         self.n_prefilled += len(chunk)
         if n_cached + n < len(prompt_ids):
-            fill_kv_cache(self.model, tokens, start_pos, kv_cache, self.position_tables)
+            self.runner.fill_kv_cache(tokens, start_pos, first=i)
             self.history.narrow_batch(i, 1).store(tokens, start_pos)
             slot.cached_ids += chunk
             return []
-        logits = prefill_logits(self.model, tokens, start_pos, kv_cache, self.position_tables)
+        logits = self.runner.prefill_logits(tokens, start_pos, first=i)
         slot.cached_ids += chunk
         return self.sample_next(range(i, i + 1), logits, tokens, start_pos)
 
-    def decode(self, n: int) -> list[Output]:
+    def decode(self, n: int) -> list[SequenceUpdate]:
         """Computes the next token of the n decoding sequences."""
         self.compact(n)
-        slots, device = self.slots[:n], self.kv_cache.device
+        slots, device = self.slots[:n], self.runner.device
         last_ids = [slot.sequence.new_ids[-1] for slot in slots]
         tokens = torch.tensor(last_ids, device=device)[:, None]
         start_pos = torch.tensor([len(slot.cached_ids) for slot in slots], device=device)
@@ -229,17 +227,18 @@ class Scheduler:
                 store.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
-    def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[Output]:
+    def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[SequenceUpdate]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
         sequences = [self.slots[i].sequence for i in slots]
         history = self.history.narrow_batch(slots.start, len(slots))
         # Even if no option needs the ids now: a later prompt that has such an option may copy this slot's prefix.
         history.store(tokens, start_pos)
-        scores = process_logits(logits, tokens, start_pos, history, [sequence.sampling for sequence in sequences])
+        samplings = [sequence.sampling for sequence in sequences]
+        scores = apply_repetition_penalty(logits, tokens, start_pos, history, samplings)
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
-    def add_token(self, i: int, token: int, logits: Tensor) -> Output:
+    def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
         """Appends a token, sampled from logits [V], to the sequence in slot i. Frees the slot if the sequence ends."""
         slot, n_before = self.slots[i], len(self.slots[i].sequence.new_ids)
         sequence, text = slot.sequence, ""
@@ -254,7 +253,7 @@ class Scheduler:
         if sequence.finish_reason:
             self.free(slot)
         new_ids, logprobs = sequence.new_ids[n_before:], sequence.logprobs[n_before:]
-        return Output(sequence, new_ids, text, logprobs, sequence.finish_reason)
+        return SequenceUpdate(sequence, new_ids, text, logprobs, sequence.finish_reason)
 
 
 def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int, compile: bool = False) -> Scheduler:
@@ -268,12 +267,6 @@ def longest_seq_len(model: Transformer, sequences: list[Sequence]) -> int:
     Scheduler.submit refuses longer sequences."""
     longest = max((len(sequence.prompt_ids) + sequence.max_new_tokens for sequence in sequences), default=1)
     return min(longest, model.config.max_seq_len)
-
-
-def return_logits(logits: Tensor, *_) -> Tensor:
-    """A sampler for build_model_step that does not sample. The scheduler samples, as every sequence has its own
-    options."""
-    return logits
 
 
 def max_slots(model: Transformer, max_seq_len: int) -> int:

@@ -5,7 +5,7 @@
     text = sequence.append(token)     # adds a new token, and returns the new text
     sequence.finish_reason            # None until the sequence ends
 
-generation.py and scheduler.py compute the tokens. Where a sequence ends is decided here, in append, and nowhere else.
+Where a sequence ends is decided here, in append, and nowhere else.
 """
 
 import time
@@ -17,12 +17,10 @@ from typing import NamedTuple
 import torch
 
 from config import ModelConfig
-from engine.sampling import SamplingParams
+from engine.sampling import GREEDY, SamplingParams
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import IncrementalDetokenizer, Tokenizer
 from utils.errors import UsageError
-
-GREEDY = SamplingParams()
 
 
 class Logprobs(NamedTuple):

@@ -1,15 +1,15 @@
 """Speculative decoding: a cheap proposer guesses the next few tokens, and the model verifies all of them in one step.
 
-    proposer = PromptLookup(max_ngram=3, device=device)
-    decoder = build_speculative_decoder(model, kv_cache, steps, sampling, proposer, k=5)
+    proposer = NgramProposer(max_ngram=3, device=device)
+    decoder = SpeculativeDecoder(runner, proposer, k=5)
     for (token,) in decoder(token_ids, n_cached=0, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
 one. The model accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling makes the
 distribution of the output exactly that of plain decoding (arXiv:2211.17192).
 
-    PromptLookup    searches the text for its last few tokens, and proposes the tokens that followed them there
-    DraftModel      proposes the tokens that a smaller model samples
+    NgramProposer         searches the text for its last few tokens, and proposes the tokens that followed them there
+    DraftModelProposer    proposes the tokens that a smaller model samples
 
 Read SpeculativeDecoder first: a call is the loop, in place of generation.py: generate. rejection_sample decides which
 tokens are accepted. Costs are times, as fractions of the time of a decode step of the model.
@@ -17,8 +17,8 @@ tokens are accepted. Costs are times, as fractions of the time of a decode step 
 Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import collectives
-from engine.sampling import SamplingParams, multinomial, probabilities, process_logits, sample
-from engine.steps import Steps, build_model_step, check_sampled_ids, fill_kv_cache
+from engine.runner import ModelRunner, Sampler, check_sampled_ids
+from engine.sampling import SamplingParams, multinomial, probabilities, sample
 from kernels.backend import TORCH, Backend
-from model import KVCache, Transformer
+from model import Transformer
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights.
@@ -57,21 +57,17 @@ class Proposer(Protocol):
         """Tells the proposer that the next text may differ from the previous text after the first n tokens."""
 
 
-@dataclass(frozen=True)
 class SpeculativeDecoder:
-    """A DecodeLoop (generation.py) that verifies what proposer proposes. Made by build_speculative_decoder."""
+    """A DecodeLoop (generation.py) that verifies what proposer proposes."""
 
-    steps: Steps
-    # (tokens [1, k + 1], start_pos [1], draft_tokens [k], draft_probs [k, V]) -> the result of rejection_sample.
-    # tokens are the last token of the text and draft_tokens. Without draft_probs, the proposer did not sample.
-    verify_step: Callable[..., Tensor]
-    proposer: Proposer
-    k: int  # the most tokens to propose at a time
-    device: torch.device
-    verify_cost: float = VERIFY_COST  # of one proposed token
-    # How many tokens each step of the last text gave, the first of them prefill. A step gives at least one token, and
-    # the last step only as many as the caller took.
-    step_sizes: list[int] = field(default_factory=list, init=False)
+    def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
+        """k: the most tokens to propose at a time."""
+        self.runner, self.proposer, self.k, self.device = runner, proposer, k, runner.device
+        self.verify_step = runner.build_step(RejectionSampler(**vars(runner.sampler)))
+        self.verify_cost = estimate_verify_cost(runner.model)  # of one proposed token
+        # How many tokens each step of the last text gave, the first of them prefill. A step gives at least one token,
+        # and the last step only as many as the caller took.
+        self.step_sizes: list[int] = []
 
     @torch.inference_mode()
     def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
@@ -82,7 +78,7 @@ class SpeculativeDecoder:
         acceptance = AcceptanceRate()
         self.proposer.rewind(n_cached)
         prompt = torch.tensor([token_ids[n_cached:]], device=self.device)
-        new_ids = self.steps.prefill(prompt, torch.tensor([n_cached], device=self.device)).tolist()
+        new_ids = self.runner.prefill(prompt, torch.tensor([n_cached], device=self.device)).tolist()
         while True:
             self.step_sizes.append(0)
             for token in check_sampled_ids(new_ids):
@@ -101,7 +97,7 @@ class SpeculativeDecoder:
             last_token = torch.tensor([token_ids[-1:]], device=self.device)
             start_pos = torch.tensor([len(token_ids) - 1], device=self.device)
             if proposal is None:
-                new_ids = self.steps.decode(last_token, start_pos).tolist()
+                new_ids = self.runner.decode(last_token, start_pos).tolist()
                 acceptance.decay(IDLE_DECAY)
             else:
                 n_accepted, new_ids = self.verify(last_token, start_pos, proposal)
@@ -115,33 +111,29 @@ class SpeculativeDecoder:
         n_accepted, *next_ids = self.verify_step(tokens, start_pos, *inputs).tolist()
         return n_accepted, next_ids[: n_accepted + 1]
 
+    @torch.inference_mode()
+    def warm_up(self, max_new_tokens: int):
+        zeros = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.runner.decode(zeros, zeros[0])
+        for k in draft_lengths(self.k):
+            if k < max_new_tokens:
+                self.verify(zeros, zeros[0], self.proposer.propose([0, 0, 0], k))
+
     def accept_counts(self) -> list[int]:
-        """Returns how many steps of the last text accepted 0, 1 ... k tokens. A step gives one token more."""
+        # A step that accepts n tokens gives n + 1.
         return [self.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(self.k + 1)]
 
 
-def build_speculative_decoder(
-    model: Transformer,
-    kv_cache: KVCache,
-    steps: Steps,
-    sampling: SamplingParams,
-    proposer: Proposer,
-    k: int,
-    compile: bool = False,
-) -> SpeculativeDecoder:
-    """Builds the step that verifies proposals. steps: the result of build_steps for the same kv_cache and sampling."""
+class RejectionSampler(Sampler):
+    """The sampler of a verification. tokens [1, k + 1] are the last token of the text and draft_tokens. Returns the
+    result of rejection_sample."""
 
-    def sampler(
-        logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
+    def __call__(
+        self, logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
-        if sampling.needs_history:
-            steps.history.store(tokens, start_pos)
-        logits = process_logits(logits, tokens, start_pos, steps.history, [sampling])
-        backend = model.lm_head.backend
-        return collectives.broadcast(rejection_sample(logits[0], draft_tokens, draft_probs, sampling, backend))
-
-    verify_step = build_model_step(model, kv_cache, steps.position_tables, sampler, compile)
-    return SpeculativeDecoder(steps, verify_step, proposer, k, model.device, estimate_verify_cost(model))
+        logits = self.penalize(logits, tokens, start_pos)[0]
+        result = rejection_sample(logits, draft_tokens, draft_probs, self.sampling, self.backend)
+        return collectives.broadcast(result)
 
 
 def rejection_sample(
@@ -179,8 +171,8 @@ def rejection_sample(
 
 @dataclass
 class AcceptanceRate:
-    """The rate at which the model accepts proposed tokens, as an exponential moving average. A step rejects at most one
-    token, since the tokens after the rejected token do not count."""
+    """The rate at which the model accepts proposed tokens, as an exponential moving average. A step is some
+    accepted tokens and at most one rejection, since verification stops at the first rejected token."""
 
     n_accepted: float = PRIOR_ACCEPTED
     n_rejected: float = PRIOR_REJECTED
@@ -232,7 +224,7 @@ def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -
 # ---- Proposers ------------------------------------------------------------------------------------------------------
 
 
-class PromptLookup:
+class NgramProposer:
     """Finds the last earlier occurrence of the text's last few tokens, and proposes the tokens that followed."""
 
     cost = 0.0
@@ -266,14 +258,15 @@ class PromptLookup:
             self.n_indexed = 0
 
 
-class DraftModel:
+class DraftModelProposer:
     """Proposes the tokens that a smaller model, the draft, samples. The draft has its own KV cache."""
 
-    def __init__(self, prefill: Callable, step: Callable, vocab_size: int, device: torch.device, cost: float = 0.0):
-        """prefill: (tokens [1, T], start_pos [1]) -> None; fills the draft's KV cache.
-        step: (tokens [1, T], start_pos [1]) -> (token [1], distribution [1, V] of the token, or None).
-        vocab_size: the draft's, which may be smaller than the model's."""
-        self.prefill, self.step, self.vocab_size, self.device, self.cost = prefill, step, vocab_size, device, cost
+    def __init__(self, draft: ModelRunner, model: Transformer):
+        """draft: samples with the options of the model's runner."""
+        sampler = DraftSampler(draft.sampler.sampling, draft.sampler.backend, model.config.vocab_size)
+        self.draft, self.step = draft, draft.build_step(sampler)
+        self.last_id = draft.model.config.vocab_size - 1  # the model may have more
+        self.cost = draft.model.active_weight_bytes() / model.active_weight_bytes()
         self.n_cached = 0  # how many tokens of the text are in the draft's cache
 
     def propose(self, token_ids: list[int], k: int) -> Proposal:
@@ -281,10 +274,10 @@ class DraftModel:
         # shape.
         n_before = len(token_ids) - 2
         n_cached = min(self.n_cached, n_before)
-        tokens = torch.tensor([token_ids[n_cached:]], device=self.device).clamp(max=self.vocab_size - 1)
-        start_pos = torch.tensor([n_cached], device=self.device)
+        tokens = torch.tensor([token_ids[n_cached:]], device=self.draft.device).clamp(max=self.last_id)
+        start_pos = torch.tensor([n_cached], device=self.draft.device)
         if n_cached < n_before:
-            self.prefill(tokens[:, :-2], start_pos)
+            self.draft.fill_kv_cache(tokens[:, :-2], start_pos)
         tokens, start_pos = tokens[:, -2:], start_pos + (n_before - n_cached)
         draft_tokens, draft_probs = [], []
         for _ in range(k):
@@ -301,25 +294,20 @@ class DraftModel:
         self.n_cached = min(self.n_cached, n)
 
 
-def build_draft_model(
-    draft: Transformer, kv_cache: KVCache, model: Transformer, sampling: SamplingParams, compile: bool = False
-) -> DraftModel:
-    """Returns a proposer for model that samples from draft. kv_cache: the draft's."""
-    vocab_size, position_tables = model.config.vocab_size, draft.make_position_tables(kv_cache)
+@dataclass(frozen=True)
+class DraftSampler:
+    """The sampler of a draft. Returns a token [1], and the distribution [1, V] of the token unless sampling is greedy.
 
-    def sampler(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
-        # No process_logits here. The output stays exact, since verification applies it. But with a repetition penalty
-        # fewer of the draft's tokens are accepted.
-        # The draft may pad the same vocabulary to a larger size. Drop the logits of tokens that only the draft has.
-        logits = logits[:, -1, :vocab_size]
-        if sampling.is_greedy:
-            return collectives.broadcast(sample(logits, sampling, draft.lm_head.backend).clamp(min=0)), None
-        probs = probabilities(logits, sampling)
+    There is no repetition penalty. The output stays exact, since verification applies it. But fewer of the draft's
+    tokens are accepted."""
+
+    sampling: SamplingParams
+    backend: Backend  # the draft's
+    vocab_size: int  # the model's; the draft may pad the same vocabulary to a larger size
+
+    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = logits[:, -1, : self.vocab_size]
+        if self.sampling.is_greedy:
+            return collectives.broadcast(sample(logits, self.sampling, self.backend).clamp(min=0)), None
+        probs = probabilities(logits, self.sampling)
         return collectives.broadcast(multinomial(probs)), probs
-
-    def prefill(tokens: Tensor, start_pos: Tensor):
-        fill_kv_cache(draft, tokens, start_pos, kv_cache, position_tables)
-
-    step = build_model_step(draft, kv_cache, position_tables, sampler, compile)
-    cost = draft.active_weight_bytes() / model.active_weight_bytes()
-    return DraftModel(prefill, step, draft.config.vocab_size, model.device, cost)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from engine.steps import NOT_FINITE, chunked_prefill, compile_blocks, make_kv_cache
+from engine.runner import NOT_FINITE, ModelRunner, make_kv_cache
 from model import Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
@@ -80,16 +80,14 @@ def compute_scores(
     batch_size = min(batch_size, len(sequences))
     device = model.device
     kv_cache = make_kv_cache(model, batch_size, len(sequences[order[0]].ids) - 1)
-    position_tables = model.make_position_tables(kv_cache)
+    runner = ModelRunner(model, kv_cache, compile_prefill=compile)
     start_pos = torch.zeros(batch_size, dtype=torch.long, device=device)
-    compiled_model = compile_blocks(model, dynamic=True) if compile else None
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         inputs = [sequences[i].ids[:-1] for i in indices]
         inputs += inputs[:1] * (batch_size - len(inputs))  # the last batch may be smaller; repeat its first sequence
         tokens = pad(inputs).to(device)
-        chunks = chunked_prefill(model, tokens, start_pos, kv_cache, position_tables, compiled_model)
-        hidden = torch.cat(list(chunks), dim=1)
+        hidden = torch.cat(list(runner.prefill_chunks(tokens, start_pos)), dim=1)
         for i, x in zip(indices, hidden, strict=False):
             yield score_sequence(model, i, sequences[i], x)
 

@@ -3,7 +3,7 @@
     reply = Reply(data, is_chat, model_name, tokenizer, scheduler)    # data: the JSON of a request, as bytes
     reply.sequences             # what to compute (engine/sequence.py)
     reply.response()            # after the sequences have ended
-    reply.stream(updates)       # the chunks of a stream; updates: yields the Outputs of every step
+    reply.stream(updates)       # the chunks of a stream; updates: yields those of every step
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from itertools import accumulate
 
 from engine.sampling import SamplingParams
-from engine.scheduler import Output, Scheduler
+from engine.scheduler import Scheduler, SequenceUpdate
 from engine.sequence import Sequence, encode_prompt
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
@@ -110,7 +110,7 @@ def require(condition, message: str):
 
 
 class Reply:
-    """The reply to a request: one response or, in a stream, a chunk for every Output."""
+    """The reply to a request: one response or, in a stream, a chunk for every update."""
 
     def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
         """Parses data, the bytes of the request, and tokenizes the prompts. Megabytes of text take seconds."""
@@ -127,8 +127,8 @@ class Reply:
     def response(self) -> dict:
         return self.header | {"choices": [self.choice(one, one) for one in self.sequences], "usage": self.usage()}
 
-    async def stream(self, updates: AsyncIterator[list[Output]]) -> AsyncIterator[dict]:
-        """Yields a chunk for each Output. If the request asks for the usage, it comes at the end."""
+    async def stream(self, updates: AsyncIterator[list[SequenceUpdate]]) -> AsyncIterator[dict]:
+        """Yields a chunk for each update. If the request asks for the usage, it comes at the end."""
         async for outputs in updates:
             for output in outputs:
                 yield self.header | {"choices": [self.choice(output.sequence, output)]}
@@ -140,7 +140,7 @@ class Reply:
         n_new = sum(len(one.new_ids) for one in self.sequences)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
-    def choice(self, sequence: Sequence, part: Sequence | Output) -> dict:
+    def choice(self, sequence: Sequence, part: Sequence | SequenceUpdate) -> dict:
         """Returns what a response or a chunk says of sequence. part: all of sequence, or what a step has added."""
         role, n_sent = {} if sequence in self.n_sent else {"role": "assistant"}, self.n_sent.get(sequence, 0)
         self.n_sent[sequence] = n_sent + len(part.text)
@@ -150,7 +150,7 @@ class Reply:
             return choice | {"text": part.text}
         return choice | {"delta" if self.is_stream else "message": role | {"content": part.text}}
 
-    def describe_logprobs(self, part: Sequence | Output, n_sent: int) -> dict:
+    def describe_logprobs(self, part: Sequence | SequenceUpdate, n_sent: int) -> dict:
         entries = []
         for token, logprobs in zip(part.new_ids, part.logprobs, strict=True):
             top = [self.entry(*likely) for likely in logprobs.top]

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from cli import common_args
 from cli.script import exit_with_error, run_script
-from converters.resolve import resolve_checkpoint
+from converters.resolve import ensure_converted
 from engine.async_completer import AsyncCompleter, CompletionError
 from engine.scheduler import Scheduler
 from loading import load
@@ -68,7 +68,7 @@ def main():
     common_args.set_threads(args.threads)
     listener = listen(args.host, args.port)
     load_options = common_args.load_options(args)
-    checkpoint_path = resolve_checkpoint(args.checkpoint_path)
+    checkpoint_path = ensure_converted(args.checkpoint_path)
     model, tokenizer = load(checkpoint_path, **load_options)
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
     completer = AsyncCompleter(Scheduler(model, args.parallel, max_seq_len, args.compile))

@@ -14,8 +14,8 @@ from cli.script import run_script
 from converters.hf_config import config_from_hf
 from engine import generation
 from engine.chat import ContextFull, Conversation
+from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
-from engine.steps import build_steps
 from kernels import build
 from llm import LLM
 from loading import load, load_model
@@ -42,8 +42,8 @@ def fresh_answer(folder: Path, messages: list[dict], n: int = 12) -> tuple[list[
 
 def fresh_tokens(folder: Path, ids: list[int], n: int) -> list[int]:
     model = model_of((folder / "model.pth").resolve())
-    steps = build_steps(model, KVCache(model, 1, CONTEXT), SamplingParams())
-    new = [i for (i,) in generation.generate(steps, torch.tensor([ids]), 0, n)]
+    runner = ModelRunner(model, KVCache(model, 1, CONTEXT), SamplingParams())
+    new = [i for (i,) in generation.generate(runner, torch.tensor([ids]), 0, n)]
     return new[: new.index(END)] if END in new else new
 
 
@@ -128,7 +128,7 @@ def test_an_interrupted_answer_stays(chatty):
     """As far as it has come; and the next answer is what a model says that knows no more than that."""
     model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
-    decode_loop = generation.build_decode_loop(build_steps(model, kv_cache, SamplingParams()), kv_cache)
+    decode_loop = generation.PlainDecoder(ModelRunner(model, kv_cache))
     conversation = Conversation(tokenizer, decode_loop, CONTEXT, model.config.eos_ids)
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)

@@ -15,7 +15,7 @@ import generate
 import quantize
 from cli.script import run_script
 from converters.convert_folder import convert_folder
-from converters.resolve import resolve_checkpoint
+from converters.resolve import ensure_converted
 from llm import LLM
 from scripts import convert_hf_checkpoint
 from tests.test_lora import linear_names, random_halves, write_adapter
@@ -55,15 +55,22 @@ def test_a_folder_is_converted_once(folder, capsys):
     assert again == out and err.count("Converting") == 1 and model.stat().st_mtime_ns > first
 
 
+def test_mistakes_are_found_before_the_conversion(folder, refused):
+    for args, word in [("--prompt_file=missing", "cannot read"), ("--threads=0", "--threads"), ("--device=no", "no")]:
+        for paths in [[], [f"--draft_checkpoint_path={folder}"]]:
+            refused(folder, [*paths, args], word)
+    assert not (folder / "model.pth").exists()
+
+
 def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
     """Whatever their times say, which a copy may keep or not. What was quantized stays."""
-    model, weights = resolve_checkpoint(folder), folder / "model.safetensors"
+    model, weights = ensure_converted(folder), folder / "model.safetensors"
     call(quantize.main, "--checkpoint_path", model)
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
     make_older(tmp_path / "copy/model.pth", -1)
     for path in [folder, tmp_path / "copy"]:  # the same sources
         before = (path / "model.pth").stat().st_mtime_ns
-        assert resolve_checkpoint(path) == path / "model.pth" and model.with_name("model_int8.pth").is_file()
+        assert ensure_converted(path) == path / "model.pth" and model.with_name("model_int8.pth").is_file()
         assert (path / "model.pth").stat().st_mtime_ns == before
     settings, tensors = folder / "config.json", {name: t.clone() for name, t in load_file(weights).items()}
     for file in (weights, settings, folder / "model.sources.json"):
@@ -74,42 +81,42 @@ def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
             file.write_text(file.read_text().replace("256", "257")[: -1 if file != settings else None])
         make_older(file, 9999)
         capsys.readouterr()
-        assert resolve_checkpoint(folder) == resolve_checkpoint(folder) == model
+        assert ensure_converted(folder) == ensure_converted(folder) == model
         assert capsys.readouterr().err.count("Converting") == 1
     assert model.with_name("model_int8.pth").is_file()
 
 
 def test_a_quantized_file_of_replaced_sources_is_stale(folder):
     """Also if it is newer than they are, and all that is left."""
-    model, quantized, weights = resolve_checkpoint(folder), folder / "model_int8.pth", folder / "model.safetensors"
+    model, quantized, weights = ensure_converted(folder), folder / "model_int8.pth", folder / "model.safetensors"
     call(quantize.main, "--checkpoint_path", model)
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
     make_older(weights, 9999)
-    assert resolve_checkpoint(folder) == model
+    assert ensure_converted(folder) == model
     model.unlink()
-    assert resolve_checkpoint(folder) == resolve_checkpoint(folder) == model and quantized.is_file()
+    assert ensure_converted(folder) == ensure_converted(folder) == model and quantized.is_file()
     call(quantize.main, "--checkpoint_path", model)
     model.unlink()
-    assert resolve_checkpoint(folder) == quantized
+    assert ensure_converted(folder) == quantized
     weights.unlink()
-    assert resolve_checkpoint(folder) == quantized
+    assert ensure_converted(folder) == quantized
 
 
 @pytest.mark.parametrize("broken", ["", "{}", "[]", '{"stale models": []}'])
 def test_after_a_broken_record_every_other_model_is_stale(broken, folder):
     """Nobody knows from which files it was made."""
-    model, quantized, record = resolve_checkpoint(folder), folder / "model_int8.pth", folder / "model.sources.json"
+    model, quantized, record = ensure_converted(folder), folder / "model_int8.pth", folder / "model.sources.json"
     call(quantize.main, "--checkpoint_path", model)
     record.write_text(broken)
-    assert resolve_checkpoint(folder) == model
+    assert ensure_converted(folder) == model
     model.unlink()
-    assert resolve_checkpoint(folder) == model and quantized.is_file()
+    assert ensure_converted(folder) == model and quantized.is_file()
 
 
 def test_a_record_that_cannot_be_written_is_as_it_was(folder, monkeypatch):
     """Then the model is converted again at the next start."""
     record, weights = folder / "model.sources.json", folder / "model.safetensors"
-    before = resolve_checkpoint(folder) and record.read_bytes()
+    before = ensure_converted(folder) and record.read_bytes()
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
 
     def write_a_part(path: Path, content: bytes):
@@ -120,10 +127,10 @@ def test_a_record_that_cannot_be_written_is_as_it_was(folder, monkeypatch):
     with monkeypatch.context() as full_disk:
         full_disk.setattr(Path, "write_bytes", write_a_part)
         with pytest.raises(UsageError, match="cannot write .*model.sources.json: No space left"):
-            resolve_checkpoint(folder)
+            ensure_converted(folder)
     assert record.read_bytes() == before and not [*folder.glob("*.tmp")]
     first = (folder / "model.pth").stat().st_mtime_ns
-    assert resolve_checkpoint(folder).stat().st_mtime_ns > first
+    assert ensure_converted(folder).stat().st_mtime_ns > first
 
 
 def test_every_command_takes_a_folder(folder, capsys):
@@ -141,16 +148,16 @@ def test_every_command_takes_a_folder(folder, capsys):
 
 def test_files_that_hold_no_weights(folder, tmp_path):
     """A trainer leaves other files of these names, and settings may change after weights."""
-    model = resolve_checkpoint(folder)
+    model = ensure_converted(folder)
     for name in ("training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(b"not weights")
-    assert resolve_checkpoint(folder) == model
+    assert ensure_converted(folder) == model
     make_older(model, 3600)
     os.rename(folder / "model.pth", folder / "old.pth")
     quantized = folder / "model_int4.g128.pth"  # of the same weights, converted later
     shutil.copy(folder / "old.pth", quantized)
     os.rename(folder / "old.pth", folder / "model.pth")
-    assert resolve_checkpoint(folder) == quantized
+    assert ensure_converted(folder) == quantized
 
 
 def test_metas_folder(tmp_path, capsys):
@@ -174,7 +181,7 @@ def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
         assert again == out and "Converting" not in err
     shutil.copy(file, tmp_path / "b.gguf")
     with pytest.raises(UsageError, match="holds b.gguf, tiny.Q8_0.gguf: choose one of them"):
-        resolve_checkpoint(tmp_path)
+        ensure_converted(tmp_path)
 
 
 def test_a_split_gguf_is_one_model(tmp_path, capsys):
@@ -182,25 +189,25 @@ def test_a_split_gguf_is_one_model(tmp_path, capsys):
     parts = sorted(tmp_path.glob("tiny-*-of-*.gguf"))
     assert len(parts) > 1
     for path in (tmp_path, parts[-1], parts[0]):
-        assert resolve_checkpoint(path) == tmp_path / "tiny-gguf/model.pth"
+        assert ensure_converted(path) == tmp_path / "tiny-gguf/model.pth"
     assert capsys.readouterr().err.count("Converting") == 1
     data = parts[-1].read_bytes()
     parts[-1].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # another model, whose first part is the same
     make_older(parts[-1], 9999)
-    resolve_checkpoint(parts[0])
+    ensure_converted(parts[0])
     assert capsys.readouterr().err.count("Converting") == 1
 
 
 def test_quantized_weights_are_found_again(mxfp4, tmp_path, capsys):  # noqa: F811
     """Under the name of their format; also with an adapter merged into the others."""
     folder, _, theirs = mxfp4
-    assert resolve_checkpoint(folder) == resolve_checkpoint(folder) == folder / "model_mxfp4.pth"
+    assert ensure_converted(folder) == ensure_converted(folder) == folder / "model_mxfp4.pth"
     assert capsys.readouterr().err.count("Converting") == 1
     lora, weights = tmp_path / "lora", dict(theirs.named_parameters())
     halves = {name: random_halves(*weights[f"{name}.weight"].shape) for name in linear_names(theirs)}
     write_adapter(lora, halves)
     convert_folder(folder, lora)
-    assert resolve_checkpoint(lora) == lora / "model_mxfp4.pth"
+    assert ensure_converted(lora) == lora / "model_mxfp4.pth"
     with torch.inference_mode():
         for name, (a, b) in halves.items():
             weights[f"{name}.weight"].copy_((weights[f"{name}.weight"] + 1.5 * b @ a).bfloat16())
@@ -212,12 +219,12 @@ def test_a_folder_without_sources(folder):
     convert(folder)
     (folder / "model.safetensors").unlink()
     make_older(folder / "model.pth", 3600)
-    assert resolve_checkpoint(folder) == folder / "model.pth"
+    assert ensure_converted(folder) == folder / "model.pth"
     (folder / "model.pth").rename(folder / "model_int8.pth")
-    assert resolve_checkpoint(str(folder)) == folder / "model_int8.pth"
+    assert ensure_converted(str(folder)) == folder / "model_int8.pth"
     shutil.copy(folder / "model_int8.pth", folder / "model_int4.g32.pth")
     with pytest.raises(UsageError, match="holds model_int4.g32.pth, model_int8.pth: choose one of them"):
-        resolve_checkpoint(folder)
+        ensure_converted(folder)
 
 
 def test_an_adapters_folder(folder, tmp_path, capsys):
@@ -226,17 +233,17 @@ def test_an_adapters_folder(folder, tmp_path, capsys):
     lora = tmp_path / "lora"
     write_adapter(lora, {name: random_halves(*weights[f"{name}.weight"].shape) for name in linear_names(theirs)})
     with pytest.raises(UsageError, match="holds an adapter, not a model: merge it with .* --lora"):
-        resolve_checkpoint(lora)
+        ensure_converted(lora)
     call(convert_hf_checkpoint.main, "--checkpoint_dir", folder, "--lora", lora)
-    assert resolve_checkpoint(lora) == lora / "model.pth" and "Converting" not in capsys.readouterr().err
+    assert ensure_converted(lora) == lora / "model.pth" and "Converting" not in capsys.readouterr().err
 
     def must_be_merged_again(file: Path):
         """After file was replaced, whatever its time."""
         make_older(file, 3600)
         with pytest.raises(UsageError, match="holds an adapter, not a model"):
-            resolve_checkpoint(lora)
+            ensure_converted(lora)
         call(convert_hf_checkpoint.main, "--checkpoint_dir", folder, "--lora", lora)
-        assert resolve_checkpoint(lora) == lora / "model.pth"
+        assert ensure_converted(lora) == lora / "model.pth"
 
     config, weights = lora / "adapter_config.json", load_file(lora / "adapter_model.safetensors")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 7}))

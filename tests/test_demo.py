@@ -10,8 +10,8 @@ import transformers as hf
 
 from converters.convert_gguf import convert_gguf
 from engine.generation import generate
+from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
-from engine.steps import build_steps
 from loading import load_model
 from model import KVCache
 from tests.tiny import ROOT, forward
@@ -48,6 +48,6 @@ def test_real_weights_equal_transformers(demo, tmp_path, monkeypatch):
     with torch.inference_mode():
         logits = forward(ours, tokens, torch.tensor([0]), kv_cache)
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-3, rtol=1e-3)
-    new = [i for (i,) in generate(build_steps(ours, kv_cache, SamplingParams()), tokens, 0, 30)]
+    new = [i for (i,) in generate(ModelRunner(ours, kv_cache, SamplingParams()), tokens, 0, 30)]
     expected = theirs.generate(tokens, max_new_tokens=30, do_sample=False, eos_token_id=-1)
     assert new == expected[0, len(ids) :].tolist()

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from engine import steps as steps_module
+from engine import runner as runner_module
 from engine.generation import generate
+from engine.runner import ModelRunner, choose_mode
 from engine.sampling import SamplingParams
-from engine.steps import build_steps, choose_mode
 from kernels import build
 from model import KVCache
 from tests.tiny import FAMILIES, forward
@@ -23,14 +23,14 @@ def prompt_of(rows: int, length: int) -> torch.Tensor:
     return torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
-def new_tokens(steps, prompt: torch.Tensor, n: int, start: int = 0) -> torch.Tensor:
+def new_tokens(runner, prompt: torch.Tensor, n: int, start: int = 0) -> torch.Tensor:
     """[B, n]"""
-    return torch.tensor(list(generate(steps, prompt, start, n))).T
+    return torch.tensor(list(generate(runner, prompt, start, n))).T
 
 
-def fresh_steps(model, rows: int, length: int, sampling: SamplingParams = GREEDY):
-    """Steps for a new, empty cache."""
-    return build_steps(model, KVCache(model, rows, length), sampling)
+def fresh_runner(model, rows: int, length: int, sampling: SamplingParams = GREEDY):
+    """With a new, empty cache."""
+    return ModelRunner(model, KVCache(model, rows, length), sampling)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -40,7 +40,7 @@ def test_greedy_tokens_equal_transformers(family, pair):
     prompt = prompt_of(3, 50)
     options = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0}
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    assert torch.equal(new_tokens(fresh_steps(ours, 3, 79), prompt, 30), expected[:, 50:])
+    assert torch.equal(new_tokens(fresh_runner(ours, 3, 79), prompt, 30), expected[:, 50:])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,10 +52,10 @@ def test_rescoring_gives_the_same_log_probabilities(family, pair, monkeypatch):
         seen.append(logits.clone())  # the next step overwrites them
         return sample(logits, *options)
 
-    sample = steps_module.sample
-    monkeypatch.setattr(steps_module, "sample", sample_and_note)
+    sample = runner_module.sample
+    monkeypatch.setattr(runner_module, "sample", sample_and_note)
     torch.manual_seed(0)
-    new = new_tokens(fresh_steps(ours, 3, 64, SamplingParams(temperature=1.0)), prompt, 30)
+    new = new_tokens(fresh_runner(ours, 3, 64, SamplingParams(temperature=1.0)), prompt, 30)
     assert torch.unique(new).numel() > 20  # drawn, not stuck
     with torch.inference_mode():
         rescored = forward(ours, torch.cat([prompt, new], 1), torch.zeros(3, dtype=torch.long), KVCache(ours, 3, 60))
@@ -69,8 +69,8 @@ def test_rows_are_independent(family, pair):
     ours = pair(family)[1]
     for rows, length, n in [(3, 20, 30), (16, 3, 12)]:
         prompt = prompt_of(rows, length)
-        together = new_tokens(fresh_steps(ours, rows, 50), prompt, n)
-        alone = [new_tokens(fresh_steps(ours, 1, 50), row[None], n) for row in prompt]
+        together = new_tokens(fresh_runner(ours, rows, 50), prompt, n)
+        alone = [new_tokens(fresh_runner(ours, 1, 50), row[None], n) for row in prompt]
         assert torch.equal(together, torch.cat(alone))
 
 
@@ -78,14 +78,14 @@ def test_rows_are_independent(family, pair):
 def test_what_the_cache_held_before_does_not_matter(family, pair):
     ours = pair(family)[1]
     kv_cache = KVCache(ours, 2, 80)
-    steps = build_steps(ours, kv_cache, GREEDY)
-    expected = new_tokens(steps, prompt_of(2, 5), 20)
-    new_tokens(steps, prompt_of(2, 50), 30)
-    assert torch.equal(new_tokens(steps, prompt_of(2, 5), 20), expected)
+    runner = ModelRunner(ours, kv_cache, GREEDY)
+    expected = new_tokens(runner, prompt_of(2, 5), 20)
+    new_tokens(runner, prompt_of(2, 50), 30)
+    assert torch.equal(new_tokens(runner, prompt_of(2, 5), 20), expected)
     for layer in kv_cache.layers:
         layer.k.fill_(1e4)
         layer.v.fill_(1e4)
-    assert torch.equal(new_tokens(steps, prompt_of(2, 5), 20), expected)
+    assert torch.equal(new_tokens(runner, prompt_of(2, 5), 20), expected)
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -99,12 +99,12 @@ def test_a_cache_that_nothing_uses_is_freed_at_once(pair):
     """Recorded steps refer to the cache, so none may be part of a reference cycle."""
     model = pair("llama3")[1]
     kv_cache = KVCache(model, 1, 12)
-    steps = build_steps(model, kv_cache, SamplingParams())
-    new_tokens(steps, prompt_of(1, 5), 4)
+    runner = ModelRunner(model, kv_cache, SamplingParams())
+    new_tokens(runner, prompt_of(1, 5), 4)
     is_alive = weakref.ref(kv_cache)
     gc.disable()
     try:
-        del kv_cache, steps
+        del kv_cache, runner
         assert is_alive() is None
     finally:
         gc.enable()
@@ -126,20 +126,20 @@ def test_modes_of_a_step():
 @pytest.mark.parametrize("family", SOME)
 def test_conversation_continues_from_the_cache(family, pair):
     ours, first, second = pair(family)[1], prompt_of(2, 21), prompt_of(2, 9)
-    steps = fresh_steps(ours, 2, 80)
-    answer = new_tokens(steps, first, 20)
+    runner = fresh_runner(ours, 2, 80)
+    answer = new_tokens(runner, first, 20)
     more = torch.cat([answer[:, -1:], second], 1)  # the last token of an answer has not been fed yet
-    continued = new_tokens(steps, more, 20, start=40)
+    continued = new_tokens(runner, more, 20, start=40)
     whole = torch.cat([first, answer, second], 1)
-    assert torch.equal(continued, new_tokens(fresh_steps(ours, 2, 80), whole, 20))
+    assert torch.equal(continued, new_tokens(fresh_runner(ours, 2, 80), whole, 20))
 
 
 @pytest.mark.parametrize("family", SOME)
 def test_two_caches_of_one_model(family, pair):
     """Their steps may take turns."""
     ours, prompts = pair(family)[1], [prompt_of(1, 12), prompt_of(1, 30)]
-    alone = [new_tokens(fresh_steps(ours, 1, 60), prompt, 20)[0].tolist() for prompt in prompts]
-    turns = [generate(fresh_steps(ours, 1, 60), prompt, 0, 20) for prompt in prompts]
+    alone = [new_tokens(fresh_runner(ours, 1, 60), prompt, 20)[0].tolist() for prompt in prompts]
+    turns = [generate(fresh_runner(ours, 1, 60), prompt, 0, 20) for prompt in prompts]
     in_turn = [[], []]
     for _ in range(20):
         for k, turn in enumerate(turns):
@@ -154,11 +154,11 @@ def test_prefill_in_chunks_is_prefill(family, chunk, pair, monkeypatch):
 
     def tokens_and_cache():
         kv_cache = KVCache(ours, 2, 60)
-        tokens = new_tokens(build_steps(ours, kv_cache, GREEDY), prompt, 10)
+        tokens = new_tokens(ModelRunner(ours, kv_cache, GREEDY), prompt, 10)
         return tokens, torch.stack([t for layer in kv_cache.layers for t in (layer.k, layer.v)])
 
     expected, expected_cache = tokens_and_cache()
-    monkeypatch.setattr(steps_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * chunk)  # of two sequences
+    monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * chunk)  # of two sequences
     tokens, cache = tokens_and_cache()
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(cache, expected_cache, atol=1e-5, rtol=1e-4)
@@ -170,7 +170,7 @@ def check_compiled(ours, rows: int, warm, cases, **compile):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager_cache, cache = KVCache(ours, rows, 64), KVCache(ours, rows, 64)
-    eager, compiled = build_steps(ours, eager_cache, GREEDY), build_steps(ours, cache, GREEDY, **compile)
+    eager, compiled = ModelRunner(ours, eager_cache, GREEDY), ModelRunner(ours, cache, GREEDY, **compile)
     for start, length, n in warm:
         new_tokens(compiled, prompt_of(rows, length), n, start)
     new_tokens(eager, prompt_of(rows, 30), 34)  # something in the cache for start > 0
@@ -228,7 +228,7 @@ def test_kernels_compile(family, pair):
 def test_compiled_prefill(family, pair, monkeypatch, without_inductor):
     if family == "mixtral":  # its experts are not compiled, and the rest is as in llama3
         without_inductor()
-    monkeypatch.setattr(steps_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 16)  # of two sequences
+    monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 16)  # of two sequences
     warm, cases = [(5, 9, 1)], [(0, 2, 9), (0, 11, 9), (29, 5, 9), (0, 1, 9), (0, 63, 2)]
     counters = check_compiled(pair(family)[1], 2, warm, cases, compile_prefill=True)
     if family == "llama3":  # a mixture reads on the host which experts are in use
@@ -238,7 +238,7 @@ def test_compiled_prefill(family, pair, monkeypatch, without_inductor):
 def test_compiled_prefill_with_kernels(pair, monkeypatch, without_inductor):
     """Chunks of more tokens than a step can have, on the kernels for prompts where the CPU has them."""
     without_inductor()
-    monkeypatch.setattr(steps_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 40)  # of two sequences
+    monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 40)  # of two sequences
     cases = [(0, 37, 9), (29, 34, 1), (0, 63, 1)]
     counters = check_compiled(pair("llama3", True)[1], 2, [(5, 49, 1)], cases, compile_prefill=True)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] > 0

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import quantize
 from converters.hf_config import config_from_hf
 from engine.generation import generate
+from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
-from engine.steps import build_steps
 from loading import load_model
 from model import KVCache
 from rope import alibi_slopes
@@ -190,8 +190,8 @@ def test_logits_and_tokens(name, use_kernels, tmp_path):
     expected = torch.cat([reference(tokens[0]), reference(tokens[1, :14])])
     torch.testing.assert_close(logits_in_parts(model, tokens), expected, atol=1e-4, rtol=1e-4)
 
-    steps, text = build_steps(model, KVCache(model, 1, 32), SamplingParams()), tokens[0]
-    ours = [i for (i,) in generate(steps, text[None], 0, 12)]
+    runner, text = ModelRunner(model, KVCache(model, 1, 32), SamplingParams()), tokens[0]
+    ours = [i for (i,) in generate(runner, text[None], 0, 12)]
     for _ in range(12):
         text = torch.cat([text, reference(text)[-1:].argmax(-1)])
     assert ours == text[20:].tolist()

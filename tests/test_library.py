@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from engine.chat import Conversation
-from engine.generation import build_decode_loop
+from engine.generation import PlainDecoder
 from engine.sampling import SamplingParams
-from llm import LLM, build_steps, generate, load, make_kv_cache
+from llm import LLM, ModelRunner, generate, load, make_kv_cache
 from tests.tiny import PACKAGES, ROOT
 from text.tokenizer import detokenize
 from utils.errors import UsageError
@@ -21,10 +21,10 @@ def test_text(chatty, ask):
     """As generate.py --prompt generates it."""
     model, tokenizer = load(str(chatty / "model.pth"), device="cpu", dtype=torch.bfloat16)
     kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=100)
-    steps = build_steps(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
+    runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
     prompt = tokenizer.encode("Hello, my name is")
     torch.manual_seed(1234)
-    tokens = [ids[0] for ids in generate(steps, torch.tensor([prompt]), n_cached=0, max_new_tokens=20)]
+    tokens = [ids[0] for ids in generate(runner, torch.tensor([prompt]), n_cached=0, max_new_tokens=20)]
     text = "".join(detokenize(tokenizer, tokens, prefix_ids=prompt))
 
     (result,) = ask(chatty, "--prompt=Hello, my name is", "--max_new_tokens=20", "--top_p=0.9", "--ignore_eos")
@@ -35,9 +35,9 @@ def test_conversation(chatty, cli):
     """As generate.py --chat leads it. Another cache of the same model does not notice."""
     model, tokenizer = load(chatty / "model.pth")
     kv_cache, other_kv_cache = (make_kv_cache(model, 1, 160) for _ in range(2))
-    steps, other_steps = (build_steps(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
-    other = generate(other_steps, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
-    decode_loop = build_decode_loop(steps, kv_cache)
+    runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
+    other = generate(other_runner, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
+    decode_loop = PlainDecoder(runner)
     conversation = Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, model.config.eos_ids)
     answers, other_ids = [], []
     for message in ("Hi", "how are you?"):

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-from engine.generation import build_decode_loop
+from engine.generation import PlainDecoder
+from engine.runner import ModelRunner, make_kv_cache
 from engine.sampling import SamplingParams, probabilities, sample
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
-from engine.speculate import PromptLookup, build_speculative_decoder
-from engine.steps import build_steps, make_kv_cache
+from engine.speculate import NgramProposer, SpeculativeDecoder
 from engine.token_history import TokenHistory
 from utils.errors import UsageError
 
@@ -97,13 +97,13 @@ def test_repetition_penalty_equals_transformers(pair):
     expected = theirs.generate(prompt, **options)[0, 40:].tolist()
 
     kv_cache, ids = make_kv_cache(ours, 1, 64), prompt[0].tolist()
-    steps = build_steps(ours, kv_cache, sampling)
-    decode_loop = build_decode_loop(steps, kv_cache)
+    runner = ModelRunner(ours, kv_cache, sampling)
+    decode_loop = PlainDecoder(runner)
     assert [i for (i,) in decode_loop(ids, 0, n)] == expected
     rest = decode_loop(ids + expected[:5], 44, n - 5)  # as a conversation goes on
     assert [i for (i,) in rest] == expected[5:]
 
-    lookup = build_speculative_decoder(ours, kv_cache, steps, sampling, PromptLookup(2, torch.device("cpu")), k=4)
+    lookup = SpeculativeDecoder(runner, NgramProposer(2, torch.device("cpu")), k=4)
     assert [i for (i,) in lookup(ids, 0, n)] == expected
 
     for order in ([0, 1, 2], [2, 0, 1]):  # the second time, penalized moves to the slot of short

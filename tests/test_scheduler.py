@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.async_completer import AsyncCompleter, CompletionError
 from engine.generation import generate
+from engine.runner import ModelRunner, make_kv_cache
 from engine.sampling import SamplingParams, sample
 from engine.scheduler import Scheduler, sample_each
 from engine.sequence import Sequence, build_sequence
-from engine.steps import build_steps, make_kv_cache
 from kernels.formats import MXFP4, Float8, Int4, Int8
 from llm import LLM
 from loading import load
@@ -41,8 +41,8 @@ def make_prompts(n: int) -> list[list[int]]:
 
 
 def run_alone(model: Transformer, prompt: list[int], n: int) -> list[int]:
-    steps = build_steps(model, make_kv_cache(model, 1, len(prompt) + n), SamplingParams())
-    return [ids[0] for ids in generate(steps, torch.tensor([prompt]), 0, n)]
+    runner = ModelRunner(model, make_kv_cache(model, 1, len(prompt) + n), SamplingParams())
+    return [ids[0] for ids in generate(runner, torch.tensor([prompt]), 0, n)]
 
 
 def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[int]]:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from engine.steps import make_kv_cache
+from engine.runner import make_kv_cache
 from tests.byte_models import VOCAB_SIZE
 from tests.serving import SECONDS, USER, client_of, joined
 from tests.tiny import forward

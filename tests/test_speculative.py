@@ -1,8 +1,8 @@
 """Speculative decoding says what the model alone would say: the same tokens, or tokens of the same distribution."""
 
 import itertools
-from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,20 +10,19 @@ import torch
 import quantize
 from engine import speculate as speculate_module
 from engine.generation import generate
-from engine.sampling import SamplingParams, multinomial, probabilities, sample
+from engine.runner import ModelRunner, Sampler
+from engine.sampling import SamplingParams, probabilities
 from engine.speculate import (
-    DraftModel,
-    PromptLookup,
+    DraftModelProposer,
+    NgramProposer,
     SpeculativeDecoder,
     best_draft_length,
-    build_draft_model,
-    build_speculative_decoder,
     draft_lengths,
     estimate_verify_cost,
     rejection_sample,
 )
-from engine.steps import Steps, build_steps
 from engine.token_history import TokenHistory
+from kernels.backend import TORCH
 from loading import load_model
 from model import KVCache
 from tests.tiny import FAMILIES, call, convert, make_hf, to_ours
@@ -37,20 +36,18 @@ TEXT = TEXT + TEXT[:12]  # something to look up
 
 def decoder_of(model, draft, length: int, k: int, compile: bool = False) -> SpeculativeDecoder:
     """As generate.py makes it, with caches of this length; but proposals cost nothing, so that there always is one."""
-    kv_cache = KVCache(model, 1, length)
-    steps = build_steps(model, kv_cache, GREEDY, compile)
     if draft is None:
-        proposer = PromptLookup(3, CPU)
+        proposer = NgramProposer(3, CPU)
     else:
-        proposer = build_draft_model(draft, KVCache(draft, 1, length), model, GREEDY, compile)
+        proposer = DraftModelProposer(ModelRunner(draft, KVCache(draft, 1, length), GREEDY, compile), model)
         proposer.cost = 0.0
-    return build_speculative_decoder(model, kv_cache, steps, GREEDY, proposer, k, compile)
+    return SpeculativeDecoder(ModelRunner(model, KVCache(model, 1, length), GREEDY, compile), proposer, k)
 
 
 def plain(model, text: list[int], n: int) -> list[int]:
     """What the model says alone."""
-    steps = build_steps(model, KVCache(model, 1, len(text) + n), GREEDY)
-    return [i for (i,) in generate(steps, torch.tensor([text]), 0, n)]
+    runner = ModelRunner(model, KVCache(model, 1, len(text) + n), GREEDY)
+    return [i for (i,) in generate(runner, torch.tensor([text]), 0, n)]
 
 
 def flat(tokens) -> list[int]:
@@ -84,7 +81,7 @@ def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
     expected = plain(model, TEXT, 40)
     for k in range(1, 9) if family == "llama3" else (1, 4, 8):
         decoder = decoder_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
-        decoder = replace(decoder, verify_cost=0.1)
+        decoder.verify_cost = 0.1
         assert flat(decoder(TEXT, 0, 40)) == expected
         sizes = decoder.step_sizes
         assert sum(sizes) == 40 and max(sizes) <= k + 1
@@ -130,30 +127,28 @@ def toy_probs(table: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     return probabilities(table.flatten(0, 1), sampling).view_as(table)
 
 
-class ToyCache:
-    """The tokens that a cache would hold the keys and values of, and what the model says after them."""
+class ToyRunner:
+    """A ModelRunner whose model is a table, and whose cache is the tokens of the text."""
 
-    def __init__(self, table: torch.Tensor, text: list[int]):
+    device = CPU
+
+    def __init__(self, table: torch.Tensor, sampling: SamplingParams, text: list[int]):
         self.table, self.tokens = table, list(text)
+        self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=V, moe=None), active_weight_bytes=lambda: 1)
+        self.sampler = Sampler(sampling, TokenHistory(1, len(text), CPU), TORCH)
+        self.prefill = self.decode = self.build_step(self.sampler)
 
-    def prefill(self, tokens, start_pos):
+    def fill_kv_cache(self, tokens, start_pos):
         self.tokens[int(start_pos) :] = tokens[0].tolist()
 
-    def feed(self, tokens, start_pos) -> torch.Tensor:
-        """What the table has after each of tokens [1, T]: [T, V]."""
-        self.prefill(tokens, start_pos)
-        start = int(start_pos)
-        return self.table[self.tokens[start - 1 : -1], self.tokens[start:]]
+    def build_step(self, sampler):
+        def step(tokens, start_pos, *inputs):
+            self.fill_kv_cache(tokens, start_pos)
+            before, after = [0, *self.tokens], self.tokens
+            logits = self.table[before[int(start_pos) : len(after)], after[int(start_pos) :]]
+            return sampler(logits[None], tokens, start_pos, *inputs)
 
-
-def toy_draft(table: torch.Tensor, sampling: SamplingParams, text: list[int]) -> DraftModel:
-    cache = ToyCache(toy_probs(table, sampling), text)
-
-    def step(tokens, start_pos):
-        probs = cache.feed(tokens, start_pos)[-1:]
-        return multinomial(probs), probs
-
-    return DraftModel(prefill=cache.prefill, step=step, vocab_size=V, device=CPU)
+        return step
 
 
 @pytest.mark.parametrize(
@@ -171,24 +166,13 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
     """The first three tokens, against the chain rule, by a chi-square test."""
     text = [*torch.randint(V, (60,), generator=torch.Generator().manual_seed(0)).tolist(), 0, 1]
     table = toy_logits(1)
-    cache = ToyCache(table, text)
-
-    def prefill(tokens, start_pos):
-        cache.tokens[:] = text
-        return sample(table[text[-2], text[-1]][None], sampling)
-
-    def decode(tokens, start_pos):
-        return sample(cache.feed(tokens, start_pos), sampling)
-
-    def verify(tokens, start_pos, draft_tokens, draft_probs=None):
-        return rejection_sample(cache.feed(tokens, start_pos), draft_tokens, draft_probs, sampling)
-
     if draft == "lookup":
-        proposer = PromptLookup(3, CPU)
+        proposer = NgramProposer(3, CPU)
     else:
-        proposer = toy_draft(toy_logits(2, never=3 if draft == "never" else None), sampling, text)
-    steps = Steps(prefill, decode, position_tables=[], history=TokenHistory(1, len(text), CPU))
-    decoder = SpeculativeDecoder(steps, verify, proposer, k=2, device=CPU)
+        runner = ToyRunner(toy_logits(2, never=3 if draft == "never" else None), sampling, text)
+        proposer = DraftModelProposer(runner, runner.model)
+        proposer.cost = 0.0
+    decoder = SpeculativeDecoder(ToyRunner(table, sampling, text), proposer, k=2)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
@@ -197,7 +181,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
         n_speculated += len(decoder.step_sizes) < 3
     assert n_speculated > samples // 20  # speculation took part
 
-    probs = toy_probs(table, sampling)
+    probs = probabilities(table.flatten(0, 1), sampling).view_as(table)
     p = torch.zeros(V, V, V)
     for a, b in itertools.product(range(V), repeat=2):
         p[a, b] = probs[0, 1, a] * probs[1, a, b] * probs[a, b]
@@ -225,7 +209,7 @@ def test_rejection_sampling_keeps_what_both_agree_on():
 
 
 def test_lookup_proposes_what_came_after():
-    lookup = PromptLookup(3, CPU)
+    lookup = NgramProposer(3, CPU)
 
     def propose(text: str, k: int) -> str | None:
         proposal = lookup.propose(list(map(ord, text)), k)

@@ -29,8 +29,8 @@ import tp  # noqa: E402
 from checkpoint import read_checkpoint, with_tied_head  # noqa: E402
 from cli.ranks import process_group  # noqa: E402
 from engine import generation  # noqa: E402
+from engine.runner import ModelRunner  # noqa: E402
 from engine.sampling import SamplingParams  # noqa: E402
-from engine.steps import build_steps  # noqa: E402
 from kernels.formats import QuantizationScheme  # noqa: E402
 from model import KVCache, Transformer, empty_model  # noqa: E402
 
@@ -167,8 +167,8 @@ def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
 
 
 def tokens_of(model: Transformer, prompt: Tensor, sampling=SamplingParams(), compile=False) -> list[list[int]]:  # noqa: B008
-    steps = build_steps(model, KVCache(model, N_ROWS, N_PROMPT + N_NEW), sampling, compile)
-    return list(generation.generate(steps, prompt, 0, N_NEW))
+    runner = ModelRunner(model, KVCache(model, N_ROWS, N_PROMPT + N_NEW), sampling, compile)
+    return list(generation.generate(runner, prompt, 0, N_NEW))
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from config import ModelConfig
 from engine.generation import generate
-from engine.steps import Steps, build_steps
+from engine.runner import ModelRunner
 from kernels.formats import WeightFormat
 from model import KVCache
 from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, random_prompt, time_tokens
@@ -95,22 +95,22 @@ class Decoder:
         self.n_prompt, self.n_new = args.prompt_tokens, args.max_new_tokens
         self.kv_cache = KVCache(self.model, 1, self.n_prompt + self.n_new)
 
-    def new_steps(self, n_threads: int) -> Steps:
-        """Returns steps that have just been recorded."""
+    def new_runner(self, n_threads: int) -> ModelRunner:
+        """Returns a runner whose decode step has just been recorded."""
         torch.set_num_threads(n_threads)
-        steps = build_steps(self.model, self.kv_cache, SAMPLING)
-        time_tokens(self.model, steps, 0, 1, 2)  # records
-        return steps
+        runner = ModelRunner(self.model, self.kv_cache, SAMPLING)
+        time_tokens(self.model, runner, 0, 1, 2)  # records
+        return runner
 
-    def token_times(self, steps: Steps) -> Iterator[float]:
+    def token_times(self, runner: ModelRunner) -> Iterator[float]:
         """Decodes a text. Yields the time after prefill and after every decode step, by a clock that all processes
         share."""
-        for _ in generate(steps, random_prompt(self.model, self.n_prompt), 0, self.n_new):
+        for _ in generate(runner, random_prompt(self.model, self.n_prompt), 0, self.n_new):
             yield time.monotonic()
 
     def time_text(self, n_threads: int) -> list[float]:
         time.sleep(PAUSE)
-        return list(self.token_times(self.new_steps(n_threads)))
+        return list(self.token_times(self.new_runner(n_threads)))
 
 
 # ---- Other processes -------------------------------------------------------------------------------------------------
@@ -163,10 +163,10 @@ def serve_decode_requests(connection: Connection, n_threads: int, *arguments):
         decoder = Decoder(*arguments)
         while True:
             connection.recv()  # "decode"
-            steps, times = decoder.new_steps(n_threads), []
+            runner, times = decoder.new_runner(n_threads), []
             connection.send(None)
             while not connection.poll():
-                for now in decoder.token_times(steps):
+                for now in decoder.token_times(runner):
                     times.append(now)
                     if connection.poll():
                         break

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
 from engine.generation import generate
+from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
-from engine.steps import build_steps
 from loading import load_model
 from model import KVCache, Transformer
 from scripts.benchmarking.speed import seconds_of_steps
@@ -160,10 +160,10 @@ def our_model(file: str) -> Transformer:
 def load_ours(file: str, threads: int, n_sequences: int) -> Generate:
     torch.set_num_threads(threads)
     model = our_model(file)
-    steps = build_steps(model, KVCache(model, n_sequences, PREFILL), SamplingParams())
+    runner = ModelRunner(model, KVCache(model, n_sequences, PREFILL), SamplingParams())
 
     def generate_greedily(prompts: list[list[int]], n: int) -> Iterator:
-        return generate(steps, torch.tensor(prompts), 0, n)
+        return generate(runner, torch.tensor(prompts), 0, n)
 
     return generate_greedily
 

@@ -23,7 +23,7 @@ import torch
 from checkpoint import read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
-from converters.resolve import resolve_checkpoint
+from converters.resolve import ensure_converted
 from model import empty_model
 from quantize import GROUP_SIZE_MODES, QUANTIZERS
 from scripts import tables
@@ -46,7 +46,7 @@ QUANTIZE_FLAGS |= {
 
 def quantization(args: argparse.Namespace):
     """Size, perplexity and speed of a checkpoint, quantized in each mode."""
-    path = resolve_checkpoint(args.checkpoint_path)
+    path = ensure_converted(args.checkpoint_path)
     if read_checkpoint(path).quantization:
         raise UsageError(f"{path} is quantized already; start from the model.pth it came from")
     texts = {name: describe_text(getattr(args, name)) for name in ("text_file", "calibration_text")}

@@ -23,10 +23,10 @@ from checkpoint import read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.hf_config import config_from_hf
 from engine.generation import generate
+from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
-from engine.steps import Steps, build_model_step, build_steps
 from kernels.formats import Tensors, Unquantized, WeightFormat
 from layers import Embedding, Linear, RMSNorm
 from model import KVCache, Transformer, empty_model
@@ -176,16 +176,16 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     """Measures decoding, and peak memory up to the end of the first text."""
     device, kv_cache = model.device, KVCache(model, 1, n_prompt + n_new)
     began = time.perf_counter()
-    steps = build_steps(model, kv_cache, SAMPLING, compile)
+    runner = ModelRunner(model, kv_cache, SAMPLING, compile)
     if compile:
-        time_tokens(model, steps, 0, 1, 3)  # a GPU's graph is recorded at the second step
+        time_tokens(model, runner, 0, 1, 3)  # a GPU's graph is recorded at the second step
     compile_seconds = time.perf_counter() - began
-    time_tokens(model, steps, 0, n_prompt, n_new)
+    time_tokens(model, runner, 0, n_prompt, n_new)
     peak = peak_memory(device)
 
     read_before = read_bandwidth(device)
     start = n_prompt - 1  # the prompt is still in the cache
-    seconds = median(mean(time_tokens(model, steps, start, 1, n_new)[1:]) for _ in range(SAMPLES))
+    seconds = median(mean(time_tokens(model, runner, start, 1, n_new)[1:]) for _ in range(SAMPLES))
     read_after = read_bandwidth(device)
     positions = range(n_prompt, n_prompt + n_new - 1)  # prefill makes the first new token
     n_attended = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
@@ -203,10 +203,10 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     }
 
 
-def time_tokens(model: Transformer, steps: Steps, start: int, n_prompt: int, n_new: int) -> list[float]:
+def time_tokens(model: Transformer, runner: ModelRunner, start: int, n_prompt: int, n_new: int) -> list[float]:
     """Returns the seconds of prefill, and of every decode step after it, for a random prompt at position start. Prefill
     makes the first of n_new tokens."""
-    return seconds_of_steps(generate(steps, random_prompt(model, n_prompt), start, n_new))
+    return seconds_of_steps(generate(runner, random_prompt(model, n_prompt), start, n_new))
 
 
 def random_prompt(model: Transformer, n: int) -> Tensor:
@@ -241,8 +241,8 @@ def measure_parallel(model: Transformer, sizes: list[int], n_prompt: int, n_new:
 
 
 def measure_prefill(model: Transformer, n: int) -> dict:
-    steps = build_steps(model, KVCache(model, 1, n), SAMPLING)
-    seconds = median(time_tokens(model, steps, 0, n, 1)[0] for _ in range(SAMPLES))
+    runner = ModelRunner(model, KVCache(model, 1, n), SAMPLING)
+    seconds = median(time_tokens(model, runner, 0, n, 1)[0] for _ in range(SAMPLES))
     return {
         f"prefill_{n}_tokens_per_sec": n / seconds,
         f"prefill_{n}_tflop_per_sec": prefill_flops(model.config, n) / seconds / 1e12,
@@ -253,9 +253,8 @@ def measure_prefill(model: Transformer, n: int) -> dict:
 def measure_verify(model: Transformer, compile: bool) -> float:
     """Returns the time of a step of 5 tokens, as in a verification, over the time of a step of one token. The two kinds
     of steps take turns."""
-    kv_cache = KVCache(model, 1, 5)
-    tables = model.make_position_tables(kv_cache)
-    step = build_model_step(model, kv_cache, tables, lambda logits, *inputs: logits.argmax(-1), compile)
+    runner = ModelRunner(model, KVCache(model, 1, 5), compile=compile)
+    step = runner.build_step(lambda logits, *inputs: logits.argmax(-1))
     tokens = torch.zeros(1, 5, dtype=torch.long, device=model.device)
     position = torch.zeros(1, dtype=torch.long, device=model.device)
     seconds = {1: [], 5: []}
@@ -291,11 +290,11 @@ def copy_bandwidth() -> float:
 def profile_step(model: Transformer) -> dict[str, float]:
     """Returns the microseconds of the kernels that take longest in a decode step, by name and number of calls. The step
     is not compiled, since the profile of a compiled step names only one graph."""
-    steps = build_steps(model, KVCache(model, 1, 256), SAMPLING)
+    runner = ModelRunner(model, KVCache(model, 1, 256), SAMPLING)
     token, position = torch.ones(1, 1, dtype=torch.long, device="cuda"), torch.tensor([100], device="cuda")
-    steps.decode(token, position)
+    runner.decode(token, position)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        steps.decode(token, position)
+        runner.decode(token, position)
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda e: e.device_time_total, reverse=True)
     return {f"{e.key[:60]} x{e.count}": round(e.device_time_total, 1) for e in events[:12]}

@@ -21,8 +21,8 @@ import kernels
 from cli import common_args
 from config import ModelConfig, MoEConfig
 from engine.generation import generate
+from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
-from engine.steps import build_steps
 from kernels.formats import Int8
 from model import KVCache
 from scripts.benchmarking.speed import random_model
@@ -122,7 +122,7 @@ def check_recorded_steps(device: torch.device, options: dict) -> Iterator[Compar
         model = random_model(config, Int8(), device, torch.float32)
         if use_kernels:
             model.pack_weights()
-        steps = build_steps(model, KVCache(model, 1, 64), SamplingParams(), compile=use_kernels)
+        runner = ModelRunner(model, KVCache(model, 1, 64), SamplingParams(), compile=use_kernels)
         prompt = torch.arange(1, 12, device=device)[None]
-        tokens.append(torch.tensor(list(generate(steps, prompt, 0, 40))))
+        tokens.append(torch.tensor(list(generate(runner, prompt, 0, 40))))
     yield Comparison("recorded_steps", str(options), *tokens, torch.zeros(()))
