@@ -65,7 +65,6 @@ TABLES = {  # name -> columns: (header, template of a cell, which a row's values
         ("", "{model}, {weights}"),
         ("one step, tokens/s", "{tokens_per_sec:,.0f}"),
         ("share of the card's copy bandwidth", "{share_of_copy:.0%}"),
-        ("generate.py at commit cb32349", "{tokens_per_sec_at_cb32349:,.0f}"),
         ("original gpt-fast", "{gpt_fast}"),
     ],
     "speculation": [
