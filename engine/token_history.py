@@ -8,8 +8,8 @@ from torch import Tensor
 
 class TokenHistory:
     """The token ids of batch_size texts of up to max_seq_len tokens, by position. Like a KVCache it does not track how
-    many tokens it holds: a step stores its tokens at their positions. Rejected tokens of a
-    speculation stay, harmlessly: every mask ends at the last real token, and the next step writes over them."""
+    many tokens it holds: a step stores its tokens at their positions. Rejected tokens of a speculation stay,
+    harmlessly: every mask ends at the last real token, and the next step writes over them."""
 
     def __init__(self, batch_size: int, max_seq_len: int, device: torch.device):
         self.ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=device)

@@ -19,6 +19,8 @@ template <typename T> struct FusedLinearOp {
   T* out;
   float* float32_out;  // if not null, replaces out
 
+  int64_t n_out() const { return is_gated(activation) ? w.n / 2 : w.n; }
+  int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
   bool is_on_amx() const { return uses_amx<T>(w, m); }
   InputPreparer<T> preparer() const { return {x, m, w, norm_weight, eps, is_on_amx()}; }
   size_t shared_bytes() const { return preparer().shared_bytes(); }
@@ -27,10 +29,10 @@ template <typename T> struct FusedLinearOp {
   // the two are a block of the gate projection and a block of the up projection, for the same outputs.
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
-    const int64_t n_out = gated ? w.n / 2 : w.n;
+    const int64_t n_out = this->n_out();
     PreparedToken tokens[MAX_CPU_TOKENS];
     const char* tiles = preparer().prepare(shared, barrier, tokens);
-    const Range range = thread_range(divide_up(n_out, BLOCK_N));
+    const Range range = thread_range(n_out_blocks());
     BlockSums sums[2];
     std::optional<TileRegisters> tile_registers;
     if (on_amx) tile_registers.emplace();

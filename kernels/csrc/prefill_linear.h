@@ -35,8 +35,6 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
 
   int64_t n_panels() const { return divide_up(w.k, PANEL_K); }
   int64_t padded_m() const { return round_up(m, MR); }
-  int64_t n_out() const { return is_gated(activation) ? w.n / 2 : w.n; }
-  int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
   // With a gated activation, half of a task's blocks are of the gate projection, and half of the up projection.
   int64_t out_blocks_per_task() const { return is_gated(activation) ? 2 : 4; }
 
