@@ -234,6 +234,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
 
   int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
   ScoreOptions score_options(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
+  // The first key that a new token of sequence b sees.
   int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, start_pos[b] - window + 1) : 0; }
   // The number of keys in a split. Grows with the number of tokens, so that the memory of partial outputs does not.
   int64_t split_len() const { return SPLIT_LEN * divide_up(batch * n_tokens, TOKEN_BLOCK); }
@@ -269,100 +270,139 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     rope_and_cache.execute(nullptr, barrier);
     barrier.wait();
     attend_to_splits(shared);
+    if (!any_sequence_is_split()) return;
     barrier.wait();
     combine_splits(shared);
+  }
+
+  bool any_sequence_is_split() const {
+    for (int64_t b = 0; b < batch; b++)
+      if (n_splits(b) > 1) return true;
+    return false;
   }
 
   // A block of new tokens of sequence b, and a split of the keys of a key/value head. The members are in the order of
   // the tasks: token_block changes from each task to the next.
   struct Task { int64_t b, kv_head, split, token_block; };
 
+  int64_t n_tasks(int64_t b) const { return n_kv_heads * n_splits(b) * n_token_blocks(); }  // of sequence b
+  int64_t first_key(const Task& task) const { return first_key(task.b) + task.split * split_len(); }
+
   void attend_to_splits(const Shared& shared) const {
-    const int64_t n_blocks = n_token_blocks();
     int64_t n_tasks = 0;
-    for (int64_t b = 0; b < batch; b++) n_tasks += n_kv_heads * n_splits(b) * n_blocks;
+    for (int64_t b = 0; b < batch; b++) n_tasks += this->n_tasks(b);
     const Range range = thread_range(n_tasks);
-    for (int64_t b = 0, first = 0; b < batch; b++) {  // first is the first task of sequence b
-      const int64_t n = n_splits(b), end = first + n_kv_heads * n * n_blocks;
-      for (int64_t i = std::max(range.begin, first) - first; i < std::min(range.end, end) - first; i++)
-        attend_to_split(shared, {b, i / n_blocks / n, i / n_blocks % n, i % n_blocks});
-      first = end;
+    if (range.begin == range.end) return;
+    Task task = task_at(range.begin);
+    for (int64_t i = range.begin + 1; i < range.end; i++) {
+      const Task next = next_task(task);
+      const T* next_keys = cached(this->k_cache, next.b, next.kv_head, first_key(next));
+      attend_to_split(shared, task, next.token_block == 0 ? next_keys : nullptr);
+      task = next;
     }
+    attend_to_split(shared, task, nullptr);
   }
 
-  void attend_to_split(const Shared& shared, const Task& task) const {
-    if (head_dim == 64) attend_to_split<64>(shared, task);
-    else if (head_dim == 128) attend_to_split<128>(shared, task);
-    else if (head_dim == 256) attend_to_split<256>(shared, task);
-    else attend_to_split<0>(shared, task);
+  Task task_at(int64_t i) const {
+    int64_t b = 0;
+    for (; i >= n_tasks(b); b++) i -= n_tasks(b);
+    const int64_t n_blocks = n_token_blocks(), n = n_splits(b);
+    return {b, i / n_blocks / n, i / n_blocks % n, i % n_blocks};
+  }
+
+  Task next_task(Task task) const {
+    if (++task.token_block < n_token_blocks()) return task;
+    task.token_block = 0;
+    if (++task.split < n_splits(task.b)) return task;
+    task.split = 0;
+    if (++task.kv_head < n_kv_heads) return task;
+    return {task.b + 1, 0, 0, 0};
+  }
+
+  // next_keys: the keys of the thread's next task, or null if it has the same keys.
+  void attend_to_split(const Shared& shared, const Task& task, const T* next_keys) const {
+    if (head_dim == 64) attend_to_split<64>(shared, task, next_keys);
+    else if (head_dim == 128) attend_to_split<128>(shared, task, next_keys);
+    else if (head_dim == 256) attend_to_split<256>(shared, task, next_keys);
+    else attend_to_split<0>(shared, task, next_keys);
   }
 
   // For each new token, and for up to MAX_Q query heads at a time: scores, softmax, p v. Only the first iteration reads
-  // K and V from memory, so only the first iteration prefetches: the values of this split while it scores keys, and the
-  // keys of the next split while it sums values.
-  template <int64_t D> void attend_to_split(const Shared& shared, const Task& task) const {
+  // K and V from memory, so only the first iteration prefetches: the values of this split while it scores keys, and
+  // next_keys while it sums values.
+  template <int64_t D> void attend_to_split(const Shared& shared, const Task& task, const T* next_keys) const {
     const auto [b, kv_head, split, token_block] = task;
     const int64_t d = D ? D : head_dim;
-    const int64_t split_begin = first_key(b) + split * split_len();
+    const int64_t split_begin = first_key(task);
     const int64_t split_end = std::min(start_pos[b] + n_tokens, split_begin + split_len());
     const int64_t first_token = n_tokens * token_block / n_token_blocks();
     const int64_t end_token = n_tokens * (token_block + 1) / n_token_blocks();
     const T *k = cached(this->k_cache, b, kv_head, 0), *v = cached(this->v_cache, b, kv_head, 0);
     const int64_t first_query =  // an index of [batch, n_kv_heads, max_splits, queries_per_kv]
         ((b * n_kv_heads + kv_head) * max_splits() + split) * queries_per_kv() + query_index(first_token, 0);
+    const int64_t heads_per_kv = this->heads_per_kv(), first_head = kv_head * heads_per_kv;
     float* partial = shared.partial + first_query * d;
     Softmax* softmax = shared.softmax + first_query;
     alignas(64) float scores[MAX_Q<D> * MAX_SPLIT_LEN];  // [count, split_len()]
     for (int64_t t = first_token; t < end_token; t++) {
       const int64_t position = start_pos[b] + t;
-      const T* q = shared.q + ((b * n_tokens + t) * n_heads + kv_head * heads_per_kv()) * d;
+      const T* q = shared.q + ((b * n_tokens + t) * n_heads + first_head) * d;
       const int64_t begin = window ? std::max(split_begin, position - window + 1) : split_begin;
       const int64_t n = std::max<int64_t>(0, std::min(split_end, position + 1) - begin);  // keys that the token sees
-      for (int64_t h = 0, count; h < heads_per_kv(); h += count, q += count * d, partial += count * d) {
-        count = std::min<int64_t>(MAX_Q<D>, heads_per_kv() - h);
+      for (int64_t h = 0, count; h < heads_per_kv; h += count, q += count * d, partial += count * d) {
+        count = std::min<int64_t>(MAX_Q<D>, heads_per_kv - h);
         const bool prefetches = t == first_token && h == 0;
         for (int64_t i = 0; i < count; i++) {
           float* s = scores + i * split_len();
           const T* next = prefetches ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches n / count
-          const ScoreOptions options = score_options(kv_head * heads_per_kv() + h + i);
+          const ScoreOptions options = score_options(first_head + h + i);
           const Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, options, begin - position, s, next, count);
           *softmax++ = exponentiate(s, n, max);
         }
-        const T* next = prefetches ? k + (begin + split_len()) * d : nullptr;
-        accumulate_pv<D>(count, scores, split_len(), v + begin * d, n, d, partial, next);
+        accumulate_pv<D>(count, scores, split_len(), v + begin * d, n, d, partial, prefetches ? next_keys : nullptr);
       }
+    }
+    if (n_splits(b) > 1) return;
+    for (int64_t t = first_token, i = first_query; t < end_token; t++)
+      for (int64_t h = 0; h < heads_per_kv; h++, i++) combine(shared, i, 1, b * n_tokens + t, first_head + h);
+  }
+
+  // Combines the splits of the queries that attend_to_split has not combined.
+  void combine_splits(const Shared& shared) const {
+    const Range range = thread_range(n_queries());
+    for (int64_t i = range.begin; i < range.end; i++) {
+      const int64_t head = i % n_heads, token = i / n_heads, b = token / n_tokens, n = n_splits(b);
+      const int64_t kv_head = b * n_kv_heads + head / heads_per_kv();
+      const int64_t first = kv_head * max_splits() * queries_per_kv() + query_index(token % n_tokens, head);
+      if (n > 1) combine(shared, first, n, token, head);
     }
   }
 
-  // Combines the splits s of each query. m_s and l_s are the state of the softmax of split s.
+  // Combines the n splits s of a query: a head of a token, an index of [batch, n_tokens]. The partial output and the
+  // softmax of the first split are at index `first`. m_s and l_s are the state of the softmax of split s.
   //
   //     m_i      =  the maximum of all m_s
   //     alpha_s  =  exp(m_s - m_i)
   //     out      =  (the sum of alpha_s * partial_s) / (the sum of alpha_s * l_s)
   //
-  // A sink is the score of one more key, whose value is zero.
-  void combine_splits(const Shared& shared) const {
-    const int64_t d = head_dim;
-    std::vector<float> acc(d);
-    const Range range = thread_range(n_queries());
-    for (int64_t i = range.begin; i < range.end; i++) {
-      const int64_t head = i % n_heads, t = i / n_heads % n_tokens, b = i / n_heads / n_tokens;
-      const int64_t kv_head = b * n_kv_heads + head / heads_per_kv();
-      // The partial output of split s is at first + s * step.
-      const int64_t first = kv_head * max_splits() * queries_per_kv() + query_index(t, head), step = queries_per_kv();
-      const float sink = sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY;
-      float m_i = sink;
-      for (int64_t s = 0; s < n_splits(b); s++) m_i = std::max(m_i, shared.softmax[first + s * step].m_i);
-      float l_i = std::exp(sink - m_i);
-      std::fill(acc.begin(), acc.end(), 0.0f);
-      for (int64_t s = 0; s < n_splits(b); s++) {
-        const Softmax softmax = shared.softmax[first + s * step];
-        if (softmax.l_i == 0) continue;  // the query sees no key of this split
-        const float alpha = std::exp(softmax.m_i - m_i);
-        l_i += alpha * softmax.l_i;
-        for (int64_t j = 0; j < d; j++) acc[j] += alpha * shared.partial[(first + s * step) * d + j];
-      }
-      for (int64_t j = 0; j < d; j += LANES) store_partial(load_partial(acc.data(), j, d) / l_i, out + i * d, j, d);
+  // A sink is the score of one more key, whose value is zero. alpha_s replaces m_s.
+  void combine(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
+    const int64_t d = head_dim, step = queries_per_kv();
+    Softmax* softmax = shared.softmax + first;
+    const float sink = sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY;
+    float m_i = sink;
+    for (int64_t s = 0; s < n; s++) m_i = std::max(m_i, softmax[s * step].m_i);
+    float l_i = std::exp(sink - m_i);
+    for (int64_t s = 0; s < n; s++) {
+      auto& [alpha, l_s] = softmax[s * step];
+      alpha = l_s == 0 ? 0 : std::exp(alpha - m_i);  // l_s is 0 if the query sees no key of this split
+      l_i += alpha * l_s;
+    }
+    for (int64_t i = 0; i < d; i += LANES) {
+      Vec acc = {};
+      for (int64_t s = 0; s < n; s++)
+        acc += softmax[s * step].m_i * load_partial(shared.partial + (first + s * step) * d, i, d);
+      store_partial(acc / l_i, out + (token * n_heads + head) * d, i, d);
     }
   }
 };
