@@ -13,7 +13,7 @@ The backends compute the same functions, but round differently. With activations
     TORCH     A quantized weight is rounded to 16 bits before the product (but see aten.py), and the result of every
               step of an operation is rounded.
     kernels   Most results within an operation stay float32, and the last one is rounded. Exceptions:
-    CPU       A product with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 8 with a
+    CPU       A product with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16 with a
               scale each (csrc/activations.h: quantize_token). AMX (csrc/amx.h) and prefill (csrc/prefill_linear.h) do
               not round x, but weights to bfloat16. A norm rounds x / rms(x) before its weight multiplies that, as
               PyTorch does.

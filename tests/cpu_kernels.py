@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels
 from kernels.formats import MXFP4, Int8
+from kernels.formats.cpu_layouts import CPU_BLOCK_K
 from kernels.formats.integers import AffineFormat
 from layers import Linear, WeightMatrix
 
@@ -38,10 +40,11 @@ def packed(module):
 
 
 def rounded_activations(x: torch.Tensor) -> torch.Tensor:
-    """What the kernels of 8- and 4-bit weights make of 16-bit activations: int8 in groups of 8."""
-    groups = x.float().unflatten(-1, (-1, 8))
+    """What the kernels of 8- and 4-bit weights make of 16-bit activations: int8 in blocks of CPU_BLOCK_K."""
+    k = x.shape[-1]
+    groups = F.pad(x.float(), (0, -k % CPU_BLOCK_K)).unflatten(-1, (-1, CPU_BLOCK_K))
     scale = groups.abs().amax(-1, keepdim=True) / 127
-    return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)
+    return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)[..., :k]
 
 
 def rounds_activations(format, dtype: torch.dtype) -> bool:

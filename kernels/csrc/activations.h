@@ -6,7 +6,6 @@
 
 #include "weights.h"
 
-constexpr int64_t Q8_BLOCK = 8;              // activations of a Q8Block, which share a scale
 constexpr int64_t TILE_M = 16, TILE_K = 32;  // a tile of activations is [16 tokens, 32 inputs] (amx.h)
 constexpr int64_t TILE_BYTES = 1024;
 
@@ -68,7 +67,8 @@ template <typename F, typename T>
 constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Unquantized> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
                                  !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
-// Quantizes x [k] to blocks [padded k / Q8_BLOCK]. F is the format of w. A Vec holds two blocks, one in each half.
+// Quantizes x [k] to blocks [padded k / Q8_BLOCK]. F is the format of w. A Vec holds a block.
+static_assert(Q8_BLOCK == LANES);
 template <typename F, typename T> void quantize_token(const T* x, const Weights& w, Q8Block* blocks) {
   const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
   const auto add = [](IntVec a, IntVec b) { return a + b; };
@@ -77,20 +77,16 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
   for (int64_t k = 0; k < w.k; k += LANES) {
     const Vec v = load_partial(x, k, w.k);
     // Without the sign bit, the bits of floats are ordered as the floats are, and NaN is the largest.
-    const Vec max = (Vec)reduce_halves((IntVec)v & 0x7fffffff, maximum);
-    const Vec scale = max * (1 / 127.0f) + max * 0.0f;  // infinity becomes NaN
+    const Vec max = (Vec)reduce_lanes((IntVec)v & 0x7fffffff, maximum);
     const IntVec q = (IntVec)(v * (max > 1e-30f ? 127 / max : Vec{}) + to_int) - (IntVec)to_int;
     const ByteVec bytes = __builtin_convertvector(q, ByteVec);
-    const IntVec sums = reduce_halves(q, add);
-    for (int i = 0; i < LANES; i += Q8_BLOCK) {
-      const bool begins_weight_group = (k + i) % w.group_size == 0;
-      running_sum = (begins_weight_group ? 0 : running_sum) + sums[i] * scale[i];
-      Q8Block& block = blocks[(k + i) / Q8_BLOCK];
-      block.scale = scale[i];
-      if constexpr (F::SHARED_ZERO) block.compensation = -F::SHARED_ZERO * sums[i];
-      else block.compensation = running_sum;
-      std::memcpy(block.q, reinterpret_cast<const int8_t*>(&bytes) + i, Q8_BLOCK);
-    }
+    const int32_t sum = reduce_lanes(q, add)[0];
+    Q8Block& block = blocks[k / Q8_BLOCK];
+    block.scale = max[0] * (1 / 127.0f) + max[0] * 0.0f;  // infinity becomes NaN
+    running_sum = (k % w.group_size == 0 ? 0 : running_sum) + sum * block.scale;
+    if constexpr (F::SHARED_ZERO) block.compensation = -F::SHARED_ZERO * sum;
+    else block.compensation = running_sum;
+    std::memcpy(block.q, &bytes, Q8_BLOCK);
   }
 }
 

@@ -67,6 +67,31 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 #endif
 }
 
+// Weights of a block for Q8_BLOCK inputs as bytes: Vec j has elements 4 j to 4 j + 3 of each output.
+constexpr int Q8_VECS = Q8_BLOCK / 4;
+template <typename F> constexpr int64_t Q8_BLOCK_BYTES = 64 * Q8_BLOCK / F::ELEMENTS_PER_WORD;
+struct WeightBytes { IntVec v[Q8_VECS]; };
+template <typename F> WeightBytes load_bytes(const char* words) {
+  WeightBytes bytes;
+  if constexpr (F::ELEMENTS_PER_WORD == 4) {
+    for (int j = 0; j < Q8_VECS; j++) bytes.v[j] = load<IntVec>(words + 64 * j);
+  } else {
+    const IntVec low = IntVec{} + 0x0f0f0f0f;
+    for (int j = 0; j < Q8_VECS; j += 2) {
+      const IntVec v = load<IntVec>(words + 32 * j);
+      bytes.v[j] = F::unsigned_bytes(v & low), bytes.v[j + 1] = F::unsigned_bytes((v >> 4) & low);
+    }
+  }
+  return bytes;
+}
+
+// Returns the products of the weights of 16 outputs with a Q8Block, without its scale.
+inline IntVec dot_block(const WeightBytes& weights, const Q8Block& x) {
+  IntVec acc = {};
+  for (int j = 0; j < Q8_VECS; j++) dot4(acc, weights.v[j], broadcast4(x.q + 4 * j));
+  return acc;
+}
+
 // Multiplies Int8 weights with M tokens. Computes BLOCKS blocks at a time, which share the loads of the activations.
 template <int M, int BLOCKS>
 void dot_w8a8(const Weights& w, const int64_t* blocks, const Part& part, const Q8Block* const* tokens,
@@ -76,21 +101,18 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const Part& part, const Q
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   const Prefetcher<M, BLOCKS> prefetch(w, part);
+  constexpr int64_t N_BYTES = Q8_BLOCK_BYTES<Int8>;
   Vec total[BLOCKS][M] = {};
-  for (int64_t i = 0; i < w.k / Q8_BLOCK; i++) {  // 8 inputs: two words of each output, 128 bytes
-    IntVec first[BLOCKS], second[BLOCKS];
+  for (int64_t i = 0; i < divide_up(w.k, Q8_BLOCK); i++) {
+    WeightBytes weights[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
-      first[b] = load<IntVec>(data[b] + i * 128), second[b] = load<IntVec>(data[b] + i * 128 + 64);
-      prefetch(data[b], i * 128), prefetch(data[b], i * 128 + 64);
+      weights[b] = load_bytes<Int8>(data[b] + i * N_BYTES);
+      for (int64_t j = 0; j < N_BYTES; j += 64) prefetch(data[b], i * N_BYTES + j);
     }
-    for (int m = 0; m < M; m++) {
-      const IntVec q0 = broadcast4(x[m][i].q), q4 = broadcast4(x[m][i].q + 4);
-      for (int b = 0; b < BLOCKS; b++) {
-        IntVec acc = {};
-        dot4(acc, first[b], q0), dot4(acc, second[b], q4);
-        total[b][m] += (as_float(acc) + x[m][i].compensation) * x[m][i].scale;
-      }
-    }
+#pragma GCC unroll 8  // so that the sums stay in registers
+    for (int m = 0; m < M; m++)
+      for (int b = 0; b < BLOCKS; b++)
+        total[b][m] += (as_float(dot_block(weights[b], x[m][i])) + x[m][i].compensation) * x[m][i].scale;
   }
   for (int b = 0; b < BLOCKS; b++) {
     const Vec scale = Int8::output_scales(w, blocks[b]);
@@ -98,45 +120,31 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const Part& part, const Q
   }
 }
 
-// The weights of a block for Q8_BLOCK inputs, as bytes: elements 0-3 of each output, and elements 4-7.
-struct WeightBytes { IntVec first, second; };
-template <typename F> WeightBytes load_bytes(const char* words) {
-  const IntVec v = load<IntVec>(words), low = IntVec{} + 0x0f0f0f0f;
-  if constexpr (F::ELEMENTS_PER_WORD == 4) return {v, load<IntVec>(words + 64)};
-  else return {F::unsigned_bytes(v & low), F::unsigned_bytes((v >> 4) & low)};
-}
-
 // Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts runs of Q8_BLOCK inputs,
 // whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
 void dot_grouped(const Weights& w, const int64_t* blocks, const Part& part, const Q8Block* const* tokens,
                  Vec* const* out) {
-  constexpr int64_t N_BYTES = 64 * Q8_BLOCK / F::ELEMENTS_PER_WORD;  // bytes of a block's weights for Q8_BLOCK inputs
+  constexpr int64_t N_BYTES = Q8_BLOCK_BYTES<F>;
   const char* data[BLOCKS];
   const Q8Block* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   const Prefetcher<M, BLOCKS> prefetch(w, part);
   Vec total[BLOCKS][M] = {};
-  for (int64_t i = 0, end, group = 0; i < w.k / Q8_BLOCK; i = end, group++) {
-    end = std::min(w.k, i * Q8_BLOCK + w.group_size) / Q8_BLOCK;
+  for (int64_t i = 0, end, group = 0; i < divide_up(w.k, Q8_BLOCK); i = end, group++) {
+    end = divide_up(std::min(w.k, i * Q8_BLOCK + w.group_size), Q8_BLOCK);
     Vec partial[BLOCKS][M] = {};
     for (; i < end; i++) {
-      WeightBytes bytes[BLOCKS];
+      WeightBytes weights[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) {
-        const char* words = data[b] + i * N_BYTES;
-        for (int j = 0; j < N_BYTES; j += 64) prefetch(data[b], i * N_BYTES + j);
-        bytes[b] = load_bytes<F>(words);
+        weights[b] = load_bytes<F>(data[b] + i * N_BYTES);
+        for (int64_t j = 0; j < N_BYTES; j += 64) prefetch(data[b], i * N_BYTES + j);
       }
 #pragma GCC unroll 8  // so that the sums stay in registers
-      for (int m = 0; m < M; m++) {
-        const IntVec q0 = broadcast4(x[m][i].q), q4 = broadcast4(x[m][i].q + 4);
-        for (int b = 0; b < BLOCKS; b++) {
-          IntVec acc = {};
-          dot4(acc, bytes[b].first, q0), dot4(acc, bytes[b].second, q4);
-          partial[b][m] += as_float(acc) * x[m][i].scale;
-        }
-      }
+      for (int m = 0; m < M; m++)
+        for (int b = 0; b < BLOCKS; b++)
+          partial[b][m] += as_float(dot_block(weights[b], x[m][i])) * x[m][i].scale;
     }
     for (int b = 0; b < BLOCKS; b++) {
       const auto [scale, zero] = F::scales_and_zeros(w, blocks[b] * w.n_groups + group);

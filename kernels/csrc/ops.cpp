@@ -95,11 +95,13 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
                  .zeros_stride = zeros ? stride(*zeros) : 0, .n = n, .k = k, .group_size = group_size, .n_groups = 1};
   const bool is_packed_for_cpu = dispatch_format(format_id, [&]<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) {
-      result.bits = 8 * w.element_size();
+      result.bits = 8 * w.element_size(), result.padded_k = k;
       return w.scalar_type() == type;
     } else {
       if (!scales || (F::HAS_ZEROS && !zeros) || group_size < 1) return false;
-      result.bits = 32 / F::ELEMENTS_PER_WORD, result.n_groups = divide_up(k, group_size);
+      if (F::INT8_ACTIVATIONS && group_size < k && group_size % Q8_BLOCK) return false;
+      result.bits = 32 / F::ELEMENTS_PER_WORD, result.padded_k = round_up(k, Q8_BLOCK);
+      result.n_groups = divide_up(k, group_size);
       result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
       return w.scalar_type() == ScalarType::Int && scales->element_size() == F::SCALE_BYTES;
     }

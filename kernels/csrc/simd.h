@@ -204,8 +204,9 @@ template <int D> inline IntVec swap_lanes(IntVec v) {
                                  8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
 }
 
-// Reduces each half of v, 8 lanes, with op, such as a maximum or a sum. All lanes of the half get the result.
-inline IntVec reduce_halves(IntVec v, auto op) {
+// Reduces v with op, such as a maximum or a sum. All lanes get the result.
+inline IntVec reduce_lanes(IntVec v, auto op) {
+  v = op(v, swap_lanes<8>(v));
   v = op(v, swap_lanes<4>(v));
   v = op(v, swap_lanes<2>(v));
   return op(v, swap_lanes<1>(v));

@@ -12,6 +12,7 @@
 constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; also in kernels/backend.py
 constexpr int64_t BLOCK_M = 8;          // the most tokens whose sums fit in registers
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of a Vec
+constexpr int64_t Q8_BLOCK = 16;        // activations that share a scale, if they are rounded to int8 (activations.h)
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Unquantized weights are stored output by
 // output. Quantized weights are packed in blocks of 16 outputs and in words of 4 bytes. The words of 16 outputs are
@@ -28,18 +29,18 @@ constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: on
 //     Int4, MXFP4    elements j (lower half) and j + 4 (upper half), as in the checkpoint
 //     Float8         float8.h draws the order of the bytes
 //
-// The last block is padded to 16 outputs.
+// The last block is padded to 16 outputs, and each output to a multiple of Q8_BLOCK inputs.
 struct Weights {
   int64_t format;                                    // format_id in kernels/formats/
   const char *data, *scales, *zeros;                 // scales and zeros are null if the format has none
   int64_t data_stride, scales_stride, zeros_stride;  // bytes between two matrices of the stack
-  int64_t bits;                                      // of an element
+  int64_t bits, padded_k;                            // bits of an element; padded_k is k if outputs are not padded
   int64_t n, k;
   int64_t group_size, n_groups;  // group_size inputs of an output share a scale. Int8 has one group of k inputs
   bool has_f16_scales;           // whether scales of 16 bits are f16 and not bf16
 
   int64_t n_blocks() const { return divide_up(n, BLOCK_N); }
-  int64_t block_bytes() const { return BLOCK_N * k * bits / 8; }
+  int64_t block_bytes() const { return BLOCK_N * padded_k * bits / 8; }
   const char* block_data(int64_t block) const { return data + block * block_bytes(); }
   Weights expert(int64_t e) const {
     Weights w = *this;

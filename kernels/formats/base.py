@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kernels.formats.cpu_layouts import to_blocks
+from kernels.formats.cpu_layouts import to_blocks, words_to_blocks
 
 Tensors = dict[str, Tensor]  # by name: "weight" and, if the format has them, "scales" and "zeros"
 QUANTIZE_CHUNK = 2**18  # elements quantized at a time: their float32 copies fit into the processor's cache
@@ -113,9 +113,9 @@ class WeightFormat:
 
     def pack_for_cpu(self, tensors: Tensors) -> Tensors:
         """The tensors as the C++ kernels read them, from those of a checkpoint. In most formats these are words int32
-        [..., N / 16, bytes of a row / 4, 16], and scales and zeros [..., N / 16, n_groups, 16]."""
-        words = {"weight": tensors["weight"].view(torch.int32)}
-        return {name: to_blocks(t) for name, t in (tensors | words).items()}
+        [..., N / 16, words of a row, 16], and scales and zeros [..., N / 16, n_groups, 16]."""
+        words = words_to_blocks(tensors["weight"], self.elements_per_byte)
+        return {"weight": words} | {name: to_blocks(t) for name, t in tensors.items() if name != "weight"}
 
     def pack_for_triton(self, tensors: Tensors) -> Tensors:
         """The tensors as the Triton kernels read them, from those of a checkpoint, in the layout that

@@ -2,8 +2,8 @@
 
 A block is 16 rows of W. A word is four bytes of a row: 4 elements of 8 bits, or 8 elements of 4 bits. A packed block
 has word 0 of all 16 rows, then word 1 of all 16 rows, and so on (csrc/weights.h draws a block). So a load of 64 bytes
-fills a vector register, and the 16 lanes of the register are 16 outputs. Scales and zeros are packed likewise, group by
-group.
+fills a vector register, and the 16 lanes of the register are 16 outputs. Rows are padded to a multiple of 16 elements.
+Scales and zeros are packed likewise, group by group, without padding.
 """
 
 import torch
@@ -11,11 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CPU_BLOCK_N = 16  # rows of a block
+CPU_BLOCK_K = 16  # elements of a row that a kernel multiplies at a time (csrc/weights.h: Q8_BLOCK)
 
 
-def to_blocks(t: Tensor) -> Tensor:
-    """[..., N, X] -> [..., N / 16, X, 16]. N is padded with zeros to a multiple of 16."""
-    t = F.pad(t, (0, 0, 0, -t.shape[-2] % CPU_BLOCK_N))
+def words_to_blocks(weight: Tensor, elements_per_byte: int) -> Tensor:
+    """Bytes [..., N, K / elements_per_byte] -> words int32 [..., N / 16, words of a row, 16]."""
+    return to_blocks(weight.view(torch.int32), CPU_BLOCK_K // 4 // elements_per_byte)
+
+
+def to_blocks(t: Tensor, row_multiple: int = 1) -> Tensor:
+    """[..., N, X] -> [..., N / 16, X, 16]. N is padded with zeros to a multiple of 16, and X of row_multiple."""
+    t = F.pad(t, (0, -t.shape[-1] % row_multiple, 0, -t.shape[-2] % CPU_BLOCK_N))
     return t.unflatten(-2, (-1, CPU_BLOCK_N)).mT.contiguous()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
-from kernels.formats.cpu_layouts import pair_rows, to_blocks
+from kernels.formats.cpu_layouts import pair_rows, to_blocks, words_to_blocks
 from kernels.formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
 from kernels.formats.integers import GROUP_SIZES, split_groups
 from kernels.formats.triton_layouts import by_column, pack_tiles, pack_words
@@ -54,7 +54,7 @@ class Float8(WeightFormat):
         tensors["scales"].fill_(std / 68.5)
 
     def pack_for_cpu(self, tensors):
-        words = pair_rows(to_blocks(tensors["weight"].view(torch.int32)))
+        words = pair_rows(words_to_blocks(tensors["weight"], self.elements_per_byte))
         return {"weight": words, "scales": to_blocks(tensors["scales"])}
 
     def pack_for_triton(self, tensors):

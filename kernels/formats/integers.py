@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
-from kernels.formats.cpu_layouts import to_blocks
+from kernels.formats.cpu_layouts import words_to_blocks
 from kernels.formats.triton_layouts import pack_scales, pack_tiles
 
 GROUP_SIZES = (32, 64, 128, 256)  # of Int4 and Float8; GroupedInt8 may have 16, too
@@ -47,8 +47,8 @@ class Int8(WeightFormat):
         tensors["scales"].fill_(std / 73)
 
     def pack_for_cpu(self, tensors):
-        # ^ 128 on a byte adds 128. One expression, so that the result of ^ is freed before to_blocks copies
-        words = to_blocks((tensors["weight"].view(torch.uint8) ^ 128).view(torch.int32))
+        # ^ 128 on a byte adds 128. One expression, so that the result of ^ is freed early
+        words = words_to_blocks(tensors["weight"].view(torch.uint8) ^ 128, self.elements_per_byte)
         return {"weight": words, "scales": tensors["scales"]}
 
     def pack_for_triton(self, tensors):

@@ -54,7 +54,7 @@ def rounding_error(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 def step_of(x: Tensor, quantized: bool) -> float:
     """Returns the largest distance between neighbouring values that an element of x can have: in the type of x or, if
-    quantized, in 8 bits with a scale for 8 elements."""
+    quantized, in 8 bits with a scale for 16 elements."""
     largest = x.double().abs().max().item()
     return largest / 127 if quantized else 2 * U[x.dtype] * largest
 

@@ -28,7 +28,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = FORMATS[1:]
 CPU_FORMATS = [
-    Unquantized(), Int8(), Int4(32), Int4(128, torch.float16), GroupedInt8(8), GroupedInt8(64, torch.float16),
+    Unquantized(), Int8(), Int4(32), Int4(128, torch.float16), GroupedInt8(16), GroupedInt8(64, torch.float16),
     Float8(), Float8(32), MXFP4(),
 ]
 TRITON_FORMATS = [
