@@ -60,8 +60,9 @@ def main():
     stats |= warm_up(args, runner, decode_loop, sequences)
     torch.manual_seed(args.seed)
     if args.conversation:
-        eos_ids = model.config.eos_ids
-        converse(Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, eos_ids, args.system), args.max_new_tokens)
+        chat_options = {"system": args.system, "stop": tuple(args.stop)}
+        chat = Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, model.config.eos_ids, **chat_options)
+        converse(chat, args.max_new_tokens)
         return
     for i, sequence in enumerate(sequences, start=1):
         samples = []

@@ -92,6 +92,8 @@ class LLM:
         seed: prompt i samples with seed + i."""
         if isinstance(prompts, str):
             raise UsageError("generate_many takes a list of prompts, not one text")
+        if parallel < 1:
+            raise UsageError(f"parallel must be at least 1, not {parallel}")
         sequences, context = [], self.model.config.max_seq_len
         for i, prompt in enumerate(prompts):
             try:  # find a mistake before any prompt is computed

@@ -17,7 +17,7 @@ import torch
 from cli import common_args
 from config import ModelConfig
 from engine.sampling import SamplingParams
-from engine.sequence import Sequence, build_sequence
+from engine.sequence import Sequence, build_sequence, check_length
 from engine.speculate import MAX_DRAFT_TOKENS
 from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
 from text.chat_template import read_message
@@ -111,7 +111,8 @@ def add_length_options(parser: argparse.ArgumentParser):
 def add_sampling_options(parser: argparse.ArgumentParser):
     """Adds --seed, and an option for each field of SamplingParams."""
     add = parser.add_argument
-    add("--seed", type=int, default=1234, help="default: %(default)s")
+    help = "default: %(default)s; with --parallel, each prompt samples with a seed that is larger by 1 than the last"
+    add("--seed", type=int, default=1234, help=help)
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
     add("--top_k", type=int, help="sample among the k likeliest tokens only")
     add("--top_p", type=float, help="sample among the likeliest tokens that make up p")
@@ -222,7 +223,8 @@ def encode_prompts(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
     """Returns a Sequence for each of prompts, the result of read_prompts, or one of --prompt_tokens. Raises UsageError
-    for a prompt that is empty or far too long."""
+    for a prompt that cannot be completed, such as one beyond the context. With --parallel, the Sequence of such a
+    prompt has an error instead, unless none of the prompts can be completed."""
     eos_ids = () if args.ignore_eos else config.eos_ids
     options = {"sampling": args.sampling, "stop": tuple(args.stop), "n_logprobs": args.logprobs, "eos_ids": eos_ids}
     if args.prompt_tokens:
@@ -232,9 +234,17 @@ def encode_prompts(
     sequences = []
     for i, prompt in enumerate(prompts):
         seed = args.seed + i  # for --parallel, where every prompt has random numbers of its own
-        sequences.append(build_sequence(prompt, tokenizer, config, args.max_new_tokens, seed=seed, **options))
-    if prompts:  # a tokenizer may drop all of a text
-        check_not_empty([sequence.prompt_ids for sequence in sequences], args)
+        try:
+            sequence = build_sequence(prompt, tokenizer, config, args.max_new_tokens, seed=seed, **options)
+            check_length(len(sequence.prompt_ids), args.max_new_tokens, config.max_seq_len)
+        except UsageError as e:
+            sequence = Sequence([], args.max_new_tokens, prompt=prompt)
+            sequence.fail(str(e))
+        sequences.append(sequence)
+    failed = [i for i, sequence in enumerate(sequences) if sequence.error]
+    if failed and (args.parallel is None or len(failed) == len(sequences)):
+        number = f"prompt {failed[0] + 1}: " if len(sequences) > 1 else ""
+        raise UsageError(f"{number}{sequences[failed[0]].error}")
     return sequences
 
 
@@ -255,8 +265,10 @@ def with_chat_options(prompt: str | list[dict], args: argparse.Namespace) -> str
 
 def read_prompt_file(path: Path) -> list[str | list[dict]]:
     """Reads a text, or the messages of a chat, from each line. Skips empty lines, and names them on stderr."""
-    text, prompts = read_text(path).rstrip(), []
-    for number, line in enumerate(text.split("\n") if text else [], start=1):
+    lines, prompts = read_text(path).split("\n"), []
+    while lines and not lines[-1].strip():  # what ends a file is no line to name
+        del lines[-1]
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             print(f"{path}: line {number} is empty and is skipped", file=sys.stderr)
         elif path.suffix == ".jsonl":

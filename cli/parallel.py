@@ -15,26 +15,36 @@ from utils.errors import OutOfMemoryError, UsageError
 
 
 def complete_in_parallel(args: argparse.Namespace, model: Transformer, sequences: list[Sequence], stats: dict):
-    """Completes args.parallel sequences at a time, and prints the results in the order of sequences. If a prompt does
-    not fit the model's context, the other prompts are completed, and UsageError is raised at the end.
+    """Completes args.parallel sequences at a time, and prints the results in the order of sequences. If a sequence has
+    or gets an error, the others are completed, and UsageError is raised at the end. After Ctrl-C, prints the results
+    that are complete.
 
     stats: more fields for --json."""
     scheduler = make_scheduler(args, model, sequences)
-    start, n_new_tokens, n_failed = time.perf_counter(), 0, 0
-    hide_bar = True if sys.stdout.isatty() else None  # texts on a terminal show the progress already
-    bar = tqdm(scheduler.complete(sequences), "prompts", len(sequences), disable=hide_bar, leave=False)
-    for i, sequence in bar:
+    start, not_printed = time.perf_counter(), dict(enumerate(sequences))
+
+    def print_sequence(i: int):
+        sequence = not_printed[i]
         if sequence.error:
-            n_failed += 1
             print(f"prompt {i + 1}: {sequence.error}", file=sys.stderr)
-        n_new_tokens += len(sequence.new_ids)
         if args.json:
             print_json(args, model, scheduler, sequence, stats)
         else:
             print(f"--- prompt {i + 1}\n{sequence.text}", flush=True)
-    seconds = time.perf_counter() - start
+        del not_printed[i]
+
+    hide_bar = True if sys.stdout.isatty() else None  # texts on a terminal show the progress already
+    bar = tqdm(scheduler.complete(sequences), "prompts", len(sequences), disable=hide_bar, leave=False)
+    try:
+        for i, _ in bar:
+            print_sequence(i)
+    except KeyboardInterrupt:  # in a step, after which complete has yielded the rest, or here
+        for i in [i for i, sequence in not_printed.items() if sequence.finish_reason]:
+            print_sequence(i)
+        raise
+    seconds, n_new_tokens = time.perf_counter() - start, sum(len(sequence.new_ids) for sequence in sequences)
     print(f"{n_new_tokens} tokens in {seconds:.2f} s: {n_new_tokens / seconds:.1f} tokens/s in total", file=sys.stderr)
-    if n_failed:
+    if n_failed := sum(sequence.error is not None for sequence in sequences):
         raise UsageError(f"{n_failed} of {len(sequences)} prompts could not be completed")
 
 
@@ -44,6 +54,8 @@ def make_scheduler(args: argparse.Namespace, model: Transformer, sequences: list
         return build_scheduler(model, sequences, args.parallel, args.compile)
     except OutOfMemoryError as e:
         n_fitting = max_slots(model, longest_seq_len(model, sequences))
+        if n_fitting == 0:
+            raise
         raise UsageError(f"{e}; --parallel {n_fitting} fits, or fewer --max_new_tokens") from None
 
 
@@ -51,7 +63,7 @@ def print_json(args: argparse.Namespace, model: Transformer, scheduler: Schedule
     if sequence.error:
         print(json.dumps({"error": sequence.error, "prompt": sequence.prompt}), flush=True)
         return
-    result = build_result(args, model, scheduler.kv_cache, samples=[[sequence]]) | stats
+    result = build_result(args, model, scheduler.kv_cache, samples=[[sequence]]) | stats | {"seed": sequence.seed}
     if args.logprobs is not None:
         result["logprobs"] = [[logprobs._asdict() for logprobs in sequence.logprobs]]
     print_result(args, result, model)

@@ -33,14 +33,15 @@ class ContextFull(UsageError):
 class Conversation:
     def __init__(
         self, tokenizer: Tokenizer, decode_loop: DecodeLoop, max_seq_len: int, eos_ids: Collection[int],
-        system: str | None = None,
+        system: str | None = None, stop: tuple[str, ...] = (),
     ):
         """Raises UsageError if the checkpoint has no chat template.
 
         max_seq_len: how many tokens the KV cache of decode_loop holds.
-        system: the system message."""
+        system: the system message.
+        stop: strings that end an answer. The answer does not contain them."""
         self.tokenizer, self.decode_loop = tokenizer, decode_loop
-        self.max_seq_len, self.eos_ids = max_seq_len, eos_ids
+        self.max_seq_len, self.eos_ids, self.stop = max_seq_len, eos_ids, stop
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # messages of the user and of the model, in turn
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
@@ -51,7 +52,7 @@ class Conversation:
 
     def new_sequence(self) -> Sequence:
         """Returns an answer without tokens. The method stream sets how many tokens the answer may have."""
-        options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "is_resumable": True}
+        options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "is_resumable": True}
         return Sequence(prompt_ids=[], max_new_tokens=0, prompt=[], **options)
 
     @property

@@ -117,24 +117,33 @@ class Scheduler:
         """Ends a waiting or running sequence. Does nothing if sequence has ended."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        for slot in self.slots:
+        for i, slot in enumerate(self.slots):
             if slot.sequence is sequence:
+                if slot.is_prefilling:  # no logits have shown yet whether the keys and values are finite
+                    self.clear(i)
                 self.free(slot)
 
     def free(self, slot: Slot):
         slot.sequence, slot.ended_at = None, self.n_steps
+
+    def clear(self, i: int):
+        """Forgets what slot i holds, since its keys and values may not be finite. Attention multiplies the values of
+        positions that it hides with 0. But 0 * NaN is NaN."""
+        self.kv_cache.clear_sequence(i)
+        self.slots[i].cached_ids = []
 
     def has_work(self) -> bool:
         return bool(self.waiting) or any(slot.sequence for slot in self.slots)
 
     def complete(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
         """Yields (number, sequence) for each of sequences, in their order, when it has ended. A sequence that submit
-        refuses has an error, and the others are still completed. After Ctrl-C, yields the sequences that have ended,
-        and raises KeyboardInterrupt again."""
+        refuses, or that has an error already, has an error, and the others are still completed. After Ctrl-C, yields
+        the sequences that have ended, and raises KeyboardInterrupt again."""
         left = deque(enumerate(sequences))
         for _, sequence in left:
             try:
-                self.submit(sequence)
+                if not sequence.error:
+                    self.submit(sequence)
             except UsageError as e:
                 sequence.fail(str(e))
         try:
@@ -244,9 +253,7 @@ class Scheduler:
         sequence, text = slot.sequence, ""
         if token < 0:  # logits that are not finite end this sequence, and no other
             sequence.fail(NOT_FINITE)
-            # Attention multiplies the values of positions that it hides with 0. But 0 * NaN is NaN.
-            self.kv_cache.clear_sequence(i)
-            slot.cached_ids = []
+            self.clear(i)
         else:
             n_top = sequence.n_logprobs
             text = sequence.append(token, None if n_top is None else compute_logprobs(logits, token, n_top))
@@ -263,10 +270,10 @@ def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int
 
 
 def longest_seq_len(model: Transformer, sequences: list[Sequence]) -> int:
-    """Returns the length of the longest sequence, new tokens included, but at most the model's context.
-    Scheduler.submit refuses longer sequences."""
-    longest = max((len(sequence.prompt_ids) + sequence.max_new_tokens for sequence in sequences), default=1)
-    return min(longest, model.config.max_seq_len)
+    """Returns the length of the longest sequence, new tokens included. Does not count sequences that cannot be
+    completed: those with an error, and those beyond the model's context, which Scheduler.submit refuses."""
+    lengths = [len(one.prompt_ids) + one.max_new_tokens for one in sequences if not one.error]
+    return max((length for length in lengths if length <= model.config.max_seq_len), default=1)
 
 
 def max_slots(model: Transformer, max_seq_len: int) -> int:

@@ -44,8 +44,9 @@ class Sequence:
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
     seed: int = 0  # of the random numbers with which a Scheduler samples
     n_logprobs: int | None = None  # report the log-probabilities of this many of the likeliest tokens; None: of none
-    # What happens if max_new_tokens cuts the text within a character. If True, the text does not have the character
-    # until more tokens follow: see resume. If False, the text ends with U+FFFD in place of the character.
+    # What happens if max_new_tokens cuts the text within a character, or within what may be a stop string. If True, the
+    # text does not have it until more tokens follow: see resume. If False, the text has it, with U+FFFD in place of a
+    # character.
     is_resumable: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
@@ -65,7 +66,7 @@ class Sequence:
 
     @cached_property
     def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        return torch.Generator().manual_seed(self.seed % 2**64)  # a user's seed + i may need more bits
 
     def append(self, token: int, logprobs: Logprobs | None = None) -> str:
         """Adds a new token, and returns the new text. Decides whether the sequence ends. A sequence that has ended
@@ -146,4 +147,4 @@ def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, li
         raise UsageError("the prompt is empty; give some text")
     if n_prompt_tokens + max_new_tokens > max_seq_len:
         excess = f"{n_prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed"
-        raise UsageError(f"{excess} {limit}{max_seq_len}")
+        raise UsageError(f"{excess} {limit}{max_seq_len}; shorten the prompt or ask for fewer new tokens")

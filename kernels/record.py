@@ -31,10 +31,12 @@ A tape can hold the operations of kernels/schema.py: SCHEMAS. Anything else woul
 and never again. So a CPUGraph raises an error for it.
 """
 
+import contextlib
 import ctypes
+import signal
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -72,11 +74,32 @@ def record(step: Callable) -> Callable:
             on_gpu = any(arg is not None and arg.is_cuda for arg in args)
             if not on_gpu and len(graphs) == MAX_CPU_GRAPHS:
                 del graphs[next(iter(graphs))]
-            graph = CUDAGraph(step, args) if on_gpu else CPUGraph(step, args)
+            if on_gpu:
+                graph = CUDAGraph(step, args)
+            else:
+                with delay_interrupt():
+                    graph = CPUGraph(step, args)
         graphs[shapes] = graph
         return graph(args)
 
     return replay
+
+
+@contextlib.contextmanager
+def delay_interrupt() -> Iterator[None]:
+    """Delays Ctrl-C until the end of this context, some milliseconds later. An interrupt while a tape begins or ends
+    would leave the kernels recording, and whoever goes on, such as a conversation, would get what was not computed."""
+    handler, interrupts = signal.getsignal(signal.SIGINT), []
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # nothing here raises KeyboardInterrupt
+        return
+    signal.signal(signal.SIGINT, lambda *args: interrupts.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if interrupts:
+        handler(*interrupts[0])
 
 
 def call_at_graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -15,7 +15,7 @@
                                     test_gguf_tokenizer; of a folder in place of a file test_checkpoint_path
     text/                           test_tokenizer, test_tokenizer_files
     engine/                         test_generate, test_sampling, test_scheduler, test_speculative, test_chat
-    cli/, generate.py               test_cli, test_mistakes, test_terminal, test_speculative_cli
+    cli/, generate.py               test_cli, test_mistakes, test_terminal, test_parallel_cli, test_speculative_cli
     llm.py                          test_library
     eval.py, evaluation/            test_eval
     utils/                          test_machine, test_fuzz

@@ -179,13 +179,18 @@ def test_the_summary_does_without_a_measurement_for_which_there_is_no_room(chain
     assert len(re.findall(r"12 generated in 3 sequences, at [\d.]+ tokens/s each: [\d.]+ GB/s \(load", err)) == 3
 
 
-@pytest.mark.parametrize("is_parallel, hint", [(False, generate.OOM_HINT), (True, "--parallel 0 fits")])
-def test_an_error_for_lack_of_memory_ends_with_what_helps(chain, tmp_path, monkeypatch, capsys, is_parallel, hint):
+@pytest.mark.parametrize(
+    "is_parallel, free, hint",
+    [(False, 1000, generate.OOM_HINT), (True, 1000, generate.OOM_HINT), (True, 2000, "--parallel 1 fits")],
+)
+def test_an_error_for_lack_of_memory_ends_with_what_helps(
+    chain, tmp_path, monkeypatch, capsys, is_parallel, free, hint
+):
     (tmp_path / "prompts").write_text("a\nb\n")
     flags = [f"--prompt_file={tmp_path}/prompts", "--kernels=off", *(["--parallel=2"] if is_parallel else [])]
     set_up(monkeypatch, chain / "model.pth", flags)
     for module in (machine, scheduler):
-        monkeypatch.setattr(module, "free_memory", lambda: 1000)
+        monkeypatch.setattr(module, "free_memory", lambda: free)
     with pytest.raises(SystemExit) as stopped:
         run_script(generate.main, generate.OOM_HINT)
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,5 +1,7 @@
 """kernels/record.py: a recorded step gives what the step gives, to the last bit, and nothing is frozen silently."""
 
+import signal
+import sys
 import threading
 
 import pytest
@@ -186,6 +188,36 @@ def test_what_is_no_operation_raises(operation):
     with torch.inference_mode():
         recorded = record(lambda *inputs: model(*inputs, kv_cache, tables)[:, -1].view(-1))  # views may
         assert torch.equal(recorded(token, position), model(token, position, kv_cache, tables).flatten())
+
+
+@built
+def test_ctrl_c_leaves_no_kernel_recording():
+    """Wherever it comes in record.py: it is not lost, and later kernels compute."""
+    x, expected = torch.ones(37), torch.full((37,), 2.0)
+    n_left = 0  # calls and returns until Ctrl-C
+
+    def step(x):
+        return kernels.add(x, x, kernels.CPU)
+
+    def interrupt(frame, event, arg):
+        nonlocal n_left
+        if frame.f_code.co_filename == record.__code__.co_filename and event in ("call", "return"):
+            n_left -= 1
+            if n_left == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    n_interrupts = 0
+    while n_left <= 0:  # until a recording ends before Ctrl-C
+        n_left, recorded = n_interrupts + 1, record(step)
+        try:
+            sys.setprofile(interrupt)
+            recorded(x)
+        except KeyboardInterrupt:
+            n_interrupts += 1
+        finally:
+            sys.setprofile(None)
+        assert torch.equal(step(x), expected) and torch.equal(recorded(x), expected)
+    assert n_interrupts > 10
 
 
 def test_a_tape_can_hold_every_operation_of_a_short_step():

@@ -1,8 +1,7 @@
-"""Many prompts at once: each gets what it gets alone, nothing is computed twice or in vain, and the command line."""
+"""Many prompts at once: each gets what it gets alone, and nothing is computed twice or in vain."""
 
 import asyncio
 import contextlib
-import json
 import random
 from collections.abc import Iterator
 
@@ -261,6 +260,26 @@ def test_logits_that_are_not_finite_end_one_sequence(use_kernels):
         assert sequence.new_ids == [] and sequence.finish_reason == "error" and "not finite" in sequence.error
 
 
+def test_a_prompt_that_is_cancelled_leaves_no_nan():
+    """Though no logits of its have been seen, and attention in plain PyTorch multiplies with hidden values."""
+    model = to_ours(make_hf("llama3", tie_word_embeddings=False), use_kernels=False)
+    prompts, expected = [[1, 2, 3], [4, 5]], [run_alone(model, [1, 2, 3], 30), run_alone(model, [4, 5], 5)]
+    unused = max({*range(97)}.difference(*prompts, *expected))
+    model.embed_tokens.weight[unused] = torch.nan
+    running, cancelled, good = Sequence(prompts[0], 30), Sequence([unused] * 20, 4), Sequence(prompts[1], 5)
+    scheduler = Scheduler(model, 2, 48, chunk_tokens=4)
+    for sequence in (running, cancelled):
+        scheduler.submit(sequence)
+    for _ in range(6):
+        scheduler.step()
+    assert scheduler.slots[1].is_prefilling and len(scheduler.slots[1].cached_ids) > 2
+    scheduler.cancel(cancelled)
+    scheduler.submit(good)
+    while scheduler.has_work():
+        scheduler.step()
+    assert [running.new_ids, good.new_ids] == expected
+
+
 def test_logprobs(pair):
     """Those of one forward over prompt and answer, whatever the sampling."""
     _, model = pair("llama3", True)
@@ -317,6 +336,10 @@ def test_generate_many(chain):
     with pytest.raises(UsageError, match="prompt 0: the prompt is not valid UTF-8"):
         list(generate_many(["\ud800"], max_new_tokens=6))
     assert list(generate_many([])) == []
+    with pytest.raises(UsageError, match="parallel must be at least 1, not 0"):
+        list(generate_many(["S"], parallel=0))
+    largest_seed = list(generate_many(["abc", "abc"], max_new_tokens=20, seed=2**64 - 1))
+    assert len(largest_seed) == 2  # the second seed has 65 bits
 
 
 def test_callers_in_asyncio(chain):
@@ -410,93 +433,3 @@ def test_stop_finder(text, stop, data):
     found += finder.end()
     ends = [(end, end - len(s)) for s in stop for end in range(len(text) + 1) if text[:end].endswith(s)]
     assert found == (text[: min(ends)[1]] if ends else text) and finder.found == bool(ends)
-
-
-# ---- The command line -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mistake(cli, capsys):
-    """(folder, arguments) -> the one line in which generate.py says what is wrong with them."""
-
-    def call(*args) -> str:
-        with pytest.raises(SystemExit) as e:
-            cli(*args)
-        assert e.value.code == 2
-        return capsys.readouterr().err.splitlines()[-1]
-
-    return call
-
-
-def test_parallel_on_the_command_line(chain, ask, cli, tmp_path):
-    (tmp_path / "prompts").write_text("S\n0\n\nW\n8\n")
-    flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=5", "--precision=float32"]
-    one_by_one, parallel = ask(chain, *flags), ask(chain, *flags, "--parallel=3")
-    for r in (*one_by_one, *parallel):
-        for name in [name for name, value in r.items() if isinstance(value, float) or name == "peak_memory_bytes"]:
-            del r[name]  # they differ from run to run
-    assert parallel == one_by_one and [r["prompt"] for r in parallel] == ["S", "0", "W", "8"]
-    printed = cli(chain, *flags, "--parallel=2", "--stop=34")
-    assert printed == "--- prompt 1\n🙂E\n--- prompt 2\n12\n--- prompt 3\n X\n--- prompt 4\n90123\n"
-
-
-def test_a_prompt_beyond_the_context_does_not_stop_the_others(chain, cli, tmp_path, capsys):
-    (tmp_path / "prompts").write_text("0\n\n" + "5" * 300 + "\n7\n")
-    flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=3", "--parallel=2"]
-    with pytest.raises(SystemExit) as e:
-        cli(chain, *flags, "--json")
-    out, err = capsys.readouterr()
-    lines = [json.loads(line) for line in out.splitlines()]
-    assert [line.get("text") for line in lines] == [["123"], None, ["890"]]
-    assert "exceed 256" in lines[1]["error"] and e.value.code == 2
-    assert all(note in err for note in ("line 2 is empty", "prompt 2", "1 of 3 prompts"))
-
-
-def test_logprobs_on_the_command_line(chain, ask):
-    (r,) = ask(chain, "--prompt=0", "--max_new_tokens=3", "--logprobs=2")
-    (row,) = r["logprobs"]
-    assert [len(step["top"]) for step in row] == [2, 2, 2]
-    assert [step["top"][0] for step in row] == [[i, step["token"]] for i, step in zip(r["tokens"][0], row, strict=True)]
-    (r,) = ask(chain, "--prompt=0", "--max_new_tokens=3", "--logprobs=0")
-    assert [step["top"] for step in r["logprobs"][0]] == [[], [], []]
-
-
-def test_jsonl_prompts(chatty, ask, tmp_path):
-    lines = [{"prompt": "two\nlines"}, {"messages": [{"role": "user", "content": "two\nlines"}]}]
-    parts = [{"type": "text", "text": word} for word in ("two", "lines")]
-    lines.append({"messages": [{"role": "user", "content": parts}]})
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    flags = ["--max_new_tokens=8", "--temperature=0"]
-    (plain,) = ask(chatty, "--prompt=two\nlines", *flags)
-    (chat,) = ask(chatty, "--prompt=two\nlines", "--chat", *flags)
-    from_file = ask(chatty, f"--prompt_file={tmp_path / 'prompts.jsonl'}", *flags, "--parallel=2")
-    assert [r["text"] for r in from_file] == [plain["text"], chat["text"], chat["text"]]
-
-
-BROKEN_LINES = ["{", "5", "{}", '{"prompt": 5}', '{"messages": []}', '{"messages": [{"role": "user"}]}']
-
-
-@pytest.mark.parametrize("line", BROKEN_LINES)
-def test_broken_jsonl_is_named(line, chatty, mistake, tmp_path):
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line)
-    assert "line 2" in mistake(chatty, f"--prompt_file={tmp_path / 'prompts.jsonl'}")
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--parallel=2"], "--prompt_file"),
-        (["--parallel=0", "--prompt_file=FILE"], "at least 1"),
-        (["--parallel=2", "--chat"], "--prompt_file"),
-        (["--parallel=2", "--prompt_file=FILE", "--prompt_lookup"], "speculation"),
-        (["--parallel=2", "--prompt_file=FILE", "--batch_size=2"], "--batch_size"),
-        (["--prompt=a", "--stop="], "--stop"),
-        (["--prompt=a", "--logprobs=1"], "--json"),
-        (["--prompt=a", "--logprobs=-1", "--json"], "0 or more"),
-        (["--prompt=a", "--logprobs=1", "--json", "--batch_size=2"], "--batch_size"),
-    ],
-)
-def test_wrong_options_are_named(flags, message, chain, mistake, tmp_path):
-    (tmp_path / "prompts").write_text("a\nb\n")
-    flags = [flag.replace("FILE", str(tmp_path / "prompts")) for flag in flags]
-    assert message in mistake(chain, *flags)

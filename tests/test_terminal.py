@@ -185,6 +185,13 @@ def test_continue(counter, cli):
     assert out.splitlines() == ["12", "34", "", "🙂", "E", "12", "12"]
 
 
+def test_stop_strings(counter, cli):
+    """They end an answer, also across tokens, and are not part of it. A part of one that was held back is not lost."""
+    said = "0\n/continue\n/continue\n7\n"
+    out = cli(counter, "--chat", "--temperature=0", "--max_new_tokens=2", "--stop=456", "--stop=23x", stdin=said)
+    assert out.splitlines() == ["1", "23", "", "89"]
+
+
 def test_save_and_load(counter, cli, tmp_path):
     file, other = tmp_path / "file", tmp_path / "other"
     flags = ["--chat", "--temperature=0", "--max_new_tokens=2"]
