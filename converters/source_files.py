@@ -26,7 +26,8 @@ GGUF_PART = r"(.*)-(\d{5})-of-(\d{5})"  # the name of one part of a split GGUF, 
 # The files from which model.pth is made. Every format has WEIGHTS; which other files there are depends on the format.
 ADAPTER_CONFIG = "adapter_config.json"
 SETTINGS = (
-    "config.json", "generation_config.json", "params.json", "quantize_config.json", "quant_config.json", ADAPTER_CONFIG,
+    "config.json", "generation_config.json", "params.json", "quantize_config.json", "quant_config.json",
+    "hf_quant_config.json", ADAPTER_CONFIG,
 )
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "consolidated.*.pth")
 SAMPLES, SAMPLE_BYTES = 64, 4096  # samples of a file, at equal distances
