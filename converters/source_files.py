@@ -41,6 +41,14 @@ def find_weights(folder: Path) -> list[Path]:
     return find_files(folder, WEIGHTS) or find_files(folder, ["*.pt"])
 
 
+def hint_at_subfolder(folder: Path) -> str:
+    """Returns the end of an error message if folder holds no model, but a folder in it does: Meta's files lie in the
+    folder "original" of a repository, and the hub's cache has a folder for each version."""
+    names = ("config.json", "params.json")
+    settings = find_files(folder, [f"{depth}/{name}" for depth in ("*", "*/*") for name in names])
+    return f"; {settings[0].parent} may hold one" if settings else ""
+
+
 def find_gguf_parts(file: Path) -> list[Path]:
     """Returns all parts of the GGUF that file is a part of. If the GGUF is not split, returns file."""
     match = re.fullmatch(GGUF_PART, file.stem)
