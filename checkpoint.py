@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from config import ModelConfig
 from utils.errors import UsageError
-from utils.files import is_state_dict, load_torch_file
+from utils.files import delete_if_possible, is_state_dict, load_torch_file
 
 CHECKPOINT_VERSION = "gpt-fast/7"
 
@@ -81,7 +81,7 @@ def save_checkpoint(
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror or e}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        delete_if_possible(temporary)
 
 
 def replace_checkpoint(temporary: Path, path: Path):

@@ -26,12 +26,16 @@ from utils.files import read_json
 
 PLACE = "config.json: quantization_config"
 AWQ_VERSIONS = ("gemm",)
-# Files in which AutoGPTQ and AutoAWQ wrote quantization_config at first -> the default of quant_method
-OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+MODELOPT_BLOCKS = "fp8_pb_wo"  # the quant_algo of FP8 with a scale for each block, whose shape is always the same
+MODELOPT_BLOCK_SHAPE = [128, 128]
+AUTO_ROUND = ("auto-round", "intel/auto-round")
+# Files in which AutoGPTQ, AutoAWQ and ModelOpt wrote quantization_config at first -> the default of quant_method
+OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 # Fields that name a version of the format -> the versions that are supported. Programs use different fields.
 VERSIONS = {
     "gptq": {"checkpoint_format": GPTQ_VERSIONS, "format": GPTQ_VERSIONS},
     "awq": {"version": AWQ_VERSIONS, "checkpoint_format": AWQ_VERSIONS, "format": AWQ_VERSIONS},
+    "modelopt": {"quant_algo": ("fp8", "fp8_per_channel_per_token", MODELOPT_BLOCKS)},
 }
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 DENSE = "dense"  # no weight is quantized, but perhaps the KV cache
@@ -50,20 +54,37 @@ def read_quantization(folder: Path, hf_config: dict, tensors: StateDict) -> dict
         layers = find_layers(tensors)
         if not layers:
             return None
-        quantization = older or refuse_unknown_format(folder, hf_config, layers[0])
+        quantization = older or refuse_unknown_format(hf_config, layers[0])
     if not isinstance(quantization, dict):
         raise UsageError("config.json: quantization_config must be an object")
     with convert_type_errors(PLACE):
         if quantization.get("quant_method") == older.get("quant_method"):
             quantization = older | quantization
+        if quantization.get("quant_method") in AUTO_ROUND:
+            quantization = read_auto_round_config(quantization)
         check_supported(quantization)
     return quantization
+
+
+def read_auto_round_config(quantization: dict) -> dict:
+    """Returns AutoRound's quantization_config as one of GPTQ or AWQ, since AutoRound packs weights as one of these.
+    extra_config has the fields of single layers, by name or regular expression: GPTQ's "dynamic"."""
+    check_one_of("data_type", quantization.get("data_type", "int"), ("int",))
+    packing = quantization.get("packing_format") or quantization.get("backend") or ""
+    dynamic = {}
+    for layer, fields in (quantization.get("extra_config") or {}).items():
+        sign = "-:" if fields.get("bits") == 16 else "+:"
+        dynamic[f"{sign}({layer})$"] = fields
+    fields = {name: quantization[name] for name in ("bits", "group_size", "sym") if name in quantization}
+    return fields | {"quant_method": "awq" if "awq" in packing else "gptq", "dynamic": dynamic}
 
 
 def read_older_file(folder: Path) -> dict:
     """Returns the contents of the file of OLDER_FILES that folder has, with quant_method, or {} if it has none."""
     for file, method in OLDER_FILES.items():
         fields = read_json(folder / file, {})
+        if isinstance(fields, dict) and method == "modelopt":
+            fields = fields.get("quantization", {})
         if not isinstance(fields, dict):
             raise UsageError(f"{folder / file} must hold an object")
         if fields:
@@ -71,13 +92,11 @@ def read_older_file(folder: Path) -> dict:
     return {}
 
 
-def refuse_unknown_format(folder: Path, hf_config: dict, layer: QuantizedLayer) -> NoReturn:
+def refuse_unknown_format(hf_config: dict, layer: QuantizedLayer) -> NoReturn:
     """Raises UsageError for a checkpoint that does not state the format of its quantized weights, such as layer."""
     what = f"{layer.name} is quantized, and config.json has no quantization_config"
     if "compression_config" in hf_config:
         raise UsageError(f"{what}; rename its compression_config, an older name of compressed-tensors")
-    if (folder / "hf_quant_config.json").is_file():
-        raise UsageError(f"{what}; formats of ModelOpt (hf_quant_config.json) are not supported")
     raise UsageError(f"{what}, which names the format")
 
 
@@ -162,6 +181,11 @@ def read_float8(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
     return float8_weight(layer, quantization.get("weight_block_size"))
 
 
+def read_modelopt(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
+    has_blocks = str(quantization.get("quant_algo")).lower() == MODELOPT_BLOCKS
+    return float8_weight(layer, MODELOPT_BLOCK_SHAPE if has_blocks else None)
+
+
 def read_compressed(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
     """Reads a weight of compressed-tensors. quantization: config.json's quantization_config."""
     for ignored in quantization.get("ignore") or []:
@@ -172,9 +196,15 @@ def read_compressed(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
     layer.expect("type", "float" if is_float else "int", scheme.get("type"))
     if is_float:
         strategy = scheme.get("strategy")
-        block_shape = [1, scheme["group_size"]] if strategy == "group" else scheme.get("block_structure")
+        block_shape = [1, scheme["group_size"]] if strategy == "group" else read_block_shape(scheme)
         return float8_weight(layer, block_shape if strategy in ("block", "group") else None)
     return packed_weight(layer, scheme) if "weight_packed" in layer.tensors else int8_weight(layer, scheme)
+
+
+def read_block_shape(scheme: dict) -> list[int] | None:
+    """Returns the rows and columns of a block. Early versions of compressed-tensors wrote them as "128x128"."""
+    shape = scheme.get("block_structure")
+    return [int(size) for size in shape.split("x")] if isinstance(shape, str) else shape
 
 
 def find_scheme(name: str, quantization: dict) -> dict:
@@ -205,5 +235,6 @@ LAYER_READERS: dict[str, Callable[[QuantizedLayer, dict], LazyWeight]] = {
     "fbgemm_fp8": read_float8,
     "fp8": read_float8,
     "gptq": gptq_weight,
+    "modelopt": read_modelopt,
 }
-METHODS = (*LAYER_READERS, "mxfp4")
+METHODS = (*LAYER_READERS, "mxfp4", AUTO_ROUND[0])

@@ -3,6 +3,7 @@ hf_quantized.py calls float8_weight for each layer, and split_mxfp4 once.
 
     fp8                          weight [N, K], weight_scale_inv [N / 128, K / 128]: a scale for each block
     float-quantized, fbgemm_fp8  weight [N, K], weight_scale [N, 1], or one scale for all of W
+    modelopt                     the same, or weight_scale [N / 128, 1, K / 128, 1]
     mxfp4 (gpt-oss)              X_blocks [E, N, K / 32, 16] for E experts: two numbers in a byte, the low half first
                                  X_scales [E, N, K / 32]: exponents of powers of two, with a bias of 127
 
@@ -33,7 +34,9 @@ def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> LazyW
     if block_shape is None:
         scales, n_rows, n_columns, format = layer.take_row_scales(kind, n), 1, k, Float8()
     else:
-        scales, (n_rows, n_columns) = layer.take_scales(kind, 2), block_shape
+        scales, (n_rows, n_columns) = layer.take_scales(kind, 2, 4), block_shape
+        if scales.dim() == 4:  # ModelOpt's [n_blocks, 1, n_blocks, 1]
+            scales = scales.flatten(-2).flatten(0, 1)
         format = Float8(stored_group_size(n_columns, k))
     n_blocks = math.ceil(n / n_rows), math.ceil(k / n_columns)
     if scales.shape != n_blocks:

@@ -29,6 +29,7 @@ from converters.canonical import EMBEDDING, HEAD, CanonicalCheckpoint, StateDict
 from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_tensors import reorder_heads, rope_row_order
 from converters.meta_tokenizer import read_meta_tokenizer
+from converters.source_files import hint_at_subfolder
 from utils.errors import UsageError, convert_type_errors
 from utils.files import is_state_dict, load_safetensors, load_torch_file, load_torch_state_dict, read_json
 
@@ -209,7 +210,8 @@ def read_tinyllamas(folder: Path) -> CanonicalCheckpoint:
     in Meta's order."""
     files = sorted(folder.glob("*.pt"))
     if len(files) != 1:
-        raise UsageError(f"{folder} holds no config.json, nor exactly one .pt of tinyllamas")
+        what = f"{folder} holds no config.json, nor exactly one .pt of tinyllamas"
+        raise UsageError(what + hint_at_subfolder(folder))
     (file,) = files
     with convert_type_errors(f"{file} is not one of tinyllamas: it", RuntimeError):
         data = dict(load_torch_file(file, legacy=True))

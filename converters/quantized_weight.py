@@ -111,7 +111,7 @@ def stored_group_size(group_size: int, k: int) -> int:
 
 # ---- Reading another project's layer --------------------------------------------------------------------------------
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # dtypes of scales
+SCALE_DTYPES = (torch.float8_e8m0fnu, torch.float16, torch.bfloat16, torch.float32)  # the first holds powers of two
 MAY_BE_LEFT_OVER = {"weight_shape"}  # compressed-tensors stores it for all weights, but only packed weights need it
 
 
@@ -140,8 +140,10 @@ class QuantizedLayer:
         return tensor
 
     def take_scales(self, kind: str, *dims: int) -> Tensor:
-        """Takes a tensor of scales, and checks that they are finite numbers of 16 or 32 bits."""
-        scales = self.take(kind, FLOATS, *dims)
+        """Takes a tensor of scales, and checks that they are finite. Those of 8 bits become float32."""
+        scales = self.take(kind, SCALE_DTYPES, *dims)
+        if scales.dtype == torch.float8_e8m0fnu:
+            scales = scales.float()
         check_finite_scales(f"{self.name}.{kind}", scales.isfinite())
         return scales
 

@@ -19,6 +19,7 @@ from converters.source_files import (
     find_gguf_parts,
     find_weights,
     have_changed,
+    hint_at_subfolder,
     is_stale,
 )
 from utils.errors import UsageError
@@ -46,7 +47,7 @@ def model_of_folder(folder: Path) -> str:
         return model_of_gguf(require_single(ggufs))
     if not weights and not any((folder / name).is_file() for name in SETTINGS):
         what = "config.json and weights of Hugging Face, params.json and weights of Meta, .gguf, or model.pth"
-        raise UsageError(f"{folder} holds no model: it needs {what}")
+        raise UsageError(f"{folder} holds no model: it needs {what}{hint_at_subfolder(folder)}")
     from converters.convert_folder import convert_folder  # here, since few calls convert
 
     return str(convert_folder(folder, announce=partial(announce_conversion, folder, folder)))

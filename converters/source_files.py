@@ -26,7 +26,8 @@ GGUF_PART = r"(.*)-(\d{5})-of-(\d{5})"  # the name of one part of a split GGUF, 
 # The files from which model.pth is made. Every format has WEIGHTS; which other files there are depends on the format.
 ADAPTER_CONFIG = "adapter_config.json"
 SETTINGS = (
-    "config.json", "generation_config.json", "params.json", "quantize_config.json", "quant_config.json", ADAPTER_CONFIG,
+    "config.json", "generation_config.json", "params.json", "quantize_config.json", "quant_config.json",
+    "hf_quant_config.json", ADAPTER_CONFIG,
 )
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "consolidated.*.pth")
 SAMPLES, SAMPLE_BYTES = 64, 4096  # samples of a file, at equal distances
@@ -38,6 +39,14 @@ def find_files(folder: Path, patterns: tuple[str, ...] | list[str]) -> list[Path
 
 def find_weights(folder: Path) -> list[Path]:
     return find_files(folder, WEIGHTS) or find_files(folder, ["*.pt"])
+
+
+def hint_at_subfolder(folder: Path) -> str:
+    """Returns the end of an error message if folder holds no model, but a folder in it does: Meta's files lie in the
+    folder "original" of a repository, and the hub's cache has a folder for each version."""
+    names = ("config.json", "params.json")
+    settings = find_files(folder, [f"{depth}/{name}" for depth in ("*", "*/*") for name in names])
+    return f"; {settings[0].parent} may hold one" if settings else ""
 
 
 def find_gguf_parts(file: Path) -> list[Path]:

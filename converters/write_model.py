@@ -32,7 +32,7 @@ from converters.quantized_weight import LazyWeight, common_format, have_one_orde
 from kernels.formats import Unquantized, WeightFormat
 from model import empty_model
 from utils.errors import UsageError
-from utils.files import replace_file
+from utils.files import delete_if_possible, replace_file
 
 # A linear layer -> the norm before the layer. If the layer has an input_order (quantized_weight.py: LazyWeight),
 # layers.py: Linear permutes x before the fused norm. So conversion permutes the norm's weight; rms(x) stays the same.
@@ -142,7 +142,7 @@ def write_folder(folder: Path, checkpoint: CanonicalCheckpoint, announce: Announ
     except OSError as e:
         raise UsageError(f"cannot write to {folder}: {e.strerror}") from None
     finally:
-        unnamed.unlink(missing_ok=True)
+        delete_if_possible(unnamed)
     return unnamed.with_suffix(".pth")
 
 

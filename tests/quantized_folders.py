@@ -126,8 +126,10 @@ def int_quantized(
     return {f"{name}.{kind}": t for kind, t in tensors.items()}, rounded.dequantize().reshape(w.shape)
 
 
-def float8(name: str, w: Tensor, rows: int | None, columns: int | None, kind: str) -> tuple[dict[str, Tensor], Tensor]:
-    """One scale for each block of rows x columns. None: all of them."""
+def float8(
+    name: str, w: Tensor, rows: int | None, columns: int | None, kind: str, scale_dtype=torch.float32, dims: int = 2
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One scale for each block of rows x columns. None: all of them. dims: of the scales. ModelOpt's have 4."""
     n, k = w.shape
     is_one = rows is columns is None
     rows, columns = rows or n, columns or k
@@ -135,9 +137,12 @@ def float8(name: str, w: Tensor, rows: int | None, columns: int | None, kind: st
     for i in range(len(scales)):
         for j in range(scales.shape[1]):
             scales[i, j] = w[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns].abs().max() / 448
+    if scale_dtype == torch.float8_e8m0fnu:
+        scales = scales.log2().ceil().exp2()
     by_element = scales.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
     weight = (w / by_element).to(torch.float8_e4m3fn)
-    stored = scales.flatten() if is_one else scales
+    stored = scales.flatten() if is_one else scales[:, None, :, None] if dims == 4 else scales
+    stored = stored.to(scale_dtype)
     return {f"{name}.weight": weight, f"{name}.{kind}": stored}, weight.float() * by_element
 
 
@@ -248,11 +253,36 @@ def int_case(family: str, name: str, weights: dict, **how):
     return family, name, compressed("int-quantized", weights), lambda module, w: int_quantized(module, w, **how)
 
 
-def float_case(family: str, name: str, config: dict, rows: int | None, columns: int | None, kind: str = "weight_scale"):
-    return family, name, config, lambda module, w: float8(module, w, rows, columns, kind)
+def float_case(
+    family: str, name: str, config: dict, rows: int | None, columns: int | None, kind: str = "weight_scale", **how
+):
+    return family, name, config, lambda module, w: float8(module, w, rows, columns, kind, **how)
+
+
+def auto_round_case(packed_like: tuple, **fields):
+    """AutoRound packs weights like other projects."""
+    family, name, config, quantize = packed_like
+    config = {field: value for field, value in config.items() if field in ("bits", "group_size", "sym")}
+    config |= {"quant_method": "auto-round", "data_type": "int", "extra_config": {"lm_head": {"bits": 16}}}
+    return family, name, config | fields, quantize
+
+
+def modelopt_case(family: str, name: str, algorithm: str, rows: int | None, columns: int | None, **how):
+    """ModelOpt's config_groups say nothing that quant_algo does not."""
+    scheme = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}
+    config = {"quant_method": "modelopt", "quant_algo": algorithm, "config_groups": {"group_0": scheme}}
+
+    def quantize(module: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, dense = float8(module, w, rows, columns, "weight_scale", **how)
+        scales = ["input_scale"] + [f"{part}_scale" for part in "kv" if module.endswith(f"{part}_proj")]
+        return tensors | {f"{module}.{scale}": torch.tensor(0.5) for scale in scales}, dense
+
+    return family, name, config | {"ignore": ["lm_head"]}, quantize
 
 
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+POWERS_OF_TWO = BLOCKS | {"scale_fmt": "ue8m0"}
+OLDER_BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": "64x32"}
 SMALL_BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [64, 32]}
 CHANNELS = {"num_bits": 8, "type": "float", "strategy": "channel"}
 TENSOR = CHANNELS | {"strategy": "tensor"}
@@ -285,5 +315,17 @@ CASES = {
     "float channel": float_case("qwen2", "fp8", compressed("float-quantized", CHANNELS), 1, None),
     "float groups": float_case("qwen3", "fp8.g32", compressed("float-quantized", FLOAT_GROUPS), 1, 32),
     "float blocks": float_case("llama2", "fp8.g32", compressed("float-quantized", SMALL_BLOCKS), 64, 32),
+    "float blocks, older": float_case("phi3", "fp8.g32", compressed("float-quantized", OLDER_BLOCKS), 64, 32),
+    "fp8 blocks, 8-bit scales": float_case(
+        "llama2", "fp8.g128", POWERS_OF_TWO, 128, 128, "weight_scale_inv", scale_dtype=torch.float8_e8m0fnu
+    ),
+    "modelopt": modelopt_case("llama3", "fp8", "FP8", None, None),
+    "modelopt channel": modelopt_case("qwen2", "fp8", "FP8_PER_CHANNEL_PER_TOKEN", 1, None),
+    "modelopt blocks": modelopt_case("qwen3-moe", "fp8.g128", "fp8_pb_wo", 128, 128, dims=4),
+    "auto-round": auto_round_case(gptq_case("qwen3", "int4.g32"), packing_format="auto_round:auto_gptq"),
+    "auto-round, older": auto_round_case(
+        gptq_case("llama2", "int4.g32", version=2, symmetric=False), quant_method="intel/auto-round", backend="marlin"
+    ),
+    "auto-round as awq": auto_round_case(awq_case("qwen2", "int4.g64", 64), packing_format="auto_round:auto_awq"),
     "fbgemm": float_case("gemma2", "fp8", {"quant_method": "fbgemm_fp8"}, 1, None),
 }

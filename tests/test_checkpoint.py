@@ -1,5 +1,6 @@
 """checkpoint.py: files are whole or not there, and those of earlier versions load."""
 
+import errno
 import os
 import signal
 from itertools import product
@@ -11,10 +12,13 @@ import torch
 import quantize
 from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig
+from converters.canonical import CanonicalCheckpoint
+from converters.write_model import write_folder
 from loading import load_model
 from model import KVCache
 from tests.tiny import call, convert, forward, make_hf, write_earlier_format
 from utils.errors import UsageError
+from utils.files import replace_file
 
 CONFIG, SHAPES = ModelConfig(*[2] * 8), {"a": ((9,), torch.float32)}
 
@@ -98,6 +102,23 @@ def test_no_place_to_write(tmp_path):
     with pytest.raises(UsageError, match="cannot write .*No such file or directory"):
         save(tmp_path / "gone" / "model.pth", [])
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_read_only_folder(tmp_path, monkeypatch):
+    """There files can neither be written nor deleted, not even those that are missing. The first error is named."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("mkdir", "unlink", "write_bytes"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(UsageError, match="cannot write .*model.pth: No such file or directory"):
+        save(tmp_path / "gone" / "model.pth", [])
+    with pytest.raises(UsageError, match="cannot write to .*: Read-only file system"):
+        write_folder(tmp_path, CanonicalCheckpoint(CONFIG, {}, read=refuse, tokenizer_files={"tokenizer.json": b"{}"}))
+    with pytest.raises(OSError, match="Read-only file system"):
+        replace_file(tmp_path / "model.sources.json", b"{}")
+
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------

@@ -168,6 +168,17 @@ def test_metas_folder(tmp_path, capsys):
     assert "131072" in capsys.readouterr().err
 
 
+def test_a_folder_around_the_models(folder, tmp_path):
+    """Such as the repository whose files of Meta's lie in "original", and the hub's cache, which has "snapshots"."""
+    for outer in (tmp_path / "repository/original", tmp_path / "cache/snapshots/1f2e"):
+        shutil.copytree(folder, outer)
+        top = tmp_path / outer.relative_to(tmp_path).parts[0]
+        for call_on in (ensure_converted, convert_folder):
+            with pytest.raises(UsageError, match=rf"{top} holds no .*; {outer} may hold one$"):
+                call_on(top)
+        assert not list(top.rglob("*.pth"))
+
+
 def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
     """To a folder of its own, since another model's may have the file's name."""
     file = write_gguf(tmp_path / "tiny.Q8_0.gguf", make_llama(vocab_size=4), "Q8_0")

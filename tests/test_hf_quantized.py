@@ -67,24 +67,26 @@ def test_version_of_gptq_in_other_places(tmp_path):
     refused(tmp_path / "4none", "says checkpoint_format gptq; the tensors of .* have zero points of gptq_v2")
 
 
-@pytest.mark.parametrize("case, file", [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+OLDER_FILES = [("gptq", "quantize_config.json"), ("awq", "quant_config.json"), ("modelopt", "hf_quant_config.json")]
+
+
+@pytest.mark.parametrize("case, file", OLDER_FILES)
 def test_the_files_of_older_programs(case, file, tmp_path):
-    """AutoGPTQ and AutoAWQ left config.json as it was."""
+    """AutoGPTQ, AutoAWQ and ModelOpt left config.json as it was."""
     folder = tmp_path / "m"
     family, _, config, quantize = CASES[case]
     write_quantized(folder, family, None, quantize)
     refused(folder, "is quantized, and config.json has no quantization_config, which names the format")
     older = {"w_bit": 4, "q_group_size": "64", "version": "GEMM"} if case == "awq" else config | {"bits": "4"}
-    (folder / file).write_text(json.dumps({key: v for key, v in older.items() if key != "quant_method"}))
+    older = {key: value for key, value in older.items() if key != "quant_method"}
+    (folder / file).write_text(json.dumps({"quantization": older} if case == "modelopt" else older))
     if case == "gptq":
         (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
     check_weights(convert(folder), folder / "reference", is_exact=True)
     (folder / file).write_text("[3]")
     with pytest.raises(UsageError, match=f"{file} must hold an object"):
         convert(folder)
-    (folder / file).rename(folder / "hf_quant_config.json")
-    with pytest.raises(UsageError, match=r"formats of ModelOpt \(hf_quant_config.json\) are not supported"):
-        convert(folder)
+    (folder / file).unlink()
     hf = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(hf | {"compression_config": {}}))
     with pytest.raises(UsageError, match="rename its compression_config, an older name"):

@@ -24,6 +24,9 @@ def test_unsupported_methods_are_named(tmp_path):
         "version 'gemv' is not one of gemm": {"quant_method": "awq", "version": "GEMV"},
         "checkpoint_format 'gemv' is not one of gemm": {"quant_method": "awq", "checkpoint_format": "gemv"},
         "format 'gemv_fast' is not one of gemm": {"quant_method": "awq", "version": "gemm", "format": "gemv_fast"},
+        "quant_algo 'nvfp4' is not one of fp8, fp8_per": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        "data_type 'mx_fp' is not one of int": {"quant_method": "auto-round", "data_type": "mx_fp"},
+        "something of the wrong kind .'str' object": {"quant_method": "auto-round", "extra_config": {"lm_head": "16"}},
         "is_marlin_format is not supported": {"quant_method": "gptq", "is_marlin_format": True},
         "rotates activations .location 'input'.: not": compressed_as | transform_at("weight_input", "input"),
         "says quant_method compressed-tensors; none": compressed_as | transform_at("weight_input", "weight_output"),
@@ -144,6 +147,16 @@ def test_broken_awq_and_packed(tmp_path):
     refuse("something of the wrong kind", config_changes={"config_groups": groups})
 
 
+def test_broken_auto_round(tmp_path):
+    """extra_config has names of layers and regular expressions, each for the whole name."""
+    refuse = broken_checkpoint(tmp_path / "m", "auto-round")
+    k_proj = "model.layers.1.self_attn.k_proj"
+    refuse("says that '-:.*' .dynamic. is not quantized; .*k_proj", None, {"extra_config": {k_proj: {"bits": 16}}})
+    refuse("says bits 8; .*1.mlp.up_proj have bits 4", None, {"extra_config": {".*1.mlp.up_proj": {"bits": 8}}})
+    refuse("says sym true; .*k_proj have zero points", {"qzeros": with_first(0)}, {"extra_config": {k_proj[:-1]: {}}})
+    refuse("down_proj has 32 bits; 4 and 8 are supported", None, {"packing_format": "auto_round:auto_awq"})
+
+
 def test_broken_int8(tmp_path):
     refuse = broken_checkpoint(tmp_path / "int4", "int8 of 4 bits")
     refuse("says num_bits 4; .*k_proj have numbers beyond -8 to 7 in weight", {"weight": with_first(8)})
@@ -168,3 +181,7 @@ def test_broken_float8(tmp_path):
     refuse("weight holds numbers that are not finite", {"weight": lambda t: t.float().fill_(math.nan).to(t.dtype)})
     refuse("float8_e5m2; its format makes it .*_e4m3fn", {"weight": lambda t: t.float().to(torch.float8_e5m2)})
     refuse("scales that are not finite", {"weight_scale_inv": with_first(math.nan)})
+    refuse("scales that are not finite", {"weight_scale_inv": lambda t: (t * math.nan).to(torch.float8_e8m0fnu)})
+    refuse = broken_checkpoint(tmp_path / "modelopt", "modelopt blocks")
+    refuse(r"blocks that make them \[1, 1\]; .* scales \[1, 2\]", {"weight_scale": torch.ones(1, 1, 1, 2)})
+    refuse("weight_scale is .* torch.float32; its format makes it .* 0-D or 1-D or 2-D", None, {"quant_algo": "FP8"})

@@ -1,6 +1,7 @@
 """Reads text, JSON, safetensors, and what torch.save wrote: a broken file raises UsageError. Replaces small files
 atomically."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -47,7 +48,14 @@ def replace_file(path: Path, content: bytes):
         temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # after an error, such as a full disk
+        delete_if_possible(temporary)  # after an error, such as a full disk
+
+
+def delete_if_possible(path: Path):
+    """Deletes path if it exists. Raises no OSError, which would replace the error after which path is deleted: in a
+    read-only folder, deleting fails, too."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def load_torch_file(path: Path, legacy: bool = False):
