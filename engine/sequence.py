@@ -19,6 +19,7 @@ import torch
 from config import ModelConfig
 from engine.sampling import GREEDY, SamplingParams
 from text.chat_template import check_unicode, read_message
+from text.length import exceeds
 from text.tokenizer import IncrementalDetokenizer, Tokenizer
 from utils.errors import UsageError
 
@@ -116,10 +117,12 @@ def build_sequence(
     return Sequence(ids, max_new_tokens, prompt=prompt, tokenizer=tokenizer, **options)
 
 
-def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, context: int) -> list[int]:
+def encode_prompt(
+    prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit: str = "the model's context of "
+) -> list[int]:
     """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
-    UsageError if messages are malformed, if a text is not valid UTF-8, or if a text is so long that it must exceed
-    context, the model's in tokens (encoding would take long)."""
+    UsageError if messages are malformed, if a text is not valid UTF-8, or if the prompt is so long that it must exceed
+    max_seq_len tokens (encoding would take long). limit: as for check_length."""
     is_chat = not isinstance(prompt, str)
     messages = [read_message(message) for message in prompt] if is_chat else []
     for text in [message["content"] for message in messages] if is_chat else [prompt]:
@@ -127,11 +130,16 @@ def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, context: int) 
             check_unicode(text)
         except UnicodeEncodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
-        if tokenizer.exceeds(text, context):
-            raise UsageError(f"a prompt of {len(text)} characters exceeds the model's context of {context} tokens")
+        if exceeds(tokenizer, text, max_seq_len):
+            raise UsageError(f"a prompt of {len(text)} characters exceeds {limit}{max_seq_len} tokens")
     if not prompt:
         return []
-    return tokenizer.encode_chat(messages) if is_chat else tokenizer.encode(prompt)
+    if not is_chat:
+        return tokenizer.encode(prompt)
+    parts = tokenizer.split_chat(messages)
+    if exceeds(tokenizer, parts, max_seq_len):
+        raise UsageError(f"a chat of {len(messages)} messages exceeds {limit}{max_seq_len} tokens")
+    return tokenizer.encode_parts(parts)
 
 
 def check_max_new_tokens(max_new_tokens: int):
