@@ -105,12 +105,12 @@ def build_sequence(
     prompt: str | list[dict], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int, **options
 ) -> Sequence:
     """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt does,
-    and if stop is a string: its letters would be stop strings.
+    and if stop is not a tuple or list of strings. (Of a string, the letters would be stop strings.)
 
     config: the model's.
     options: further fields of Sequence. The default of eos_ids is the model's."""
     stop = options.get("stop", ())
-    if isinstance(stop, str) or "" in stop:
+    if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
         raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
     ids = encode_prompt(prompt, tokenizer, config.max_seq_len)
     options = {"eos_ids": config.eos_ids} | options
@@ -123,7 +123,9 @@ def encode_prompt(
     """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
     UsageError if messages are malformed, if a text is not valid UTF-8, or if the prompt is so long that it must exceed
     max_seq_len tokens (encoding would take long). limit: as for check_length."""
-    is_chat = not isinstance(prompt, str)
+    is_chat = isinstance(prompt, list)
+    if not is_chat and not isinstance(prompt, str):
+        raise UsageError(f"a prompt must be a text or a list of messages, not {prompt!r:.80}")
     messages = [read_message(message) for message in prompt] if is_chat else []
     for text in [message["content"] for message in messages] if is_chat else [prompt]:
         try:
@@ -143,6 +145,8 @@ def encode_prompt(
 
 
 def check_max_new_tokens(max_new_tokens: int):
+    if not isinstance(max_new_tokens, int):
+        raise UsageError(f"max_new_tokens must be an integer, not {max_new_tokens!r:.80}")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 

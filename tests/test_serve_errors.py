@@ -27,6 +27,7 @@ WRONG = [
     ({"prompt": "a" * 160}, "159 tokens"),
     ({"prompt": "a" * 10**5}, "100000 characters exceeds"),  # is not encoded
     ({"messages": [USER | {"content": "a" * 10**5}]}, "100000 characters exceeds"),
+    ({"messages": [USER] * 10**4}, "10000 messages exceeds"),
     ({"prompt": ["a"] * 65}, "64 texts"),
     ({"prompt": ["a"] * 33, "n": 2}, "64 texts"),
     ({"prompt": "a", "n": 0}, "n must be"),
