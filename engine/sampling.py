@@ -54,7 +54,8 @@ class SamplingParams:
             value, is_integer = getattr(self, field.name), field.type == int | None
             has_type = isinstance(value, int if is_integer else int | float) and not isinstance(value, bool)
             if not has_type and (value is not None or field.default is not None):
-                raise UsageError(f"{field.name} must be {'an integer' if is_integer else 'a number'}, not {value!r:.80}")
+                kind = "an integer" if is_integer else "a number"
+                raise UsageError(f"{field.name} must be {kind}, not {value!r:.80}")
         if not 0 <= self.temperature < math.inf:
             raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
