@@ -26,6 +26,8 @@ from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UsageError
 from utils.machine import check_memory, drop_pages
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations: those of --precision
+
 
 def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:
     """Returns the model in path, and the tokenizer from the same folder. The tokenizer's end tokens become end tokens
@@ -56,6 +58,8 @@ def load_model(
     dtype: of activations and of all tensors except those of quantized weights.
     use_kernels: use this project's kernels if the device has them; False: use only PyTorch.
     sharded: with several ranks, read only this rank's shard (tp.py); False: read the whole model."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be {DTYPES[0]}, {DTYPES[1]} or {DTYPES[2]}, not {dtype!r:.80}")
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
     model = empty_model(config, QuantizationScheme.from_dict(quantization))

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from engine.generation import DecodeLoop
 from engine.sequence import Sequence, check_max_new_tokens
 from text.chat_template import check_unicode, read_message
+from text.length import exceeds
 from text.tokenizer import Tokenizer, common_prefix_length
 from utils.errors import UsageError
 
@@ -105,7 +106,7 @@ class Conversation:
             return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * DROP_UNTIL
 
         check_max_new_tokens(max_new_tokens)
-        if self.tokenizer.exceeds(message, self.max_seq_len):
+        if exceeds(self.tokenizer, message, self.max_seq_len):
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)
         if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * DROP_BELOW):

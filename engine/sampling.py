@@ -49,7 +49,13 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # above 1: tokens that the text already contains become less likely
 
     def __post_init__(self):
-        """Raises UsageError if a field is out of range. The message begins with the field's name."""
+        """Raises UsageError if a field has the wrong type or is out of range. The message begins with its name."""
+        for field in fields(self):
+            value, is_integer = getattr(self, field.name), field.type == int | None
+            has_type = isinstance(value, int if is_integer else int | float) and not isinstance(value, bool)
+            if not has_type and (value is not None or field.default is not None):
+                kind = "an integer" if is_integer else "a number"
+                raise UsageError(f"{field.name} must be {kind}, not {value!r:.80}")
         if not 0 <= self.temperature < math.inf:
             raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -69,15 +75,8 @@ class SamplingParams:
     @classmethod
     def from_options(cls, options: Mapping) -> "SamplingParams":
         """Reads the fields from options, such as the JSON of a request. Ignores options that are not fields. A value of
-        None means the default. Raises UsageError for a value of the wrong type or out of range."""
-        chosen = {}
-        for field in fields(cls):
-            value, is_integer = options.get(field.name), field.type == int | None
-            if value is not None:
-                if type(value) is not int and (is_integer or type(value) is not float):
-                    raise UsageError(f"{field.name} must be {'an integer' if is_integer else 'a number'}")
-                chosen[field.name] = value
-        return cls(**chosen)
+        None means the default."""
+        return cls(**{f.name: options[f.name] for f in fields(cls) if options.get(f.name) is not None})
 
     @property
     def is_greedy(self) -> bool:

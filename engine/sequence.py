@@ -19,6 +19,7 @@ import torch
 from config import ModelConfig
 from engine.sampling import GREEDY, SamplingParams
 from text.chat_template import check_unicode, read_message
+from text.length import exceeds
 from text.tokenizer import IncrementalDetokenizer, Tokenizer
 from utils.errors import UsageError
 
@@ -105,37 +106,48 @@ def build_sequence(
     prompt: str | list[dict], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int, **options
 ) -> Sequence:
     """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt does,
-    and if stop is a string: its letters would be stop strings.
+    and if stop is not a tuple or list of strings. (Of a string, the letters would be stop strings.)
 
     config: the model's.
     options: further fields of Sequence. The default of eos_ids is the model's."""
     stop = options.get("stop", ())
-    if isinstance(stop, str) or "" in stop:
+    if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
         raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
     ids = encode_prompt(prompt, tokenizer, config.max_seq_len)
     options = {"eos_ids": config.eos_ids} | options
     return Sequence(ids, max_new_tokens, prompt=prompt, tokenizer=tokenizer, **options)
 
 
-def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, context: int) -> list[int]:
+def encode_prompt(
+    prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit: str = "the model's context of "
+) -> list[int]:
     """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
-    UsageError if messages are malformed, if a text is not valid UTF-8, or if a text is so long that it must exceed
-    context, the model's in tokens (encoding would take long)."""
-    is_chat = not isinstance(prompt, str)
+    UsageError if messages are malformed, if a text is not valid UTF-8, or if the prompt is so long that it must exceed
+    max_seq_len tokens (encoding would take long). limit: as for check_length."""
+    is_chat = isinstance(prompt, list)
+    if not is_chat and not isinstance(prompt, str):
+        raise UsageError(f"a prompt must be a text or a list of messages, not {prompt!r:.80}")
     messages = [read_message(message) for message in prompt] if is_chat else []
     for text in [message["content"] for message in messages] if is_chat else [prompt]:
         try:
             check_unicode(text)
         except UnicodeEncodeError:
             raise UsageError("the prompt is not valid UTF-8") from None
-        if tokenizer.exceeds(text, context):
-            raise UsageError(f"a prompt of {len(text)} characters exceeds the model's context of {context} tokens")
+        if exceeds(tokenizer, text, max_seq_len):
+            raise UsageError(f"a prompt of {len(text)} characters exceeds {limit}{max_seq_len} tokens")
     if not prompt:
         return []
-    return tokenizer.encode_chat(messages) if is_chat else tokenizer.encode(prompt)
+    if not is_chat:
+        return tokenizer.encode(prompt)
+    parts = tokenizer.split_chat(messages)
+    if exceeds(tokenizer, parts, max_seq_len):
+        raise UsageError(f"a chat of {len(messages)} messages exceeds {limit}{max_seq_len} tokens")
+    return tokenizer.encode_parts(parts)
 
 
 def check_max_new_tokens(max_new_tokens: int):
+    if not isinstance(max_new_tokens, int):
+        raise UsageError(f"max_new_tokens must be an integer, not {max_new_tokens!r:.80}")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 

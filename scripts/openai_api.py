@@ -39,9 +39,9 @@ def parse_request(data: bytes) -> dict:
 
 def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Scheduler) -> list[Sequence]:
     """Returns a Sequence for each text that body asks for."""
-    config, max_seq_len = scheduler.model.config, scheduler.max_seq_len
+    eos_ids, max_seq_len = scheduler.model.config.eos_ids, scheduler.max_seq_len
     messages = body.get("messages") if is_chat else None
-    prompts = encode_prompts(messages if is_chat else body.get("prompt"), is_chat, tokenizer, config.max_seq_len)
+    prompts = encode_prompts(messages if is_chat else body.get("prompt"), is_chat, tokenizer, max_seq_len)
     n = read_integer(body, "n", 1, 1, MAX_TEXTS)
     require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
     room = max_seq_len - max(map(len, prompts))
@@ -54,20 +54,20 @@ def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: S
     else:
         n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
     sampling, stop = read_sampling(body), read_stop(body)
-    options = {"tokenizer": tokenizer, "eos_ids": config.eos_ids, "prompt": messages, "n_logprobs": n_logprobs}
+    options = {"tokenizer": tokenizer, "eos_ids": eos_ids, "prompt": messages, "n_logprobs": n_logprobs}
     ids = [prompt for prompt in prompts for _ in range(n)]
     return [Sequence(ids[i], max_tokens, sampling, stop=stop, seed=seed + i, **options) for i in range(len(ids))]
 
 
-def encode_prompts(prompts, is_chat: bool, tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """Encodes prompts: a chat's messages; or a text, a list of token ids, or a list of texts and lists of token ids.
-    context: the model's, in tokens."""
+def encode_prompts(prompts, is_chat: bool, tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
+    """Encodes prompts: a chat's messages; or a text, a list of token ids, or a list of texts and lists of token ids."""
     if is_chat:
         require(isinstance(prompts, list) and prompts, "messages must be a list that is not empty")
-        return [encode_prompt(prompts, tokenizer, context)]
+        return [encode_prompt(prompts, tokenizer, max_seq_len, limit="")]
     if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
         prompts = [prompts]
-    ids = [encode_prompt(p, tokenizer, context) if isinstance(p, str) else p for p in prompts[: MAX_TEXTS + 1]]
+    require(len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
+    ids = [encode_prompt(p, tokenizer, max_seq_len, limit="") if isinstance(p, str) else p for p in prompts]
     tokens = range(tokenizer.vocab_size)
     is_valid = all(isinstance(prompt, list) and all(type(i) is int and i in tokens for i in prompt) for prompt in ids)
     require(is_valid, "prompt must be a text, a list of token ids, or a list of these")

@@ -46,6 +46,7 @@ except ImportError as e:
 
 OOM_HINT = "take a quantized checkpoint, a smaller --parallel or --max_seq_length"
 MAX_BODY = 4 * 2**20  # bytes of a request
+MAX_BODY_SECONDS = 30  # to receive them, so that a client that stops sending does not keep the server from ending
 CHAT_PATH = "/v1/chat/completions"
 
 
@@ -106,7 +107,11 @@ class Server(uvicorn.Server):
 
     async def complete(self, request: Request) -> Response:
         self.check_key(request)
-        body, is_chat = await receive_body(request), request.scope["path"] == CHAT_PATH
+        try:
+            body = await asyncio.wait_for(receive_body(request), MAX_BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise HTTPException(408, f"the request took more than {MAX_BODY_SECONDS} s to arrive") from None
+        is_chat = request.scope["path"] == CHAT_PATH
         # In a thread, since tokenizing megabytes of text takes seconds
         reply = await asyncio.to_thread(Reply, body, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
         updates = self.completer.complete(reply.sequences)

@@ -149,8 +149,9 @@ def ask(request):
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
-    """(model.pth, arguments, word): generate.py must stop with status 2 and one line on stderr with that word in it."""
+def refused(monkeypatch, capsys, library):
+    """(model.pth, arguments, word): generate.py must stop with status 2 and one line on stderr with that word in it.
+    library: a build would add a line."""
 
     def check(model: Path, args, word: str, stdin: str | bytes = ""):
         set_up(monkeypatch, model, args, stdin)

@@ -71,11 +71,16 @@ def test_llm(chatty, cli):
         next(llm.generate("Hello", max_new_tokens=160))
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not -1"):
         next(llm.generate("Hello", max_new_tokens=-1))
+    with pytest.raises(UsageError, match="max_new_tokens must be an integer, not 2.5"):
+        next(llm.generate("Hello", max_new_tokens=2.5))
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not 0"):
         conversation.answer("Hello", max_new_tokens=0)
-    for wrong in ("no", ("",)):
+    for wrong in ("no", ("",), (5,), None):
         with pytest.raises(UsageError, match="stop must be a tuple of strings"):
             next(llm.generate("Hello", max_new_tokens=12, stop=wrong))
+    for wrong in (5, None, b"Hello"):
+        with pytest.raises(UsageError, match="a prompt must be a text or a list of messages, not "):
+            next(llm.generate(wrong, max_new_tokens=12))
     with pytest.raises(UsageError, match="a list of prompts"):
         next(llm.generate_many("Hello"))
     for wrong in ([{"role": "user"}], [{"role": "user", "content": None}], ["Hi"]):
@@ -83,6 +88,11 @@ def test_llm(chatty, cli):
             next(llm.generate(wrong, max_new_tokens=12))
     with pytest.raises(UsageError, match="foo is no sampling option; these are: temperature, top_k"):
         LLM(chatty / "model.pth", foo=1)
+    with pytest.raises(UsageError, match="temperature must be a number, not 'hot'"):
+        LLM(chatty / "model.pth", temperature="hot")
+    for wrong in ("bfloat16", torch.int8, None):
+        with pytest.raises(UsageError, match="dtype must be torch.bfloat16, torch.float16 or torch.float32, not "):
+            LLM(chatty / "model.pth", dtype=wrong)
     assert LLM(chatty / "model.pth", max_seq_len=10**6, temperature=0.5).max_seq_len == llm.model.config.max_seq_len
 
 

@@ -113,8 +113,8 @@ def test_curl(chatty_server, chain_server):
 
 
 @pytest.fixture(scope="module")
-def processes(chatty):
-    """Two servers, which are ready after the line on stderr that says where."""
+def processes(chatty, library):
+    """Two servers, which are ready after the line on stderr that says where. library: a build would add a line."""
     command = [sys.executable, ROOT / "scripts/serve.py", f"--checkpoint_path={chatty / 'model.pth'}", "--port=0"]
     command += ["--device=cpu", "--precision=float32", "--threads=1"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]

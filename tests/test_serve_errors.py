@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cli.script import run_script
 from scripts import serve
-from tests.serving import KEY, SECONDS, USER, ask_http, check_error, client_of
+from tests.serving import KEY, SECONDS, USER, ask_http, check_error, client_of, read_until
 
 pytest_plugins = ["tests.serving"]
 
@@ -27,6 +27,7 @@ WRONG = [
     ({"prompt": "a" * 160}, "159 tokens"),
     ({"prompt": "a" * 10**5}, "100000 characters exceeds"),  # is not encoded
     ({"messages": [USER | {"content": "a" * 10**5}]}, "100000 characters exceeds"),
+    ({"messages": [USER] * 10**4}, "10000 messages exceeds"),
     ({"prompt": ["a"] * 65}, "64 texts"),
     ({"prompt": ["a"] * 33, "n": 2}, "64 texts"),
     ({"prompt": "a", "n": 0}, "n must be"),
@@ -105,6 +106,15 @@ def test_a_request_may_have_so_many_bytes(chatty_server, monkeypatch):
         assert ask_http(chatty_server, "completions", content)[0] == status
         assert ask_http(chatty_server, "completions", pieces)[0] == status
     check_error(ask_http(chatty_server, "completions", content), 413, "100000 bytes")
+
+
+def test_a_request_may_take_so_long_to_arrive(chatty_server, monkeypatch):
+    """A client that stops sending does not keep the server from ending."""
+    monkeypatch.setattr(serve, "MAX_BODY_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", chatty_server.port), timeout=SECONDS) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
+        answer = read_until(connection, b"}}")
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"more than 0.1 s to arrive" in answer
 
 
 def test_what_fails_in_the_completer_fails_alone(complete, chat, chatty_server, monkeypatch):

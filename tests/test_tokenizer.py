@@ -19,7 +19,9 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tokenizers import AddedToken, models, normalizers, processors
 
+from engine.sequence import encode_prompt
 from tests.tiny_tokenizers import FORGED, MISTRAL, TEMPLATES, TEXTS, conversations, train, write
+from text.length import SAMPLE_LENGTH, exceeds
 from text.tokenizer import detokenize, load_tokenizer
 from utils.errors import UsageError
 
@@ -390,12 +392,32 @@ def test_end_of_turn(byte_level, template, expected):
 
 def test_a_text_that_may_fit_is_not_too_long(byte_level, tmp_path):
     """White space that a special token swallows, or unknown characters, which are one token, may have any length."""
-    assert byte_level.exceeds("ab " * 500, 40) and not byte_level.exceeds("ab " * 20, 40)
+    assert exceeds(byte_level, "ab " * 500, 40) and not exceeds(byte_level, "ab " * 20, 40)
     tok = tokenizers.Tokenizer(models.BPE({"<unk>": 0, "a": 1, " ": 2}, [], unk_token="<unk>", fuse_unk=True))
     tok.add_special_tokens([AddedToken("<mask>", lstrip=True), "<s>"])
     tok.decoder = tokenizers.decoders.Fuse()
     tok.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
     for text, n_tokens in [("x" * 10_000, 1), (" " * 10_000 + "<mask>", 1), ("a" + " " * 10_000 + "<mask>" + "x", 3)]:
-        assert len(ours.encode(text)) == n_tokens and not ours.exceeds(text, n_tokens)
-    assert ours.exceeds("a " * 5000, 100) and ours.exceeds("a" * 10_000, 100)
+        parts = ours.split_at_special_tokens(text)
+        assert len(ours.encode(text)) == n_tokens
+        assert not exceeds(ours, text, n_tokens) and not exceeds(ours, parts, n_tokens)
+    for text in ("a " * 5000, "a" * 10_000, "<s>" * 10_000, "x" * 2000 + "a" * 9000):
+        assert exceeds(ours, text, 100) and exceeds(ours, ours.split_at_special_tokens(text), 100)
+
+
+def test_only_the_beginning_of_a_long_prompt_is_encoded(byte_level):
+    """Whatever it consists of: words, special tokens, long tokens, or many messages of a chat."""
+    ours, n_tokens, lengths = replace(byte_level, chat_template=TEMPLATES["chatml"]), 40, []
+
+    def encode_parts(parts):
+        lengths.append(sum(len(part) if isinstance(part, str) else 1 for part in parts))
+        return byte_level.encode_parts(parts)
+
+    ours.encode_parts = encode_parts
+    long = "ab " * 10**6
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}] * 10**4
+    for prompt in (long, "<|im_end|>" * 10**5, chat, [{"role": "user", "content": long}]):
+        with pytest.raises(UsageError, match=f"exceeds the model's context of {n_tokens} tokens"):
+            encode_prompt(prompt, ours, n_tokens)
+    assert max(lengths) <= SAMPLE_LENGTH * n_tokens

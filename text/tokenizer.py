@@ -33,7 +33,6 @@ from utils.errors import UsageError
 # of digits, since a template's filters, such as upper, change no digits.
 SENTINEL = str(secrets.randbits(128))
 MATCHES_NOTHING = "(?!)"  # a regular expression
-SAMPLE_LENGTH = 16  # the method exceeds encodes 16 characters for each token that a text may have
 
 Part = str | int  # a piece of a prompt: text, or the id of a special token
 
@@ -46,6 +45,7 @@ class Tokenizer:
     bos_ids: list[int]  # the ids with which every text begins: bos_token, or none
     special_token_ids: dict[str, int]  # a special token's text -> its id
     added_token_ids: dict[str, int] = {}  # text -> id of added tokens that are not special and that the library lacks
+    ids_with_lstrip: set[int]  # special and added tokens that swallow the white space before them
     drops_space: bool  # whether the library puts a space before a text, which decoding drops
 
     def __init__(self, config: TokenizerConfig):
@@ -60,15 +60,6 @@ class Tokenizer:
         has_bos = ids[: len(self.bos_ids)] == self.bos_ids
         return self.bos_ids + ids if bos and not has_bos else ids
 
-    def exceeds(self, text: str, n_tokens: int) -> bool:
-        """Returns whether text certainly has more than n_tokens tokens. Encoding 100 MB would take minutes, so this
-        method encodes only the beginning of text. The text after the beginning can change the beginning's last tokens,
-        but not half of all its tokens. So the beginning must have twice n_tokens."""
-        if len(text) <= SAMPLE_LENGTH * n_tokens:
-            return False
-        beginning = text[: SAMPLE_LENGTH * n_tokens].rstrip()  # a special token may swallow the white space before it
-        return len(self.encode(beginning)) > 2 * n_tokens
-
     def decode(self, ids: Iterable[int], prefix_ids: Iterable[int] = ()) -> str:
         """Returns the text of ids. Special tokens have no text. Bytes that are not valid UTF-8 become U+FFFD.
 
@@ -76,14 +67,19 @@ class Tokenizer:
         start of a text, but not after prefix_ids that have text."""
         return "".join(detokenize(self, ids, prefix_ids))
 
-    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Encodes a conversation [{"role": "system" | "user" | "assistant", "content": text}] by the checkpoint's chat
-        template. Special tokens that are written in a message stay text. Raises UsageError if the checkpoint has no
-        template, or if the template fails.
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """Encodes a conversation [{"role": "system" | "user" | "assistant", "content": text}] up to the beginning of
+        the next answer. Raises UsageError as split_chat does."""
+        return self.encode_parts(self.split_chat(messages))
 
-        add_generation_prompt: whether the ids end with the beginning of an assistant's message."""
-        marked = [message | {"content": self.escape_special_tokens(message["content"])} for message in messages]
-        return self.encode_parts(self.split_at_special_tokens(self.render_chat(marked, add_generation_prompt)))
+    def split_chat(self, messages: list[dict]) -> list[Part]:
+        """Renders a conversation by the checkpoint's chat template, up to the beginning of the next answer. Special
+        tokens that are written in a message stay text. Raises UsageError if the checkpoint has no template, or if the
+        template fails."""
+        starts = self.special_token_starts()
+        # SENTINEL after the first character of a special token's text: so split_at_special_tokens does not find it
+        marked = [message | {"content": starts.sub(rf"\g<0>{SENTINEL}", message["content"])} for message in messages]
+        return self.split_at_special_tokens(self.render_chat(marked, add_generation_prompt=True))
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
         """Renders a conversation as a text that contains the texts of the template's special tokens."""
@@ -128,11 +124,10 @@ class Tokenizer:
             self.added_token_ids = {piece: i for piece, i in self.added_token_ids.items() if i < n_tokens}
             self.vocab_size = min(self.vocab_size, n_tokens)
 
-    def escape_special_tokens(self, text: str) -> str:
-        """Inserts SENTINEL after the first character of everything in text that looks like a special token. So
-        split_at_special_tokens finds no special token in text."""
+    def special_token_starts(self) -> re.Pattern:
+        """Returns what matches the first character of everything that looks like a special token."""
         starts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in self.special_token_ids)
-        return re.sub(starts or MATCHES_NOTHING, rf"\g<0>{SENTINEL}", text)
+        return re.compile(starts or MATCHES_NOTHING)
 
     def split_at_special_tokens(self, text: str) -> list[Part]:
         """Splits text at its special tokens, which become ids. Removes every SENTINEL."""
@@ -264,6 +259,7 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max(library.get_vocab().values(), default=-1) + 1
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
         self.special_token_ids = {token.content: i for i, token in self.special_tokens.items()}
+        self.ids_with_lstrip = {i for i, token in self.library.get_added_tokens_decoder().items() if token.lstrip}
         self.add_placeholders()
         example = self.library.encode("a")  # begins with the special tokens that the post-processor puts before a text
         n_bos = (example.special_tokens_mask + [0]).index(0)
