@@ -24,6 +24,25 @@
     the pages                       test_readme, test_add_a_model
     everything at once              test_robust (no memory, kill -9, Ctrl-C), test_fuzz (broken files)
 
-A fixture of several files is in fixtures.py, or in the file that a test file names in pytest_plugins. tiny.py makes the
-checkpoints.
+What the tests share:
+
+    tests/tiny.py                 tiny random checkpoints of every family, made with transformers
+    tests/tiny_gguf.py            tiny GGUF files
+    tests/tiny_tokenizers.py      tokenizers of all styles
+    tests/quantized_folders.py    tiny quantized checkpoints, as other projects write them
+    tests/byte_models.py          small models whose tokens are bytes, and generate.py called on them
+    tests/hub.py                  a server that plays the Hugging Face hub
+    tests/serving.py              two tiny models behind scripts/serve.py, and clients
+    tests/fixtures.py             each family's pair of models; conftest.py loads the file
+    tests/conftest.py             which test files come first
+    tests/cpu_kernels.py          what the tests of the C++ kernels share
+    tests/compile_triton.py       compiles the Triton kernels for GPUs that are not here
+    tests/compiler.py             a C++ compiler that takes no time
+    tests/forks.py                commands in forks of the test's process, to stop them or to give them little memory
+    tests/kernel_loader.py        loads the C++ kernels in processes of their own, for test_kernels_builds
+    tests/worker.py               runs commands in one process, for test_fuzz
+    tests/tp_ranks.py             what torchrun starts, for test_tp
+    tests/threads_test.cpp        what test_threads compiles
+
+A fixture of several files is in fixtures.py, or in the file that a test file names in pytest_plugins.
 """
