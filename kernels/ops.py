@@ -60,8 +60,10 @@ def fused_linear(
     norm_weight, eps = norm_arguments(norm)
     return kernel(
         contiguous(x),
-        *linear.kernel_arguments(),  # weight, scales, zeros, format_id, n, group_size
-        linear.bias, norm_weight, eps,
+        **linear.kernel_arguments(),
+        bias=linear.bias,
+        norm_weight=norm_weight,
+        eps=eps,
         residual=contiguous(residual),
         activation=ACTIVATION_IDS[activation],
         out_scale=linear.out_scale,
@@ -128,7 +130,7 @@ def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) ->
     kernel = backend.kernels.embed if table.is_packed else backend.kernel("embed", tokens.numel())
     if kernel is None:
         return torch_ops.embed(tokens, table, scale, dtype)
-    return kernel(contiguous(tokens), *table.kernel_arguments(), table.in_features, dtype, scale)
+    return kernel(contiguous(tokens), **table.kernel_arguments(), k=table.in_features, dtype=dtype, scale=scale)
 
 
 def attend(
@@ -144,9 +146,8 @@ def attend(
         q = rope_and_cache(qkv, options, cache, tables.rope, positions, backend)
         return torch_ops.cached_attention(q, options, cache, tables.alibi_slopes, positions)
     return kernel(
-        contiguous(qkv), contiguous(start_pos),
-        k_cache=cache.k, v_cache=cache.v, rope=tables.rope, alibi_slopes=tables.alibi_slopes,
-        **options._asdict(),  # n_heads, scale, window, ..., as in schema.py: ATTENTION
+        contiguous(qkv), contiguous(start_pos), cache.k, cache.v,
+        rope=tables.rope, alibi_slopes=tables.alibi_slopes, **options._asdict(),
     )
 
 
@@ -159,8 +160,8 @@ def rope_and_cache(
     if kernel is None:
         return torch_ops.rope_and_cache(qkv, options, cache, rope, positions)
     return kernel(
-        contiguous(qkv), contiguous(positions[:, 0]), k_cache=cache.k, v_cache=cache.v, rope=rope,
-        n_heads=options.n_heads, q_norm_weight=options.q_norm_weight, k_norm_weight=options.k_norm_weight,
+        contiguous(qkv), contiguous(positions[:, 0]), cache.k, cache.v,
+        rope=rope, n_heads=options.n_heads, q_norm_weight=options.q_norm_weight, k_norm_weight=options.k_norm_weight,
         eps=options.eps,
     )
 
@@ -177,7 +178,9 @@ def route(
     kernel = backend.kernel("route", count_tokens(logits))
     if kernel is None:
         return torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
-    return kernel(contiguous(logits), top_k, norm_topk_prob, n_shared_experts)
+    return kernel(
+        contiguous(logits), top_k=top_k, norm_topk_prob=norm_topk_prob, n_shared_experts=n_shared_experts
+    )
 
 
 def experts_gate_up(
@@ -194,8 +197,8 @@ def experts_gate_up(
         return torch_ops.experts_gate_up(x, linear, topk_ids)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
-        contiguous(x), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), norm_weight, eps,
-        activation=ACTIVATION_IDS[activation],
+        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, topk_ids=contiguous(topk_ids),
+        norm_weight=norm_weight, eps=eps, activation=ACTIVATION_IDS[activation],
     )
 
 
@@ -208,8 +211,8 @@ def experts_down(
     if kernel is None:
         return torch_ops.experts_down(hidden, linear, topk_ids, topk_weights, residual)
     return kernel(
-        contiguous(hidden), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), contiguous(topk_weights),
-        contiguous(residual),
+        contiguous(hidden), **linear.kernel_arguments(), bias=linear.bias, topk_ids=contiguous(topk_ids),
+        topk_weights=contiguous(topk_weights), residual=contiguous(residual),
     )
 
 

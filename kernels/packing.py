@@ -142,7 +142,9 @@ def load_triton_kernels(device: torch.device) -> bool:
     try:
         from kernels.triton import attention, linear, moe, sampling  # noqa: F401  (they register the operations)
 
-        torch.ops.gptfast_triton.route(torch.zeros(1, 2, device=device), 1, True, 0)
+        torch.ops.gptfast_triton.route(
+            torch.zeros(1, 2, device=device), top_k=1, norm_topk_prob=True, n_shared_experts=0
+        )
         return True
     except Exception as e:  # the driver, the compiler and Triton each raise errors of their own
         why = str(e).partition("\n")[0]

@@ -31,7 +31,7 @@ from torch import Tensor
 from triton import JITFunction
 
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.schema import triton_op
+from kernels.schema import WeightArguments, triton_op
 from kernels.triton.elements import (
     e2m1_bias_factor,
     e2m1_pair,
@@ -267,14 +267,13 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, DEQUANTIZE: tl
 
 
 @triton_op
-def dequantize(
-    weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int, k: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(*, w: WeightArguments, k: int, dtype: torch.dtype) -> Tensor:
     """Dequantizes a packed weight to W [n, k]."""
-    y = weight.new_empty(n, k, dtype=dtype)
-    grid = triton.cdiv(n, TILE_N.value), triton.cdiv(k, TILE_K.value)
-    dequantize_kernel[grid](weight, scales, y, n, k, group_size, kernel_format(format_id).dequantize)
+    y = w.weight.new_empty(w.n, k, dtype=dtype)
+    grid = triton.cdiv(w.n, TILE_N.value), triton.cdiv(k, TILE_K.value)
+    dequantize_kernel[grid](
+        w.weight, w.scales, y, N=w.n, K=k, GROUP_SIZE=w.group_size, DEQUANTIZE=kernel_format(w.format_id).dequantize
+    )
     return y
 
 
@@ -294,13 +293,13 @@ def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, 
 
 
 @triton_op
-def embed(
-    tokens: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
-    group_size: int, k: int, dtype: torch.dtype, scale: float,
-) -> Tensor:
+def embed(tokens: Tensor, *, w: WeightArguments, k: int, dtype: torch.dtype, scale: float) -> Tensor:
     """Dequantizes the rows of W [n, k] at tokens [...], and multiplies them with scale: [..., k]."""
-    y = weight.new_empty(*tokens.shape, k, dtype=dtype)
+    y = w.weight.new_empty(*tokens.shape, k, dtype=dtype)
     grid = tokens.numel(), triton.cdiv(k, TILE_K.value)
     if tokens.numel():
-        embed_kernel[grid](tokens, weight, scales, y, scale, n, k, group_size, kernel_format(format_id).dequantize)
+        embed_kernel[grid](
+            tokens, w.weight, w.scales, y, scale=scale, N=w.n, K=k, GROUP_SIZE=w.group_size,
+            DEQUANTIZE=kernel_format(w.format_id).dequantize,
+        )
     return y
