@@ -57,7 +57,7 @@ class WeightMatrix(nn.Module):
     @property
     def is_packed(self) -> bool:
         """Whether the tensors are in the order of the backend's kernels, so that only these can read W."""
-        return self.format.is_quantized and self.backend != TORCH
+        return self.format.is_quantized and self.backend.name != TORCH.name
 
     def tensors(self) -> Tensors:
         """The tensors that store W, by name: weight and, if the format has them, scales and zeros."""
@@ -100,7 +100,7 @@ class WeightMatrix(nn.Module):
     def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
         arguments = self.kernel_arguments() | tensors
-        return self.backend.kernels.dequantize(**arguments, k=self.in_features, dtype=dtype)
+        return self.backend.ops.dequantize(**arguments, k=self.in_features, dtype=dtype)
 
 
 class Linear(WeightMatrix):

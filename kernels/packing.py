@@ -33,7 +33,7 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
     dtype: the type of the activations.
     is_mmapped: whether the weights are in a memory-mapped file. Then the pages of a weight are released as soon as the
     weight is packed, so that no weight is in memory twice."""
-    matrices = [matrix for matrix in matrices if matrix.backend == TORCH]
+    matrices = [matrix for matrix in matrices if matrix.backend.name == TORCH.name]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
         has_kernels = build.library() is not None

@@ -334,7 +334,7 @@ def test_embed(dtype):
         for k in (37,) if isinstance(format, Unquantized) else (64, 72):
             table = make_embedding(50, k, format, dtype)
             (on_kernels,) = packed(torch.nn.ModuleList([copy.deepcopy(table)]))
-            assert on_kernels.backend == kernels.CPU
+            assert on_kernels.backend.name == "cpu"
             for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
                 tokens = torch.randint(50, (2, n_tokens))
                 expected = torch_ops.embed(tokens, table, scale, dtype)

@@ -191,7 +191,7 @@ def test_what_is_no_operation_raises(operation):
 def test_a_tape_can_hold_every_operation_of_a_short_step():
     """Backend.can_record relies on it: each operation of a tape is in the table of its kernels."""
     assert RECORDABLE <= kernels.CPU.max_tokens.keys()
-    assert all(kernels.CPU.kernel(name, 1) is not None for name in kernels.CPU.max_tokens)
+    assert all(kernels.CPU.find_kernel(name, 1) is not None for name in kernels.CPU.max_tokens)
 
 
 @built
