@@ -52,7 +52,7 @@ class AttentionOptions(NamedTuple):
     eps: float = 0.0  # of both norms
     sinks: Tensor | None = None  # [H], the scores of one more key, whose value is zero
 
-    def only_scales(self, alibi_slopes: Tensor | None) -> bool:
+    def has_plain_scores(self, alibi_slopes: Tensor | None) -> bool:
         """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute it.
         Norms and RoPE come before the scores. Unpacking all options makes a new one fail here until it is named, since
         SDPA would ignore it silently."""

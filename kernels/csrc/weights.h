@@ -148,7 +148,7 @@ struct MXFP4 : FormatDefaults {
   }();
   static IntVec element(IntVec words, int j) { return unsigned_bytes(Int4::element(words, j)) & 255; }
   static IntVec unsigned_bytes(IntVec nibbles) { return lookup_bytes(TABLE, nibbles); }
-  static Vec scales(const Weights& w, int64_t group) { return exp2_vec(w.scales_of<uint8_t>(group)); }
+  static Vec scales(const Weights& w, int64_t group) { return decode_e8m0(w.scales_of<uint8_t>(group)); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {scales(w, group) * 0.5f, Vec{} + 12};
   }
