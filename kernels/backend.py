@@ -32,10 +32,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kernels import build
+from kernels.schema import MAX_CPU_TOKENS
 
-# The most tokens that a kernel takes. The tokens of all sequences of a step count together.
-MAX_CPU_TOKENS = 64  # the C++ code has arrays of this size (csrc/weights.h)
-MAX_TRITON_TOKENS = 64  # a program of a product holds the sums of all tokens in registers
+# The most tokens that a Triton kernel takes, since a program of a product holds the sums of all tokens in registers.
+# The tokens of all sequences of a step count together.
+MAX_TRITON_TOKENS = 64
 # A program of Triton's attention holds these in registers:
 MAX_TRITON_NEW_TOKENS = 16  # the new tokens of a sequence
 MAX_TRITON_QUERIES = 64  # the queries of a key/value head

@@ -24,6 +24,9 @@ from config import ACTIVATIONS
 
 CPU_ONLY = ("gptfast",)
 NAMESPACES = (*CPU_ONLY, "gptfast_triton")
+# The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
+# step count together. csrc/weights.h has the same number
+MAX_CPU_TOKENS = 64
 ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/simd.h: Activation
 GATED_IDS = {ACTIVATION_IDS[name] for name, is_gated in ACTIVATIONS.items() if is_gated}
 RECORDABLE: set[str] = set()  # the operations that a tape can hold

@@ -9,7 +9,7 @@
 #include "float8.h"
 #include "tape.h"
 
-constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; also in kernels/backend.py
+constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
 constexpr int64_t BLOCK_M = 8;          // the most tokens whose sums fit in registers
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of a Vec
 
