@@ -205,8 +205,3 @@ def unpack_nibbles(weight: Tensor) -> Tensor:
 def unpack_nibbles_planar(octets: Tensor) -> Tensor:
     """Unpacks octets [..., n] to [..., 2 n]: all low nibbles, then all high nibbles."""
     return torch.cat([octets & 15, octets >> 4], dim=-1)
-
-
-def unpack_nibbles_interleaved(octets: Tensor) -> Tensor:
-    """Unpacks octets [..., n] to [..., 2 n]: low nibble, high nibble, low nibble, ..."""
-    return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
