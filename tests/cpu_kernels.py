@@ -4,8 +4,6 @@ import pytest
 import torch
 
 import kernels
-from kernels.formats import MXFP4, Int8
-from kernels.formats.integers import AffineFormat
 from layers import Linear, WeightMatrix
 
 built = pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
@@ -45,7 +43,7 @@ def rounded_activations(x: torch.Tensor) -> torch.Tensor:
 
 
 def rounds_activations(format, dtype: torch.dtype) -> bool:
-    return isinstance(format, Int8 | AffineFormat | MXFP4) and dtype != torch.float32
+    return format.rounds_activations and dtype != torch.float32
 
 
 def as_seen(x: torch.Tensor, format) -> torch.Tensor:
