@@ -357,10 +357,7 @@ def attend(
 
     k_cache, v_cache: [B, G, S, D], the keys and values of earlier tokens. attend writes the keys and values of the new
     tokens. Both may be views of longer caches; attend reads and writes nothing beyond S.
-    rope: [S, D / 2, 2], cosine and sine of the angles of every position.
-    q_norm_weight, k_norm_weight: [D] to norm each head; [H D] and [G D] to norm all heads of a token together.
-
-    options: the fields of AttentionOptions. These, LayerCache and PositionTables are in kernels/schema.py."""
+    options: the fields of AttentionOptions. kernels/schema.py has these, and the shapes of all arguments."""
     options = AttentionOptions(**options)
     n_heads, window, softcap = options.n_heads, options.window, options.softcap
     q_norm_weight, k_norm_weight = options.q_norm_weight, options.k_norm_weight
@@ -388,8 +385,7 @@ def attend(
         BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
         BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
         BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
-        DTYPE=dot_dtype(qkv), num_stages=2,
-        **pdl_options(qkv.device, grid),
+        DTYPE=dot_dtype(qkv), num_stages=2, **pdl_options(qkv.device, grid),
     )
     return out
 
