@@ -57,7 +57,7 @@ class WeightMatrix(nn.Module):
     @property
     def is_packed(self) -> bool:
         """Whether the tensors are in the order of the backend's kernels, so that only these can read W."""
-        return self.format.is_quantized and self.backend != TORCH
+        return self.format.is_quantized and self.backend.name != TORCH.name
 
     def tensors(self) -> Tensors:
         """The tensors that store W, by name: weight and, if the format has them, scales and zeros."""
@@ -77,11 +77,12 @@ class WeightMatrix(nn.Module):
             self.set_tensor(name, tensor)
         self.format = format
 
-    def kernel_arguments(self) -> WeightArguments:
-        group_size = self.format.effective_group_size(self.in_features)
+    def kernel_arguments(self) -> dict:
+        """W as a kernel takes it: WeightArguments by name."""
         return WeightArguments(
-            self.weight, self.scales, self.zeros, self.format.format_id, self.out_features, group_size
-        )
+            self.weight, self.scales, self.zeros, self.format.format_id, n=self.out_features,
+            group_size=self.format.effective_group_size(self.in_features),
+        )._asdict()
 
     def dequantized_weight(self, dtype: torch.dtype, experts: int | slice | Tensor = slice(None)) -> Tensor:
         """W [N, K] in dtype. With a W for each expert, experts selects: an index gives [N, K], a slice or a tensor
@@ -98,8 +99,8 @@ class WeightMatrix(nn.Module):
 
     def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
-        arguments = self.kernel_arguments()._replace(**tensors)
-        return self.backend.kernels.dequantize(*arguments, self.in_features, dtype)
+        arguments = self.kernel_arguments() | tensors
+        return self.backend.ops.dequantize(**arguments, k=self.in_features, dtype=dtype)
 
 
 class Linear(WeightMatrix):

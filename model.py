@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         backend = self.lm_head.backend
         attention = self.layers[0].attention  # all layers have the same numbers of heads
         heads_per_kv_head = attention.n_heads // attention.n_kv_heads
-        all_on_one_backend = all(matrix.backend == backend for matrix in matrices)
+        all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
         return all_on_one_backend and backend.can_record(batch_size, n_new_tokens, heads_per_kv_head)
 
     def active_weight_bytes(self) -> int:

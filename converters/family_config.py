@@ -3,7 +3,7 @@
 A function for Family.read_overrides has the family's name, and returns fields of ModelConfig.
 """
 
-from config import ACTIVATIONS, MAX_MODULES
+from config import MAX_MODULES
 from utils.errors import UsageError
 
 SILU_NAMES = ("silu", "swish")
@@ -70,19 +70,25 @@ def smollm3(hf_config: dict) -> dict:
 
 
 def arcee(hf_config: dict) -> dict:
-    """Reads the activation of a feed-forward without a gate. config.py has transformers' names for these."""
-    activation = hf_config["hidden_act"]
-    if activation not in [name for name, is_gated in ACTIVATIONS.items() if not is_gated]:
-        raise UsageError(f"config.json: hidden_act = {activation!r} is not supported")
-    return {"activation": activation}
+    return ungated(hf_config, "relu2")
 
 
 def nemotron(hf_config: dict) -> dict:
-    return arcee(hf_config) | {"norm_eps": hf_config["norm_eps"]}
+    return ungated(hf_config, "relu2") | {"norm_eps": hf_config["norm_eps"]}
 
 
 def starcoder2(hf_config: dict) -> dict:
-    return arcee(hf_config) | bias_everywhere(hf_config) | {"norm_eps": hf_config["norm_epsilon"]}
+    activation = ungated(hf_config, "gelu_pytorch_tanh")
+    return activation | bias_everywhere(hf_config) | {"norm_eps": hf_config["norm_epsilon"]}
+
+
+def ungated(hf_config: dict, activation: str) -> dict:
+    """Checks that hidden_act is the activation of the family, whose feed-forward has no gate. config.py: ACTIVATIONS
+    has transformers' names for these."""
+    found = hf_config["hidden_act"]
+    if found != activation:
+        raise UsageError(f"config.json: hidden_act = {found!r} is not supported")
+    return {"activation": activation}
 
 
 def bias_everywhere(hf_config: dict) -> dict:

@@ -16,9 +16,15 @@ import re
 import torch
 from torch import Tensor
 
-from converters.quantized_weight import LazyWeight, QuantizedLayer, check_finite_scales, stored_group_size
+from converters.quantized_weight import (
+    LazyWeight,
+    QuantizedLayer,
+    check_finite_scales,
+    stored_group_size,
+    unpack_nibbles_interleaved,
+)
 from kernels.formats import MXFP4, Float8, Tensors
-from kernels.formats.base import pack_nibbles, shard_groups, unpack_nibbles_interleaved
+from kernels.formats.base import pack_nibbles, shard_groups
 from utils.errors import UsageError
 
 E4M3_NAN = 0x7F  # without the sign bit

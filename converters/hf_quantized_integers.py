@@ -25,9 +25,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from converters.quantized_weight import LazyWeight, QuantizedLayer, stored_group_size
+from converters.quantized_weight import LazyWeight, QuantizedLayer, stored_group_size, unpack_nibbles_interleaved
 from kernels.formats import GroupedInt8, Int4, Int8, Tensors
-from kernels.formats.base import shard_groups, unpack_nibbles_interleaved
+from kernels.formats.base import shard_groups
 from kernels.formats.integers import AffineFormat
 from utils.errors import UsageError
 

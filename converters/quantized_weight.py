@@ -183,3 +183,8 @@ def check_finite_scales(name: str, is_finite: Tensor):
     """Raises UsageError if is_finite has a False. name: the name of the tensor with the scales."""
     if not is_finite.all():
         raise UsageError(f"tensor {name} holds scales that are not finite")
+
+
+def unpack_nibbles_interleaved(octets: Tensor) -> Tensor:
+    """Unpacks octets [..., n] to [..., 2 n]: low nibble, high nibble, low nibble, ..."""
+    return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)

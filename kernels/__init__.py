@@ -15,6 +15,8 @@ package, there are types alone, for annotations.)
     record.py      records a decode step once, and replays the recording
 """
 
+# ruff: noqa: F401  (all names are for callers)
+
 from kernels.backend import CPU, MAX_CPU_TOKENS, MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS, TORCH, TRITON
 from kernels.ops import (
     activate,
@@ -30,9 +32,3 @@ from kernels.ops import (
     sample,
 )
 from kernels.packing import load_triton_kernels, pack_for_triton, pack_weights
-
-__all__ = [
-    "CPU", "MAX_CPU_TOKENS", "MAX_TRITON_NEW_TOKENS", "MAX_TRITON_TOKENS", "TORCH", "TRITON", "activate", "add",
-    "attend", "embed", "experts_down", "experts_gate_up", "fused_linear", "load_triton_kernels", "pack_for_triton",
-    "pack_weights", "permute_inputs", "rms_norm", "route", "sample",
-]

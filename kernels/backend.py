@@ -3,7 +3,8 @@ what computes an operation is decided for each step. A backend knows for which s
 
     CPU       C++, kernels/csrc/
     TRITON    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
-    TORCH     no kernels: plain PyTorch (torch_ops.py), for any device
+    TORCH     no kernels: plain PyTorch (torch_ops.py), for any device. On a CPU without a C++ compiler, aten.py
+              multiplies some quantized weights by PyTorch's own kernels
 
 Every layer holds a backend: TORCH, until packing.py packs the weights for another backend. This object answers all
 questions: an operation asks for its kernel (ops.py), a model asks whether a step can be recorded (model.py).
@@ -31,21 +32,23 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kernels import build
+from kernels.schema import MAX_CPU_TOKENS
 
-# The most tokens that a kernel takes. The tokens of all sequences of a step count together.
-MAX_CPU_TOKENS = 64  # the C++ code has arrays of this size (csrc/weights.h)
-MAX_TRITON_TOKENS = 64  # a program of a product holds the sums of all tokens in registers
+# The most tokens that a Triton kernel takes, since a program of a product holds the sums of all tokens in registers.
+# The tokens of all sequences of a step count together.
+MAX_TRITON_TOKENS = 64
 # A program of Triton's attention holds these in registers:
 MAX_TRITON_NEW_TOKENS = 16  # the new tokens of a sequence
 MAX_TRITON_QUERIES = 64  # the queries of a key/value head
 PRODUCTS = ("fused_linear", "experts_gate_up", "experts_down")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backend:
-    """CPU, TRITON or TORCH, with the limits of a model. == asks which of the three a backend is, whatever its
-    max_tokens, which depend on a model's weights and on the machine (cpu_backend, triton_backend).
+    """CPU, TRITON or TORCH, with the limits of a model, which depend on its weights and on the machine (cpu_backend,
+    triton_backend).
 
+    name: "cpu", "triton" or "torch": what the backend is, whatever its limits.
     namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
     max_tokens: by operation, the most tokens of a step for which its kernel is called. Plain PyTorch computes a step of
     more tokens, and an operation that is not in the table.
@@ -55,34 +58,34 @@ class Backend:
 
     name: str
     namespace: str | None = None
-    max_tokens: dict[str, float] = field(default_factory=dict, compare=False)
+    max_tokens: dict[str, float] = field(default_factory=dict)
     max_new_tokens: float = math.inf
     max_queries: float = math.inf
     draws_samples: bool = False
 
     @property
-    def kernels(self):
-        """The namespace of all kernels, for the operations that PyTorch cannot compute instead."""
+    def ops(self):
+        """The namespace of the kernels, for the operations that PyTorch cannot compute instead."""
         return getattr(torch.ops, self.namespace)
 
-    def kernel(self, name: str, n_tokens: int) -> Callable | None:
+    def find_kernel(self, name: str, n_tokens: int) -> Callable | None:
         """The kernel of the operation called name, for a step of n_tokens tokens. None: plain PyTorch computes it."""
         if 0 < n_tokens <= self.max_tokens.get(name, 0):
-            return getattr(self.kernels, name)
+            return getattr(self.ops, name)
         return None
 
-    def attention_kernel(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> Callable | None:
-        """kernel("attend"), for n_new_tokens tokens in each of batch_size sequences."""
+    def find_attention_kernel(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> Callable | None:
+        """find_kernel("attend"), for n_new_tokens tokens in each of batch_size sequences."""
         if n_new_tokens > self.max_new_tokens or n_new_tokens * heads_per_kv_head > self.max_queries:
             return None
-        return self.kernel("attend", batch_size * n_new_tokens)
+        return self.find_kernel("attend", batch_size * n_new_tokens)
 
     def can_record(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
         """Whether a step of a model on this backend can be recorded: whether kernels compute every operation in the
         table. CPU has all operations there, since a tape holds nothing else. A CUDA graph holds any computation, so
         TRITON leaves some operations to PyTorch."""
         has_kernels = batch_size * n_new_tokens <= min(self.max_tokens.values(), default=0)
-        return has_kernels and self.attention_kernel(batch_size, n_new_tokens, heads_per_kv_head) is not None
+        return has_kernels and self.find_attention_kernel(batch_size, n_new_tokens, heads_per_kv_head) is not None
 
     def can_sample(self, is_greedy: bool) -> bool:
         """Whether there is a kernel of sample. is_greedy: for the likeliest token, not for a random one."""

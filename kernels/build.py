@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 from config import ACTIVATIONS
-from kernels import schema  # noqa: F401  (defines the schemas of the operations in the library)
 from kernels.formats import FORMATS
+from kernels.schema import MAX_CPU_TOKENS  # schema.py also defines the schemas of the operations in the library
 
 SOURCES = Path(__file__).parent / "csrc"
 CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
@@ -48,6 +48,7 @@ def library() -> ctypes.CDLL | None:
     The returned library has the functions that record.py calls to record and replay tapes (kernels/csrc/tape.h).
     """
     check_formats((SOURCES / "weights.h").read_text())
+    check_max_tokens((SOURCES / "weights.h").read_text())
     check_activations((SOURCES / "simd.h").read_text())
     library = find_or_compile()
     if library is not None:
@@ -71,6 +72,14 @@ def check_activations(simd_h: str):
     *theirs, _count = re.findall(r"\w+", re.search(r"enum class Activation : int64_t {(.+?)}", simd_h, re.S)[1])
     if theirs != ours[: len(theirs)]:
         raise ImportError(f"kernels/csrc/simd.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
+
+
+def check_max_tokens(weights_h: str):
+    """Raises ImportError unless csrc/weights.h and kernels/schema.py have the same MAX_CPU_TOKENS: with a larger one,
+    Python would pass more tokens than C++ takes."""
+    theirs = int(re.search(r"MAX_CPU_TOKENS = (\d+);", weights_h)[1])
+    if theirs != MAX_CPU_TOKENS:
+        raise ImportError(f"kernels/csrc/weights.h: MAX_CPU_TOKENS is {theirs}; in kernels/schema.py {MAX_CPU_TOKENS}")
 
 
 def find_or_compile() -> ctypes.CDLL | None:

@@ -49,7 +49,7 @@ def fused_linear(
     Otherwise the result is activation(x W^T).
     residual: added last, after linear.out_scale, linear.softcap and linear.clip.
     out_dtype: None, which means x.dtype, or torch.float32."""
-    kernel = linear.backend.kernel("fused_linear", count_tokens(x))
+    kernel = linear.backend.find_kernel("fused_linear", count_tokens(x))
     if activation and (kernel is None or not can_fuse(activation, linear)):
         assert out_dtype is None
         return linear_then_activation(x, linear, norm, residual, activation)
@@ -60,8 +60,10 @@ def fused_linear(
     norm_weight, eps = norm_arguments(norm)
     return kernel(
         contiguous(x),
-        *linear.kernel_arguments(),  # weight, scales, zeros, format_id, n, group_size
-        linear.bias, norm_weight, eps,
+        **linear.kernel_arguments(),
+        bias=linear.bias,
+        norm_weight=norm_weight,
+        eps=eps,
         residual=contiguous(residual),
         activation=ACTIVATION_IDS[activation],
         out_scale=linear.out_scale,
@@ -91,7 +93,7 @@ def can_fuse(activation: str, linear: Linear) -> bool:
 def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
     """Applies an activation. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up [..., F].
     Otherwise it is activation(x), in the shape of x."""
-    kernel = backend.kernel("activate", count_tokens(x))
+    kernel = backend.find_kernel("activate", count_tokens(x))
     if kernel is None:
         return torch_ops.activate(x, activation)
     return kernel(contiguous(x), ACTIVATION_IDS[activation])
@@ -99,7 +101,7 @@ def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
 
 def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
     """x + y, of the same shape."""
-    kernel = backend.kernel("add", count_tokens(x))
+    kernel = backend.find_kernel("add", count_tokens(x))
     if kernel is None:
         return x + y
     return kernel(contiguous(x), contiguous(y))
@@ -107,7 +109,7 @@ def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
 
 def rms_norm(x: Tensor, norm: RMSNorm, residual: Tensor | None = None) -> Tensor:
     """[residual +] x / rms(x) * weight, over the last dimension of x [..., dim]."""
-    kernel = norm.backend.kernel("rms_norm", count_tokens(x))
+    kernel = norm.backend.find_kernel("rms_norm", count_tokens(x))
     if kernel is None:
         return torch_ops.rms_norm(x, norm.weight, norm.eps, residual)
     return kernel(contiguous(x), norm.weight, norm.eps, contiguous(residual))
@@ -116,7 +118,7 @@ def rms_norm(x: Tensor, norm: RMSNorm, residual: Tensor | None = None) -> Tensor
 def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
     """x[..., input_order] for x [..., K] and input_order int32 [N]: [..., N]. N may be less than K: a tensor-parallel
     rank takes only the inputs of its own columns."""
-    kernel = backend.kernel("permute_inputs", count_tokens(x))
+    kernel = backend.find_kernel("permute_inputs", count_tokens(x))
     if kernel is None:
         return torch_ops.permute_inputs(x, input_order)
     return kernel(contiguous(x), input_order)
@@ -125,10 +127,10 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
 def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) -> Tensor:
     """Looks up the rows of tokens [B, T] in table [V, dim], and multiplies them with scale: [B, T, dim] in dtype."""
     backend = table.backend
-    kernel = backend.kernels.embed if table.is_packed else backend.kernel("embed", tokens.numel())
+    kernel = backend.ops.embed if table.is_packed else backend.find_kernel("embed", tokens.numel())
     if kernel is None:
         return torch_ops.embed(tokens, table, scale, dtype)
-    return kernel(contiguous(tokens), *table.kernel_arguments(), table.in_features, dtype, scale)
+    return kernel(contiguous(tokens), **table.kernel_arguments(), k=table.in_features, dtype=dtype, scale=scale)
 
 
 def attend(
@@ -138,15 +140,14 @@ def attend(
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
-    kernel = backend.attention_kernel(B, T, options.n_heads // cache.k.shape[1])
+    kernel = backend.find_attention_kernel(B, T, options.n_heads // cache.k.shape[1])
     if kernel is None:
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
         q = rope_and_cache(qkv, options, cache, tables.rope, positions, backend)
         return torch_ops.cached_attention(q, options, cache, tables.alibi_slopes, positions)
     return kernel(
-        contiguous(qkv), contiguous(start_pos),
-        k_cache=cache.k, v_cache=cache.v, rope=tables.rope, alibi_slopes=tables.alibi_slopes,
-        **options._asdict(),  # n_heads, scale, window, ..., as in schema.py: ATTENTION
+        contiguous(qkv), contiguous(start_pos), cache.k, cache.v,
+        rope=tables.rope, alibi_slopes=tables.alibi_slopes, **options._asdict(),
     )
 
 
@@ -155,12 +156,12 @@ def rope_and_cache(
 ) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
     contiguous in each sequence. rope: PositionTables.rope. Returns the queries [B, T, H, D]."""
-    kernel = backend.kernel("rope_and_cache", count_tokens(qkv))
+    kernel = backend.find_kernel("rope_and_cache", count_tokens(qkv))
     if kernel is None:
         return torch_ops.rope_and_cache(qkv, options, cache, rope, positions)
     return kernel(
-        contiguous(qkv), contiguous(positions[:, 0]), k_cache=cache.k, v_cache=cache.v, rope=rope,
-        n_heads=options.n_heads, q_norm_weight=options.q_norm_weight, k_norm_weight=options.k_norm_weight,
+        contiguous(qkv), contiguous(positions[:, 0]), cache.k, cache.v,
+        rope=rope, n_heads=options.n_heads, q_norm_weight=options.q_norm_weight, k_norm_weight=options.k_norm_weight,
         eps=options.eps,
     )
 
@@ -174,10 +175,12 @@ def route(
     norm_topk_prob: scales the weights to sum to one.
     n_shared_experts: every token also uses these experts, with ids from E on. Then logits are [..., E + 1], the weight
     of each shared expert is the sigmoid of the last logit, and the results are [..., top_k + n_shared_experts]."""
-    kernel = backend.kernel("route", count_tokens(logits))
+    kernel = backend.find_kernel("route", count_tokens(logits))
     if kernel is None:
         return torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
-    return kernel(contiguous(logits), top_k, norm_topk_prob, n_shared_experts)
+    return kernel(
+        contiguous(logits), top_k=top_k, norm_topk_prob=norm_topk_prob, n_shared_experts=n_shared_experts
+    )
 
 
 def experts_gate_up(
@@ -185,7 +188,7 @@ def experts_gate_up(
 ) -> Tensor:
     """Multiplies every token with the gate and up projections of the token's experts: x [B, T, dim],
     topk_ids [B, T, top_k] -> [B, T, top_k, F]. norm and activation are as in fused_linear."""
-    kernel = linear.backend.kernel("experts_gate_up", count_tokens(x))
+    kernel = linear.backend.find_kernel("experts_gate_up", count_tokens(x))
     if activation and (kernel is None or not can_fuse(activation, linear)):
         return activate(experts_gate_up(x, linear, topk_ids, norm), activation, linear.backend)
     if kernel is None:
@@ -194,8 +197,8 @@ def experts_gate_up(
         return torch_ops.experts_gate_up(x, linear, topk_ids)
     norm_weight, eps = norm_arguments(norm)
     return kernel(
-        contiguous(x), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), norm_weight, eps,
-        activation=ACTIVATION_IDS[activation],
+        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, topk_ids=contiguous(topk_ids),
+        norm_weight=norm_weight, eps=eps, activation=ACTIVATION_IDS[activation],
     )
 
 
@@ -204,12 +207,12 @@ def experts_down(
 ) -> Tensor:
     """Multiplies hidden [B, T, top_k, F] with the down projections of the experts. Sums the results of the experts of
     each token, weighted with topk_weights [B, T, top_k]: [residual +] [B, T, dim]."""
-    kernel = linear.backend.kernel("experts_down", count_tokens(topk_ids))
+    kernel = linear.backend.find_kernel("experts_down", count_tokens(topk_ids))
     if kernel is None:
         return torch_ops.experts_down(hidden, linear, topk_ids, topk_weights, residual)
     return kernel(
-        contiguous(hidden), *linear.kernel_arguments(), linear.bias, contiguous(topk_ids), contiguous(topk_weights),
-        contiguous(residual),
+        contiguous(hidden), **linear.kernel_arguments(), bias=linear.bias, topk_ids=contiguous(topk_ids),
+        topk_weights=contiguous(topk_weights), residual=contiguous(residual),
     )
 
 
@@ -220,7 +223,7 @@ def sample(logits: Tensor, temperature: float, backend: Backend) -> Tensor:
     logits, noise = contiguous(logits), None
     if temperature > 0:
         noise = torch.empty_like(logits, dtype=torch.float64).exponential_()
-    return backend.kernels.sample(logits, noise, temperature)
+    return backend.ops.sample(logits, noise, temperature)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from kernels import aten, build
 from kernels.backend import TORCH, cpu_backend, triton_backend
 from kernels.formats import Tensors, Unquantized, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
+from kernels.formats.cpu_layouts import CPU_BLOCK_K
 from utils.machine import drop_pages, free_memory, use_huge_pages
 
 if TYPE_CHECKING:  # layers.py imports this package
@@ -33,12 +34,12 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
     dtype: the type of the activations.
     is_mmapped: whether the weights are in a memory-mapped file. Then the pages of a weight are released as soon as the
     weight is packed, so that no weight is in memory twice."""
-    matrices = [matrix for matrix in matrices if matrix.backend == TORCH]
+    matrices = [matrix for matrix in matrices if matrix.backend.name == TORCH.name]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
         has_kernels = build.library() is not None
         if has_kernels:
-            with_kernel = [m for m in matrices if m.format.fits_kernels(m.in_features)]
+            with_kernel = [matrix for matrix in matrices if fits_cpu_kernels(matrix)]
         else:
             with_kernel = pack_for_aten(matrices, dtype)
         without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
@@ -54,7 +55,7 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
     memory = HugePageArena()
     backend = cpu_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        if not matrix.format.fits_kernels(matrix.in_features):
+        if not fits_cpu_kernels(matrix):
             continue
         matrix.backend = backend
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
@@ -64,6 +65,14 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
             matrix.set_tensor(name, memory.copy(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
+
+
+def fits_cpu_kernels(matrix: WeightMatrix) -> bool:
+    """Whether the C++ kernels can read matrix. If they round activations to int8, no block of activations may span two
+    groups of weights. Only shards whose width is an odd multiple of 8 have such groups."""
+    group_size = matrix.format.group_size
+    has_whole_blocks = not matrix.format.rounds_activations or group_size is None or group_size % CPU_BLOCK_K == 0
+    return has_whole_blocks and matrix.format.fits_kernels(matrix.in_features)
 
 
 class HugePageArena:
@@ -142,7 +151,9 @@ def load_triton_kernels(device: torch.device) -> bool:
     try:
         from kernels.triton import attention, linear, moe, sampling  # noqa: F401  (they register the operations)
 
-        torch.ops.gptfast_triton.route(torch.zeros(1, 2, device=device), 1, True, 0)
+        torch.ops.gptfast_triton.route(
+            torch.zeros(1, 2, device=device), top_k=1, norm_topk_prob=True, n_shared_experts=0
+        )
         return True
     except Exception as e:  # the driver, the compiler and Triton each raise errors of their own
         why = str(e).partition("\n")[0]

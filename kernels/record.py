@@ -27,7 +27,7 @@ How a CPUGraph records and replays:
     replay    copy the arguments to inputs, call the segments one by one, return outputs. A Tape executes all of its
               kernels in one parallel region.
 
-A tape can hold the operations of kernels/schema.py: SCHEMAS. Anything else would be computed once, during recording,
+A tape can hold the operations of kernels/schema.py: RECORDABLE. Anything else would be computed once, during recording,
 and never again. So a CPUGraph raises an error for it.
 """
 
@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import build
 from kernels.backend import CPU
-from kernels.schema import SCHEMAS
+from kernels.schema import RECORDABLE
 
 # A step keeps this many CPUGraphs, the most recently used ones, since a graph holds the memory of all activations.
 # Recording again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
@@ -170,9 +170,9 @@ class CPUGraph(TorchDispatchMode):
         return self.outputs
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Lets only the operations of SCHEMAS and views pass. An operation appends itself to the tape."""
+        """Lets only the operations of RECORDABLE and views pass. An operation appends itself to the tape."""
         namespace, _, name = func._schema.name.partition("::")
-        is_recordable = namespace == CPU.namespace and name in SCHEMAS
+        is_recordable = namespace == CPU.namespace and name in RECORDABLE
         if not is_recordable and not func.is_view:
             raise RuntimeError(f"{func} is no operation of kernels/ops.py: it cannot be recorded (kernels/record.py)")
         kwargs = kwargs or {}

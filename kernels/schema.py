@@ -3,17 +3,18 @@
 C++ implements an operation as torch.ops.gptfast.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
 implement the same schema, so a changed schema changes both. kernels/ops.py describes the operations.
 
-Arguments that several schemas share:
+In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. Arguments that
+several schemas share:
 
-    WEIGHT        a weight W [N, K], in the order of WeightArguments: the tensors as packed for the backend,
-                  WeightFormat.format_id, n = N, and group_size, the number of inputs that share a scale
-    ATTENTION     AttentionOptions, which ops.py passes by name
+    WEIGHT        a weight W [N, K]: WeightArguments
+    ATTENTION     AttentionOptions
     activation    a value of ACTIVATION_IDS
 
 LayerCache and PositionTables are tensors of attention that belong together.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -23,30 +24,27 @@ from config import ACTIVATIONS
 
 CPU_ONLY = ("gptfast",)
 NAMESPACES = (*CPU_ONLY, "gptfast_triton")
+# The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
+# step count together. csrc/weights.h has the same number
+MAX_CPU_TOKENS = 64
 ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/simd.h: Activation
 GATED_IDS = {ACTIVATION_IDS[name] for name, is_gated in ACTIVATIONS.items() if is_gated}
-WEIGHT = "Tensor weight, Tensor? scales, Tensor? zeros, int format_id, int n, int group_size"
-ATTENTION = (
-    "int n_heads, float scale, int window, float softcap, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps, "
-    "Tensor? sinks"
-)
-SCHEMAS: dict[str, str] = {}  # name -> schema of each operation that a tape can hold
+RECORDABLE: set[str] = set()  # the operations that a tape can hold
 
 
 class WeightArguments(NamedTuple):
-    """A weight as a kernel takes it, in the order of WEIGHT."""
+    """A weight as a kernel takes it."""
 
-    weight: Tensor
+    weight: Tensor  # this and the next two: as packed for the backend
     scales: Tensor | None
     zeros: Tensor | None
-    format_id: int
-    n: int
-    group_size: int
+    format_id: int  # of the WeightFormat
+    n: int  # N
+    group_size: int  # inputs of an output that share a scale
 
 
 class AttentionOptions(NamedTuple):
-    """The options of attention, by the names in ATTENTION. The default of an option means that
-    attention leaves it out."""
+    """The options of attention. The default of an option means that attention leaves it out."""
 
     n_heads: int  # H, the heads of queries
     scale: float  # multiplies the scores
@@ -57,7 +55,7 @@ class AttentionOptions(NamedTuple):
     eps: float = 0.0  # of both norms
     sinks: Tensor | None = None  # [H], the scores of one more key, whose value is zero
 
-    def only_scales(self, alibi_slopes: Tensor | None) -> bool:
+    def has_plain_scores(self, alibi_slopes: Tensor | None) -> bool:
         """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute it.
         Norms and RoPE come before the scores. Unpacking all options makes a new one fail here until it is named, since
         SDPA would ignore it silently."""
@@ -80,116 +78,147 @@ class PositionTables(NamedTuple):
     alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores
 
 
+def as_schema(fields: type[NamedTuple]) -> str:
+    """The fields of a NamedTuple as arguments of a schema."""
+    types = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float"}
+    return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
+
+
+WEIGHT, ATTENTION = as_schema(WeightArguments), as_schema(AttentionOptions)
+
+
 def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
-    """Decorator: its function empty_NAME defines the operation NAME in each namespace. It takes the arguments of
-    schema, and allocates the result: an empty tensor of the right shape and dtype. torch.compile calls it in place of
-    the kernel, on tensors without data ("fake" in PyTorch's terms).
+    """Decorator: defines the operation of schema, "NAME(arguments) -> results", in each namespace. The decorated
+    function, fake_NAME, takes these arguments (see gather_weight), and allocates the result: an empty tensor of the
+    right shape and dtype. torch.compile calls fake_NAME in place of the kernel, on tensors without data ("fake" in
+    PyTorch's terms).
 
     recordable: whether a tape can hold the operation (record.py)."""
+    name, arguments, results = schema.partition("(")
 
-    def register(empty_result: Callable) -> Callable:
-        name = empty_result.__name__.removeprefix("empty_")
+    def register(fake: Callable) -> Callable:
+        assert fake.__name__ == f"fake_{name}"
         for namespace in namespaces:
-            torch.library.define(f"{namespace}::{name}", schema)
-            torch.library.register_fake(f"{namespace}::{name}", empty_result)
+            torch.library.define(f"{namespace}::{name}", arguments + results)
+            torch.library.register_fake(f"{namespace}::{name}", gather_weight(fake))
         if recordable:
-            SCHEMAS[name] = schema
-        return empty_result
+            RECORDABLE.add(name)
+        return fake
 
     return register
 
 
 def triton_op(function: Callable) -> Callable:
     """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name.
-    Registers it for CPU tensors, too, since Triton's interpreter runs on these."""
-    name = f"gptfast_triton::{function.__name__}"
-    torch.library.impl(name, ("CUDA", "CPU"), function)
+    Registers it for CPU tensors, too, since Triton's interpreter runs on these. function takes the arguments of the
+    schema (see gather_weight)."""
+    torch.library.impl(f"gptfast_triton::{function.__name__}", ("CUDA", "CPU"), gather_weight(function))
     return function
 
 
+def gather_weight(function: Callable) -> Callable:
+    """function, for a call with the arguments of a schema. Gives those of WEIGHT to function as one argument, w."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        if "format_id" in kwargs:
+            kwargs["w"] = WeightArguments(**{name: kwargs.pop(name) for name in WeightArguments._fields})
+        return function(*args, **kwargs)
+
+    return call
+
+
+def output_width(n: int, activation: int) -> int:
+    """The outputs of a product with n outputs, after the activation. A gated one makes one number of gate and up."""
+    return n // 2 if activation in GATED_IDS else n
+
+
+# ---- The operations -------------------------------------------------------------------------------------------------
+#
+# A function names only the arguments that it needs. `_` takes the others.
+
+
 @define(
-    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, int activation, "
-    "float out_scale, float softcap, float clip, bool float32_out) -> Tensor"
+    f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, "
+    "int activation, float out_scale, float softcap, float clip, bool float32_out) -> Tensor"
 )
-def empty_fused_linear(
-    x, weight, scales, zeros, format_id, n, group_size, bias, norm_weight, eps, residual, activation, out_scale,
-    softcap, clip, float32_out,
-):
+def fake_fused_linear(x, *, w, activation, float32_out, **_):
     dtype = torch.float32 if float32_out else x.dtype
-    return x.new_empty(*x.shape[:-1], n // 2 if activation in GATED_IDS else n, dtype=dtype)
+    return x.new_empty(*x.shape[:-1], output_width(w.n, activation), dtype=dtype)
 
 
-@define("(Tensor x, int activation) -> Tensor", namespaces=CPU_ONLY)
-def empty_activate(x, activation):
-    n = x.shape[-1]
-    return x.new_empty(*x.shape[:-1], n // 2 if activation in GATED_IDS else n)
+@define("activate(Tensor x, int activation) -> Tensor", namespaces=CPU_ONLY)
+def fake_activate(x, activation):
+    return x.new_empty(*x.shape[:-1], output_width(x.shape[-1], activation))
 
 
-@define("(Tensor x, Tensor y) -> Tensor", namespaces=CPU_ONLY)
-def empty_add(x, y):
+@define("add(Tensor x, Tensor y) -> Tensor", namespaces=CPU_ONLY)
+def fake_add(x, y):
     return torch.empty_like(x)
 
 
-@define("(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor")
-def empty_rms_norm(x, weight, eps, residual):
+@define("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor")
+def fake_rms_norm(x, *_):
     return torch.empty_like(x)
 
 
-@define("(Tensor x, Tensor input_order) -> Tensor")
-def empty_permute_inputs(x, input_order):
+@define("permute_inputs(Tensor x, Tensor input_order) -> Tensor")
+def fake_permute_inputs(x, input_order):
     return x.new_empty(*x.shape[:-1], len(input_order))
 
 
-@define(f"(Tensor tokens, {WEIGHT}, int k, ScalarType dtype, float scale) -> Tensor")
-def empty_embed(tokens, weight, scales, zeros, format_id, n, group_size, k, dtype, scale):
-    return weight.new_empty(*tokens.shape, k, dtype=dtype)
+@define(f"embed(Tensor tokens, *, {WEIGHT}, int k, ScalarType dtype, float scale) -> Tensor")
+def fake_embed(tokens, *, w, k, dtype, **_):
+    return w.weight.new_empty(*tokens.shape, k, dtype=dtype)
 
 
 # Comes before attention in PyTorch, which no tape records.
 @define(
-    "(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rope, int n_heads, "
+    "rope_and_cache(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor rope, int n_heads, "
     "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
     recordable=False, namespaces=CPU_ONLY,
 )
-def empty_rope_and_cache(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight, eps):
+def fake_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     return qkv.new_empty(*qkv.shape[:-1], n_heads, k_cache.shape[-1])
 
 
 @define(
-    "(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rope, Tensor? alibi_slopes, "
-    f"{ATTENTION}) -> Tensor"
+    "attend(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor rope, "
+    f"Tensor? alibi_slopes, {ATTENTION}) -> Tensor"
 )
-def empty_attend(qkv, start_pos, k_cache, v_cache, rope, alibi_slopes, n_heads, *other_options):
+def fake_attend(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
 
 
-@define("(Tensor logits, int top_k, bool norm_topk_prob, int n_shared_experts) -> (Tensor, Tensor)")
-def empty_route(logits, top_k, norm_topk_prob, n_shared_experts):
+@define("route(Tensor logits, *, int top_k, bool norm_topk_prob, int n_shared_experts) -> (Tensor, Tensor)")
+def fake_route(logits, *, top_k, n_shared_experts, **_):
     shape = (*logits.shape[:-1], top_k + n_shared_experts)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
 @define(
-    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm_weight, float eps, int activation) -> Tensor"
+    f"experts_gate_up(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm_weight, float eps, "
+    "int activation) -> Tensor"
 )
-def empty_experts_gate_up(
-    x, weight, scales, zeros, format_id, n, group_size, bias, topk_ids, norm_weight, eps, activation
-):
-    return x.new_empty(*topk_ids.shape, n // 2 if activation in GATED_IDS else n)
+def fake_experts_gate_up(x, *, w, topk_ids, activation, **_):
+    return x.new_empty(*topk_ids.shape, output_width(w.n, activation))
 
 
-@define(f"(Tensor hidden, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor topk_weights, Tensor? residual) -> Tensor")
-def empty_experts_down(hidden, weight, scales, zeros, format_id, n, group_size, bias, topk_ids, topk_weights, residual):
-    return hidden.new_empty(*topk_ids.shape[:-1], n)
+@define(
+    f"experts_down(Tensor hidden, *, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor topk_weights, Tensor? residual)"
+    " -> Tensor"
+)
+def fake_experts_down(hidden, *, w, topk_ids, **_):
+    return hidden.new_empty(*topk_ids.shape[:-1], w.n)
 
 
 # Comes before a matrix product in PyTorch, which no tape records.
-@define(f"({WEIGHT}, int k, ScalarType dtype) -> Tensor", recordable=False)
-def empty_dequantize(weight, scales, zeros, format_id, n, group_size, k, dtype):
-    return weight.new_empty(n, k, dtype=dtype)
+@define(f"dequantize(*, {WEIGHT}, int k, ScalarType dtype) -> Tensor", recordable=False)
+def fake_dequantize(*, w, k, dtype):
+    return w.weight.new_empty(w.n, k, dtype=dtype)
 
 
 # Takes the logits that a tape computes, so it comes after the tape.
-@define("(Tensor logits, Tensor? noise, float temperature) -> Tensor", recordable=False)
-def empty_sample(logits, noise, temperature):
+@define("sample(Tensor logits, Tensor? noise, float temperature) -> Tensor", recordable=False)
+def fake_sample(logits, *_):
     return logits.new_empty(len(logits), dtype=torch.int64)

@@ -131,7 +131,7 @@ def cached_attention(
         n_keys = int(positions.max()) + 1
         cache = cache._replace(k=cache.k[:, :, :n_keys], v=cache.v[:, :, :n_keys])
     q = q.transpose(1, 2)  # [B, H, T, D]
-    if options.only_scales(alibi_slopes):
+    if options.has_plain_scores(alibi_slopes):
         y = sdpa_attention(q, options, cache, positions)
     else:
         step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph

@@ -29,6 +29,7 @@ from config import ACTIVATIONS
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.schema import LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
+from kernels.triton.formats import KERNEL_FORMATS, kernel_format
 from layers import ExpertsDown, ExpertsGateUp
 from scripts.kernel_checks.exact_results import attend, make_linear, make_norm
 
@@ -43,9 +44,10 @@ TYPES = {
     torch.float64: "fp64",
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
-FORMATS = [Unquantized(), Int8(), Int4(64), GroupedInt8(64), Float8(), MXFP4()]  # one of each class
-OTHER_GROUP_SIZES = [Int4(32), GroupedInt8(16), Float8(128)]
-TILED_FORMATS = [Int4(32), Int4(64), MXFP4()]  # only of these do the tile sizes depend on num_sms
+FORMATS = [format.format_class.examples()[0] for format in KERNEL_FORMATS]  # one of each class
+OTHER_GROUP_SIZES = [Int4(64), GroupedInt8(64), Float8(128)]
+# Only of these do the tile sizes depend on num_sms
+TILED_FORMATS = [f for f in FORMATS + OTHER_GROUP_SIZES if kernel_format(f.format_id).is_tiled]
 PREFETCHED_FORMATS = [Unquantized(), Int4(64)]  # not tiled, and tiled
 MANY_TOKENS = [(16, Unquantized()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)

@@ -251,6 +251,8 @@ WRONG = [
     ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
     ("gemma", {"hidden_activation": "gelu", "hidden_act": "silu"}, "^config.json: hidden_act = 'silu' is not support"),
     ("arcee", {"hidden_act": "silu"}, "^config.json: hidden_act = 'silu' is not supported$"),
+    ("arcee", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act = 'gelu_pytorch_tanh' is not supported$"),
+    ("starcoder2", {"hidden_act": "relu2"}, "hidden_act = 'relu2' is not supported$"),
     ("nemotron", {"norm_eps": 0}, "norm_eps must be a positive number, not 0"),
     ("starcoder2", {"hidden_act": "gelu"}, "^config.json: hidden_act = 'gelu' is not supported$"),
     ("dbrx", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),

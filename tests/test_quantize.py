@@ -31,15 +31,15 @@ class Int4HQQ(Int4):
         return quantize.hqq_quantize_rows(self, w)
 
 
-FORMATS = {
-    "int8": Int8(), "int4.g32": Int4(32), "int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32), "fp8": Float8(),
-    "mxfp4": MXFP4(),
-}
-IMPORTED = {  # which converters write, but quantize.py does not
-    "int4.g64 float16": Int4(64, torch.float16),
-    "int8.g16": GroupedInt8(16),
-    "int8.g64 float16": GroupedInt8(64, torch.float16),
-}
+def is_made(format) -> bool:
+    """Whether quantize.py makes it, and not only a converter."""
+    return format.is_cli_mode and format == type(format).from_options(format.group_size)
+
+
+QUANTIZED = [format for format in exact_results.EXAMPLES if format.is_quantized]
+FORMATS = {format.name: format for format in QUANTIZED if is_made(format)}
+FORMATS |= {"int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32)}
+IMPORTED = {repr(format): format for format in [*QUANTIZED, Int4(64, torch.float16)] if not is_made(format)}
 EVERY = FORMATS | IMPORTED
 INTEGERS = {name: format for name, format in EVERY.items() if isinstance(format, Int8 | AffineFormat)}
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 10

@@ -165,17 +165,20 @@ def test_what_a_page_names_exists(page):
 
 
 def test_what_comments_name_exists():
-    """In docstrings and comments: files; FILE: NAME, names that stand in that file; and every word_with_underscores,
-    which must be somewhere in the code."""
-    others = [*(ROOT / "kernels/csrc").iterdir(), *(ROOT / "tests").glob("*.py")]
-    comments, code = {}, [path.read_text() for path in others]
-    for path in sources():
-        comments[path], rest = split_comments(path.read_text())
+    """In docstrings and comments, also of C++: files; FILE: NAME and NAME (FILE), names that stand in that file. In
+    Python also every word_with_underscores, which must be somewhere in the code. (In C++ formulas have such words.) In
+    NAME (FILE), a NAME has underscores or capitals within, to tell it from other words."""
+    comments, code = {}, [path.read_text() for path in (ROOT / "tests").glob("*.py")]
+    for path in [*sources(), *(ROOT / "kernels/csrc").iterdir()]:
+        split = split_comments if path.suffix == ".py" else split_cpp_comments
+        comments[path], rest = split(path.read_text())
         code.append(rest)
     words = re.findall(r"\w+", " ".join(code))
     known = {*words, *(word.removesuffix("_ptr") for word in words)}  # of a kernel's pointer, the tensor's name
     for path, text in comments.items():
-        for file, names in re.findall(r"([\w/-]+\.(?:py|sh|h|cpp|md))\b(?:: ((?:\w+, )*\w+))?", text):
+        named = re.findall(r"([\w/-]+\.(?:py|sh|h|cpp|md))\b(?:: ((?:\w+, )*\w+))?", text)
+        before = re.findall(r"\b(\w*[a-z0-9][_A-Z]\w*) \(([\w/-]+\.(?:py|sh|h|cpp))\)", text)
+        for file, names in [*named, *((file, name) for name, file in before)]:
             if file in ("llama.cpp", "Python.h"):
                 continue
             places = [folder / file for folder in (path.parent, path.parent.parent, ROOT, ROOT / "tests")]
@@ -184,7 +187,7 @@ def test_what_comments_name_exists():
             for name in names.split(", ") if names else []:
                 assert re.search(rf"\b{name}\b", found[0].read_text()), f"{path}: {file}: {name}"
         words = re.findall(r"\b[a-z][a-z0-9]*(?:_[a-z][a-z0-9]*)+\b(?!\.(?:md|pth))", text)
-        assert set(words) <= known, f"{path}: {set(words) - known}"
+        assert path.suffix != ".py" or set(words) <= known, f"{path}: {set(words) - known}"
 
 
 def test_index_of_tests():
@@ -207,6 +210,12 @@ def split_comments(text: str) -> tuple[str, str]:
         is_comment = token.type == tokenize.COMMENT
         (comments if is_docstring or is_comment else code).append(token.string.lstrip("#"))
     return " ".join(" ".join(comments).split()), " ".join(code)
+
+
+def split_cpp_comments(text: str) -> tuple[str, str]:
+    """split_comments of a C++ file."""
+    parts = [line.partition("//") for line in text.splitlines()]
+    return " ".join(comment.strip() for _, _, comment in parts), " ".join(code for code, _, _ in parts)
 
 
 def test_imports_go_one_way():

@@ -31,6 +31,7 @@ from cli.ranks import process_group  # noqa: E402
 from engine import generation  # noqa: E402
 from engine.runner import ModelRunner  # noqa: E402
 from engine.sampling import SamplingParams  # noqa: E402
+from kernels import formats  # noqa: E402
 from kernels.formats import QuantizationScheme  # noqa: E402
 from model import KVCache, Transformer, empty_model  # noqa: E402
 
@@ -70,6 +71,8 @@ CASES = {
     "act-order olmo2": ("olmo2", {}, ["int4", "--groupsize", "32"], (2,)),
     "int4 qwen3-moe": ("qwen3-moe", {}, ["int4", "--groupsize", "32"], (4,)),
 }
+MODES = {mode for _, _, options, _ in CASES.values() for mode in options[:1]}
+CASES |= {mode: ("llama3", {}, [mode], (2,)) for mode in formats.MODES if mode not in MODES}  # of new formats
 COMPILED = "mixtral"  # the case that 2 ranks also run with torch.compile, without kernels
 GREEDY, SPECULATE = ["--temperature", "0"], ["--ignore_eos", "--prompt", "ab ab ab", "--temperature", "0"]
 COMMANDS = {  # name: (what generate.py gets beside the checkpoint, its standard input; FOLDER is where the files are)

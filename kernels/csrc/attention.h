@@ -74,7 +74,7 @@ struct ScoreOptions {
   float scale, softcap = 0, slope = 0;
   bool operator==(const ScoreOptions&) const = default;
   // Whether a score is scale * product. == compares all members, so a new option needs no line here.
-  bool only_scales() const { return *this == ScoreOptions{scale}; }
+  bool has_plain_scores() const { return *this == ScoreOptions{scale}; }
 };
 inline Vec finish_scores(Vec products, const ScoreOptions& options, Vec distance) {
   Vec scores = products * options.scale;

@@ -116,8 +116,7 @@ template <typename F> class WeightTiles {
   WordDecoder<F> decoder;
 
  public:
-  WeightTiles(const Weights& w, int64_t block, int64_t = 0)
-      : w(w), data(w.block_data(block)), next_group(block * w.n_groups) {}
+  WeightTiles(const Weights& w, int64_t block) : w(w), data(w.block_data(block)), next_group(block * w.n_groups) {}
 
   void read(int64_t begin, int64_t end, IntVec* rows) {
     for (int64_t k = begin; k < end; k += F::ELEMENTS_PER_WORD, rows += F::ELEMENTS_PER_WORD / 2, data += 64) {

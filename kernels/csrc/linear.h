@@ -141,24 +141,32 @@ template <typename F> void unpack_words(F, const char* data, Vec* out) {
 }
 inline void unpack_words(Float8, const char* data, Vec* out) { unpack_float8(load<IntVec>(data), out); }
 
-// Computes out [k] = row `row` of w. The row is one lane of a block, since the words of 16 rows are adjacent.
-template <typename F, typename T> void dequantize_row(const Weights& w, int64_t row, T* out) {
-  const int64_t block = row / BLOCK_N, lane = row % BLOCK_N;
+// Unpacks a block of w, up to 16 inputs of a group at a time. Calls visit(tile, group, begin, end) for the inputs from
+// begin on: tile [16 inputs, 16 outputs] has elements that are not scaled yet, and group has their scales and zeros.
+// The group's inputs end at end, and the rest of the tile is zeros.
+template <typename F, typename Visit> void for_each_tile(const Weights& w, int64_t block, Visit visit) {
   const char* data = w.block_data(block);
   for (int64_t begin = 0, end, group = block * w.n_groups; begin < w.k; begin = end, group++) {
     end = std::min(w.k, begin + w.group_size);
-    const auto [group_scale, zero] = F::scales_and_zeros(w, group);
-    const Vec scale = group_scale * F::output_scales(w, block);
+    const auto [group_scales, zeros] = F::scales_and_zeros(w, group);
+    const ScalesAndZeros scales_and_zeros{group_scales * F::output_scales(w, block), zeros};
     for (int64_t k = begin; k < end; k += LANES) {
-      Vec values = {};
-      for (int64_t i = 0; i < LANES && k + i < end; i += F::ELEMENTS_PER_WORD, data += 64) {
-        Vec inputs[F::ELEMENTS_PER_WORD];
-        unpack_words(F{}, data, inputs);
-        for (int64_t j = 0; j < F::ELEMENTS_PER_WORD; j++) values[i + j] = inputs[j][lane];
-      }
-      store_partial((values - zero[lane]) * scale[lane], out, k, end);
+      Vec tile[LANES] = {};
+      for (int64_t i = 0; i < LANES && k + i < end; i += F::ELEMENTS_PER_WORD, data += 64)
+        unpack_words(F{}, data, tile + i);
+      visit(tile, scales_and_zeros, k, end);
     }
   }
+}
+
+// Computes out [k] = row `row` of w. The row is one lane of a block, since the words of 16 rows are adjacent.
+template <typename F, typename T> void dequantize_row(const Weights& w, int64_t row, T* out) {
+  const int64_t lane = row % BLOCK_N;
+  for_each_tile<F>(w, row / BLOCK_N, [&](const Vec* tile, const ScalesAndZeros& group, int64_t begin, int64_t end) {
+    Vec values;
+    for (int64_t i = 0; i < LANES; i++) values[i] = tile[i][lane];
+    store_partial((values - group.zeros[lane]) * group.scales[lane], out, begin, end);
+  });
 }
 
 // out [m, dim] = rows tokens [m] of W [vocab_size, dim], times scale
@@ -196,20 +204,11 @@ template <typename T> struct EmbedOp {
 template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
 #pragma omp parallel for num_threads(torch::stable::get_num_threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {
-    const char* data = w.block_data(b);
     const int64_t n_outputs = std::min(BLOCK_N, w.n - b * BLOCK_N);
-    for (int64_t begin = 0, end, group = b * w.n_groups; begin < w.k; begin = end, group++) {
-      end = std::min(w.k, begin + w.group_size);
-      const auto [group_scale, zero] = F::scales_and_zeros(w, group);
-      const Vec scale = group_scale * F::output_scales(w, b);
-      for (int64_t k = begin; k < end; k += LANES) {
-        Vec tile[LANES] = {};
-        for (int64_t i = 0; i < LANES && k + i < end; i += F::ELEMENTS_PER_WORD, data += 64)
-          unpack_words(F{}, data, tile + i);
-        for (Vec& inputs : tile) inputs = (inputs - zero) * scale;
-        transpose(tile);
-        for (int64_t r = 0; r < n_outputs; r++) store_partial(tile[r], out + (b * BLOCK_N + r) * w.k, k, end);
-      }
-    }
+    for_each_tile<F>(w, b, [&](Vec* tile, const ScalesAndZeros& group, int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < LANES; i++) tile[i] = (tile[i] - group.zeros) * group.scales;
+      transpose(tile);
+      for (int64_t r = 0; r < n_outputs; r++) store_partial(tile[r], out + (b * BLOCK_N + r) * w.k, begin, end);
+    });
   }
 }

@@ -75,7 +75,7 @@ int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> 
 // Calls check_rows, and checks that there are at most MAX_CPU_TOKENS tokens.
 int64_t check_tokens(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
   const int64_t m = check_rows(x, k, others);
-  STD_TORCH_CHECK(m <= MAX_CPU_TOKENS, "activations must be of 1 to 64 tokens");
+  STD_TORCH_CHECK(m <= MAX_CPU_TOKENS, "activations must be of 1 to MAX_CPU_TOKENS tokens");
   return m;
 }
 
@@ -122,7 +122,8 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
               int64_t activation_id, double out_scale, double softcap, double clip, bool float32_out) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight, residual});
   const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(m <= MAX_CPU_TOKENS || (HAS_PREFILL_LINEAR && is_bf16), "activations must be of 1 to 64 tokens");
+  STD_TORCH_CHECK(m <= MAX_CPU_TOKENS || (HAS_PREFILL_LINEAR && is_bf16),
+                  "activations must be of 1 to MAX_CPU_TOKENS tokens");
   const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
   const Activation activation = check_activation(activation_id);
   Tensor out = torch::stable::new_empty(x, resized(x, is_gated(activation) ? n / 2 : n),

@@ -82,7 +82,10 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     Factor* panel = panel_scratch.at_least<Factor>(PANEL_FACTORS * NR);
     float* acc = acc_scratch.at_least<float>(round_up(tokens.end - tokens.begin, MR) * NR);
     dispatch_format(w.format, [&]<typename F>(F) {
-      const auto tiles_of = [&](int64_t i) { return WeightTiles<F>(w, blocks[i], PANEL_BYTES); };
+      const auto tiles_of = [&](int64_t i) {
+        if constexpr (std::is_same_v<F, Unquantized>) return WeightTiles<F>(w, blocks[i], PANEL_BYTES);
+        else return WeightTiles<F>(w, blocks[i]);
+      };
       WeightTiles<F> tiles[] = {tiles_of(0), tiles_of(1), tiles_of(2), tiles_of(3)};
       for (int64_t begin = 0; begin < w.k; begin += PANEL_K) {
         const int64_t end = std::min(w.k, begin + PANEL_K);

@@ -131,7 +131,7 @@ inline Vec lookup(Vec table, IntVec indices) {
 
 // Returns 2^(e - 127) for exponents e [16]. A float's exponent field has the bias 127, so e is shifted into that field.
 // The exception is e = 0: 2^-127 is a subnormal number, whose only bit is the highest bit of the mantissa.
-inline Vec exp2_vec(const uint8_t* exponents) {
+inline Vec decode_e8m0(const uint8_t* exponents) {
 #if defined(__AVX512F__)
   IntVec bits = (IntVec)_mm512_cvtepu8_epi32(load<__m128i>(exponents));
 #else

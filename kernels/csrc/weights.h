@@ -9,7 +9,7 @@
 #include "float8.h"
 #include "tape.h"
 
-constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; also in kernels/backend.py
+constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
 constexpr int64_t BLOCK_M = 8;          // the most tokens whose sums fit in registers
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of a Vec
 constexpr int64_t Q8_BLOCK = 16;        // activations that share a scale, if they are rounded to int8 (activations.h)
@@ -63,7 +63,7 @@ struct Weights {
 
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
-// The struct of a format says how the loops of dot.h, amx.h and linear.h decode the weights. A new format needs
+// The struct of a format says how the loops of dot.h, bf16_weights.h and linear.h decode the weights. A new format needs
 //
 //     ELEMENTS_PER_WORD   elements of a word
 //     SCALE_BYTES         bytes of a scale: 4 (float), 2 (f16 or bf16) or 1 (an exponent)
@@ -71,7 +71,7 @@ struct Weights {
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
 // and an entry in Formats. Then the loops for any format can read the new format. To add faster loops for one format,
-// overload run_loop (dot.h) or specialize WordDecoder (amx.h).
+// overload run_loop (dot.h) or specialize WordDecoder (bf16_weights.h).
 
 // The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
 // (q - zero) * scale, or for (q - zero) * scale * output_scale if the format has HAS_OUTPUT_SCALES.
@@ -84,7 +84,7 @@ struct FormatDefaults {
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // from this number of tokens amx.h is faster than dot.h
   static constexpr bool HAS_ZEROS = false;                // whether there is a tensor of zero points
   static constexpr bool HAS_OUTPUT_SCALES = false;        // whether each output has one more scale
-  static constexpr bool SCALE_AFTER_SUM = false;          // amx.h: whether to scale sums of groups, not weights
+  static constexpr bool SCALE_AFTER_SUM = false;          // whether amx.h scales sums of groups, not weights
   static constexpr int32_t SHARED_ZERO = 0;               // the zero point of all weights, or 0 if zero points differ
   static Vec output_scales(const Weights&, int64_t /* block */) { return Vec{} + 1; }
 };
@@ -149,7 +149,7 @@ struct MXFP4 : FormatDefaults {
   }();
   static IntVec element(IntVec words, int j) { return unsigned_bytes(Int4::element(words, j)) & 255; }
   static IntVec unsigned_bytes(IntVec nibbles) { return lookup_bytes(TABLE, nibbles); }
-  static Vec scales(const Weights& w, int64_t group) { return exp2_vec(w.scales_of<uint8_t>(group)); }
+  static Vec scales(const Weights& w, int64_t group) { return decode_e8m0(w.scales_of<uint8_t>(group)); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {scales(w, group) * 0.5f, Vec{} + 12};
   }

@@ -33,6 +33,7 @@ class WeightFormat:
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
     elements_per_byte = 1  # of "weight"
     input_multiple = 1  # K must be a multiple of this number
+    rounds_activations = False  # whether C++ rounds 16-bit activations to int8; csrc/weights.h: INT8_ACTIVATIONS
     shard_multiple = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
 
     @property
@@ -60,6 +61,11 @@ class WeightFormat:
         default is for classes without options."""
         matches = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
         return cls() if matches else None
+
+    @classmethod
+    def examples(cls) -> list["WeightFormat"]:
+        """Formats of this class, with which the tests try the class and its kernels."""
+        return [cls()]
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
         """Uninitialized tensors of a checkpoint, for W [..., N, K] of this shape and dtype."""
@@ -205,8 +211,3 @@ def unpack_nibbles(weight: Tensor) -> Tensor:
 def unpack_nibbles_planar(octets: Tensor) -> Tensor:
     """Unpacks octets [..., n] to [..., 2 n]: all low nibbles, then all high nibbles."""
     return torch.cat([octets & 15, octets >> 4], dim=-1)
-
-
-def unpack_nibbles_interleaved(octets: Tensor) -> Tensor:
-    """Unpacks octets [..., n] to [..., 2 n]: low nibble, high nibble, low nibble, ..."""
-    return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)

@@ -23,6 +23,10 @@ class Float8(WeightFormat):
     group_sizes = GROUP_SIZES
 
     @classmethod
+    def examples(cls):
+        return [cls(), cls(32)]
+
+    @classmethod
     def from_dict(cls, quantization):
         group_size = quantization.get("groupsize")
         if quantization.get("mode") == cls.mode and group_size in (None, *cls.group_sizes):
@@ -75,6 +79,7 @@ class MXFP4(WeightFormat):
     mode = name = "mxfp4"
     quantization = {"mode": mode}  # without a group size, which is always 32
     elements_per_byte = 2
+    rounds_activations = True
     input_multiple = 32
     shard_multiple = 8
 

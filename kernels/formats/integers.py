@@ -21,6 +21,7 @@ class Int8(WeightFormat):
 
     mode = "int8"
     group_size = None
+    rounds_activations = True
 
     @classmethod
     def from_dict(cls, quantization):
@@ -63,6 +64,7 @@ class AffineFormat(WeightFormat):
     group_size: int
     scale_dtype: torch.dtype = torch.bfloat16
 
+    rounds_activations = True
     mode: ClassVar[str]
     zero_fraction_bits: ClassVar[int]  # zeros are fixed-point numbers: the zero point is zeros / 2^zero_fraction_bits
 
@@ -120,6 +122,10 @@ class Int4(AffineFormat):
     elements_per_byte = 2
     zero_fraction_bits = 4
 
+    @classmethod
+    def examples(cls):
+        return [cls(32), cls(128, torch.float16)]
+
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
         scales, zeros = choose_qparams(groups, self.scale_dtype)
@@ -160,6 +166,10 @@ class GroupedInt8(AffineFormat):
     is_cli_mode = False
     group_sizes = (16, *GROUP_SIZES)
     zero_fraction_bits = 0
+
+    @classmethod
+    def examples(cls):
+        return [cls(16), cls(64, torch.float16)]
 
     @property
     def name(self):

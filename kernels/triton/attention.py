@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import triton_op
+from kernels.schema import AttentionOptions, triton_op
 from kernels.triton.launch import dot_dtype, gpu_info, pdl_options, pdl_wait, semaphores
 from kernels.triton.linear import apply_softcap
 
@@ -349,19 +349,18 @@ def store_halves(ptr, offset, lo, hi, mask, D: tl.constexpr):
 
 @triton_op
 def attend(
-    qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, rope: Tensor, alibi_slopes: Tensor | None,
-    n_heads: int, scale: float, window: int, softcap: float, q_norm_weight: Tensor | None,
-    k_norm_weight: Tensor | None, eps: float, sinks: Tensor | None,
+    qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, *, rope: Tensor, alibi_slopes: Tensor | None,
+    **options,
 ) -> Tensor:
     """Attends from T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The first new token is at
     start_pos [B]. T may be up to 16 and T H / G up to 64, since a program holds all queries of a key/value head.
 
     k_cache, v_cache: [B, G, S, D], the keys and values of earlier tokens. attend writes the keys and values of the new
     tokens. Both may be views of longer caches; attend reads and writes nothing beyond S.
-    rope: [S, D / 2, 2], cosine and sine of the angles of every position.
-    q_norm_weight, k_norm_weight: [D] to norm each head; [H D] and [G D] to norm all heads of a token together.
-
-    The other arguments: see AttentionOptions, LayerCache and PositionTables in kernels/schema.py."""
+    options: the fields of AttentionOptions. kernels/schema.py has these, and the shapes of all arguments."""
+    options = AttentionOptions(**options)
+    n_heads, window, softcap = options.n_heads, options.window, options.softcap
+    q_norm_weight, k_norm_weight = options.q_norm_weight, options.k_norm_weight
     (batch, n_tokens, _), (_, n_kv_heads, max_seq_len, head_dim) = qkv.shape, k_cache.shape
     n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -373,19 +372,20 @@ def attend(
         partial_ml = qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32)
     grid = n_splits, n_kv_heads, batch
     attend_kernel[grid](
-        qkv, k_cache, v_cache, start_pos, rope, q_norm_weight, k_norm_weight, sinks, alibi_slopes,
-        out, partial_out, partial_ml, semaphores(qkv.device),
-        eps, LOG2_E.value * scale, LOG2_E.value * softcap if softcap else None,
-        k_cache.stride(0), k_cache.stride(1), max_seq_len, n_tokens,
-        n_heads, n_kv_heads, head_dim, window,
+        qkv_ptr=qkv, k_cache_ptr=k_cache, v_cache_ptr=v_cache, start_pos_ptr=start_pos, rope_ptr=rope,
+        q_norm_weight_ptr=q_norm_weight, k_norm_weight_ptr=k_norm_weight, sinks_ptr=options.sinks,
+        alibi_slopes_ptr=alibi_slopes, out_ptr=out, partial_out_ptr=partial_out, partial_ml_ptr=partial_ml,
+        semaphores_ptr=semaphores(qkv.device),
+        eps=options.eps, qk_scale=LOG2_E.value * options.scale, qk_softcap=LOG2_E.value * softcap if softcap else None,
+        cache_stride_b=k_cache.stride(0), cache_stride_g=k_cache.stride(1), S=max_seq_len, T=n_tokens,
+        N_HEADS=n_heads, N_KV_HEADS=n_kv_heads, D=head_dim, WINDOW=window,
         Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,
         K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
         N_SPLITS=n_splits, N_SPLITS_PADDED=triton.next_power_of_2(n_splits),
         BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
         BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
         BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
-        DTYPE=dot_dtype(qkv), num_stages=2,
-        **pdl_options(qkv.device, grid),
+        DTYPE=dot_dtype(qkv), num_stages=2, **pdl_options(qkv.device, grid),
     )
     return out
 

@@ -4,7 +4,7 @@
     int4_pair, e2m1_pair     two elements of 4 bits from a word
     e4m3_to_floats           elements of 8 bits, four in a word
     unpack_scale_words       a scale and a zero point in one word
-    e8m0_to_float            a scale that is a power of two
+    decode_e8m0              a scale that is a power of two
 
 kernels/formats/triton_layouts.py packs the words.
 
@@ -141,7 +141,7 @@ def unpack_scale_words(words):
 
 
 @triton.jit
-def e8m0_to_float(scales):
+def decode_e8m0(scales):
     """Returns 2^(scale - 127), float32, for uint8 scales. 2^-127 is a subnormal number with one bit set."""
     return tl.maximum(scales.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
 

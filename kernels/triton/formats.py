@@ -31,12 +31,12 @@ from torch import Tensor
 from triton import JITFunction
 
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.schema import triton_op
+from kernels.schema import WeightArguments, triton_op
 from kernels.triton.elements import (
+    decode_e8m0,
     e2m1_bias_factor,
     e2m1_pair,
     e4m3_to_floats,
-    e8m0_to_float,
     int4_pair,
     magic_bias,
     tiles_to_floats,
@@ -162,7 +162,7 @@ def dequantize_tile(w_ptr, tile_n, tile_k, K, DECODE: tl.constexpr):
 @triton.jit
 def multiply_mxfp4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
-    scale = e8m0_to_float(load_slice_scales(w, k_starts, K, GROUP_SIZE))
+    scale = decode_e8m0(load_slice_scales(w, k_starts, K, GROUP_SIZE))
     q = tiles_to_floats(words, w.magic_number, e2m1_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
     return acc + scale * tl.dot(q * e2m1_bias_factor(x.dtype), x, input_precision="ieee")
 
@@ -170,7 +170,7 @@ def multiply_mxfp4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.const
 @triton.jit
 def dequantize_mxfp4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
     q = dequantize_tile(w_ptr, tile_n, tile_k, K, e2m1_pair) * e2m1_bias_factor(tl.float32)
-    return q * e8m0_to_float(load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE))
+    return q * decode_e8m0(load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE))
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
@@ -267,14 +267,13 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, DEQUANTIZE: tl
 
 
 @triton_op
-def dequantize(
-    weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int, k: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(*, w: WeightArguments, k: int, dtype: torch.dtype) -> Tensor:
     """Dequantizes a packed weight to W [n, k]."""
-    y = weight.new_empty(n, k, dtype=dtype)
-    grid = triton.cdiv(n, TILE_N.value), triton.cdiv(k, TILE_K.value)
-    dequantize_kernel[grid](weight, scales, y, n, k, group_size, kernel_format(format_id).dequantize)
+    y = w.weight.new_empty(w.n, k, dtype=dtype)
+    grid = triton.cdiv(w.n, TILE_N.value), triton.cdiv(k, TILE_K.value)
+    dequantize_kernel[grid](
+        w.weight, w.scales, y, N=w.n, K=k, GROUP_SIZE=w.group_size, DEQUANTIZE=kernel_format(w.format_id).dequantize
+    )
     return y
 
 
@@ -294,13 +293,13 @@ def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, 
 
 
 @triton_op
-def embed(
-    tokens: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
-    group_size: int, k: int, dtype: torch.dtype, scale: float,
-) -> Tensor:
+def embed(tokens: Tensor, *, w: WeightArguments, k: int, dtype: torch.dtype, scale: float) -> Tensor:
     """Dequantizes the rows of W [n, k] at tokens [...], and multiplies them with scale: [..., k]."""
-    y = weight.new_empty(*tokens.shape, k, dtype=dtype)
+    y = w.weight.new_empty(*tokens.shape, k, dtype=dtype)
     grid = tokens.numel(), triton.cdiv(k, TILE_K.value)
     if tokens.numel():
-        embed_kernel[grid](tokens, weight, scales, y, scale, n, k, group_size, kernel_format(format_id).dequantize)
+        embed_kernel[grid](
+            tokens, w.weight, w.scales, y, scale=scale, N=w.n, K=k, GROUP_SIZE=w.group_size,
+            DEQUANTIZE=kernel_format(w.format_id).dequantize,
+        )
     return y

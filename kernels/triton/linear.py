@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import ACTIVATION_IDS, GATED_IDS, triton_op
+from kernels.schema import ACTIVATION_IDS, GATED_IDS, WeightArguments, output_width, triton_op
 from kernels.triton.elements import magic_number
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
@@ -286,41 +286,41 @@ def apply_softcap(x, softcap):
 
 @triton_op
 def fused_linear(
-    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
-    bias: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
-    activation: int = 0, out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0, float32_out: bool = False,
-    topk_ids: Tensor | None = None,
+    x: Tensor, *, w: WeightArguments, bias: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 0.0,
+    residual: Tensor | None = None, activation: int = 0, out_scale: float = 1.0, softcap: float = 0.0,
+    clip: float = 0.0, float32_out: bool = False, topk_ids: Tensor | None = None,
 ) -> Tensor:
     """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]:
     [..., n], with a gated activation [..., n / 2].
 
     topk_ids [..., top_k], which only moe.py passes: W [E, n, K] is a stack of experts, and the result is
     [..., top_k, n]. x has a vector for each token, or for each id."""
-    k = x.shape[-1]
+    n, k, group_size = w.n, x.shape[-1], w.group_size
     n_inputs = x.numel() // k  # vectors [K] in x
     n_tokens, n_pairs, top_k, y_shape = n_inputs, 1, 1, x.shape[:-1]
     if topk_ids is not None:
         n_pairs, top_k, y_shape = topk_ids.numel(), topk_ids.shape[-1], topk_ids.shape
         n_tokens = n_pairs // top_k
     is_gated = activation in GATED_IDS
-    y = x.new_empty(*y_shape, n // 2 if is_gated else n, dtype=torch.float32 if float32_out else x.dtype)
+    y = x.new_empty(*y_shape, output_width(n, activation), dtype=torch.float32 if float32_out else x.dtype)
     has_few_tokens = n_tokens <= MMA_TOKENS
     if norm_weight is not None and not has_few_tokens:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
-    format, tiles = kernel_format(format_id), choose_tiles(x, format_id, n, is_gated, group_size, n_tokens)
+    format, tiles = kernel_format(w.format_id), choose_tiles(x, w.format_id, n, is_gated, group_size, n_tokens)
     block_k = tiles.num_warps * tiles.warp_k
     slice_k = min(64, tiles.warp_k)
     if format.has_slice_scales(group_size, k):
         slice_k = min(slice_k, group_size)
     grid = triton.cdiv(n, tiles.block_n), n_pairs
     fused_linear_kernel[grid](
-        weight, scales, bias, x, norm_weight, residual, topk_ids, y,
+        w_ptr=w.weight, scales_ptr=w.scales, bias_ptr=bias, x_ptr=x, norm_weight_ptr=norm_weight,
+        residual_ptr=residual, topk_ids_ptr=topk_ids, y_ptr=y,
         eps=eps, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None,
         magic_number=magic_number(x.dtype), N=n, K=k, GROUP_SIZE=group_size,
         n_tokens=None if has_few_tokens else n_tokens, N_TOKENS=n_tokens if has_few_tokens else None,
         TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens,
         MULTIPLY=format.multiply, IS_TILED=format.is_tiled,
-        HAS_CHANNEL_SCALES=format.has_channel_scales(group_size, k), W_STRIDE=format.stride(weight),
+        HAS_CHANNEL_SCALES=format.has_channel_scales(group_size, k), W_STRIDE=format.stride(w.weight),
         ACTIVATION=ACTIVATION_NAMES[activation], IS_GATED=is_gated, DTYPE=dot_dtype(x),
         BLOCK_M=max(min_block_m(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
         BLOCK_K=block_k, K_SLICES=block_k // slice_k,
@@ -360,7 +360,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     y, dim = torch.empty_like(x), x.shape[-1]
     grid = (x.numel() // dim,)
     rms_norm_kernel[grid](
-        x, weight, residual, y, eps, dim,
+        x, weight, residual, y, eps, DIM=dim,
         BLOCK=triton.next_power_of_2(dim),
         num_warps=8,
         **pdl_options(x.device, grid),
@@ -394,5 +394,5 @@ def permute_inputs(x: Tensor, input_order: Tensor) -> Tensor:
     k, n = x.shape[-1], len(input_order)
     y, block = x.new_empty(*x.shape[:-1], n), min(1024, triton.next_power_of_2(n))
     grid = x.numel() // k, triton.cdiv(n, block)
-    permute_inputs_kernel[grid](x, input_order, y, k, n, block, **pdl_options(x.device, grid))
+    permute_inputs_kernel[grid](x, input_order, y, K=k, N=n, BLOCK=block, **pdl_options(x.device, grid))
     return y

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import schema
-from kernels.schema import triton_op
+from kernels.schema import WeightArguments, fake_route, triton_op
 from kernels.triton.launch import pdl_options, pdl_wait
 from kernels.triton.linear import fused_linear
 
@@ -74,46 +73,38 @@ def moe_combine_kernel(
 
 
 @triton_op
-def experts_gate_up(
-    x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int, group_size: int,
-    bias: Tensor | None, topk_ids: Tensor, norm_weight: Tensor | None, eps: float, activation: int,
-) -> Tensor:
+def experts_gate_up(x: Tensor, **arguments) -> Tensor:
     """Multiplies x [..., dim] with the experts topk_ids [..., top_k] of W [E, n, dim]: [..., top_k, n or n / 2].
-    bias is [E, n]. norm and activation are as in fused_linear. An expert that several tokens have is read once."""
-    return fused_linear(
-        x, weight, scales, zeros, format_id, n, group_size, bias, norm_weight, eps,
-        activation=activation, topk_ids=topk_ids,
-    )
+    bias is [E, n]. All arguments are as in fused_linear. An expert that several tokens have is read once."""
+    return fused_linear(x, **arguments)
 
 
 @triton_op
 def experts_down(
-    hidden: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, format_id: int, n: int,
-    group_size: int, bias: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None,
+    hidden: Tensor, *, w: WeightArguments, bias: Tensor | None, topk_ids: Tensor, topk_weights: Tensor,
+    residual: Tensor | None,
 ) -> Tensor:
     """Multiplies hidden [..., top_k, F] with the experts topk_ids [..., top_k] of W [E, n, F], and adds bias [E, n].
     Sums the results over top_k, weighted with topk_weights [..., top_k]: [residual +] [..., n]."""
-    y = fused_linear(
-        hidden, weight, scales, zeros, format_id, n, group_size, bias, float32_out=True, topk_ids=topk_ids
-    )
-    out = hidden.new_empty(*topk_ids.shape[:-1], n)
-    grid = triton.cdiv(n, 512), out.numel() // n
+    y = fused_linear(hidden, w=w, bias=bias, float32_out=True, topk_ids=topk_ids)
+    out = hidden.new_empty(*topk_ids.shape[:-1], w.n)
+    grid = triton.cdiv(w.n, 512), out.numel() // w.n
     moe_combine_kernel[grid](
-        y, topk_weights, residual, out, n, TOP_K=topk_ids.shape[-1], BLOCK=512, **pdl_options(out.device, grid)
+        y, topk_weights, residual, out, N=w.n, TOP_K=topk_ids.shape[-1], BLOCK=512, **pdl_options(out.device, grid)
     )
     return out
 
 
 @triton_op
-def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, *, top_k: int, norm_topk_prob: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
     """Returns (topk_weights, topk_ids) for float32 logits [..., E], or [..., E + 1] with shared experts. Both are
     [..., top_k + n_shared_experts]. norm_topk_prob: the weights of the top_k experts are scaled to sum to one."""
-    topk_weights, topk_ids = schema.empty_route(logits, top_k, norm_topk_prob, n_shared_experts)
+    topk_weights, topk_ids = fake_route(logits, top_k=top_k, n_shared_experts=n_shared_experts)  # allocates both
     n_logits = logits.shape[-1]
     grid = (logits.numel() // n_logits,)
     route_kernel[grid](
-        logits, topk_weights, topk_ids, n_logits - 1 if n_shared_experts else n_logits, top_k, norm_topk_prob,
-        n_shared_experts,
+        logits, topk_weights, topk_ids, E=n_logits - 1 if n_shared_experts else n_logits, TOP_K=top_k,
+        NORMALIZE=norm_topk_prob, N_SHARED=n_shared_experts,
         BLOCK=triton.next_power_of_2(max(n_logits, top_k + n_shared_experts)),
         **pdl_options(logits.device, grid),
     )

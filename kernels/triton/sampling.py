@@ -74,7 +74,9 @@ def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
     block_tokens = logits.new_empty(batch, n_blocks, dtype=torch.int32)
     grid = n_blocks, batch
     sample_kernel[grid](
-        logits, noise, tokens, block_scores, block_tokens, semaphores(logits.device), temperature, vocab_size,
-        BLOCK_V, n_blocks, triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
+        logits_ptr=logits, noise_ptr=noise, tokens_ptr=tokens, block_scores_ptr=block_scores,
+        block_tokens_ptr=block_tokens, semaphores_ptr=semaphores(logits.device), temperature=temperature,
+        V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks),
+        **pdl_options(logits.device, grid),
     )
     return tokens

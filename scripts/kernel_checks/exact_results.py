@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from kernels import torch_ops
+from kernels import formats, torch_ops
 from kernels.backend import Backend
-from kernels.formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
+from kernels.formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
 from kernels.formats.integers import AffineFormat
 from kernels.schema import AttentionOptions, LayerCache, PositionTables
 from layers import Embedding, Linear, RMSNorm
@@ -27,12 +27,12 @@ from scripts.kernel_checks import error_bounds as bounds
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = FORMATS[1:]
-CPU_FORMATS = [
-    Unquantized(), Int8(), Int4(32), Int4(128, torch.float16), GroupedInt8(16), GroupedInt8(64, torch.float16),
-    Float8(), Float8(32), MXFP4(),
-]
-TRITON_FORMATS = [
-    *FORMATS, Int4(32, torch.float16), GroupedInt8(16), GroupedInt8(64, torch.float16), Float8(), Float8(32), MXFP4(),
+EXAMPLES = [format for format_class in formats.FORMATS for format in format_class.examples()]
+CPU_FORMATS = EXAMPLES
+TRITON_FORMATS = [*FORMATS, Int4(32, torch.float16)]
+TRITON_FORMATS += [  # those that have a method pack_for_triton have kernels
+    format for format in EXAMPLES
+    if format not in FORMATS and type(format).pack_for_triton is not WeightFormat.pack_for_triton
 ]
 U32 = bounds.U[torch.float32]
 MAGIC_BIASES = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # kernels/triton/elements.py: magic_bias
@@ -98,7 +98,7 @@ def use_triton(module: torch.nn.Module) -> torch.nn.Module:
     """Switches all linear layers of module to the Triton kernels."""
     linears = [m for m in module.modules() if isinstance(m, Linear)]
     kernels.pack_for_triton(linears)
-    assert all(w.backend == kernels.TRITON for w in linears)
+    assert all(w.backend.name == "triton" for w in linears)
     return module
 
 
