@@ -113,9 +113,9 @@ class Transformer(nn.Module):
             if isinstance(module, Linear) and not name.endswith(".router"):
                 yield name, module
 
-    def can_record(self, batch_size: int, n_new_tokens: int) -> bool:
-        """Whether a step with n_new_tokens in each of batch_size sequences can be recorded: whether all weights are on
-        one backend, and the backend can record the step."""
+    def has_kernels_for(self, batch_size: int, n_new_tokens: int) -> bool:
+        """Whether there are kernels for all operations of a step with n_new_tokens in each of batch_size sequences,
+        all on one backend. Then the step can be recorded."""
         matrices = [module for module in self.modules() if isinstance(module, Linear)]
         if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be recorded
             matrices.append(self.embed_tokens)
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
         attention = self.layers[0].attention  # all layers have the same numbers of heads
         heads_per_kv_head = attention.n_heads // attention.n_kv_heads
         all_on_one_backend = all(matrix.backend == backend for matrix in matrices)
-        return all_on_one_backend and backend.can_record(batch_size, n_new_tokens, heads_per_kv_head)
+        return all_on_one_backend and backend.has_kernels_for(batch_size, n_new_tokens, heads_per_kv_head)
 
     def active_weight_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""

@@ -13,14 +13,14 @@ There are three kinds of steps:
 
 A decode or verification step has one of three modes (choose_mode):
 
-    can_record    device    --compile    mode
-    yes           CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
-    yes           GPU       yes          recorded: a CUDA graph of model and sampler
-    yes           GPU       no           eager
-    no            any       yes          compiled by torch.compile; without experts, a GPU also records the result
-    no            any       no           eager
+    kernels    device    --compile    mode
+    all        CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
+    all        GPU       yes          recorded: a CUDA graph of model and sampler
+    all        GPU       no           eager
+    not all    any       yes          compiled by torch.compile; without experts, a GPU also records the result
+    not all    any       no           eager
 
-model.can_record(B, T) says whether every operation has a kernel for B * T tokens. An eager step uses the kernels of the
+"all": every operation has a kernel for B * T tokens (model.has_kernels_for). An eager step uses the kernels of the
 operations that are within their limit (kernels/backend.py). The limits of matrix products:
 
     64 tokens          quantized weights, and all weights on a GPU with matrix units
@@ -133,7 +133,7 @@ class ModelRunner:
         n_cached, offset = int(start_pos.max()), 0
         for chunk in tokens.split(max(1, chunk_tokens // len(tokens)), dim=1):
             model = self.model
-            if self.compiled_model and chunk.numel() >= MIN_COMPILED_TOKENS and not model.can_record(*chunk.shape):
+            if self.compiled_model and chunk.numel() >= MIN_COMPILED_TOKENS and not model.has_kernels_for(*chunk.shape):
                 model = self.compiled_model
             used_cache = kv_cache.narrow_length(n_cached + offset + chunk.shape[1])
             yield model.compute_hidden(chunk, start_pos + offset, used_cache, self.position_tables)
@@ -149,8 +149,8 @@ class ModelRunner:
         All arguments are tensors. The step uses the first B sequences of the KV cache. The next call may overwrite the
         result and the logits that sampler gets: both may be static buffers of a recording. Clone what must last."""
         device_type, compile = self.device.type, self.compile
-        can_record = cache(self.model.can_record)  # model.can_record goes through all modules
-        eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler or return_logits, can_record)
+        has_kernels_for = cache(self.model.has_kernels_for)  # the method goes through all modules
+        eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler or return_logits, has_kernels_for)
         modes = {"eager": eager, "compiled": CompiledStep(eager)}
         if device_type == "cpu":
             modes["recorded"] = TapeStep(eager)
@@ -163,15 +163,15 @@ class ModelRunner:
         # until Python's next garbage collection.
         @torch.inference_mode()
         def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-            mode = choose_mode(can_record(*tokens.shape), device_type, compile)
+            mode = choose_mode(has_kernels_for(*tokens.shape), device_type, compile)
             return modes[mode](tokens, start_pos, *inputs)
 
         return step
 
 
-def choose_mode(can_record: bool, device_type: str, compile: bool) -> str:
+def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> str:
     """Returns the mode of a step, by the table at the top of this file."""
-    if can_record and (compile or device_type == "cpu"):
+    if has_kernels and (compile or device_type == "cpu"):
         return "recorded"
     return "compiled" if compile else "eager"
 
@@ -188,14 +188,14 @@ class EagerStep:
     kv_cache: KVCache
     position_tables: list[PositionTables]
     sampler: Callable
-    can_record: Callable[[int, int], bool]
+    has_kernels_for: Callable[[int, int], bool]
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
 
     def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         used_cache = self.kv_cache.narrow_batch(0, len(tokens))
-        if not self.can_record(*tokens.shape):
+        if not self.has_kernels_for(*tokens.shape):
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
         return self.model(tokens, start_pos, used_cache, self.position_tables)

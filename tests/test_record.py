@@ -67,7 +67,7 @@ def test_replayed_is_computed(format, dtype, family):
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
         for threads, n_tokens, start_pos in steps:
-            assert model.can_record(2, n_tokens)
+            assert model.has_kernels_for(2, n_tokens)
             torch.set_num_threads(threads)
             tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
             expected = model(tokens, torch.tensor(start_pos), caches[0], tables)
@@ -189,7 +189,7 @@ def test_what_is_no_operation_raises(operation):
 
 
 def test_a_tape_can_hold_every_operation_of_a_short_step():
-    """Backend.can_record relies on it: each operation of a tape is in the table of its kernels."""
+    """Backend.has_kernels_for relies on it: each operation of a tape is in the table of its kernels."""
     assert SCHEMAS.keys() <= kernels.CPU.max_tokens.keys()
     assert all(kernels.CPU.kernel(name, 1) is not None for name in kernels.CPU.max_tokens)
 
