@@ -2,7 +2,7 @@
 
     Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache, position_tables) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
-    KVCache           the keys and values of earlier tokens; allocated once and passed in
+    KVCache           the keys, values and ids of earlier tokens; allocated once and passed in
 
 The layers that hold the weights are in layers.py. Every computation is an operation of kernels/ops.py, which calls a
 kernel or plain PyTorch. So one forward runs on every device.
@@ -322,8 +322,13 @@ def round_to_dtype(x: float, dtype: torch.dtype) -> float:
 
 
 class KVCache:
-    """Keys and values of batch_size sequences of up to max_seq_len tokens. It does not track how many tokens it holds:
-    every step says at which positions its tokens are written."""
+    """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. It does not track how many tokens
+    it holds: every step says at which positions its tokens are written. So rejected proposals of a speculation need no
+    removal: attention and the repetition penalty end at the text's last token, and the next step writes over the rest.
+
+    layers: the keys and values of each layer.
+    token_ids [B, S]: for the repetition penalty, which depends on the whole text. Only steps that need the ids store
+        them (engine/sampling.py), and the scheduler's, whose later sequences may need them."""
 
     def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
         """Allocates the cache on the device and in the dtype of model's weights. Raises UsageError if max_seq_len
@@ -337,6 +342,7 @@ class KVCache:
             shape = (batch_size, block.attention.n_kv_heads, max_seq_len, block.attention.head_dim)
             k, v = (torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(2))
             self.layers.append(LayerCache(k, v))
+        self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
 
     def narrow_length(self, n: int) -> "KVCache":
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache,
@@ -344,6 +350,7 @@ class KVCache:
         view = copy.copy(self)
         view.max_seq_len = n
         view.layers = [LayerCache(cache.k[:, :, :n], cache.v[:, :, :n]) for cache in self.layers]
+        view.token_ids = self.token_ids[:, :n]
         return view
 
     def narrow_batch(self, start: int, n: int) -> "KVCache":
@@ -353,6 +360,7 @@ class KVCache:
         view, rows = copy.copy(self), slice(start, start + n)
         view.batch_size = n
         view.layers = [LayerCache(cache.k[rows], cache.v[rows]) for cache in self.layers]
+        view.token_ids = self.token_ids[rows]
         return view
 
     def copy_sequence(self, source: int, target: int, n: int):
@@ -360,12 +368,14 @@ class KVCache:
         for cache in self.layers:
             cache.k[target, :, :n] = cache.k[source, :, :n]
             cache.v[target, :, :n] = cache.v[source, :, :n]
+        self.token_ids[target, :n] = self.token_ids[source, :n]
 
     def swap_sequences(self, i: int, j: int, n: int):
         """Exchanges the first n tokens of sequences i and j."""
         for cache in self.layers:
             for tensor in (cache.k[:, :, :n], cache.v[:, :, :n]):
                 tensor[[i, j]] = tensor[[j, i]]
+        self.token_ids[[i, j], :n] = self.token_ids[[j, i], :n]
 
     def clear_sequence(self, i: int):
         """Sets keys and values of sequence i to 0."""

@@ -1,6 +1,5 @@
 """From a model to text: what happens in a step and between steps. Each file imports only from the files above it.
 
-    token_history.py      the token ids of each text, for sampling that depends on the text
     sampling.py           logits to a token: temperature, top_k, top_p, min_p, repetition penalty
     runner.py             ModelRunner: a model with a KV cache; prefill, decode and verification
     generation.py         the loop: a prompt to new tokens, with one decode step per token

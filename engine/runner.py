@@ -40,8 +40,7 @@ import torch
 from torch import Tensor, nn
 
 import collectives
-from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample
-from engine.token_history import TokenHistory
+from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
 from kernels.backend import Backend
 from kernels.build import find_compiler
 from kernels.record import call_with_tape_threads, record
@@ -79,7 +78,7 @@ class Sampler:
     ranks. speculate.py has two more samplers, for verification and for a draft."""
 
     sampling: SamplingParams
-    history: TokenHistory
+    token_ids: Tensor  # [B, S], of the KV cache
     backend: Backend  # the model's
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
@@ -87,13 +86,13 @@ class Sampler:
         return collectives.broadcast(sample(logits[:, -1], self.sampling, self.backend))
 
     def penalize(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        if self.sampling.needs_history:
-            self.history.store(tokens, start_pos)
-        return apply_repetition_penalty(logits, tokens, start_pos, self.history, [self.sampling])
+        if self.sampling.needs_token_ids:
+            store_token_ids(self.token_ids, tokens, start_pos)
+        return apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, [self.sampling])
 
 
 class ModelRunner:
-    """The steps of a model with one KV cache, and what they share: the cache, tables, and the texts' ids."""
+    """The steps of a model with one KV cache, and what they share: the cache and the tables of positions."""
 
     def __init__(
         self, model: Transformer, kv_cache: KVCache, sampling: SamplingParams = GREEDY, compile: bool = False,
@@ -102,8 +101,7 @@ class ModelRunner:
         """sampling: of prefill and decode. compile and compile_prefill are the options of generate.py."""
         self.model, self.kv_cache, self.compile, self.device = model, kv_cache, compile, model.device
         self.position_tables = model.make_position_tables(kv_cache)
-        self.history = TokenHistory(kv_cache.batch_size, kv_cache.max_seq_len, kv_cache.device)
-        self.sampler = Sampler(sampling, self.history, model.lm_head.backend)
+        self.sampler = Sampler(sampling, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode = self.build_step(self.sampler)  # tokens [B, 1], start_pos [B] -> the next tokens [B]
 

@@ -8,7 +8,7 @@ the host has read the sampled token.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
-from engine.token_history import TokenHistory
 from kernels.backend import TORCH, Backend
 from utils.errors import UsageError
 
@@ -89,7 +88,7 @@ class SamplingParams:
         return any(option is not None for option in (self.top_k, self.top_p, self.min_p))
 
     @property
-    def needs_history(self) -> bool:
+    def needs_token_ids(self) -> bool:
         """Whether an option depends on the text."""
         return self.repetition_penalty != 1
 
@@ -97,20 +96,35 @@ class SamplingParams:
 GREEDY = SamplingParams()
 
 
+def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor):
+    """Stores tokens [B, T] in token_ids [B, S] of a KVCache, the first of each sequence at start_pos [B]."""
+    positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    token_ids.scatter_(1, positions, tokens)
+
+
+def seen_token_mask(token_ids: Tensor, last_positions: Tensor, vocab_size: int) -> Tensor:
+    """Whether each token of the vocabulary occurs in the text up to each of last_positions [B, n]: bool [B, n, V].
+    token_ids [B, S] must hold the text up to there."""
+    is_later = torch.arange(token_ids.shape[1], device=token_ids.device) > last_positions[..., None]  # [B, n, S]
+    ids = token_ids[:, None].masked_fill(is_later, vocab_size)
+    seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=token_ids.device)
+    return seen.scatter_(-1, ids, True)[..., :vocab_size]
+
+
 def apply_repetition_penalty(
-    logits: Tensor, tokens: Tensor, start_pos: Tensor, history: TokenHistory, samplings: Sequence[SamplingParams]
+    logits: Tensor, tokens: Tensor, start_pos: Tensor, token_ids: Tensor, samplings: list[SamplingParams]
 ) -> Tensor:
     """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. sample does
     not apply it, so scheduler.py: sample_each ignores it when it groups sequences of equal options.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
-    history: holds the text and tokens, if an option depends on the text.
+    token_ids [B, S]: of a KVCache; they hold the text and tokens, if an option depends on the text.
     samplings: one for each sequence, or one for all."""
-    if not any(sampling.needs_history for sampling in samplings):
+    if not any(sampling.needs_token_ids for sampling in samplings):
         return logits
     n = logits.shape[1]
     last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
-    seen = history.seen_token_mask(last_positions, logits.shape[-1])
+    seen = seen_token_mask(token_ids, last_positions, logits.shape[-1])
     penalty: float | Tensor = samplings[0].repetition_penalty
     if len(samplings) > 1:  # only in the scheduler, since a CUDA graph cannot record the copy to the GPU
         penalties = [sampling.repetition_penalty for sampling in samplings]

@@ -35,7 +35,7 @@ from torch import Tensor
 
 import collectives
 from engine.runner import NOT_FINITE, ModelRunner, make_kv_cache
-from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample
+from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
 from engine.sequence import Logprobs, Sequence, check_length
 from kernels.backend import TORCH, Backend
 from kernels.record import call_with_tape_threads
@@ -97,7 +97,6 @@ class Scheduler:
         self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
         self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.has_kernels_for(n_slots, 1))
-        self.history = self.runner.history
         self.decode_step = self.runner.build_step()  # gives logits, since every sequence has its own sampling options
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
@@ -181,8 +180,7 @@ class Scheduler:
             target = min(free_slots, key=lambda i: self.slots[i].ended_at)
         n = max(shared)
         if shared[target] < n:
-            for store in (self.kv_cache, self.history):
-                store.copy_sequence(shared.index(n), target, n)
+            self.kv_cache.copy_sequence(shared.index(n), target, n)
         self.slots[target].cached_ids = sequence.prompt_ids[:n]
         self.slots[target].sequence = sequence
         sequence.start_time = time.perf_counter()
@@ -197,7 +195,7 @@ class Scheduler:
         self.n_prefilled += len(chunk)
         if n_cached + n < len(prompt_ids):
             self.runner.fill_kv_cache(tokens, start_pos, first=i)
-            self.history.narrow_batch(i, 1).store(tokens, start_pos)
+            store_token_ids(self.kv_cache.token_ids[i : i + 1], tokens, start_pos)
             slot.cached_ids += chunk
             return []
         logits = self.runner.prefill_logits(tokens, start_pos, first=i)
@@ -223,18 +221,17 @@ class Scheduler:
         sources = [i for i in range(n, len(self.slots)) if self.slots[i].is_decoding]
         for i, j in zip(gaps, sources, strict=True):
             length = max(len(self.slots[i].cached_ids), len(self.slots[j].cached_ids))
-            for store in (self.kv_cache, self.history):
-                store.swap_sequences(i, j, length)
+            self.kv_cache.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
     def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[SequenceUpdate]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
         sequences = [self.slots[i].sequence for i in slots]
-        history = self.history.narrow_batch(slots.start, len(slots))
+        token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
         # Even if no option needs the ids now: a later prompt that has such an option may copy this slot's prefix.
-        history.store(tokens, start_pos)
+        store_token_ids(token_ids, tokens, start_pos)
         samplings = [sequence.sampling for sequence in sequences]
-        scores = apply_repetition_penalty(logits, tokens, start_pos, history, samplings)
+        scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, samplings)
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 

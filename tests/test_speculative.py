@@ -21,7 +21,6 @@ from engine.speculate import (
     estimate_verify_cost,
     rejection_sample,
 )
-from engine.token_history import TokenHistory
 from kernels.backend import TORCH
 from loading import load_model
 from model import KVCache
@@ -135,7 +134,7 @@ class ToyRunner:
     def __init__(self, table: torch.Tensor, sampling: SamplingParams, text: list[int]):
         self.table, self.tokens = table, list(text)
         self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=V, moe=None), active_weight_bytes=lambda: 1)
-        self.sampler = Sampler(sampling, TokenHistory(1, len(text), CPU), TORCH)
+        self.sampler = Sampler(sampling, torch.zeros(1, len(text), dtype=torch.long), TORCH)
         self.prefill = self.decode = self.build_step(self.sampler)
 
     def fill_kv_cache(self, tokens, start_pos):
