@@ -69,7 +69,11 @@ class LLM:
         call may start before the first text has ended: every call has its own KV cache.
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
-        sequence = self.new_sequence(prompt, max_new_tokens, self.max_seq_len, "max_seq_len, ", stop=stop)
+        sequence = self.new_sequence(prompt, max_new_tokens, stop=stop)
+        try:
+            check_length(len(sequence.prompt_ids), max_new_tokens, self.max_seq_len)
+        except UsageError as e:
+            raise UsageError(f"{e}, which is LLM's max_seq_len; raise it or lower max_new_tokens") from None
         decode_loop = self.free_decode_loops.pop() if self.free_decode_loops else self.new_decode_loop()
         try:
             for (token,) in decode_loop(sequence.prompt_ids, 0, max_new_tokens):
@@ -92,10 +96,10 @@ class LLM:
         seed: prompt i samples with seed + i."""
         if isinstance(prompts, str):
             raise UsageError("generate_many takes a list of prompts, not one text")
-        sequences, context = [], self.model.config.max_seq_len
+        sequences = []
         for i, prompt in enumerate(prompts):
             try:  # find a mistake before any prompt is computed
-                sequences.append(self.new_sequence(prompt, max_new_tokens, context, stop=stop, seed=seed + i))
+                sequences.append(self.new_sequence(prompt, max_new_tokens, stop=stop, seed=seed + i))
             except UsageError as e:
                 raise UsageError(f"prompt {i}: {e}") from None
         scheduler = build_scheduler(self.model, sequences, parallel, self.compile)
@@ -104,14 +108,11 @@ class LLM:
                 raise UsageError(f"prompt {i}: {sequence.error}")
             yield i, sequence.text
 
-    def new_sequence(
-        self, prompt: str | list[dict], max_new_tokens: int, max_seq_len: int,
-        limit: str = "the model's context of ", **options,
-    ) -> Sequence:
+    def new_sequence(self, prompt: str | list[dict], max_new_tokens: int, **options) -> Sequence:
+        config, options = self.model.config, {"sampling": self.sampling} | options
         check_max_new_tokens(max_new_tokens)
-        options = {"sampling": self.sampling} | options
-        sequence = build_sequence(prompt, self.tokenizer, self.model.config, max_new_tokens, **options)
-        check_length(len(sequence.prompt_ids), max_new_tokens, max_seq_len, limit)
+        sequence = build_sequence(prompt, self.tokenizer, config, max_new_tokens, **options)
+        check_length(len(sequence.prompt_ids), max_new_tokens, config.max_seq_len)
         return sequence
 
     def chat(self, system: str | None = None) -> Conversation:

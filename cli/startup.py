@@ -54,9 +54,9 @@ def required_seq_len(
         return min(context, CONVERSATION_LENGTH)
     longest = max(len(sequence.prompt_ids) for sequence in sequences)
     try:
-        check_length(longest, args.max_new_tokens, context, limit=f"the {name}'s context of ")
+        check_length(longest, args.max_new_tokens, context)
     except UsageError as e:
-        raise UsageError(f"{e}; lower --max_new_tokens or shorten the prompt") from None
+        raise UsageError(f"{e}, the {name}'s; lower --max_new_tokens or shorten the prompt") from None
     return longest + args.max_new_tokens
 
 

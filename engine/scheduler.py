@@ -110,7 +110,7 @@ class Scheduler:
 
     def check(self, sequence: Sequence):
         """Raises UsageError if the prompt is empty, or if sequence does not fit into a slot."""
-        check_length(len(sequence.prompt_ids), sequence.max_new_tokens, self.max_seq_len, limit="")
+        check_length(len(sequence.prompt_ids), sequence.max_new_tokens, self.max_seq_len)
 
     def cancel(self, sequence: Sequence):
         """Ends a waiting or running sequence. Does nothing if sequence has ended."""

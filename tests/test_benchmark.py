@@ -156,7 +156,7 @@ def test_parallel_speed(config_json, capsys):
         ("--config nothing", "neither a config.json, a model.pth nor one of SmolLM2-135M"),
         ("--config TinyLlama-1.1B --cold_start --mode int8", "without --mode"),
         ("--config TinyLlama-1.1B --max_new_tokens 1", "--max_new_tokens 2"),
-        ("--config TinyLlama-1.1B --prompt_tokens 2000", "exceed the model's context of 2048"),
+        ("--config TinyLlama-1.1B --prompt_tokens 2000", "exceed the context of 2048 tokens"),
         ("--config TinyLlama-1.1B --device cpu --tune", "--tune is for GPUs"),
         ("--config TinyLlama-1.1B --parallel 8 0", "--parallel must be at least 1"),
         ("--config TinyLlama-1.1B --busy 0", "--busy must be at least 1"),

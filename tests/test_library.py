@@ -67,7 +67,7 @@ def test_llm(chatty, cli):
     assert list(llm.generate_many(["Hello", "Hello"], max_new_tokens=12)) == [(0, text), (1, text)]
     with pytest.raises(UsageError, match="the prompt is empty"):
         next(llm.generate("", max_new_tokens=12))
-    with pytest.raises(UsageError, match="exceed max_seq_len, 160"):
+    with pytest.raises(UsageError, match="exceed the context of 160 tokens, which is LLM's max_seq_len"):
         next(llm.generate("Hello", max_new_tokens=160))
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not -1"):
         next(llm.generate("Hello", max_new_tokens=-1))

@@ -288,7 +288,7 @@ def test_logprobs(pair):
 def test_sequences_that_do_not_fit_are_refused(pair):
     _, model = pair("llama3", True)
     scheduler = Scheduler(model, 2, 16)
-    with pytest.raises(UsageError, match="12 prompt tokens and 5 new ones exceed 16"):
+    with pytest.raises(UsageError, match="12 prompt tokens and 5 new ones exceed the context of 16 tokens"):
         scheduler.submit(Sequence([5] * 12, 5))
     with pytest.raises(UsageError, match="empty"):
         scheduler.submit(Sequence([], 5))
@@ -448,7 +448,7 @@ def test_a_prompt_beyond_the_context_does_not_stop_the_others(chain, cli, tmp_pa
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line.get("text") for line in lines] == [["123"], None, ["890"]]
-    assert "exceed 256" in lines[1]["error"] and e.value.code == 2
+    assert "exceed the context of 256 tokens" in lines[1]["error"] and e.value.code == 2
     assert all(note in err for note in ("line 2 is empty", "prompt 2", "1 of 3 prompts"))
 
 
