@@ -24,7 +24,7 @@ import torch
 
 from converters.resolve import ensure_converted
 from engine.chat import Conversation
-from engine.generation import DecodeLoop, PlainDecoder, generate
+from engine.generation import Decoder, PlainDecoder, generate
 from engine.runner import ModelRunner, make_kv_cache
 from engine.sampling import SamplingParams
 from engine.scheduler import build_scheduler
@@ -57,10 +57,10 @@ class LLM:
         path = ensure_converted(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.free_decode_loops: list[DecodeLoop] = []  # the decode loops that no text uses
+        self.free_decoders: list[Decoder] = []  # those that no text uses
 
-    def new_decode_loop(self) -> DecodeLoop:
-        """Returns a DecodeLoop with a new KV cache."""
+    def new_decoder(self) -> Decoder:
+        """Returns a Decoder with a new KV cache."""
         kv_cache = make_kv_cache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
         return PlainDecoder(ModelRunner(self.model, kv_cache, self.sampling, self.compile))
 
@@ -74,15 +74,15 @@ class LLM:
             check_length(len(sequence.prompt_ids), max_new_tokens, self.max_seq_len)
         except UsageError as e:
             raise UsageError(f"{e}, which is LLM's max_seq_len; raise it or lower max_new_tokens") from None
-        decode_loop = self.free_decode_loops.pop() if self.free_decode_loops else self.new_decode_loop()
+        decoder = self.free_decoders.pop() if self.free_decoders else self.new_decoder()
         try:
-            for (token,) in decode_loop(sequence.prompt_ids, 0, max_new_tokens):
+            for (token,) in decoder.generate(sequence.prompt_ids, 0, max_new_tokens):
                 if text := sequence.append(token):
                     yield text
                 if sequence.finish_reason:
                     break
         finally:
-            self.free_decode_loops.append(decode_loop)
+            self.free_decoders.append(decoder)
 
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
@@ -117,5 +117,5 @@ class LLM:
 
     def chat(self, system: str | None = None) -> Conversation:
         """Returns a new conversation: see Conversation.answer. system: the system message."""
-        decode_loop, eos_ids = self.new_decode_loop(), self.model.config.eos_ids
-        return Conversation(self.tokenizer, decode_loop, self.max_seq_len, eos_ids, system)
+        decoder, eos_ids = self.new_decoder(), self.model.config.eos_ids
+        return Conversation(self.tokenizer, decoder, self.max_seq_len, eos_ids, system)

@@ -11,7 +11,7 @@ import torch
 
 import collectives
 from cli.ranks import communication_share
-from engine.generation import DecodeLoop
+from engine.generation import Decoder
 from engine.runner import ModelRunner, make_kv_cache
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeDecoder
@@ -81,9 +81,7 @@ def warn_without_kernels(k: int, model: Transformer):
 
 
 @torch.inference_mode()
-def warm_up(
-    args: argparse.Namespace, runner: ModelRunner, decode_loop: DecodeLoop, sequences: list[Sequence]
-) -> dict:
+def warm_up(args: argparse.Namespace, runner: ModelRunner, decoder: Decoder, sequences: list[Sequence]) -> dict:
     """Compiles or records what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
     records a step at its first use. The prompt overwrites what this function writes to the KV caches. Returns fields of
     --json: the seconds that it took, and what only several ranks have."""
@@ -95,7 +93,7 @@ def warm_up(
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
         runner.prefill(prompt, prompt[:, 0] + 1)
     if args.compile:
-        decode_loop.warm_up(args.max_new_tokens)
+        decoder.warm_up(args.max_new_tokens)
     stats = {"compile_seconds": time.perf_counter() - start}
     if args.json and collectives.world_size() > 1:
         tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)

@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
-from engine.generation import DecodeLoop
+from engine.generation import Decoder
 from engine.sequence import Sequence, check_max_new_tokens
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import Tokenizer, common_prefix_length
@@ -32,14 +32,14 @@ class ContextFull(UsageError):
 
 class Conversation:
     def __init__(
-        self, tokenizer: Tokenizer, decode_loop: DecodeLoop, max_seq_len: int, eos_ids: Collection[int],
+        self, tokenizer: Tokenizer, decoder: Decoder, max_seq_len: int, eos_ids: Collection[int],
         system: str | None = None,
     ):
         """Raises UsageError if the checkpoint has no chat template.
 
-        max_seq_len: how many tokens the KV cache of decode_loop holds.
+        max_seq_len: how many tokens the KV cache of decoder holds.
         system: the system message."""
-        self.tokenizer, self.decode_loop = tokenizer, decode_loop
+        self.tokenizer, self.decoder = tokenizer, decoder
         self.max_seq_len, self.eos_ids = max_seq_len, eos_ids
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # messages of the user and of the model, in turn
@@ -152,7 +152,7 @@ class Conversation:
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
-        for (token,) in self.decode_loop(ids, n_cached, max_new_tokens):
+        for (token,) in self.decoder.generate(ids, n_cached, max_new_tokens):
             self.cached_ids += not_cached
             not_cached = [token]
             yield token

@@ -4,8 +4,8 @@
     for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-generate is the loop. A DecodeLoop is this loop or that of speculate.py, bound to a runner. scheduler.py has a loop of
-its own, since its sequences begin and end at different times.
+generate is the loop. A Decoder is this loop or that of speculate.py, bound to a runner. scheduler.py has a loop of its
+own, since its sequences begin and end at different times.
 
 Shapes: B sequences, T new tokens per sequence.
 """
@@ -60,10 +60,10 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-class DecodeLoop(Protocol):
-    """A function that continues a text: PlainDecoder, or SpeculativeDecoder of speculate.py."""
+class Decoder(Protocol):
+    """What continues a text: PlainDecoder, or SpeculativeDecoder of speculate.py."""
 
-    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         """Continues the text token_ids in each of B sequences. Yields the next token of each sequence, [B],
         max_new_tokens times. The first n_cached of token_ids are in the KV cache."""
 
@@ -77,11 +77,11 @@ class DecodeLoop(Protocol):
 
 @dataclass(frozen=True)
 class PlainDecoder:
-    """A DecodeLoop with a decode step for every token."""
+    """A Decoder with a decode step for every token."""
 
     runner: ModelRunner
 
-    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         prompt = torch.tensor([token_ids[n_cached:]] * self.runner.kv_cache.batch_size, device=self.runner.device)
         return generate(self.runner, prompt, n_cached, max_new_tokens)
 

@@ -37,8 +37,8 @@ def test_conversation(chatty, cli):
     kv_cache, other_kv_cache = (make_kv_cache(model, 1, 160) for _ in range(2))
     runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_runner, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
-    decode_loop = PlainDecoder(runner)
-    conversation = Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, model.config.eos_ids)
+    decoder = PlainDecoder(runner)
+    conversation = Conversation(tokenizer, decoder, kv_cache.max_seq_len, model.config.eos_ids)
     answers, other_ids = [], []
     for message in ("Hi", "how are you?"):
         other_ids += next(other) + next(other)

@@ -98,13 +98,13 @@ def test_repetition_penalty_equals_transformers(pair):
 
     kv_cache, ids = make_kv_cache(ours, 1, 64), prompt[0].tolist()
     runner = ModelRunner(ours, kv_cache, sampling)
-    decode_loop = PlainDecoder(runner)
-    assert [i for (i,) in decode_loop(ids, 0, n)] == expected
-    rest = decode_loop(ids + expected[:5], 44, n - 5)  # as a conversation goes on
+    decoder = PlainDecoder(runner)
+    assert [i for (i,) in decoder.generate(ids, 0, n)] == expected
+    rest = decoder.generate(ids + expected[:5], 44, n - 5)  # as a conversation goes on
     assert [i for (i,) in rest] == expected[5:]
 
     lookup = SpeculativeDecoder(runner, NgramProposer(2, torch.device("cpu")), k=4)
-    assert [i for (i,) in lookup(ids, 0, n)] == expected
+    assert [i for (i,) in lookup.generate(ids, 0, n)] == expected
 
     for order in ([0, 1, 2], [2, 0, 1]):  # the second time, penalized moves to the slot of short
         plain, penalized, short = Sequence(ids, n), Sequence(ids, n, sampling), Sequence(ids[:7], 3, sampling)
