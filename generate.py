@@ -29,7 +29,7 @@ from cli.startup import build_speculative_decoder, load_draft, required_seq_len,
 from cli.terminal import converse
 from converters.resolve import ensure_converted
 from engine.chat import Conversation
-from engine.generation import Decoder, PlainDecoder
+from engine.generation import Decoder, PlainDecoder, stream_texts
 from engine.runner import ModelRunner, make_kv_cache
 from engine.sequence import Sequence
 from llm import LLM  # noqa: F401  (earlier READMEs import LLM from here)
@@ -78,13 +78,9 @@ def generate_text(args: argparse.Namespace, prompt: Sequence, decoder: Decoder, 
     batch = [replace(prompt) for _ in range(args.batch_size)]
     if not args.json:
         print_label([*labels, ("sequence", 1, len(batch))])
-    # The first ids come from prefill, and the others from a decode step each.
-    for ids in decoder.generate(prompt.prompt_ids, n_cached=0, max_new_tokens=args.max_new_tokens):
-        texts = [sequence.append(token) for sequence, token in zip(batch, ids, strict=True)]
+    for texts in stream_texts(decoder, batch, prompt.prompt_ids):
         if not args.json:
             print(texts[0], end="", flush=True)
-        if all(sequence.finish_reason for sequence in batch):
-            break
     if not args.json:
         print()
         for k, sequence in enumerate(batch[1:], start=2):

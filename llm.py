@@ -24,7 +24,7 @@ import torch
 
 from converters.resolve import ensure_converted
 from engine.chat import Conversation
-from engine.generation import Decoder, PlainDecoder, generate
+from engine.generation import Decoder, PlainDecoder, generate, stream_texts
 from engine.runner import ModelRunner, make_kv_cache
 from engine.sampling import SamplingParams
 from engine.scheduler import build_scheduler
@@ -76,11 +76,9 @@ class LLM:
             raise UsageError(f"{e}, which is LLM's max_seq_len; raise it or lower max_new_tokens") from None
         decoder = self.free_decoders.pop() if self.free_decoders else self.new_decoder()
         try:
-            for (token,) in decoder.generate(sequence.prompt_ids, 0, max_new_tokens):
-                if text := sequence.append(token):
+            for (text,) in stream_texts(decoder, [sequence], sequence.prompt_ids):
+                if text:
                     yield text
-                if sequence.finish_reason:
-                    break
         finally:
             self.free_decoders.append(decoder)
 

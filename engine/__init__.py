@@ -1,10 +1,10 @@
 """From a model to text: what happens in a step and between steps. Each file imports only from the files above it.
 
     sampling.py           logits to a token: temperature, top_k, top_p, min_p, repetition penalty
+    sequence.py           Sequence: a prompt, its new tokens and their text, and where it ends
     runner.py             ModelRunner: a model with a KV cache; prefill, decode and verification
     generation.py         the loop: a prompt to new tokens, with one decode step per token
     speculate.py          draft models, prompt lookup, verification
-    sequence.py           Sequence: a prompt, its new tokens and their text, and where it ends
     scheduler.py          many sequences at once, each at its own position
     async_completer.py    many callers at once, in asyncio
     chat.py               Conversation: a chat's messages and answers in one KV cache

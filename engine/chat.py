@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
-from engine.generation import Decoder
+from engine.generation import Decoder, stream_texts
 from engine.sequence import Sequence, check_max_new_tokens
 from text.chat_template import check_unicode, read_message
 from text.tokenizer import Tokenizer, common_prefix_length
@@ -122,6 +122,10 @@ class Conversation:
         """Adds new_messages to the conversation. Then yields the text that follows ids, and appends the text to the
         last message. If max_new_tokens cuts the answer within a character, the character follows after
         continue_answer."""
+        # Compute at least the last token, since only a token that is computed gives logits.
+        n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
+        del self.cached_ids[n_cached:]
+        not_cached = ids[n_cached:]
         n_free = self.max_seq_len - len(ids)
         max_new_tokens = min(max_new_tokens, n_free)
         sequence = self.sequence
@@ -130,32 +134,20 @@ class Conversation:
         answer = self.messages[-1]
         self.finish_reason = "interrupted"  # overwritten below unless the caller stops early
         try:
-            for token in self.new_tokens(ids, max_new_tokens):
-                piece = sequence.append(token)
+            for (piece,) in stream_texts(self.decoder, [sequence], ids, n_cached):
+                # The newest token is not in the cache: the model takes that token as input only in the next step.
+                self.cached_ids += not_cached
+                not_cached = sequence.new_ids[-1:]
                 answer["content"] = sequence.text
                 if piece:
                     yield piece
-                if sequence.finish_reason:
-                    break
             is_full = max_new_tokens == n_free and sequence.finish_reason != "stop"
             self.finish_reason = "context" if is_full else sequence.finish_reason
         finally:
-            answer["content"] = sequence.text  # Ctrl-C may come between append and the same line above
+            answer["content"] = sequence.text  # Ctrl-C may come between a new token and the same line above
             if self.finish_reason == "interrupted" and not self.answer_ids:
                 self.finish_reason = None
                 del self.messages[-2:]
-
-    def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """Yields up to max_new_tokens tokens that follow ids. Updates self.cached_ids. The newest token is not in
-        cached_ids, since the model takes that token as input only in the next step."""
-        # Compute at least the last token, since only a token that is computed gives logits.
-        n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
-        del self.cached_ids[n_cached:]
-        not_cached = ids[n_cached:]
-        for (token,) in self.decoder.generate(ids, n_cached, max_new_tokens):
-            self.cached_ids += not_cached
-            not_cached = [token]
-            yield token
 
     def drop_oldest(self) -> list[dict]:
         """Drops the oldest message and the answer to it. Returns both."""

@@ -5,7 +5,7 @@
         print(ids)  # the next token of each sequence
 
 generate is the loop. A Decoder is this loop or that of speculate.py, bound to a runner. scheduler.py has a loop of its
-own, since its sequences begin and end at different times.
+own, since its sequences begin and end at different times. stream_texts goes from a Decoder's tokens to text.
 
 Shapes: B sequences, T new tokens per sequence.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.runner import ModelRunner, check_sampled_ids
+from engine.sequence import Sequence
 
 
 def generate(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
@@ -73,6 +74,19 @@ class Decoder(Protocol):
 
     def accept_counts(self) -> list[int] | None:
         """Returns how many steps of the last text accepted 0, 1 ... k proposed tokens. None: nothing proposes."""
+
+
+def stream_texts(
+    decoder: Decoder, batch: list[Sequence], token_ids: list[int], n_cached: int = 0
+) -> Iterator[list[str]]:
+    """Continues the text token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have
+    ended. Yields the new text of each sequence whenever each has got a new token. The sequences are samples of one
+    text, with one limit of new tokens."""
+    max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
+    for ids in decoder.generate(token_ids, n_cached, max_new_tokens):
+        yield [sequence.append(token) for sequence, token in zip(batch, ids, strict=True)]
+        if all(sequence.finish_reason for sequence in batch):
+            break
 
 
 @dataclass(frozen=True)
