@@ -67,7 +67,7 @@ def test_llm(chatty, cli):
     assert list(llm.generate_many(["Hello", "Hello"], max_new_tokens=12)) == [(0, text), (1, text)]
     with pytest.raises(UsageError, match="the prompt is empty"):
         next(llm.generate("", max_new_tokens=12))
-    with pytest.raises(UsageError, match="exceed the context of 160 tokens, which is LLM's max_seq_len"):
+    with pytest.raises(UsageError, match="exceed the context of 160 tokens$"):
         next(llm.generate("Hello", max_new_tokens=160))
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not -1"):
         next(llm.generate("Hello", max_new_tokens=-1))
@@ -83,6 +83,8 @@ def test_llm(chatty, cli):
             next(llm.generate(wrong, max_new_tokens=12))
     with pytest.raises(UsageError, match="foo is no sampling option; these are: temperature, top_k"):
         LLM(chatty / "model.pth", foo=1)
+    with pytest.raises(UsageError, match="exceed the context of 20 tokens, which is LLM's max_seq_len; raise it"):
+        next(LLM(chatty / "model.pth", max_seq_len=20).generate("Hello", max_new_tokens=16))
     assert LLM(chatty / "model.pth", max_seq_len=10**6, temperature=0.5).max_seq_len == llm.model.config.max_seq_len
 
 
