@@ -112,12 +112,10 @@ def add_sampling_options(parser: argparse.ArgumentParser):
     """Adds --seed, and an option for each field of SamplingParams."""
     add = parser.add_argument
     add("--seed", type=int, default=1234, help="default: %(default)s")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top_k", type=int, help="sample among the k likeliest tokens only")
-    add("--top_p", type=float, help="sample among the likeliest tokens that make up p")
-    add("--min_p", type=float, help="sample among tokens at least p times as likely as the likeliest")
-    help = "above 1: what the text has already becomes less likely (default: %(default)s)"
-    add("--repetition_penalty", type=float, default=1.0, help=help)
+    for field in fields(SamplingParams):
+        default = 0.8 if field.name == "temperature" else field.default
+        help = field.metadata["help"] + ("" if default is None else " (default: %(default)s)")
+        add(f"--{field.name}", type=int if field.type == int | None else float, default=default, help=help)
 
 
 def add_speculation_options(parser: argparse.ArgumentParser):

@@ -8,8 +8,8 @@ the host has read the sampled token.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -27,55 +27,56 @@ FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
 
 
+def option(default: float | None, help: str, allowed: str, is_allowed: Callable[[float], bool], neutral=None):
+    """A field of SamplingParams. help is for the command line, which has an option of the same name. allowed names the
+    values for which is_allowed is true. neutral is a value that changes nothing; it becomes the default."""
+    return field(default=default, metadata=dict(help=help, allowed=allowed, is_allowed=is_allowed, neutral=neutral))
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is chosen. The options apply in this order:
+    """How a token is chosen. The repetition penalty applies first, and then the other options in the order of the
+    fields. Options with the default None exclude tokens. A temperature of 0 takes the likeliest token (greedy),
+    whatever these are. The default temperature is 0 in Python, 0.8 in generate.py (as in gpt-fast) and 1 in the server
+    (as in OpenAI's API)."""
 
-        repetition_penalty    arXiv:1909.05858; in apply_repetition_penalty, the others in sample
-        temperature
-        top_k
-        top_p                 arXiv:1904.09751
-        min_p                 arXiv:2407.01082
-    """
-
-    # 0 takes the likeliest token (greedy), whatever top_k, top_p and min_p are. The default is 0 in Python, 0.8 in
-    # generate.py (as in gpt-fast) and 1 in the server (as in OpenAI's API).
-    temperature: float = 0.0
+    temperature: float = option(0.0, "0 takes the likeliest token", "0 or more", lambda t: 0 <= t < math.inf)
     _: KW_ONLY
-    top_k: int | None = None  # only the k likeliest tokens
-    top_p: float | None = None  # only the likeliest tokens that together have this probability
-    min_p: float | None = None  # only tokens with at least min_p times the probability of the likeliest token
-    repetition_penalty: float = 1.0  # above 1: tokens that the text already contains become less likely
+    top_k: int | None = option(None, "sample among the k likeliest tokens only", "at least 1", lambda k: k >= 1)
+    top_p: float | None = option(  # arXiv:1904.09751
+        None, "sample among the likeliest tokens that make up p", "above 0 and at most 1", lambda p: 0 < p <= 1,
+        neutral=1,
+    )
+    min_p: float | None = option(  # arXiv:2407.01082
+        None, "sample among tokens at least p times as likely as the likeliest", "0 to 1", lambda p: 0 <= p <= 1,
+        neutral=0,
+    )
+    repetition_penalty: float = option(  # arXiv:1909.05858
+        1.0, "above 1: what the text has already becomes less likely", "above 0", lambda factor: 0 < factor < math.inf
+    )
 
     def __post_init__(self):
         """Raises UsageError if a field is out of range. The message begins with the field's name."""
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k must be at least 1, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise UsageError(f"min_p must be 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        # Normalise no-ops to None, so that the fast sampling kernel stays enabled.
-        if self.top_p == 1:
-            object.__setattr__(self, "top_p", None)
-        if self.min_p == 0:
-            object.__setattr__(self, "min_p", None)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is option.default:
+                continue
+            if not option.metadata["is_allowed"](value):
+                raise UsageError(f"{option.name} must be {option.metadata['allowed']}, not {value}")
+            if value == option.metadata["neutral"]:  # so that the fast sampling kernel stays enabled
+                object.__setattr__(self, option.name, option.default)
 
     @classmethod
     def from_options(cls, options: Mapping) -> "SamplingParams":
         """Reads the fields from options, such as the JSON of a request. Ignores options that are not fields. A value of
         None means the default. Raises UsageError for a value of the wrong type or out of range."""
         chosen = {}
-        for field in fields(cls):
-            value, is_integer = options.get(field.name), field.type == int | None
+        for option in fields(cls):
+            value, is_integer = options.get(option.name), option.type == int | None
             if value is not None:
                 if type(value) is not int and (is_integer or type(value) is not float):
-                    raise UsageError(f"{field.name} must be {'an integer' if is_integer else 'a number'}")
-                chosen[field.name] = value
+                    raise UsageError(f"{option.name} must be {'an integer' if is_integer else 'a number'}")
+                chosen[option.name] = value
         return cls(**chosen)
 
     @property
@@ -85,7 +86,7 @@ class SamplingParams:
     @property
     def has_truncation(self) -> bool:
         """Whether an option excludes tokens. Then no kernel draws, since a kernel draws from the whole vocabulary."""
-        return any(option is not None for option in (self.top_k, self.top_p, self.min_p))
+        return any(option.default is None and getattr(self, option.name) is not None for option in fields(self))
 
     @property
     def needs_token_ids(self) -> bool:
