@@ -144,5 +144,5 @@ def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int):
     if n_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give some text")
     if n_prompt_tokens + max_new_tokens > max_seq_len:
-        n_tokens = f"{n_prompt_tokens} prompt tokens and {max_new_tokens} new ones"
-        raise UsageError(f"{n_tokens} exceed the context of {max_seq_len} tokens")
+        n_tokens = f"{n_prompt_tokens} prompt tokens and {max_new_tokens}"
+        raise UsageError(f"{n_tokens} new ones exceed the context of {max_seq_len} tokens")
