@@ -30,10 +30,11 @@ from cli.terminal import converse
 from converters.resolve import ensure_converted
 from engine.chat import Conversation
 from engine.generation import Decoder, PlainDecoder, stream_texts
-from engine.runner import ModelRunner, make_kv_cache
+from engine.runner import ModelRunner
 from engine.sequence import Sequence
 from llm import LLM  # noqa: F401  (earlier READMEs import LLM from here)
 from loading import load
+from model import KVCache
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
@@ -54,7 +55,7 @@ def main():
         complete_in_parallel(args, model, sequences, stats)
         return
 
-    kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
+    kv_cache = KVCache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
     runner = ModelRunner(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
     decoder = build_speculative_decoder(args, runner, draft) if args.speculative else PlainDecoder(runner)
     stats |= warm_up(args, runner, decoder, sequences)

@@ -26,6 +26,7 @@ from kernels.schema import AttentionOptions, LayerCache, PositionTables
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm, WeightMatrix
 from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
+from utils.machine import check_memory
 
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationScheme(UNQUANTIZED)
@@ -49,7 +50,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
         kv_cache must hold the keys and values of all tokens before; those of the new tokens are written to it.
-        position_tables: the result of make_position_tables for kv_cache."""
+        position_tables: the result of build_position_tables for kv_cache."""
         return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache, position_tables))
 
     def compute_hidden(
@@ -147,7 +148,7 @@ class Transformer(nn.Module):
         (config.py: mean_attended_tokens)."""
         return self.active_weight_bytes() + round(batch_size * n_attended * self.kv_bytes_per_token())
 
-    def make_position_tables(self, kv_cache: "KVCache") -> list[PositionTables]:
+    def build_position_tables(self, kv_cache: "KVCache") -> list[PositionTables]:
         """Makes the tables of each layer, for kv_cache and for narrower views of it. RoPE's angles depend on the
         cache's max_seq_len if RoPE is of type dynamic or longrope."""
         tables = []
@@ -332,9 +333,12 @@ class KVCache:
 
     def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
         """Allocates the cache on the device and in the dtype of model's weights. Raises UsageError if max_seq_len
-        exceeds the model's context."""
+        exceeds the model's context, and OutOfMemoryError if the device is a CPU with too little memory."""
         if max_seq_len > model.config.max_seq_len:
             raise UsageError(f"{max_seq_len} tokens do not fit the model's context of {model.config.max_seq_len}")
+        if model.device.type == "cpu":
+            n_bytes = batch_size * max_seq_len * model.kv_bytes_per_token()
+            check_memory(n_bytes, f"the KV cache of {batch_size} x {max_seq_len} tokens")
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.device = model.device
         self.layers = []

@@ -42,7 +42,7 @@ def parse_args(doc: str) -> argparse.Namespace:
 
     In a conversation without --max_new_tokens, max_new_tokens is sys.maxsize: only the context limits an answer. Raises
     UsageError for invalid values and for options that exclude each other. doc: the script's docstring, for --help."""
-    args = make_parser(doc).parse_args()
+    args = build_parser(doc).parse_args()
     has_prompt = args.prompt is not None or args.prompt_file is not None
     if args.prompt is None:
         args.prompt = DEFAULT_PROMPT
@@ -55,7 +55,7 @@ def parse_args(doc: str) -> argparse.Namespace:
     check_speculation(args)
     check_parallel(args)
     check_environment(args)
-    args.sampling = make_sampling(args)
+    args.sampling = build_sampling(args)
     if args.logprobs is not None and args.parallel is None:
         args.parallel = 1  # only the scheduler reports log-probabilities
     if args.speculate_k is None:
@@ -63,8 +63,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     return args
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    parser = common_args.make_parser(doc)
+def build_parser(doc: str) -> argparse.ArgumentParser:
+    parser = common_args.build_parser(doc)
     common_args.add_checkpoint_path(parser, DEMO, f"{common_args.CHECKPOINT_HELP} (default: the demo's)")
     add_prompt_options(parser)
     add_length_options(parser)
@@ -195,7 +195,7 @@ def can_be_written(path: Path) -> bool:
     return path.absolute().parent.is_dir() and (path.is_file() or not path.exists())
 
 
-def make_sampling(args: argparse.Namespace) -> SamplingParams:
+def build_sampling(args: argparse.Namespace) -> SamplingParams:
     try:
         return SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     except UsageError as e:

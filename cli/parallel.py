@@ -19,7 +19,11 @@ def complete_in_parallel(args: argparse.Namespace, model: Transformer, sequences
     not fit the model's context, the other prompts are completed, and UsageError is raised at the end.
 
     stats: more fields for --json."""
-    scheduler = make_scheduler(args, model, sequences)
+    try:
+        scheduler = build_scheduler(model, sequences, args.parallel, args.compile)
+    except OutOfMemoryError as e:
+        n_fitting = max_slots(model, longest_seq_len(model, sequences))
+        raise UsageError(f"{e}; --parallel {n_fitting} fits, or fewer --max_new_tokens") from None
     start, n_new_tokens, n_failed = time.perf_counter(), 0, 0
     hide_bar = True if sys.stdout.isatty() else None  # texts on a terminal show the progress already
     bar = tqdm(scheduler.complete(sequences), "prompts", len(sequences), disable=hide_bar, leave=False)
@@ -36,15 +40,6 @@ def complete_in_parallel(args: argparse.Namespace, model: Transformer, sequences
     print(f"{n_new_tokens} tokens in {seconds:.2f} s: {n_new_tokens / seconds:.1f} tokens/s in total", file=sys.stderr)
     if n_failed:
         raise UsageError(f"{n_failed} of {len(sequences)} prompts could not be completed")
-
-
-def make_scheduler(args: argparse.Namespace, model: Transformer, sequences: list[Sequence]) -> Scheduler:
-    """Returns a Scheduler for sequences. If memory is too small, the error says how many fit at a time."""
-    try:
-        return build_scheduler(model, sequences, args.parallel, args.compile)
-    except OutOfMemoryError as e:
-        n_fitting = max_slots(model, longest_seq_len(model, sequences))
-        raise UsageError(f"{e}; --parallel {n_fitting} fits, or fewer --max_new_tokens") from None
 
 
 def print_json(args: argparse.Namespace, model: Transformer, scheduler: Scheduler, sequence: Sequence, stats: dict):

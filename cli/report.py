@@ -32,8 +32,8 @@ def build_result(
     longest = [max(batch, key=lambda sequence: len(sequence.new_ids)) for batch in samples]
     last_batch, last = samples[-1], longest[-1]
     # Token 0 comes from prefill, all others from decode steps.
-    decoded = [one for one in longest if len(one.new_ids) > 1]
-    tokens_per_second = median([(len(one.new_ids) - 1) / decode_seconds(one) for one in decoded])
+    decoded = [sequence for sequence in longest if len(sequence.new_ids) > 1]
+    tokens_per_second = median([(len(sequence.new_ids) - 1) / decode_seconds(sequence) for sequence in decoded])
     steps_per_second = tokens_per_second
     if accept_counts is not None:
         steps_per_second /= tokens_per_step(accept_counts) or 1

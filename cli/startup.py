@@ -12,12 +12,12 @@ import torch
 import collectives
 from cli.ranks import communication_share
 from engine.generation import Decoder
-from engine.runner import ModelRunner, make_kv_cache
+from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeDecoder
 from kernels import MAX_CPU_TOKENS, TRITON
 from loading import load
-from model import Transformer
+from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -68,7 +68,7 @@ def build_speculative_decoder(
     if draft is None:
         proposer: Proposer = NgramProposer(args.prompt_lookup, runner.device)
     else:
-        draft_cache = make_kv_cache(draft, 1, runner.kv_cache.max_seq_len)
+        draft_cache = KVCache(draft, 1, runner.kv_cache.max_seq_len)
         proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling, args.compile), runner.model)
     return SpeculativeDecoder(runner, proposer, args.speculate_k)
 

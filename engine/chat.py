@@ -45,11 +45,11 @@ class Conversation:
         self.messages: list[dict] = []  # messages of the user and of the model, in turn
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
         self.n_dropped = 0  # how many messages were dropped to make room for the last answer
-        self.sequence = self.new_sequence()  # the last answer
+        self.sequence = self.build_answer()  # the last answer
         self.finish_reason: str | None = None  # of the last answer: "stop" or one of RESUMABLE; None: no answer
         self.encode("Hello", [])  # raises UsageError without a chat template
 
-    def new_sequence(self) -> Sequence:
+    def build_answer(self) -> Sequence:
         """Returns an answer without tokens. The method stream sets how many tokens the answer may have."""
         options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "is_resumable": True}
         return Sequence(prompt_ids=[], max_new_tokens=0, prompt=[], **options)
@@ -77,7 +77,7 @@ class Conversation:
         does not fit. If the caller stops early, the conversation keeps the part of the answer that has been generated.
         Without any part of an answer, the conversation drops the message."""
         ids = self.make_room(self.messages, message, [], max_new_tokens)
-        self.sequence = self.new_sequence()
+        self.sequence = self.build_answer()
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.stream(ids, max_new_tokens, new_messages)
 

@@ -1,6 +1,6 @@
 """ModelRunner: a model bound to a KV cache, from token ids to the next token ids.
 
-    kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=300)
+    kv_cache = KVCache(model, batch_size=1, max_seq_len=300)
     runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8))
     tokens = runner.prefill(prompt, start_pos)  # [B, T] -> [B]
     tokens = runner.decode(tokens[:, None], start_pos + prompt.shape[1])
@@ -47,7 +47,6 @@ from kernels.record import call_with_tape_threads, record
 from kernels.schema import PositionTables
 from model import KVCache, Transformer
 from utils.errors import UsageError
-from utils.machine import check_memory
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
 # chunks are slow: every chunk reads all weights again, and where PyTorch multiplies, it dequantizes them first.
@@ -55,14 +54,6 @@ CPU_PREFILL_CHUNK_TOKENS = 2048
 GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
-
-
-def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
-    """Returns a KVCache on model's device. Raises OutOfMemoryError if the device is a CPU with too little memory."""
-    if model.device.type == "cpu":
-        n_bytes = batch_size * max_seq_len * model.kv_bytes_per_token()
-        check_memory(n_bytes, f"the KV cache of {batch_size} x {max_seq_len} tokens")
-    return KVCache(model, batch_size, max_seq_len)
 
 
 def check_sampled_ids(ids: list[int]) -> list[int]:
@@ -100,33 +91,33 @@ class ModelRunner:
     ):
         """sampling: of prefill and decode. compile and compile_prefill are the options of generate.py."""
         self.model, self.kv_cache, self.compile, self.device = model, kv_cache, compile, model.device
-        self.position_tables = model.make_position_tables(kv_cache)
+        self.position_tables = model.build_position_tables(kv_cache)
         self.sampler = Sampler(sampling, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode = self.build_step(self.sampler)  # tokens [B, 1], start_pos [B] -> the next tokens [B]
 
-    # ---- Prefill. The B sequences are neighbours in the KV cache, the first of which is number first ----
+    # ---- Prefill. The B sequences are in neighbouring slots of the KV cache, from first_slot on ----
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """Returns the next tokens [B]."""
         return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos)
 
-    def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first: int = 0) -> Tensor:
+    def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
         """Returns the logits [B, 1, V] after the last of tokens."""
-        for hidden in self.prefill_chunks(tokens, start_pos, first):
+        for hidden in self.prefill_chunks(tokens, start_pos, first_slot):
             last_hidden = hidden[:, -1:]
         return self.model.compute_logits(last_hidden)
 
-    def fill_kv_cache(self, tokens: Tensor, start_pos: Tensor, first: int = 0):
+    def fill_kv_cache(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0):
         """Computes only keys and values."""
-        for _ in self.prefill_chunks(tokens, start_pos, first):
+        for _ in self.prefill_chunks(tokens, start_pos, first_slot):
             pass
 
-    def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first: int = 0) -> Iterator[Tensor]:
+    def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
         """Runs the blocks on one chunk after the other. Yields the hidden states of each chunk: [B, chunk, dim]. Chunks
         with more tokens than the kernels take are compiled, if compile_prefill says so."""
-        kv_cache = self.kv_cache.narrow_batch(first, len(tokens))
+        kv_cache = self.kv_cache.narrow_batch(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
         n_cached, offset = int(start_pos.max()), 0
         for chunk in tokens.split(max(1, chunk_tokens // len(tokens)), dim=1):

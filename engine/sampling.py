@@ -153,7 +153,7 @@ def sample(
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
     else:
-        probs, ids = apply_top_k_top_p(logits, sampling, temperatures)
+        probs, ids = truncated_probs(logits, sampling, temperatures)
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.sum(-1).isfinite()
@@ -162,12 +162,12 @@ def sample(
 
 def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Returns the distribution [B, V] from which sample draws. sampling must not be greedy."""
-    probs, ids = apply_top_k_top_p(logits, sampling)
+    probs, ids = truncated_probs(logits, sampling)
     probs = probs / probs.sum(-1, keepdim=True)
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
-def apply_top_k_top_p(
+def truncated_probs(
     logits: Tensor, sampling: SamplingParams, temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a

@@ -63,7 +63,8 @@ class SpeculativeDecoder:
     def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
         """k: the most tokens to propose at a time."""
         self.runner, self.proposer, self.k, self.device = runner, proposer, k, runner.device
-        self.verify_step = runner.build_step(RejectionSampler(**vars(runner.sampler)))
+        sampler = runner.sampler
+        self.verify_step = runner.build_step(RejectionSampler(sampler.sampling, sampler.token_ids, sampler.backend))
         self.verify_cost = estimate_verify_cost(runner.model)  # of one proposed token
         # How many tokens each step of the last text gave, the first of them prefill. A step gives at least one token,
         # and the last step only as many as the caller took.

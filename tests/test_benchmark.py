@@ -187,7 +187,7 @@ def test_jobs_have_commands():
     """Every job's arguments parse, for a shape that there is."""
     jobs = gpu_jobs.all_jobs(tune=True)
     for arguments in jobs.values():
-        args = benchmark.make_parser().parse_args(arguments)
+        args = benchmark.build_parser().parse_args(arguments)
         if args.command is not check_command.check:
             benchmark_speed.find_config(args.config)
     assert "--tune" in jobs["ours Llama-2-7B int4"] and "--tune" not in jobs["plain Llama-2-7B int4"]

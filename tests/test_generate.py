@@ -216,7 +216,7 @@ def test_kernels_compile(family, pair):
     # One family goes all the way to machine code. The others show that their calls are captured without a break.
     step = torch.compile(ours, fullgraph=True, backend="inductor" if family == "qwen3" else "aot_eager")
     kv_cache, compiled_cache = KVCache(ours, 1, 20), KVCache(ours, 1, 20)
-    tables = ours.make_position_tables(kv_cache)
+    tables = ours.build_position_tables(kv_cache)
     for i in range(4):
         token, position = torch.tensor([[i + 5]]), torch.tensor([i])
         with torch.inference_mode():

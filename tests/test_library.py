@@ -11,7 +11,7 @@ import torch
 from engine.chat import Conversation
 from engine.generation import PlainDecoder
 from engine.sampling import SamplingParams
-from llm import LLM, ModelRunner, generate, load, make_kv_cache
+from llm import LLM, KVCache, ModelRunner, generate, load
 from tests.tiny import PACKAGES, ROOT
 from text.tokenizer import detokenize
 from utils.errors import UsageError
@@ -20,7 +20,7 @@ from utils.errors import UsageError
 def test_text(chatty, ask):
     """As generate.py --prompt generates it."""
     model, tokenizer = load(str(chatty / "model.pth"), device="cpu", dtype=torch.bfloat16)
-    kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=100)
+    kv_cache = KVCache(model, batch_size=1, max_seq_len=100)
     runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
     prompt = tokenizer.encode("Hello, my name is")
     torch.manual_seed(1234)
@@ -34,7 +34,7 @@ def test_text(chatty, ask):
 def test_conversation(chatty, cli):
     """As generate.py --chat leads it. Another cache of the same model does not notice."""
     model, tokenizer = load(chatty / "model.pth")
-    kv_cache, other_kv_cache = (make_kv_cache(model, 1, 160) for _ in range(2))
+    kv_cache, other_kv_cache = (KVCache(model, 1, 160) for _ in range(2))
     runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_runner, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
     decoder = PlainDecoder(runner)

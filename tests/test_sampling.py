@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from engine.generation import PlainDecoder
-from engine.runner import ModelRunner, make_kv_cache
+from engine.runner import ModelRunner
 from engine.sampling import SamplingParams, probabilities, sample, seen_token_mask, store_token_ids
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -96,7 +96,7 @@ def test_repetition_penalty_equals_transformers(pair):
     options = dict(do_sample=False, max_new_tokens=n, min_new_tokens=n, repetition_penalty=1.3, eos_token_id=96)
     expected = theirs.generate(prompt, **options)[0, 40:].tolist()
 
-    kv_cache, ids = make_kv_cache(ours, 1, 64), prompt[0].tolist()
+    kv_cache, ids = KVCache(ours, 1, 64), prompt[0].tolist()
     runner = ModelRunner(ours, kv_cache, sampling)
     decoder = PlainDecoder(runner)
     assert [i for (i,) in decoder.generate(ids, 0, n)] == expected
