@@ -59,12 +59,13 @@ def main():
     runner = ModelRunner(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
     decoder = build_speculative_decoder(args, runner, draft) if args.speculative else PlainDecoder(runner)
     stats |= warm_up(args, runner, decoder, sequences)
-    torch.manual_seed(args.seed)
     if args.conversation:
+        torch.manual_seed(args.seed)
         eos_ids = model.config.eos_ids
         converse(Conversation(tokenizer, decoder, kv_cache.max_seq_len, eos_ids, args.system), args.max_new_tokens)
         return
     for i, sequence in enumerate(sequences, start=1):
+        torch.manual_seed(sequence.seed)  # as with --parallel: a text does not depend on the prompts before
         samples = []
         for j in range(1, args.num_samples + 1):
             labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]

@@ -226,10 +226,11 @@ def encode_prompts(
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
-        return [Sequence(ids, args.max_new_tokens, prompt=tokenizer.decode(ids), tokenizer=tokenizer, **options)]
+        options |= {"prompt": tokenizer.decode(ids), "tokenizer": tokenizer, "seed": args.seed}
+        return [Sequence(ids, args.max_new_tokens, **options)]
     sequences = []
     for i, prompt in enumerate(prompts):
-        seed = args.seed + i  # for --parallel, where every prompt has random numbers of its own
+        seed = args.seed + i  # every prompt has random numbers of its own
         sequences.append(build_sequence(prompt, tokenizer, config, args.max_new_tokens, seed=seed, **options))
     if prompts:  # a tokenizer may drop all of a text
         check_not_empty([sequence.prompt_ids for sequence in sequences], args)

@@ -440,6 +440,15 @@ def test_parallel_on_the_command_line(chain, ask, cli, tmp_path):
     assert printed == "--- prompt 1\n🙂E\n--- prompt 2\n12\n--- prompt 3\n X\n--- prompt 4\n90123\n"
 
 
+def test_a_seed_gives_the_same_texts_in_parallel(chatty, ask, tmp_path):
+    """On a CPU, where both ways draw from generators of one kind."""
+    (tmp_path / "prompts").write_text("Hello\nHello\nHi\n")
+    flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=12", "--ignore_eos", "--temperature=1.5"]
+    options = ([], ["--parallel=2"], ["--logprobs=0"])
+    texts, *others = ([r["text"] for r in ask(chatty, *flags, *more)] for more in options)
+    assert others == [texts, texts] and texts[0] != texts[1]
+
+
 def test_a_prompt_beyond_the_context_does_not_stop_the_others(chain, cli, tmp_path, capsys):
     (tmp_path / "prompts").write_text("0\n\n" + "5" * 300 + "\n7\n")
     flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=3", "--parallel=2"]
