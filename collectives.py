@@ -42,7 +42,8 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Concatenates x [..., X] of all ranks: [..., ranks * X]."""
+    """Concatenates x [..., X] of all ranks: [..., ranks * X]. The caller makes the graph break, since the caller's own
+    operations on the result belong to the same break (tp.py: ParallelLMHead)."""
     gathered = collective("all_gather_into_tensor", world_size(), x)  # [ranks * ..., X]
     by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
     return by_rank.movedim(0, -2).flatten(-2)

@@ -33,7 +33,7 @@ TEXT_WINDOW = 1024  # tokens of a text's window, unless the model's context is s
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common_args.make_parser(__doc__)
+    parser = common_args.build_parser(__doc__)
     add = parser.add_argument
     common_args.add_checkpoint_path(parser)
     what = parser.add_mutually_exclusive_group(required=True)

@@ -29,11 +29,12 @@ from cli.startup import build_speculative_decoder, load_draft, required_seq_len,
 from cli.terminal import converse
 from converters.resolve import ensure_converted
 from engine.chat import Conversation
-from engine.generation import DecodeLoop, PlainDecoder
-from engine.runner import ModelRunner, make_kv_cache
+from engine.generation import Decoder, PlainDecoder, stream_texts
+from engine.runner import ModelRunner
 from engine.sequence import Sequence
 from llm import LLM  # noqa: F401  (earlier READMEs import LLM from here)
 from loading import load
+from model import KVCache
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
@@ -54,38 +55,35 @@ def main():
         complete_in_parallel(args, model, sequences, stats)
         return
 
-    kv_cache = make_kv_cache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
+    kv_cache = KVCache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
     runner = ModelRunner(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
-    decode_loop = build_speculative_decoder(args, runner, draft) if args.speculative else PlainDecoder(runner)
-    stats |= warm_up(args, runner, decode_loop, sequences)
-    torch.manual_seed(args.seed)
+    decoder = build_speculative_decoder(args, runner, draft) if args.speculative else PlainDecoder(runner)
+    stats |= warm_up(args, runner, decoder, sequences)
     if args.conversation:
-        chat_options = {"system": args.system, "stop": tuple(args.stop)}
-        chat = Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, model.config.eos_ids, **chat_options)
+        torch.manual_seed(args.seed)
+        options = {"system": args.system, "stop": tuple(args.stop)}
+        chat = Conversation(tokenizer, decoder, kv_cache.max_seq_len, model.config.eos_ids, **options)
         converse(chat, args.max_new_tokens)
         return
     for i, sequence in enumerate(sequences, start=1):
+        torch.manual_seed(sequence.seed)  # as with --parallel: a text does not depend on the prompts before
         samples = []
         for j in range(1, args.num_samples + 1):
             labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]
             with profiled(args.profile if j == args.num_samples else None):
-                samples.append(generate_text(args, sequence, decode_loop, labels))
-        print_result(args, build_result(args, model, kv_cache, samples, decode_loop.accept_counts()) | stats, model)
+                samples.append(generate_text(args, sequence, decoder, labels))
+        print_result(args, build_result(args, model, kv_cache, samples, decoder.accept_counts()) | stats, model)
 
 
-def generate_text(args: argparse.Namespace, prompt: Sequence, decode_loop: DecodeLoop, labels: list) -> list[Sequence]:
+def generate_text(args: argparse.Namespace, prompt: Sequence, decoder: Decoder, labels: list) -> list[Sequence]:
     """Completes prompt in a batch of args.batch_size sequences. Without --json, prints the first text while it is
     generated, and then the others. labels: as for print_label."""
     batch = [replace(prompt) for _ in range(args.batch_size)]
     if not args.json:
         print_label([*labels, ("sequence", 1, len(batch))])
-    # The first ids come from prefill, and the others from a decode step each.
-    for ids in decode_loop(prompt.prompt_ids, n_cached=0, max_new_tokens=args.max_new_tokens):
-        texts = [sequence.append(token) for sequence, token in zip(batch, ids, strict=True)]
+    for texts in stream_texts(decoder, batch, prompt.prompt_ids):
         if not args.json:
             print(texts[0], end="", flush=True)
-        if all(sequence.finish_reason for sequence in batch):
-            break
     if not args.json:
         print()
         for k, sequence in enumerate(batch[1:], start=2):

@@ -55,7 +55,7 @@ def quantize_model(
     start_pos = torch.zeros(1, dtype=torch.long, device=device)
     # One cache serves all windows: every window begins at position 0, and overwrites the previous window.
     kv_cache = KVCache(model, 1, windows.shape[1])
-    position_tables = model.make_position_tables(kv_cache)
+    position_tables = model.build_position_tables(kv_cache)
     block_inputs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, block in enumerate(model.layers):
         block.to(device)

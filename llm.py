@@ -6,11 +6,11 @@
 
 LLM consists of these parts, which also take batches. generate is the loop (engine/generation.py):
 
-    from llm import ModelRunner, SamplingParams, generate, load, make_kv_cache
+    from llm import KVCache, ModelRunner, SamplingParams, generate, load
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])
-    kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=prompt.shape[1] + 50)
+    kv_cache = KVCache(model, batch_size=1, max_seq_len=prompt.shape[1] + 50)
     runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8))
     for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(tokenizer.decode(ids))
@@ -24,16 +24,17 @@ import torch
 
 from converters.resolve import ensure_converted
 from engine.chat import Conversation
-from engine.generation import DecodeLoop, PlainDecoder, generate
-from engine.runner import ModelRunner, make_kv_cache
+from engine.generation import Decoder, PlainDecoder, generate, stream_texts
+from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
 from engine.scheduler import build_scheduler
 from engine.sequence import Sequence, build_sequence, check_length, check_max_new_tokens
 from loading import load
+from model import KVCache
 from utils.errors import UsageError
 from utils.machine import pick_device
 
-__all__ = ["LLM", "ModelRunner", "SamplingParams", "generate", "load", "make_kv_cache"]
+__all__ = ["LLM", "KVCache", "ModelRunner", "SamplingParams", "generate", "load"]
 
 
 class LLM:
@@ -57,11 +58,11 @@ class LLM:
         path = ensure_converted(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.free_decode_loops: list[DecodeLoop] = []  # the decode loops that no text uses
+        self.free_decoders: list[Decoder] = []  # those that no text uses
 
-    def new_decode_loop(self) -> DecodeLoop:
-        """Returns a DecodeLoop with a new KV cache."""
-        kv_cache = make_kv_cache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
+    def build_decoder(self) -> Decoder:
+        """Returns a Decoder with a new KV cache."""
+        kv_cache = KVCache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
         return PlainDecoder(ModelRunner(self.model, kv_cache, self.sampling, self.compile))
 
     def generate(self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
@@ -69,16 +70,18 @@ class LLM:
         call may start before the first text has ended: every call has its own KV cache.
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
-        sequence = self.new_sequence(prompt, max_new_tokens, self.max_seq_len, "max_seq_len, ", stop=stop)
-        decode_loop = self.free_decode_loops.pop() if self.free_decode_loops else self.new_decode_loop()
+        sequence = self.build_sequence(prompt, max_new_tokens, stop=stop)
         try:
-            for (token,) in decode_loop(sequence.prompt_ids, 0, max_new_tokens):
-                if text := sequence.append(token):
+            check_length(len(sequence.prompt_ids), max_new_tokens, self.max_seq_len)
+        except UsageError as e:
+            raise UsageError(f"{e}, which is LLM's max_seq_len; raise it or lower max_new_tokens") from None
+        decoder = self.free_decoders.pop() if self.free_decoders else self.build_decoder()
+        try:
+            for (text,) in stream_texts(decoder, [sequence], sequence.prompt_ids):
+                if text:
                     yield text
-                if sequence.finish_reason:
-                    break
         finally:
-            self.free_decode_loops.append(decode_loop)
+            self.free_decoders.append(decoder)
 
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
@@ -94,10 +97,10 @@ class LLM:
             raise UsageError("generate_many takes a list of prompts, not one text")
         if parallel < 1:
             raise UsageError(f"parallel must be at least 1, not {parallel}")
-        sequences, context = [], self.model.config.max_seq_len
+        sequences = []
         for i, prompt in enumerate(prompts):
             try:  # find a mistake before any prompt is computed
-                sequences.append(self.new_sequence(prompt, max_new_tokens, context, stop=stop, seed=seed + i))
+                sequences.append(self.build_sequence(prompt, max_new_tokens, stop=stop, seed=seed + i))
             except UsageError as e:
                 raise UsageError(f"prompt {i}: {e}") from None
         scheduler = build_scheduler(self.model, sequences, parallel, self.compile)
@@ -106,17 +109,14 @@ class LLM:
                 raise UsageError(f"prompt {i}: {sequence.error}")
             yield i, sequence.text
 
-    def new_sequence(
-        self, prompt: str | list[dict], max_new_tokens: int, max_seq_len: int,
-        limit: str = "the model's context of ", **options,
-    ) -> Sequence:
+    def build_sequence(self, prompt: str | list[dict], max_new_tokens: int, **options) -> Sequence:
+        config, options = self.model.config, {"sampling": self.sampling} | options
         check_max_new_tokens(max_new_tokens)
-        options = {"sampling": self.sampling} | options
-        sequence = build_sequence(prompt, self.tokenizer, self.model.config, max_new_tokens, **options)
-        check_length(len(sequence.prompt_ids), max_new_tokens, max_seq_len, limit)
+        sequence = build_sequence(prompt, self.tokenizer, config, max_new_tokens, **options)
+        check_length(len(sequence.prompt_ids), max_new_tokens, config.max_seq_len)
         return sequence
 
     def chat(self, system: str | None = None) -> Conversation:
         """Returns a new conversation: see Conversation.answer. system: the system message."""
-        decode_loop, eos_ids = self.new_decode_loop(), self.model.config.eos_ids
-        return Conversation(self.tokenizer, decode_loop, self.max_seq_len, eos_ids, system)
+        decoder, eos_ids = self.build_decoder(), self.model.config.eos_ids
+        return Conversation(self.tokenizer, decoder, self.max_seq_len, eos_ids, system)

@@ -2,7 +2,7 @@
 
     Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache, position_tables) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
-    KVCache           the keys and values of earlier tokens; allocated once and passed in
+    KVCache           the keys, values and ids of earlier tokens; allocated once and passed in
 
 The layers that hold the weights are in layers.py. Every computation is an operation of kernels/ops.py, which calls a
 kernel or plain PyTorch. So one forward runs on every device.
@@ -26,6 +26,7 @@ from kernels.schema import AttentionOptions, LayerCache, PositionTables
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm, WeightMatrix
 from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
+from utils.machine import check_memory
 
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationScheme(UNQUANTIZED)
@@ -49,7 +50,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
         kv_cache must hold the keys and values of all tokens before; those of the new tokens are written to it.
-        position_tables: the result of make_position_tables for kv_cache."""
+        position_tables: the result of build_position_tables for kv_cache."""
         return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache, position_tables))
 
     def compute_hidden(
@@ -113,9 +114,9 @@ class Transformer(nn.Module):
             if isinstance(module, Linear) and not name.endswith(".router"):
                 yield name, module
 
-    def can_record(self, batch_size: int, n_new_tokens: int) -> bool:
-        """Whether a step with n_new_tokens in each of batch_size sequences can be recorded: whether all weights are on
-        one backend, and the backend can record the step."""
+    def has_kernels_for(self, batch_size: int, n_new_tokens: int) -> bool:
+        """Whether there are kernels for all operations of a step with n_new_tokens in each of batch_size sequences,
+        all on one backend. Then the step can be recorded."""
         matrices = [module for module in self.modules() if isinstance(module, Linear)]
         if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be recorded
             matrices.append(self.embed_tokens)
@@ -123,7 +124,7 @@ class Transformer(nn.Module):
         attention = self.layers[0].attention  # all layers have the same numbers of heads
         heads_per_kv_head = attention.n_heads // attention.n_kv_heads
         all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
-        return all_on_one_backend and backend.can_record(batch_size, n_new_tokens, heads_per_kv_head)
+        return all_on_one_backend and backend.has_kernels_for(batch_size, n_new_tokens, heads_per_kv_head)
 
     def active_weight_bytes(self) -> int:
         """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
@@ -147,7 +148,7 @@ class Transformer(nn.Module):
         (config.py: mean_attended_tokens)."""
         return self.active_weight_bytes() + round(batch_size * n_attended * self.kv_bytes_per_token())
 
-    def make_position_tables(self, kv_cache: "KVCache") -> list[PositionTables]:
+    def build_position_tables(self, kv_cache: "KVCache") -> list[PositionTables]:
         """Makes the tables of each layer, for kv_cache and for narrower views of it. RoPE's angles depend on the
         cache's max_seq_len if RoPE is of type dynamic or longrope."""
         tables = []
@@ -322,14 +323,22 @@ def round_to_dtype(x: float, dtype: torch.dtype) -> float:
 
 
 class KVCache:
-    """Keys and values of batch_size sequences of up to max_seq_len tokens. It does not track how many tokens it holds:
-    every step says at which positions its tokens are written."""
+    """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. It does not track how many tokens
+    it holds: every step says at which positions its tokens are written. So rejected proposals of a speculation need no
+    removal: attention and the repetition penalty end at the text's last token, and the next step writes over the rest.
+
+    layers: the keys and values of each layer.
+    token_ids [B, S]: for the repetition penalty, which depends on the whole text. Only steps that need the ids store
+        them (engine/sampling.py), and the scheduler's, whose later sequences may need them."""
 
     def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
         """Allocates the cache on the device and in the dtype of model's weights. Raises UsageError if max_seq_len
-        exceeds the model's context."""
+        exceeds the model's context, and OutOfMemoryError if the device is a CPU with too little memory."""
         if max_seq_len > model.config.max_seq_len:
             raise UsageError(f"{max_seq_len} tokens do not fit the model's context of {model.config.max_seq_len}")
+        if model.device.type == "cpu":
+            n_bytes = batch_size * max_seq_len * model.kv_bytes_per_token()
+            check_memory(n_bytes, f"the KV cache of {batch_size} x {max_seq_len} tokens")
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.device = model.device
         self.layers = []
@@ -337,6 +346,7 @@ class KVCache:
             shape = (batch_size, block.attention.n_kv_heads, max_seq_len, block.attention.head_dim)
             k, v = (torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(2))
             self.layers.append(LayerCache(k, v))
+        self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
 
     def narrow_length(self, n: int) -> "KVCache":
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache,
@@ -344,6 +354,7 @@ class KVCache:
         view = copy.copy(self)
         view.max_seq_len = n
         view.layers = [LayerCache(cache.k[:, :, :n], cache.v[:, :, :n]) for cache in self.layers]
+        view.token_ids = self.token_ids[:, :n]
         return view
 
     def narrow_batch(self, start: int, n: int) -> "KVCache":
@@ -353,6 +364,7 @@ class KVCache:
         view, rows = copy.copy(self), slice(start, start + n)
         view.batch_size = n
         view.layers = [LayerCache(cache.k[rows], cache.v[rows]) for cache in self.layers]
+        view.token_ids = self.token_ids[rows]
         return view
 
     def copy_sequence(self, source: int, target: int, n: int):
@@ -360,12 +372,14 @@ class KVCache:
         for cache in self.layers:
             cache.k[target, :, :n] = cache.k[source, :, :n]
             cache.v[target, :, :n] = cache.v[source, :, :n]
+        self.token_ids[target, :n] = self.token_ids[source, :n]
 
     def swap_sequences(self, i: int, j: int, n: int):
         """Exchanges the first n tokens of sequences i and j."""
         for cache in self.layers:
             for tensor in (cache.k[:, :, :n], cache.v[:, :, :n]):
                 tensor[[i, j]] = tensor[[j, i]]
+        self.token_ids[[i, j], :n] = self.token_ids[[j, i], :n]
 
     def clear_sequence(self, i: int):
         """Sets keys and values of sequence i to 0."""

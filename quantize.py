@@ -125,7 +125,7 @@ DEFAULT_GROUP_SIZE = 32
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common_args.make_parser(__doc__)
+    parser = common_args.build_parser(__doc__)
     add = parser.add_argument
     help = "model.pth, or a model's folder or .gguf; the result goes beside model.pth"
     common_args.add_checkpoint_path(parser, help=help)

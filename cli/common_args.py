@@ -11,7 +11,7 @@ MAX_THREADS = 1024
 CHECKPOINT_HELP = "model.pth, its tokenizer beside it; or a model's folder or .gguf, which is converted once"
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
+def build_parser(doc: str) -> argparse.ArgumentParser:
     """Returns a parser whose --help begins with doc, the script's docstring."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 

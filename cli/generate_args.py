@@ -42,7 +42,7 @@ def parse_args(doc: str) -> argparse.Namespace:
 
     In a conversation without --max_new_tokens, max_new_tokens is sys.maxsize: only the context limits an answer. Raises
     UsageError for invalid values and for options that exclude each other. doc: the script's docstring, for --help."""
-    args = make_parser(doc).parse_args()
+    args = build_parser(doc).parse_args()
     has_prompt = args.prompt is not None or args.prompt_file is not None
     if args.prompt is None:
         args.prompt = DEFAULT_PROMPT
@@ -55,7 +55,7 @@ def parse_args(doc: str) -> argparse.Namespace:
     check_speculation(args)
     check_parallel(args)
     check_environment(args)
-    args.sampling = make_sampling(args)
+    args.sampling = build_sampling(args)
     if args.logprobs is not None and args.parallel is None:
         args.parallel = 1  # only the scheduler reports log-probabilities
     if args.speculate_k is None:
@@ -63,8 +63,8 @@ def parse_args(doc: str) -> argparse.Namespace:
     return args
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    parser = common_args.make_parser(doc)
+def build_parser(doc: str) -> argparse.ArgumentParser:
+    parser = common_args.build_parser(doc)
     common_args.add_checkpoint_path(parser, DEMO, f"{common_args.CHECKPOINT_HELP} (default: the demo's)")
     add_prompt_options(parser)
     add_length_options(parser)
@@ -111,14 +111,12 @@ def add_length_options(parser: argparse.ArgumentParser):
 def add_sampling_options(parser: argparse.ArgumentParser):
     """Adds --seed, and an option for each field of SamplingParams."""
     add = parser.add_argument
-    help = "default: %(default)s; with --parallel, each prompt samples with a seed that is larger by 1 than the last"
+    help = "default: %(default)s; each prompt of a file samples with a seed that is larger by 1 than the last"
     add("--seed", type=int, default=1234, help=help)
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top_k", type=int, help="sample among the k likeliest tokens only")
-    add("--top_p", type=float, help="sample among the likeliest tokens that make up p")
-    add("--min_p", type=float, help="sample among tokens at least p times as likely as the likeliest")
-    help = "above 1: what the text has already becomes less likely (default: %(default)s)"
-    add("--repetition_penalty", type=float, default=1.0, help=help)
+    for field in fields(SamplingParams):
+        default = 0.8 if field.name == "temperature" else field.default
+        help = field.metadata["help"] + ("" if default is None else " (default: %(default)s)")
+        add(f"--{field.name}", type=int if field.type == int | None else float, default=default, help=help)
 
 
 def add_speculation_options(parser: argparse.ArgumentParser):
@@ -198,7 +196,7 @@ def can_be_written(path: Path) -> bool:
     return path.absolute().parent.is_dir() and (path.is_file() or not path.exists())
 
 
-def make_sampling(args: argparse.Namespace) -> SamplingParams:
+def build_sampling(args: argparse.Namespace) -> SamplingParams:
     try:
         return SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     except UsageError as e:
@@ -230,10 +228,11 @@ def encode_prompts(
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
-        return [Sequence(ids, args.max_new_tokens, prompt=tokenizer.decode(ids), tokenizer=tokenizer, **options)]
+        options |= {"prompt": tokenizer.decode(ids), "tokenizer": tokenizer, "seed": args.seed}
+        return [Sequence(ids, args.max_new_tokens, **options)]
     sequences = []
     for i, prompt in enumerate(prompts):
-        seed = args.seed + i  # for --parallel, where every prompt has random numbers of its own
+        seed = args.seed + i  # every prompt has random numbers of its own
         try:
             sequence = build_sequence(prompt, tokenizer, config, args.max_new_tokens, seed=seed, **options)
             check_length(len(sequence.prompt_ids), args.max_new_tokens, config.max_seq_len)

@@ -20,7 +20,13 @@ def complete_in_parallel(args: argparse.Namespace, model: Transformer, sequences
     that are complete.
 
     stats: more fields for --json."""
-    scheduler = make_scheduler(args, model, sequences)
+    try:
+        scheduler = build_scheduler(model, sequences, args.parallel, args.compile)
+    except OutOfMemoryError as e:
+        n_fitting = max_slots(model, longest_seq_len(model, sequences))
+        if n_fitting == 0:
+            raise
+        raise UsageError(f"{e}; --parallel {n_fitting} fits, or fewer --max_new_tokens") from None
     start, not_printed = time.perf_counter(), dict(enumerate(sequences))
 
     def print_sequence(i: int):
@@ -46,17 +52,6 @@ def complete_in_parallel(args: argparse.Namespace, model: Transformer, sequences
     print(f"{n_new_tokens} tokens in {seconds:.2f} s: {n_new_tokens / seconds:.1f} tokens/s in total", file=sys.stderr)
     if n_failed := sum(sequence.error is not None for sequence in sequences):
         raise UsageError(f"{n_failed} of {len(sequences)} prompts could not be completed")
-
-
-def make_scheduler(args: argparse.Namespace, model: Transformer, sequences: list[Sequence]) -> Scheduler:
-    """Returns a Scheduler for sequences. If memory is too small, the error says how many fit at a time."""
-    try:
-        return build_scheduler(model, sequences, args.parallel, args.compile)
-    except OutOfMemoryError as e:
-        n_fitting = max_slots(model, longest_seq_len(model, sequences))
-        if n_fitting == 0:
-            raise
-        raise UsageError(f"{e}; --parallel {n_fitting} fits, or fewer --max_new_tokens") from None
 
 
 def print_json(args: argparse.Namespace, model: Transformer, scheduler: Scheduler, sequence: Sequence, stats: dict):

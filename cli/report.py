@@ -32,8 +32,8 @@ def build_result(
     longest = [max(batch, key=lambda sequence: len(sequence.new_ids)) for batch in samples]
     last_batch, last = samples[-1], longest[-1]
     # Token 0 comes from prefill, all others from decode steps.
-    decoded = [one for one in longest if len(one.new_ids) > 1]
-    tokens_per_second = median([(len(one.new_ids) - 1) / decode_seconds(one) for one in decoded])
+    decoded = [sequence for sequence in longest if len(sequence.new_ids) > 1]
+    tokens_per_second = median([(len(sequence.new_ids) - 1) / decode_seconds(sequence) for sequence in decoded])
     steps_per_second = tokens_per_second
     if accept_counts is not None:
         steps_per_second /= tokens_per_step(accept_counts) or 1
@@ -78,7 +78,7 @@ def median(values: list[float]) -> float:
 
 def tokens_read(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> float:
     """Returns of how many tokens of a sequence a decode step reads keys and values, when the cache holds n_tokens."""
-    if model.can_record(kv_cache.batch_size, 1):
+    if model.has_kernels_for(kv_cache.batch_size, 1):
         return model.config.mean_attended_tokens(n_tokens)
     return kv_cache.max_seq_len if compile else n_tokens  # a compiled step reads the whole cache
 

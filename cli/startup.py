@@ -11,13 +11,13 @@ import torch
 
 import collectives
 from cli.ranks import communication_share
-from engine.generation import DecodeLoop
-from engine.runner import ModelRunner, make_kv_cache
+from engine.generation import Decoder
+from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeDecoder
 from kernels import MAX_CPU_TOKENS, TRITON
 from loading import load
-from model import Transformer
+from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -53,7 +53,10 @@ def required_seq_len(
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
     longest = max(len(sequence.prompt_ids) for sequence in sequences)
-    check_length(longest, args.max_new_tokens, context, limit=f"the {name}'s context of ")
+    try:
+        check_length(longest, args.max_new_tokens, context)
+    except UsageError as e:
+        raise UsageError(f"{e}, the {name}'s; lower --max_new_tokens or shorten the prompt") from None
     return longest + args.max_new_tokens
 
 
@@ -65,22 +68,20 @@ def build_speculative_decoder(
     if draft is None:
         proposer: Proposer = NgramProposer(args.prompt_lookup, runner.device)
     else:
-        draft_cache = make_kv_cache(draft, 1, runner.kv_cache.max_seq_len)
+        draft_cache = KVCache(draft, 1, runner.kv_cache.max_seq_len)
         proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling, args.compile), runner.model)
     return SpeculativeDecoder(runner, proposer, args.speculate_k)
 
 
 def warn_without_kernels(k: int, model: Transformer):
     """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
-    most = max((i for i in range(1, k + 1) if model.can_record(1, i + 1)), default=0)
+    most = max((i for i in range(1, k + 1) if model.has_kernels_for(1, i + 1)), default=0)
     if model.lm_head.backend.name == TRITON.name and most < k:
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)
 
 
 @torch.inference_mode()
-def warm_up(
-    args: argparse.Namespace, runner: ModelRunner, decode_loop: DecodeLoop, sequences: list[Sequence]
-) -> dict:
+def warm_up(args: argparse.Namespace, runner: ModelRunner, decoder: Decoder, sequences: list[Sequence]) -> dict:
     """Compiles or records what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
     records a step at its first use. The prompt overwrites what this function writes to the KV caches. Returns fields of
     --json: the seconds that it took, and what only several ranks have."""
@@ -92,7 +93,7 @@ def warm_up(
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
         runner.prefill(prompt, prompt[:, 0] + 1)
     if args.compile:
-        decode_loop.warm_up(args.max_new_tokens)
+        decoder.warm_up(args.max_new_tokens)
     stats = {"compile_seconds": time.perf_counter() - start}
     if args.json and collectives.world_size() > 1:
         tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)

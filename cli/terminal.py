@@ -44,7 +44,7 @@ def converse(conversation: Conversation, max_new_tokens: int):
     """Reads lines from standard input until the input ends, and answers them. Ctrl-C stops an answer. If a line cannot
     be answered, prints a note. If standard input is no terminal, such a line also raises UsageError at the end."""
     print_note(HELP)
-    read = make_reader()
+    read = build_reader()
     commands = ChatCommands(conversation, max_new_tokens)
     try:
         for line in input_lines(lambda: commands.next_line(read)):
@@ -199,12 +199,12 @@ def shorten(text: str) -> str:
 # ---- Standard input -------------------------------------------------------------------------------------------------
 
 
-def make_reader() -> Reader:
+def build_reader() -> Reader:
     """Returns a Reader: prompt_toolkit's if standard input and output are a terminal, else one of plain lines."""
     if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
         return read_line
     try:
-        return make_editor()
+        return build_editor()
     except ImportError as e:
         print_note(f"Lines are read without editing keys and history, for prompt_toolkit cannot be imported: {e}")
         return read_line
@@ -235,7 +235,7 @@ def hold_typing(is_canonical: bool) -> Iterator[None]:
         print("" if is_canonical else BRACKETED_PASTE_OFF, end="", flush=True)
 
 
-def make_editor() -> Reader:
+def build_editor() -> Reader:
     # here, since only a conversation on a terminal needs prompt_toolkit
     from prompt_toolkit import PromptSession
     from prompt_toolkit.enums import DEFAULT_BUFFER

@@ -1,9 +1,9 @@
 """Completes the sequences of several callers at once, in asyncio, with one Scheduler: those of the server's clients.
 
     completer = AsyncCompleter(scheduler)
-    async for outputs in completer.complete([sequence]):
-        for output in outputs:
-            print(output.text)
+    async for updates in completer.complete([sequence]):
+        for update in updates:
+            print(update.text)
 """
 
 import asyncio
@@ -45,12 +45,12 @@ class AsyncCompleter:
                     if self.step is None or self.step.done():  # the first caller that waits starts the step
                         self.step = asyncio.create_task(self.run_step())
                     await asyncio.shield(self.step)  # a caller that is cancelled must not cancel the step
-                outputs = inbox.copy()
+                updates = inbox.copy()
                 inbox.clear()
-                if errors := [output.sequence.error for output in outputs if output.sequence.error]:
+                if errors := [update.sequence.error for update in updates if update.sequence.error]:
                     raise CompletionError(errors[0])
-                n_left -= sum(output.finish_reason is not None for output in outputs)
-                yield outputs
+                n_left -= sum(update.finish_reason is not None for update in updates)
+                yield updates
         finally:
             for sequence in sequences:
                 self.inboxes.pop(sequence, None)
@@ -58,12 +58,12 @@ class AsyncCompleter:
 
     async def run_step(self):
         try:
-            outputs = await asyncio.wrap_future(self.thread.submit(self.scheduler.step))
+            updates = await asyncio.wrap_future(self.thread.submit(self.scheduler.step))
         except Exception as e:
             traceback.print_exc()
             for sequence in self.inboxes:
                 sequence.fail(str(e))
-            outputs = [SequenceUpdate(sequence, [], "", [], "error") for sequence in self.inboxes]
-        for output in outputs:
-            if output.sequence in self.inboxes:  # its caller has not stopped
-                self.inboxes[output.sequence].append(output)
+            updates = [SequenceUpdate(sequence, [], "", [], "error") for sequence in self.inboxes]
+        for update in updates:
+            if update.sequence in self.inboxes:  # its caller has not stopped
+                self.inboxes[update.sequence].append(update)

@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
-from engine.generation import DecodeLoop
+from engine.generation import Decoder, stream_texts
 from engine.sequence import Sequence, check_max_new_tokens
 from text.chat_template import check_unicode, read_message
 from text.length import exceeds
@@ -33,25 +33,25 @@ class ContextFull(UsageError):
 
 class Conversation:
     def __init__(
-        self, tokenizer: Tokenizer, decode_loop: DecodeLoop, max_seq_len: int, eos_ids: Collection[int],
+        self, tokenizer: Tokenizer, decoder: Decoder, max_seq_len: int, eos_ids: Collection[int],
         system: str | None = None, stop: tuple[str, ...] = (),
     ):
         """Raises UsageError if the checkpoint has no chat template.
 
-        max_seq_len: how many tokens the KV cache of decode_loop holds.
+        max_seq_len: how many tokens the KV cache of decoder holds.
         system: the system message.
         stop: strings that end an answer. The answer does not contain them."""
-        self.tokenizer, self.decode_loop = tokenizer, decode_loop
+        self.tokenizer, self.decoder = tokenizer, decoder
         self.max_seq_len, self.eos_ids, self.stop = max_seq_len, eos_ids, stop
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict] = []  # messages of the user and of the model, in turn
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
         self.n_dropped = 0  # how many messages were dropped to make room for the last answer
-        self.sequence = self.new_sequence()  # the last answer
+        self.sequence = self.build_answer()  # the last answer
         self.finish_reason: str | None = None  # of the last answer: "stop" or one of RESUMABLE; None: no answer
         self.encode("Hello", [])  # raises UsageError without a chat template
 
-    def new_sequence(self) -> Sequence:
+    def build_answer(self) -> Sequence:
         """Returns an answer without tokens. The method stream sets how many tokens the answer may have."""
         options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "is_resumable": True}
         return Sequence(prompt_ids=[], max_new_tokens=0, prompt=[], **options)
@@ -79,7 +79,7 @@ class Conversation:
         does not fit. If the caller stops early, the conversation keeps the part of the answer that has been generated.
         Without any part of an answer, the conversation drops the message."""
         ids = self.make_room(self.messages, message, [], max_new_tokens)
-        self.sequence = self.new_sequence()
+        self.sequence = self.build_answer()
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.stream(ids, max_new_tokens, new_messages)
 
@@ -124,6 +124,10 @@ class Conversation:
         """Adds new_messages to the conversation. Then yields the text that follows ids, and appends the text to the
         last message. If max_new_tokens cuts the answer within a character, the character follows after
         continue_answer."""
+        # Compute at least the last token, since only a token that is computed gives logits.
+        n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
+        del self.cached_ids[n_cached:]
+        not_cached = ids[n_cached:]
         n_free = self.max_seq_len - len(ids)
         max_new_tokens = min(max_new_tokens, n_free)
         sequence = self.sequence
@@ -132,32 +136,20 @@ class Conversation:
         answer = self.messages[-1]
         self.finish_reason = "interrupted"  # overwritten below unless the caller stops early
         try:
-            for token in self.new_tokens(ids, max_new_tokens):
-                piece = sequence.append(token)
+            for (piece,) in stream_texts(self.decoder, [sequence], ids, n_cached):
+                # The newest token is not in the cache: the model takes that token as input only in the next step.
+                self.cached_ids += not_cached
+                not_cached = sequence.new_ids[-1:]
                 answer["content"] = sequence.text
                 if piece:
                     yield piece
-                if sequence.finish_reason:
-                    break
             is_full = max_new_tokens == n_free and sequence.finish_reason != "stop"
             self.finish_reason = "context" if is_full else sequence.finish_reason
         finally:
-            answer["content"] = sequence.text  # Ctrl-C may come between append and the same line above
+            answer["content"] = sequence.text  # Ctrl-C may come between a new token and the same line above
             if self.finish_reason == "interrupted" and not self.answer_ids:
                 self.finish_reason = None
                 del self.messages[-2:]
-
-    def new_tokens(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """Yields up to max_new_tokens tokens that follow ids. Updates self.cached_ids. The newest token is not in
-        cached_ids, since the model takes that token as input only in the next step."""
-        # Compute at least the last token, since only a token that is computed gives logits.
-        n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
-        del self.cached_ids[n_cached:]
-        not_cached = ids[n_cached:]
-        for (token,) in self.decode_loop(ids, n_cached, max_new_tokens):
-            self.cached_ids += not_cached
-            not_cached = [token]
-            yield token
 
     def drop_oldest(self) -> list[dict]:
         """Drops the oldest message and the answer to it. Returns both."""

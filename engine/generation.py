@@ -4,8 +4,8 @@
     for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-generate is the loop. A DecodeLoop is this loop or that of speculate.py, bound to a runner. scheduler.py has a loop of
-its own, since its sequences begin and end at different times.
+generate is the loop. A Decoder is this loop or that of speculate.py, bound to a runner. scheduler.py has a loop of its
+own, since its sequences begin and end at different times. stream_texts goes from a Decoder's tokens to text.
 
 Shapes: B sequences, T new tokens per sequence.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.runner import ModelRunner, check_sampled_ids
+from engine.sequence import Sequence
 
 
 def generate(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
@@ -60,10 +61,10 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-class DecodeLoop(Protocol):
-    """A function that continues a text: PlainDecoder, or SpeculativeDecoder of speculate.py."""
+class Decoder(Protocol):
+    """What continues a text: PlainDecoder, or SpeculativeDecoder of speculate.py."""
 
-    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         """Continues the text token_ids in each of B sequences. Yields the next token of each sequence, [B],
         max_new_tokens times. The first n_cached of token_ids are in the KV cache."""
 
@@ -75,13 +76,26 @@ class DecodeLoop(Protocol):
         """Returns how many steps of the last text accepted 0, 1 ... k proposed tokens. None: nothing proposes."""
 
 
+def stream_texts(
+    decoder: Decoder, batch: list[Sequence], token_ids: list[int], n_cached: int = 0
+) -> Iterator[list[str]]:
+    """Continues the text token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have
+    ended. Yields the new text of each sequence whenever each has got a new token. The sequences are samples of one
+    text, with one limit of new tokens."""
+    max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
+    for ids in decoder.generate(token_ids, n_cached, max_new_tokens):
+        yield [sequence.append(token) for sequence, token in zip(batch, ids, strict=True)]
+        if all(sequence.finish_reason for sequence in batch):
+            break
+
+
 @dataclass(frozen=True)
 class PlainDecoder:
-    """A DecodeLoop with a decode step for every token."""
+    """A Decoder with a decode step for every token."""
 
     runner: ModelRunner
 
-    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         prompt = torch.tensor([token_ids[n_cached:]] * self.runner.kv_cache.batch_size, device=self.runner.device)
         return generate(self.runner, prompt, n_cached, max_new_tokens)
 

@@ -1,6 +1,6 @@
 """ModelRunner: a model bound to a KV cache, from token ids to the next token ids.
 
-    kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=300)
+    kv_cache = KVCache(model, batch_size=1, max_seq_len=300)
     runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8))
     tokens = runner.prefill(prompt, start_pos)  # [B, T] -> [B]
     tokens = runner.decode(tokens[:, None], start_pos + prompt.shape[1])
@@ -13,14 +13,14 @@ There are three kinds of steps:
 
 A decode or verification step has one of three modes (choose_mode):
 
-    can_record    device    --compile    mode
-    yes           CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
-    yes           GPU       yes          recorded: a CUDA graph of model and sampler
-    yes           GPU       no           eager
-    no            any       yes          compiled by torch.compile; without experts, a GPU also records the result
-    no            any       no           eager
+    kernels    device    --compile    mode
+    all        CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
+    all        GPU       yes          recorded: a CUDA graph of model and sampler
+    all        GPU       no           eager
+    not all    any       yes          compiled by torch.compile; without experts, a GPU also records the result
+    not all    any       no           eager
 
-model.can_record(B, T) says whether every operation has a kernel for B * T tokens. An eager step uses the kernels of the
+"all": every operation has a kernel for B * T tokens (model.has_kernels_for). An eager step uses the kernels of the
 operations that are within their limit (kernels/backend.py). The limits of matrix products:
 
     64 tokens          quantized weights, and all weights on a GPU with matrix units
@@ -40,15 +40,13 @@ import torch
 from torch import Tensor, nn
 
 import collectives
-from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample
-from engine.token_history import TokenHistory
+from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
 from kernels.backend import Backend
 from kernels.build import find_compiler
 from kernels.record import call_with_tape_threads, record
 from kernels.schema import PositionTables
 from model import KVCache, Transformer
 from utils.errors import UsageError
-from utils.machine import check_memory
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
 # chunks are slow: every chunk reads all weights again, and where PyTorch multiplies, it dequantizes them first.
@@ -56,14 +54,6 @@ CPU_PREFILL_CHUNK_TOKENS = 2048
 GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
-
-
-def make_kv_cache(model: Transformer, batch_size: int, max_seq_len: int) -> KVCache:
-    """Returns a KVCache on model's device. Raises OutOfMemoryError if the device is a CPU with too little memory."""
-    if model.device.type == "cpu":
-        n_bytes = batch_size * max_seq_len * model.kv_bytes_per_token()
-        check_memory(n_bytes, f"the KV cache of {batch_size} x {max_seq_len} tokens")
-    return KVCache(model, batch_size, max_seq_len)
 
 
 def check_sampled_ids(ids: list[int]) -> list[int]:
@@ -79,7 +69,7 @@ class Sampler:
     ranks. speculate.py has two more samplers, for verification and for a draft."""
 
     sampling: SamplingParams
-    history: TokenHistory
+    token_ids: Tensor  # [B, S], of the KV cache
     backend: Backend  # the model's
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
@@ -87,13 +77,13 @@ class Sampler:
         return collectives.broadcast(sample(logits[:, -1], self.sampling, self.backend))
 
     def penalize(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        if self.sampling.needs_history:
-            self.history.store(tokens, start_pos)
-        return apply_repetition_penalty(logits, tokens, start_pos, self.history, [self.sampling])
+        if self.sampling.needs_token_ids:
+            store_token_ids(self.token_ids, tokens, start_pos)
+        return apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, [self.sampling])
 
 
 class ModelRunner:
-    """The steps of a model with one KV cache, and what they share: the cache, tables, and the texts' ids."""
+    """The steps of a model with one KV cache, and what they share: the cache and the tables of positions."""
 
     def __init__(
         self, model: Transformer, kv_cache: KVCache, sampling: SamplingParams = GREEDY, compile: bool = False,
@@ -101,39 +91,38 @@ class ModelRunner:
     ):
         """sampling: of prefill and decode. compile and compile_prefill are the options of generate.py."""
         self.model, self.kv_cache, self.compile, self.device = model, kv_cache, compile, model.device
-        self.position_tables = model.make_position_tables(kv_cache)
-        self.history = TokenHistory(kv_cache.batch_size, kv_cache.max_seq_len, kv_cache.device)
-        self.sampler = Sampler(sampling, self.history, model.lm_head.backend)
+        self.position_tables = model.build_position_tables(kv_cache)
+        self.sampler = Sampler(sampling, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode = self.build_step(self.sampler)  # tokens [B, 1], start_pos [B] -> the next tokens [B]
 
-    # ---- Prefill. The B sequences are neighbours in the KV cache, the first of which is number first ----
+    # ---- Prefill. The B sequences are in neighbouring slots of the KV cache, from first_slot on ----
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         """Returns the next tokens [B]."""
         return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos)
 
-    def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first: int = 0) -> Tensor:
+    def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
         """Returns the logits [B, 1, V] after the last of tokens."""
-        for hidden in self.prefill_chunks(tokens, start_pos, first):
+        for hidden in self.prefill_chunks(tokens, start_pos, first_slot):
             last_hidden = hidden[:, -1:]
         return self.model.compute_logits(last_hidden)
 
-    def fill_kv_cache(self, tokens: Tensor, start_pos: Tensor, first: int = 0):
+    def fill_kv_cache(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0):
         """Computes only keys and values."""
-        for _ in self.prefill_chunks(tokens, start_pos, first):
+        for _ in self.prefill_chunks(tokens, start_pos, first_slot):
             pass
 
-    def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first: int = 0) -> Iterator[Tensor]:
+    def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
         """Runs the blocks on one chunk after the other. Yields the hidden states of each chunk: [B, chunk, dim]. Chunks
         with more tokens than the kernels take are compiled, if compile_prefill says so."""
-        kv_cache = self.kv_cache.narrow_batch(first, len(tokens))
+        kv_cache = self.kv_cache.narrow_batch(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
         n_cached, offset = int(start_pos.max()), 0
         for chunk in tokens.split(max(1, chunk_tokens // len(tokens)), dim=1):
             model = self.model
-            if self.compiled_model and chunk.numel() >= MIN_COMPILED_TOKENS and not model.can_record(*chunk.shape):
+            if self.compiled_model and chunk.numel() >= MIN_COMPILED_TOKENS and not model.has_kernels_for(*chunk.shape):
                 model = self.compiled_model
             used_cache = kv_cache.narrow_length(n_cached + offset + chunk.shape[1])
             yield model.compute_hidden(chunk, start_pos + offset, used_cache, self.position_tables)
@@ -149,8 +138,8 @@ class ModelRunner:
         All arguments are tensors. The step uses the first B sequences of the KV cache. The next call may overwrite the
         result and the logits that sampler gets: both may be static buffers of a recording. Clone what must last."""
         device_type, compile = self.device.type, self.compile
-        can_record = cache(self.model.can_record)  # model.can_record goes through all modules
-        eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler or return_logits, can_record)
+        has_kernels_for = cache(self.model.has_kernels_for)  # the method goes through all modules
+        eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler or return_logits, has_kernels_for)
         modes = {"eager": eager, "compiled": CompiledStep(eager)}
         if device_type == "cpu":
             modes["recorded"] = TapeStep(eager)
@@ -163,15 +152,15 @@ class ModelRunner:
         # until Python's next garbage collection.
         @torch.inference_mode()
         def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-            mode = choose_mode(can_record(*tokens.shape), device_type, compile)
+            mode = choose_mode(has_kernels_for(*tokens.shape), device_type, compile)
             return modes[mode](tokens, start_pos, *inputs)
 
         return step
 
 
-def choose_mode(can_record: bool, device_type: str, compile: bool) -> str:
+def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> str:
     """Returns the mode of a step, by the table at the top of this file."""
-    if can_record and (compile or device_type == "cpu"):
+    if has_kernels and (compile or device_type == "cpu"):
         return "recorded"
     return "compiled" if compile else "eager"
 
@@ -188,14 +177,14 @@ class EagerStep:
     kv_cache: KVCache
     position_tables: list[PositionTables]
     sampler: Callable
-    can_record: Callable[[int, int], bool]
+    has_kernels_for: Callable[[int, int], bool]
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
 
     def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         used_cache = self.kv_cache.narrow_batch(0, len(tokens))
-        if not self.can_record(*tokens.shape):
+        if not self.has_kernels_for(*tokens.shape):
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
         return self.model(tokens, start_pos, used_cache, self.position_tables)

@@ -8,8 +8,8 @@ the host has read the sampled token.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
-from engine.token_history import TokenHistory
 from kernels.backend import TORCH, Backend
 from utils.errors import UsageError
 
@@ -28,49 +27,47 @@ FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
 
 
+def option(default: float | None, help: str, allowed: str, is_allowed: Callable[[float], bool], neutral=None):
+    """A field of SamplingParams. help is for the command line, which has an option of the same name. allowed names the
+    values for which is_allowed is true. neutral is a value that changes nothing; it becomes the default."""
+    return field(default=default, metadata=dict(help=help, allowed=allowed, is_allowed=is_allowed, neutral=neutral))
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is chosen. The options apply in this order:
+    """How a token is chosen. The repetition penalty applies first, and then the other options in the order of the
+    fields. Options with the default None exclude tokens. A temperature of 0 takes the likeliest token (greedy),
+    whatever these are. The default temperature is 0 in Python, 0.8 in generate.py (as in gpt-fast) and 1 in the server
+    (as in OpenAI's API)."""
 
-        repetition_penalty    arXiv:1909.05858; in apply_repetition_penalty, the others in sample
-        temperature
-        top_k
-        top_p                 arXiv:1904.09751
-        min_p                 arXiv:2407.01082
-    """
-
-    # 0 takes the likeliest token (greedy), whatever top_k, top_p and min_p are. The default is 0 in Python, 0.8 in
-    # generate.py (as in gpt-fast) and 1 in the server (as in OpenAI's API).
-    temperature: float = 0.0
+    temperature: float = option(0.0, "0 takes the likeliest token", "0 or more", lambda t: 0 <= t < math.inf)
     _: KW_ONLY
-    top_k: int | None = None  # only the k likeliest tokens
-    top_p: float | None = None  # only the likeliest tokens that together have this probability
-    min_p: float | None = None  # only tokens with at least min_p times the probability of the likeliest token
-    repetition_penalty: float = 1.0  # above 1: tokens that the text already contains become less likely
+    top_k: int | None = option(None, "sample among the k likeliest tokens only", "at least 1", lambda k: k >= 1)
+    top_p: float | None = option(  # arXiv:1904.09751
+        None, "sample among the likeliest tokens that make up p", "above 0 and at most 1", lambda p: 0 < p <= 1,
+        neutral=1,
+    )
+    min_p: float | None = option(  # arXiv:2407.01082
+        None, "sample among tokens at least p times as likely as the likeliest", "0 to 1", lambda p: 0 <= p <= 1,
+        neutral=0,
+    )
+    repetition_penalty: float = option(  # arXiv:1909.05858
+        1.0, "above 1: what the text has already becomes less likely", "above 0", lambda factor: 0 < factor < math.inf
+    )
 
     def __post_init__(self):
         """Raises UsageError if a field has the wrong type or is out of range. The message begins with its name."""
-        for field in fields(self):
-            value, is_integer = getattr(self, field.name), field.type == int | None
-            has_type = isinstance(value, int if is_integer else int | float) and not isinstance(value, bool)
-            if not has_type and (value is not None or field.default is not None):
+        for option in fields(self):
+            value, is_integer = getattr(self, option.name), option.type == int | None
+            if value is option.default:
+                continue
+            if not isinstance(value, int if is_integer else int | float) or isinstance(value, bool):
                 kind = "an integer" if is_integer else "a number"
-                raise UsageError(f"{field.name} must be {kind}, not {value!r:.80}")
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k must be at least 1, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise UsageError(f"min_p must be 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        # Normalise no-ops to None, so that the fast sampling kernel stays enabled.
-        if self.top_p == 1:
-            object.__setattr__(self, "top_p", None)
-        if self.min_p == 0:
-            object.__setattr__(self, "min_p", None)
+                raise UsageError(f"{option.name} must be {kind}, not {value!r:.80}")
+            if not option.metadata["is_allowed"](value):
+                raise UsageError(f"{option.name} must be {option.metadata['allowed']}, not {value}")
+            if value == option.metadata["neutral"]:  # so that the fast sampling kernel stays enabled
+                object.__setattr__(self, option.name, option.default)
 
     @classmethod
     def from_options(cls, options: Mapping) -> "SamplingParams":
@@ -85,10 +82,10 @@ class SamplingParams:
     @property
     def has_truncation(self) -> bool:
         """Whether an option excludes tokens. Then no kernel draws, since a kernel draws from the whole vocabulary."""
-        return any(option is not None for option in (self.top_k, self.top_p, self.min_p))
+        return any(option.default is None and getattr(self, option.name) is not None for option in fields(self))
 
     @property
-    def needs_history(self) -> bool:
+    def needs_token_ids(self) -> bool:
         """Whether an option depends on the text."""
         return self.repetition_penalty != 1
 
@@ -96,20 +93,35 @@ class SamplingParams:
 GREEDY = SamplingParams()
 
 
+def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor):
+    """Stores tokens [B, T] in token_ids [B, S] of a KVCache, the first of each sequence at start_pos [B]."""
+    positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    token_ids.scatter_(1, positions, tokens)
+
+
+def seen_token_mask(token_ids: Tensor, last_positions: Tensor, vocab_size: int) -> Tensor:
+    """Whether each token of the vocabulary occurs in the text up to each of last_positions [B, n]: bool [B, n, V].
+    token_ids [B, S] must hold the text up to there."""
+    is_later = torch.arange(token_ids.shape[1], device=token_ids.device) > last_positions[..., None]  # [B, n, S]
+    ids = token_ids[:, None].masked_fill(is_later, vocab_size)
+    seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=token_ids.device)
+    return seen.scatter_(-1, ids, True)[..., :vocab_size]
+
+
 def apply_repetition_penalty(
-    logits: Tensor, tokens: Tensor, start_pos: Tensor, history: TokenHistory, samplings: Sequence[SamplingParams]
+    logits: Tensor, tokens: Tensor, start_pos: Tensor, token_ids: Tensor, samplings: list[SamplingParams]
 ) -> Tensor:
     """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. sample does
     not apply it, so scheduler.py: sample_each ignores it when it groups sequences of equal options.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
-    history: holds the text and tokens, if an option depends on the text.
+    token_ids [B, S]: of a KVCache; they hold the text and tokens, if an option depends on the text.
     samplings: one for each sequence, or one for all."""
-    if not any(sampling.needs_history for sampling in samplings):
+    if not any(sampling.needs_token_ids for sampling in samplings):
         return logits
     n = logits.shape[1]
     last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
-    seen = history.seen_token_mask(last_positions, logits.shape[-1])
+    seen = seen_token_mask(token_ids, last_positions, logits.shape[-1])
     penalty: float | Tensor = samplings[0].repetition_penalty
     if len(samplings) > 1:  # only in the scheduler, since a CUDA graph cannot record the copy to the GPU
         penalties = [sampling.repetition_penalty for sampling in samplings]
@@ -137,7 +149,7 @@ def sample(
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
     else:
-        probs, ids = apply_top_k_top_p(logits, sampling, temperatures)
+        probs, ids = truncated_probs(logits, sampling, temperatures)
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.sum(-1).isfinite()
@@ -146,12 +158,12 @@ def sample(
 
 def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Returns the distribution [B, V] from which sample draws. sampling must not be greedy."""
-    probs, ids = apply_top_k_top_p(logits, sampling)
+    probs, ids = truncated_probs(logits, sampling)
     probs = probs / probs.sum(-1, keepdim=True)
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
-def apply_top_k_top_p(
+def truncated_probs(
     logits: Tensor, sampling: SamplingParams, temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a

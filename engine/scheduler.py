@@ -3,8 +3,8 @@
     scheduler = Scheduler(model, n_slots=16, max_seq_len=2048)
     scheduler.submit(Sequence(prompt_ids, max_new_tokens=100))  # at any time
     while scheduler.has_work():
-        for output in scheduler.step():
-            print(output.new_ids)
+        for update in scheduler.step():
+            print(update.new_ids)
 
     for i, sequence in scheduler.complete(sequences):  # or all of a list, in its order
         print(i, sequence.text)
@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 import collectives
-from engine.runner import NOT_FINITE, ModelRunner, make_kv_cache
-from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample
+from engine.runner import NOT_FINITE, ModelRunner
+from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
 from engine.sequence import Logprobs, Sequence, check_length
 from kernels.backend import TORCH, Backend
 from kernels.record import call_with_tape_threads
-from model import Transformer
+from model import KVCache, Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
 from utils.machine import free_memory
@@ -94,10 +94,9 @@ class Scheduler:
         chunk_tokens: while sequences decode, compute so many tokens of prompts between two decode steps: one chunk of a
             long prompt, or several short prompts."""
         self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
-        self.kv_cache = make_kv_cache(model, n_slots, max_seq_len)
+        self.kv_cache = KVCache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
-        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.can_record(n_slots, 1))
-        self.history = self.runner.history
+        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.has_kernels_for(n_slots, 1))
         self.decode_step = self.runner.build_step()  # gives logits, since every sequence has its own sampling options
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
@@ -111,7 +110,7 @@ class Scheduler:
 
     def check(self, sequence: Sequence):
         """Raises UsageError if the prompt is empty, or if sequence does not fit into a slot."""
-        check_length(len(sequence.prompt_ids), sequence.max_new_tokens, self.max_seq_len, limit="")
+        check_length(len(sequence.prompt_ids), sequence.max_new_tokens, self.max_seq_len)
 
     def cancel(self, sequence: Sequence):
         """Ends a waiting or running sequence. Does nothing if sequence has ended."""
@@ -190,8 +189,7 @@ class Scheduler:
             target = min(free_slots, key=lambda i: self.slots[i].ended_at)
         n = max(shared)
         if shared[target] < n:
-            for store in (self.kv_cache, self.history):
-                store.copy_sequence(shared.index(n), target, n)
+            self.kv_cache.copy_sequence(shared.index(n), target, n)
         self.slots[target].cached_ids = sequence.prompt_ids[:n]
         self.slots[target].sequence = sequence
         sequence.start_time = time.perf_counter()
@@ -205,17 +203,17 @@ class Scheduler:
         start_pos = torch.tensor([n_cached], device=device)
         self.n_prefilled += len(chunk)
         if n_cached + n < len(prompt_ids):
-            self.runner.fill_kv_cache(tokens, start_pos, first=i)
-            self.history.narrow_batch(i, 1).store(tokens, start_pos)
+            self.runner.fill_kv_cache(tokens, start_pos, first_slot=i)
+            store_token_ids(self.kv_cache.token_ids[i : i + 1], tokens, start_pos)
             slot.cached_ids += chunk
             return []
-        logits = self.runner.prefill_logits(tokens, start_pos, first=i)
+        logits = self.runner.prefill_logits(tokens, start_pos, first_slot=i)
         slot.cached_ids += chunk
         return self.sample_next(range(i, i + 1), logits, tokens, start_pos)
 
     def decode(self, n: int) -> list[SequenceUpdate]:
         """Computes the next token of the n decoding sequences."""
-        self.compact(n)
+        self.move_decoding_first(n)
         slots, device = self.slots[:n], self.runner.device
         last_ids = [slot.sequence.new_ids[-1] for slot in slots]
         tokens = torch.tensor(last_ids, device=device)[:, None]
@@ -225,25 +223,24 @@ class Scheduler:
             slot.cached_ids.append(token)
         return call_with_tape_threads(self.sample_next, range(n), logits, tokens, start_pos)
 
-    def compact(self, n: int):
-        """Moves the n decoding sequences into the first n slots. What these held changes places with them, so nothing
-        is lost for later prompts."""
+    def move_decoding_first(self, n: int):
+        """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of
+        sequences that have ended stay, as prefixes of later prompts."""
         gaps = [i for i in range(n) if not self.slots[i].is_decoding]
         sources = [i for i in range(n, len(self.slots)) if self.slots[i].is_decoding]
         for i, j in zip(gaps, sources, strict=True):
             length = max(len(self.slots[i].cached_ids), len(self.slots[j].cached_ids))
-            for store in (self.kv_cache, self.history):
-                store.swap_sequences(i, j, length)
+            self.kv_cache.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
     def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[SequenceUpdate]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
         sequences = [self.slots[i].sequence for i in slots]
-        history = self.history.narrow_batch(slots.start, len(slots))
+        token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
         # Even if no option needs the ids now: a later prompt that has such an option may copy this slot's prefix.
-        history.store(tokens, start_pos)
+        store_token_ids(token_ids, tokens, start_pos)
         samplings = [sequence.sampling for sequence in sequences]
-        scores = apply_repetition_penalty(logits, tokens, start_pos, history, samplings)
+        scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, samplings)
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
@@ -297,8 +294,8 @@ def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TO
         if options.is_greedy:
             ids[indices] = sample(rows, options, backend)
             continue
-        uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=one.generator) for one in group])
-        temperatures = logits.new_tensor([[one.sampling.temperature] for one in group])
+        uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in group])
+        temperatures = logits.new_tensor([[sequence.sampling.temperature] for sequence in group])
         ids[indices] = sample(rows, options, uniform=uniform.to(logits.device), temperatures=temperatures)
     return ids
 

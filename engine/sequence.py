@@ -152,11 +152,10 @@ def check_max_new_tokens(max_new_tokens: int):
         raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
 
-def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, limit: str = "the model's context of "):
-    """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len.
-    limit: what max_seq_len is, for the error's text."""
+def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int):
+    """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len."""
     if n_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give some text")
     if n_prompt_tokens + max_new_tokens > max_seq_len:
-        excess = f"{n_prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed"
-        raise UsageError(f"{excess} {limit}{max_seq_len}; shorten the prompt or ask for fewer new tokens")
+        n_tokens = f"{n_prompt_tokens} prompt tokens and {max_new_tokens}"
+        raise UsageError(f"{n_tokens} new ones exceed the context of {max_seq_len} tokens")

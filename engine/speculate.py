@@ -2,7 +2,7 @@
 
     proposer = NgramProposer(max_ngram=3, device=device)
     decoder = SpeculativeDecoder(runner, proposer, k=5)
-    for (token,) in decoder(token_ids, n_cached=0, max_new_tokens=100): ...
+    for (token,) in decoder.generate(token_ids, n_cached=0, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
 one. The model accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling makes the
@@ -11,8 +11,8 @@ distribution of the output exactly that of plain decoding (arXiv:2211.17192).
     NgramProposer         searches the text for its last few tokens, and proposes the tokens that followed them there
     DraftModelProposer    proposes the tokens that a smaller model samples
 
-Read SpeculativeDecoder first: a call is the loop, in place of generation.py: generate. rejection_sample decides which
-tokens are accepted. Costs are times, as fractions of the time of a decode step of the model.
+Read SpeculativeDecoder.generate first, which is the loop in place of generation.py: generate. rejection_sample decides
+which tokens are accepted. A cost is a time; the unit is one decode step of the model.
 
 Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
 """
@@ -58,19 +58,20 @@ class Proposer(Protocol):
 
 
 class SpeculativeDecoder:
-    """A DecodeLoop (generation.py) that verifies what proposer proposes."""
+    """A Decoder (generation.py) that verifies what proposer proposes."""
 
     def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
         """k: the most tokens to propose at a time."""
         self.runner, self.proposer, self.k, self.device = runner, proposer, k, runner.device
-        self.verify_step = runner.build_step(RejectionSampler(**vars(runner.sampler)))
+        sampler = runner.sampler
+        self.verify_step = runner.build_step(RejectionSampler(sampler.sampling, sampler.token_ids, sampler.backend))
         self.verify_cost = estimate_verify_cost(runner.model)  # of one proposed token
         # How many tokens each step of the last text gave, the first of them prefill. A step gives at least one token,
         # and the last step only as many as the caller took.
         self.step_sizes: list[int] = []
 
     @torch.inference_mode()
-    def __call__(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         """Continues the text token_ids by max_new_tokens tokens. Yields them one by one, each as [1]. The first
         n_cached of token_ids are in the KV cache."""
         self.step_sizes.clear()

@@ -144,7 +144,7 @@ class HarnessModel:
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Generates the answers to requests, max_batch_size answers at a time."""
-        answers = [self.make_sequence(*request.args, seed=i) for i, request in enumerate(requests)]
+        answers = [self.build_sequence(*request.args, seed=i) for i, request in enumerate(requests)]
         scheduler = build_scheduler(self.model, answers, self.max_batch_size, self.compile)
         bar = tqdm(scheduler.complete(answers), "generations", len(answers), disable=disable_tqdm or None)
         for _, answer in bar:
@@ -152,8 +152,8 @@ class HarnessModel:
                 raise UsageError(answer.error)
         return [answer.text for answer in answers]
 
-    def make_sequence(self, text: str, kwargs: dict, seed: int) -> Sequence:
-        """Makes a Sequence of the prompt's text and the options of lm_eval's generation request."""
+    def build_sequence(self, text: str, kwargs: dict, seed: int) -> Sequence:
+        """Builds a Sequence of the prompt's text and the options of lm_eval's generation request."""
         options = read_options(kwargs) | {"tokenizer": self.tokenizer, "eos_ids": self.model.config.eos_ids}
         return Sequence(self.prompt_ids(text, options["max_new_tokens"]), seed=seed, **options)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from engine.runner import NOT_FINITE, ModelRunner, make_kv_cache
-from model import Transformer
+from engine.runner import NOT_FINITE, ModelRunner
+from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -79,7 +79,7 @@ def compute_scores(
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     batch_size = min(batch_size, len(sequences))
     device = model.device
-    kv_cache = make_kv_cache(model, batch_size, len(sequences[order[0]].ids) - 1)
+    kv_cache = KVCache(model, batch_size, len(sequences[order[0]].ids) - 1)
     runner = ModelRunner(model, kv_cache, compile_prefill=compile)
     start_pos = torch.zeros(batch_size, dtype=torch.long, device=device)
     for start in range(0, len(order), batch_size):

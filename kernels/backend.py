@@ -7,7 +7,7 @@ what computes an operation is decided for each step. A backend knows for which s
               multiplies some quantized weights by PyTorch's own kernels
 
 Every layer holds a backend: TORCH, until packing.py packs the weights for another backend. This object answers all
-questions: an operation asks for its kernel (ops.py), a model asks whether a step can be recorded (model.py).
+questions: an operation asks for its kernel (ops.py), a model asks whether a step has kernels only (model.py).
 
 The backends compute the same functions, but round differently. With activations of 16 bits:
 
@@ -80,10 +80,10 @@ class Backend:
             return None
         return self.find_kernel("attend", batch_size * n_new_tokens)
 
-    def can_record(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
-        """Whether a step of a model on this backend can be recorded: whether kernels compute every operation in the
-        table. CPU has all operations there, since a tape holds nothing else. A CUDA graph holds any computation, so
-        TRITON leaves some operations to PyTorch."""
+    def has_kernels_for(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
+        """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size
+        sequences. Then the step can be recorded. CPU has all operations in the table, since a tape holds nothing else.
+        A CUDA graph holds any computation, so TRITON leaves some operations to PyTorch."""
         has_kernels = batch_size * n_new_tokens <= min(self.max_tokens.values(), default=0)
         return has_kernels and self.find_attention_kernel(batch_size, n_new_tokens, heads_per_kv_head) is not None
 

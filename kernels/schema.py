@@ -72,7 +72,7 @@ class LayerCache(NamedTuple):
 
 class PositionTables(NamedTuple):
     """How a layer's attention tells positions apart. Made once for all positions of a KV cache (model.py:
-    make_position_tables)."""
+    build_position_tables)."""
 
     rope: Tensor  # [S or more, D/2, 2] float32: cos and sin of the angles of every position
     alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores

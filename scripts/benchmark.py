@@ -68,13 +68,13 @@ def main():
     arguments = sys.argv[1:]
     if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
         arguments = ["speed", *arguments]
-    args = make_parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     common_args.set_threads(args.threads)
     args.command(args)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = common_args.make_parser(__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    parser = common_args.build_parser(__doc__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     add_speed(subparsers)
     add_gpu_commands(subparsers)

@@ -35,7 +35,7 @@ except ImportError as e:
 
 
 def main():
-    parser = common_args.make_parser(__doc__)
+    parser = common_args.build_parser(__doc__)
     architectures = ", ".join(ARCHITECTURES)
     help = f"a .gguf of one of the architectures {architectures}; Mixtral is a llama, and Olmo 3 an olmo2"
     parser.add_argument("file", type=Path, help=help)

@@ -31,7 +31,7 @@ from converters.convert_folder import convert_folder
 
 
 def main():
-    parser = common_args.make_parser(__doc__)
+    parser = common_args.build_parser(__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth goes there too")
     help = "merge the LoRA adapter in this folder (adapter_config.json), and write model.pth there"
     parser.add_argument("--lora", type=Path, metavar="FOLDER", help=help)

@@ -36,7 +36,7 @@ WEIGHTS = {
 
 
 def main():
-    parser = common_args.make_parser(__doc__)
+    parser = common_args.build_parser(__doc__)
     parser.add_argument("--repo_id", required=True, help="OWNER/NAME, or OWNER/NAME/STEM for its STEM.pt")
     parser.add_argument("--hf_token", help="for private and gated repositories (default: HF_TOKEN, or `hf auth login`)")
     args = parser.parse_args()

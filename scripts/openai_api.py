@@ -125,19 +125,21 @@ class Reply:
         self.header = {"id": secrets.token_hex(12), "object": object, "created": int(time.time()), "model": model_name}
 
     def response(self) -> dict:
-        return self.header | {"choices": [self.choice(one, one) for one in self.sequences], "usage": self.usage()}
+        choices = [self.choice(sequence, sequence) for sequence in self.sequences]
+        return self.header | {"choices": choices, "usage": self.usage()}
 
     async def stream(self, updates: AsyncIterator[list[SequenceUpdate]]) -> AsyncIterator[dict]:
         """Yields a chunk for each update. If the request asks for the usage, it comes at the end."""
-        async for outputs in updates:
-            for output in outputs:
-                yield self.header | {"choices": [self.choice(output.sequence, output)]}
+        async for step_updates in updates:
+            for update in step_updates:
+                yield self.header | {"choices": [self.choice(update.sequence, update)]}
         if self.streams_usage:
             yield self.header | {"choices": [], "usage": self.usage()}
 
     def usage(self) -> dict:
-        n_prompt = sum(map(len, {id(one.prompt_ids): one.prompt_ids for one in self.sequences}.values()))
-        n_new = sum(len(one.new_ids) for one in self.sequences)
+        prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.sequences}  # n texts share one
+        n_prompt = sum(map(len, prompts.values()))
+        n_new = sum(len(sequence.new_ids) for sequence in self.sequences)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
     def choice(self, sequence: Sequence, part: Sequence | SequenceUpdate) -> dict:

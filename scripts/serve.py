@@ -51,7 +51,7 @@ CHAT_PATH = "/v1/chat/completions"
 
 
 def main():
-    parser = common_args.make_parser(__doc__)
+    parser = common_args.build_parser(__doc__)
     add = parser.add_argument
     common_args.add_checkpoint_path(parser)
     add("--host", default="127.0.0.1", help="default: %(default)s, which only this machine can reach")

@@ -30,7 +30,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% e
 
 
 def main():
-    parser = common_args.make_parser(__doc__)
+    parser = common_args.build_parser(__doc__)
     parser.add_argument("family", choices=CONFIGS)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()

@@ -156,7 +156,7 @@ def test_parallel_speed(config_json, capsys):
         ("--config nothing", "neither a config.json, a model.pth nor one of SmolLM2-135M"),
         ("--config TinyLlama-1.1B --cold_start --mode int8", "without --mode"),
         ("--config TinyLlama-1.1B --max_new_tokens 1", "--max_new_tokens 2"),
-        ("--config TinyLlama-1.1B --prompt_tokens 2000", "exceed the model's context of 2048"),
+        ("--config TinyLlama-1.1B --prompt_tokens 2000", "exceed the context of 2048 tokens"),
         ("--config TinyLlama-1.1B --device cpu --tune", "--tune is for GPUs"),
         ("--config TinyLlama-1.1B --parallel 8 0", "--parallel must be at least 1"),
         ("--config TinyLlama-1.1B --busy 0", "--busy must be at least 1"),
@@ -187,7 +187,7 @@ def test_jobs_have_commands():
     """Every job's arguments parse, for a shape that there is."""
     jobs = gpu_jobs.all_jobs(tune=True)
     for arguments in jobs.values():
-        args = benchmark.make_parser().parse_args(arguments)
+        args = benchmark.build_parser().parse_args(arguments)
         if args.command is not check_command.check:
             benchmark_speed.find_config(args.config)
     assert "--tune" in jobs["ours Llama-2-7B int4"] and "--tune" not in jobs["plain Llama-2-7B int4"]

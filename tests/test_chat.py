@@ -128,8 +128,8 @@ def test_an_interrupted_answer_stays(chatty):
     """As far as it has come; and the next answer is what a model says that knows no more than that."""
     model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
-    decode_loop = generation.PlainDecoder(ModelRunner(model, kv_cache))
-    conversation = Conversation(tokenizer, decode_loop, CONTEXT, model.config.eos_ids)
+    decoder = generation.PlainDecoder(ModelRunner(model, kv_cache))
+    conversation = Conversation(tokenizer, decoder, CONTEXT, model.config.eos_ids)
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)
     pieces.close()

@@ -112,7 +112,7 @@ def test_a_cache_that_nothing_uses_is_freed_at_once(pair):
 
 def test_modes_of_a_step():
     """By device, and by whether every operation has a kernel: without compile and with it."""
-    for device, can_record, expected in [
+    for device, has_kernels, expected in [
         ("cpu", True, ["recorded", "recorded"]),
         ("cpu", False, ["eager", "compiled"]),
         ("cuda", True, ["eager", "recorded"]),
@@ -120,7 +120,7 @@ def test_modes_of_a_step():
         ("mps", False, ["eager", "compiled"]),
     ]:
         for compile, mode in zip((False, True), expected, strict=True):
-            assert choose_mode(can_record, device, compile) == mode
+            assert choose_mode(has_kernels, device, compile) == mode
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -216,7 +216,7 @@ def test_kernels_compile(family, pair):
     # One family goes all the way to machine code. The others show that their calls are captured without a break.
     step = torch.compile(ours, fullgraph=True, backend="inductor" if family == "qwen3" else "aot_eager")
     kv_cache, compiled_cache = KVCache(ours, 1, 20), KVCache(ours, 1, 20)
-    tables = ours.make_position_tables(kv_cache)
+    tables = ours.build_position_tables(kv_cache)
     for i in range(4):
         token, position = torch.tensor([[i + 5]]), torch.tensor([i])
         with torch.inference_mode():

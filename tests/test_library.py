@@ -11,7 +11,7 @@ import torch
 from engine.chat import Conversation
 from engine.generation import PlainDecoder
 from engine.sampling import SamplingParams
-from llm import LLM, ModelRunner, generate, load, make_kv_cache
+from llm import LLM, KVCache, ModelRunner, generate, load
 from tests.tiny import PACKAGES, ROOT
 from text.tokenizer import detokenize
 from utils.errors import UsageError
@@ -20,7 +20,7 @@ from utils.errors import UsageError
 def test_text(chatty, ask):
     """As generate.py --prompt generates it."""
     model, tokenizer = load(str(chatty / "model.pth"), device="cpu", dtype=torch.bfloat16)
-    kv_cache = make_kv_cache(model, batch_size=1, max_seq_len=100)
+    kv_cache = KVCache(model, batch_size=1, max_seq_len=100)
     runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
     prompt = tokenizer.encode("Hello, my name is")
     torch.manual_seed(1234)
@@ -34,11 +34,11 @@ def test_text(chatty, ask):
 def test_conversation(chatty, cli):
     """As generate.py --chat leads it. Another cache of the same model does not notice."""
     model, tokenizer = load(chatty / "model.pth")
-    kv_cache, other_kv_cache = (make_kv_cache(model, 1, 160) for _ in range(2))
+    kv_cache, other_kv_cache = (KVCache(model, 1, 160) for _ in range(2))
     runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_runner, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
-    decode_loop = PlainDecoder(runner)
-    conversation = Conversation(tokenizer, decode_loop, kv_cache.max_seq_len, model.config.eos_ids)
+    decoder = PlainDecoder(runner)
+    conversation = Conversation(tokenizer, decoder, kv_cache.max_seq_len, model.config.eos_ids)
     answers, other_ids = [], []
     for message in ("Hi", "how are you?"):
         other_ids += next(other) + next(other)
@@ -67,7 +67,7 @@ def test_llm(chatty, cli):
     assert list(llm.generate_many(["Hello", "Hello"], max_new_tokens=12)) == [(0, text), (1, text)]
     with pytest.raises(UsageError, match="the prompt is empty"):
         next(llm.generate("", max_new_tokens=12))
-    with pytest.raises(UsageError, match="exceed max_seq_len, 160"):
+    with pytest.raises(UsageError, match="exceed the context of 160 tokens$"):
         next(llm.generate("Hello", max_new_tokens=160))
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not -1"):
         next(llm.generate("Hello", max_new_tokens=-1))
@@ -93,6 +93,8 @@ def test_llm(chatty, cli):
     for wrong in ("bfloat16", torch.int8, None):
         with pytest.raises(UsageError, match="dtype must be torch.bfloat16, torch.float16 or torch.float32, not "):
             LLM(chatty / "model.pth", dtype=wrong)
+    with pytest.raises(UsageError, match="exceed the context of 20 tokens, which is LLM's max_seq_len; raise it"):
+        next(LLM(chatty / "model.pth", max_seq_len=20).generate("Hello", max_new_tokens=16))
     assert LLM(chatty / "model.pth", max_seq_len=10**6, temperature=0.5).max_seq_len == llm.model.config.max_seq_len
 
 

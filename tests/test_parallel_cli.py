@@ -59,6 +59,15 @@ TOO_LONG = {  # a prompt that cannot be completed -> why
 }
 
 
+def test_a_seed_gives_the_same_texts_in_parallel(chatty, ask, tmp_path):
+    """On a CPU, where both ways draw from generators of one kind."""
+    (tmp_path / "prompts").write_text("Hello\nHello\nHi\n")
+    flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=12", "--ignore_eos", "--temperature=1.5"]
+    options = ([], ["--parallel=2"], ["--logprobs=0"])
+    texts, *others = ([r["text"] for r in ask(chatty, *flags, *more)] for more in options)
+    assert others == [texts, texts] and texts[0] != texts[1]
+
+
 @pytest.mark.parametrize("prompt", TOO_LONG)
 def test_a_prompt_beyond_the_context_does_not_stop_the_others(prompt, chain, cli, mistake, tmp_path, capsys):
     (tmp_path / "prompts").write_text(f"0\n\n{prompt}\n7\n")

@@ -269,7 +269,7 @@ def test_hessians_are_of_what_each_linear_gets(folder):
         keep("down", lambda args, kwargs: (args[0][0], args[1][0])), with_kwargs=True
     )
     with torch.inference_mode():
-        start_pos, tables = torch.zeros(1, dtype=torch.long), model.make_position_tables(kv_cache)
+        start_pos, tables = torch.zeros(1, dtype=torch.long), model.build_position_tables(kv_cache)
         inputs = [model.embed(tokens)]
         hessians = gptq.compute_hessians(model, 0, inputs, start_pos, kv_cache.layers[0], tables[0])
     hidden, topk_ids = seen["down"]  # [T, top_k, F], [T, top_k]

@@ -63,13 +63,13 @@ def test_replayed_is_computed(format, dtype, family):
     """With one thread or two, for steps of one token and of several, at any start_pos, one shape after the other."""
     model = make_model(format, dtype, **FAMILIES[family])
     caches = [KVCache(model, 2, 40) for _ in range(2)]
-    tables = model.make_position_tables(caches[0])
+    tables = model.build_position_tables(caches[0])
     recorded = record(lambda tokens, start_pos: model(tokens, start_pos, caches[1], tables))
     generator = torch.Generator().manual_seed(1)
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
         for threads, n_tokens, start_pos in steps:
-            assert model.can_record(2, n_tokens)
+            assert model.has_kernels_for(2, n_tokens)
             torch.set_num_threads(threads)
             tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
             expected = model(tokens, torch.tensor(start_pos), caches[0], tables)
@@ -123,7 +123,7 @@ def test_every_argument_is_recorded(format):
 def test_recording_computes_nothing_and_results_are_overwritten():
     model = make_model(Unquantized(), torch.float32)
     kv_cache = KVCache(model, 1, 8)
-    tables, calls = model.make_position_tables(kv_cache), []
+    tables, calls = model.build_position_tables(kv_cache), []
 
     def step(tokens, start_pos):
         calls.append(1)
@@ -177,7 +177,7 @@ def test_what_is_no_operation_raises(operation):
     """And leaves nothing behind: the next recording works."""
     model = make_model(Unquantized(), torch.float32)
     kv_cache, token, position = KVCache(model, 1, 8), torch.tensor([[5]]), torch.zeros(1, dtype=torch.long)
-    tables = model.make_position_tables(kv_cache)
+    tables = model.build_position_tables(kv_cache)
 
     def step(tokens, start_pos):
         logits = model(tokens, start_pos, kv_cache, tables)
@@ -221,7 +221,7 @@ def test_ctrl_c_leaves_no_kernel_recording():
 
 
 def test_a_tape_can_hold_every_operation_of_a_short_step():
-    """Backend.can_record relies on it: each operation of a tape is in the table of its kernels."""
+    """Backend.has_kernels_for relies on it: each operation of a tape is in the table of its kernels."""
     assert RECORDABLE <= kernels.CPU.max_tokens.keys()
     assert all(kernels.CPU.find_kernel(name, 1) is not None for name in kernels.CPU.max_tokens)
 
@@ -230,7 +230,7 @@ def test_a_tape_can_hold_every_operation_of_a_short_step():
 def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
     model = make_model(Unquantized(), torch.float32)
     kv_cache = KVCache(model, 1, 4)
-    tables = model.make_position_tables(kv_cache)
+    tables = model.build_position_tables(kv_cache)
     recorded = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, tables))
     recorded(torch.tensor([[5]]), torch.tensor([3]))
     for token, position, said in [(5, 4, "no room"), (5, -1, "no room"), (97, 0, "vocabulary"), (-1, 0, "vocabulary")]:

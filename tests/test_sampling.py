@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from engine.generation import PlainDecoder
-from engine.runner import ModelRunner, make_kv_cache
-from engine.sampling import SamplingParams, probabilities, sample
+from engine.runner import ModelRunner
+from engine.sampling import SamplingParams, probabilities, sample, seen_token_mask, store_token_ids
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeDecoder
-from engine.token_history import TokenHistory
+from model import KVCache
 from utils.errors import UsageError
 
 
@@ -96,15 +96,15 @@ def test_repetition_penalty_equals_transformers(pair):
     options = dict(do_sample=False, max_new_tokens=n, min_new_tokens=n, repetition_penalty=1.3, eos_token_id=96)
     expected = theirs.generate(prompt, **options)[0, 40:].tolist()
 
-    kv_cache, ids = make_kv_cache(ours, 1, 64), prompt[0].tolist()
+    kv_cache, ids = KVCache(ours, 1, 64), prompt[0].tolist()
     runner = ModelRunner(ours, kv_cache, sampling)
-    decode_loop = PlainDecoder(runner)
-    assert [i for (i,) in decode_loop(ids, 0, n)] == expected
-    rest = decode_loop(ids + expected[:5], 44, n - 5)  # as a conversation goes on
+    decoder = PlainDecoder(runner)
+    assert [i for (i,) in decoder.generate(ids, 0, n)] == expected
+    rest = decoder.generate(ids + expected[:5], 44, n - 5)  # as a conversation goes on
     assert [i for (i,) in rest] == expected[5:]
 
     lookup = SpeculativeDecoder(runner, NgramProposer(2, torch.device("cpu")), k=4)
-    assert [i for (i,) in lookup(ids, 0, n)] == expected
+    assert [i for (i,) in lookup.generate(ids, 0, n)] == expected
 
     for order in ([0, 1, 2], [2, 0, 1]):  # the second time, penalized moves to the slot of short
         plain, penalized, short = Sequence(ids, n), Sequence(ids, n, sampling), Sequence(ids[:7], 3, sampling)
@@ -118,34 +118,39 @@ def test_repetition_penalty_equals_transformers(pair):
 
 @settings(deadline=None)
 @given(st.data())
-def test_token_history_is_the_texts(data):
-    """Whatever is stored, copied, swapped, or stored again from an earlier position on."""
+def test_a_caches_tokens_are_the_texts(pair, data):
+    """Ids and keys, whatever is stored, copied, swapped, or stored again from an earlier position on."""
     n_texts, length, vocab_size = 3, 12, 9
-    history, texts = TokenHistory(n_texts, length, torch.device("cpu")), [[] for _ in range(n_texts)]
+    kv_cache, texts = KVCache(pair("llama3")[1], n_texts, length), [[] for _ in range(n_texts)]
     for _ in range(data.draw(st.integers(1, 8))):
         action = data.draw(st.sampled_from(["store", "copy", "swap"]))
         if action != "store":
             source, target = data.draw(st.tuples(*[st.integers(0, n_texts - 1)] * 2))
             n = data.draw(st.integers(0, len(texts[source])))
             if action == "copy":
-                history.copy_sequence(source, target, n)
+                kv_cache.copy_sequence(source, target, n)
                 texts[target] = texts[source][:n]
             else:
-                history.swap_sequences(source, target, max(len(texts[source]), len(texts[target])))
+                kv_cache.swap_sequences(source, target, max(len(texts[source]), len(texts[target])))
                 texts[source], texts[target] = texts[target], texts[source]
             continue
         first, n_new = data.draw(st.integers(0, n_texts - 1)), data.draw(st.integers(1, 4))
         rows = range(first, data.draw(st.integers(first + 1, n_texts)))
         starts = [data.draw(st.integers(0, min(len(texts[row]), length - n_new))) for row in rows]
         tokens = [data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=n_new, max_size=n_new)) for _ in rows]
-        view = history.narrow_batch(first, len(rows))
-        view.store(torch.tensor(tokens), torch.tensor(starts))
-        for row, start, new in zip(rows, starts, tokens, strict=True):
+        view = kv_cache.narrow_batch(first, len(rows)).narrow_length(max(starts) + n_new)
+        store_token_ids(view.token_ids, torch.tensor(tokens), torch.tensor(starts))
+        for i, (row, start, new) in enumerate(zip(rows, starts, tokens, strict=True)):
+            view.layers[-1].k[i, 0, start : start + n_new, 0] = torch.tensor(new)  # a key that tells the token
             texts[row] = texts[row][:start] + new
         last = torch.tensor(starts)[:, None] + torch.arange(n_new)
-        for row, start, seen in zip(rows, starts, view.seen_token_mask(last, vocab_size), strict=True):
+        seen_tokens = seen_token_mask(view.token_ids, last, vocab_size)
+        for row, start, seen in zip(rows, starts, seen_tokens, strict=True):
             for i, mask in enumerate(seen):
                 assert set(mask.nonzero()[:, 0].tolist()) == set(texts[row][: start + i + 1])
+    for i, text in enumerate(texts):
+        assert kv_cache.token_ids[i, : len(text)].tolist() == text
+        assert kv_cache.layers[-1].k[i, 0, : len(text), 0].tolist() == text
 
 
 def sorted_distribution(logits: torch.Tensor, top_p: float) -> torch.Tensor:

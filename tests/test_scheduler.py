@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.async_completer import AsyncCompleter, CompletionError
 from engine.generation import generate
-from engine.runner import ModelRunner, make_kv_cache
+from engine.runner import ModelRunner
 from engine.sampling import SamplingParams, sample
 from engine.scheduler import Scheduler, sample_each
 from engine.sequence import Sequence, build_sequence
 from kernels.formats import MXFP4, Float8, Int4, Int8
 from llm import LLM
 from loading import load
-from model import Transformer
+from model import KVCache, Transformer
 from tests.tiny import forward, make_hf, to_ours
 from text.tokenizer import StopStringFinder
 from utils.errors import UsageError
@@ -40,7 +40,7 @@ def make_prompts(n: int) -> list[list[int]]:
 
 
 def run_alone(model: Transformer, prompt: list[int], n: int) -> list[int]:
-    runner = ModelRunner(model, make_kv_cache(model, 1, len(prompt) + n), SamplingParams())
+    runner = ModelRunner(model, KVCache(model, 1, len(prompt) + n), SamplingParams())
     return [ids[0] for ids in generate(runner, torch.tensor([prompt]), 0, n)]
 
 
@@ -50,8 +50,8 @@ def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[int]]:
     for sequence in sequences:
         scheduler.submit(sequence)
     while scheduler.has_work():
-        for output in scheduler.step():
-            tokens[output.sequence] += output.new_ids
+        for update in scheduler.step():
+            tokens[update.sequence] += update.new_ids
     assert list(tokens.values()) == [sequence.new_ids for sequence in sequences]
     return list(tokens.values())
 
@@ -118,8 +118,8 @@ def test_end_tokens_and_cancelled_sequences_leave_the_others_alone(pair):
         scheduler.submit(sequence)
     found = {sequence: [] for sequence in sequences}
     while scheduler.has_work():
-        for output in scheduler.step():
-            found[output.sequence] += output.new_ids
+        for update in scheduler.step():
+            found[update.sequence] += update.new_ids
         if len(found[sequences[0]]) == 2:
             scheduler.cancel(sequences[0])  # it runs
             scheduler.cancel(sequences[7])  # it waits
@@ -289,15 +289,15 @@ def test_logprobs(pair):
         scheduler.submit(Sequence(prompt, 5, sampling, n_logprobs=4))
     found = [[], []]
     while scheduler.has_work():
-        for output in scheduler.step():
-            found[prompts.index(output.sequence.prompt_ids)].append(output)
+        for update in scheduler.step():
+            found[prompts.index(update.sequence.prompt_ids)].append(update)
     for prompt, answer in zip(prompts, found, strict=False):
-        ids = [*prompt, *(output.new_ids[0] for output in answer)]
+        ids = [*prompt, *(update.new_ids[0] for update in answer)]
         with torch.inference_mode():
-            logits = forward(model, torch.tensor([ids[:-1]]), torch.tensor([0]), make_kv_cache(model, 1, len(ids)))[0]
+            logits = forward(model, torch.tensor([ids[:-1]]), torch.tensor([0]), KVCache(model, 1, len(ids)))[0]
         expected = logits[len(prompt) - 1 :].log_softmax(-1)
-        for output, logprobs in zip(answer, expected, strict=True):
-            (found_logprobs,), (token,) = output.logprobs, output.new_ids
+        for update, logprobs in zip(answer, expected, strict=True):
+            (found_logprobs,), (token,) = update.logprobs, update.new_ids
             values, tokens = logprobs.topk(4)
             assert found_logprobs.token == pytest.approx(logprobs[token].item(), abs=1e-4)
             assert [token for token, _ in found_logprobs.top] == tokens.tolist()
@@ -307,7 +307,7 @@ def test_logprobs(pair):
 def test_sequences_that_do_not_fit_are_refused(pair):
     _, model = pair("llama3", True)
     scheduler = Scheduler(model, 2, 16)
-    with pytest.raises(UsageError, match="12 prompt tokens and 5 new ones exceed 16"):
+    with pytest.raises(UsageError, match="12 prompt tokens and 5 new ones exceed the context of 16 tokens"):
         scheduler.submit(Sequence([5] * 12, 5))
     with pytest.raises(UsageError, match="empty"):
         scheduler.submit(Sequence([], 5))
@@ -353,8 +353,8 @@ def test_callers_in_asyncio(chain):
     async def text_of(text: str, n_steps: int = 100) -> str:
         found, sequence = "", start(text)
         async with contextlib.aclosing(completer.complete([sequence])) as steps:
-            async for outputs in steps:
-                found += "".join(output.text for output in outputs)
+            async for updates in steps:
+                found += "".join(update.text for update in updates)
                 n_steps -= 1
                 if n_steps == 0:
                     return found
@@ -387,8 +387,8 @@ def test_logits_that_are_not_finite_are_one_callers_error(chain):
 
     async def text_of(text: str) -> str:
         found = ""
-        async for outputs in completer.complete([build_sequence(text, tokenizer, model.config, 12)]):
-            found += "".join(output.text for output in outputs)
+        async for updates in completer.complete([build_sequence(text, tokenizer, model.config, 12)]):
+            found += "".join(update.text for update in updates)
         return found
 
     async def check():

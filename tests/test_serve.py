@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from engine.runner import make_kv_cache
+from model import KVCache
 from tests.byte_models import VOCAB_SIZE
 from tests.serving import SECONDS, USER, client_of, joined
 from tests.tiny import forward
@@ -151,7 +151,7 @@ def test_a_stop_text_ends_one_of_several_texts(complete_chain):
 def score(server, ids: list[int], n_prompt: int) -> torch.Tensor:
     """The log-probabilities [n, V] after each of ids but the last, from those after the prompt on."""
     with torch.inference_mode():
-        kv_cache = make_kv_cache(server.model, 1, len(ids))
+        kv_cache = KVCache(server.model, 1, len(ids))
         logits = forward(server.model, torch.tensor([ids[:-1]]), torch.tensor([0]), kv_cache)
     return logits[0, n_prompt - 1 :].log_softmax(-1)
 

@@ -21,7 +21,6 @@ from engine.speculate import (
     estimate_verify_cost,
     rejection_sample,
 )
-from engine.token_history import TokenHistory
 from kernels.backend import TORCH
 from loading import load_model
 from model import KVCache
@@ -82,7 +81,7 @@ def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
     for k in range(1, 9) if family == "llama3" else (1, 4, 8):
         decoder = decoder_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
         decoder.verify_cost = 0.1
-        assert flat(decoder(TEXT, 0, 40)) == expected
+        assert flat(decoder.generate(TEXT, 0, 40)) == expected
         sizes = decoder.step_sizes
         assert sum(sizes) == 40 and max(sizes) <= k + 1
         assert decoder.accept_counts() == [sizes[1:].count(n + 1) for n in range(k + 1)]
@@ -94,12 +93,12 @@ def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
 def test_a_text_goes_on_where_the_cache_ends(name, pair, drafts):
     """As in a conversation: the second text shares a beginning with the first one and its answer."""
     model, draft = pair("llama3")[1], drafts("llama3", name)
-    continuation = decoder_of(model, draft, 160, 4)
-    answer = flat(continuation(TEXT, 0, 21))
+    decoder = decoder_of(model, draft, 160, 4)
+    answer = flat(decoder.generate(TEXT, 0, 21))
     for kept in (20, 7, 0):
         text = TEXT + answer[:kept] + TEXT[5:15]
-        assert flat(continuation(text, len(TEXT) + kept, 20)) == plain(model, text, 20)
-        flat(continuation(TEXT, len(TEXT) - 1, 21))
+        assert flat(decoder.generate(text, len(TEXT) + kept, 20)) == plain(model, text, 20)
+        flat(decoder.generate(TEXT, len(TEXT) - 1, 21))
 
 
 @pytest.mark.parametrize("family, use_kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
@@ -107,7 +106,7 @@ def test_compiled(family, use_kernels, k, pair):
     """With kernels nothing is, except a verification of 11 tokens, which are too many for them."""
     model = pair(family, use_kernels)[1]
     decoder = decoder_of(model, None, len(TEXT) + 20, k, compile=True)
-    assert flat(decoder(TEXT, 0, 20)) == plain(model, TEXT, 20)
+    assert flat(decoder.generate(TEXT, 0, 20)) == plain(model, TEXT, 20)
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ class ToyRunner:
     def __init__(self, table: torch.Tensor, sampling: SamplingParams, text: list[int]):
         self.table, self.tokens = table, list(text)
         self.model = SimpleNamespace(config=SimpleNamespace(vocab_size=V, moe=None), active_weight_bytes=lambda: 1)
-        self.sampler = Sampler(sampling, TokenHistory(1, len(text), CPU), TORCH)
+        self.sampler = Sampler(sampling, torch.zeros(1, len(text), dtype=torch.long), TORCH)
         self.prefill = self.decode = self.build_step(self.sampler)
 
     def fill_kv_cache(self, tokens, start_pos):
@@ -177,7 +176,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
     for _ in range(samples):
-        counts[tuple(flat(decoder(text, 0, 3)))] += 1
+        counts[tuple(flat(decoder.generate(text, 0, 3)))] += 1
         n_speculated += len(decoder.step_sizes) < 3
     assert n_speculated > samples // 20  # speculation took part
 

@@ -127,7 +127,7 @@ def test_mistakes(folders, capsys, monkeypatch):
         (["--draft_checkpoint_path", str(other / "model.pth")], "vocabulary"),
         (["--draft_checkpoint_path", str(model / "none.pth")], "none.pth does not exist"),
         (["--draft_checkpoint_path", str(model.parent / "none" / "model.pth")], "none/model.pth does not exist"),
-        ([*short, "--prompt", "a" * 20], "draft's context of 32"),
+        ([*short, "--prompt", "a" * 20], "the context of 32 tokens, the draft's; lower --max_new_tokens"),
     ]:
         with pytest.raises(UsageError, match=said):
             run_main(capsys, monkeypatch, model, *flags)

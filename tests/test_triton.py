@@ -286,7 +286,7 @@ def tiny_model(family: str, n_layers: int):
 def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
     """Of a prompt's many tokens at once, of two one by one, and of four at once."""
     kv_cache, start, logits = KVCache(model, 1, 200), 0, []
-    tables = model.make_position_tables(kv_cache)
+    tables = model.build_position_tables(kv_cache)
     with torch.inference_mode():
         for tokens in prompt[None].split([len(prompt) - 6, 1, 1, 4], dim=1):
             logits.append((step or model)(tokens, torch.tensor([start]), kv_cache, tables))
@@ -336,7 +336,7 @@ def test_many_sequences(small_gpu):
 
     expected = step()
     use_triton(model)
-    assert model.can_record(12, 1) and model.can_record(64, 1) and not model.can_record(65, 1)
+    assert model.has_kernels_for(12, 1) and model.has_kernels_for(64, 1) and not model.has_kernels_for(65, 1)
     # 5 products and the head follow each other, as in test_model
     assert (step() - expected).abs().max() <= 6 * 2 * (64 + 8) * U32 * expected.abs().max()
 

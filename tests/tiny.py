@@ -233,7 +233,7 @@ def to_ours(theirs, use_kernels: bool = True):
 
 
 def forward(model, tokens: torch.Tensor, start_pos: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
-    return model(tokens, start_pos, kv_cache, model.make_position_tables(kv_cache))
+    return model(tokens, start_pos, kv_cache, model.build_position_tables(kv_cache))
 
 
 def same_logits(path: Path, theirs, atol: float = 1e-4, use_kernels: bool = True):

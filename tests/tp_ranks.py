@@ -166,7 +166,7 @@ def load(path: Path, dtype: torch.dtype, use_kernels: bool = True, sharded: bool
 
 def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
     start_pos, kv_cache = torch.zeros(len(tokens), dtype=torch.long), KVCache(model, *tokens.shape)
-    return model(tokens, start_pos, kv_cache, model.make_position_tables(kv_cache))
+    return model(tokens, start_pos, kv_cache, model.build_position_tables(kv_cache))
 
 
 def tokens_of(model: Transformer, prompt: Tensor, sampling=SamplingParams(), compile=False) -> list[list[int]]:  # noqa: B008
@@ -196,7 +196,7 @@ def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor, of_ranks:
 def decoded_logits(model: Transformer, tokens: Tensor) -> Tensor:
     """Those of tokens [B, T] that come one by one."""
     kv_cache, logits = KVCache(model, *tokens.shape), []
-    tables = model.make_position_tables(kv_cache)
+    tables = model.build_position_tables(kv_cache)
     for i, token in enumerate(tokens.split(1, dim=1)):
         logits.append(model(token, torch.full((len(tokens),), i), kv_cache, tables))
     return torch.cat(logits, dim=1)

@@ -77,12 +77,12 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     fields = read_fields(path)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         defaults = VOCAB_CLASSES.get(tokenizer_class(fields), {})
-        fields = {name: make_added_token(token, special=True) for name, token in defaults.items()} | fields
+        fields = {name: build_added_token(token, special=True) for name, token in defaults.items()} | fields
     added_tokens, overrides_tokenizer = {}, "added_tokens_decoder" in fields
     if overrides_tokenizer:
         with refuse_broken(path):
             for i, token in fields["added_tokens_decoder"].items():
-                added_tokens[check_id(int(i))] = make_added_token(token)
+                added_tokens[check_id(int(i))] = build_added_token(token)
     else:
         fields |= read_fields(folder / "special_tokens_map.json")
     named, unnamed = special_tokens(fields)
@@ -90,7 +90,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         contents = {token.content for token in (*named.values(), *unnamed)}
         with refuse_broken(folder / "added_tokens.json"):
             for piece, i in read_json(folder / "added_tokens.json", {}).items():
-                added_tokens[check_id(i)] = make_added_token(piece, special=piece in contents)
+                added_tokens[check_id(i)] = build_added_token(piece, special=piece in contents)
     special_tokens_map = {name: token.content for name, token in named.items()}
     template = read_chat_template(folder, fields)
     every = [*named.values(), *unnamed]
@@ -103,11 +103,11 @@ def read_fields(path: Path) -> dict:
     with refuse_broken(path):
         for key, value in fields.items():
             if key.endswith("_token") and isinstance(value, (str, dict)):
-                fields[key] = make_added_token(value, special=True)
+                fields[key] = build_added_token(value, special=True)
             elif key in UNNAMED_TOKENS and isinstance(value, dict):  # name -> token
-                fields[key] = {name: make_added_token(token, special=True) for name, token in value.items()}
+                fields[key] = {name: build_added_token(token, special=True) for name, token in value.items()}
             elif key in UNNAMED_TOKENS and value:
-                fields[key] = [make_added_token(token, special=True) for token in value]
+                fields[key] = [build_added_token(token, special=True) for token in value]
         return fields
 
 
@@ -130,7 +130,7 @@ def special_tokens(fields: dict) -> tuple[dict[str, AddedToken], list[AddedToken
     return {name: named[name] for name in order}, unnamed
 
 
-def make_added_token(token: str | dict, special: bool | None = None) -> AddedToken:
+def build_added_token(token: str | dict, special: bool | None = None) -> AddedToken:
     """Makes an AddedToken of a token in JSON: a text, or a dict with flags. special: overrides the dict's flag."""
     token = {"content": token} if isinstance(token, str) else token
     if not token["content"]:
