@@ -54,7 +54,7 @@ def test_each_prompt_can_be_sampled_again_alone(chain, ask, tmp_path):
 
 
 TOO_LONG = {  # a prompt that cannot be completed -> why
-    "5" * 300: "300 prompt tokens and 3 new ones exceed the model's context of 256",
+    "5" * 300: "300 prompt tokens and 3 new ones exceed the context of 256 tokens",
     "5" * 9000: "a prompt of 9000 characters exceeds the model's context of 256 tokens",
 }
 
