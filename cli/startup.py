@@ -53,10 +53,8 @@ def required_seq_len(
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
     longest = max(len(sequence.prompt_ids) for sequence in sequences)
-    try:
-        check_length(longest, args.max_new_tokens, context)
-    except UsageError as e:
-        raise UsageError(f"{e}, the {name}'s; lower --max_new_tokens or shorten the prompt") from None
+    hint = f", the {name}'s; lower --max_new_tokens or shorten the prompt"
+    check_length(longest, args.max_new_tokens, context, hint)
     return longest + args.max_new_tokens
 
 

@@ -9,7 +9,7 @@ the host has read the sampled token.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,14 @@ class SamplingParams:
         """Reads the fields from options, such as the JSON of a request. Ignores options that are not fields. A value of
         None means the default."""
         return cls(**{f.name: options[f.name] for f in fields(cls) if options.get(f.name) is not None})
+
+    def override(self, options: Mapping) -> "SamplingParams":
+        """Returns these parameters with other values for the fields in options."""
+        names = [f.name for f in fields(self)]
+        for name in options:
+            if name not in names:
+                raise UsageError(f"{name} is no sampling option; these are: {', '.join(names)}")
+        return replace(self, **options)
 
     @property
     def is_greedy(self) -> bool:

@@ -123,7 +123,7 @@ def encode_prompt(
 ) -> list[int]:
     """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
     UsageError if messages are malformed, if a text is not valid UTF-8, or if the prompt is so long that it must exceed
-    max_seq_len tokens (encoding would take long). limit: as for check_length."""
+    max_seq_len tokens (encoding would take long). limit: what the message calls max_seq_len."""
     is_chat = isinstance(prompt, list)
     if not is_chat and not isinstance(prompt, str):
         raise UsageError(f"a prompt must be a text or a list of messages, not {prompt!r:.80}")
@@ -152,10 +152,11 @@ def check_max_new_tokens(max_new_tokens: int):
         raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
 
-def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int):
-    """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len."""
+def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, hint: str = ""):
+    """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len. hint:
+    ends the second message."""
     if n_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give some text")
     if n_prompt_tokens + max_new_tokens > max_seq_len:
         n_tokens = f"{n_prompt_tokens} prompt tokens and {max_new_tokens}"
-        raise UsageError(f"{n_tokens} new ones exceed the context of {max_seq_len} tokens")
+        raise UsageError(f"{n_tokens} new ones exceed the context of {max_seq_len} tokens{hint}")
