@@ -209,8 +209,8 @@ def insert_collectives(model: Transformer):
     shards_attention = "qkv_proj" in tp_plan(model.config)
     for layer in model.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
-        attention.o_proj = RowParallelLinear(attention.o_proj, reduce, x_is_sharded=shards_attention)
-        feed_forward.down_proj = RowParallelLinear(feed_forward.down_proj, reduce, x_is_sharded=True)
+        attention.o_proj = RowParallelLinear(attention.o_proj, reduce, input_is_parallel=shards_attention)
+        feed_forward.down_proj = RowParallelLinear(feed_forward.down_proj, reduce, input_is_parallel=True)
     model.lm_head = ParallelLMHead(model.lm_head, model.config.vocab_size)
 
 
@@ -228,15 +228,15 @@ class RowParallelLinear(nn.Module):
         full       yes            x, from which linear selects
     """
 
-    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], x_is_sharded: bool):
+    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], input_is_parallel: bool):
         super().__init__()
         self.linear, self.all_reduce = linear, all_reduce
         self.backend = linear.backend
         has_order = linear.input_order is not None
         self.get_inputs = None  # x -> the inputs of linear; None: the inputs are x
-        if x_is_sharded and has_order:
+        if input_is_parallel and has_order:
             self.get_inputs = all_gather
-        elif not x_is_sharded and not has_order:
+        elif not input_is_parallel and not has_order:
             self.get_inputs = self.slice_inputs
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:

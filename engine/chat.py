@@ -53,7 +53,7 @@ class Conversation:
 
     def build_answer(self) -> Sequence:
         """Returns an answer without tokens. The method stream sets how many tokens the answer may have."""
-        options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "is_resumable": True}
+        options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "hold_incomplete": True}
         return Sequence(prompt_ids=[], max_new_tokens=0, prompt=[], **options)
 
     @property

@@ -27,10 +27,10 @@ FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
 
 
-def option(default: float | None, help: str, allowed: str, is_allowed: Callable[[float], bool], neutral=None):
+def sampling_field(default: float | None, help: str, allowed: str, is_allowed: Callable[[float], bool], no_op=None):
     """A field of SamplingParams. help is for the command line, which has an option of the same name. allowed names the
     values for which is_allowed is true. neutral is a value that changes nothing; it becomes the default."""
-    return field(default=default, metadata=dict(help=help, allowed=allowed, is_allowed=is_allowed, neutral=neutral))
+    return field(default=default, metadata=dict(help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op))
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class SamplingParams:
     whatever these are. The default temperature is 0 in Python, 0.8 in generate.py (as in gpt-fast) and 1 in the server
     (as in OpenAI's API)."""
 
-    temperature: float = option(0.0, "0 takes the likeliest token", "0 or more", lambda t: 0 <= t < math.inf)
+    temperature: float = sampling_field(0.0, "0 takes the likeliest token", "0 or more", lambda t: 0 <= t < math.inf)
     _: KW_ONLY
-    top_k: int | None = option(None, "sample among the k likeliest tokens only", "at least 1", lambda k: k >= 1)
-    top_p: float | None = option(  # arXiv:1904.09751
+    top_k: int | None = sampling_field(None, "sample among the k likeliest tokens only", "at least 1", lambda k: k >= 1)
+    top_p: float | None = sampling_field(  # arXiv:1904.09751
         None, "sample among the likeliest tokens that make up p", "above 0 and at most 1", lambda p: 0 < p <= 1,
-        neutral=1,
+        no_op=1,
     )
-    min_p: float | None = option(  # arXiv:2407.01082
+    min_p: float | None = sampling_field(  # arXiv:2407.01082
         None, "sample among tokens at least p times as likely as the likeliest", "0 to 1", lambda p: 0 <= p <= 1,
-        neutral=0,
+        no_op=0,
     )
-    repetition_penalty: float = option(  # arXiv:1909.05858
+    repetition_penalty: float = sampling_field(  # arXiv:1909.05858
         1.0, "above 1: what the text has already becomes less likely", "above 0", lambda factor: 0 < factor < math.inf
     )
 
@@ -66,7 +66,7 @@ class SamplingParams:
                 raise UsageError(f"{option.name} must be {kind}, not {value!r:.80}")
             if not option.metadata["is_allowed"](value):
                 raise UsageError(f"{option.name} must be {option.metadata['allowed']}, not {value}")
-            if value == option.metadata["neutral"]:  # so that the fast sampling kernel stays enabled
+            if value == option.metadata["no_op"]:  # so that the fast sampling kernel stays enabled
                 object.__setattr__(self, option.name, option.default)
 
     @classmethod

@@ -48,7 +48,7 @@ class Sequence:
     # What happens if max_new_tokens cuts the text within a character, or within what may be a stop string. If True, the
     # text does not have it until more tokens follow: see resume. If False, the text has it, with U+FFFD in place of a
     # character.
-    is_resumable: bool = False
+    hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
     text: str = field(default="", init=False)  # of the new tokens
@@ -82,7 +82,7 @@ class Sequence:
             finish_reason = "stop" if self.detokenizer.found_stop else None
         if finish_reason is None and len(self.new_ids) + 1 == self.max_new_tokens:
             finish_reason = "length"
-        if self.detokenizer is not None and (finish_reason == "stop" or (finish_reason and not self.is_resumable)):
+        if self.detokenizer is not None and (finish_reason == "stop" or (finish_reason and not self.hold_incomplete)):
             text += self.detokenizer.end()
         # All at once, at the end: Ctrl-C may come at any time, and chat.py goes on with what there is.
         self.new_ids.append(token)
