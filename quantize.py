@@ -39,6 +39,7 @@ from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
 from converters.resolve import ensure_converted
+from evaluation.lm_harness import task_text
 from kernels import formats
 from kernels.formats import Int4, Tensors, WeightFormat
 from kernels.formats.base import in_chunks
@@ -66,7 +67,7 @@ def round_by_hqq(weights: dict[str, Tensor], format: Int4, args: argparse.Namesp
 def round_by_gptq(weights: dict[str, Tensor], format: Int4, args: argparse.Namespace) -> QuantizedLayers:
     """Rounds the linear layers of args.checkpoint_path by GPTQ, calibrated on a text."""
     device, limit = pick_device(args.device), args.calibration_limit
-    text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
+    text = read_text(args.calibration_text) if args.calibration_text else task_text(args.calibration_tasks, limit)
     model, tokenizer = load(args.checkpoint_path, dtype=weights["lm_head"].dtype, use_kernels=False)
     context = model.config.max_seq_len
     length = args.calibration_seq_length or min(512, context)
