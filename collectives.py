@@ -50,8 +50,8 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """Returns rank 0's x on every rank. Samplers broadcast the tokens, so that all ranks continue with the same tokens
-    even if a program has not seeded all ranks alike."""
+    """Returns rank 0's x on every rank. Samplers broadcast the tokens, since a program may not have seeded all ranks
+    alike."""
     return x if world_size() == 1 else call_at_graph_break(partial(collective, "broadcast", 0), x)
 
 
@@ -125,7 +125,7 @@ def gather_objects(value) -> list:
     return values
 
 
-# The numbers in broadcast_json's keys. Every call needs a new key, since the keys of earlier calls are already set.
+# The numbers in broadcast_json's keys. Every call needs a new key, since a key stays set.
 broadcast_numbers = count()
 
 

@@ -8,7 +8,7 @@ Changes of the columns that are not rounded yet compensate the rounding error of
 
 Unlike the paper's, the groups are static: every group gets a scale and a zero before any column is rounded. Of several
 candidates, the pair (scale, zero) with the least rounding error wins, weighted by diag(H). act_order changes the order
-of rounding, and static groups do not depend on that order.
+of rounding, which static groups do not depend on.
 
 quantize.py calls quantize_model. converters/hf_quantized_integers.py reads GPTQ checkpoints of other projects.
 """

@@ -94,8 +94,8 @@ def hqq_quantize_rows(format: Int4, w: Tensor) -> Tensors:
 
 def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, steps: int = 8) -> Tensor:
     """Refines zeros by half-quadratic splitting, so that each group's sum of |w - dequantized|^0.5 gets small. Each
-    step shrinks the rounding errors towards 0; the errors that remain are the outliers. Then the step subtracts the
-    outliers from the weights, and fits the zero points to the difference."""
+    step shrinks the rounding errors towards 0, which leaves outliers. Then the step subtracts the outliers from the
+    weights, and fits the zero points to the difference."""
     w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # in units of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):

@@ -50,8 +50,7 @@ def device_and_dtype(args: argparse.Namespace):
 
 
 def load_options(args: argparse.Namespace) -> dict:
-    """Returns the arguments of loading.load that --device, --precision and --kernels give. Scripts without --kernels
-    use the kernels."""
+    """Returns arguments of loading.load, from --device, --precision and, in scripts that have it, --kernels."""
     device, dtype = device_and_dtype(args)
     return {"device": device, "dtype": dtype, "use_kernels": getattr(args, "kernels", "auto") == "auto"}
 

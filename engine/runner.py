@@ -83,13 +83,13 @@ class Sampler:
 
 
 class ModelRunner:
-    """The steps of a model with one KV cache, and what they share: the cache and the tables of positions."""
+    """The steps of a model with one KV cache."""
 
     def __init__(
         self, model: Transformer, kv_cache: KVCache, sampling: SamplingParams = GREEDY, compile: bool = False,
         compile_prefill: bool = False,
     ):
-        """sampling: of prefill and decode. compile and compile_prefill are the options of generate.py."""
+        """sampling: of prefill and decode. compile, compile_prefill: as the options of generate.py."""
         self.model, self.kv_cache, self.compile, self.device = model, kv_cache, compile, model.device
         self.position_tables = model.build_position_tables(kv_cache)
         self.sampler = Sampler(sampling, kv_cache.token_ids, model.lm_head.backend)
@@ -115,8 +115,8 @@ class ModelRunner:
             pass
 
     def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
-        """Runs the blocks on one chunk after the other. Yields the hidden states of each chunk: [B, chunk, dim]. Chunks
-        with more tokens than the kernels take are compiled, if compile_prefill says so."""
+        """Runs the blocks on one chunk after the other. Yields the hidden states of each chunk: [B, chunk, dim]. With
+        compile_prefill, chunks with more tokens than the kernels take run compiled blocks."""
         kv_cache = self.kv_cache.narrow_batch(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
         n_cached, offset = int(start_pos.max()), 0

@@ -44,10 +44,9 @@ class Sequence:
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
     seed: int = 0  # of the random numbers with which a Scheduler samples
-    n_logprobs: int | None = None  # report the log-probabilities of this many of the likeliest tokens; None: of none
-    # What happens if max_new_tokens cuts the text within a character, or within what may be a stop string. If True, the
-    # text does not have it until more tokens follow: see resume. If False, the text has it, with U+FFFD in place of a
-    # character.
+    n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
+    # Whether to hold back what max_new_tokens cuts: an incomplete character, or what may become a stop string. Then
+    # resume can complete it. Otherwise the text ends with it, and U+FFFD replaces an incomplete character.
     hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
@@ -61,7 +60,7 @@ class Sequence:
     def __post_init__(self):
         self.detokenizer = None
         if self.tokenizer is not None:
-            # A chat's answer is a text of its own: it does not depend on the prompt whether it begins with a space.
+            # The prompt decides whether the text begins with a space. But a chat's answer is a text of its own.
             prefix_ids = () if isinstance(self.prompt, list) else self.prompt_ids
             self.detokenizer = IncrementalDetokenizer(self.tokenizer, prefix_ids, self.stop)
 
@@ -84,7 +83,7 @@ class Sequence:
             finish_reason = "length"
         if self.detokenizer is not None and (finish_reason == "stop" or (finish_reason and not self.hold_incomplete)):
             text += self.detokenizer.end()
-        # All at once, at the end: Ctrl-C may come at any time, and chat.py goes on with what there is.
+        # Change the fields at the end, all at once: Ctrl-C may come at any time, and chat.py goes on with the sequence.
         self.new_ids.append(token)
         self.text += text
         self.finish_reason = finish_reason
