@@ -28,16 +28,14 @@ cpu_seconds = 0.0  # the time so far that this process has spent in collectives 
 
 
 def world_size() -> int:
-    """Returns the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# A CUDA graph contains the collectives of the recorded step. A CPU's tape cannot contain them, so each one is a graph
+# A CUDA graph contains the collectives of the recorded step. A CPU's tape cannot, so each collective is a graph
 # break (kernels/record.py: call_at_graph_break).
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """Returns the sum of x over all ranks."""
     return call_at_graph_break(partial(collective, "all_reduce", "sum"), x)
 
 

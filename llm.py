@@ -91,14 +91,14 @@ class LLM:
                 sequences.append(self.build_sequence(prompt, max_new_tokens, context, seed=seed + i, **options))
             except UsageError as e:
                 raise UsageError(f"prompt {i}: {e}") from None
-        return complete(build_scheduler(self.model, sequences, parallel, self.compile), sequences)
+        return continuations(build_scheduler(self.model, sequences, parallel, self.compile), sequences)
 
     def chat(self, system: str | None = None, **sampling) -> Conversation:
         """Returns a new conversation: see Conversation.answer. system: the system message."""
         decoder, eos_ids = self.take_decoder(self.sampling.override(sampling)), self.model.config.eos_ids
         return Conversation(self.tokenizer, decoder, self.max_seq_len, eos_ids, system)
 
-    # ---- The parts ----
+    # ---- What the methods above share ----
 
     def build_sequence(
         self, prompt: str | list[dict], max_new_tokens: int, max_seq_len: int, **options
@@ -132,7 +132,7 @@ class LLM:
             self.free_decoders.append(decoder)
 
 
-def complete(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
+def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
     for i, sequence in scheduler.complete(sequences):
         if sequence.error:
             raise UsageError(f"prompt {i}: {sequence.error}")

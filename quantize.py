@@ -60,12 +60,10 @@ def round_to_nearest(weights: dict[str, Tensor], format: WeightFormat, args: arg
 
 
 def round_by_hqq(weights: dict[str, Tensor], format: Int4, args: argparse.Namespace) -> QuantizedLayers:
-    """Refines zero points by half-quadratic quantization (HQQ), without data."""
     return quantize_each(weights, partial(in_chunks, partial(hqq_quantize_rows, format)))
 
 
 def round_by_gptq(weights: dict[str, Tensor], format: Int4, args: argparse.Namespace) -> QuantizedLayers:
-    """Rounds the linear layers of args.checkpoint_path by GPTQ, calibrated on a text."""
     device, limit = pick_device(args.device), args.calibration_limit
     text = read_text(args.calibration_text) if args.calibration_text else task_text(args.calibration_tasks, limit)
     model, tokenizer = load(args.checkpoint_path, dtype=weights["lm_head"].dtype, use_kernels=False)
@@ -79,7 +77,6 @@ def round_by_gptq(weights: dict[str, Tensor], format: Int4, args: argparse.Names
 
 
 def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tensors]) -> QuantizedLayers:
-    """Yields (name, quantize(weight)) for every weight."""
     for name, w in weights.items():
         gptq.check_finite_weight(name, w)
         yield name, quantize(w)

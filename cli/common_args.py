@@ -41,7 +41,6 @@ def add_threads(parser: argparse.ArgumentParser):
 
 
 def device_and_dtype(args: argparse.Namespace):
-    """Returns the torch.device and the torch.dtype that --device and --precision name."""
     import torch  # here, since scripts/download.py need not wait for this import
 
     from utils.machine import pick_device

@@ -61,8 +61,6 @@ class SequenceUpdate(NamedTuple):
 
 @dataclass
 class Slot:
-    """A slot of the KV cache."""
-
     sequence: Sequence | None = None  # None: the slot is free
     # The tokens whose keys and values are in the slot. The ids stay after the sequence has ended, for a later prompt
     # that begins with the same tokens.
@@ -104,7 +102,7 @@ class Scheduler:
         self.n_prefilled = 0  # how many tokens of prompts were computed since the last decode step
 
     def submit(self, sequence: Sequence):
-        """Appends sequence to the queue. Raises UsageError as check does."""
+        """Raises UsageError as check does."""
         self.check(sequence)
         self.waiting.append(sequence)
 
@@ -212,7 +210,6 @@ class Scheduler:
         return self.sample_next(range(i, i + 1), logits, tokens, start_pos)
 
     def decode(self, n: int) -> list[SequenceUpdate]:
-        """Computes the next token of the n decoding sequences."""
         self.move_decoding_first(n)
         slots, device = self.slots[:n], self.runner.device
         last_ids = [slot.sequence.new_ids[-1] for slot in slots]

@@ -39,7 +39,6 @@ def parse_request(data: bytes) -> dict:
 
 
 def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Scheduler) -> list[Sequence]:
-    """Returns a Sequence for each text that body asks for."""
     eos_ids, max_seq_len = scheduler.model.config.eos_ids, scheduler.max_seq_len
     messages = body.get("messages") if is_chat else None
     prompts = encode_prompts(messages if is_chat else body.get("prompt"), is_chat, tokenizer, max_seq_len)
@@ -114,7 +113,6 @@ class Reply:
     """The reply to a request: one response or, in a stream, a chunk for every update."""
 
     def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
-        """Parses data, the bytes of the request, and tokenizes the prompts."""
         body = parse_request(data)
         self.sequences = read_sequences(body, is_chat, tokenizer, scheduler)
         self.n_sent: dict[Sequence, int] = {}  # how many characters of each text were sent in a stream

@@ -129,7 +129,6 @@ class Server(uvicorn.Server):
 
 
 async def receive_body(request: Request) -> bytes:
-    """Receives the bytes of a request, at most MAX_BODY."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
