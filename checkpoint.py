@@ -33,8 +33,8 @@ from utils.files import delete_if_possible, is_state_dict, load_torch_file
 
 CHECKPOINT_VERSION = "gpt-fast/7"
 
-# Earlier versions of the format differ in names only: in those of tensors, of the config's fields and of activations.
-# Old name -> new name; of tensors, a part of the name.
+# Earlier versions of the format differ only in the names of tensors, of the config's fields and of activations. Each
+# table: old name -> new name. RENAMED_TENSORS: a part of the old name -> the same part of the new name.
 EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3", "gpt-fast/4", "gpt-fast/5", "gpt-fast/6")
 RENAMED_TENSORS = {
     "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
@@ -85,8 +85,7 @@ def save_checkpoint(
 
 
 def replace_checkpoint(temporary: Path, path: Path):
-    """Renames temporary to path. If temporary is gone, a later writer of path has deleted it as a leftover. Then that
-    writer wins."""
+    """Renames temporary to path. Raises UsageError if temporary is gone: a later writer of path has deleted it."""
     try:
         os.replace(temporary, path)
     except FileNotFoundError:
@@ -153,7 +152,7 @@ def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str,
 
 def rename_earlier(config, tensors: dict[str, Tensor]) -> tuple:
     """Replaces the names of an earlier version by today's. Returns (config, tensors). config may have any type, since
-    the file may be broken: ModelConfig.from_dict checks config later."""
+    only ModelConfig.from_dict, which comes later, finds a broken file."""
     if isinstance(config, dict):
         config = rename_fields(config)
         for name in ("moe", "rope_scaling"):

@@ -28,16 +28,14 @@ cpu_seconds = 0.0  # the time so far that this process has spent in collectives 
 
 
 def world_size() -> int:
-    """Returns the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# A CUDA graph contains the collectives of the recorded step. A CPU's tape cannot contain them, so each one is a graph
+# A CUDA graph contains the collectives of the recorded step. A CPU's tape cannot, so each collective is a graph
 # break (kernels/record.py: call_at_graph_break).
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """Returns the sum of x over all ranks."""
     return call_at_graph_break(partial(collective, "all_reduce", "sum"), x)
 
 
@@ -50,8 +48,8 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """Returns rank 0's x on every rank. Samplers broadcast the tokens, so that all ranks continue with the same tokens
-    even if a program has not seeded all ranks alike."""
+    """Returns rank 0's x on every rank. Samplers broadcast the tokens, since a program may not have seeded all ranks
+    alike."""
     return x if world_size() == 1 else call_at_graph_break(partial(collective, "broadcast", 0), x)
 
 
@@ -125,7 +123,7 @@ def gather_objects(value) -> list:
     return values
 
 
-# The numbers in broadcast_json's keys. Every call needs a new key, since the keys of earlier calls are already set.
+# The numbers in broadcast_json's keys. Every call needs a new key, since a key stays set.
 broadcast_numbers = count()
 
 

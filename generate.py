@@ -55,6 +55,7 @@ def main():
         complete_in_parallel(args, model, sequences, stats)
         return
 
+    # These are the parts of LLM (llm.py), which has no batches and does not speculate.
     kv_cache = KVCache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
     runner = ModelRunner(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
     decoder = build_speculative_decoder(args, runner, draft) if args.speculative else PlainDecoder(runner)

@@ -8,7 +8,7 @@ Changes of the columns that are not rounded yet compensate the rounding error of
 
 Unlike the paper's, the groups are static: every group gets a scale and a zero before any column is rounded. Of several
 candidates, the pair (scale, zero) with the least rounding error wins, weighted by diag(H). act_order changes the order
-of rounding, and static groups do not depend on that order.
+of rounding, which static groups do not depend on.
 
 quantize.py calls quantize_model. converters/hf_quantized_integers.py reads GPTQ checkpoints of other projects.
 """
@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.lm_harness import evaluate, import_lm_eval, task_manager
 from evaluation.scoring import split_windows
 from kernels.formats import Int4, Tensors
 from kernels.formats.base import pack_nibbles
@@ -143,31 +142,6 @@ def calibration_windows(tokenizer: Tokenizer, text: str, length: int, limit: int
         raise UsageError(f"{short}; give a longer text, or a smaller --calibration_seq_length")
     step = max(1, len(windows) / limit)
     return torch.tensor([windows[int(i * step)] for i in range(min(limit, len(windows)))])
-
-
-def task_text(tasks: list[str], limit: int) -> str:
-    """Returns the texts that lm_eval gives a model to score in the first limit examples of each task."""
-    manager, texts = task_manager(tasks, None), []
-
-    class RequestCollector(import_lm_eval().api.model.LM):
-        """A model that records every request and returns a dummy answer."""
-
-        def collect(self, requests, answer) -> list:
-            for request in requests:
-                texts.append("".join(argument for argument in request.args if isinstance(argument, str)))
-            return [answer] * len(requests)
-
-        def loglikelihood(self, requests):
-            return self.collect(requests, (0.0, False))
-
-        def loglikelihood_rolling(self, requests):
-            return self.collect(requests, 0.0)
-
-        def generate_until(self, requests):
-            return self.collect(requests, "")
-
-    evaluate(RequestCollector(), tasks, manager, limit)
-    return "\n\n".join(texts)
 
 
 # ---- Rounding: W [N, K] has a row for each output and a column for each input ---------------------------------------

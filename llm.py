@@ -3,6 +3,7 @@
     llm = LLM("checkpoints/SmolLM2-135M-Instruct/model.pth", temperature=0.8)
     for piece in llm.generate("Hello", max_new_tokens=50):
         print(piece, end="", flush=True)
+    text = "".join(llm.generate("Hello", max_new_tokens=50, temperature=0))  # only this text is greedy
 
 LLM consists of these parts, which also take batches. generate is the loop (engine/generation.py):
 
@@ -17,17 +18,16 @@ LLM consists of these parts, which also take batches. generate is the loop (engi
 """
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from converters.resolve import ensure_converted
 from engine.chat import Conversation
-from engine.generation import Decoder, PlainDecoder, generate, stream_texts
+from engine.generation import PlainDecoder, generate, stream_texts
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams
-from engine.scheduler import build_scheduler
+from engine.sampling import GREEDY, SamplingParams
+from engine.scheduler import Scheduler, build_scheduler
 from engine.sequence import Sequence, build_sequence, check_length, check_max_new_tokens
 from loading import load
 from model import KVCache
@@ -38,7 +38,8 @@ __all__ = ["LLM", "KVCache", "ModelRunner", "SamplingParams", "generate", "load"
 
 
 class LLM:
-    """A model with a tokenizer: text in, text out."""
+    """A model with a tokenizer: text in, text out. The methods raise UsageError when they are called, and not only when
+    the first text is taken."""
 
     def __init__(
         self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
@@ -47,35 +48,82 @@ class LLM:
         """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (converters/resolve.py).
         device: by default the machine's accelerator, or the CPU if there is none.
         dtype: of the activations, and of all weights that are not quantized.
-        max_seq_len: the most tokens of a text or a conversation; the model's context is a limit, too.
+        max_seq_len: the most tokens of generate's texts and of a conversation. The model's context is a limit, too.
         compile: as --compile of generate.py.
-        sampling: fields of SamplingParams, such as temperature."""
-        names = [field.name for field in fields(SamplingParams)]
-        for name in sampling:
-            if name not in names:
-                raise UsageError(f"{name} is no sampling option; these are: {', '.join(names)}")
-        self.sampling, self.compile = SamplingParams(**sampling), compile
+        sampling: fields of SamplingParams, such as temperature. A method takes them, too, and prefers its own."""
+        self.sampling, self.compile = GREEDY.override(sampling), compile
         path = ensure_converted(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.free_decoders: list[Decoder] = []  # those that no text uses
+        self.free_decoders: list[PlainDecoder] = []  # those that no text uses
 
-    def build_decoder(self) -> Decoder:
-        """Returns a Decoder with a new KV cache."""
-        kv_cache = KVCache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
-        return PlainDecoder(ModelRunner(self.model, kv_cache, self.sampling, self.compile))
+    def generate(
+        self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), **sampling
+    ) -> Iterator[str]:
+        """Returns an iterator of the text that follows prompt, piece by piece, up to an end token or one of the stop
+        strings. A second call may start before the first text has ended: every call has its own KV cache.
 
-    def generate(self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
-        """Yields the text that follows prompt, piece by piece, up to an end token or one of the stop strings. A second
-        call may start before the first text has ended: every call has its own KV cache.
+        prompt: a text, or a chat's messages [{"role": ..., "content": ...}].
+        sampling: fields of SamplingParams. With compile, a GPU records the decode step anew when they change."""
+        options = {"stop": stop, "sampling": self.sampling.override(sampling)}
+        return self.stream(self.build_sequence(prompt, max_new_tokens, self.max_seq_len, **options))
 
-        prompt: a text, or a chat's messages [{"role": ..., "content": ...}]."""
-        sequence = self.build_sequence(prompt, max_new_tokens, stop=stop)
-        try:
-            check_length(len(sequence.prompt_ids), max_new_tokens, self.max_seq_len)
-        except UsageError as e:
-            raise UsageError(f"{e}, which is LLM's max_seq_len; raise it or lower max_new_tokens") from None
-        decoder = self.free_decoders.pop() if self.free_decoders else self.build_decoder()
+    def generate_many(
+        self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
+        stop: tuple[str, ...] = (), seed: int = 0, **sampling,
+    ) -> Iterator[tuple[int, str]]:
+        """Returns an iterator of (number, continuation) for each prompt, in the order of prompts. Only the model's
+        context limits the length of a prompt.
+
+        prompts: each is a text, or a chat's messages [{"role": ..., "content": ...}].
+        parallel: the most prompts that are computed at a time.
+        stop: strings that end a continuation. The continuation does not contain them.
+        seed: prompt i samples with seed + i.
+        sampling: fields of SamplingParams."""
+        if isinstance(prompts, str):
+            raise UsageError("generate_many takes a list of prompts, not one text")
+        if parallel < 1:
+            raise UsageError(f"parallel must be at least 1, not {parallel}")
+        options = {"stop": stop, "sampling": self.sampling.override(sampling)}
+        context, sequences = self.model.config.max_seq_len, []
+        for i, prompt in enumerate(prompts):
+            try:
+                sequences.append(self.build_sequence(prompt, max_new_tokens, context, seed=seed + i, **options))
+            except UsageError as e:
+                raise UsageError(f"prompt {i}: {e}") from None
+        return continuations(build_scheduler(self.model, sequences, parallel, self.compile), sequences)
+
+    def chat(self, system: str | None = None, **sampling) -> Conversation:
+        """Returns a new conversation: see Conversation.answer. system: the system message."""
+        decoder, eos_ids = self.take_decoder(self.sampling.override(sampling)), self.model.config.eos_ids
+        return Conversation(self.tokenizer, decoder, self.max_seq_len, eos_ids, system)
+
+    # ---- What the methods above share ----
+
+    def build_sequence(
+        self, prompt: str | list[dict], max_new_tokens: int, max_seq_len: int, **options
+    ) -> Sequence:
+        """Raises UsageError unless prompt and new tokens fit into max_seq_len. options: fields of Sequence."""
+        check_max_new_tokens(max_new_tokens)
+        sequence = build_sequence(prompt, self.tokenizer, self.model.config, max_new_tokens, **options)
+        is_shorter = max_seq_len < self.model.config.max_seq_len
+        hint = ", which is LLM's max_seq_len; raise it or lower max_new_tokens" if is_shorter else ""
+        check_length(len(sequence.prompt_ids), max_new_tokens, max_seq_len, hint)
+        return sequence
+
+    def take_decoder(self, sampling: SamplingParams) -> PlainDecoder:
+        """Returns a decoder whose KV cache no text uses."""
+        if self.free_decoders:
+            decoder = self.free_decoders.pop()
+            if decoder.runner.sampler.sampling == sampling:
+                return decoder
+            kv_cache = decoder.runner.kv_cache  # a recorded step contains the options, but a cache suits any
+        else:
+            kv_cache = KVCache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
+        return PlainDecoder(ModelRunner(self.model, kv_cache, sampling, self.compile))
+
+    def stream(self, sequence: Sequence) -> Iterator[str]:
+        decoder = self.take_decoder(sequence.sampling)
         try:
             for (text,) in stream_texts(decoder, [sequence], sequence.prompt_ids):
                 if text:
@@ -83,40 +131,9 @@ class LLM:
         finally:
             self.free_decoders.append(decoder)
 
-    def generate_many(
-        self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
-        stop: tuple[str, ...] = (), seed: int = 0,
-    ) -> Iterator[tuple[int, str]]:
-        """Yields (number, continuation) for each prompt, in the order of prompts, at most parallel of them at a time.
 
-        prompts: each is a text, or a chat's messages [{"role": ..., "content": ...}].
-        parallel: the most prompts that are computed at a time.
-        stop: strings that end a continuation. The continuation does not contain them.
-        seed: prompt i samples with seed + i."""
-        if isinstance(prompts, str):
-            raise UsageError("generate_many takes a list of prompts, not one text")
-        if parallel < 1:
-            raise UsageError(f"parallel must be at least 1, not {parallel}")
-        sequences = []
-        for i, prompt in enumerate(prompts):
-            try:  # find a mistake before any prompt is computed
-                sequences.append(self.build_sequence(prompt, max_new_tokens, stop=stop, seed=seed + i))
-            except UsageError as e:
-                raise UsageError(f"prompt {i}: {e}") from None
-        scheduler = build_scheduler(self.model, sequences, parallel, self.compile)
-        for i, sequence in scheduler.complete(sequences):
-            if sequence.error:
-                raise UsageError(f"prompt {i}: {sequence.error}")
-            yield i, sequence.text
-
-    def build_sequence(self, prompt: str | list[dict], max_new_tokens: int, **options) -> Sequence:
-        config, options = self.model.config, {"sampling": self.sampling} | options
-        check_max_new_tokens(max_new_tokens)
-        sequence = build_sequence(prompt, self.tokenizer, config, max_new_tokens, **options)
-        check_length(len(sequence.prompt_ids), max_new_tokens, config.max_seq_len)
-        return sequence
-
-    def chat(self, system: str | None = None) -> Conversation:
-        """Returns a new conversation: see Conversation.answer. system: the system message."""
-        decoder, eos_ids = self.build_decoder(), self.model.config.eos_ids
-        return Conversation(self.tokenizer, decoder, self.max_seq_len, eos_ids, system)
+def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
+    for i, sequence in scheduler.complete(sequences):
+        if sequence.error:
+            raise UsageError(f"prompt {i}: {sequence.error}")
+        yield i, sequence.text

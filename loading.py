@@ -75,7 +75,7 @@ def load_model(
 
     shard_tensor = None
     if n_ranks > 1:
-        tensors = all_tensors  # ranks cannot tie: each keeps the whole embedding, but only its rows of the head
+        tensors = all_tensors  # the head is sharded and the embedding is not, so the two can no longer be one tensor
         shard_tensor = tp.tensor_sharder(model)
         tp.shard_model(model, device, shard_tensor)
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
@@ -102,8 +102,8 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
 def check_tensors(path: Path, model: Transformer, tensors: Tensors, quantized_names: set[str]):
     """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
 
-    tensors: also of a tied head.
-    quantized_names: the tensors whose dtypes must fit, too."""
+    tensors: the checkpoint's, with those of a tied head.
+    quantized_names: the tensors whose dtypes must equal the model's. Others may be of any floating-point type."""
     needed = model.state_dict()
     for name in sorted(needed.keys() | tensors.keys()):  # embed_tokens before a tied lm_head
         fits = name in needed and name in tensors and tensors[name].shape == needed[name].shape
@@ -128,7 +128,7 @@ def move_tensors(
 ) -> Tensors:
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
 
-    shard_tensor: (name, tensor) -> this rank's shard of the tensor; None: keep every tensor whole."""
+    shard_tensor: tp.tensor_sharder's; None: keep every tensor whole."""
     moved = {}
     for name, tensor in tensors.items():
         shard = tensor if shard_tensor is None else shard_tensor(name, tensor)

@@ -39,6 +39,7 @@ from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
 from converters.resolve import ensure_converted
+from evaluation.lm_harness import task_text
 from kernels import formats
 from kernels.formats import Int4, Tensors, WeightFormat
 from kernels.formats.base import in_chunks
@@ -59,14 +60,12 @@ def round_to_nearest(weights: dict[str, Tensor], format: WeightFormat, args: arg
 
 
 def round_by_hqq(weights: dict[str, Tensor], format: Int4, args: argparse.Namespace) -> QuantizedLayers:
-    """Refines zero points by half-quadratic quantization (HQQ), without data."""
     return quantize_each(weights, partial(in_chunks, partial(hqq_quantize_rows, format)))
 
 
 def round_by_gptq(weights: dict[str, Tensor], format: Int4, args: argparse.Namespace) -> QuantizedLayers:
-    """Rounds the linear layers of args.checkpoint_path by GPTQ, calibrated on a text."""
     device, limit = pick_device(args.device), args.calibration_limit
-    text = read_text(args.calibration_text) if args.calibration_text else gptq.task_text(args.calibration_tasks, limit)
+    text = read_text(args.calibration_text) if args.calibration_text else task_text(args.calibration_tasks, limit)
     model, tokenizer = load(args.checkpoint_path, dtype=weights["lm_head"].dtype, use_kernels=False)
     context = model.config.max_seq_len
     length = args.calibration_seq_length or min(512, context)
@@ -78,7 +77,6 @@ def round_by_gptq(weights: dict[str, Tensor], format: Int4, args: argparse.Names
 
 
 def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tensors]) -> QuantizedLayers:
-    """Yields (name, quantize(weight)) for every weight."""
     for name, w in weights.items():
         gptq.check_finite_weight(name, w)
         yield name, quantize(w)
@@ -93,8 +91,8 @@ def hqq_quantize_rows(format: Int4, w: Tensor) -> Tensors:
 
 def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, steps: int = 8) -> Tensor:
     """Refines zeros by half-quadratic splitting, so that each group's sum of |w - dequantized|^0.5 gets small. Each
-    step shrinks the rounding errors towards 0; the errors that remain are the outliers. Then the step subtracts the
-    outliers from the weights, and fits the zero points to the difference."""
+    step shrinks the rounding errors towards 0, which leaves outliers. Then the step subtracts the outliers from the
+    weights, and fits the zero points to the difference."""
     w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # in units of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):

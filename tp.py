@@ -174,7 +174,7 @@ def shard_attention(attention: Attention, n_ranks: int):
 
 
 def shard_row_parallel(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: WeightFormat) -> Tensor:
-    """Returns this rank's shard of a tensor of a row-parallel layer: what belongs to its inputs.
+    """Returns this rank's shard of a tensor of a row-parallel layer: what belongs to the rank's inputs.
 
     tensor_name: weight, scales, zeros, input_order or bias."""
     if tensor_name == "bias":  # the all-reduce sums the biases of all ranks, so ranks other than 0 have zeros
@@ -196,7 +196,7 @@ def shard_column_parallel(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
         shard = matrix.narrow(dim, min(start, size), available)
         pad_after_dim = (0, 0) * (tensor.dim() - 1 - dim)  # F.pad names the last dimension first
         shards.append(F.pad(shard, (*pad_after_dim, 0, length - available)))
-    if tensor.is_meta:  # torch.cat would import PyTorch's compiler for it, which takes a second
+    if tensor.is_meta:  # torch.cat of meta tensors imports PyTorch's compiler, which takes a second
         shape = [*tensor.shape]
         shape[dim] = sum(shard.shape[dim] for shard in shards)
         return tensor.new_empty(shape)
@@ -209,8 +209,8 @@ def insert_collectives(model: Transformer):
     shards_attention = "qkv_proj" in tp_plan(model.config)
     for layer in model.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
-        attention.o_proj = RowParallelLinear(attention.o_proj, reduce, x_is_sharded=shards_attention)
-        feed_forward.down_proj = RowParallelLinear(feed_forward.down_proj, reduce, x_is_sharded=True)
+        attention.o_proj = RowParallelLinear(attention.o_proj, reduce, input_is_parallel=shards_attention)
+        feed_forward.down_proj = RowParallelLinear(feed_forward.down_proj, reduce, input_is_parallel=True)
     model.lm_head = ParallelLMHead(model.lm_head, model.config.vocab_size)
 
 
@@ -218,25 +218,25 @@ class RowParallelLinear(nn.Module):
     """A linear layer that is sharded along the inputs: o_proj or down_proj, also of experts. An all-reduce adds up the
     partial sums of all ranks. The residual is added after the all-reduce, since otherwise every rank would add it.
 
-    x is this rank's shard if the layer before is sharded, else full (see tp_plan). linear.input_order, of act-order,
-    may pick inputs from all of x, so linear gets:
+    The input x is parallel, which is this rank's shard, if the layer before is sharded (see tp_plan). Otherwise x is
+    full. With act-order, linear.input_order may pick inputs from all of x. So linear gets:
 
-        x          input_order    inputs of linear
-        sharded    no             x
-        sharded    yes            all_gather(x), from which linear selects
-        full       no             this rank's slice of x
-        full       yes            x, from which linear selects
+        x           input_order    inputs of linear
+        parallel    no             x
+        parallel    yes            all_gather(x), from which linear selects
+        full        no             this rank's slice of x
+        full        yes            x, from which linear selects
     """
 
-    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], x_is_sharded: bool):
+    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], input_is_parallel: bool):
         super().__init__()
         self.linear, self.all_reduce = linear, all_reduce
         self.backend = linear.backend
         has_order = linear.input_order is not None
         self.get_inputs = None  # x -> the inputs of linear; None: the inputs are x
-        if x_is_sharded and has_order:
+        if input_is_parallel and has_order:
             self.get_inputs = all_gather
-        elif not x_is_sharded and not has_order:
+        elif not input_is_parallel and not has_order:
             self.get_inputs = self.slice_inputs
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:

@@ -41,7 +41,6 @@ def add_threads(parser: argparse.ArgumentParser):
 
 
 def device_and_dtype(args: argparse.Namespace):
-    """Returns the torch.device and the torch.dtype that --device and --precision name."""
     import torch  # here, since scripts/download.py need not wait for this import
 
     from utils.machine import pick_device
@@ -50,8 +49,7 @@ def device_and_dtype(args: argparse.Namespace):
 
 
 def load_options(args: argparse.Namespace) -> dict:
-    """Returns the arguments of loading.load that --device, --precision and --kernels give. Scripts without --kernels
-    use the kernels."""
+    """Returns arguments of loading.load, from --device, --precision and, in scripts that have it, --kernels."""
     device, dtype = device_and_dtype(args)
     return {"device": device, "dtype": dtype, "use_kernels": getattr(args, "kernels", "auto") == "auto"}
 

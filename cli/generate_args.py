@@ -40,7 +40,7 @@ def parse_args(doc: str) -> argparse.Namespace:
         speculative     whether steps verify proposed tokens
         sampling        temperature, top_k and so on as a SamplingParams
 
-    In a conversation without --max_new_tokens, max_new_tokens is sys.maxsize: only the context limits an answer. Raises
+    In a conversation without --max_new_tokens, only the context limits an answer: max_new_tokens is sys.maxsize. Raises
     UsageError for invalid values and for options that exclude each other. doc: the script's docstring, for --help."""
     args = build_parser(doc).parse_args()
     has_prompt = args.prompt is not None or args.prompt_file is not None
@@ -208,8 +208,8 @@ def build_sampling(args: argparse.Namespace) -> SamplingParams:
 
 def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
     """Returns the prompts of --prompt or --prompt_file, each a text or a chat's messages. A conversation has none yet.
-    This needs no tokenizer, so a mistake in the file is found before the model is loaded. Raises UsageError for a
-    prompt that is empty or malformed."""
+    Raises UsageError for a prompt that is empty or malformed: here and not in encode_prompts, since here the model is
+    not loaded yet."""
     if args.conversation:
         return []
     prompts = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
@@ -220,9 +220,9 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
 def encode_prompts(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
-    """Returns a Sequence for each of prompts, the result of read_prompts, or one of --prompt_tokens. Raises UsageError
-    for a prompt that cannot be completed, such as one beyond the context. With --parallel, the Sequence of such a
-    prompt has an error instead, unless none of the prompts can be completed."""
+    """Returns a Sequence for each of prompts, or one Sequence of --prompt_tokens. Raises UsageError if a prompt cannot
+    be completed, for example because it exceeds the context. With --parallel, the prompt's Sequence has an error
+    instead, unless no prompt can be completed."""
     eos_ids = () if args.ignore_eos else config.eos_ids
     options = {"sampling": args.sampling, "stop": tuple(args.stop), "n_logprobs": args.logprobs, "eos_ids": eos_ids}
     if args.prompt_tokens:
@@ -265,7 +265,7 @@ def with_chat_options(prompt: str | list[dict], args: argparse.Namespace) -> str
 def read_prompt_file(path: Path) -> list[str | list[dict]]:
     """Reads a text, or the messages of a chat, from each line. Skips empty lines, and names them on stderr."""
     lines, prompts = read_text(path).split("\n"), []
-    while lines and not lines[-1].strip():  # what ends a file is no line to name
+    while lines and not lines[-1].strip():  # a file usually ends with a line break: no message about that
         del lines[-1]
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -44,7 +44,7 @@ def complete_in_parallel(args: argparse.Namespace, model: Transformer, sequences
     try:
         for i, _ in bar:
             print_sequence(i)
-    except KeyboardInterrupt:  # in a step, after which complete has yielded the rest, or here
+    except KeyboardInterrupt:  # from complete, which has yielded all that have ended, or from this loop
         for i in [i for i, sequence in not_printed.items() if sequence.finish_reason]:
             print_sequence(i)
         raise

@@ -24,8 +24,7 @@ def build_result(
     args: argparse.Namespace, model: Transformer, kv_cache: KVCache, samples: list[list[Sequence]],
     accept_counts: list[int] | None = None,
 ) -> dict:
-    """Returns the fields of --json's object that differ between prompts. The bandwidth does not count what a draft
-    model reads.
+    """Returns the fields of --json's object that differ between prompts. The bandwidth is the model's, without a draft.
 
     samples: each sample is a batch of sequences of the same prompt.
     accept_counts: how many steps accepted 0, 1 ... proposed tokens; None: without speculation."""
@@ -77,7 +76,7 @@ def median(values: list[float]) -> float:
 
 
 def tokens_read(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> float:
-    """Returns of how many tokens of a sequence a decode step reads keys and values, when the cache holds n_tokens."""
+    """Returns how many tokens' keys and values a decode step reads for a sequence of n_tokens."""
     if model.has_kernels_for(kv_cache.batch_size, 1):
         return model.config.mean_attended_tokens(n_tokens)
     return kv_cache.max_seq_len if compile else n_tokens  # a compiled step reads the whole cache
@@ -85,9 +84,9 @@ def tokens_read(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: b
 
 @lru_cache(maxsize=1)
 def measured_bandwidth(model: Transformer) -> float | None:
-    """Returns the bytes per second at which the machine reads memory, which is measured once. A CPU reads the weights
-    that every step reads, all but experts. Returns None if the processor's caches hold half of these weights, or if
-    there is too little memory for the measurement."""
+    """Measures once at how many bytes per second the machine reads memory. A CPU is measured with the weights that
+    every step reads, all but experts. Returns None if the processor's caches hold half of these weights, or if there is
+    too little memory for the measurement."""
     device = model.device
     linears = (linear for _, linear in model.quantizable_linears() if linear.n_experts is None)
     try:
@@ -123,7 +122,7 @@ def print_summary(result: dict, model: Transformer):
     used, percentage, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(model)
     if readable is not None:
         percentage = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
-    # The tokens/s are those of one sequence: all sequences of a batch take every step together.
+    # decode_tokens_per_sec is of one sequence: all sequences of a batch take every step together.
     n = len(result["tokens"])
     sequences, each = (f" in {n} sequences,", " each") if n > 1 else ("", "")
     print(

@@ -53,10 +53,8 @@ def required_seq_len(
             print(f"The draft's context of {context} tokens is the conversation's.", file=sys.stderr)
         return min(context, CONVERSATION_LENGTH)
     longest = max(len(sequence.prompt_ids) for sequence in sequences)
-    try:
-        check_length(longest, args.max_new_tokens, context)
-    except UsageError as e:
-        raise UsageError(f"{e}, the {name}'s; lower --max_new_tokens or shorten the prompt") from None
+    hint = f", the {name}'s; lower --max_new_tokens or shorten the prompt"
+    check_length(longest, args.max_new_tokens, context, hint)
     return longest + args.max_new_tokens
 
 
@@ -83,11 +81,11 @@ def warn_without_kernels(k: int, model: Transformer):
 @torch.inference_mode()
 def warm_up(args: argparse.Namespace, runner: ModelRunner, decoder: Decoder, sequences: list[Sequence]) -> dict:
     """Compiles or records what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
-    records a step at its first use. The prompt overwrites what this function writes to the KV caches. Returns fields of
-    --json: the seconds that it took, and what only several ranks have."""
+    records a step at its first use. The first prompt overwrites what the KV caches then hold. Returns fields of --json:
+    compile_seconds, and with several ranks world_size and communication_share."""
     start, device = time.perf_counter(), runner.device
     if args.compile_prefill:
-        # The length of a conversation's first prompt is unknown. Take a length that the kernels do not compute.
+        # The length of a conversation's first prompt is unknown. Take a length beyond the kernels', which is compiled.
         n_prompt_tokens = len(sequences[0].prompt_ids) if sequences else MAX_CPU_TOKENS + 1
         prompt = torch.zeros(args.batch_size, n_prompt_tokens, dtype=torch.long, device=device)
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.

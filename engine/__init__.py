@@ -6,7 +6,7 @@
     generation.py         the loop: a prompt to new tokens, with one decode step per token
     speculate.py          draft models, prompt lookup, verification
     scheduler.py          many sequences at once, each at its own position
-    async_completer.py    many callers at once, in asyncio
+    async_engine.py       many callers at once, in asyncio
     chat.py               Conversation: a chat's messages and answers in one KV cache
 
 There are two loops. One text, Decoder: a GPU's recorded step contains the sampler, the next step is queued before

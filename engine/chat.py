@@ -52,8 +52,8 @@ class Conversation:
         self.encode("Hello", [])  # raises UsageError without a chat template
 
     def build_answer(self) -> Sequence:
-        """Returns an answer without tokens. The method stream sets how many tokens the answer may have."""
-        options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "is_resumable": True}
+        """Returns an answer without tokens. stream sets the limit of new tokens, for which 0 stands here."""
+        options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "hold_incomplete": True}
         return Sequence(prompt_ids=[], max_new_tokens=0, prompt=[], **options)
 
     @property
@@ -146,7 +146,7 @@ class Conversation:
             is_full = max_new_tokens == n_free and sequence.finish_reason != "stop"
             self.finish_reason = "context" if is_full else sequence.finish_reason
         finally:
-            answer["content"] = sequence.text  # Ctrl-C may come between a new token and the same line above
+            answer["content"] = sequence.text  # again, since Ctrl-C may come just before the same line in the loop
             if self.finish_reason == "interrupted" and not self.answer_ids:
                 self.finish_reason = None
                 del self.messages[-2:]

@@ -65,8 +65,8 @@ class Decoder(Protocol):
     """What continues a text: PlainDecoder, or SpeculativeDecoder of speculate.py."""
 
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-        """Continues the text token_ids in each of B sequences. Yields the next token of each sequence, [B],
-        max_new_tokens times. The first n_cached of token_ids are in the KV cache."""
+        """Continues token_ids, of which the first n_cached are in the KV cache, in each of B sequences. Yields the next
+        token of each sequence, [B], max_new_tokens times."""
 
     def warm_up(self, max_new_tokens: int):
         """Runs each kind of step once that a text of max_new_tokens may need, so that it is compiled or recorded.
@@ -79,9 +79,9 @@ class Decoder(Protocol):
 def stream_texts(
     decoder: Decoder, batch: list[Sequence], token_ids: list[int], n_cached: int = 0
 ) -> Iterator[list[str]]:
-    """Continues the text token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have
-    ended. Yields the new text of each sequence whenever each has got a new token. The sequences are samples of one
-    text, with one limit of new tokens."""
+    """Continues token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have ended.
+    Yields the new text of each sequence after every token. The sequences are samples of one prompt, with one limit of
+    new tokens."""
     max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
     for ids in decoder.generate(token_ids, n_cached, max_new_tokens):
         yield [sequence.append(token) for sequence, token in zip(batch, ids, strict=True)]

@@ -34,7 +34,7 @@ token.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -83,13 +83,13 @@ class Sampler:
 
 
 class ModelRunner:
-    """The steps of a model with one KV cache, and what they share: the cache and the tables of positions."""
+    """The steps of a model with one KV cache."""
 
     def __init__(
         self, model: Transformer, kv_cache: KVCache, sampling: SamplingParams = GREEDY, compile: bool = False,
         compile_prefill: bool = False,
     ):
-        """sampling: of prefill and decode. compile and compile_prefill are the options of generate.py."""
+        """sampling: of prefill and decode. compile, compile_prefill: as the options of generate.py."""
         self.model, self.kv_cache, self.compile, self.device = model, kv_cache, compile, model.device
         self.position_tables = model.build_position_tables(kv_cache)
         self.sampler = Sampler(sampling, kv_cache.token_ids, model.lm_head.backend)
@@ -115,8 +115,8 @@ class ModelRunner:
             pass
 
     def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
-        """Runs the blocks on one chunk after the other. Yields the hidden states of each chunk: [B, chunk, dim]. Chunks
-        with more tokens than the kernels take are compiled, if compile_prefill says so."""
+        """Runs the blocks on one chunk after the other. Yields the hidden states of each chunk: [B, chunk, dim]. With
+        compile_prefill, chunks with more tokens than the kernels take run compiled blocks."""
         kv_cache = self.kv_cache.narrow_batch(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
         n_cached, offset = int(start_pos.max()), 0
@@ -140,20 +140,15 @@ class ModelRunner:
         device_type, compile = self.device.type, self.compile
         has_kernels_for = cache(self.model.has_kernels_for)  # the method goes through all modules
         eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler or return_logits, has_kernels_for)
-        modes = {"eager": eager, "compiled": CompiledStep(eager)}
-        if device_type == "cpu":
-            modes["recorded"] = TapeStep(eager)
-        elif device_type == "cuda":
-            modes["recorded"] = record(eager)
-            if can_be_one_graph(self.model):
-                modes["compiled"] = record(modes["compiled"])
+        # A mode's step is made when a call first has this mode: importing the compiler takes a second and 150 MB.
+        in_mode = cache(partial(step_in_mode, eager, device_type))
 
         # No step refers to self, since self refers to decode. Such a cycle would keep an unused KV cache in memory
         # until Python's next garbage collection.
         @torch.inference_mode()
         def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
             mode = choose_mode(has_kernels_for(*tokens.shape), device_type, compile)
-            return modes[mode](tokens, start_pos, *inputs)
+            return in_mode(mode)(tokens, start_pos, *inputs)
 
         return step
 
@@ -190,38 +185,46 @@ class EagerStep:
         return self.model(tokens, start_pos, used_cache, self.position_tables)
 
 
-class TapeStep:
+def step_in_mode(eager: EagerStep, device_type: str, mode: str) -> Callable:
+    """Returns the step of eager in a mode of the table at the top of this file."""
+    match mode, device_type:
+        case "recorded", "cpu":
+            return tape_step(eager)
+        case "recorded", "cuda":
+            return record(eager)
+        case "compiled", "cuda" if can_be_one_graph(eager.model):
+            return record(compiled_step(eager))
+        case "compiled", _:
+            return compiled_step(eager)
+    return eager
+
+
+def tape_step(eager: EagerStep) -> Callable:
     """A step on a CPU. A tape holds only the operations of kernels/schema.py, and a sampler has others."""
+    tape = record(eager.compute_logits)
 
-    def __init__(self, step: EagerStep):
-        self.sampler, self.tape = step.sampler, record(step.compute_logits)
+    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        return call_with_tape_threads(eager.sampler, tape(tokens, start_pos), tokens, start_pos, *inputs)
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        return call_with_tape_threads(self.sampler, self.tape(tokens, start_pos), tokens, start_pos, *inputs)
+    return step
 
 
-class CompiledStep:
+def compiled_step(eager: EagerStep) -> Callable:
     """A step compiled by torch.compile in two pieces: the blocks, of which one compiled block serves all layers, and
     the head with the sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
-    def __init__(self, step: EagerStep):
-        self.step = step
+    def head(hidden: Tensor, *inputs: Tensor):
+        return eager.sampler(eager.model.compute_logits(hidden), *inputs)
 
-    @cached_property  # the first step makes the pieces, since importing the compiler takes a second and 150 MB
-    def pieces(self) -> tuple[Transformer, Callable]:
-        model, sampler = self.step.model, self.step.sampler
+    options = {"fullgraph": can_be_one_graph(eager.model), "dynamic": False}
+    compiled_model, compiled_head = compile_blocks(eager.model, **options), torch.compile(head, **options)
 
-        def head(hidden: Tensor, *inputs: Tensor):
-            return sampler(model.compute_logits(hidden), *inputs)
+    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        used_cache = eager.kv_cache.narrow_batch(0, len(tokens))
+        hidden = compiled_model.compute_hidden(tokens, start_pos, used_cache, eager.position_tables)
+        return compiled_head(hidden, tokens, start_pos, *inputs)
 
-        options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
-        return compile_blocks(model, **options), torch.compile(head, **options)
-
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        model, head = self.pieces
-        used_cache = self.step.kv_cache.narrow_batch(0, len(tokens))
-        hidden = model.compute_hidden(tokens, start_pos, used_cache, self.step.position_tables)
-        return head(hidden, tokens, start_pos, *inputs)
+    return step
 
 
 def compile_blocks(model: Transformer, **options) -> Transformer:

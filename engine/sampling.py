@@ -9,7 +9,7 @@ the host has read the sampled token.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,31 +27,33 @@ FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
 
 
-def option(default: float | None, help: str, allowed: str, is_allowed: Callable[[float], bool], neutral=None):
-    """A field of SamplingParams. help is for the command line, which has an option of the same name. allowed names the
-    values for which is_allowed is true. neutral is a value that changes nothing; it becomes the default."""
-    return field(default=default, metadata=dict(help=help, allowed=allowed, is_allowed=is_allowed, neutral=neutral))
+def sampling_field(default: float | None, help: str, allowed: str, is_allowed: Callable[[float], bool], no_op=None):
+    """A field of SamplingParams. The command line has an option of the same name, which help describes.
+
+    allowed: is_allowed in words, for error messages.
+    no_op: a value that means "off", such as 1 of top_p. It becomes the default, so that the fast kernel samples."""
+    return field(default=default, metadata=dict(help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op))
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How a token is chosen. The repetition penalty applies first, and then the other options in the order of the
-    fields. Options with the default None exclude tokens. A temperature of 0 takes the likeliest token (greedy),
-    whatever these are. The default temperature is 0 in Python, 0.8 in generate.py (as in gpt-fast) and 1 in the server
+    fields. Options with the default None exclude tokens, but never the likeliest token, which a temperature of 0 takes
+    (greedy). The default temperature is 0 in Python, 0.8 in generate.py (as in gpt-fast) and 1 in the server
     (as in OpenAI's API)."""
 
-    temperature: float = option(0.0, "0 takes the likeliest token", "0 or more", lambda t: 0 <= t < math.inf)
+    temperature: float = sampling_field(0.0, "0 takes the likeliest token", "0 or more", lambda t: 0 <= t < math.inf)
     _: KW_ONLY
-    top_k: int | None = option(None, "sample among the k likeliest tokens only", "at least 1", lambda k: k >= 1)
-    top_p: float | None = option(  # arXiv:1904.09751
+    top_k: int | None = sampling_field(None, "sample among the k likeliest tokens only", "at least 1", lambda k: k >= 1)
+    top_p: float | None = sampling_field(  # arXiv:1904.09751
         None, "sample among the likeliest tokens that make up p", "above 0 and at most 1", lambda p: 0 < p <= 1,
-        neutral=1,
+        no_op=1,
     )
-    min_p: float | None = option(  # arXiv:2407.01082
+    min_p: float | None = sampling_field(  # arXiv:2407.01082
         None, "sample among tokens at least p times as likely as the likeliest", "0 to 1", lambda p: 0 <= p <= 1,
-        neutral=0,
+        no_op=0,
     )
-    repetition_penalty: float = option(  # arXiv:1909.05858
+    repetition_penalty: float = sampling_field(  # arXiv:1909.05858
         1.0, "above 1: what the text has already becomes less likely", "above 0", lambda factor: 0 < factor < math.inf
     )
 
@@ -66,7 +68,7 @@ class SamplingParams:
                 raise UsageError(f"{option.name} must be {kind}, not {value!r:.80}")
             if not option.metadata["is_allowed"](value):
                 raise UsageError(f"{option.name} must be {option.metadata['allowed']}, not {value}")
-            if value == option.metadata["neutral"]:  # so that the fast sampling kernel stays enabled
+            if value == option.metadata["no_op"]:
                 object.__setattr__(self, option.name, option.default)
 
     @classmethod
@@ -74,6 +76,14 @@ class SamplingParams:
         """Reads the fields from options, such as the JSON of a request. Ignores options that are not fields. A value of
         None means the default."""
         return cls(**{f.name: options[f.name] for f in fields(cls) if options.get(f.name) is not None})
+
+    def override(self, options: Mapping) -> "SamplingParams":
+        """Returns these parameters with other values for the fields in options."""
+        names = [f.name for f in fields(self)]
+        for name in options:
+            if name not in names:
+                raise UsageError(f"{name} is no sampling option; these are: {', '.join(names)}")
+        return replace(self, **options)
 
     @property
     def is_greedy(self) -> bool:
@@ -86,7 +96,7 @@ class SamplingParams:
 
     @property
     def needs_token_ids(self) -> bool:
-        """Whether an option depends on the text."""
+        """Whether an option needs the ids of the text so far."""
         return self.repetition_penalty != 1
 
 
@@ -111,8 +121,8 @@ def seen_token_mask(token_ids: Tensor, last_positions: Tensor, vocab_size: int) 
 def apply_repetition_penalty(
     logits: Tensor, tokens: Tensor, start_pos: Tensor, token_ids: Tensor, samplings: list[SamplingParams]
 ) -> Tensor:
-    """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. sample does
-    not apply it, so scheduler.py: sample_each ignores it when it groups sequences of equal options.
+    """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. The penalty
+    is applied here and not in sample, so scheduler.py: sample_each may sample sequences of other penalties together.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
     token_ids [B, S]: of a KVCache; they hold the text and tokens, if an option depends on the text.
@@ -138,7 +148,7 @@ def sample(
 
     backend: the model's; one of its kernels samples if it can.
     uniform: the random numbers of multinomial; None: PyTorch's generator makes them.
-    temperatures: those of the sequences, float32 [B, 1] and positive, in place of sampling's; only with uniform."""
+    temperatures: one for each sequence, float32 [B, 1] and positive, in place of sampling's; only with uniform."""
     kernel_can_sample = (
         backend.can_sample(sampling.is_greedy)
         and (sampling.is_greedy or not sampling.has_truncation)

@@ -49,8 +49,8 @@ PREFILL_CHUNK_TOKENS = 512
 
 
 class SequenceUpdate(NamedTuple):
-    """What a step has added to a sequence: the fields of Sequence, but only what is new. In contrast to a sequence, an
-    update does not change in later steps."""
+    """What a step has added to a sequence. In contrast to the sequence, an update does not change in later steps, so
+    another thread may read it."""
 
     sequence: Sequence
     new_ids: list[int]  # one token, or none if the sequence has failed
@@ -61,8 +61,6 @@ class SequenceUpdate(NamedTuple):
 
 @dataclass
 class Slot:
-    """A slot of the KV cache."""
-
     sequence: Sequence | None = None  # None: the slot is free
     # The tokens whose keys and values are in the slot. The ids stay after the sequence has ended, for a later prompt
     # that begins with the same tokens.
@@ -91,8 +89,8 @@ class Scheduler:
         n_slots: the most sequences that run at a time.
         max_seq_len: the most tokens of a sequence, prompt included.
         compile: record the steps on a GPU, too.
-        chunk_tokens: while sequences decode, compute so many tokens of prompts between two decode steps: one chunk of a
-            long prompt, or several short prompts."""
+        chunk_tokens: how many tokens of prompts are computed between two decode steps: one chunk of a long prompt, or
+            several short prompts."""
         self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
         self.kv_cache = KVCache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
@@ -104,7 +102,7 @@ class Scheduler:
         self.n_prefilled = 0  # how many tokens of prompts were computed since the last decode step
 
     def submit(self, sequence: Sequence):
-        """Appends sequence to the queue. Raises UsageError as check does."""
+        """Raises UsageError as check does."""
         self.check(sequence)
         self.waiting.append(sequence)
 
@@ -126,8 +124,8 @@ class Scheduler:
         slot.sequence, slot.ended_at = None, self.n_steps
 
     def clear(self, i: int):
-        """Forgets what slot i holds, since its keys and values may not be finite. Attention multiplies the values of
-        positions that it hides with 0. But 0 * NaN is NaN."""
+        """Forgets what slot i holds, since its keys and values may not be finite. Attention hides a position by
+        multiplying its value with 0. But 0 * NaN is NaN."""
         self.kv_cache.clear_sequence(i)
         self.slots[i].cached_ids = []
 
@@ -136,8 +134,8 @@ class Scheduler:
 
     def complete(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
         """Yields (number, sequence) for each of sequences, in their order, when it has ended. A sequence that submit
-        refuses, or that has an error already, has an error, and the others are still completed. After Ctrl-C, yields
-        the sequences that have ended, and raises KeyboardInterrupt again."""
+        refuses gets an error, and the others are still completed. After Ctrl-C, yields the sequences that have ended,
+        and raises KeyboardInterrupt again."""
         left = deque(enumerate(sequences))
         for _, sequence in left:
             try:
@@ -158,8 +156,8 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[SequenceUpdate]:
-        """Computes one token of every decoding sequence, or a chunk of a prompt. Returns an update for each new token.
-        There is none while a prompt needs more chunks."""
+        """Computes one token of every decoding sequence, or a chunk of a prompt, of which only the last chunk gives a
+        token. Returns an update for each new token."""
         self.n_steps += 1
         n_decoding = sum(slot.is_decoding for slot in self.slots)
         if not n_decoding or self.n_prefilled < self.chunk_tokens:
@@ -212,7 +210,6 @@ class Scheduler:
         return self.sample_next(range(i, i + 1), logits, tokens, start_pos)
 
     def decode(self, n: int) -> list[SequenceUpdate]:
-        """Computes the next token of the n decoding sequences."""
         self.move_decoding_first(n)
         slots, device = self.slots[:n], self.runner.device
         last_ids = [slot.sequence.new_ids[-1] for slot in slots]
@@ -237,7 +234,7 @@ class Scheduler:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
         sequences = [self.slots[i].sequence for i in slots]
         token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
-        # Even if no option needs the ids now: a later prompt that has such an option may copy this slot's prefix.
+        # No option may need the ids now, but a later prompt with a repetition penalty may copy this slot's prefix.
         store_token_ids(token_ids, tokens, start_pos)
         samplings = [sequence.sampling for sequence in sequences]
         scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, samplings)
@@ -267,8 +264,8 @@ def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int
 
 
 def longest_seq_len(model: Transformer, sequences: list[Sequence]) -> int:
-    """Returns the length of the longest sequence, new tokens included. Does not count sequences that cannot be
-    completed: those with an error, and those beyond the model's context, which Scheduler.submit refuses."""
+    """Returns the length of the longest sequence, new tokens included. Skips sequences that have an error, and
+    sequences beyond the model's context, which Scheduler.submit refuses."""
     lengths = [len(one.prompt_ids) + one.max_new_tokens for one in sequences if not one.error]
     return max((length for length in lengths if length <= model.config.max_seq_len), default=1)
 

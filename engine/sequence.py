@@ -44,11 +44,10 @@ class Sequence:
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
     seed: int = 0  # of the random numbers with which a Scheduler samples
-    n_logprobs: int | None = None  # report the log-probabilities of this many of the likeliest tokens; None: of none
-    # What happens if max_new_tokens cuts the text within a character, or within what may be a stop string. If True, the
-    # text does not have it until more tokens follow: see resume. If False, the text has it, with U+FFFD in place of a
-    # character.
-    is_resumable: bool = False
+    n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
+    # Whether to hold back what max_new_tokens cuts: an incomplete character, or what may become a stop string. Then
+    # resume can complete it. Otherwise the text ends with it, and U+FFFD replaces an incomplete character.
+    hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
     text: str = field(default="", init=False)  # of the new tokens
@@ -61,7 +60,7 @@ class Sequence:
     def __post_init__(self):
         self.detokenizer = None
         if self.tokenizer is not None:
-            # A chat's answer is a text of its own: it does not depend on the prompt whether it begins with a space.
+            # The prompt decides whether the text begins with a space. But a chat's answer is a text of its own.
             prefix_ids = () if isinstance(self.prompt, list) else self.prompt_ids
             self.detokenizer = IncrementalDetokenizer(self.tokenizer, prefix_ids, self.stop)
 
@@ -82,9 +81,9 @@ class Sequence:
             finish_reason = "stop" if self.detokenizer.found_stop else None
         if finish_reason is None and len(self.new_ids) + 1 == self.max_new_tokens:
             finish_reason = "length"
-        if self.detokenizer is not None and (finish_reason == "stop" or (finish_reason and not self.is_resumable)):
+        if self.detokenizer is not None and (finish_reason == "stop" or (finish_reason and not self.hold_incomplete)):
             text += self.detokenizer.end()
-        # All at once, at the end: Ctrl-C may come at any time, and chat.py goes on with what there is.
+        # Change the fields at the end, all at once: Ctrl-C may come at any time, and chat.py goes on with the sequence.
         self.new_ids.append(token)
         self.text += text
         self.finish_reason = finish_reason
@@ -123,7 +122,7 @@ def encode_prompt(
 ) -> list[int]:
     """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
     UsageError if messages are malformed, if a text is not valid UTF-8, or if the prompt is so long that it must exceed
-    max_seq_len tokens (encoding would take long). limit: as for check_length."""
+    max_seq_len tokens (encoding would take long). limit: what the message calls max_seq_len."""
     is_chat = isinstance(prompt, list)
     if not is_chat and not isinstance(prompt, str):
         raise UsageError(f"a prompt must be a text or a list of messages, not {prompt!r:.80}")
@@ -152,10 +151,11 @@ def check_max_new_tokens(max_new_tokens: int):
         raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
 
-def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int):
-    """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len."""
+def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, hint: str = ""):
+    """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len. hint:
+    ends the second message."""
     if n_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give some text")
     if n_prompt_tokens + max_new_tokens > max_seq_len:
         n_tokens = f"{n_prompt_tokens} prompt tokens and {max_new_tokens}"
-        raise UsageError(f"{n_tokens} new ones exceed the context of {max_seq_len} tokens")
+        raise UsageError(f"{n_tokens} new ones exceed the context of {max_seq_len} tokens{hint}")

@@ -50,8 +50,8 @@ class Proposer(Protocol):
     cost: float  # of proposing one token
 
     def propose(self, token_ids: list[int], k: int) -> Proposal | None:
-        """Returns k tokens that may follow the text token_ids, or None if the proposer has no guess. token_ids must
-        begin with the text of the previous call, unless rewind is called in between."""
+        """Returns k tokens that may follow token_ids, or None if the proposer has no guess. token_ids must begin with
+        those of the previous call, unless rewind is called in between."""
 
     def rewind(self, n: int):
         """Tells the proposer that the next text may differ from the previous text after the first n tokens."""
@@ -66,14 +66,13 @@ class SpeculativeDecoder:
         sampler = runner.sampler
         self.verify_step = runner.build_step(RejectionSampler(sampler.sampling, sampler.token_ids, sampler.backend))
         self.verify_cost = estimate_verify_cost(runner.model)  # of one proposed token
-        # How many tokens each step of the last text gave, the first of them prefill. A step gives at least one token,
-        # and the last step only as many as the caller took.
+        # How many tokens each step of the last text gave; step 0 is prefill. A step gives at least one token. Of the
+        # last step, only the tokens count that the caller took.
         self.step_sizes: list[int] = []
 
     @torch.inference_mode()
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-        """Continues the text token_ids by max_new_tokens tokens. Yields them one by one, each as [1]. The first
-        n_cached of token_ids are in the KV cache."""
+        """Yields the new tokens one by one, each as [1]: see Decoder."""
         self.step_sizes.clear()
         token_ids, n_left = list(token_ids), max_new_tokens
         acceptance = AcceptanceRate()
@@ -183,7 +182,7 @@ class AcceptanceRate:
         return self.n_accepted / (self.n_accepted + self.n_rejected)
 
     def update(self, n_accepted: int, is_rejected: bool):
-        """Counts a step that accepted n_accepted tokens. is_rejected: whether the step rejected the next token."""
+        """Counts a step. is_rejected: whether the step rejected the token after the n_accepted tokens."""
         self.n_accepted += n_accepted
         self.n_rejected += int(is_rejected)
         self.decay(EMA_DECAY)
@@ -266,7 +265,7 @@ class DraftModelProposer:
         """draft: samples with the options of the model's runner."""
         sampler = DraftSampler(draft.sampler.sampling, draft.sampler.backend, model.config.vocab_size)
         self.draft, self.step = draft, draft.build_step(sampler)
-        self.last_id = draft.model.config.vocab_size - 1  # the model may have more
+        self.last_id = draft.model.config.vocab_size - 1  # the model's vocabulary may be larger
         self.cost = draft.model.active_weight_bytes() / model.active_weight_bytes()
         self.n_cached = 0  # how many tokens of the text are in the draft's cache
 
@@ -299,8 +298,8 @@ class DraftModelProposer:
 class DraftSampler:
     """The sampler of a draft. Returns a token [1], and the distribution [1, V] of the token unless sampling is greedy.
 
-    There is no repetition penalty. The output stays exact, since verification applies it. But fewer of the draft's
-    tokens are accepted."""
+    The repetition penalty is left out. The output stays exact, since verification applies the penalty. But fewer of the
+    draft's tokens are accepted."""
 
     sampling: SamplingParams
     backend: Backend  # the draft's

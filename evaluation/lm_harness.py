@@ -1,5 +1,5 @@
-"""Runs tasks of the lm-evaluation-harness (the package lm_eval) with a model. eval.py is the command; gptq.py takes
-calibration texts from tasks.
+"""Runs tasks of the lm-evaluation-harness (the package lm_eval) with a model. eval.py is the command; quantize.py
+calibrates on task_text.
 
     lm = harness_model(model, tokenizer, max_length=2048, batch_size=8, compile=False)
     results, table = evaluate(lm, ["hellaswag"], task_manager(["hellaswag"], None), limit=100)
@@ -61,6 +61,31 @@ def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = Fals
     for metrics in results["results"].values():
         metrics.pop("alias", None)  # the task's name in the table
     return results["results"], table
+
+
+def task_text(tasks: list[str], limit: int) -> str:
+    """Returns the texts that lm_eval gives a model to score in the first limit examples of each task."""
+    manager, texts = task_manager(tasks, None), []
+
+    class RequestCollector(import_lm_eval().api.model.LM):
+        """A model that records every request and returns a dummy answer."""
+
+        def collect(self, requests, answer) -> list:
+            for request in requests:
+                texts.append("".join(argument for argument in request.args if isinstance(argument, str)))
+            return [answer] * len(requests)
+
+        def loglikelihood(self, requests):
+            return self.collect(requests, (0.0, False))
+
+        def loglikelihood_rolling(self, requests):
+            return self.collect(requests, 0.0)
+
+        def generate_until(self, requests):
+            return self.collect(requests, "")
+
+    evaluate(RequestCollector(), tasks, manager, limit)
+    return "\n\n".join(texts)
 
 
 def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):

@@ -3,7 +3,7 @@
     python scripts/benchmark.py --config TinyLlama-1.1B --compile
     python scripts/benchmark.py --config TinyLlama-1.1B --mode int4
     python scripts/benchmark.py --config checkpoints/M/model.pth            # or a config.json: the shape alone
-    python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s with so many sequences at once
+    python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s of 1, 8 and 64 sequences at once
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
     python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
 
@@ -103,9 +103,9 @@ def add_speed(subparsers):
     add("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     add("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
     add("--decode_only", action="store_true", help="no prefill, no verification")
-    help = "only time decoding of so many sequences at a time, all together (engine/scheduler.py)"
+    help = "only time decoding of N sequences together (engine/scheduler.py), for each N"
     add("--parallel", type=int, nargs="+", metavar="N", help=help)
-    help = "only time decoding beside a busy process, and two at once: medians of so many rounds (default: 3)"
+    help = "only time decoding beside a busy process, and two at once: medians of ROUNDS rounds (default: 3)"
     add("--busy", type=int, nargs="?", const=3, metavar="ROUNDS", help=help)
     add("--tune", action="store_true", help="first find the fastest launches of a GPU's kernels")
     add("--cold_start", action="store_true", help="time generate.py from its start to its first token only")

@@ -3,7 +3,7 @@
     reply = Reply(data, is_chat, model_name, tokenizer, scheduler)    # data: the JSON of a request, as bytes
     reply.sequences             # what to compute (engine/sequence.py)
     reply.response()            # after the sequences have ended
-    reply.stream(updates)       # the chunks of a stream; updates: yields those of every step
+    reply.stream(updates)       # or while they run, the chunks of a stream; updates: AsyncEngine.generate's
 """
 
 import json
@@ -19,7 +19,8 @@ from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # limits of one request
-# Fields that are not supported, and the value that asks for nothing. So do null, 0, false, and what is empty.
+# Fields that are not supported -> a value that is accepted, since it changes nothing. null, 0, false and empty values
+# are accepted, too.
 UNSUPPORTED = {"best_of": 1, "response_format": {"type": "text"}} | dict.fromkeys(
     ["echo", "frequency_penalty", "functions", "logit_bias", "presence_penalty", "suffix", "tools"]
 )
@@ -32,13 +33,12 @@ def parse_request(data: bytes) -> dict:
     except (ValueError, RecursionError) as e:
         raise UsageError(f"the request is not JSON: {e}") from None
     require(isinstance(body, dict), "the request must be a JSON object")
-    for name, neutral in UNSUPPORTED.items():
-        require(body.get(name) in (None, 0, "", [], {}, neutral), f"{name} is not supported")
+    for name, no_op in UNSUPPORTED.items():
+        require(body.get(name) in (None, 0, "", [], {}, no_op), f"{name} is not supported")
     return {name: value for name, value in body.items() if value is not None}
 
 
 def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Scheduler) -> list[Sequence]:
-    """Returns a Sequence for each text that body asks for."""
     eos_ids, max_seq_len = scheduler.model.config.eos_ids, scheduler.max_seq_len
     messages = body.get("messages") if is_chat else None
     prompts = encode_prompts(messages if is_chat else body.get("prompt"), is_chat, tokenizer, max_seq_len)
@@ -113,7 +113,6 @@ class Reply:
     """The reply to a request: one response or, in a stream, a chunk for every update."""
 
     def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
-        """Parses data, the bytes of the request, and tokenizes the prompts. Megabytes of text take seconds."""
         body = parse_request(data)
         self.sequences = read_sequences(body, is_chat, tokenizer, scheduler)
         self.n_sent: dict[Sequence, int] = {}  # how many characters of each text were sent in a stream
@@ -129,7 +128,7 @@ class Reply:
         return self.header | {"choices": choices, "usage": self.usage()}
 
     async def stream(self, updates: AsyncIterator[list[SequenceUpdate]]) -> AsyncIterator[dict]:
-        """Yields a chunk for each update. If the request asks for the usage, it comes at the end."""
+        """Yields a chunk for each update, and at the end the usage, if the request asks for it."""
         async for step_updates in updates:
             for update in step_updates:
                 yield self.header | {"choices": [self.choice(update.sequence, update)]}
@@ -143,7 +142,7 @@ class Reply:
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
     def choice(self, sequence: Sequence, part: Sequence | SequenceUpdate) -> dict:
-        """Returns what a response or a chunk says of sequence. part: all of sequence, or what a step has added."""
+        """Returns the choice of a response, or of a chunk. part: all of sequence, or what a step has added."""
         role, n_sent = {} if sequence in self.n_sent else {"role": "assistant"}, self.n_sent.get(sequence, 0)
         self.n_sent[sequence] = n_sent + len(part.text)
         logprobs = self.describe_logprobs(part, n_sent) if part.logprobs else None

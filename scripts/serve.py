@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from cli import common_args
 from cli.script import exit_with_error, run_script
 from converters.resolve import ensure_converted
-from engine.async_completer import AsyncCompleter, CompletionError
+from engine.async_engine import AsyncEngine, CompletionError
 from engine.scheduler import Scheduler
 from loading import load
 from scripts.openai_api import Reply, require
@@ -46,7 +46,7 @@ except ImportError as e:
 
 OOM_HINT = "take a quantized checkpoint, a smaller --parallel or --max_seq_length"
 MAX_BODY = 4 * 2**20  # bytes of a request
-MAX_BODY_SECONDS = 30  # to receive them, so that a client that stops sending does not keep the server from ending
+MAX_BODY_SECONDS = 30  # to receive a request; a client that stops sending must not keep the server from ending
 CHAT_PATH = "/v1/chat/completions"
 
 
@@ -72,8 +72,8 @@ def main():
     checkpoint_path = ensure_converted(args.checkpoint_path)
     model, tokenizer = load(checkpoint_path, **load_options)
     max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
-    completer = AsyncCompleter(Scheduler(model, args.parallel, max_seq_len, args.compile))
-    server = Server(completer, tokenizer, checkpoint_path.absolute().parent.name, args.api_key)
+    engine = AsyncEngine(Scheduler(model, args.parallel, max_seq_len, args.compile))
+    server = Server(engine, tokenizer, checkpoint_path.absolute().parent.name, args.api_key)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)
     server.run([listener])
@@ -87,8 +87,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    def __init__(self, completer: AsyncCompleter, tokenizer: Tokenizer, model_name: str, api_key: str | None = None):
-        self.completer, self.tokenizer, self.model_name, self.api_key = completer, tokenizer, model_name, api_key
+    def __init__(self, engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, api_key: str | None = None):
+        self.engine, self.tokenizer, self.model_name, self.api_key = engine, tokenizer, model_name, api_key
         routes = [Route(path, self.complete, methods=["POST"]) for path in ("/v1/completions", CHAT_PATH)]
         routes.append(Route("/v1/models", self.models))
         errors = (HTTPException, UsageError, CompletionError, ClientDisconnect, Exception)
@@ -113,8 +113,8 @@ class Server(uvicorn.Server):
             raise HTTPException(408, f"the request took more than {MAX_BODY_SECONDS} s to arrive") from None
         is_chat = request.scope["path"] == CHAT_PATH
         # In a thread, since tokenizing megabytes of text takes seconds
-        reply = await asyncio.to_thread(Reply, body, is_chat, self.model_name, self.tokenizer, self.completer.scheduler)
-        updates = self.completer.complete(reply.sequences)
+        reply = await asyncio.to_thread(Reply, body, is_chat, self.model_name, self.tokenizer, self.engine.scheduler)
+        updates = self.engine.generate(reply.sequences)
         if reply.is_stream:
             return StreamingResponse(events(reply.stream(updates)), media_type="text/event-stream")
         async for _ in updates:
@@ -129,7 +129,6 @@ class Server(uvicorn.Server):
 
 
 async def receive_body(request: Request) -> bytes:
-    """Receives the bytes of a request, at most MAX_BODY."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

@@ -1,4 +1,4 @@
-"""Two tiny models served in threads of the test's process, so that tests see what the completer holds; and clients.
+"""Two tiny models served in threads of the test's process, so that tests see what the engine holds; and clients.
 
 Test files of scripts/serve.py name this in pytest_plugins.
 """
@@ -18,7 +18,7 @@ import openai
 import pytest
 import torch
 
-from engine.async_completer import AsyncCompleter
+from engine.async_engine import AsyncEngine
 from engine.scheduler import Scheduler
 from loading import load
 from scripts import serve
@@ -37,10 +37,10 @@ def no_proxy():
 
 
 def start(folder: Path, api_key: str | None = None) -> SimpleNamespace:
-    """A server in a thread. Its port, its completer, what stops it."""
+    """A server in a thread. Its port, its engine, what stops it."""
     model, tokenizer = load(folder / "model.pth", dtype=torch.float32)
-    completer = AsyncCompleter(Scheduler(model, N_ROWS, model.config.max_seq_len))
-    server = serve.Server(completer, tokenizer, folder.name, api_key)
+    engine = AsyncEngine(Scheduler(model, N_ROWS, model.config.max_seq_len))
+    server = serve.Server(engine, tokenizer, folder.name, api_key)
     listener = serve.listen("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # of its connections, for those who do not read
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -51,7 +51,7 @@ def start(folder: Path, api_key: str | None = None) -> SimpleNamespace:
         thread.join()
 
     port = listener.getsockname()[1]
-    return SimpleNamespace(port=port, server=server, completer=completer, model=model, tokenizer=tokenizer, stop=stop)
+    return SimpleNamespace(port=port, server=server, engine=engine, model=model, tokenizer=tokenizer, stop=stop)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ import torch
 import transformers as hf
 
 import eval
-import gptq
 from cli.script import run_script
 from engine.sampling import SamplingParams
 from evaluation import lm_harness
-from evaluation.lm_harness import harness_model
+from evaluation.lm_harness import harness_model, task_text
 from evaluation.scoring import ScoredSequence, compute_scores
 from loading import load_model
 from tests.tiny import convert, write_folder
@@ -200,7 +199,7 @@ def few_tasks(monkeypatch):
 
 
 def test_calibration_text_of_tasks(folder, few_tasks):
-    text = gptq.task_text([str(folder / "tasks" / f"{name}.yaml") for name in TASKS], limit=2)
+    text = task_text([str(folder / "tasks" / f"{name}.yaml") for name in TASKS], limit=2)
     for expected in ("The sky is  made of stone", "Two and two are  four", "AThe sky is.", "Colour? The sky is"):
         assert expected in text
     assert "Once upon a" not in text

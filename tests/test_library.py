@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -66,36 +67,67 @@ def test_llm(chatty, cli):
     assert "".join(llm.generate("Hello", max_new_tokens=12, stop=(text[4:6],))) == text.split(text[4:6])[0]
     assert list(llm.generate_many(["Hello", "Hello"], max_new_tokens=12)) == [(0, text), (1, text)]
     with pytest.raises(UsageError, match="the prompt is empty"):
-        next(llm.generate("", max_new_tokens=12))
+        llm.generate("", max_new_tokens=12)
     with pytest.raises(UsageError, match="exceed the context of 160 tokens$"):
-        next(llm.generate("Hello", max_new_tokens=160))
+        llm.generate("Hello", max_new_tokens=160)
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not -1"):
-        next(llm.generate("Hello", max_new_tokens=-1))
+        llm.generate("Hello", max_new_tokens=-1)
     with pytest.raises(UsageError, match="max_new_tokens must be an integer, not 2.5"):
-        next(llm.generate("Hello", max_new_tokens=2.5))
+        llm.generate("Hello", max_new_tokens=2.5)
     with pytest.raises(UsageError, match="max_new_tokens must be at least 1, not 0"):
         conversation.answer("Hello", max_new_tokens=0)
     for wrong in ("no", ("",), (5,), None):
         with pytest.raises(UsageError, match="stop must be a tuple of strings"):
-            next(llm.generate("Hello", max_new_tokens=12, stop=wrong))
+            llm.generate("Hello", max_new_tokens=12, stop=wrong)
     for wrong in (5, None, b"Hello"):
         with pytest.raises(UsageError, match="a prompt must be a text or a list of messages, not "):
-            next(llm.generate(wrong, max_new_tokens=12))
+            llm.generate(wrong, max_new_tokens=12)
     with pytest.raises(UsageError, match="a list of prompts"):
-        next(llm.generate_many("Hello"))
+        llm.generate_many("Hello")
     for wrong in ([{"role": "user"}], [{"role": "user", "content": None}], ["Hi"]):
         with pytest.raises(UsageError, match="message.* not "):
-            next(llm.generate(wrong, max_new_tokens=12))
-    with pytest.raises(UsageError, match="foo is no sampling option; these are: temperature, top_k"):
-        LLM(chatty / "model.pth", foo=1)
+            llm.generate(wrong, max_new_tokens=12)
+    for start in (partial(LLM, chatty / "model.pth"), partial(llm.generate, "Hello", 12),
+                  partial(llm.generate_many, ["Hello"]), llm.chat):
+        with pytest.raises(UsageError, match="^foo is no sampling option; these are: temperature, top_k"):
+            start(foo=1)
+        with pytest.raises(UsageError, match="^top_k must be at least 1, not 0"):
+            start(top_k=0)
     with pytest.raises(UsageError, match="temperature must be a number, not 'hot'"):
         LLM(chatty / "model.pth", temperature="hot")
     for wrong in ("bfloat16", torch.int8, None):
         with pytest.raises(UsageError, match="dtype must be torch.bfloat16, torch.float16 or torch.float32, not "):
             LLM(chatty / "model.pth", dtype=wrong)
     with pytest.raises(UsageError, match="exceed the context of 20 tokens, which is LLM's max_seq_len; raise it"):
-        next(LLM(chatty / "model.pth", max_seq_len=20).generate("Hello", max_new_tokens=16))
+        LLM(chatty / "model.pth", max_seq_len=20).generate("Hello", max_new_tokens=16)
     assert LLM(chatty / "model.pth", max_seq_len=10**6, temperature=0.5).max_seq_len == llm.model.config.max_seq_len
+
+
+def test_sampling_options_of_a_call(chatty):
+    """They replace the LLM's for one call, also while a text with other options is generated."""
+    greedy, hot = (LLM(chatty / "model.pth", device="cpu", temperature=t, top_k=20) for t in (0, 5.0))
+
+    def text(llm: LLM, **sampling) -> str:
+        torch.manual_seed(0)
+        return "".join(llm.generate("Hello", max_new_tokens=20, **sampling))
+
+    expected = text(greedy), text(hot)
+    assert expected[0] != expected[1]
+    for _ in range(2):
+        assert (text(hot, temperature=0), text(greedy, temperature=5)) == expected
+        assert (text(greedy), text(hot)) == expected
+    assert text(hot, top_k=1) == expected[0] and text(greedy, temperature=5, top_k=None) != expected[1]
+    assert len(greedy.free_decoders) == 1
+
+    pieces = greedy.generate("Hello", max_new_tokens=20)
+    first = next(pieces)
+    assert text(greedy, temperature=5) == expected[1]
+    assert first + "".join(pieces) == expected[0]
+
+    many = list(hot.generate_many(["Hello"], max_new_tokens=20, temperature=0))
+    assert many == [(0, expected[0])] and many != list(hot.generate_many(["Hello"], max_new_tokens=20))
+    answers = ["".join(llm.chat(**options).answer("Hi", 20)) for llm, options in ((greedy, {}), (hot, {"top_k": 1}))]
+    assert answers[0] == answers[1]
 
 
 IMPORTS = """

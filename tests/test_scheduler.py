@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.async_completer import AsyncCompleter, CompletionError
+from engine.async_engine import AsyncEngine, CompletionError
 from engine.generation import generate
 from engine.runner import ModelRunner
 from engine.sampling import SamplingParams, sample
@@ -345,14 +345,14 @@ def test_generate_many(chain):
 def test_callers_in_asyncio(chain):
     """Each gets its text, though one stops early and a step fails. All slots are free in the end."""
     model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
-    completer = AsyncCompleter(scheduler := Scheduler(model, 2, 64))
+    engine = AsyncEngine(scheduler := Scheduler(model, 2, 64))
 
     def start(text: str, n: int = 6) -> Sequence:
         return build_sequence(text, tokenizer, model.config, n)
 
     async def text_of(text: str, n_steps: int = 100) -> str:
         found, sequence = "", start(text)
-        async with contextlib.aclosing(completer.complete([sequence])) as steps:
+        async with contextlib.aclosing(engine.generate([sequence])) as steps:
             async for updates in steps:
                 found += "".join(update.text for update in updates)
                 n_steps -= 1
@@ -366,14 +366,14 @@ def test_callers_in_asyncio(chain):
         stopped, whole = await asyncio.gather(text_of("0", 4), text_of("3"))
         assert "123456".startswith(stopped) and whole == "456789"
         with pytest.raises(UsageError, match="exceed"):
-            await anext(completer.complete([start("0", 99)]))
+            await anext(engine.generate([start("0", 99)]))
         scheduler.step, step = None, scheduler.step  # None cannot be called
         with pytest.raises(CompletionError, match="callable"):
             await text_of("0")
         scheduler.step = step
         assert await text_of("0") == "123456"
-        completer.thread.shutdown()
-        assert not completer.inboxes and not scheduler.has_work()
+        engine.thread.shutdown()
+        assert not engine.inboxes and not scheduler.has_work()
 
     asyncio.run(check())
 
@@ -383,11 +383,11 @@ def test_logits_that_are_not_finite_are_one_callers_error(chain):
     weight = model.embed_tokens.weight.clone()
     weight[ord("7")] = torch.nan
     model.embed_tokens.weight = torch.nn.Parameter(weight, requires_grad=False)
-    completer = AsyncCompleter(Scheduler(model, 2, 64))
+    engine = AsyncEngine(Scheduler(model, 2, 64))
 
     async def text_of(text: str) -> str:
         found = ""
-        async for updates in completer.complete([build_sequence(text, tokenizer, model.config, 12)]):
+        async for updates in engine.generate([build_sequence(text, tokenizer, model.config, 12)]):
             found += "".join(update.text for update in updates)
         return found
 
@@ -396,7 +396,7 @@ def test_logits_that_are_not_finite_are_one_callers_error(chain):
         assert [texts[1], texts[4]] == ["🙂E", " X"]
         for error in (texts[0], texts[2], texts[3]):
             assert isinstance(error, CompletionError) and "not finite" in str(error)
-        completer.thread.shutdown()
+        engine.thread.shutdown()
 
     asyncio.run(check())
 

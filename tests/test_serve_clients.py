@@ -38,10 +38,10 @@ class Gate:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chatty_server, monkeypatch):
     """All rows are its own for a hundred steps, and more of its texts wait. The next client waits for a few steps."""
-    completer, n = chatty_server.completer, N_ROWS + 2
+    engine, n = chatty_server.engine, N_ROWS + 2
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
-    expected, gate = answer().choices, Gate(completer.scheduler)
-    monkeypatch.setattr(completer.scheduler, "step", gate)
+    expected, gate = answer().choices, Gate(engine.scheduler)
+    monkeypatch.setattr(engine.scheduler, "step", gate)
     with ThreadPoolExecutor(1) as pool:
         gone = connect(chatty_server, {"prompt": "a", "n": n, "max_tokens": 100, "seed": 1, "stream": stream})
         gate.permits.release(n)
@@ -49,15 +49,15 @@ def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chatty_server, 
         if stream:
             read_until(gone, b"data: ")
         next_answer = pool.submit(answer)
-        wait_for(lambda: len(completer.inboxes) == n + 1)
+        wait_for(lambda: len(engine.inboxes) == n + 1)
         gone.close()
         if stream:
-            wait_for(lambda: len(completer.inboxes) == 1)  # without any further step
+            wait_for(lambda: len(engine.inboxes) == 1)  # without any further step
         wait_for(lambda: gate.permits.release() or next_answer.done())
     assert next_answer.result().choices == expected
-    assert gate.n_steps < n + 10 and not completer.inboxes
+    assert gate.n_steps < n + 10 and not engine.inboxes
     gate.permits.release(10)  # for a step that may have begun
-    wait_for(lambda: completer.step.done())
+    wait_for(lambda: engine.step.done())
 
 
 # A response of 2 KB a token
@@ -67,13 +67,13 @@ UNREAD = {"prompt": "a", "n": 6, "max_tokens": 100, "logprobs": 20, "temperature
 def test_a_client_that_does_not_read(complete, chatty_server):
     """The server has filled the connection's buffers and waits for it. Others do not. When the client reads
     after all, nothing is missing; when it hangs up, its rows are free."""
-    completer, connections = chatty_server.completer, chatty_server.server.server_state.connections
+    engine, connections = chatty_server.engine, chatty_server.server.server_state.connections
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
     expected, texts = answer().choices, [c.text for c in complete(model="m", **UNREAD | {"stream": False}).choices]
     for reads in (True, False):
         with connect(chatty_server, UNREAD, buffer=4096) as connection:
             wait_for(lambda: any(c.flow.write_paused for c in connections))
-            assert completer.inboxes
+            assert engine.inboxes
             if reads:
                 assert answer().choices == expected
                 found = [""] * len(texts)
@@ -82,7 +82,7 @@ def test_a_client_that_does_not_read(complete, chatty_server):
                         (choice,) = json.loads(line[6:])["choices"]
                         found[choice["index"]] += choice["text"]
                 assert found == texts
-        wait_for(lambda: not any(c.flow.write_paused for c in connections) and not completer.inboxes)
+        wait_for(lambda: not any(c.flow.write_paused for c in connections) and not engine.inboxes)
         assert answer().choices == expected
 
 

@@ -125,7 +125,7 @@ def test_what_fails_in_the_completer_fails_alone(complete, chat, chatty_server, 
 
     expected = complete(model="m", prompt="a", temperature=0).choices
     with monkeypatch.context() as m:
-        m.setattr(chatty_server.completer.scheduler, "step", fail)
+        m.setattr(chatty_server.engine.scheduler, "step", fail)
         with pytest.raises(openai.InternalServerError, match="not finite"):
             complete(model="m", prompt="a")
         with pytest.raises(openai.APIError, match="not finite"):
@@ -179,7 +179,7 @@ def test_whatever_is_sent_gets_an_answer(path, body, chatty_server):
         assert content.endswith(b"data: [DONE]\n\n") and b'"error"' not in content
     else:
         assert all(choice["finish_reason"] in ("stop", "length") for choice in json.loads(content)["choices"])
-    assert not chatty_server.completer.inboxes
+    assert not chatty_server.engine.inboxes
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)

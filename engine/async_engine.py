@@ -1,7 +1,8 @@
-"""Completes the sequences of several callers at once, in asyncio, with one Scheduler: those of the server's clients.
+"""Completes the sequences of several callers at once, in asyncio, with one Scheduler. The server (scripts/serve.py)
+calls it for each client.
 
-    completer = AsyncCompleter(scheduler)
-    async for updates in completer.complete([sequence]):
+    engine = AsyncEngine(scheduler)
+    async for updates in engine.generate([sequence]):
         for update in updates:
             print(update.text)
 """
@@ -17,23 +18,23 @@ from utils.machine import pick_device
 
 
 class CompletionError(RuntimeError):
-    """A sequence has failed: its logits are not finite, or a step failed, and so all sequences that were running."""
+    """A sequence has failed: its logits are not finite, or an error ended the step of all sequences."""
 
 
-class AsyncCompleter:
+class AsyncEngine:
     """Computes the sequences of several callers together. Only self.thread uses the scheduler, and it changes sequences
     in every step. So a caller reads a sequence only when it has ended, and until then the updates."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        # PyTorch has a current device per thread
+        # Every thread has a current device of its own.
         self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(str(scheduler.kv_cache.device),))
         self.inboxes: dict[Sequence, list[SequenceUpdate]] = {}  # where the caller of a sequence receives updates
         self.step: asyncio.Task | None = None  # the newest step; all callers wait for the same one
 
-    async def complete(self, sequences: list[Sequence]) -> AsyncIterator[list[SequenceUpdate]]:
+    async def generate(self, sequences: list[Sequence]) -> AsyncIterator[list[SequenceUpdate]]:
         """Yields the updates after each step, until all sequences have ended. If the caller stops early, its slots
-        become free. Raises CompletionError if one of sequences fails. Later calls still work."""
+        become free. Raises CompletionError if one of sequences fails."""
         inbox, n_left = [], len(sequences)
         try:
             for sequence in sequences:
