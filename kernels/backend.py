@@ -99,7 +99,7 @@ class Backend:
 TORCH = Backend("torch")
 CPU = Backend(
     "cpu",
-    "gptfast",
+    "gptfast_cpu",
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *PRODUCTS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),

@@ -20,10 +20,10 @@ constexpr int64_t TOKEN_BLOCK = 8;  // the most new tokens of a task, which read
 constexpr int64_t SPLIT_LEN = 256;  // the keys of a split, for up to TOKEN_BLOCK tokens
 constexpr int64_t MAX_SPLIT_LEN = SPLIT_LEN * (MAX_CPU_TOKENS / TOKEN_BLOCK);
 
-// Applies RoPE: rotates each pair (x[i], x[i + d / 2]) of x [d] by rope [d / 2, 2] (cos, sin). out [d] may be x.
-template <typename T> void apply_rope(const T* x, const float* rope, int64_t d, T* out) {
+// Applies RoPE: rotates each pair (x[i], x[i + d / 2]) of x [d] by cos_sin [d / 2, 2] (cos, sin). out [d] may be x.
+template <typename T> void apply_rope(const T* x, const float* cos_sin, int64_t d, T* out) {
   for (int64_t i = 0; i < d / 2; i += LANES) {
-    const Vec lo = load_partial(rope, 2 * i, d), hi = load_partial(rope, 2 * i + LANES, d);
+    const Vec lo = load_partial(cos_sin, 2 * i, d), hi = load_partial(cos_sin, 2 * i + LANES, d);
     const Vec cos = __builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const Vec sin = __builtin_shufflevector(lo, hi, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     const Vec a = load_partial(x, i, d / 2), b = load_partial(x + d / 2, i, d / 2);
@@ -74,7 +74,7 @@ struct ScoreOptions {
   float scale, softcap = 0, slope = 0;
   bool operator==(const ScoreOptions&) const = default;
   // Whether a score is scale * product. == compares all members, so a new option needs no line here.
-  bool has_plain_scores() const { return *this == ScoreOptions{scale}; }
+  bool is_scale_only() const { return *this == ScoreOptions{scale}; }
 };
 inline Vec finish_scores(Vec products, const ScoreOptions& options, Vec distance) {
   Vec scores = products * options.scale;
@@ -105,7 +105,7 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions&
         products[r] = sum;
       }
     }
-    Vec score = finish_scores(products, options, LANE + float(distance + s));
+    Vec score = finish_scores(products, options, LANE_INDEX + float(distance + s));
     score = mask_lanes(score, n - s, NEGATIVE_INFINITY);
     max = larger(max, score);
     store_vec(score, scores + s);
@@ -173,7 +173,7 @@ template <typename T> struct RopeAndCacheOp {
   const int64_t* start_pos;                // [batch]: the position of each sequence's first new token
   T *k_cache, *v_cache;                    // [batch, n_kv_heads, max_seq_len, head_dim]
   int64_t batch_stride, head_stride;       // of k_cache and v_cache
-  const float* rope;                       // [max_seq_len or more, head_dim / 2, 2]
+  const float* cos_sin;                       // [max_seq_len or more, head_dim / 2, 2]
   const T *q_norm_weight, *k_norm_weight;  // [head_dim] or null
   bool norms_all_heads;                    // norm all heads together; weights [n_heads or n_kv_heads, head_dim]
   float eps;
@@ -214,7 +214,7 @@ template <typename T> struct RopeAndCacheOp {
         else if (head == first || i == range.begin) rms_scale = inverse_rms(x - (head - first) * d, eps, n * d);
         x = apply_norm(x, norm_weight + (norms_all_heads ? (head - first) * d : 0), rms_scale, d, out);
       }
-      apply_rope(x, rope + position * d, d, out);
+      apply_rope(x, cos_sin + position * d, d, out);
     }
   }
 };

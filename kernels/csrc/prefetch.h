@@ -22,7 +22,7 @@ constexpr int64_t PREFETCH = 8192;
 
 // Part `index` of `count` parts of the tokens. next_block says which block follows a block in the order above: the next
 // one, 1, or the one after that, 2.
-struct Part { int64_t index, count, next_block; };
+struct TokenPart { int64_t index, count, next_block; };
 
 // Prefetches for a loop over M tokens that reads BLOCKS blocks in step.
 template <int M, int BLOCKS> class Prefetcher {
@@ -32,7 +32,7 @@ template <int M, int BLOCKS> class Prefetcher {
   int64_t limit, skipped;  // from this offset in a block, skips so many bytes, which the other block has
 
  public:
-  Prefetcher(const Weights& w, const Part& part)
+  Prefetcher(const Weights& w, const TokenPart& part)
       : begin(std::min(PREFETCH, w.block_bytes())), limit(w.block_bytes() - begin),
         skipped((part.next_block - 1) * w.block_bytes()) {
     if (IS_WHOLE || part.count == 1) return;
