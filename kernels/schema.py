@@ -89,9 +89,8 @@ WEIGHT, ATTENTION = as_schema(WeightArguments), as_schema(AttentionParams)
 
 def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
     """Decorator: defines the operation of schema, "NAME(arguments) -> results", in each namespace. The decorated
-    function, fake_NAME, takes these arguments (see gather_weight), and allocates the result: an empty tensor of the
-    right shape and dtype. torch.compile calls fake_NAME in place of the kernel, on tensors without data ("fake" in
-    PyTorch's terms).
+    function is PyTorch's fake (meta) implementation, fake_NAME, which returns an empty result of the right shape and
+    dtype. The six arguments of WEIGHT arrive as one, w.
 
     recordable: whether a tape can hold the operation (record.py)."""
     name, arguments, results = schema.partition("(")
@@ -111,13 +110,13 @@ def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = N
 def triton_op(function: Callable) -> Callable:
     """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name.
     Registers it for CPU tensors, too, since Triton's interpreter runs on these. function takes the arguments of the
-    schema (see gather_weight)."""
+    schema, with those of WEIGHT as one, w."""
     torch.library.impl(f"gptfast_triton::{function.__name__}", ("CUDA", "CPU"), gather_weight(function))
     return function
 
 
 def gather_weight(function: Callable) -> Callable:
-    """function, for a call with the arguments of a schema. Gives those of WEIGHT to function as one argument, w."""
+    """Wraps function: a call passes the six arguments of WEIGHT by name, and function gets them as one, w."""
 
     @wraps(function)
     def call(*args, **kwargs):
@@ -129,7 +128,7 @@ def gather_weight(function: Callable) -> Callable:
 
 
 def output_width(n: int, activation: int) -> int:
-    """The outputs of a product with n outputs, after the activation. A gated one makes one number of gate and up."""
+    """The number of outputs after the activation. A gated activation turns gate and up, n outputs, into n / 2."""
     return n // 2 if activation in GATED_IDS else n
 
 

@@ -167,7 +167,7 @@ void accumulate_pv(int64_t n_queries, const float* p, int64_t stride, const T* v
 // ---- Norm, RoPE and cache write -------------------------------------------------------------------------------------
 
 // Norms and rotates the new queries and keys, and writes the new keys and values into the cache. This is phase 1 of
-// attend. It is also an operation, rope_and_cache, for steps of so many tokens that PyTorch computes the attention.
+// attend. For steps in which PyTorch computes the attention, phase 1 is an operation of its own, rope_and_cache.
 template <typename T> struct RopeAndCacheOp {
   const T* qkv;                            // [batch, n_tokens, n_heads + 2 n_kv_heads, head_dim]
   const int64_t* start_pos;                // [batch]: the position of each sequence's first new token
@@ -236,7 +236,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   ScoreOptions score_options(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
   // The first key that a new token of sequence b sees.
   int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, start_pos[b] - window + 1) : 0; }
-  // The number of keys in a split. Grows with the number of tokens, so that the memory of partial outputs does not.
+  // The keys of a split. Partial outputs take tokens x splits, so with more tokens the splits are longer and fewer.
   int64_t split_len() const { return SPLIT_LEN * divide_up(batch * n_tokens, TOKEN_BLOCK); }
   int64_t count_splits(int64_t n_keys) const { return divide_up(n_keys, split_len()); }
   int64_t n_splits(int64_t b) const { return count_splits(start_pos[b] + n_tokens - first_key(b)); }
@@ -385,7 +385,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   //     alpha_s  =  exp(m_s - m_i)
   //     out      =  (the sum of alpha_s * partial_s) / (the sum of alpha_s * l_s)
   //
-  // A sink is the score of one more key, whose value is zero. alpha_s replaces m_s.
+  // A sink is the score of one more key, whose value is zero.
   void combine(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
     const int64_t d = head_dim, step = queries_per_kv();
     Softmax* softmax = shared.softmax + first;
@@ -394,9 +394,10 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     for (int64_t s = 0; s < n; s++) m_i = std::max(m_i, softmax[s * step].m_i);
     float l_i = std::exp(sink - m_i);
     for (int64_t s = 0; s < n; s++) {
-      auto& [alpha, l_s] = softmax[s * step];
-      alpha = l_s == 0 ? 0 : std::exp(alpha - m_i);  // l_s is 0 if the query sees no key of this split
+      auto& [m_s, l_s] = softmax[s * step];
+      const float alpha = l_s == 0 ? 0 : std::exp(m_s - m_i);  // l_s is 0 if the query sees no key of this split
       l_i += alpha * l_s;
+      m_s = alpha;  // the memory of m_s holds alpha_s from here on
     }
     for (int64_t i = 0; i < d; i += LANES) {
       Vec acc = {};

@@ -20,7 +20,7 @@
 #include "microkernel.h"
 
 constexpr int64_t KEY_TILE = 64;
-constexpr int64_t TASK_ROWS = 192;  // a task has about so many rows
+constexpr int64_t TASK_ROWS = 192;  // about the number of rows of a task
 constexpr float LOG2_E = 1.44269504f;
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
