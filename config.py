@@ -10,15 +10,17 @@ from dataclasses import dataclass, replace
 
 from utils.errors import UsageError
 
-# Activation -> whether the feed-forward is gated: down(activation(gate x) * up x), instead of down(activation(up x)).
-# The formulas are in kernels/torch_ops.py: activate. kernels/csrc/simd.h: Activation has the same order.
-ACTIVATIONS = {
-    "swiglu": True, "geglu": True, "geglu_tanh": True, "clamped_swiglu": True,
-    "gelu_pytorch_tanh": False, "relu2": False,
-}
+# kernels/torch_ops.py: activate has the formulas. kernels/csrc/simd.h: Activation has the same order.
+ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2")
+GATED_ACTIVATIONS = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"}
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not make model.py create millions of modules
 MAX_SIZE = 2**31  # of a dimension, in elements or tokens
+
+
+def is_gated(activation: str) -> bool:
+    """Whether the feed-forward is down(activation(gate x) * up x). Otherwise it is down(activation(up x))."""
+    return activation in GATED_ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class ModelConfig:
     @property
     def gate_up_dims(self) -> tuple[int, ...]:
         """The outputs of each projection that gate_up_proj stacks: gate and up, or up alone."""
-        return (self.ffn_dim,) * (2 if ACTIVATIONS[self.activation] else 1)
+        return (self.ffn_dim,) * (2 if is_gated(self.activation) else 1)
 
     def window(self, layer_idx: int) -> int:
         """Returns how many tokens a token sees in a layer, itself included. 0 means all."""

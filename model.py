@@ -22,7 +22,7 @@ import kernels
 from config import ModelConfig
 from kernels.backend import Backend
 from kernels.formats import QuantizationScheme, Unquantized, WeightFormat
-from kernels.schema import AttentionOptions, LayerCache, PositionTables
+from kernels.schema import AttentionParams, LayerCache, PositionTables
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm, WeightMatrix
 from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
@@ -39,7 +39,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.format: WeightFormat = UNQUANTIZED  # of most linear layers
-        self.embed_tokens = Embedding(config.dim, config.vocab_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         scale, softcap = config.logit_scale, config.logit_softcap
@@ -152,11 +152,12 @@ class Transformer(nn.Module):
         """Makes the tables of each layer, for kv_cache and for narrower views of it. RoPE's angles depend on the
         cache's max_seq_len if RoPE is of type dynamic or longrope."""
         tables = []
-        for block, rope in zip(self.layers, rope_tables(self.config, kv_cache.max_seq_len, self.device), strict=True):
+        cos_sin_tables = rope_tables(self.config, kv_cache.max_seq_len, self.device)
+        for block, cos_sin in zip(self.layers, cos_sin_tables, strict=True):
             slopes = block.attention.alibi_slopes
             if slopes is not None:
                 slopes = torch.tensor(slopes, dtype=torch.float32, device=self.device)
-            tables.append(PositionTables(rope, slopes))
+            tables.append(PositionTables(cos_sin, slopes))
         return tables
 
 
@@ -253,17 +254,17 @@ class Attention(nn.Module):
         residual: Tensor | None = None,
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(qkv, self.options(), cache, tables, start_pos, self.backend)  # [B, T, H D]
+        y = kernels.attend(qkv, self.attention_params(), cache, tables, start_pos, self.backend)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
 
-    def options(self) -> AttentionOptions:
+    def attention_params(self) -> AttentionParams:
         """What attend does besides plain attention. The tensors are this module's current ones: loading and tensor
         parallelism replace them."""
-        options = AttentionOptions(self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks)
+        params = AttentionParams(self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks)
         if self.q_norm is None:
-            return options
+            return params
         q_norm, k_norm = self.q_norm, self.k_norm
-        return options._replace(q_norm_weight=q_norm.weight, k_norm_weight=k_norm.weight, eps=q_norm.eps)
+        return params._replace(q_norm_weight=q_norm.weight, k_norm_weight=k_norm.weight, eps=q_norm.eps)
 
     @property
     def backend(self) -> Backend:

@@ -230,7 +230,7 @@ def write_quantized(
                 yield f"{name}.{tensor_name}", t
             drop_pages(weights[name])  # or the mapped file's pages would count as memory in use
 
-    save_checkpoint(path, config, shapes, all_tensors(), format.quantization)
+    save_checkpoint(path, config, shapes, all_tensors(), format.to_dict())
 
 
 if __name__ == "__main__":

@@ -74,8 +74,7 @@ class LazyWeight:
 
     def is_storable(self) -> bool:
         """Returns whether model.pth can hold the weight in this format."""
-        quantization = self.format.quantization
-        is_known = quantization is None or self.format.from_dict(quantization) == self.format
+        is_known = not self.format.is_quantized or self.format.from_dict(self.format.to_dict()) == self.format
         return is_known and self.shape[1] % self.format.input_multiple == 0
 
 

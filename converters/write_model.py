@@ -78,7 +78,7 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
         used.add(HEAD)
     check_left_over({name: tensors[name] for name in tensors if name not in used}, read)
     default = most_common_format(stacks)
-    if default.quantization is not None:
+    if default.is_quantized:
         path = path.with_name(f"{path.stem}_{default.name}{path.suffix}")
     warn_dequantized(stacks, tensors)
     shapes = {}
@@ -176,7 +176,7 @@ def plan_stacks(config: ModelConfig, tensors: StateDict) -> dict[str, StackedTen
 def choose_format(name: str, stack: StackedTensor, weights: list[Tensor | LazyWeight]):
     """Chooses the format and the order of inputs for our weight called name, which stacks weights."""
     stack.linear_format = common_format(weights)
-    if stack.format.quantization is None:
+    if not stack.format.is_quantized:
         return
     if loses_order(name, stack, weights):
         stack.linear_format = Unquantized()
@@ -272,26 +272,26 @@ def check_finite_tensor(name: str, tensor: Tensor):
 
 def most_common_format(stacks: dict[str, StackedTensor]) -> WeightFormat:
     """Returns the format that most quantized weights have, or Unquantized if no weight is quantized."""
-    counts = Counter(stack.format for stack in stacks.values() if stack.format.quantization is not None)
+    counts = Counter(stack.format for stack in stacks.values() if stack.format.is_quantized)
     return counts.most_common(1)[0][0] if counts else Unquantized()
 
 
 def describe_formats(stacks: dict[str, StackedTensor], default: WeightFormat) -> dict | None:
     """Returns the header's "quantization": the default format, the layers with another format, and the layers with an
     order of inputs."""
-    if default.quantization is None:
+    if not default.is_quantized:
         return None
     layers, embedding = {}, stacks["embed_tokens.weight"].format
     if "lm_head.weight" not in stacks and embedding != default:  # a tied head
-        layers["lm_head"] = embedding.quantization
-    if embedding.quantization is not None:  # the default format does not apply to the embedding
-        layers["embed_tokens"] = embedding.quantization
+        layers["lm_head"] = embedding.to_dict()
+    if embedding.is_quantized:  # the default format does not apply to the embedding
+        layers["embed_tokens"] = embedding.to_dict()
     for name, stack in stacks.items():
         if stack.linear_format not in (None, default) and name != "embed_tokens.weight":
-            layers[name.removesuffix(".weight")] = stack.format.quantization
+            layers[name.removesuffix(".weight")] = stack.format.to_dict()
     act_order = [name.removesuffix(".weight") for name, stack in stacks.items() if stack.input_order is not None]
     others = {"layers": layers, "act_order": act_order}
-    return default.quantization | {field: value for field, value in others.items() if value}
+    return default.to_dict() | {field: value for field, value in others.items() if value}
 
 
 def warn_dequantized(stacks: dict[str, StackedTensor], tensors: StateDict):
@@ -299,7 +299,7 @@ def warn_dequantized(stacks: dict[str, StackedTensor], tensors: StateDict):
     names_of: dict[str, list[str]] = {}  # reason -> names
     for name, stack in stacks.items():
         quantized = {name: tensors[name] for name in stack.part_names if isinstance(tensors[name], LazyWeight)}
-        if stack.format.quantization is None and quantized:
+        if not stack.format.is_quantized and quantized:
             names_of.setdefault(why_dequantized(name, stack, list(quantized.values())), []).extend(quantized)
     for why, names in names_of.items():
         print(f"{len(names)} weights are not kept quantized, as {names[0]}: {why}", file=sys.stderr)

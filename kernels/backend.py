@@ -50,11 +50,11 @@ class Backend:
 
     name: "cpu", "triton" or "torch": what the backend is, whatever its limits.
     namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
-    max_tokens: by operation, the most tokens of a step for which its kernel is called. Plain PyTorch computes a step of
-    more tokens, and an operation that is not in the table.
-    max_new_tokens, max_queries: further limits of the operation attend: of the new tokens of a sequence, and of these
-    times the query heads of a key/value head.
-    draws_samples: whether the kernel of sample draws random tokens. Otherwise it only finds the likeliest one."""
+    max_tokens: operation -> the most tokens of a step for which the kernel is called. Plain PyTorch computes steps of
+    more tokens, and operations that are not in the table.
+    max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
+    query heads of a key/value head.
+    draws_samples: whether the kernel of sample draws random tokens. Otherwise the kernel finds the likeliest token."""
 
     name: str
     namespace: str | None = None
@@ -82,13 +82,13 @@ class Backend:
 
     def has_kernels_for(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
         """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size
-        sequences. Then the step can be recorded. CPU has all operations in the table, since a tape holds nothing else.
-        A CUDA graph holds any computation, so TRITON leaves some operations to PyTorch."""
+        sequences. Then the step can be recorded. A tape holds only kernels, so CPU has a kernel for every operation. A
+        CUDA graph also holds PyTorch's operations, so TRITON has no kernels for embed, activate and add."""
         has_kernels = batch_size * n_new_tokens <= min(self.max_tokens.values(), default=0)
         return has_kernels and self.find_attention_kernel(batch_size, n_new_tokens, heads_per_kv_head) is not None
 
     def can_sample(self, is_greedy: bool) -> bool:
-        """Whether there is a kernel of sample. is_greedy: for the likeliest token, not for a random one."""
+        """Whether there is a kernel of sample. is_greedy: the likeliest token is wanted, not a random one."""
         return self.namespace is not None and (is_greedy or self.draws_samples)
 
     def with_limits(self, **max_tokens: float) -> "Backend":
@@ -99,7 +99,7 @@ class Backend:
 TORCH = Backend("torch")
 CPU = Backend(
     "cpu",
-    "gptfast",
+    "gptfast_cpu",
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *PRODUCTS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),

@@ -42,8 +42,8 @@ FLAGS = [
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Loads the kernels as torch.ops.gptfast. Compiles them first if the cache has no library; several processes may
-    compile at once. On failure, prints one line to stderr and returns None.
+    """Loads the kernels as torch.ops.gptfast_cpu. Compiles the kernels first if the cache has no library; several
+    processes may compile at once. On failure, prints one line to stderr and returns None.
 
     The returned library has the functions that record.py calls to record and replay tapes (kernels/csrc/tape.h).
     """

@@ -15,8 +15,9 @@ can record a step as a flat list of operations (record.py).
 An operation asks a backend for a kernel: the backend of its layer, or the argument backend. Without a kernel it calls
 torch_ops.py. backend.py lists the backends, their limits, and how their rounding differs.
 
-Two operations are never recorded: sample, which runs after the recorded model, and rope_and_cache, the kernel that
-attend uses for q, k and v when PyTorch computes the attention itself (prefill).
+A CUDA graph can hold all operations. A tape cannot hold sample, which takes the logits that the tape computes, nor the
+kernels beside PyTorch's own computation: rope_and_cache, before PyTorch's attention (prefill), and dequantize, before
+PyTorch's matrix product.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from config import ACTIVATIONS
+from config import is_gated
 from kernels import torch_ops
 from kernels.backend import Backend
-from kernels.schema import ACTIVATION_IDS, AttentionOptions, LayerCache, PositionTables
+from kernels.schema import ACTIVATION_IDS, AttentionParams, LayerCache, PositionTables
 
 if TYPE_CHECKING:  # layers.py imports this file
     from layers import Embedding, Linear, RMSNorm
@@ -86,8 +87,7 @@ def linear_then_activation(
 
 def can_fuse(activation: str, linear: Linear) -> bool:
     """Whether a kernel of linear can apply the activation."""
-    is_gated = ACTIVATIONS[activation]
-    return not is_gated or linear.out_features % FUSED_GLU_MULTIPLE == 0
+    return not is_gated(activation) or linear.out_features % FUSED_GLU_MULTIPLE == 0
 
 
 def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
@@ -134,35 +134,35 @@ def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) ->
 
 
 def attend(
-    qkv: Tensor, options: AttentionOptions, cache: LayerCache, tables: PositionTables, start_pos: Tensor,
+    qkv: Tensor, params: AttentionParams, cache: LayerCache, tables: PositionTables, start_pos: Tensor,
     backend: Backend,
 ) -> Tensor:
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
-    kernel = backend.find_attention_kernel(B, T, options.n_heads // cache.k.shape[1])
+    kernel = backend.find_attention_kernel(B, T, params.n_heads // cache.k.shape[1])
     if kernel is None:
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
-        q = rope_and_cache(qkv, options, cache, tables.rope, positions, backend)
-        return torch_ops.cached_attention(q, options, cache, tables.alibi_slopes, positions)
+        q = rope_and_cache(qkv, params, cache, tables.cos_sin, positions, backend)
+        return torch_ops.cached_attention(q, params, cache, tables.alibi_slopes, positions)
     return kernel(
         contiguous(qkv), contiguous(start_pos), cache.k, cache.v,
-        rope=tables.rope, alibi_slopes=tables.alibi_slopes, **options._asdict(),
+        cos_sin=tables.cos_sin, alibi_slopes=tables.alibi_slopes, **params._asdict(),
     )
 
 
 def rope_and_cache(
-    qkv: Tensor, options: AttentionOptions, cache: LayerCache, rope: Tensor, positions: Tensor, backend: Backend
+    qkv: Tensor, params: AttentionParams, cache: LayerCache, cos_sin: Tensor, positions: Tensor, backend: Backend
 ) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
-    contiguous in each sequence. rope: PositionTables.rope. Returns the queries [B, T, H, D]."""
+    contiguous in each sequence. cos_sin: PositionTables.cos_sin. Returns the queries [B, T, H, D]."""
     kernel = backend.find_kernel("rope_and_cache", count_tokens(qkv))
     if kernel is None:
-        return torch_ops.rope_and_cache(qkv, options, cache, rope, positions)
+        return torch_ops.rope_and_cache(qkv, params, cache, cos_sin, positions)
     return kernel(
         contiguous(qkv), contiguous(positions[:, 0]), cache.k, cache.v,
-        rope=rope, n_heads=options.n_heads, q_norm_weight=options.q_norm_weight, k_norm_weight=options.k_norm_weight,
-        eps=options.eps,
+        cos_sin=cos_sin, n_heads=params.n_heads, q_norm_weight=params.q_norm_weight,
+        k_norm_weight=params.k_norm_weight, eps=params.eps,
     )
 
 

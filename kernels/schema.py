@@ -1,13 +1,13 @@
 """The kernels as PyTorch operations: for each, the schema, and a function that allocates the result (define).
 
-C++ implements an operation as torch.ops.gptfast.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
+C++ implements an operation as torch.ops.gptfast_cpu.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
 implement the same schema, so a changed schema changes both. kernels/ops.py describes the operations.
 
 In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. Arguments that
 several schemas share:
 
     WEIGHT        a weight W [N, K]: WeightArguments
-    ATTENTION     AttentionOptions
+    ATTENTION     AttentionParams
     activation    a value of ACTIVATION_IDS
 
 LayerCache and PositionTables are tensors of attention that belong together.
@@ -20,15 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import ACTIVATIONS
+from config import ACTIVATIONS, is_gated
 
-CPU_ONLY = ("gptfast",)
+CPU_ONLY = ("gptfast_cpu",)
 NAMESPACES = (*CPU_ONLY, "gptfast_triton")
 # The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
 # step count together. csrc/weights.h has the same number
 MAX_CPU_TOKENS = 64
 ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/simd.h: Activation
-GATED_IDS = {ACTIVATION_IDS[name] for name, is_gated in ACTIVATIONS.items() if is_gated}
+GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}
 RECORDABLE: set[str] = set()  # the operations that a tape can hold
 
 
@@ -43,8 +43,8 @@ class WeightArguments(NamedTuple):
     group_size: int  # inputs of an output that share a scale
 
 
-class AttentionOptions(NamedTuple):
-    """The options of attention. The default of an option means that attention leaves it out."""
+class AttentionParams(NamedTuple):
+    """What attention does besides softmax(q k^T) v. The default of a field means that attention leaves the step out."""
 
     n_heads: int  # H, the heads of queries
     scale: float  # multiplies the scores
@@ -55,10 +55,10 @@ class AttentionOptions(NamedTuple):
     eps: float = 0.0  # of both norms
     sinks: Tensor | None = None  # [H], the scores of one more key, whose value is zero
 
-    def has_plain_scores(self, alibi_slopes: Tensor | None) -> bool:
+    def is_sdpa_compatible(self, alibi_slopes: Tensor | None) -> bool:
         """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute it.
-        Norms and RoPE come before the scores. Unpacking all options makes a new one fail here until it is named, since
-        SDPA would ignore it silently."""
+        Norms and RoPE come before the scores. SDPA would ignore a new field silently, so all
+        fields are unpacked: until the new one is named here, this raises ValueError."""
         _n_heads, _scale, _window, softcap, _q_norm_weight, _k_norm_weight, _eps, sinks = self
         return not softcap and sinks is None and alibi_slopes is None
 
@@ -74,7 +74,7 @@ class PositionTables(NamedTuple):
     """How a layer's attention tells positions apart. Made once for all positions of a KV cache (model.py:
     build_position_tables)."""
 
-    rope: Tensor  # [S or more, D/2, 2] float32: cos and sin of the angles of every position
+    cos_sin: Tensor  # [S or more, D/2, 2] float32: cos and sin of the angles of every position
     alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores
 
 
@@ -84,14 +84,13 @@ def as_schema(fields: type[NamedTuple]) -> str:
     return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
 
 
-WEIGHT, ATTENTION = as_schema(WeightArguments), as_schema(AttentionOptions)
+WEIGHT, ATTENTION = as_schema(WeightArguments), as_schema(AttentionParams)
 
 
 def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
     """Decorator: defines the operation of schema, "NAME(arguments) -> results", in each namespace. The decorated
-    function, fake_NAME, takes these arguments (see gather_weight), and allocates the result: an empty tensor of the
-    right shape and dtype. torch.compile calls fake_NAME in place of the kernel, on tensors without data ("fake" in
-    PyTorch's terms).
+    function is PyTorch's fake (meta) implementation, fake_NAME, which returns an empty result of the right shape and
+    dtype. The six arguments of WEIGHT arrive as one, w.
 
     recordable: whether a tape can hold the operation (record.py)."""
     name, arguments, results = schema.partition("(")
@@ -111,13 +110,13 @@ def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = N
 def triton_op(function: Callable) -> Callable:
     """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name.
     Registers it for CPU tensors, too, since Triton's interpreter runs on these. function takes the arguments of the
-    schema (see gather_weight)."""
+    schema, with those of WEIGHT as one, w."""
     torch.library.impl(f"gptfast_triton::{function.__name__}", ("CUDA", "CPU"), gather_weight(function))
     return function
 
 
 def gather_weight(function: Callable) -> Callable:
-    """function, for a call with the arguments of a schema. Gives those of WEIGHT to function as one argument, w."""
+    """Wraps function: a call passes the six arguments of WEIGHT by name, and function gets them as one, w."""
 
     @wraps(function)
     def call(*args, **kwargs):
@@ -129,7 +128,7 @@ def gather_weight(function: Callable) -> Callable:
 
 
 def output_width(n: int, activation: int) -> int:
-    """The outputs of a product with n outputs, after the activation. A gated one makes one number of gate and up."""
+    """The number of outputs after the activation. A gated activation turns gate and up, n outputs, into n / 2."""
     return n // 2 if activation in GATED_IDS else n
 
 
@@ -174,8 +173,8 @@ def fake_embed(tokens, *, w, k, dtype, **_):
 
 # Comes before attention in PyTorch, which no tape records.
 @define(
-    "rope_and_cache(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor rope, int n_heads, "
-    "Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
+    "rope_and_cache(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cos_sin, "
+    "int n_heads, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
     recordable=False, namespaces=CPU_ONLY,
 )
 def fake_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
@@ -183,7 +182,7 @@ def fake_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
 
 
 @define(
-    "attend(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor rope, "
+    "attend(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cos_sin, "
     f"Tensor? alibi_slopes, {ATTENTION}) -> Tensor"
 )
 def fake_attend(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):

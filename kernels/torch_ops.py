@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import ACTIVATIONS
+from config import is_gated
 from kernels import aten
-from kernels.schema import AttentionOptions, LayerCache
+from kernels.schema import AttentionParams, LayerCache
 
 if TYPE_CHECKING:  # layers.py imports ops.py, which imports this file
     from layers import Embedding, Linear
@@ -69,7 +69,7 @@ def apply_softcap(x: Tensor, softcap: float) -> Tensor:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    gate, up = x.chunk(2, dim=-1) if ACTIVATIONS[activation] else (None, x)
+    gate, up = x.chunk(2, dim=-1) if is_gated(activation) else (None, x)
     match activation:
         case "swiglu":
             return F.silu(gate) * up
@@ -99,19 +99,19 @@ def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) ->
 
 
 def rope_and_cache(
-    qkv: Tensor, options: AttentionOptions, cache: LayerCache, rope: Tensor, positions: Tensor
+    qkv: Tensor, params: AttentionParams, cache: LayerCache, cos_sin: Tensor, positions: Tensor
 ) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T]. Returns the
     queries [B, T, H, D]."""
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
-    H = options.n_heads
+    H = params.n_heads
     qk, v = qkv.view(B, T, -1, D).split([H + G, G], dim=2)  # [B, T, heads, D]
-    if options.q_norm_weight is not None:
+    if params.q_norm_weight is not None:
         q, k = qk.split([H, G], dim=2)
-        q = norm_heads(q, options.q_norm_weight, options.eps)
-        k = norm_heads(k, options.k_norm_weight, options.eps)
+        q = norm_heads(q, params.q_norm_weight, params.eps)
+        k = norm_heads(k, params.k_norm_weight, params.eps)
         qk = torch.cat([q, k], dim=2)
-    q, k = apply_rope(qk, rope[positions]).split([H, G], dim=2)
+    q, k = apply_rope(qk, cos_sin[positions]).split([H, G], dim=2)
     if fills_cache(T, S):
         cache.k.copy_(k.transpose(1, 2))
         cache.v.copy_(v.transpose(1, 2))
@@ -123,7 +123,7 @@ def rope_and_cache(
 
 
 def cached_attention(
-    q: Tensor, options: AttentionOptions, cache: LayerCache, alibi_slopes: Tensor | None, positions: Tensor
+    q: Tensor, params: AttentionParams, cache: LayerCache, alibi_slopes: Tensor | None, positions: Tensor
 ) -> Tensor:
     """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
     B, T, _, _ = q.shape
@@ -131,12 +131,12 @@ def cached_attention(
         n_keys = int(positions.max()) + 1
         cache = cache._replace(k=cache.k[:, :, :n_keys], v=cache.v[:, :, :n_keys])
     q = q.transpose(1, 2)  # [B, H, T, D]
-    if options.has_plain_scores(alibi_slopes):
-        y = sdpa_attention(q, options, cache, positions)
+    if params.is_sdpa_compatible(alibi_slopes):
+        y = sdpa_attention(q, params, cache, positions)
     else:
         step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
         parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
-        y = torch.cat([eager_attention(q, options, cache, alibi_slopes, positions) for q, positions in parts], dim=2)
+        y = torch.cat([eager_attention(q, params, cache, alibi_slopes, positions) for q, positions in parts], dim=2)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
@@ -146,39 +146,39 @@ def fills_cache(T: int, S: int) -> bool:
     return not torch.compiler.is_compiling() and S == T
 
 
-def sdpa_attention(q: Tensor, options: AttentionOptions, cache: LayerCache, positions: Tensor) -> Tensor:
+def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
     """Attends by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     if T == 1:  # fold the query heads of a key/value head into the dimension T: SDPA is then several times faster
-        mask = causal_mask(positions, S, options.window)
-        y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=options.scale)
+        mask = causal_mask(positions, S, params.window)
+        y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=params.scale)
         return y.view(B, H, 1, D)
     k, v = cache.k, cache.v
     if q.is_cuda:  # with enable_gqa SDPA uses its slowest kernel, if there is a mask or in float32
         k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
-    if fills_cache(T, S) and not 0 < options.window < T:  # is_causal lets SDPA choose flash attention
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.scale, enable_gqa=True)
-    mask = causal_mask(positions, S, options.window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale, enable_gqa=True)
+    if fills_cache(T, S) and not 0 < params.window < T:  # is_causal lets SDPA choose flash attention
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=params.scale, enable_gqa=True)
+    mask = causal_mask(positions, S, params.window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=params.scale, enable_gqa=True)
 
 
 def eager_attention(
-    q: Tensor, options: AttentionOptions, cache: LayerCache, alibi_slopes: Tensor | None, positions: Tensor
+    q: Tensor, params: AttentionParams, cache: LayerCache, alibi_slopes: Tensor | None, positions: Tensor
 ) -> Tensor:
     """Attention with softcap, ALiBi or sinks, which SDPA lacks: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
-    scores = (grouped @ cache.k[:, :, None].mT).float() * options.scale  # [B, G, H/G, T, S]
-    if options.softcap:
-        scores = apply_softcap(scores, options.softcap)
+    scores = (grouped @ cache.k[:, :, None].mT).float() * params.scale  # [B, G, H/G, T, S]
+    if params.softcap:
+        scores = apply_softcap(scores, params.softcap)
     if alibi_slopes is not None:
         distances = torch.arange(S, device=q.device) - positions[..., None]  # [B, T, S]
         bias = alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
         scores = scores + bias.view_as(scores)
-    mask = causal_mask(positions, S, options.window)
+    mask = causal_mask(positions, S, params.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
-    if options.sinks is not None:  # the scores of one more key
-        sinks = options.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
+    if params.sinks is not None:  # the scores of one more key
+        sinks = params.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     p = scores.softmax(-1)[..., :S].to(cache.v.dtype)
     return (p @ cache.v[:, :, None]).view(B, H, T, D)
@@ -200,11 +200,11 @@ def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
     return mask[:, None]
 
 
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates x [B, T, H, D] by rope [B, T, D/2, 2], cos and sin. Elements i and i + D/2 are a pair, as in Hugging
+def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotates x [B, T, H, D] by cos_sin [B, T, D/2, 2], cos and sin. Elements i and i + D/2 are a pair, as in Hugging
     Face transformers."""
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = rope[:, :, None].unbind(-1)  # [B, T, 1, D/2]
+    cos, sin = cos_sin[:, :, None].unbind(-1)  # [B, T, 1, D/2]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 

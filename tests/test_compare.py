@@ -62,7 +62,7 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
 
     compare_files.make_ours(tmp_path)
     for name, format in compare_files.OURS.items():
-        assert read_checkpoint(tmp_path / f"{name}.pth")[1] == format.quantization
+        assert read_checkpoint(tmp_path / f"{name}.pth")[1] == format.to_dict()
     files = compare_files.files_in(tmp_path)
     sizes = compare_speed.bytes_per_token({name: files[name] for name in ("bf16", *compare_files.OURS, "BF16")})
     wider = 2 * sum(t.numel() for t in weights.values() if t.dim() == 1)  # theirs are float32

@@ -34,7 +34,7 @@ def check_attention(starts, n_tokens, n_heads, cache: LayerCache, tables, window
     ours = attend(qkv, cache, tables, start_pos, n_heads, ANY_TOKENS, window, *norms, **options)
     exact = exact_attention(qkv, before, tables, start_pos, n_heads, window, norms, factor=dtype, **options)
     bounds.check(ours, *exact)
-    k, v, k_error = exact_cache(qkv, before, tables.rope, start_pos, n_heads, norms)
+    k, v, k_error = exact_cache(qkv, before, tables.cos_sin, start_pos, n_heads, norms)
     bounds.check(cache.k.nan_to_num(9), k.nan_to_num(9), k_error)
     assert torch.equal(cache.v.nan_to_num(9), v.nan_to_num(9))
 
@@ -84,7 +84,7 @@ def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
 def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
     """Each alone and together, and with ALiBi. sinks: far below the scores, among them, and far above."""
     torch.manual_seed(0)
-    rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 640)
+    cos_sin = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 640)
     widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]
     norms = [None, None] if widths is None else [make_norm(width, dtype) for width in widths]
     sinks = (torch.randn(n_heads) * 4 + 2).to(dtype)
@@ -96,7 +96,7 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
     ]:
         for tokens, starts in [(1, [0]), (1, [255, 3, 639]), (4, [3, 510])]:
             cache = make_cache(starts, n_kv_heads, 640, d, dtype)
-            check_attention(starts, tokens, n_heads, cache, PositionTables(rope, alibi), window, norms, **options)
+            check_attention(starts, tokens, n_heads, cache, PositionTables(cos_sin, alibi), window, norms, **options)
 
 
 @built
@@ -118,7 +118,7 @@ def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, m
             ours = attend(qkv, LayerCache(k, v), tables, start_pos, n_heads, kernels.CPU, window, *norms, **options)
             y, bound = exact_attention(qkv, before, tables, start_pos, n_heads, window, norms, factor=dtype, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # PyTorch rounds weights too
-            exact_k, exact_v, k_error = exact_cache(qkv, before, tables.rope, start_pos, n_heads, norms)
+            exact_k, exact_v, k_error = exact_cache(qkv, before, tables.cos_sin, start_pos, n_heads, norms)
             bounds.check(k, exact_k, k_error)
             assert torch.equal(v, exact_v)
 
@@ -129,7 +129,7 @@ def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, m
 def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype):
     """Of more tokens than a step has."""
     torch.manual_seed(0)
-    rope = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 400)
+    cos_sin = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 400)
     slopes, sinks = torch.tensor(alibi_slopes(n_heads)), (torch.randn(n_heads) * 4 + 2).to(dtype)
     sinks[:2] = torch.tensor([-200, 200])
     everything = {"sinks": sinks, "scale": 0.3, "softcap": 5.0}
@@ -139,7 +139,7 @@ def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype):
         (90, [200, 0, 3], 70, None, {}), (150, [0], 0, slopes, {}), (66, [64], 5, slopes, everything),
     ]:
         cache = make_cache(starts, n_kv_heads, 400, d, dtype)
-        check_attention(starts, tokens, n_heads, cache, PositionTables(rope, alibi), window, norms, **options)
+        check_attention(starts, tokens, n_heads, cache, PositionTables(cos_sin, alibi), window, norms, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,7 +158,7 @@ def test_attention_reference(dtype):
 
 def test_attention_reference_sinks_scale_softcap():
     torch.manual_seed(0)
-    rope = rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64)
+    cos_sin = rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64)
     norms = [make_norm(6 * 16, torch.float32), make_norm(2 * 16, torch.float32)]
     slopes, everything = torch.tensor(alibi_slopes(6)), {"sinks": torch.randn(6), "scale": 0.3, "softcap": 2.0}
     for options, alibi in [
@@ -167,7 +167,7 @@ def test_attention_reference_sinks_scale_softcap():
         for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 6), (64, [0], 100)]:
             start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
-            cache, tables = LayerCache(k, v), PositionTables(rope, alibi)
+            cache, tables = LayerCache(k, v), PositionTables(cos_sin, alibi)
             y, bound = exact_attention(qkv, cache, tables, start_pos, 6, window, norms, factor=torch.float32, **options)
             ours = attend(qkv, cache, tables, start_pos, 6, kernels.TORCH, window, *norms, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
@@ -176,8 +176,8 @@ def test_attention_reference_sinks_scale_softcap():
 @built
 def test_what_does_not_fit_is_refused():
     """An error, not a write beyond the cache."""
-    rope, weight = rope_table(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64), 8), torch.zeros(1, 2, 8, 16)
-    cache, tables = LayerCache(weight, weight.clone()), PositionTables(rope)
+    cos_sin, weight = rope_table(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64), 8), torch.zeros(1, 2, 8, 16)
+    cache, tables = LayerCache(weight, weight.clone()), PositionTables(cos_sin)
     for rows, tokens, start_pos in [(2, 1, [0]), (1, 1, [8]), (1, 1, [-1]), (1, 2, [7]), (1, 1, [0, 1]), (1, 65, [0])]:
         with pytest.raises(RuntimeError, match="no room"):
             attend(torch.randn(rows, tokens, 128), cache, tables, torch.tensor(start_pos), 4, ANY_TOKENS)
@@ -196,5 +196,5 @@ def test_what_does_not_fit_is_refused():
             )
     for slopes in (torch.zeros(3), torch.zeros(4).half()):
         with pytest.raises(RuntimeError, match="slopes"):
-            with_slopes = PositionTables(rope, slopes)
+            with_slopes = PositionTables(cos_sin, slopes)
             attend(torch.randn(1, 1, 128), cache, with_slopes, torch.zeros(1, dtype=torch.long), 4, kernels.CPU)

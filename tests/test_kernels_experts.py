@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from config import ACTIVATIONS, ModelConfig
+from config import ModelConfig, is_gated
 from kernels import torch_ops
 from layers import ExpertsDown, ExpertsGateUp
 from model import FeedForward
@@ -59,7 +59,7 @@ def test_experts(format, dtype):
         (40, True, "relu2"),
     ]:
         norm = make_norm(64, dtype)
-        n = 2 * ffn_dim if ACTIVATIONS[activation] else ffn_dim
+        n = 2 * ffn_dim if is_gated(activation) else ffn_dim
         gate_up = make_linear(n, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp)
         down = make_linear(64, ffn_dim, format, dtype, n_experts=6, bias=bias, kind=ExpertsDown)
         cases = []

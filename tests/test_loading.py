@@ -68,7 +68,7 @@ def test_layers_in_other_formats(folder, tmp_path):
     del tensors["lm_head.weight"], tensors["lm_head.scales"]
     for name, other in others.items():
         tensors |= {f"{name}.{part}": t for part, t in other.quantize(original[f"{name}.weight"]).items()}
-    layers = {"lm_head": None} | {name: other.quantization for name, other in others.items()}
+    layers = {"lm_head": None} | {name: other.to_dict() for name, other in others.items()}
     shapes = {tensor_name: (tuple(t.shape), t.dtype) for tensor_name, t in tensors.items()}
     path, tokens = tmp_path / "model.pth", torch.arange(9)[None]
     for overrides, error in [(layers, None), ({"lm_heat": None}, "lm_heat, which is no linear"), ([1], "layers are")]:

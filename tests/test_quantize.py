@@ -139,9 +139,9 @@ def test_every_format_is_tested():
 
 @pytest.mark.parametrize("format", [Unquantized(), *FORMATS.values(), *IMPORTED.values()], ids=format_label)
 def test_a_header_names_its_format(format):
-    parsed = format_from_dict(format.quantization)
-    assert parsed.quantization == format.quantization and parsed.name == format.name
-    assert QuantizationScheme.from_dict({"mode": "int8", "layers": {"a": format.quantization}}).of_layer("a") == parsed
+    parsed = format_from_dict(format.to_dict())
+    assert parsed.to_dict() == format.to_dict() and parsed.name == format.name
+    assert QuantizationScheme.from_dict({"mode": "int8", "layers": {"a": format.to_dict()}}).of_layer("a") == parsed
 
 
 def test_a_mode_names_one_class():
@@ -373,7 +373,7 @@ def test_what_a_checkpoint_says_of_its_format_is_read():
         (Float8(128), {"mode": "fp8", "groupsize": 128}),
         (MXFP4(), {"mode": "mxfp4"}),
     ]:
-        assert format_from_dict(quantization) == format and format.quantization == quantization
+        assert format_from_dict(quantization) == format and format.to_dict() == quantization
     for wrong in ({"mode": "fp8", "groupsize": 48}, {"mode": "fp4"}, {"mode": "mxfp4", "groupsize": 64}):
         with pytest.raises(UsageError, match="which this version does not read"):
             format_from_dict(wrong)

@@ -20,10 +20,10 @@ constexpr int64_t TOKEN_BLOCK = 8;  // the most new tokens of a task, which read
 constexpr int64_t SPLIT_LEN = 256;  // the keys of a split, for up to TOKEN_BLOCK tokens
 constexpr int64_t MAX_SPLIT_LEN = SPLIT_LEN * (MAX_CPU_TOKENS / TOKEN_BLOCK);
 
-// Applies RoPE: rotates each pair (x[i], x[i + d / 2]) of x [d] by rope [d / 2, 2] (cos, sin). out [d] may be x.
-template <typename T> void apply_rope(const T* x, const float* rope, int64_t d, T* out) {
+// Applies RoPE: rotates each pair (x[i], x[i + d / 2]) of x [d] by cos_sin [d / 2, 2] (cos, sin). out [d] may be x.
+template <typename T> void apply_rope(const T* x, const float* cos_sin, int64_t d, T* out) {
   for (int64_t i = 0; i < d / 2; i += LANES) {
-    const Vec lo = load_partial(rope, 2 * i, d), hi = load_partial(rope, 2 * i + LANES, d);
+    const Vec lo = load_partial(cos_sin, 2 * i, d), hi = load_partial(cos_sin, 2 * i + LANES, d);
     const Vec cos = __builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const Vec sin = __builtin_shufflevector(lo, hi, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     const Vec a = load_partial(x, i, d / 2), b = load_partial(x + d / 2, i, d / 2);
@@ -74,7 +74,7 @@ struct ScoreOptions {
   float scale, softcap = 0, slope = 0;
   bool operator==(const ScoreOptions&) const = default;
   // Whether a score is scale * product. == compares all members, so a new option needs no line here.
-  bool has_plain_scores() const { return *this == ScoreOptions{scale}; }
+  bool is_scale_only() const { return *this == ScoreOptions{scale}; }
 };
 inline Vec finish_scores(Vec products, const ScoreOptions& options, Vec distance) {
   Vec scores = products * options.scale;
@@ -105,7 +105,7 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions&
         products[r] = sum;
       }
     }
-    Vec score = finish_scores(products, options, LANE + float(distance + s));
+    Vec score = finish_scores(products, options, LANE_INDEX + float(distance + s));
     score = mask_lanes(score, n - s, NEGATIVE_INFINITY);
     max = larger(max, score);
     store_vec(score, scores + s);
@@ -167,13 +167,13 @@ void accumulate_pv(int64_t n_queries, const float* p, int64_t stride, const T* v
 // ---- Norm, RoPE and cache write -------------------------------------------------------------------------------------
 
 // Norms and rotates the new queries and keys, and writes the new keys and values into the cache. This is phase 1 of
-// attend. It is also an operation, rope_and_cache, for steps of so many tokens that PyTorch computes the attention.
+// attend. For steps in which PyTorch computes the attention, phase 1 is an operation of its own, rope_and_cache.
 template <typename T> struct RopeAndCacheOp {
   const T* qkv;                            // [batch, n_tokens, n_heads + 2 n_kv_heads, head_dim]
   const int64_t* start_pos;                // [batch]: the position of each sequence's first new token
   T *k_cache, *v_cache;                    // [batch, n_kv_heads, max_seq_len, head_dim]
   int64_t batch_stride, head_stride;       // of k_cache and v_cache
-  const float* rope;                       // [max_seq_len or more, head_dim / 2, 2]
+  const float* cos_sin;                       // [max_seq_len or more, head_dim / 2, 2]
   const T *q_norm_weight, *k_norm_weight;  // [head_dim] or null
   bool norms_all_heads;                    // norm all heads together; weights [n_heads or n_kv_heads, head_dim]
   float eps;
@@ -214,7 +214,7 @@ template <typename T> struct RopeAndCacheOp {
         else if (head == first || i == range.begin) rms_scale = inverse_rms(x - (head - first) * d, eps, n * d);
         x = apply_norm(x, norm_weight + (norms_all_heads ? (head - first) * d : 0), rms_scale, d, out);
       }
-      apply_rope(x, rope + position * d, d, out);
+      apply_rope(x, cos_sin + position * d, d, out);
     }
   }
 };
@@ -236,7 +236,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   ScoreOptions score_options(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
   // The first key that a new token of sequence b sees.
   int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, start_pos[b] - window + 1) : 0; }
-  // The number of keys in a split. Grows with the number of tokens, so that the memory of partial outputs does not.
+  // The keys of a split. Partial outputs take tokens x splits, so with more tokens the splits are longer and fewer.
   int64_t split_len() const { return SPLIT_LEN * divide_up(batch * n_tokens, TOKEN_BLOCK); }
   int64_t count_splits(int64_t n_keys) const { return divide_up(n_keys, split_len()); }
   int64_t n_splits(int64_t b) const { return count_splits(start_pos[b] + n_tokens - first_key(b)); }
@@ -385,7 +385,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   //     alpha_s  =  exp(m_s - m_i)
   //     out      =  (the sum of alpha_s * partial_s) / (the sum of alpha_s * l_s)
   //
-  // A sink is the score of one more key, whose value is zero. alpha_s replaces m_s.
+  // A sink is the score of one more key, whose value is zero.
   void combine(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
     const int64_t d = head_dim, step = queries_per_kv();
     Softmax* softmax = shared.softmax + first;
@@ -394,9 +394,10 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     for (int64_t s = 0; s < n; s++) m_i = std::max(m_i, softmax[s * step].m_i);
     float l_i = std::exp(sink - m_i);
     for (int64_t s = 0; s < n; s++) {
-      auto& [alpha, l_s] = softmax[s * step];
-      alpha = l_s == 0 ? 0 : std::exp(alpha - m_i);  // l_s is 0 if the query sees no key of this split
+      auto& [m_s, l_s] = softmax[s * step];
+      const float alpha = l_s == 0 ? 0 : std::exp(m_s - m_i);  // l_s is 0 if the query sees no key of this split
       l_i += alpha * l_s;
+      m_s = alpha;  // the memory of m_s holds alpha_s from here on
     }
     for (int64_t i = 0; i < d; i += LANES) {
       Vec acc = {};

@@ -94,7 +94,7 @@ inline IntVec dot_block(const WeightBytes& weights, const Q8Block& x) {
 
 // Multiplies Int8 weights with M tokens. Computes BLOCKS blocks at a time, which share the loads of the activations.
 template <int M, int BLOCKS>
-void dot_w8a8(const Weights& w, const int64_t* blocks, const Part& part, const Q8Block* const* tokens,
+void dot_w8a8(const Weights& w, const int64_t* blocks, const TokenPart& part, const Q8Block* const* tokens,
               Vec* const* out) {
   const char* data[BLOCKS];
   const Q8Block* x[M];
@@ -123,7 +123,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const Part& part, const Q
 // Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts runs of Q8_BLOCK inputs,
 // whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
-void dot_grouped(const Weights& w, const int64_t* blocks, const Part& part, const Q8Block* const* tokens,
+void dot_grouped(const Weights& w, const int64_t* blocks, const TokenPart& part, const Q8Block* const* tokens,
                  Vec* const* out) {
   constexpr int64_t N_BYTES = Q8_BLOCK_BYTES<F>;
   const char* data[BLOCKS];
@@ -200,7 +200,8 @@ inline Vec add_pairs(Vec a, Vec b) {
 // Independent sums along k, UNROLL * SUMS for each token, hide the latency of the additions. Floats need two for the
 // two lanes of a pair. With many tokens, one sum of bf16 products is enough.
 template <int M, int BLOCKS, typename X>
-void dot_float8(const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens, Vec* const* out) {
+void dot_float8(const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
+                Vec* const* out) {
   constexpr bool IS_BF16 = std::is_same_v<X, bf16>;
   constexpr int UNROLL = M <= (IS_BF16 ? 4 : 2) ? 2 : 1, SUMS = IS_BF16 && M > 5 ? 1 : 2;
   const char* data[BLOCKS];
@@ -286,7 +287,7 @@ template <typename T> bool reads_in_order(int64_t k) {
 
 // Multiplies Unquantized weights with M tokens, R outputs at a time. T is the type of weights and activations.
 template <int M, int R, typename T>
-void dot_unquantized(const Weights& w, int64_t block, const Part& part, const T* const* tokens, Vec* out) {
+void dot_unquantized(const Weights& w, int64_t block, const TokenPart& part, const T* const* tokens, Vec* out) {
   constexpr int UNROLL = R > 1 ? 1 : M <= 4 ? 4 : 2;  // independent sums along k, as above
   constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH / sizeof(T) / R;
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
@@ -341,12 +342,13 @@ Vec add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const
 // Multiplies M tokens with BLOCKS blocks of weights, by the loop for the format and the type X of the activations. The
 // first template is for all packed formats without an overload.
 template <int M, int BLOCKS, typename F, typename X>
-void run_loop(F, const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens, Vec* const* out) {
+void run_loop(F, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
+              Vec* const* out) {
   if constexpr (std::is_same_v<X, Q8Block>) dot_grouped<F, M, BLOCKS>(w, blocks, part, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens,
+void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
               Vec* const* out) {
   auto dot = dot_unquantized<M, M <= 2 ? 1 : 4, X>;
   if constexpr (M > 2 && M <= MAX_IN_ORDER)
@@ -354,20 +356,20 @@ void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const Part& 
   for (int b = 0; b < BLOCKS; b++) dot(w, blocks[b], part, tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void run_loop(Int8, const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens,
+void run_loop(Int8, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
               Vec* const* out) {
   if constexpr (std::is_same_v<X, Q8Block>) dot_w8a8<M, BLOCKS>(w, blocks, part, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void run_loop(Float8, const Weights& w, const int64_t* blocks, const Part& part, const X* const* tokens,
+void run_loop(Float8, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
               Vec* const* out) {
   dot_float8<M, BLOCKS>(w, blocks, part, tokens, out);
 }
 
 // multiply for M tokens, M <= BLOCK_M. T is the type that the activations had before preparation.
 template <int M, typename T>
-void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const Part& part,
+void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const TokenPart& part,
                         const PreparedToken* tokens, Vec* const* out) {
   dispatch_format(w.format, [&]<typename F>(F format) {
     const Prepared<F, T>* typed[M];

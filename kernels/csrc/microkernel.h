@@ -10,7 +10,7 @@
 #include "simd.h"
 
 using Factor = uint32_t;
-constexpr int64_t MR = 6;   // with 4 Vecs in a row, so many sums fit in 32 registers
+constexpr int64_t MR = 6;   // rows; their sums, 4 Vecs a row, fit in 32 registers
 constexpr int64_t NR = 64;  // 4 Vecs
 
 // Elements of type T in a factor

@@ -1,6 +1,6 @@
-// The CPU kernels as PyTorch operations, torch.ops.gptfast.NAME. Kernels trust addresses and sizes, also when a tape
-// replays them, so tensors are checked here. Each function checks its tensors, allocates the output, and submits the
-// operation (tape.h: submit). kernels/build.py compiles this file, which includes the headers.
+// The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Kernels trust addresses and sizes, also when a
+// tape replays them, so tensors are checked here. Each function checks its tensors, allocates the output, and submits
+// the operation (tape.h: submit). kernels/build.py compiles this file, which includes the headers.
 //
 //     kernels/ops.py          describes the operations
 //     kernels/schema.py       has the schemas of the functions
@@ -207,15 +207,15 @@ Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, in
 // Checks the tensors and returns a RopeAndCacheOp. The caller sets the output, q.
 template <typename T>
 RopeAndCacheOp<T> rope_and_cache_op(const Tensor& qkv, const Tensor& start_pos, const Tensor& k_cache,
-                                    const Tensor& v_cache, const Tensor& rope, int64_t n_heads,
+                                    const Tensor& v_cache, const Tensor& cos_sin, int64_t n_heads,
                                     const OptTensor& q_norm_weight, const OptTensor& k_norm_weight, double eps) {
   const int64_t batch = k_cache.size(0), n_kv_heads = k_cache.size(1), d = k_cache.size(3);
   const int64_t max_seq_len = k_cache.size(2);
   STD_TORCH_CHECK(start_pos.scalar_type() == ScalarType::Long && start_pos.is_contiguous(),
                   "start_pos must be int64 [B]");
   STD_TORCH_CHECK(start_pos.numel() == batch && qkv.size(0) == batch, "the cache has no room for so many rows");
-  STD_TORCH_CHECK(rope.scalar_type() == ScalarType::Float && rope.is_contiguous() && rope.size(0) >= max_seq_len &&
-                  rope.size(1) == d / 2, "rope must be float32 [S, D / 2, 2]");
+  STD_TORCH_CHECK(cos_sin.scalar_type() == ScalarType::Float && cos_sin.is_contiguous() &&
+                  cos_sin.size(0) >= max_seq_len && cos_sin.size(1) == d / 2, "cos_sin must be float32 [S, D / 2, 2]");
   const bool norms_all_heads = q_norm_weight && q_norm_weight->numel() != d;
   STD_TORCH_CHECK((!q_norm_weight || q_norm_weight->numel() == (norms_all_heads ? n_heads : 1) * d) &&
                   (!k_norm_weight || k_norm_weight->numel() == (norms_all_heads ? n_kv_heads : 1) * d),
@@ -226,29 +226,31 @@ RopeAndCacheOp<T> rope_and_cache_op(const Tensor& qkv, const Tensor& start_pos, 
   const int64_t m = qkv.numel() / ((n_heads + 2 * n_kv_heads) * d);
   return {.qkv = ptr<T>(qkv), .start_pos = ptr<int64_t>(start_pos), .k_cache = mutable_ptr<T>(k_cache),
           .v_cache = mutable_ptr<T>(v_cache), .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1),
-          .rope = ptr<float>(rope), .q_norm_weight = ptr<T>(q_norm_weight), .k_norm_weight = ptr<T>(k_norm_weight),
-          .norms_all_heads = norms_all_heads, .eps = float(eps), .batch = batch, .n_tokens = m / batch,
-          .n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = d, .max_seq_len = max_seq_len, .q = nullptr};
+          .cos_sin = ptr<float>(cos_sin), .q_norm_weight = ptr<T>(q_norm_weight),
+          .k_norm_weight = ptr<T>(k_norm_weight), .norms_all_heads = norms_all_heads, .eps = float(eps),
+          .batch = batch, .n_tokens = m / batch, .n_heads = n_heads, .n_kv_heads = n_kv_heads,
+          .head_dim = d, .max_seq_len = max_seq_len, .q = nullptr};
 }
 
 int64_t qkv_width(const Tensor& k_cache, int64_t n_heads) {
   return (n_heads + 2 * k_cache.size(1)) * k_cache.size(3);
 }
 
-Tensor rope_and_cache(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor rope, int64_t n_heads,
+Tensor rope_and_cache(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor cos_sin, int64_t n_heads,
               OptTensor q_norm_weight, OptTensor k_norm_weight, double eps) {
   const int64_t batch = k_cache.size(0), d = k_cache.size(3);
   const int64_t m = check_rows(qkv, qkv_width(k_cache, n_heads), {k_cache, v_cache, q_norm_weight, k_norm_weight});
   Tensor q = torch::stable::new_empty(qkv, Sizes{batch, m / batch, n_heads, d});
   dispatch_type(qkv.scalar_type(), [&]<typename T>(T) {
-    auto op = rope_and_cache_op<T>(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight, eps);
+    auto op = rope_and_cache_op<T>(qkv, start_pos, k_cache, v_cache, cos_sin, n_heads, q_norm_weight, k_norm_weight,
+                                   eps);
     op.q = mutable_ptr<T>(q);
     submit(op);
   });
   return q;
 }
 
-Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor rope, OptTensor alibi_slopes,
+Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor cos_sin, OptTensor alibi_slopes,
               int64_t n_heads, double scale, int64_t window, double softcap, OptTensor q_norm_weight,
               OptTensor k_norm_weight, double eps, OptTensor sinks) {
   const int64_t batch = k_cache.size(0), d = k_cache.size(3);
@@ -259,8 +261,8 @@ Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tens
                                     alibi_slopes->scalar_type() == ScalarType::Float), "slopes must be float32 [H]");
   Tensor out = torch::stable::new_empty(qkv, Sizes{batch, m / batch, n_heads * d});
   dispatch_type(qkv.scalar_type(), [&]<typename T>(T) {
-    AttendOp<T> op{rope_and_cache_op<T>(qkv, start_pos, k_cache, v_cache, rope, n_heads, q_norm_weight, k_norm_weight,
-                                        eps)};
+    AttendOp<T> op{rope_and_cache_op<T>(qkv, start_pos, k_cache, v_cache, cos_sin, n_heads, q_norm_weight,
+                                        k_norm_weight, eps)};
     op.sinks = ptr<T>(sinks), op.alibi_slopes = ptr<float>(alibi_slopes);
     op.scale = float(scale), op.softcap = float(softcap), op.window = window;
     op.out = mutable_ptr<T>(out);
@@ -356,7 +358,7 @@ int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 
 int has_amx_bf16() { return has_amx(); }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(gptfast_cpu, CPU, m) {
   m.impl("fused_linear", TORCH_BOX(&fused_linear));
   m.impl("activate", TORCH_BOX(&activate));
   m.impl("add", TORCH_BOX(&add));

@@ -20,19 +20,19 @@
 // A core that reads 40 GB/s at a latency of 200 ns has 8,000 bytes in flight. They leave room for activations in L1.
 constexpr int64_t PREFETCH = 8192;
 
-// Part `index` of `count` parts of the tokens. next_block says which block follows a block in the order above: the next
-// one, 1, or the one after that, 2.
-struct Part { int64_t index, count, next_block; };
+// A loop has part `index` of `count` parts of the tokens. next_block: how many blocks ahead the next unread block is,
+// 1, or 2 if two blocks are read in step.
+struct TokenPart { int64_t index, count, next_block; };
 
 // Prefetches for a loop over M tokens that reads BLOCKS blocks in step.
 template <int M, int BLOCKS> class Prefetcher {
   static constexpr bool IS_WHOLE = M <= 2;  // one or two tokens are never a part
   int64_t begin;           // the distance in bytes from the first weights of a block to what is prefetched with them
   int64_t step = 64;       // how many bytes to prefetch for 64 bytes read
-  int64_t limit, skipped;  // from this offset in a block, skips so many bytes, which the other block has
+  int64_t limit, skipped;  // from offset `limit` on, the address would be in the other block, so `skipped` is added
 
  public:
-  Prefetcher(const Weights& w, const Part& part)
+  Prefetcher(const Weights& w, const TokenPart& part)
       : begin(std::min(PREFETCH, w.block_bytes())), limit(w.block_bytes() - begin),
         skipped((part.next_block - 1) * w.block_bytes()) {
     if (IS_WHOLE || part.count == 1) return;

@@ -20,7 +20,7 @@
 #include "microkernel.h"
 
 constexpr int64_t KEY_TILE = 64;
-constexpr int64_t TASK_ROWS = 192;  // a task has about so many rows
+constexpr int64_t TASK_ROWS = 192;  // about the number of rows of a task
 constexpr float LOG2_E = 1.44269504f;
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   // beyond n_rows complete the last MR.
   struct Block {
     int64_t b, kv_head, first_token, n_rows;
-    bool has_plain_scores;  // whether the scores of all rows are scale * product
+    bool is_scale_only;  // whether the scores of all rows are scale * product
   };
   // Memory of a thread.
   struct Buffers {
@@ -111,7 +111,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   void attend_block(const T* q, int64_t b, int64_t kv_head, int64_t block) const {
     const int64_t first_token = block * block_tokens(), end_token = std::min(n_tokens, first_token + block_tokens());
-    const Block rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv(), has_plain_scores(kv_head)};
+    const Block rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv(), is_scale_only(kv_head)};
     const Buffers buffers = allocate(round_up(rows.n_rows, MR));
     for (int64_t row = 0; row < round_up(rows.n_rows, MR); row++) {
       for (int64_t i = 0; i < query_factors(); i += LANES) {
@@ -155,9 +155,9 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     return {window ? std::max<int64_t>(0, n_seen - window) : 0, std::min(KEY_TILE, n_seen)};
   }
 
-  bool has_plain_scores(int64_t kv_head) const {
+  bool is_scale_only(int64_t kv_head) const {
     for (int64_t h = 0; h < heads_per_kv(); h++)
-      if (!this->score_options(kv_head * heads_per_kv() + h).has_plain_scores()) return false;
+      if (!this->score_options(kv_head * heads_per_kv() + h).is_scale_only()) return false;
     return true;
   }
 
@@ -175,7 +175,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     microkernel<T, false>(buffers.q + row * query_factors(), query_factors(), buffers.k, KEY_TILE, LANES,
                           query_factors(), scores[0], KEY_TILE);
     for (int64_t r = 0; r < MR; r++) {
-      if (!rows.has_plain_scores) finish_row(rows, row + r, key, scores[r]);
+      if (!rows.is_scale_only) finish_row(rows, row + r, key, scores[r]);
       if (visible[r].begin > 0 || visible[r].end < KEY_TILE) mask_row(visible[r], scores[r]);
     }
     // All rows at each step, since the steps of a single row wait for each other.
@@ -194,18 +194,18 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * exponent_scale is the exponent
   // of a softmax with base 2. Softmax::m_i is the maximum of these exponents.
-  float exponent_scale(const Block& rows) const { return LOG2_E * (rows.has_plain_scores ? this->scale : 1.0f); }
+  float exponent_scale(const Block& rows) const { return LOG2_E * (rows.is_scale_only ? this->scale : 1.0f); }
 
   void finish_row(const Block& rows, int64_t row, int64_t key, float* scores) const {
     const ScoreOptions options = this->score_options(head(rows, std::min(row, rows.n_rows - 1)));
     const float distance = key - position(rows, row);  // of the tile's first key
     for (int64_t i = 0; i < KEY_TILE; i += LANES)
-      store_vec(finish_scores(load_vec(scores + i), options, LANE + (distance + i)), scores + i);
+      store_vec(finish_scores(load_vec(scores + i), options, LANE_INDEX + (distance + i)), scores + i);
   }
 
   static void mask_row(Range visible, float* scores) {
     for (int64_t i = 0; i < KEY_TILE; i += LANES) {
-      const Vec index = LANE + float(i);
+      const Vec index = LANE_INDEX + float(i);
       const auto is_visible = (index >= float(visible.begin)) & (index < float(visible.end));
       store_vec(is_visible ? load_vec(scores + i) : Vec{} + NEGATIVE_INFINITY, scores + i);
     }

@@ -31,7 +31,7 @@ template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t f
 struct PrefillLinearOp : FusedLinearOp<bf16> {
   static constexpr int64_t PANEL_K = 256, PANEL_FACTORS = PANEL_K / 2, PANEL_BYTES = PANEL_K * sizeof(bf16);
   static constexpr int64_t MIN_BLOCK_TOKENS = 96, MAX_BLOCK_TOKENS = 516;  // decoding takes a few % of MIN's products
-  static constexpr int64_t TASKS_PER_THREAD = 8;                           // so many share out evenly
+  static constexpr int64_t TASKS_PER_THREAD = 8;                           // 8 share out evenly
 
   int64_t n_panels() const { return divide_up(w.k, PANEL_K); }
   int64_t padded_m() const { return round_up(m, MR); }

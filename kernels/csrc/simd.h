@@ -148,10 +148,10 @@ inline Vec decode_e8m0(const uint8_t* exponents) {
 inline Vec as_float(IntVec v) { return __builtin_convertvector(v, Vec); }
 inline Vec as_float(Vec v) { return v; }
 
-const Vec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+const Vec LANE_INDEX = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Keeps lanes 0 to n - 1 of v. Sets the other lanes to rest.
-inline Vec mask_lanes(Vec v, int64_t n, float rest) { return LANE < float(n) ? v : Vec{} + rest; }
+inline Vec mask_lanes(Vec v, int64_t n, float rest) { return LANE_INDEX < float(n) ? v : Vec{} + rest; }
 
 // Returns the sum of all lanes.
 inline float sum(Vec v) {
@@ -295,7 +295,7 @@ enum class Activation : int64_t {
   NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, GELU_PYTORCH_TANH, RELU2, COUNT
 };
 
-// Whether the feed-forward has a gate projection beside its up projection, as config.py: ACTIVATIONS says.
+// Whether the feed-forward has a gate projection beside its up projection, as config.py: is_gated says.
 inline bool is_gated(Activation activation) {
   switch (activation) {
     case Activation::SWIGLU: case Activation::GEGLU: case Activation::GEGLU_TANH: case Activation::CLAMPED_SWIGLU:

@@ -22,7 +22,7 @@ class WeightFormat:
         in the kernels              Int4.format_id    2
         in --mode                   Int4.mode         "int4"
         in file names and --json    its name          "int4.g32"
-        in model.pth                its quantization  {"mode": "int4", "groupsize": 32}, which from_dict reads
+        in model.pth                to_dict()         {"mode": "int4", "groupsize": 32}, which from_dict reads
     """
 
     format_id: int  # the position in FORMATS, which sets it, and in csrc/weights.h: Formats
@@ -40,8 +40,7 @@ class WeightFormat:
     def name(self) -> str | None:
         return self.mode if self.group_size is None else f"{self.mode}.g{self.group_size}"
 
-    @property
-    def quantization(self) -> dict | None:
+    def to_dict(self) -> dict | None:
         if self.mode is None:
             return None
         return {"mode": self.mode} | ({} if self.group_size is None else {"groupsize": self.group_size})
@@ -57,7 +56,7 @@ class WeightFormat:
 
     @classmethod
     def from_dict(cls, quantization: dict) -> "WeightFormat | None":
-        """The inverse of the property quantization. None means that the dict describes no format of this class. This
+        """The inverse of to_dict. None means that the dict describes no format of this class. This
         default is for classes without options."""
         matches = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
         return cls() if matches else None

@@ -77,11 +77,13 @@ class MXFP4(WeightFormat):
 
     group_size: int = 32  # smaller in a shard that cuts through a group
     mode = name = "mxfp4"
-    quantization = {"mode": mode}  # without a group size, which is always 32
     elements_per_byte = 2
     rounds_activations = True
     input_multiple = 32
     shard_multiple = 8
+
+    def to_dict(self):
+        return {"mode": self.mode}  # without a group size, which is always 32
 
     def empty(self, shape, dtype, device):
         *outputs, k = shape

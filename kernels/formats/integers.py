@@ -68,9 +68,8 @@ class AffineFormat(WeightFormat):
     mode: ClassVar[str]
     zero_fraction_bits: ClassVar[int]  # zeros are fixed-point numbers: the zero point is zeros / 2^zero_fraction_bits
 
-    @property
-    def quantization(self):
-        return super().quantization | ({"scale_dtype": "float16"} if self.scale_dtype == torch.float16 else {})
+    def to_dict(self):
+        return super().to_dict() | ({"scale_dtype": "float16"} if self.scale_dtype == torch.float16 else {})
 
     @classmethod
     def from_dict(cls, quantization):

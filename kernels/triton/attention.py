@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import AttentionOptions, triton_op
+from kernels.schema import AttentionParams, triton_op
 from kernels.triton.launch import dot_dtype, gpu_info, pdl_options, pdl_wait, semaphores
 from kernels.triton.linear import apply_softcap
 
@@ -40,7 +40,7 @@ class ScoreOptions(NamedTuple):
 @triton.jit
 def attend_kernel(
     qkv_ptr, k_cache_ptr, v_cache_ptr,  # [B, T, (H + 2 G) D], [B, G, S, D], [B, G, S, D]
-    start_pos_ptr, rope_ptr,  # [B], [S, D / 2, 2]
+    start_pos_ptr, cos_sin_ptr,  # [B], [S, D / 2, 2]
     q_norm_weight_ptr, k_norm_weight_ptr,  # [Q_NORM_HEADS, D], [K_NORM_HEADS, D], or None
     sinks_ptr, alibi_slopes_ptr,  # [H], [H], or None
     out_ptr, partial_out_ptr,  # [B, T, H, D], [B, T, H, N_SPLITS, D]
@@ -85,7 +85,7 @@ def attend_kernel(
 
     # Norm and rotate the queries, and begin the softmax
     q_lo, q_hi = norm_and_rope(
-        q_lo, q_hi, q_norm_weight_ptr, qkv_ptr, token, head, T, eps, rope_ptr, start + token,
+        q_lo, q_hi, q_norm_weight_ptr, qkv_ptr, token, head, T, eps, cos_sin_ptr, start + token,
         mask_m & is_inside(start + token, S), D, Q_NORM_HEADS, TOKEN_STRIDE, DTYPE,
     )
     has_sink = mask_m & (split == N_SPLITS - 1)  # the sink counts once, in the last split
@@ -107,7 +107,7 @@ def attend_kernel(
     if split == N_SPLITS - 1:
         mask_new = (new < T) & is_inside(start + new, S)
         k_lo, k_hi = norm_and_rope(
-            k_lo, k_hi, k_norm_weight_ptr, qkv_ptr + N_HEADS * D, new, kv_head, T, eps, rope_ptr, start + new,
+            k_lo, k_hi, k_norm_weight_ptr, qkv_ptr + N_HEADS * D, new, kv_head, T, eps, cos_sin_ptr, start + new,
             mask_new, D, K_NORM_HEADS, TOKEN_STRIDE, DTYPE,
         )
         mask = mask_new[None, :] & mask_m[:, None] & (new[None, :] <= token[:, None])
@@ -249,7 +249,7 @@ def combine_splits(
 
 @triton.jit
 def norm_and_rope(
-    lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, rope_ptr, position, mask,
+    lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, cos_sin_ptr, position, mask,
     D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """Norms new queries or keys, if there is a weight, and rotates them. lo and hi [X, BLOCK_HALF] are the halves of
@@ -257,7 +257,7 @@ def norm_and_rope(
     lo, hi = lo.to(tl.float32), hi.to(tl.float32)
     if norm_weight_ptr is not None:
         lo, hi = norm_halves(lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, D, NORM_HEADS, TOKEN_STRIDE)
-    return apply_rope(lo, hi, rope_ptr, position, mask, D, DTYPE)
+    return apply_rope(lo, hi, cos_sin_ptr, position, mask, D, DTYPE)
 
 
 @triton.jit
@@ -295,12 +295,12 @@ def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexp
 
 
 @triton.jit
-def apply_rope(lo, hi, rope_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexpr):
+def apply_rope(lo, hi, cos_sin_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexpr):
     """Rotates vectors of D elements by the angles of position [X]. The vectors are given and returned as halves
     [X, BLOCK_HALF]. Where mask [X] is false, a vector becomes zeros."""
     d = tl.arange(0, lo.shape[1])
     mask_d = d < D // 2
-    angle_ptr = rope_ptr + position[:, None] * D + 2 * d[None, :]  # rope is [S, D / 2, 2]
+    angle_ptr = cos_sin_ptr + position[:, None] * D + 2 * d[None, :]  # cos_sin is [S, D / 2, 2]
     cos = tl.load(angle_ptr, mask=mask[:, None] & mask_d[None, :], other=0.0)
     sin = tl.load(angle_ptr + 1, mask=mask[:, None] & mask_d[None, :], other=0.0)
     return (lo * cos - hi * sin).to(DTYPE), (hi * cos + lo * sin).to(DTYPE)
@@ -349,18 +349,18 @@ def store_halves(ptr, offset, lo, hi, mask, D: tl.constexpr):
 
 @triton_op
 def attend(
-    qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, *, rope: Tensor, alibi_slopes: Tensor | None,
-    **options,
+    qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos_sin: Tensor, alibi_slopes: Tensor | None,
+    **params,
 ) -> Tensor:
     """Attends from T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The first new token is at
     start_pos [B]. T may be up to 16 and T H / G up to 64, since a program holds all queries of a key/value head.
 
     k_cache, v_cache: [B, G, S, D], the keys and values of earlier tokens. attend writes the keys and values of the new
     tokens. Both may be views of longer caches; attend reads and writes nothing beyond S.
-    options: the fields of AttentionOptions. kernels/schema.py has these, and the shapes of all arguments."""
-    options = AttentionOptions(**options)
-    n_heads, window, softcap = options.n_heads, options.window, options.softcap
-    q_norm_weight, k_norm_weight = options.q_norm_weight, options.k_norm_weight
+    params: the fields of AttentionParams. kernels/schema.py has these, and the shapes of all arguments."""
+    params = AttentionParams(**params)
+    n_heads, window, softcap = params.n_heads, params.window, params.softcap
+    q_norm_weight, k_norm_weight = params.q_norm_weight, params.k_norm_weight
     (batch, n_tokens, _), (_, n_kv_heads, max_seq_len, head_dim) = qkv.shape, k_cache.shape
     n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -372,11 +372,11 @@ def attend(
         partial_ml = qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32)
     grid = n_splits, n_kv_heads, batch
     attend_kernel[grid](
-        qkv_ptr=qkv, k_cache_ptr=k_cache, v_cache_ptr=v_cache, start_pos_ptr=start_pos, rope_ptr=rope,
-        q_norm_weight_ptr=q_norm_weight, k_norm_weight_ptr=k_norm_weight, sinks_ptr=options.sinks,
+        qkv_ptr=qkv, k_cache_ptr=k_cache, v_cache_ptr=v_cache, start_pos_ptr=start_pos, cos_sin_ptr=cos_sin,
+        q_norm_weight_ptr=q_norm_weight, k_norm_weight_ptr=k_norm_weight, sinks_ptr=params.sinks,
         alibi_slopes_ptr=alibi_slopes, out_ptr=out, partial_out_ptr=partial_out, partial_ml_ptr=partial_ml,
         semaphores_ptr=semaphores(qkv.device),
-        eps=options.eps, qk_scale=LOG2_E.value * options.scale, qk_softcap=LOG2_E.value * softcap if softcap else None,
+        eps=params.eps, qk_scale=LOG2_E.value * params.scale, qk_softcap=LOG2_E.value * softcap if softcap else None,
         cache_stride_b=k_cache.stride(0), cache_stride_g=k_cache.stride(1), S=max_seq_len, T=n_tokens,
         N_HEADS=n_heads, N_KV_HEADS=n_kv_heads, D=head_dim, WINDOW=window,
         Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,

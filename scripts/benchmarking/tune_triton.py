@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 import kernels
-from config import ACTIVATIONS, ModelConfig
+from config import ModelConfig, is_gated
 from kernels.formats import WeightFormat
 from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_info, table_key
 from layers import Linear, RMSNorm
@@ -33,9 +33,9 @@ CANDIDATES = [
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """Tunes every matrix product of a model whose linear layers have format. This takes some minutes."""
     linears = empty_model(config.with_layers(1)).quantizable_linears()
-    is_gated = ACTIVATIONS[config.activation]
+    has_gate = is_gated(config.activation)
     for n, k, gated in {
-        (w.out_features, w.in_features, is_gated and name.endswith("gate_up_proj")) for name, w in linears
+        (w.out_features, w.in_features, has_gate and name.endswith("gate_up_proj")) for name, w in linears
     }:
         tune_product(n, k, gated, format, device)
 

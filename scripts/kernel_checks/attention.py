@@ -22,18 +22,18 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
     config = ModelConfig(64, 1, n_heads, n_kv_heads, head_dim, 64, 64, max_seq_len=10_000)
     for n_tokens, starts, length in caches:
         n_sequences, full_length = len(starts), length + 40
-        rope, start_pos = rope_table(config, full_length), torch.tensor(starts)
+        cos_sin, start_pos = rope_table(config, full_length), torch.tensor(starts)
         qkv = torch.randn(n_sequences, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
         k, v = torch.randn(2, n_sequences, n_kv_heads, full_length, head_dim).to(dtype).unbind()
         for b, start in enumerate(starts):
             k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
-        tables, before = PositionTables(rope, slopes), LayerCache(k.clone(), v.clone())
+        tables, before = PositionTables(cos_sin, slopes), LayerCache(k.clone(), v.clone())
         view = LayerCache(k[:, :, :length], v[:, :, :length])
         ours = attend(qkv, view, tables, start_pos, n_heads, kernels.TRITON, window, *norms, **arguments)
         case = f"{heads}, window {window}, {n_tokens} tokens from {starts} on, options {options}"
         y, error = exact_attention(qkv, before, tables, start_pos, n_heads, window, norms, **arguments)
         yield Comparison("attend", case, ours, y, error)
-        exact_k, exact_v, k_error = exact_cache(qkv, before, rope, start_pos, n_heads, norms)
+        exact_k, exact_v, k_error = exact_cache(qkv, before, cos_sin, start_pos, n_heads, norms)
         yield Comparison("attend", f"{case}: keys", k.nan_to_num(9), exact_k.nan_to_num(9), k_error)
         yield Comparison("attend", f"{case}: values", v.nan_to_num(9), exact_v.nan_to_num(9), torch.zeros(()))
 

@@ -20,7 +20,7 @@ from kernels import formats, torch_ops
 from kernels.backend import Backend
 from kernels.formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
 from kernels.formats.integers import AffineFormat
-from kernels.schema import AttentionOptions, LayerCache, PositionTables
+from kernels.schema import AttentionParams, LayerCache, PositionTables
 from layers import Embedding, Linear, RMSNorm
 from scripts.kernel_checks import error_bounds as bounds
 
@@ -83,7 +83,7 @@ def make_linear(
 
 def make_embedding(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
     """Makes a random Embedding, not packed for the kernels."""
-    return set_weight(Embedding(k, n), torch.randn(n, k).to(dtype), format)
+    return set_weight(Embedding(n, k), torch.randn(n, k).to(dtype), format)
 
 
 def set_weight(matrix, w: torch.Tensor, format):
@@ -118,12 +118,12 @@ def attend(
     qkv, cache: LayerCache, tables: PositionTables, start_pos, n_heads: int, backend: Backend, window: int = 0,
     q_norm=None, k_norm=None, sinks=None, scale: float | None = None, **options,
 ):
-    """Makes AttentionOptions of the norms and options, and calls kernels.attend."""
+    """Makes AttentionParams of the norms and options, and calls kernels.attend."""
     scale = scale or cache.k.shape[-1] ** -0.5
     if q_norm is not None:
         options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "eps": q_norm.eps}
-    options = AttentionOptions(n_heads, scale, window, sinks=sinks, **options)
-    return kernels.attend(qkv, options, cache, tables, start_pos, backend)
+    params = AttentionParams(n_heads, scale, window, sinks=sinks, **options)
+    return kernels.attend(qkv, params, cache, tables, start_pos, backend)
 
 
 # ---- Exact data -----------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def pytorch_error(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tens
 
 
 def attention_factors(
-    qkv: torch.Tensor, cache: LayerCache, rope: torch.Tensor, start_pos: torch.Tensor, n_heads: int, norms,
+    qkv: torch.Tensor, cache: LayerCache, cos_sin: torch.Tensor, start_pos: torch.Tensor, n_heads: int, norms,
     factor: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the tensors that the kernel multiplies, in float64: q [B, T, G, H / G, D], and k and v [B, G, S, D] with
@@ -246,7 +246,7 @@ def attention_factors(
     q, k, v = qkv.float().view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if norms[0] is not None:
         q, k = (torch_ops.norm_heads(t, norm.weight, norm.eps) for t, norm in zip((q, k), norms, strict=True))
-    q, k = (torch_ops.apply_rope(t, rope[positions]).to(factor) for t in (q, k))
+    q, k = (torch_ops.apply_rope(t, cos_sin[positions]).to(factor) for t in (q, k))
     k_all, v_all = cache.k.double().nan_to_num(), cache.v.double().nan_to_num()  # NaN where nothing is written yet
     sequences = torch.arange(B)[:, None]
     k_all[sequences, :, positions], v_all[sequences, :, positions] = k.double(), v.double()
@@ -262,7 +262,7 @@ def exact_attention(
     (_, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor or factor_dtype(qkv.dtype)
     scale = D**-0.5 if scale is None else scale
     positions = start_pos[:, None] + torch.arange(T)
-    q, k_all, v_all = attention_factors(qkv, cache, tables.rope, start_pos, n_heads, norms, factor)
+    q, k_all, v_all = attention_factors(qkv, cache, tables.cos_sin, start_pos, n_heads, norms, factor)
     keys = torch.arange(S)
     sees = keys <= positions[..., None]
     if window:
@@ -295,7 +295,7 @@ def exact_attention(
 
 
 def exact_cache(
-    qkv, before: LayerCache, rope: torch.Tensor, start_pos, n_heads: int, norms
+    qkv, before: LayerCache, cos_sin: torch.Tensor, start_pos, n_heads: int, norms
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the keys and values in the cache after the step, and the error of the keys. The error of new keys comes
     from the norm, from rounding and from a flip. Old keys and all values are exact."""
@@ -304,7 +304,7 @@ def exact_cache(
     _, new_k, new_v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, G, D]
     if norms[1] is not None:
         new_k = torch_ops.norm_heads(new_k, norms[1].weight, norms[1].eps)
-    new_k = torch_ops.apply_rope(new_k, rope[new[2]])
+    new_k = torch_ops.apply_rope(new_k, cos_sin[new[2]])
     k, v, k_error = before.k.clone(), before.v.clone(), torch.zeros(before.k.shape, dtype=torch.float64)
     k[new], v[new] = new_k, new_v
     relative = (G * D + 8) * U32 + 4 * bounds.U[qkv.dtype]
