@@ -2,7 +2,7 @@
 takes some milliseconds, about as long as a small model needs to compute them. The graph is a CUDA graph on a GPU, and
 tapes of C++ kernels on a CPU.
 
-    step = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
+    step = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, position_tables))
     logits = step(tokens, start_pos)       # the first call with these shapes records; every later call replays
 
 A call copies the arguments into the graph's inputs, and returns the graph's outputs, which the next call overwrites.

@@ -21,7 +21,7 @@
     utils/                          test_machine, test_fuzz
     scripts/                        test_benchmark, test_benchmark_busy, test_compare, test_demo, test_download; of the
                                     server test_serve, test_serve_clients, test_serve_errors
-    the pages                       test_readme, test_add_a_model
+    the pages, examples             test_readme, test_add_a_model, test_examples
     everything at once              test_robust (no memory, kill -9, Ctrl-C), test_fuzz (broken files)
 
 What the tests share:

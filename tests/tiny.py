@@ -245,10 +245,10 @@ def same_logits(path: Path, theirs, atol: float = 1e-4, use_kernels: bool = True
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=atol, rtol=1e-4)
 
 
-def write_folder(family: str, folder: Path):
+def write_folder(family: str, folder: Path, **sizes):
     """A checkpoint as the hub holds them, with a tokenizer of bytes, <s> and </s>, and a chat template."""
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 256, "eos_token_id": 257}
-    make_hf(family, **sizes).save_pretrained(folder)
+    defaults = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 256, "eos_token_id": 257}
+    make_hf(family, **defaults | sizes).save_pretrained(folder)
     write_tokenizer(folder)
 
 
