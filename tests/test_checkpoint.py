@@ -16,7 +16,7 @@ from converters.canonical import CanonicalCheckpoint
 from converters.write_model import write_folder
 from loading import load_model
 from model import KVCache
-from tests.tiny import call, convert, forward, make_hf, write_earlier_format
+from tests.tiny import call_main, convert, forward, make_hf, write_earlier_format
 from utils.errors import UsageError
 from utils.files import replace_file
 
@@ -161,7 +161,7 @@ def test_files_of_earlier_versions_are_the_same_model(family, format, tmp_path):
     theirs.save_pretrained(tmp_path)
     path = convert(tmp_path)
     for mode in ("int8", "int4"):
-        call(quantize.main, "--checkpoint_path", path, "--mode", mode)
+        call_main(quantize.main, "--checkpoint_path", path, "--mode", mode)
     tokens = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(0))
     files = sorted(tmp_path.glob("*.pth"))
     assert len(files) == 3

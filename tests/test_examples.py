@@ -23,7 +23,7 @@ from llm import LLM, load
 from model import KVCache
 from scripts.benchmarking.speed import random_linear
 from tests.test_readme import PAGES, sources
-from tests.tiny import ROOT, call, write_folder
+from tests.tiny import ROOT, call_main, write_folder
 
 RUN = (  # the other examples need a GPU or more files, or are a part of a longer function
     "checkpoint.py", "cli/interrupts.py", "converters/convert_folder.py", "converters/hf_config.py",
@@ -142,19 +142,19 @@ def test_example_fits(file, example, known):
         assert name in assigned or any(takes(function, node) for function in found), ast.unparse(node)
 
 
-def takes(function, call: ast.Call) -> bool:
-    """Whether function, or a method without its self, takes the arguments of call. The argument ... stands for any."""
+def takes(function, node: ast.Call) -> bool:
+    """Whether function, or a method without its self, takes the arguments of node. The argument ... stands for any."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # not callable, or written in C
         return callable(function)
-    if any(isinstance(arg, ast.Starred) for arg in call.args):
+    if any(isinstance(arg, ast.Starred) for arg in node.args):
         return True
-    args = [arg for arg in call.args if not (isinstance(arg, ast.Constant) and arg.value is ...)]
-    bind = signature.bind if len(args) == len(call.args) else signature.bind_partial
+    args = [arg for arg in node.args if not (isinstance(arg, ast.Constant) and arg.value is ...)]
+    bind = signature.bind if len(args) == len(node.args) else signature.bind_partial
     for with_self in ([], [None]):
         with contextlib.suppress(TypeError):
-            bind(*with_self, *args, **{keyword.arg: None for keyword in call.keywords})
+            bind(*with_self, *args, **{keyword.arg: None for keyword in node.keywords})
             return True
     return False
 
@@ -171,6 +171,6 @@ def test_command_has_only_options_of_its_script(script, arguments, capsys):
     elif first[0].startswith("--"):
         first = ["speed"]
     with pytest.raises(SystemExit, match="0"):
-        call(main, *first, "--help")
+        call_main(main, *first, "--help")
     options = re.findall(r"^  (?:-\w, )?(--\w+)", capsys.readouterr().out, re.M)
     assert set(re.findall(r"--\w+", arguments)) <= set(options)

@@ -25,7 +25,7 @@ from tests.quantized_folders import (
     set_quantization,
     write_quantized,
 )
-from tests.tiny import convert, make_hf, refused, same_logits
+from tests.tiny import assert_refused, convert, make_hf, same_logits
 from utils.errors import UsageError
 
 
@@ -64,7 +64,7 @@ def test_version_of_gptq_in_other_places(tmp_path):
             (folder / "quantize_config.json").write_text(json.dumps(config | in_file))
             check_weights(convert(folder), folder / "reference", is_exact=True)
     set_quantization(tmp_path / "4none", config | {"bits": 4, "checkpoint_format": "gptq"})
-    refused(tmp_path / "4none", "says checkpoint_format gptq; the tensors of .* have zero points of gptq_v2")
+    assert_refused(tmp_path / "4none", "says checkpoint_format gptq; the tensors of .* have zero points of gptq_v2")
 
 
 OLDER_FILES = [("gptq", "quantize_config.json"), ("awq", "quant_config.json"), ("modelopt", "hf_quant_config.json")]
@@ -76,7 +76,7 @@ def test_the_files_of_older_programs(case, file, tmp_path):
     folder = tmp_path / "m"
     family, _, config, quantize = CASES[case]
     write_quantized(folder, family, None, quantize)
-    refused(folder, "is quantized, and config.json has no quantization_config, which names the format")
+    assert_refused(folder, "is quantized, and config.json has no quantization_config, which names the format")
     older = {"w_bit": 4, "q_group_size": "64", "version": "GEMM"} if case == "awq" else config | {"bits": "4"}
     older = {key: value for key, value in older.items() if key != "quant_method"}
     (folder / file).write_text(json.dumps({"quantization": older} if case == "modelopt" else older))
@@ -108,7 +108,7 @@ def test_biases_of_zeros(tmp_path):
     write(tmp_path / "zeros", 0.0)
     check_weights(convert(tmp_path / "zeros"), tmp_path / "zeros/reference", is_exact=True)
     write(tmp_path / "ones", 1.0)
-    refused(tmp_path / "ones", "_proj.bias has no place in this model")
+    assert_refused(tmp_path / "ones", "_proj.bias has no place in this model")
 
 
 def test_zero_points_of_zero_minus_one(tmp_path):
@@ -216,7 +216,7 @@ def test_layer_norms_need_16_bits(tmp_path):
     """Conversion centers outputs and computes with weights."""
     _, _, config, quantize = gptq_case("nemotron", "", bits=4, group_size=32)
     write_quantized(tmp_path / "m", "nemotron", config, quantize)
-    refused(tmp_path / "m", "is quantized, and this family's conversion changes it: take 16-bit weights")
+    assert_refused(tmp_path / "m", "is quantized, and this family's conversion changes it: take 16-bit weights")
 
 
 def test_groups_without_a_format(tmp_path, capsys):

@@ -156,7 +156,7 @@ def convert(folder: Path) -> Path:
     return convert_folder(folder)
 
 
-def refused(folder: Path, match: str, lora: Path | None = None):
+def assert_refused(folder: Path, match: str, lora: Path | None = None):
     """convert_folder refuses folder, or a LoRA adapter for it, in one line that matches, and leaves the folders as they
     were."""
     folders = [folder] if lora is None else [folder, lora]
@@ -167,7 +167,7 @@ def refused(folder: Path, match: str, lora: Path | None = None):
     assert {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()} == before
 
 
-def call(main, *args):
+def call_main(main, *args):
     """Calls a script's main with these arguments."""
     with mock.patch.object(sys, "argv", ["script.py", *map(str, args)]):
         main()
