@@ -29,16 +29,19 @@ RUN = (  # the other examples need a GPU or more files, or are a part of a longe
     "checkpoint.py", "cli/interrupts.py", "converters/convert_folder.py", "converters/hf_config.py",
     "converters/resolve.py", "engine/chat.py", "engine/generation.py", "engine/runner.py", "engine/sampling.py",
     "engine/scheduler.py", "engine/sequence.py", "engine/speculate.py", "evaluation/scoring.py", "kernels/aten.py",
-    "kernels/record.py", "llm.py", "text/chat_template.py", "text/tokenizer.py", "text/tokenizer_files.py",
-    "utils/machine.py",
+    "kernels/record.py", "llm.py", "text/chat_template.py", "text/length.py", "text/tokenizer.py",
+    "text/tokenizer_files.py", "utils/machine.py",
 )
 FOLDERS = ("checkpoints/M", "checkpoints/SmolLM2-135M-Instruct", "checkpoints/meta-llama/Llama-3.2-1B")
 
 
 def docstrings(path: Path) -> list[str]:
+    """The docstrings of a file, without the indentation of their code. ast would also remove that of an example if the
+    docstring is one line and the example."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
-    return [ast.get_docstring(node) or "" for node in nodes]
+    found = [node for node in nodes if ast.get_docstring(node) is not None]
+    return [re.sub(rf"^ {{{n.body[0].col_offset}}}", "", ast.get_docstring(n, clean=False), flags=re.M) for n in found]
 
 
 def examples(path: Path) -> list[str]:
@@ -101,6 +104,7 @@ def given(tree) -> dict:
         "position_tables": runner.position_tables, "sampling": SamplingParams(), "logits": torch.randn(1, 320),
         "prompt": prompt, "tokens": prompt[:, :1], "start_pos": torch.tensor([0]), "prompt_ids": ids, "token_ids": ids,
         "ids": ids, "token": ids[0], "sequences": [], "text": "Once upon a time. " * 9, "template": "{{ eos_token }}",
+        "messages": [{"role": "user", "content": "Hello"}],
         "linear": random_linear((32, 64), Int8(), model.device, torch.bfloat16), "x": torch.randn(2, 64).bfloat16(),
     }
 
@@ -121,6 +125,8 @@ def test_example_runs(file, example, tree, given, monkeypatch):
 def known() -> dict[str, list]:
     """name -> what has this name: functions and classes of the project, members of its classes and of some others."""
     found: dict[str, list] = {}
+    for name in re.findall(r"\bself\.(\w+)", " ".join(path.read_text() for path in sources())):
+        found[name] = []
     owners = [load_module(str(path.relative_to(ROOT))) for path in sources()]
     owners += {kind for module in owners for kind in vars(module).values() if inspect.isclass(kind)}
     for owner in [*owners, builtins, torch, Path]:
