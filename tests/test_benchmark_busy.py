@@ -73,7 +73,7 @@ SECOND = SimpleNamespace(precision="float32", kernels="off", prompt_tokens=2, ma
 
 
 def test_second_decode():
-    """It decodes text after text until it is told to stop, and ends when the pipe does."""
+    """The process decodes text after text until it is told to stop, and ends when the pipe does."""
     words, sent = iter(["decode", "stop"]), []
 
     def recv() -> str:
@@ -104,7 +104,7 @@ def second():
 
 
 def test_second_decode_ends_with_the_benchmark(second):
-    """While it decodes: the pipe ends, even if the benchmark is killed."""
+    """The pipe ends even if the benchmark is killed while the process decodes."""
     assert busy.ask(second, "decode") is None
 
 

@@ -82,7 +82,7 @@ def fed(monkeypatch):
 @pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | lower")])
 @pytest.mark.parametrize("args", [["--chat"], ["--interactive", "--system=Be brief"]])
 def test_conversation_is_a_fresh_prefill(chat_model, cli, fed, tmp_path, args, template):
-    """And of what it heard before, all that the template says again is not fed again."""
+    """What the template repeats of earlier messages is not fed again."""
     for name in ("model.pth", "tokenizer.json"):
         (tmp_path / name).symlink_to(chat_model / name)
     (tmp_path / "chat_template.jinja").write_text(template)
@@ -96,7 +96,7 @@ def test_conversation_is_a_fresh_prefill(chat_model, cli, fed, tmp_path, args, t
 
 
 def test_compiled_conversation(chat_model, cli, monkeypatch):
-    """Everything is compiled once. What is made of it is tested in test_generate.py, so this does without Inductor."""
+    """Everything is compiled once. test_generate.py tests the compiled code, so here Inductor is left out."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -125,7 +125,7 @@ def test_conversation_survives_an_interrupt(chat_model, cli, fed):
 
 
 def test_an_interrupted_answer_stays(chat_model):
-    """As far as it has come; and the next answer is what a model says that knows no more than that."""
+    """The next answer is that of a model which has seen only the tokens before the interrupt."""
     model, tokenizer = load(chat_model / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
     decoder = generation.PlainDecoder(ModelRunner(model, kv_cache))
@@ -147,7 +147,7 @@ def conversation(chat_model) -> Conversation:
 
 
 def test_the_oldest_messages_are_forgotten(chat_model, conversation, fed):
-    """As many as must be; and the next answer is what a model says that has never heard them."""
+    """As few as possible. The next answer is that of a model which has never seen the forgotten messages."""
     n_dropped, cached = [], []
     for i in range(12):
         before, question = conversation.to_list(), {"role": "user", "content": f"{i} " * (i + 1)}
@@ -169,7 +169,7 @@ def test_the_oldest_messages_are_forgotten(chat_model, conversation, fed):
 
 
 def test_an_answer_goes_on(chat_model, conversation):
-    """With the tokens that it would have had, also after older messages had to be forgotten."""
+    """With the tokens of an answer without a pause, also after older messages had to be forgotten."""
     question = {"role": "user", "content": "Hi"}
     _, expected = fresh_answer(chat_model, [*conversation.system, question])
     heard = "".join(conversation.answer("Hi", 5))

@@ -65,7 +65,7 @@ def test_wrong_tensors_leave_the_old_file(tmp_path):
 
 
 def test_a_killed_process_leaves_the_old_file(tmp_path):
-    """And the next one clears up after it."""
+    """The next process removes the temporary file."""
     path = tmp_path / "model.pth"
     path.write_text("old")
 
@@ -105,7 +105,7 @@ def test_no_place_to_write(tmp_path):
 
 
 def test_a_read_only_folder(tmp_path, monkeypatch):
-    """There files can neither be written nor deleted, not even those that are missing. The first error is named."""
+    """Files can neither be written nor deleted, not even missing files. The message names the first error."""
 
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

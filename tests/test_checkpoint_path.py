@@ -87,7 +87,7 @@ def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
 
 
 def test_a_quantized_file_of_replaced_sources_is_stale(folder):
-    """Also if it is newer than they are, and all that is left."""
+    """Also if the file is newer than the sources, and the only model in the folder."""
     model, quantized, weights = ensure_converted(folder), folder / "model_int8.pth", folder / "model.safetensors"
     call_main(quantize.main, "--checkpoint_path", model)
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
@@ -104,7 +104,7 @@ def test_a_quantized_file_of_replaced_sources_is_stale(folder):
 
 @pytest.mark.parametrize("broken", ["", "{}", "[]", '{"stale models": []}'])
 def test_after_a_broken_record_every_other_model_is_stale(broken, folder):
-    """Nobody knows from which files it was made."""
+    """Only the record says from which files a model was made."""
     model, quantized, record = ensure_converted(folder), folder / "model_int8.pth", folder / "model.sources.json"
     call_main(quantize.main, "--checkpoint_path", model)
     record.write_text(broken)
@@ -227,7 +227,7 @@ def test_quantized_weights_are_found_again(mxfp4, tmp_path, capsys):  # noqa: F8
 
 
 def test_a_folder_without_sources(folder):
-    """Only what was made of them is left."""
+    """Only the converted model is left."""
     convert(folder)
     (folder / "model.safetensors").unlink()
     make_older(folder / "model.pth", 3600)

@@ -192,7 +192,7 @@ def test_a_tensor_that_a_layer_lacks(family, theirs, reported, tmp_path):
 
 
 def test_a_head_that_differs_from_the_embedding_is_kept(llama):
-    """As transformers does, though config.json calls it tied."""
+    """As in transformers, although config.json calls the head tied."""
     folder, tensors = llama
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))

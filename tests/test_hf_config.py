@@ -68,7 +68,7 @@ def test_config_means_what_it_means_to_transformers(family, changes, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["gemma", "gemma3", "dbrx", "nemotron", "starcoder2"])
 def test_conversion_computes_in_float32(family, dtype, tmp_path):
-    """What it adds to weights of 16 bits is not rounded."""
+    """Sums with weights of 16 bits are not rounded."""
     make_hf(family).to(dtype).save_pretrained(tmp_path)
     same_as_transformers(tmp_path)
 

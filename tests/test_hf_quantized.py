@@ -41,7 +41,7 @@ def test_values_are_kept(case, tmp_path):
 
 
 def test_version_of_gptq(tmp_path):
-    """The zero points of symmetric weights say what it is, whatever config.json calls it."""
+    """The zero points of symmetric weights tell the version, whatever config.json says."""
     for version in (1, 2):
         family, _, config, quantize = gptq_case("llama2", "int4.g32", version)
         for label in ({"checkpoint_format": "gptq"}, {"checkpoint_format": "gptq_v2"}):
@@ -112,7 +112,7 @@ def test_biases_of_zeros(tmp_path):
 
 
 def test_zero_points_of_zero_minus_one(tmp_path):
-    """Each borrows from the next one in its word. Weights that are all positive have them."""
+    """Such a zero point borrows from the next one in its word. Groups whose weights are all positive have one."""
     _, _, config, quantize = gptq_case("llama2", "int4.g32", symmetric=False)
 
     def quantize_positive(name: str, w: Tensor):
@@ -229,7 +229,7 @@ def test_groups_without_a_format(tmp_path, capsys):
 
 
 def test_layers_that_differ(tmp_path, capsys):
-    """What is stacked gets a format that holds all of it: smaller groups, more bits or, if there is none, 16 bits."""
+    """Stacked weights get a format that holds all their values: smaller groups, more bits or, at worst, 16 bits."""
     how = {"symmetric": False, "bits": 4, "group_size": 64}
     changes = {"v_proj": {"group_size": 32}, "gate_proj": {"bits": 8}, "down_proj": {"bits": 8, "group_size": -1}}
 
@@ -267,7 +267,7 @@ def test_a_stack_with_16_bits_has_their_dtype(tmp_path):
 
 
 def test_four_bits_in_groups_of_16(tmp_path):
-    """Int4 has none; GroupedInt8 holds them exactly."""
+    """Int4 cannot hold such zero points; GroupedInt8 holds them exactly."""
     family, _, config, quantize = packed_case("llama2", "", 4, 16, False)
     write_quantized(tmp_path / "m", family, config, quantize)
     path = convert(tmp_path / "m")
@@ -343,7 +343,7 @@ def test_a_quantized_router(tmp_path, capsys):
 
 
 def test_a_single_word_in_a_row():
-    """As zero points of up to 8 outputs are. PyTorch calls them contiguous whatever their stride."""
+    """As with zero points of up to 8 outputs. PyTorch calls a single word contiguous whatever its stride."""
     words = torch.tensor([[0x76543210, 1]], dtype=torch.int32).T
     assert unpack_words(words, 4).tolist() == [list(range(8)), [1, *[0] * 7]]
 
@@ -381,7 +381,7 @@ def test_dense_weights_are_rounded_once(tmp_path):
 
 
 def test_scales_of_32_bits(tmp_path, capsys):
-    """They become float16. Where they are too small for it, the weight becomes 16 bits."""
+    """Scales become float16. If a scale is too small for float16, the weight becomes 16 bits."""
     how = {"bits": 4, "group_size": 32, "symmetric": True, "scale_dtype": torch.float32}
     family, _, config, _ = packed_case("llama2", "int4.g32", **how)
 

@@ -18,7 +18,7 @@ from utils.errors import UsageError
 
 
 def test_text(chat_model, ask):
-    """As generate.py --prompt generates it."""
+    """The same text as from generate.py --prompt."""
     model, tokenizer = load(str(chat_model / "model.pth"), device="cpu", dtype=torch.bfloat16)
     kv_cache = KVCache(model, batch_size=1, max_seq_len=100)
     runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
@@ -32,7 +32,7 @@ def test_text(chat_model, ask):
 
 
 def test_conversation(chat_model, cli):
-    """As generate.py --chat leads it. Another cache of the same model does not notice."""
+    """The same answers as from generate.py --chat. Another cache of the same model stays as it was."""
     model, tokenizer = load(chat_model / "model.pth")
     kv_cache, other_kv_cache = (KVCache(model, 1, 160) for _ in range(2))
     runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))

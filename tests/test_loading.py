@@ -223,7 +223,7 @@ BOT = 259  # <|bot|>
     ],
 )
 def test_end_tokens(tmp_path, settings, expected):
-    """Those of the config, the tokenizer's and the template's, each once."""
+    """The end tokens of the config, of the tokenizer and of the template, each once."""
     folder = random_folder(tmp_path, max_seq_len=64)
     rewrite_config(folder / "model.pth", eos_ids=(0, ord(".")))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

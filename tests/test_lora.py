@@ -33,7 +33,7 @@ def random_halves(n: int, k: int, r: int = CONFIG["r"]) -> tuple[Tensor, Tensor]
 
 
 def write_adapter(folder: Path, halves: dict[str, tuple[Tensor, Tensor]], others: dict[str, Tensor] = {}, **config):  # noqa: B006
-    """As PEFT's save_pretrained writes it. halves: A and B by transformers' name of the module."""
+    """Writes what PEFT's save_pretrained writes. halves: A and B by transformers' name of the module."""
     folder.mkdir(exist_ok=True)
     tensors = {PREFIX + name: t for name, t in others.items()}
     for name, (a, b) in halves.items():

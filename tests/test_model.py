@@ -66,7 +66,7 @@ WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", WITH_WINDOWS)
 def test_prompts_longer_than_every_window(family, use_kernels, both_models):
-    """At once into a cache that it fills, or into a larger one."""
+    """In one chunk, into a cache that the prompt fills, or into a larger cache."""
     theirs, ours = both_models(family, use_kernels)
     n = ours.config.sliding_window + 30
     tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))

@@ -109,7 +109,7 @@ def test_a_prompt_is_the_same_wherever_it_stands(recall_model, ask, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_complete(recall_model, capsys, monkeypatch):
-    """Wherever it comes, also while results are printed: each result that is complete is printed once."""
+    """At any moment, also while results are printed: each complete result is printed once."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     args = argparse.Namespace(parallel=3, compile=False, json=False)
     interrupted_at = 0

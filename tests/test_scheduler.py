@@ -281,7 +281,7 @@ def test_a_prompt_that_is_cancelled_leaves_no_nan():
 
 
 def test_logprobs(both_models):
-    """Those of one forward over prompt and answer, whatever the sampling."""
+    """As from one forward over prompt and answer, whatever the sampling."""
     _, model = both_models("llama3", True)
     prompts = make_prompts(2)
     scheduler = Scheduler(model, 2, 48)

@@ -118,7 +118,7 @@ def test_a_request_may_take_so_long_to_arrive(chat_server, monkeypatch):
 
 
 def test_what_fails_in_the_completer_fails_alone(complete, chat, chat_server, monkeypatch):
-    """Those who are waiting get an error, the next ones are served."""
+    """Waiting requests get an error, later requests are served."""
 
     def fail():
         raise RuntimeError("the logits are not finite")

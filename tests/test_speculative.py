@@ -34,7 +34,7 @@ TEXT = TEXT + TEXT[:12]  # something to look up
 
 
 def decoder_of(model, draft, length: int, k: int, compile: bool = False) -> SpeculativeDecoder:
-    """As generate.py makes it, with caches of this length; but proposals cost nothing, so that there always is one."""
+    """A decoder as in generate.py, with caches of this length. Proposals cost nothing here, so every step has one."""
     if draft is None:
         proposer = NgramProposer(3, CPU)
     else:
@@ -103,7 +103,7 @@ def test_a_text_goes_on_where_the_cache_ends(name, both_models, drafts):
 
 @pytest.mark.parametrize("family, use_kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
 def test_compiled(family, use_kernels, k, both_models):
-    """With kernels nothing is, except a verification of 11 tokens, which are too many for them."""
+    """With kernels only a verification of 11 tokens is compiled, which are too many for the kernels."""
     model = both_models(family, use_kernels)[1]
     decoder = decoder_of(model, None, len(TEXT) + 20, k, compile=True)
     assert flat(decoder.generate(TEXT, 0, 20)) == plain(model, TEXT, 20)

@@ -186,7 +186,7 @@ def test_continue(counter, cli):
 
 
 def test_stop_strings(counter, cli):
-    """They end an answer, also across tokens, and are not part of it. A part of one that was held back is not lost."""
+    """A stop string ends an answer, also across tokens, and is not shown. A held-back beginning of one is not lost."""
     said = "0\n/continue\n/continue\n7\n"
     out = cli(counter, "--chat", "--temperature=0", "--max_new_tokens=2", "--stop=456", "--stop=23x", stdin=said)
     assert out.splitlines() == ["1", "23", "", "89"]
