@@ -95,7 +95,7 @@ def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> StateDic
 
 
 def merge_folders(folder: Path, lora: Path) -> CanonicalCheckpoint:
-    """Reads the model in folder, and merges the adapter in lora into it."""
+    """folder: the base model's. lora: the adapter's."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: --lora needs a model in Hugging Face's format")
     if lora.resolve() == folder.resolve():

@@ -1,5 +1,5 @@
 """Lists the families: FAMILIES has a row for each architecture, and the class Family explains the columns. Some columns
-are functions. family_config.py has those that read config.json, family_tensors.py those that change tensors.
+are functions. The functions in family_config.py read config.json, those in family_tensors.py change tensors.
 
 To add a family, add a row. docs/add_a_model.md has an example.
 """

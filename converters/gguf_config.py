@@ -218,7 +218,6 @@ def window_pattern(pattern: int | list | None) -> dict:
 
 
 def rope_scaling(name: str, fields: dict, tensors: dict[str, GGUFTensor]) -> dict | None:
-    """Returns config.json's rope_scaling."""
     rope_type = fields.get("rope.scaling.type", "linear")
     if LONG_FACTORS in tensors and SHORT_FACTORS in tensors:
         return {

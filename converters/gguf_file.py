@@ -79,7 +79,6 @@ def read_part(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
 
 
 def parse(data: np.ndarray) -> tuple[dict, dict[str, GGUFTensor]]:
-    """Parses a file's bytes into metadata and tensors."""
     header = Header(data)
     if header.scalar("4s") != b"GGUF" or header.scalar("I") not in (2, 3):
         raise ValueError("not GGUF")

@@ -9,7 +9,7 @@ A GGUF stores quantized values of 4, 5, 6 or 8 bits, and for every 16 or 32 inpu
 minimum. Values of 4 bits become Int4, all other values GroupedInt8, with the GGUF's groups. Only scales and zeros are
 rounded. MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format: floats, if some are floats.
 
-The file may be SIZE_LIMIT times as large as the GGUF. If it would be larger, some weights are rounded again to smaller
+The file may be SIZE_LIMIT times as large as the GGUF. To stay below that, some weights are rounded again to smaller
 formats: first the weights that lose the least accuracy for each byte that they save.
 """
 
@@ -57,7 +57,7 @@ def keeps_q(type: BlockType, format: WeightFormat) -> bool:
 
 def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
     """Converts groups to format. Returns (the tensors of format, is_kept [N, n_groups]: whether a group keeps the
-    stored q). A group that does not keep them is rounded again."""
+    stored q). The other groups are rounded again."""
     if not keeps_q(groups.type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
     # A minimum makes a fractional zero, which is rounded to an integer. If q has fewer bits than the format, q
@@ -240,7 +240,7 @@ class GGUFQuantizer:
         return lambda name: self.weights[name] if name in self.weights else read(name)
 
     def read(self, name: str, stored: GGUFTensor, format: WeightFormat, row_order: Tensor | None) -> Tensors:
-        """Reads the GGUF's tensor called name, and converts it to the tensors of format."""
+        """Reads the GGUF's tensor called name, as the tensors of format."""
         if stored.type not in BLOCK_TYPES and format != MXFP4():
             self.n_rounded[stored.type.name, format.name] += 1
             weight = torch.from_numpy(gguf.dequantize(stored.data, stored.type))

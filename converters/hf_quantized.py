@@ -80,7 +80,7 @@ def read_auto_round_config(quantization: dict) -> dict:
 
 
 def read_older_file(folder: Path) -> dict:
-    """Returns the contents of the file of OLDER_FILES that folder has, with quant_method, or {} if it has none."""
+    """Returns the contents of the file of OLDER_FILES in folder, with quant_method. Returns {} if there is none."""
     for file, method in OLDER_FILES.items():
         fields = read_json(folder / file, {})
         if isinstance(fields, dict) and method == "modelopt":

@@ -105,7 +105,7 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Unpacks int32 [..., n] to uint8 [..., n * 32 / bits], the lowest bits first."""
-    # flatten, since a single word in a row may have any stride, and PyTorch's view does not take all of them
+    # flatten, since a single word in a row may have any stride, and PyTorch's view does not take every stride
     by_byte = words.contiguous().flatten().view(torch.uint8).unflatten(0, (*words.shape[:-1], -1))
     return by_byte if bits == 8 else unpack_nibbles_interleaved(by_byte)
 
@@ -216,8 +216,8 @@ def unpack_zeros(qzeros: Tensor, bits: int, version: str) -> Tensor:
 
 
 def find_version(layer: QuantizedLayer, qweight: Tensor, qzeros: Tensor, bits: int, n: int, quantization: dict) -> str:
-    """Returns the version of a layer's zero points: "gptq" (version 1) or "gptq_v2". The values tell it if they can.
-    Else config.json does, and version 1 is the default.
+    """Returns the version of a layer's zero points: "gptq" (version 1) or "gptq_v2". The values tell the version if
+    they can. Otherwise config.json does, and version 1 is the default.
 
         all zero points                 version
         the middle                      gptq_v2, since weights are symmetric
@@ -236,7 +236,7 @@ def find_version(layer: QuantizedLayer, qweight: Tensor, qzeros: Tensor, bits: i
 
 
 def stated_version(quantization: dict) -> str | None:
-    """Returns the version that config.json states. GPTQModel calls it checkpoint_format, and some files format."""
+    """Returns the version that config.json states. GPTQModel writes checkpoint_format, some programs write format."""
     return quantization.get("checkpoint_format") or quantization.get("format")
 
 

@@ -72,7 +72,7 @@ def add_tied_tensors(tensors: StateDict, config: ModelConfig, family: Family):
 @dataclass(frozen=True)
 class CanonicalReader:
     """read(name) returns a tensor by its canonical name, with all changes of its data. Reading makes these changes, so
-    that only one tensor is in memory at a time. What reading computes is float32, since 16 bits would round it."""
+    that only one tensor is in memory at a time. Computed values are float32, since 16 bits would round them."""
 
     stored: StateDict  # renamed and split, but with the checkpoint's data
     config: ModelConfig
@@ -100,7 +100,7 @@ class CanonicalReader:
         return name in self.norm_biases or self.find_change(name) is not None
 
     def find_change(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """Returns the function that changes the numbers of a tensor, or None. It takes float32."""
+        """Returns the function that changes the numbers of a tensor, or None. The function takes float32."""
         if name == HEAD and self.family.normalizes_head(self.config):
             return F.normalize
         if name.endswith("norm.weight") and self.family.norm_offset:

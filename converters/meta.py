@@ -49,7 +49,6 @@ LLAMA3_THETA = 500000
 
 
 def to_canonical_name(name: str) -> str:
-    """Returns the canonical name of one of Meta's tensors."""
     return HEAD if name == "output.weight" else "model." + rename_tensor(name, META_TO_CANONICAL)
 
 

@@ -1,5 +1,5 @@
 """Converts the tokenizer of Meta's folders, for meta.py. Llama 3's tokenizer.model, a file of the tiktoken library,
-becomes a tokenizer.json. That of Llama 1 and 2, a file of sentencepiece, stays as it is.
+becomes a tokenizer.json. The tokenizer.model of Llama 1 and 2 is a file of sentencepiece, and stays as it is.
 
     config, files = read_meta_tokenizer(folder, config)    # with the tokenizer's bos and end tokens; name -> content
 

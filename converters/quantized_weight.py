@@ -111,7 +111,7 @@ def stored_group_size(group_size: int, k: int) -> int:
 # ---- Reading another project's layer --------------------------------------------------------------------------------
 
 SCALE_DTYPES = (torch.float8_e8m0fnu, torch.float16, torch.bfloat16, torch.float32)  # the first holds powers of two
-MAY_BE_LEFT_OVER = {"weight_shape"}  # compressed-tensors stores it for all weights, but only packed weights need it
+MAY_BE_LEFT_OVER = {"weight_shape"}  # stored by compressed-tensors for all weights, but needed only for packed ones
 
 
 @dataclass
@@ -139,7 +139,7 @@ class QuantizedLayer:
         return tensor
 
     def take_scales(self, kind: str, *dims: int) -> Tensor:
-        """Takes a tensor of scales, and checks that they are finite. Those of 8 bits become float32."""
+        """Takes a tensor of scales, and checks that they are finite. Scales of 8 bits become float32."""
         scales = self.take(kind, SCALE_DTYPES, *dims)
         if scales.dtype == torch.float8_e8m0fnu:
             scales = scales.float()
@@ -151,7 +151,7 @@ class QuantizedLayer:
         return self.expand_rows(kind, self.take_scales(kind, 0, 1, 2), n)
 
     def expand_rows(self, kind: str, tensor: Tensor, n: int) -> Tensor:
-        """Returns tensor, which is called kind, as [N, n_groups]. It may be [N], or one number for all outputs."""
+        """Returns tensor, which is called kind, as [N, n_groups]. tensor may be [N], or one number for all outputs."""
         rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, 1)
         if len(rows) not in (1, n):
             raise UsageError(f"tensor {self.name}.{kind} is {list(tensor.shape)} for {n} outputs")

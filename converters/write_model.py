@@ -64,9 +64,9 @@ class StackedTensor:
 
 
 def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcement | None = None) -> Path:
-    """Writes checkpoint to path, without the tokenizer's files. Returns the path, whose name says how weights are
-    quantized, if they are: model_int4.g128.pth. float64 becomes float32. Raises UsageError naming a tensor that is
-    missing, left over, of the wrong shape, or of the wrong dtype.
+    """Writes checkpoint to path, without the tokenizer's files. Returns the path. Its name says if and how weights are
+    quantized: model_int4.g128.pth. float64 becomes float32. Raises UsageError naming a tensor that is missing, left
+    over, of the wrong shape, or of the wrong dtype.
 
     announce: called after all checks, just before the data is read."""
     config, tensors, read = checkpoint.config, checkpoint.tensors, checkpoint.read
@@ -194,8 +194,8 @@ def loses_order(name: str, stack: StackedTensor, weights: list[LazyWeight]) -> b
 
 def part_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, list[int]]:
     """Returns the names and shapes of the canonical tensors whose concatenation along dim 0 is our tensor called name.
-    Our tensor is a vector [N] or a matrix [N, K]; with experts it is [E, N] or [E, N, K], while a canonical tensor
-    belongs to one expert."""
+    Our tensor is a vector [N] or a matrix [N, K]. With experts our tensor is [E, N] or [E, N, K], while a canonical
+    tensor belongs to one expert."""
     layer, module, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias|sinks)", name).groups()
     modules = (MOE_CANONICAL_PARTS if config.moe else CANONICAL_PARTS)[module]
     n_experts = 1

@@ -22,7 +22,6 @@ from utils.errors import UsageError
 
 
 def import_lm_eval():
-    """Imports the package lm_eval and the modules of lm_eval that are used here."""
     try:
         import lm_eval
         import lm_eval.api.model

@@ -21,7 +21,7 @@
     utils/                          test_machine, test_fuzz
     scripts/                        test_benchmark, test_benchmark_busy, test_compare, test_demo, test_download; of the
                                     server test_serve, test_serve_clients, test_serve_errors
-    the pages                       test_readme, test_add_a_model
+    the pages, examples             test_readme, test_add_a_model, test_examples
     everything at once              test_robust (no memory, kill -9, Ctrl-C), test_fuzz (broken files)
 
 What the tests share:
@@ -33,7 +33,7 @@ What the tests share:
     tests/byte_models.py          small models whose tokens are bytes, and generate.py called on them
     tests/hub.py                  a server that plays the Hugging Face hub
     tests/serving.py              two tiny models behind scripts/serve.py, and clients
-    tests/fixtures.py             each family's pair of models; conftest.py loads the file
+    tests/fixtures.py             each family's two models; conftest.py loads the file
     tests/conftest.py             which test files come first
     tests/cpu_kernels.py          what the tests of the C++ kernels share
     tests/compile_triton.py       compiles the Triton kernels for GPUs that are not here

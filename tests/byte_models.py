@@ -1,8 +1,8 @@
 """Small checkpoints whose tokens are bytes, and generate.py called on them as its user would.
 
-    chain     a model that knows some texts by heart
-    chatty    a random one with attention and a chat template
-    cli       calls generate.py in this process
+    recall_model    knows some texts by heart
+    chat_model      has random weights, attention and a chat template
+    cli             calls generate.py in this process
 """
 
 import io
@@ -28,7 +28,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ {'system': '<s>', 'user': '<|user|>', 'assistant': '<|bot|>'}[m.role] }}{{ m.content }}"
     "</s>{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
 )
-CHAIN = ["S🙂E\0", "W X!", "P.", "01234567890"]  # each byte is followed by the next one; \0 stands for END
+RECALLED_TEXTS = ["S🙂E\0", "W X!", "P.", "01234567890"]  # each byte is followed by the next one; \0 stands for END
 SIZES = {
     "dim": 32,
     "n_layers": 2,
@@ -45,9 +45,9 @@ SIZES = {
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory) -> Path:
-    """The folder of a model that knows CHAIN by heart. After one of a to h, any of a to h is as likely. It ends with
-    END and ".", which its config.json names, and "!", which its generation_config.json names."""
+def recall_model(tmp_path_factory) -> Path:
+    """The folder of a model that knows RECALLED_TEXTS by heart. After one of a to h, any of a to h is as likely. A text
+    ends with END or ".", which config.json names, or with "!", which generation_config.json names."""
     hf = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": VOCAB_SIZE,
@@ -65,16 +65,16 @@ def chain(tmp_path_factory) -> Path:
     follows = tensors["lm_head.weight"]  # [next, last]
     follows[END, END] = follows[ord("."), ord(".")] = 4
     follows[ord("a") : ord("h") + 1, ord("a") : ord("h") + 1] = 4
-    for text in CHAIN:
+    for text in RECALLED_TEXTS:
         data = text.encode()
         for last, following in zip(data, data[1:], strict=False):
             follows[following or END, last] = 4
-    return write_folder(tmp_path_factory.mktemp("chain"), config, tensors)
+    return write_folder(tmp_path_factory.mktemp("recall_model"), config, tensors)
 
 
 @pytest.fixture(scope="session")
-def chatty(tmp_path_factory) -> Path:
-    return random_folder(tmp_path_factory.mktemp("chatty"), max_seq_len=160)
+def chat_model(tmp_path_factory) -> Path:
+    return random_folder(tmp_path_factory.mktemp("chat_model"), max_seq_len=160)
 
 
 def random_folder(folder: Path, **config) -> Path:
@@ -149,7 +149,7 @@ def ask(request):
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, library):
+def assert_refused(monkeypatch, capsys, library):
     """(model.pth, arguments, word): generate.py must stop with status 2 and one line on stderr with that word in it.
     library: a build would add a line."""
 

@@ -1,11 +1,11 @@
-"""What several test files share: each family's pair of models, made once. conftest.py loads this."""
+"""What several test files share: each family's two models, made once. conftest.py loads this."""
 
 import functools
 
 import pytest
 import torch
 
-from tests.byte_models import ask, call_cli, chain, chatty, refused  # noqa: F401  (fixtures)
+from tests.byte_models import ask, assert_refused, call_cli, chat_model, recall_model  # noqa: F401  (fixtures)
 from tests.cpu_kernels import library, threads  # noqa: F401  (fixtures)
 from tests.tiny import make_hf, to_ours
 
@@ -13,7 +13,7 @@ torch.set_num_threads(1)  # models this small only wait for a second one
 
 
 @pytest.fixture(scope="session")
-def pair():
+def both_models():
     """family -> (transformers' model, the same in ours, with kernels or in plain PyTorch), float32."""
 
     @functools.cache

@@ -31,7 +31,7 @@ MAINS = {
 
 
 def start(command: str, args: list, err: Path, out: Path = Path(os.devnull), memory: int | None = None):
-    """Runs a command in a fork, its output in files, with only so much more memory. Returns the process."""
+    """Returns a fork that runs a command, its output in files. memory: the most bytes that the fork may add."""
     process = multiprocessing.get_context("fork").Process(target=run, args=(command, args, out, err, memory))
     before = signal.getsignal(signal.SIGINT)
     exit_on_interrupt()  # as the scripts have it before run_script and after

@@ -55,15 +55,15 @@ def start(folder: Path, api_key: str | None = None) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def chatty_server(chatty, no_proxy):
-    server = start(chatty)
+def chat_server(chat_model, no_proxy):
+    server = start(chat_model)
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="module")
-def chain_server(chain, no_proxy):
-    server = start(chain, api_key=KEY)
+def recall_server(recall_model, no_proxy):
+    server = start(recall_model, api_key=KEY)
     yield server
     server.stop()
 
@@ -78,22 +78,22 @@ def url_of(server) -> str:
 
 
 @pytest.fixture(scope="module")
-def chat(chatty_server):
+def chat(chat_server):
     """client.chat.completions.create of the server with a chat template."""
-    with client_of(chatty_server) as client:
+    with client_of(chat_server) as client:
         yield client.chat.completions.create
 
 
 @pytest.fixture(scope="module")
-def complete(chatty_server):
-    with client_of(chatty_server) as client:
+def complete(chat_server):
+    with client_of(chat_server) as client:
         yield client.completions.create
 
 
 @pytest.fixture(scope="module")
-def complete_chain(chain_server):
-    with client_of(chain_server, KEY) as client:
-        yield partial(client.completions.create, model="chain", temperature=0)
+def complete_recall(recall_server):
+    with client_of(recall_server, KEY) as client:
+        yield partial(client.completions.create, model="recall_model", temperature=0)
 
 
 def joined(stream) -> tuple[list[str], list[str | None]]:

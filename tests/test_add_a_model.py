@@ -21,7 +21,7 @@ import torch
 from cli.generate_args import parse_args
 from utils.errors import UsageError
 from engine.sampling import SamplingParams, probabilities
-from tests.tiny import call
+from tests.tiny import call_main
 
 
 def test_top_n_sigma():
@@ -38,7 +38,7 @@ def test_top_n_sigma_option():
     def options():
         assert parse_args("").sampling == SamplingParams(0.8, top_n_sigma=0.3)
 
-    call(options, "--top_n_sigma", "0.3", "--checkpoint_path", "model.pth")
+    call_main(options, "--top_n_sigma", "0.3", "--checkpoint_path", "model.pth")
 '''
 
 

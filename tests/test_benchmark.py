@@ -27,7 +27,7 @@ from scripts.benchmarking import speed as benchmark_speed
 from scripts.kernel_checks import checks
 from scripts.kernel_checks import command as check_command
 from scripts.kernel_checks.exact_results import DTYPES
-from tests.tiny import ROOT, call, convert, write_folder
+from tests.tiny import ROOT, call_main, convert, write_folder
 from utils.errors import UsageError
 
 PUBLISHED = {  # parameters; a tied head counts once
@@ -63,7 +63,7 @@ def config_json(tmp_path):
 
 def report(capsys, *arguments) -> dict:
     """The JSON that benchmark.py prints last."""
-    call(benchmark.main, *arguments)
+    call_main(benchmark.main, *arguments)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -166,14 +166,14 @@ def test_parallel_speed(config_json, capsys):
 )
 def test_mistakes(flags, words):
     with pytest.raises(UsageError, match=words):
-        call(benchmark.main, *flags.split())
+        call_main(benchmark.main, *flags.split())
 
 
 def test_commands(capsys):
     """Help lists them all; what is no command is not taken for one."""
     for arguments, status in (("--help", 0), ("quantisation", 2), ("gpu --config x", 2)):
         with pytest.raises(SystemExit) as exit:
-            call(benchmark.main, *arguments.split())
+            call_main(benchmark.main, *arguments.split())
         assert exit.value.code == status
     printed = capsys.readouterr().out
     for command in ("speed", "check", "gpu", "transformers", "quantization", "speculation"):
@@ -270,7 +270,7 @@ def test_check_that_fails(monkeypatch, capsys):
     monkeypatch.setattr(check_command, "all_checks", few_checks)
     monkeypatch.setattr(kernels, "rms_norm", lambda *arguments: rms_norm(*arguments) * 1.1)
     with pytest.raises(SystemExit) as exit:
-        call(benchmark.main, "check", "--device", "cpu", "--precision", "float32")
+        call_main(benchmark.main, "check", "--device", "cpu", "--precision", "float32")
     assert exit.value.code == 1
     failed = json.loads(capsys.readouterr().out.splitlines()[-1])["failed"]
     assert failed.pop("rms_norm 8x64") == "error 1.0e-01"
@@ -308,7 +308,7 @@ def calls_here(monkeypatch):
     def call_here(script: str, *arguments) -> str:
         main = importlib.import_module(Path(script).stem).main
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            call(main, *arguments)
+            call_main(main, *arguments)
         return printed.getvalue()
 
     monkeypatch.setattr(real_models, "script_output", call_here)
@@ -336,7 +336,7 @@ def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):
     text, out = tmp_path / "text", tmp_path / "out.json"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
     flags = ["--text_file", text, "--calibration_text", text, "--json_file", out]
-    call(benchmark.main, "quantization", "--checkpoint_path", checkpoint, *flags)
+    call_main(benchmark.main, "quantization", "--checkpoint_path", checkpoint, *flags)
     r = json.loads(out.read_text())
     assert r.keys() == committed("quantization").keys() and r["modes"].keys() == modes.keys()
     for row in r["modes"].values():
@@ -354,7 +354,7 @@ def test_quantized_checkpoints_are_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(real_models, "read_checkpoint", lambda path: quantized)
     flags = ["--checkpoint_path", checkpoint, "--text_file", "a", "--calibration_text", "b"]
     with pytest.raises(UsageError, match="is quantized already"):
-        call(benchmark.main, "quantization", *flags)
+        call_main(benchmark.main, "quantization", *flags)
 
 
 @pytest.mark.parametrize("draft", [False, True])
@@ -363,7 +363,7 @@ def test_speculation(draft, checkpoint, tmp_path, monkeypatch, calls_here, capsy
     out = tmp_path / "out.json"
     flags = ["--checkpoint_path", checkpoint, "--device", "cpu", "--precision", "float32", "--json_file", out]
     flags += ["--draft_checkpoint_path", checkpoint] if draft else []
-    call(benchmark.main, "speculation", *flags)
+    call_main(benchmark.main, "speculation", *flags)
     r = json.loads(out.read_text())
     assert r.keys() == committed("speculation").keys() and r["k"] == (5 if draft else 7)
     assert r["draft"] == (str(checkpoint) if draft else "prompt lookup")

@@ -15,7 +15,7 @@ from kernels.formats import Unquantized
 from scripts import benchmark
 from scripts.benchmarking import busy
 from scripts.benchmarking.speed import save_random_checkpoint
-from tests.tiny import call
+from tests.tiny import call_main
 from utils.errors import OutOfMemoryError, UsageError
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512)
@@ -25,7 +25,7 @@ def test_report(tmp_path, capsys):
     """The table, and the JSON: numbers of one round are their own medians, and ratios and sums are theirs."""
     save_random_checkpoint(tmp_path / "model.pth", TINY, torch.float32)
     flags = "--json --device cpu --mode int4 --max_new_tokens 20 --busy 1".split()
-    call(benchmark.main, "--config", tmp_path / "model.pth", *flags)
+    call_main(benchmark.main, "--config", tmp_path / "model.pth", *flags)
     head, _, row, line = capsys.readouterr().out.splitlines()
     r = json.loads(line)
     (of_round,) = r["rounds"]
@@ -55,7 +55,7 @@ def test_rounds(monkeypatch):
 def test_busy_is_for_cpus(monkeypatch):
     monkeypatch.setattr(benchmark, "pick_device", lambda name: torch.device("cuda"))
     with pytest.raises(UsageError, match="--busy is for CPUs: give --device cpu"):
-        call(benchmark.main, "--config", "TinyLlama-1.1B", "--busy")
+        call_main(benchmark.main, "--config", "TinyLlama-1.1B", "--busy")
 
 
 def test_other_processes_end_with_the_benchmark():
@@ -73,7 +73,7 @@ SECOND = SimpleNamespace(precision="float32", kernels="off", prompt_tokens=2, ma
 
 
 def test_second_decode():
-    """It decodes text after text until it is told to stop, and ends when the pipe does."""
+    """The process decodes text after text until it is told to stop, and ends when the pipe does."""
     words, sent = iter(["decode", "stop"]), []
 
     def recv() -> str:
@@ -104,7 +104,7 @@ def second():
 
 
 def test_second_decode_ends_with_the_benchmark(second):
-    """While it decodes: the pipe ends, even if the benchmark is killed."""
+    """The pipe ends even if the benchmark is killed while the process decodes."""
     assert busy.ask(second, "decode") is None
 
 

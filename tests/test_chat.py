@@ -26,7 +26,7 @@ from text.tokenizer import load_tokenizer
 from utils.errors import UsageError
 
 GREEDY = ["--temperature=0", "--precision=float32", "--max_new_tokens=12"]
-CONTEXT = 160  # of chatty
+CONTEXT = 160  # of chat_model
 
 
 @cache
@@ -81,10 +81,10 @@ def fed(monkeypatch):
 
 @pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | lower")])
 @pytest.mark.parametrize("args", [["--chat"], ["--interactive", "--system=Be brief"]])
-def test_conversation_is_a_fresh_prefill(chatty, cli, fed, tmp_path, args, template):
-    """And of what it heard before, all that the template says again is not fed again."""
+def test_conversation_is_a_fresh_prefill(chat_model, cli, fed, tmp_path, args, template):
+    """What the template repeats of earlier messages is not fed again."""
     for name in ("model.pth", "tokenizer.json"):
-        (tmp_path / name).symlink_to(chatty / name)
+        (tmp_path / name).symlink_to(chat_model / name)
     (tmp_path / "chat_template.jinja").write_text(template)
     lines = ["Hi", "how are you?", "bye"]
     turns = expected_conversation(tmp_path, lines, "Be brief" if len(args) > 1 else None)
@@ -95,38 +95,38 @@ def test_conversation_is_a_fresh_prefill(chatty, cli, fed, tmp_path, args, templ
     assert fed == [len(ids) - k for (ids, _, _), k in zip(turns, known, strict=True)]
 
 
-def test_compiled_conversation(chatty, cli, monkeypatch):
-    """Everything is compiled once. What is made of it is tested in test_generate.py, so this does without Inductor."""
+def test_compiled_conversation(chat_model, cli, monkeypatch):
+    """Everything is compiled once. test_generate.py tests the compiled code, so here Inductor is left out."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     lines = ["Hi", "how are you?", "bye"]
-    out = cli(chatty, "--chat", "--compile", "--compile_prefill", *GREEDY, stdin="\n".join(lines))
-    assert out.splitlines() == [text for _, _, text in expected_conversation(chatty, lines)]
+    out = cli(chat_model, "--chat", "--compile", "--compile_prefill", *GREEDY, stdin="\n".join(lines))
+    assert out.splitlines() == [text for _, _, text in expected_conversation(chat_model, lines)]
     # a block for prefill and, without kernels, one for decode and the head: nothing again in any turn
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if build.library() else 3)
 
 
-def test_conversation_reset_and_exit(chatty, cli):
-    hi, bye = (expected_conversation(chatty, [line])[0][2] for line in ("Hi", "bye"))
-    out = cli(chatty, "--chat", *GREEDY, stdin="Hi\n\n/reset\nbye\n/reset\n  Hi \n/exit\nHi\n")
+def test_conversation_reset_and_exit(chat_model, cli):
+    hi, bye = (expected_conversation(chat_model, [line])[0][2] for line in ("Hi", "bye"))
+    out = cli(chat_model, "--chat", *GREEDY, stdin="Hi\n\n/reset\nbye\n/reset\n  Hi \n/exit\nHi\n")
     assert out.splitlines() == [hi, bye, hi]
 
 
-def test_conversation_survives_an_interrupt(chatty, cli, fed):
+def test_conversation_survives_an_interrupt(chat_model, cli, fed):
     fed.interrupt = 2
-    printed = cli(chatty, "--chat", *GREEDY, stdin="Hi\nhow are you?\nbye\n").splitlines()
-    hi = expected_conversation(chatty, ["Hi"])[0][2]
+    printed = cli(chat_model, "--chat", *GREEDY, stdin="Hi\nhow are you?\nbye\n").splitlines()
+    hi = expected_conversation(chat_model, ["Hi"])[0][2]
     rest = [(), ({"role": "user", "content": "how are you?"}, {"role": "assistant", "content": ""})]
     first = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": hi})
     last = {"role": "user", "content": "bye"}  # with or without the unanswered turn
     assert printed[0] == hi
-    assert printed[-1] in [bytes(fresh_answer(chatty, [*first, *r, last])[1]).decode() for r in rest]
+    assert printed[-1] in [bytes(fresh_answer(chat_model, [*first, *r, last])[1]).decode() for r in rest]
 
 
-def test_an_interrupted_answer_stays(chatty):
-    """As far as it has come; and the next answer is what a model says that knows no more than that."""
-    model, tokenizer = load(chatty / "model.pth", dtype=torch.float32)
+def test_an_interrupted_answer_stays(chat_model):
+    """The next answer is that of a model which has seen only the tokens before the interrupt."""
+    model, tokenizer = load(chat_model / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
     decoder = generation.PlainDecoder(ModelRunner(model, kv_cache))
     conversation = Conversation(tokenizer, decoder, CONTEXT, model.config.eos_ids)
@@ -136,18 +136,18 @@ def test_an_interrupted_answer_stays(chatty):
     hi = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": heard}]
     assert conversation.messages == hi and len(heard) == 2
     answer = "".join(conversation.answer("bye", 12))
-    assert answer == bytes(fresh_answer(chatty, [*hi, {"role": "user", "content": "bye"}])[1]).decode()
+    assert answer == bytes(fresh_answer(chat_model, [*hi, {"role": "user", "content": "bye"}])[1]).decode()
     conversation.drop_oldest()
     assert [m["content"] for m in conversation.messages] == ["bye", answer]
 
 
 @pytest.fixture
-def conversation(chatty) -> Conversation:
-    return LLM(chatty / "model.pth", "cpu", torch.float32, CONTEXT, temperature=0).chat("Be brief")
+def conversation(chat_model) -> Conversation:
+    return LLM(chat_model / "model.pth", "cpu", torch.float32, CONTEXT, temperature=0).chat("Be brief")
 
 
-def test_the_oldest_messages_are_forgotten(chatty, conversation, fed):
-    """As many as must be; and the next answer is what a model says that has never heard them."""
+def test_the_oldest_messages_are_forgotten(chat_model, conversation, fed):
+    """As few as possible. The next answer is that of a model which has never seen the forgotten messages."""
     n_dropped, cached = [], []
     for i in range(12):
         before, question = conversation.to_list(), {"role": "user", "content": f"{i} " * (i + 1)}
@@ -155,7 +155,7 @@ def test_the_oldest_messages_are_forgotten(chatty, conversation, fed):
         answer = "".join(conversation.answer(question["content"], 12))
         n_fed = list(fed)
         messages = [before[0], *before[1 + conversation.n_dropped :], question]
-        ids, expected = fresh_answer(chatty, messages)
+        ids, expected = fresh_answer(chat_model, messages)
         assert answer == bytes(expected).decode()
         assert conversation.to_list() == [*messages, {"role": "assistant", "content": answer}]
         assert n_fed == [len(ids) - len(os.path.commonprefix([ids, cached]))]
@@ -168,10 +168,10 @@ def test_the_oldest_messages_are_forgotten(chatty, conversation, fed):
     assert 2 < sum(n > 0 for n in n_dropped) < 8 and not any(n % 2 for n in n_dropped)
 
 
-def test_an_answer_goes_on(chatty, conversation):
-    """With the tokens that it would have had, also after older messages had to be forgotten."""
+def test_an_answer_goes_on(chat_model, conversation):
+    """With the tokens of an answer without a pause, also after older messages had to be forgotten."""
     question = {"role": "user", "content": "Hi"}
-    _, expected = fresh_answer(chatty, [*conversation.system, question])
+    _, expected = fresh_answer(chat_model, [*conversation.system, question])
     heard = "".join(conversation.answer("Hi", 5))
     assert conversation.finish_reason == "length" and heard == bytes(expected[:5]).decode()
     stopped = conversation.continue_answer(7)
@@ -187,7 +187,7 @@ def test_an_answer_goes_on(chatty, conversation):
     assert conversation.finish_reason == "context"
     said, pieces = conversation.messages[-1]["content"], conversation.continue_answer(9)
     ids = conversation.encode("Ho", conversation.messages[:-2]) + conversation.answer_ids
-    expected = fresh_tokens(chatty, ids, 9)
+    expected = fresh_tokens(chat_model, ids, 9)
     assert "".join(pieces) == bytes(expected).decode() and conversation.n_dropped > 0
     assert conversation.messages[-1]["content"] == said + bytes(expected).decode()
 
@@ -208,15 +208,15 @@ def test_what_cannot_go_on(conversation):
         conversation.continue_answer()
 
 
-def test_notes(chatty, monkeypatch, capsys):
+def test_notes(chat_model, monkeypatch, capsys):
     """What is said beside the answers, of which there are four."""
     said = f"/what\n/help\nHi\n/DROP\n{'x' * 200}\n{'x' * 155}\nHi\n/reset\n"
     said += "/drop\n/drop it\n/save\n//drop it\n/drop\n/etc/motd\n"
-    set_up(monkeypatch, chatty / "model.pth", ["--chat", *GREEDY], said)
+    set_up(monkeypatch, chat_model / "model.pth", ["--chat", *GREEDY], said)
     with pytest.raises(SystemExit) as stopped:
         run_script(generate.main)
     out, err = capsys.readouterr()
-    hi, drop, path = (expected_conversation(chatty, [line])[0][2] for line in ("Hi", "/drop it", "/etc/motd"))
+    hi, drop, path = (expected_conversation(chat_model, [line])[0][2] for line in ("Hi", "/drop it", "/etc/motd"))
     answers = out.splitlines()
     assert answers[:1] + answers[2:] == [hi, hi, drop, path] and len(answers[1]) <= 2
     notes = [note for note in err.splitlines() if not note.endswith("tokens/s")]
@@ -235,22 +235,22 @@ def test_notes(chatty, monkeypatch, capsys):
     assert stopped.value.code == 2
 
 
-def test_chat_applies_the_template(chatty, ask, tmp_path):
-    expected = expected_conversation(chatty, ["Hi"], "Be brief")[0]
+def test_chat_applies_the_template(chat_model, ask, tmp_path):
+    expected = expected_conversation(chat_model, ["Hi"], "Be brief")[0]
     (tmp_path / "prompts").write_text("Hi\n")
     for prompt in ("--prompt=Hi", f"--prompt_file={tmp_path / 'prompts'}"):
-        (r,) = ask(chatty, "--chat", prompt, "--system=Be brief", *GREEDY)
+        (r,) = ask(chat_model, "--chat", prompt, "--system=Be brief", *GREEDY)
         assert (r["prompt_tokens"], r["text"]) == (len(expected[0]), [expected[2]])
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second is Python's in the C locale
-def test_stdin_that_is_not_text(chatty, monkeypatch, capsys, errors):
-    set_up(monkeypatch, chatty / "model.pth", ["--chat", *GREEDY], b"Hi\nH\xe4user\n\nbye\nbye")
+def test_stdin_that_is_not_text(chat_model, monkeypatch, capsys, errors):
+    set_up(monkeypatch, chat_model / "model.pth", ["--chat", *GREEDY], b"Hi\nH\xe4user\n\nbye\nbye")
     sys.stdin.reconfigure(errors=errors)
     with pytest.raises(SystemExit) as stopped:
         run_script(generate.main)
     out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and out == expected_conversation(chatty, ["Hi"])[0][2] + "\n"
+    assert stopped.value.code == 2 and out == expected_conversation(chat_model, ["Hi"])[0][2] + "\n"
     assert err.splitlines()[-2] == "Lines on standard input that were not read: 2."
     assert "UTF-8" in err.splitlines()[-1]
 

@@ -16,7 +16,7 @@ from converters.canonical import CanonicalCheckpoint
 from converters.write_model import write_folder
 from loading import load_model
 from model import KVCache
-from tests.tiny import call, convert, forward, make_hf, write_earlier_format
+from tests.tiny import call_main, convert, forward, make_hf, write_earlier_format
 from utils.errors import UsageError
 from utils.files import replace_file
 
@@ -65,7 +65,7 @@ def test_wrong_tensors_leave_the_old_file(tmp_path):
 
 
 def test_a_killed_process_leaves_the_old_file(tmp_path):
-    """And the next one clears up after it."""
+    """The next process removes the temporary file."""
     path = tmp_path / "model.pth"
     path.write_text("old")
 
@@ -105,7 +105,7 @@ def test_no_place_to_write(tmp_path):
 
 
 def test_a_read_only_folder(tmp_path, monkeypatch):
-    """There files can neither be written nor deleted, not even those that are missing. The first error is named."""
+    """Files can neither be written nor deleted, not even missing files. The message names the first error."""
 
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -161,7 +161,7 @@ def test_files_of_earlier_versions_are_the_same_model(family, format, tmp_path):
     theirs.save_pretrained(tmp_path)
     path = convert(tmp_path)
     for mode in ("int8", "int4"):
-        call(quantize.main, "--checkpoint_path", path, "--mode", mode)
+        call_main(quantize.main, "--checkpoint_path", path, "--mode", mode)
     tokens = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(0))
     files = sorted(tmp_path.glob("*.pth"))
     assert len(files) == 3

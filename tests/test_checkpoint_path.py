@@ -21,7 +21,7 @@ from scripts import convert_hf_checkpoint
 from tests.test_lora import linear_names, random_halves, write_adapter
 from tests.test_meta import PARAMS, SCALED, make_ranks, write_meta, write_tiktoken
 from tests.test_mxfp4 import mxfp4  # noqa: F401  (a fixture)
-from tests.tiny import call, convert, make_hf, same_logits, write_folder
+from tests.tiny import call_main, convert, make_hf, same_logits, write_folder
 from tests.tiny_gguf import make_llama, write_gguf
 from utils.errors import UsageError
 
@@ -41,31 +41,31 @@ def make_older(path: Path, seconds: float):
 
 def test_a_folder_is_converted_once(folder, capsys):
     model = folder / "model.pth"
-    call(generate.main, "--checkpoint_path", folder, *RUN)
+    call_main(generate.main, "--checkpoint_path", folder, *RUN)
     out, err = capsys.readouterr()
     assert f"Converting {folder}, once: the result stays in {folder}.\n" in err
     first = model.stat().st_mtime_ns
     for path in (folder, model):
-        call(generate.main, "--checkpoint_path", path, *RUN)
+        call_main(generate.main, "--checkpoint_path", path, *RUN)
         again, err = capsys.readouterr()
         assert (again, model.stat().st_mtime_ns) == (out, first) and "Converting" not in err
     make_older(model, 3600)  # than its sources
-    call(generate.main, "--checkpoint_path", folder, *RUN, "--draft_checkpoint_path", folder)
+    call_main(generate.main, "--checkpoint_path", folder, *RUN, "--draft_checkpoint_path", folder)
     again, err = capsys.readouterr()
     assert again == out and err.count("Converting") == 1 and model.stat().st_mtime_ns > first
 
 
-def test_mistakes_are_found_before_the_conversion(folder, refused):
+def test_mistakes_are_found_before_the_conversion(folder, assert_refused):
     for args, word in [("--prompt_file=missing", "cannot read"), ("--threads=0", "--threads"), ("--device=no", "no")]:
         for paths in [[], [f"--draft_checkpoint_path={folder}"]]:
-            refused(folder, [*paths, args], word)
+            assert_refused(folder, [*paths, args], word)
     assert not (folder / "model.pth").exists()
 
 
 def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
     """Whatever their times say, which a copy may keep or not. What was quantized stays."""
     model, weights = ensure_converted(folder), folder / "model.safetensors"
-    call(quantize.main, "--checkpoint_path", model)
+    call_main(quantize.main, "--checkpoint_path", model)
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
     make_older(tmp_path / "copy/model.pth", -1)
     for path in [folder, tmp_path / "copy"]:  # the same sources
@@ -87,15 +87,15 @@ def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
 
 
 def test_a_quantized_file_of_replaced_sources_is_stale(folder):
-    """Also if it is newer than they are, and all that is left."""
+    """Also if the file is newer than the sources, and the only model in the folder."""
     model, quantized, weights = ensure_converted(folder), folder / "model_int8.pth", folder / "model.safetensors"
-    call(quantize.main, "--checkpoint_path", model)
+    call_main(quantize.main, "--checkpoint_path", model)
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
     make_older(weights, 9999)
     assert ensure_converted(folder) == model
     model.unlink()
     assert ensure_converted(folder) == ensure_converted(folder) == model and quantized.is_file()
-    call(quantize.main, "--checkpoint_path", model)
+    call_main(quantize.main, "--checkpoint_path", model)
     model.unlink()
     assert ensure_converted(folder) == quantized
     weights.unlink()
@@ -104,9 +104,9 @@ def test_a_quantized_file_of_replaced_sources_is_stale(folder):
 
 @pytest.mark.parametrize("broken", ["", "{}", "[]", '{"stale models": []}'])
 def test_after_a_broken_record_every_other_model_is_stale(broken, folder):
-    """Nobody knows from which files it was made."""
+    """Only the record says from which files a model was made."""
     model, quantized, record = ensure_converted(folder), folder / "model_int8.pth", folder / "model.sources.json"
-    call(quantize.main, "--checkpoint_path", model)
+    call_main(quantize.main, "--checkpoint_path", model)
     record.write_text(broken)
     assert ensure_converted(folder) == model
     model.unlink()
@@ -134,9 +134,10 @@ def test_a_record_that_cannot_be_written_is_as_it_was(folder, monkeypatch):
 
 
 def test_every_command_takes_a_folder(folder, capsys):
-    call(quantize.main, "--checkpoint_path", folder)
+    call_main(quantize.main, "--checkpoint_path", folder)
     assert capsys.readouterr().out == f"wrote {folder / 'model_int8.pth'}\n"
-    call(eval.main, "--checkpoint_path", folder, "--text_file", folder / "config.json", "--device", "cpu", "--json")
+    options = ["--checkpoint_path", folder, "--text_file", folder / "config.json", "--device", "cpu", "--json"]
+    call_main(eval.main, *options)
     out, err = capsys.readouterr()
     assert "perplexity" in out and "Converting" not in err
     text = "".join(LLM(folder / "model.pth", "cpu").generate("Hi", max_new_tokens=3))
@@ -164,7 +165,7 @@ def test_metas_folder(tmp_path, capsys):
     ranks = make_ranks()
     write_meta(tmp_path, make_hf("llama2", num_key_value_heads=2, vocab_size=len(ranks) + 16), PARAMS | SCALED)
     write_tiktoken(tmp_path / "tokenizer.model", ranks)
-    call(generate.main, "--checkpoint_path", tmp_path, *RUN)
+    call_main(generate.main, "--checkpoint_path", tmp_path, *RUN)
     assert "131072" in capsys.readouterr().err
 
 
@@ -183,11 +184,11 @@ def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
     """To a folder of its own, since another model's may have the file's name."""
     file = write_gguf(tmp_path / "tiny.Q8_0.gguf", make_llama(vocab_size=4), "Q8_0")
     model = tmp_path / "tiny.Q8_0-gguf/model.pth"
-    call(generate.main, "--checkpoint_path", file, *RUN, "--prompt", "ab")
+    call_main(generate.main, "--checkpoint_path", file, *RUN, "--prompt", "ab")
     out, err = capsys.readouterr()
     assert f"Converting {file}, once: the result stays in {model.parent}.\n" in err
     for path in (file, model.parent, tmp_path):  # a folder with a single GGUF is that
-        call(generate.main, "--checkpoint_path", path, *RUN, "--prompt", "ab")
+        call_main(generate.main, "--checkpoint_path", path, *RUN, "--prompt", "ab")
         again, err = capsys.readouterr()
         assert again == out and "Converting" not in err
     shutil.copy(file, tmp_path / "b.gguf")
@@ -226,7 +227,7 @@ def test_quantized_weights_are_found_again(mxfp4, tmp_path, capsys):  # noqa: F8
 
 
 def test_a_folder_without_sources(folder):
-    """Only what was made of them is left."""
+    """Only the converted model is left."""
     convert(folder)
     (folder / "model.safetensors").unlink()
     make_older(folder / "model.pth", 3600)
@@ -245,7 +246,7 @@ def test_an_adapters_folder(folder, tmp_path, capsys):
     write_adapter(lora, {name: random_halves(*weights[f"{name}.weight"].shape) for name in linear_names(theirs)})
     with pytest.raises(UsageError, match="holds an adapter, not a model: merge it with .* --lora"):
         ensure_converted(lora)
-    call(convert_hf_checkpoint.main, "--checkpoint_dir", folder, "--lora", lora)
+    call_main(convert_hf_checkpoint.main, "--checkpoint_dir", folder, "--lora", lora)
     assert ensure_converted(lora) == lora / "model.pth" and "Converting" not in capsys.readouterr().err
 
     def must_be_merged_again(file: Path):
@@ -253,7 +254,7 @@ def test_an_adapters_folder(folder, tmp_path, capsys):
         make_older(file, 3600)
         with pytest.raises(UsageError, match="holds an adapter, not a model"):
             ensure_converted(lora)
-        call(convert_hf_checkpoint.main, "--checkpoint_dir", folder, "--lora", lora)
+        call_main(convert_hf_checkpoint.main, "--checkpoint_dir", folder, "--lora", lora)
         assert ensure_converted(lora) == lora / "model.pth"
 
     config, weights = lora / "adapter_config.json", load_file(lora / "adapter_model.safetensors")

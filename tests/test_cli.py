@@ -69,67 +69,67 @@ def test_json_adds_up(tmp_path, ask, moe, precision, size):
     assert r["peak_memory_bytes"] > 2**20
 
 
-def test_rows_are_samples_and_seeds_repeat(chain, ask, cli):
+def test_rows_are_samples_and_seeds_repeat(recall_model, ask, cli):
     options = ["--prompt=a", "--max_new_tokens=12", "--batch_size=8"]
-    (first,), (again,), (other,) = (ask(chain, *options, f"--seed={seed}") for seed in (1, 1, 2))
+    (first,), (again,), (other,) = (ask(recall_model, *options, f"--seed={seed}") for seed in (1, 1, 2))
     assert first["tokens"] == again["tokens"] != other["tokens"]
     assert len(set(first["text"])) == 8 and len({text[0] for text in first["text"]}) > 1
-    printed = cli(chain, *options, "--seed=1").splitlines()
+    printed = cli(recall_model, *options, "--seed=1").splitlines()
     assert [line for line in printed if not line.startswith("---")] == first["text"]
-    (two,) = ask(chain, *options, "--seed=1", "--num_samples=2")
+    (two,) = ask(recall_model, *options, "--seed=1", "--num_samples=2")
     assert two["tokens"] != first["tokens"] and two["generated_tokens"] == 96
-    (greedy,) = ask(chain, *options, "--temperature=0")
+    (greedy,) = ask(recall_model, *options, "--temperature=0")
     assert greedy["text"] == ["a" * 12] * 8  # the lowest id of the tied ones
 
 
-def test_texts_are_labelled(chain, cli, tmp_path):
+def test_texts_are_labelled(recall_model, cli, tmp_path):
     (tmp_path / "prompts").write_text("5\n0\n")
     flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=2", "--temperature=0"]
-    assert cli(chain, "--prompt=0", *flags[1:]) == "12\n"
-    assert cli(chain, *flags) == "--- prompt 1\n67\n--- prompt 2\n12\n"
+    assert cli(recall_model, "--prompt=0", *flags[1:]) == "12\n"
+    assert cli(recall_model, *flags) == "--- prompt 1\n67\n--- prompt 2\n12\n"
     numbers = [(i, j, k) for i in (1, 2) for j in (1, 2) for k in (1, 2)]
-    lines = cli(chain, *flags, "--num_samples=2", "--batch_size=2").splitlines()
+    lines = cli(recall_model, *flags, "--num_samples=2", "--batch_size=2").splitlines()
     assert lines[::2] == [f"--- prompt {i}, sample {j}, sequence {k}" for i, j, k in numbers]
     assert lines[1::2] == ["67"] * 4 + ["12"] * 4
 
 
-def test_prompt_file_runs_each_line(chain, ask, tmp_path):
+def test_prompt_file_runs_each_line(recall_model, ask, tmp_path):
     (tmp_path / "prompts").write_text("S\n\n  \nab\u2028P\r\né0", encoding="utf-8-sig")  # a mark first
-    results = ask(chain, f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=12")
+    results = ask(recall_model, f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=12")
     assert [r["prompt_tokens"] for r in results] == [1, 6, 3]
     assert [r["text"] for r in results] == [["🙂E"], [""], ["123456789012"]]
     assert [r["finish_reason"] for r in results] == [["stop"], ["stop"], ["length"]]
 
 
 @pytest.mark.parametrize("prompt, text, end", [("S", "🙂E", END), ("P", "", ord(".")), ("W", " X", ord("!"))])
-def test_end_tokens_end(chain, ask, prompt, text, end):
-    (r,) = ask(chain, f"--prompt={prompt}", "--batch_size=2")
+def test_end_tokens_end(recall_model, ask, prompt, text, end):
+    (r,) = ask(recall_model, f"--prompt={prompt}", "--batch_size=2")
     assert r["tokens"] == [[*text.encode(), end]] * 2 and r["generated_tokens"] == 2 * len(r["tokens"][0])
     assert (r["text"], r["finish_reason"]) == ([text] * 2, ["stop"] * 2)
 
 
-def test_ignore_eos_goes_on(chain, ask):
-    (r,) = ask(chain, "--prompt=S", "--max_new_tokens=9", "--ignore_eos")
+def test_ignore_eos_goes_on(recall_model, ask):
+    (r,) = ask(recall_model, "--prompt=S", "--max_new_tokens=9", "--ignore_eos")
     assert r["tokens"] == [[*"🙂E".encode(), END, END, END, END]] and r["finish_reason"] == ["length"]
-    (r,) = ask(chain, "--prompt=P", "--max_new_tokens=3", "--ignore_eos")
+    (r,) = ask(recall_model, "--prompt=P", "--max_new_tokens=3", "--ignore_eos")
     assert r["tokens"] == [[46] * 3] and r["text"] == ["..."]
 
 
-def test_one_token_and_a_full_context(chain, ask):
-    (r,) = ask(chain, "--prompt=0", "--max_new_tokens=1")
+def test_one_token_and_a_full_context(recall_model, ask):
+    (r,) = ask(recall_model, "--prompt=0", "--max_new_tokens=1")
     assert r["text"] == ["1"] and r["decode_tokens_per_sec"] == r["bandwidth_gb_per_sec"] == 0
-    (r,) = ask(chain, "--prompt_tokens=252", "--max_new_tokens=4", "--ignore_eos")
+    (r,) = ask(recall_model, "--prompt_tokens=252", "--max_new_tokens=4", "--ignore_eos")
     assert r["prompt_tokens"] == 252 and r["generated_tokens"] == 4
 
 
-def test_prompt_tokens_repeat(chatty, ask):
+def test_prompt_tokens_repeat(chat_model, ask):
     options = ["--prompt_tokens=40", "--max_new_tokens=8", "--temperature=0"]
-    (a,), (b,), (c,) = (ask(chatty, *options, f"--seed={seed}") for seed in (1, 1, 2))
+    (a,), (b,), (c,) = (ask(chat_model, *options, f"--seed={seed}") for seed in (1, 1, 2))
     assert a["tokens"] == b["tokens"] != c["tokens"]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_whole_characters_stream(chain, cli, monkeypatch, rows):
+def test_whole_characters_stream(recall_model, cli, monkeypatch, rows):
     printed = []
 
     class Terminal(io.StringIO):
@@ -137,41 +137,41 @@ def test_whole_characters_stream(chain, cli, monkeypatch, rows):
             printed.extend([text] if text else [])
 
     monkeypatch.setattr(sys, "stdout", Terminal())
-    cli(chain, "--prompt=S", f"--batch_size={rows}")
+    cli(recall_model, "--prompt=S", f"--batch_size={rows}")
     label = ["--- sequence 1", "\n"] if rows > 1 else []
     assert printed[: len(label) + 3] == [*label, "🙂", "E", "\n"] and "".join(printed).count("🙂E\n") == rows
 
 
-def test_profile(chain, cli, tmp_path):
-    cli(chain, "--prompt=0", "--max_new_tokens=3", "--json", f"--profile={tmp_path / 'trace.json'}")
+def test_profile(recall_model, cli, tmp_path):
+    cli(recall_model, "--prompt=0", "--max_new_tokens=3", "--json", f"--profile={tmp_path / 'trace.json'}")
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-def test_compiled_is_eager(chatty, ask):
+def test_compiled_is_eager(chat_model, ask):
     options = ["--prompt=Hello", "--max_new_tokens=155", "--num_samples=2", "--temperature=0", "--precision=float32"]
-    (eager,), (compiled,) = ask(chatty, *options), ask(chatty, *options, "--compile", "--compile_prefill")
-    (plain,) = ask(chatty, *options, "--kernels=off")
+    (eager,), (compiled,) = ask(chat_model, *options), ask(chat_model, *options, "--compile", "--compile_prefill")
+    (plain,) = ask(chat_model, *options, "--kernels=off")
     assert compiled["tokens"] == eager["tokens"] == plain["tokens"]
 
 
 @pytest.mark.parametrize("prompt, status", [("S", 0), ("", 2)])
-def test_process(chain, prompt, status):
+def test_process(recall_model, prompt, status):
     """As a process of its own: stdout holds the one object or nothing, stderr nothing or the one line."""
     python = [sys.executable, "-I"] if status == 0 else [sys.executable]  # -I: without the script's folder in its path
-    command = [*python, ROOT / "generate.py", f"--checkpoint_path={chain / 'model.pth'}", "--device=cpu"]
+    command = [*python, ROOT / "generate.py", f"--checkpoint_path={recall_model / 'model.pth'}", "--device=cpu"]
     done = subprocess.run([*command, f"--prompt={prompt}", "--json"], capture_output=True, text=True)
     assert done.returncode == status and (done.stdout + done.stderr).count("\n") == 1
     assert json.loads(done.stdout)["text"] == ["🙂E"] if status == 0 else done.stderr.startswith("generate.py: ")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 512.00 MiB")])
-def test_the_summary_does_without_a_measurement_for_which_there_is_no_room(chain, tmp_path, monkeypatch, capsys, error):
+def test_the_summary_without_room_for_a_measurement(recall_model, tmp_path, monkeypatch, capsys, error):
     def refuse(tensors):
         raise error
 
     (tmp_path / "prompts").write_text("a\nb\nc\n")
     options = [f"--prompt_file={tmp_path}/prompts", "--max_new_tokens=4", "--batch_size=3", "--ignore_eos"]
-    set_up(monkeypatch, chain / "model.pth", options)
+    set_up(monkeypatch, recall_model / "model.pth", options)
     monkeypatch.setattr(report, "read_bandwidth_of", refuse)
     run_script(generate.main)
     out, err = capsys.readouterr()
@@ -184,11 +184,11 @@ def test_the_summary_does_without_a_measurement_for_which_there_is_no_room(chain
     [(False, 1000, generate.OOM_HINT), (True, 1000, generate.OOM_HINT), (True, 2000, "--parallel 1 fits")],
 )
 def test_an_error_for_lack_of_memory_ends_with_what_helps(
-    chain, tmp_path, monkeypatch, capsys, is_parallel, free, hint
+    recall_model, tmp_path, monkeypatch, capsys, is_parallel, free, hint
 ):
     (tmp_path / "prompts").write_text("a\nb\n")
     flags = [f"--prompt_file={tmp_path}/prompts", "--kernels=off", *(["--parallel=2"] if is_parallel else [])]
-    set_up(monkeypatch, chain / "model.pth", flags)
+    set_up(monkeypatch, recall_model / "model.pth", flags)
     for module in (machine, scheduler):
         monkeypatch.setattr(module, "free_memory", lambda: free)
     with pytest.raises(SystemExit) as stopped:
@@ -199,10 +199,10 @@ def test_an_error_for_lack_of_memory_ends_with_what_helps(
 
 
 @pytest.mark.parametrize("caches_hold_it", [False, True])
-def test_the_summary_names_the_share_of_what_memory_gives(chain, monkeypatch, capsys, caches_hold_it):
+def test_the_summary_names_the_share_of_what_memory_gives(recall_model, monkeypatch, capsys, caches_hold_it):
     """Unless the model is in the processor's caches, which say nothing about memory."""
     monkeypatch.setattr(machine, "cache_bytes", lambda: 2**20 if caches_hold_it else 0)
-    set_up(monkeypatch, chain / "model.pth", ["--prompt=a", "--max_new_tokens=4", "--ignore_eos"])
+    set_up(monkeypatch, recall_model / "model.pth", ["--prompt=a", "--max_new_tokens=4", "--ignore_eos"])
     run_script(generate.main)
     share = "" if caches_hold_it else r", \d+ % of the [\d.]+ GB/s this machine reads"
     sentence = rf"4 generated at [\d.]+ tokens/s: [\d.]+ GB/s{share} \(load"

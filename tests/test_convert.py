@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint import read_checkpoint
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
-from tests.tiny import FAMILIES, ROOT, SIZES, convert, make_hf, refused, same_logits
+from tests.tiny import FAMILIES, ROOT, SIZES, assert_refused, convert, make_hf, same_logits
 from tests.tiny_gguf import in_meta_order
 from utils.errors import UsageError
 
@@ -144,7 +144,7 @@ def test_wrong_tensors_are_named(llama):
     }
     for match, content in wrong.items():
         save_file(content, folder / "model.safetensors")
-        refused(folder, match)
+        assert_refused(folder, match)
     # Of several dtypes ours gets the one that loses nothing.
     save_file(tensors | {k: tensors[k].half()}, folder / "model.safetensors")
     assert read_checkpoint(convert(folder))[2]["layers.1.attention.qkv_proj.weight"].dtype == torch.float32
@@ -155,7 +155,7 @@ def test_a_tensor_under_two_names(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     up_proj = {"model.layers.1.mlp.up_proj.weight": tensors["model.layers.1.mlp.c_fc.weight"].clone()}
     save_file(tensors | up_proj, tmp_path / "model.safetensors")
-    refused(tmp_path, "tensors model.layers.1.mlp.* and model.layers.1.mlp.* are the same weight")
+    assert_refused(tmp_path, "tensors model.layers.1.mlp.* and model.layers.1.mlp.* are the same weight")
 
 
 MISSING = [
@@ -185,14 +185,14 @@ def test_a_tensor_that_a_layer_lacks(family, theirs, reported, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     (name,) = (n for n in tensors if re.fullmatch(rf"\w+\.(layers|blocks)\.1\.{theirs}(\.weight)?", n))
     save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "model.safetensors")
-    refused(tmp_path, "no tensor model.layers.1." + (reported or "(self_attn|mlp|pre|post)"))
+    assert_refused(tmp_path, "no tensor model.layers.1." + (reported or "(self_attn|mlp|pre|post)"))
     for wrong in (torch.ones(()), torch.ones(7), torch.ones(2, 3), torch.ones(2, 3, 5, 7)):
         save_file(tensors | {name: wrong}, tmp_path / "model.safetensors")
-        refused(tmp_path, "no tensor model.layers.1.|tensor model.layers.1.* is .*; the config makes it ")
+        assert_refused(tmp_path, "no tensor model.layers.1.|tensor model.layers.1.* is .*; the config makes it ")
 
 
 def test_a_head_that_differs_from_the_embedding_is_kept(llama):
-    """As transformers does, though config.json calls it tied."""
+    """As in transformers, although config.json calls the head tied."""
     folder, tensors = llama
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -213,7 +213,7 @@ def test_tensors_that_are_not_finite_are_named(llama, bad):
         changed = tensors[name].clone()
         changed.flatten()[-1] = bad
         save_file(tensors | {name: changed}, folder / "model.safetensors", {"format": "pt"})
-        refused(folder, f"tensor {name} holds numbers that are not finite")
+        assert_refused(folder, f"tensor {name} holds numbers that are not finite")
 
 
 def test_broken_safetensors_are_refused(llama):
@@ -229,16 +229,16 @@ def test_broken_safetensors_are_refused(llama):
     broken += [with_header(data) for data in (huge, b"{}", b"[" * 9999)]
     for content in broken:
         (folder / "model.safetensors").write_bytes(content)
-        refused(folder, "truncated or not safetensors|no tensor")
+        assert_refused(folder, "truncated or not safetensors|no tensor")
     (folder / "model.safetensors").unlink()
-    refused(folder, "neither model.safetensors nor pytorch_model.bin")
+    assert_refused(folder, "neither model.safetensors nor pytorch_model.bin")
     index = folder / "model.safetensors.index.json"
     for name in ("../model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "gone.safetensors"):
         index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-        refused(folder, "not a file of the folder itself|does not exist|is a folder")
+        assert_refused(folder, "not a file of the folder itself|does not exist|is a folder")
     for text in ("[]", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'):
         index.write_text(text)
-        refused(folder, "weight_map|not readable JSON|no tensor")
+        assert_refused(folder, "weight_map|not readable JSON|no tensor")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -246,7 +246,7 @@ def test_pointers_of_git_lfs_are_called_so(llama, name):
     folder, _ = llama
     (folder / "model.safetensors").unlink()
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
-    refused(folder, f"{name} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
+    assert_refused(folder, f"{name} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
 
 
 def test_a_tensor_in_two_files(llama):
@@ -268,7 +268,7 @@ def test_a_tensor_in_two_files(llama):
     del content["weight_map"][name]
     index.write_text(json.dumps(content))
     (folder / "model.pth").unlink()
-    refused(folder, f"both have the tensor {name}, which .*index.json does not name")
+    assert_refused(folder, f"both have the tensor {name}, which .*index.json does not name")
 
 
 class Bomb:
@@ -290,19 +290,19 @@ def test_broken_pickles_are_refused(llama, name):
     good = file.read_bytes()
     for content in (b"", b"garbage", good[: len(good) // 2], good[:-30]):
         file.write_bytes(content)
-        refused(folder, "truncated or not a PyTorch file")
+        assert_refused(folder, "truncated or not a PyTorch file")
     for content in ([1], 3, "odd", {"a": 1}, torch.ones(3), {"model": {}, "model_args": 1}, {"model": 1}):
         torch.save(content, file)
-        refused(folder, "not a table of tensors|not one of tinyllamas")
+        assert_refused(folder, "not a table of tensors|not one of tinyllamas")
     torch.save({"a": Bomb(folder / "ran")}, file)
-    refused(folder, "holds more than weights")
+    assert_refused(folder, "holds more than weights")
     assert not (folder / "ran").exists()
 
 
 def test_what_is_no_checkpoint_folder(tmp_path):
     for name in ("a.pt", "b.pt"):
         (tmp_path / name).write_text("")
-    refused(tmp_path, "no config.json, nor exactly one .pt")
+    assert_refused(tmp_path, "no config.json, nor exactly one .pt")
     with pytest.raises(UsageError, match="is not a folder"):
         convert(tmp_path / "a.pt")
 
@@ -312,7 +312,7 @@ def test_end_tokens_are_numbers(llama):
     config = json.loads((folder / "config.json").read_text())
     for wrong in ("</s>", [2, "</s>"], 2.0):
         (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": wrong}))
-        refused(folder, "eos_token_id .* is not a token's number")
+        assert_refused(folder, "eos_token_id .* is not a token's number")
 
 
 def test_a_config_of_huge_sizes_takes_no_memory(llama):
@@ -321,7 +321,7 @@ def test_a_config_of_huge_sizes_takes_no_memory(llama):
 
     def refused_with(changes, match):
         (folder / "config.json").write_text(json.dumps(config | changes))
-        refused(folder, match)
+        assert_refused(folder, match)
 
     refused_with({"num_hidden_layers": huge, "head_dim": 12}, "layers")
     refused_with({"vocab_size": huge, "head_dim": 12}, "embed_tokens")
@@ -340,7 +340,7 @@ def test_a_full_disk_leaves_the_old_model(llama):
     try:
         for limit in (100, 200_000):  # while the file is laid out, while tensors are written
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            refused(folder, "cannot write .*File too large")
+            assert_refused(folder, "cannot write .*File too large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
@@ -450,9 +450,9 @@ def test_the_bias_of_every_norm_is_needed(family, tmp_path):
     ]:
         name, reported = f"model.{theirs}.bias", f"model.{canonical}.bias"
         save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "model.safetensors")
-        refused(tmp_path, f"^tensor {reported} is missing$")
+        assert_refused(tmp_path, f"^tensor {reported} is missing$")
         save_file(tensors | {name: torch.ones(7)}, tmp_path / "model.safetensors")
-        refused(tmp_path, rf"tensor {reported} is \[7\]; the config makes it \[48\]")
+        assert_refused(tmp_path, rf"tensor {reported} is \[7\]; the config makes it \[48\]")
 
 
 @pytest.mark.parametrize(
@@ -467,11 +467,11 @@ def test_biases_are_those_of_the_config(family, changes, tmp_path):
     for name in names:
         bias = f"model.layers.1.{theirs.get(name, name)}.bias"
         save_file({n: t for n, t in tensors.items() if n != bias}, tmp_path / "model.safetensors")
-        refused(tmp_path, f"no tensor model.layers.1.{name}.bias")
+        assert_refused(tmp_path, f"no tensor model.layers.1.{name}.bias")
     denied = dict.fromkeys(("attention_bias", "mlp_bias", "use_bias"), False)
     (tmp_path / "config.json").write_text(json.dumps(config | denied))
     for name in names:
         bias = f"model.layers.1.{theirs.get(name, name)}.bias"
         kept = {n: t for n, t in tensors.items() if not n.endswith("_proj.bias") and "c_fc.bias" not in n}
         save_file(kept | {bias: tensors[bias]}, tmp_path / "model.safetensors")
-        refused(tmp_path, f"tensor model.layers.1.{name}.bias has no place")
+        assert_refused(tmp_path, f"tensor model.layers.1.{name}.bias has no place")

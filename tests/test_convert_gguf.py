@@ -102,7 +102,7 @@ def test_what_metadata_lack(tmp_path):
 # ---- Several files --------------------------------------------------------------------------------------------------
 
 
-def test_parts(refused, tmp_path):
+def test_parts(assert_refused, tmp_path):
     theirs = make_llama(hidden_size=64, intermediate_size=64)
     write_gguf(tmp_path / "m.gguf", theirs, tensors_per_part=9)
     parts = sorted(tmp_path.glob("*.gguf"))
@@ -113,13 +113,13 @@ def test_parts(refused, tmp_path):
 
     good = parts[1].read_bytes()
     shutil.copy(parts[2], parts[1])
-    refused(parts[0], "m-00002-of-00003.gguf is not part 2 of 3")
+    assert_refused(parts[0], "m-00002-of-00003.gguf is not part 2 of 3")
     parts[1].write_bytes(good[:-1])
-    refused(parts[0], "m-00002-of-00003.gguf is truncated or not GGUF")
+    assert_refused(parts[0], "m-00002-of-00003.gguf is truncated or not GGUF")
     parts[1].unlink()
-    refused(parts[2], "m-00002-of-00003.gguf does not exist; .*m-00003-of-00003.gguf needs all 3 parts")
+    assert_refused(parts[2], "m-00002-of-00003.gguf does not exist; .*m-00003-of-00003.gguf needs all 3 parts")
     shutil.copy(parts[0], tmp_path / "renamed.gguf")
-    refused(tmp_path / "renamed.gguf", "one of 3 parts, but not named like x-00001-of-00003.gguf")
+    assert_refused(tmp_path / "renamed.gguf", "one of 3 parts, but not named like x-00001-of-00003.gguf")
 
 
 @pytest.mark.parametrize("missing", [False, True])
@@ -146,7 +146,7 @@ def llama():
 
 
 @pytest.fixture
-def refused(tmp_path):
+def assert_refused(tmp_path):
     """(file, match) -> its conversion fails in one line that matches, and writes nothing."""
 
     def check(file: Path, match: str):
@@ -158,7 +158,7 @@ def refused(tmp_path):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_broken_headers_are_refused(llama, refused, tmp_path):
+def test_broken_headers_are_refused(llama, assert_refused, tmp_path):
     file = write_gguf(tmp_path / "m.gguf", llama)
     good = file.read_bytes()
     tokens_name = b"tokenizer.ggml.tokens" + (9).to_bytes(4, "little") + (8).to_bytes(4, "little")
@@ -173,17 +173,17 @@ def test_broken_headers_are_refused(llama, refused, tmp_path):
             broken.append(good[:offset] + n.to_bytes(8, "little") + good[offset + 8 :])
     for content in broken:
         file.write_bytes(content)
-        refused(file, "is truncated or not GGUF")
+        assert_refused(file, "is truncated or not GGUF")
     tensor_type = shape + 16
     file.write_bytes(good[:tensor_type] + (31).to_bytes(4, "little") + good[tensor_type + 4 :])  # Q4_0_4_4, withdrawn
-    refused(file, "token_embd.weight has type 31, which the gguf package does not know")
+    assert_refused(file, "token_embd.weight has type 31, which the gguf package does not know")
     kind = shape + 16
     file.write_bytes(good[:kind] + (26).to_bytes(4, "little") + good[kind + 4 :])
-    refused(file, "model.embed_tokens.weight is I32, which")
-    refused(tmp_path / "gone.gguf", "does not exist")
+    assert_refused(file, "model.embed_tokens.weight is I32, which")
+    assert_refused(tmp_path / "gone.gguf", "does not exist")
 
 
-def test_odd_metadata_and_names_are_refused(llama, refused, tmp_path):
+def test_odd_metadata_and_names_are_refused(llama, assert_refused, tmp_path):
     file = tmp_path / "m.gguf"
     for match, meta in {
         "one of 3 parts": BPE | {"split.count": 3},
@@ -202,18 +202,18 @@ def test_odd_metadata_and_names_are_refused(llama, refused, tmp_path):
         "lacks metadata.*rope.scaling.factor": BPE | {"llama.rope.scaling.type": "yarn"},
     }.items():
         file.unlink(missing_ok=True)
-        refused(write_gguf(file, llama, meta=meta), match)
+        assert_refused(write_gguf(file, llama, meta=meta), match)
     file.unlink()
     good = write_gguf(file, llama).read_bytes()
     file.write_bytes(good.replace(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight"))
-    refused(file, "tensor blk.1.attn_x.weight has no place")
+    assert_refused(file, "tensor blk.1.attn_x.weight has no place")
     file.write_bytes(good.replace(b"blk.1.attn_q.weight", b"blk.1.attn_k.bias\0\0"))
-    refused(file, "tensor blk.1.attn_k.bias")
+    assert_refused(file, "tensor blk.1.attn_k.bias")
     with torch.no_grad():
         damaged = copy.deepcopy(llama)
         damaged.model.layers[1].self_attn.o_proj.weight[3, 5] = torch.nan
     file.unlink()
-    refused(
+    assert_refused(
         write_gguf(file, damaged), "tensor model.layers.1.self_attn.o_proj.weight holds numbers that are not"
     )
     file.write_bytes(good)
@@ -227,4 +227,4 @@ def test_odd_metadata_and_names_are_refused(llama, refused, tmp_path):
     }.items():
         changed = {key: value for key, value in (meta | changes).items() if value is not None}
         file.write_bytes(gguf_bytes(changed, tensors))
-        refused(file, match)
+        assert_refused(file, match)

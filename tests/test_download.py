@@ -40,12 +40,12 @@ def url(tmp_path_factory):
 
 
 @pytest.fixture
-def call(url, tmp_path, monkeypatch, capsys):
+def run_download(url, tmp_path, monkeypatch, capsys):
     """Runs download.py against the server, in tmp_path: (exit status, stderr's lines)."""
     use_hub(monkeypatch, url)
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments):
+    def run_download(*arguments):
         monkeypatch.setattr(sys, "argv", ["download.py", "--repo_id", *arguments])
         try:
             run_script(main)
@@ -54,27 +54,27 @@ def call(url, tmp_path, monkeypatch, capsys):
             status = e.code
         return status, capsys.readouterr().err.splitlines()
 
-    return call
+    return run_download
 
 
 def got(folder):
     return {p.name for p in folder.iterdir()} - {".cache"}
 
 
-def test_only_the_files_that_are_needed(call, tmp_path):
+def test_only_the_files_that_are_needed(run_download, tmp_path):
     home, good = tmp_path / "checkpoints/me", ("--hf_token", "good")
     for arguments in (["me/safetensors"], ["me/bin", *good], ["me/gated", *good], ["me/bin"]):
-        assert call(*arguments) == (0, [])
+        assert run_download(*arguments) == (0, [])
     wanted = set(REPOS["me/safetensors"].split()) - {"README.md", "consolidated.safetensors", "pytorch_model.bin"}
     assert got(home / "safetensors") == {name for name in wanted if "/" not in name}
     assert got(home / "bin") == got(home / "gated") == set(REPOS["me/bin"].split()) - {"training_args.bin"}
     assert (home / "bin/tokenizer.model").read_bytes() == b"tokenizer.model"
-    status, lines = call("me/tinyllamas/stories15M")
+    status, lines = run_download("me/tinyllamas/stories15M")
     assert (status, got(home / "tinyllamas/stories15M")) == (0, {"stories15M.pt"})
     assert len(lines) == 1 and "me/tinyllamas has no tokenizer; put its tokenizer.model" in lines[0]
 
 
-def test_mistakes_are_one_line_and_exit_2(call, tmp_path, url, monkeypatch):
+def test_mistakes_are_one_line_and_exit_2(run_download, tmp_path, url, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/full").write_text("not a folder")
     no_model = "holds no config.json with model.safetensors or pytorch_model.bin, nor a .pt"
@@ -91,12 +91,12 @@ def test_mistakes_are_one_line_and_exit_2(call, tmp_path, url, monkeypatch):
         ("gpt2",): "--repo_id must be OWNER/NAME, as in meta-llama/Llama-3.2-1B, not 'gpt2'",
         ("../../etc",): "--repo_id must be OWNER/NAME, as in meta-llama/Llama-3.2-1B, not '../../etc'",
     }.items():
-        assert call(*arguments) == (2, [f"download.py: {line}"])
-    status, lines = call("full/disk")
+        assert run_download(*arguments) == (2, [f"download.py: {line}"])
+    status, lines = run_download("full/disk")
     assert status == 2 and len(lines) == 1 and "cannot download full/disk" in lines[0] and "Not a directory" in lines[0]
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and ".cache" not in p.parts and p.name != "full"]
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    status, lines = call("me/bin")
+    status, lines = run_download("me/bin")
     assert status == 2 and len(lines) == 1 and "cannot download me/bin from http://127.0.0.1:9: " in lines[0]
 
 

@@ -34,8 +34,8 @@ def fresh_runner(model, rows: int, length: int, sampling: SamplingParams = GREED
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_transformers(family, pair):
-    theirs, ours = pair(family)
+def test_greedy_tokens_equal_transformers(family, both_models):
+    theirs, ours = both_models(family)
     theirs.generation_config.eos_token_id = None
     prompt = prompt_of(3, 50)
     options = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0}
@@ -44,8 +44,8 @@ def test_greedy_tokens_equal_transformers(family, pair):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rescoring_gives_the_same_log_probabilities(family, pair, monkeypatch):
-    ours, prompt = pair(family)[1], prompt_of(3, 30)
+def test_rescoring_gives_the_same_log_probabilities(family, both_models, monkeypatch):
+    ours, prompt = both_models(family)[1], prompt_of(3, 30)
     seen = []
 
     def sample_and_note(logits, *options):
@@ -65,8 +65,8 @@ def test_rescoring_gives_the_same_log_probabilities(family, pair, monkeypatch):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_rows_are_independent(family, pair):
-    ours = pair(family)[1]
+def test_rows_are_independent(family, both_models):
+    ours = both_models(family)[1]
     for rows, length, n in [(3, 20, 30), (16, 3, 12)]:
         prompt = prompt_of(rows, length)
         together = new_tokens(fresh_runner(ours, rows, 50), prompt, n)
@@ -75,8 +75,8 @@ def test_rows_are_independent(family, pair):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_what_the_cache_held_before_does_not_matter(family, pair):
-    ours = pair(family)[1]
+def test_what_the_cache_held_before_does_not_matter(family, both_models):
+    ours = both_models(family)[1]
     kv_cache = KVCache(ours, 2, 80)
     runner = ModelRunner(ours, kv_cache, GREEDY)
     expected = new_tokens(runner, prompt_of(2, 5), 20)
@@ -89,15 +89,15 @@ def test_what_the_cache_held_before_does_not_matter(family, pair):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_the_size_of_a_cache_is_known_before_it_is_allocated(family, pair):
-    ours = pair(family)[1]
+def test_the_size_of_a_cache_is_known_before_it_is_allocated(family, both_models):
+    ours = both_models(family)[1]
     layers = KVCache(ours, 2, 7).layers
     assert 2 * 7 * ours.kv_bytes_per_token() == sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
 
 
-def test_a_cache_that_nothing_uses_is_freed_at_once(pair):
+def test_a_cache_that_nothing_uses_is_freed_at_once(both_models):
     """Recorded steps refer to the cache, so none may be part of a reference cycle."""
-    model = pair("llama3")[1]
+    model = both_models("llama3")[1]
     kv_cache = KVCache(model, 1, 12)
     runner = ModelRunner(model, kv_cache, SamplingParams())
     new_tokens(runner, prompt_of(1, 5), 4)
@@ -124,8 +124,8 @@ def test_modes_of_a_step():
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_conversation_continues_from_the_cache(family, pair):
-    ours, first, second = pair(family)[1], prompt_of(2, 21), prompt_of(2, 9)
+def test_conversation_continues_from_the_cache(family, both_models):
+    ours, first, second = both_models(family)[1], prompt_of(2, 21), prompt_of(2, 9)
     runner = fresh_runner(ours, 2, 80)
     answer = new_tokens(runner, first, 20)
     more = torch.cat([answer[:, -1:], second], 1)  # the last token of an answer has not been fed yet
@@ -135,9 +135,9 @@ def test_conversation_continues_from_the_cache(family, pair):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_two_caches_of_one_model(family, pair):
+def test_two_caches_of_one_model(family, both_models):
     """Their steps may take turns."""
-    ours, prompts = pair(family)[1], [prompt_of(1, 12), prompt_of(1, 30)]
+    ours, prompts = both_models(family)[1], [prompt_of(1, 12), prompt_of(1, 30)]
     alone = [new_tokens(fresh_runner(ours, 1, 60), prompt, 20)[0].tolist() for prompt in prompts]
     turns = [generate(fresh_runner(ours, 1, 60), prompt, 0, 20) for prompt in prompts]
     in_turn = [[], []]
@@ -149,8 +149,8 @@ def test_two_caches_of_one_model(family, pair):
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 49])
 @pytest.mark.parametrize("family", SOME)
-def test_prefill_in_chunks_is_prefill(family, chunk, pair, monkeypatch):
-    ours, prompt = pair(family)[1], prompt_of(2, 50)
+def test_prefill_in_chunks_is_prefill(family, chunk, both_models, monkeypatch):
+    ours, prompt = both_models(family)[1], prompt_of(2, 50)
 
     def tokens_and_cache():
         kv_cache = KVCache(ours, 2, 60)
@@ -199,20 +199,20 @@ def without_inductor(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("use_kernels", [True, False])
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])
-def test_compiled_decode(family, use_kernels, rows, pair, without_inductor):
+def test_compiled_decode(family, use_kernels, rows, both_models, without_inductor):
     if (family, rows) not in (("llama3", 3), ("mixtral", 1)):  # a dense model of one row is in test_speculative.py
         without_inductor()
     cases = [(0, 1, 2), (0, 9, 20), (29, 2, 9), (0, 40, 24)]
-    counters = check_compiled(pair(family, use_kernels)[1], rows, [(0, 3, 3)], cases, compile=True)
+    counters = check_compiled(both_models(family, use_kernels)[1], rows, [(0, 3, 3)], cases, compile=True)
     assert not counters["graph_break"]
     # one block for all layers, and the head; nothing where the kernels do the work
     assert counters["stats"]["unique_graphs"] == (0 if use_kernels and build.library() else 2)
 
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral", "qwen3"])
-def test_kernels_compile(family, pair):
+def test_kernels_compile(family, both_models):
     """torch.compile of a whole model that is made of kernels: no graph break, the same logits."""
-    ours = pair(family)[1]
+    ours = both_models(family)[1]
     # One family goes all the way to machine code. The others show that their calls are captured without a break.
     step = torch.compile(ours, fullgraph=True, backend="inductor" if family == "qwen3" else "aot_eager")
     kv_cache, compiled_cache = KVCache(ours, 1, 20), KVCache(ours, 1, 20)
@@ -225,20 +225,20 @@ def test_kernels_compile(family, pair):
 
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])
-def test_compiled_prefill(family, pair, monkeypatch, without_inductor):
+def test_compiled_prefill(family, both_models, monkeypatch, without_inductor):
     if family == "mixtral":  # its experts are not compiled, and the rest is as in llama3
         without_inductor()
     monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 16)  # of two sequences
     warm, cases = [(5, 9, 1)], [(0, 2, 9), (0, 11, 9), (29, 5, 9), (0, 1, 9), (0, 63, 2)]
-    counters = check_compiled(pair(family)[1], 2, warm, cases, compile_prefill=True)
+    counters = check_compiled(both_models(family)[1], 2, warm, cases, compile_prefill=True)
     if family == "llama3":  # a mixture reads on the host which experts are in use
         assert not counters["graph_break"]
 
 
-def test_compiled_prefill_with_kernels(pair, monkeypatch, without_inductor):
+def test_compiled_prefill_with_kernels(both_models, monkeypatch, without_inductor):
     """Chunks of more tokens than a step can have, on the kernels for prompts where the CPU has them."""
     without_inductor()
     monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 40)  # of two sequences
     cases = [(0, 37, 9), (29, 34, 1), (0, 63, 1)]
-    counters = check_compiled(pair("llama3", True)[1], 2, [(5, 49, 1)], cases, compile_prefill=True)
+    counters = check_compiled(both_models("llama3", True)[1], 2, [(5, 49, 1)], cases, compile_prefill=True)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] > 0

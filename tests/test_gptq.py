@@ -65,7 +65,7 @@ def test_calibration_runs_the_model():
 
 
 def test_gptq_of_inputs_that_are_all_zero(capsys):
-    """They say nothing about which columns matter, so the weights are rounded to nearest."""
+    """Such inputs do not say which columns matter, so weights are rounded to nearest."""
     torch.manual_seed(0)
     linear = Linear(64, 16)
     linear.weight.normal_()

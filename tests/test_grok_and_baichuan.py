@@ -18,7 +18,7 @@ from engine.sampling import SamplingParams
 from loading import load_model
 from model import KVCache
 from rope import alibi_slopes
-from tests.tiny import call, convert, forward, make_hf
+from tests.tiny import call_main, convert, forward, make_hf
 from utils.errors import UsageError
 
 DIM, N_LAYERS, H, G, D, FFN, V, E = 32, 2, 4, 2, 8, 48, 97, 4
@@ -206,7 +206,7 @@ def test_quantized(name, mode, tmp_path):
         path = convert(tmp_path)
     else:
         path = write_folder(name, tmp_path)
-    call(quantize.main, "--checkpoint_path", path, "--mode", mode)
+    call_main(quantize.main, "--checkpoint_path", path, "--mode", mode)
     (quantized,) = tmp_path.glob("model_*.pth")
     tokens = torch.randint(0, V, (2, 20))
     ours, plain = (load_model(quantized, "cpu", torch.float32, use_kernels) for use_kernels in (True, False))

@@ -9,7 +9,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from checkpoint import read_checkpoint
-from tests.tiny import convert, make_hf, refused, same_logits
+from tests.tiny import assert_refused, convert, make_hf, same_logits
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_config_means_what_it_means_to_transformers(family, changes, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["gemma", "gemma3", "dbrx", "nemotron", "starcoder2"])
 def test_conversion_computes_in_float32(family, dtype, tmp_path):
-    """What it adds to weights of 16 bits is not rounded."""
+    """Sums with weights of 16 bits are not rounded."""
     make_hf(family).to(dtype).save_pretrained(tmp_path)
     same_as_transformers(tmp_path)
 
@@ -76,7 +76,7 @@ def test_conversion_computes_in_float32(family, dtype, tmp_path):
 def test_an_architecture_with_code_of_its_own_is_refused(llama):
     """Though its model_type is known."""
     change_config(llama, {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}})
-    refused(llama, "architecture 'Mine' is not one of LlamaForCausalLM, ")
+    assert_refused(llama, "architecture 'Mine' is not one of LlamaForCausalLM, ")
     change_config(llama, {"architectures": ["LlamaForCausalLM"]})
     assert convert(llama) == llama / "model.pth"
 
@@ -113,7 +113,7 @@ def test_tensors_that_change_nothing(llama, extra, capsys):
 def test_a_bias_that_changes_something_is_refused(llama):
     bias = f"{ATTENTION[1]}.q_proj.bias"
     change_tensors(llama, lambda tensors: tensors | {bias: torch.eye(48)[0].clone()})
-    refused(llama, f"tensor {bias} has no place")
+    assert_refused(llama, f"tensor {bias} has no place")
 
 
 SPELLINGS = {

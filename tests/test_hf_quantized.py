@@ -25,7 +25,7 @@ from tests.quantized_folders import (
     set_quantization,
     write_quantized,
 )
-from tests.tiny import convert, make_hf, refused, same_logits
+from tests.tiny import assert_refused, convert, make_hf, same_logits
 from utils.errors import UsageError
 
 
@@ -41,7 +41,7 @@ def test_values_are_kept(case, tmp_path):
 
 
 def test_version_of_gptq(tmp_path):
-    """The zero points of symmetric weights say what it is, whatever config.json calls it."""
+    """The zero points of symmetric weights tell the version, whatever config.json says."""
     for version in (1, 2):
         family, _, config, quantize = gptq_case("llama2", "int4.g32", version)
         for label in ({"checkpoint_format": "gptq"}, {"checkpoint_format": "gptq_v2"}):
@@ -64,7 +64,7 @@ def test_version_of_gptq_in_other_places(tmp_path):
             (folder / "quantize_config.json").write_text(json.dumps(config | in_file))
             check_weights(convert(folder), folder / "reference", is_exact=True)
     set_quantization(tmp_path / "4none", config | {"bits": 4, "checkpoint_format": "gptq"})
-    refused(tmp_path / "4none", "says checkpoint_format gptq; the tensors of .* have zero points of gptq_v2")
+    assert_refused(tmp_path / "4none", "says checkpoint_format gptq; the tensors of .* have zero points of gptq_v2")
 
 
 OLDER_FILES = [("gptq", "quantize_config.json"), ("awq", "quant_config.json"), ("modelopt", "hf_quant_config.json")]
@@ -76,7 +76,7 @@ def test_the_files_of_older_programs(case, file, tmp_path):
     folder = tmp_path / "m"
     family, _, config, quantize = CASES[case]
     write_quantized(folder, family, None, quantize)
-    refused(folder, "is quantized, and config.json has no quantization_config, which names the format")
+    assert_refused(folder, "is quantized, and config.json has no quantization_config, which names the format")
     older = {"w_bit": 4, "q_group_size": "64", "version": "GEMM"} if case == "awq" else config | {"bits": "4"}
     older = {key: value for key, value in older.items() if key != "quant_method"}
     (folder / file).write_text(json.dumps({"quantization": older} if case == "modelopt" else older))
@@ -108,11 +108,11 @@ def test_biases_of_zeros(tmp_path):
     write(tmp_path / "zeros", 0.0)
     check_weights(convert(tmp_path / "zeros"), tmp_path / "zeros/reference", is_exact=True)
     write(tmp_path / "ones", 1.0)
-    refused(tmp_path / "ones", "_proj.bias has no place in this model")
+    assert_refused(tmp_path / "ones", "_proj.bias has no place in this model")
 
 
 def test_zero_points_of_zero_minus_one(tmp_path):
-    """Each borrows from the next one in its word. Weights that are all positive have them."""
+    """Such a zero point borrows from the next one in its word. Groups whose weights are all positive have one."""
     _, _, config, quantize = gptq_case("llama2", "int4.g32", symmetric=False)
 
     def quantize_positive(name: str, w: Tensor):
@@ -216,7 +216,7 @@ def test_layer_norms_need_16_bits(tmp_path):
     """Conversion centers outputs and computes with weights."""
     _, _, config, quantize = gptq_case("nemotron", "", bits=4, group_size=32)
     write_quantized(tmp_path / "m", "nemotron", config, quantize)
-    refused(tmp_path / "m", "is quantized, and this family's conversion changes it: take 16-bit weights")
+    assert_refused(tmp_path / "m", "is quantized, and this family's conversion changes it: take 16-bit weights")
 
 
 def test_groups_without_a_format(tmp_path, capsys):
@@ -229,7 +229,7 @@ def test_groups_without_a_format(tmp_path, capsys):
 
 
 def test_layers_that_differ(tmp_path, capsys):
-    """What is stacked gets a format that holds all of it: smaller groups, more bits or, if there is none, 16 bits."""
+    """Stacked weights get a format that holds all their values: smaller groups, more bits or, at worst, 16 bits."""
     how = {"symmetric": False, "bits": 4, "group_size": 64}
     changes = {"v_proj": {"group_size": 32}, "gate_proj": {"bits": 8}, "down_proj": {"bits": 8, "group_size": -1}}
 
@@ -267,7 +267,7 @@ def test_a_stack_with_16_bits_has_their_dtype(tmp_path):
 
 
 def test_four_bits_in_groups_of_16(tmp_path):
-    """Int4 has none; GroupedInt8 holds them exactly."""
+    """Int4 cannot hold such zero points; GroupedInt8 holds them exactly."""
     family, _, config, quantize = packed_case("llama2", "", 4, 16, False)
     write_quantized(tmp_path / "m", family, config, quantize)
     path = convert(tmp_path / "m")
@@ -343,7 +343,7 @@ def test_a_quantized_router(tmp_path, capsys):
 
 
 def test_a_single_word_in_a_row():
-    """As zero points of up to 8 outputs are. PyTorch calls them contiguous whatever their stride."""
+    """As with zero points of up to 8 outputs. PyTorch calls a single word contiguous whatever its stride."""
     words = torch.tensor([[0x76543210, 1]], dtype=torch.int32).T
     assert unpack_words(words, 4).tolist() == [list(range(8)), [1, *[0] * 7]]
 
@@ -381,7 +381,7 @@ def test_dense_weights_are_rounded_once(tmp_path):
 
 
 def test_scales_of_32_bits(tmp_path, capsys):
-    """They become float16. Where they are too small for it, the weight becomes 16 bits."""
+    """Scales become float16. If a scale is too small for float16, the weight becomes 16 bits."""
     how = {"bits": 4, "group_size": 32, "symmetric": True, "scale_dtype": torch.float32}
     family, _, config, _ = packed_case("llama2", "int4.g32", **how)
 

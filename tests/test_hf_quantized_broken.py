@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.quantized_folders import CASES, set_quantization, write_quantized
-from tests.tiny import make_hf, refused
+from tests.tiny import assert_refused, make_hf
 
 
 def test_unsupported_methods_are_named(tmp_path):
@@ -38,7 +38,7 @@ def test_unsupported_methods_are_named(tmp_path):
     }
     for match, config in wrong.items():
         set_quantization(tmp_path, config)
-        refused(tmp_path, match)
+        assert_refused(tmp_path, match)
 
 
 def transform_at(*locations: str) -> dict:
@@ -62,7 +62,7 @@ def broken_checkpoint(folder: Path, case: str) -> Callable:
             changed[name] = tensor(tensors[name].clone()) if callable(tensor) else tensor
         save_file({n: t.contiguous() for n, t in changed.items() if t is not None}, folder / "model.safetensors")
         set_quantization(folder, config | (config_changes or {}))
-        refused(folder, match)
+        assert_refused(folder, match)
 
     return refuse
 
@@ -115,7 +115,7 @@ def test_broken_gptq(tmp_path):
     refuse(f"{k_proj}.g_idx is missing, although", {"g_idx": None}, config_changes={"desc_act": True})
     file = tmp_path / "m/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    refused(tmp_path / "m", "truncated")
+    assert_refused(tmp_path / "m", "truncated")
 
 
 def test_broken_awq_and_packed(tmp_path):

@@ -25,7 +25,7 @@ ANY_TOKENS = kernels.CPU.with_limits(attend=math.inf)  # kernels for prompts, to
 
 
 def check_attention(starts, n_tokens, n_heads, cache: LayerCache, tables, window, norms, **options):
-    """Of so many new tokens in each sequence, at the positions starts. The cache holds NaN where nothing has been
+    """Of n_tokens new tokens in each sequence, at the positions starts. The cache holds NaN where nothing has been
     written yet; afterwards the new tokens' keys and values are where they belong, and nothing else has changed."""
     (_, n_kv_heads, _, d), dtype = cache.k.shape, cache.k.dtype
     start_pos = torch.tensor(starts)
@@ -40,7 +40,7 @@ def check_attention(starts, n_tokens, n_heads, cache: LayerCache, tables, window
 
 
 def make_cache(starts, n_kv_heads, length, d, dtype) -> LayerCache:
-    """With sequences of so many tokens."""
+    """starts: the tokens that each sequence has."""
     k, v = torch.randn(2, len(starts), n_kv_heads, length, d).to(dtype).unbind()
     for b, start in enumerate(starts):
         k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan

@@ -188,7 +188,7 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
 
 
 def test_pytorchs_kernels_without_a_compiler(monkeypatch):
-    """They take 8- and 4-bit weights of linear layers with 16-bit activations. All other weights are dequantized."""
+    """For 8- and 4-bit weights of linear layers with 16-bit activations. All other weights are dequantized."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
     monkeypatch.setattr(aten, "PACK_ROWS", 128)
     for dtype in (torch.bfloat16, torch.float16):

@@ -18,9 +18,9 @@ from text.tokenizer import detokenize
 from utils.errors import UsageError
 
 
-def test_text(chatty, ask):
+def test_text(chat_model, ask):
     """As generate.py --prompt generates it."""
-    model, tokenizer = load(str(chatty / "model.pth"), device="cpu", dtype=torch.bfloat16)
+    model, tokenizer = load(str(chat_model / "model.pth"), device="cpu", dtype=torch.bfloat16)
     kv_cache = KVCache(model, batch_size=1, max_seq_len=100)
     runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
     prompt = tokenizer.encode("Hello, my name is")
@@ -28,13 +28,13 @@ def test_text(chatty, ask):
     tokens = [ids[0] for ids in generate(runner, torch.tensor([prompt]), n_cached=0, max_new_tokens=20)]
     text = "".join(detokenize(tokenizer, tokens, prefix_ids=prompt))
 
-    (result,) = ask(chatty, "--prompt=Hello, my name is", "--max_new_tokens=20", "--top_p=0.9", "--ignore_eos")
+    (result,) = ask(chat_model, "--prompt=Hello, my name is", "--max_new_tokens=20", "--top_p=0.9", "--ignore_eos")
     assert result["tokens"] == [tokens] and result["text"] == [text] and len(text) > 10
 
 
-def test_conversation(chatty, cli):
+def test_conversation(chat_model, cli):
     """As generate.py --chat leads it. Another cache of the same model does not notice."""
-    model, tokenizer = load(chatty / "model.pth")
+    model, tokenizer = load(chat_model / "model.pth")
     kv_cache, other_kv_cache = (KVCache(model, 1, 160) for _ in range(2))
     runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_runner, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
@@ -46,16 +46,16 @@ def test_conversation(chatty, cli):
         answers.append("".join(conversation.answer(message, max_new_tokens=12)))
 
     flags = ["--temperature=0", "--max_new_tokens=12"]
-    assert cli(chatty, "--chat", *flags, stdin="Hi\nhow are you?\n").splitlines() == answers
-    assert cli(chatty, "--prompt=Hello", *flags, "--max_new_tokens=4") == bytes(other_ids).decode() + "\n"
+    assert cli(chat_model, "--chat", *flags, stdin="Hi\nhow are you?\n").splitlines() == answers
+    assert cli(chat_model, "--prompt=Hello", *flags, "--max_new_tokens=4") == bytes(other_ids).decode() + "\n"
 
 
-def test_llm(chatty, cli):
+def test_llm(chat_model, cli):
     """Says what generate.py says, up to an end token, also when a text comes between the turns of a conversation."""
-    llm = LLM(chatty / "model.pth", device="cpu", max_seq_len=160)
+    llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
     flags = ["--temperature=0", "--max_new_tokens=12"]
-    text = cli(chatty, "--prompt=Hello", *flags).removesuffix("\n")
-    answers = cli(chatty, "--chat", "--system=Be brief", *flags, stdin="Hi\nhow are you?\n").splitlines()
+    text = cli(chat_model, "--prompt=Hello", *flags).removesuffix("\n")
+    answers = cli(chat_model, "--chat", "--system=Be brief", *flags, stdin="Hi\nhow are you?\n").splitlines()
     conversation = llm.chat(system="Be brief")
     for message, answer in zip(("Hi", "how are you?"), answers, strict=True):
         assert "".join(conversation.answer(message, max_new_tokens=12)) == answer
@@ -87,25 +87,25 @@ def test_llm(chatty, cli):
     for wrong in ([{"role": "user"}], [{"role": "user", "content": None}], ["Hi"]):
         with pytest.raises(UsageError, match="message.* not "):
             llm.generate(wrong, max_new_tokens=12)
-    for start in (partial(LLM, chatty / "model.pth"), partial(llm.generate, "Hello", 12),
+    for start in (partial(LLM, chat_model / "model.pth"), partial(llm.generate, "Hello", 12),
                   partial(llm.generate_many, ["Hello"]), llm.chat):
         with pytest.raises(UsageError, match="^foo is no sampling option; these are: temperature, top_k"):
             start(foo=1)
         with pytest.raises(UsageError, match="^top_k must be at least 1, not 0"):
             start(top_k=0)
     with pytest.raises(UsageError, match="temperature must be a number, not 'hot'"):
-        LLM(chatty / "model.pth", temperature="hot")
+        LLM(chat_model / "model.pth", temperature="hot")
     for wrong in ("bfloat16", torch.int8, None):
         with pytest.raises(UsageError, match="dtype must be torch.bfloat16, torch.float16 or torch.float32, not "):
-            LLM(chatty / "model.pth", dtype=wrong)
+            LLM(chat_model / "model.pth", dtype=wrong)
     with pytest.raises(UsageError, match="exceed the context of 20 tokens, which is LLM's max_seq_len; raise it"):
-        LLM(chatty / "model.pth", max_seq_len=20).generate("Hello", max_new_tokens=16)
-    assert LLM(chatty / "model.pth", max_seq_len=10**6, temperature=0.5).max_seq_len == llm.model.config.max_seq_len
+        LLM(chat_model / "model.pth", max_seq_len=20).generate("Hello", max_new_tokens=16)
+    assert LLM(chat_model / "model.pth", max_seq_len=10**6, temperature=0.5).max_seq_len == llm.model.config.max_seq_len
 
 
-def test_sampling_options_of_a_call(chatty):
+def test_sampling_options_of_a_call(chat_model):
     """They replace the LLM's for one call, also while a text with other options is generated."""
-    greedy, hot = (LLM(chatty / "model.pth", device="cpu", temperature=t, top_k=20) for t in (0, 5.0))
+    greedy, hot = (LLM(chat_model / "model.pth", device="cpu", temperature=t, top_k=20) for t in (0, 5.0))
 
     def text(llm: LLM, **sampling) -> str:
         torch.manual_seed(0)
@@ -213,16 +213,17 @@ print(next(text))
 """
 
 
-def test_a_text_may_stay_unfinished(chatty):
+def test_a_text_may_stay_unfinished(chat_model):
     """At the end of the program, too, where PyTorch's own functions are gone."""
-    command = [sys.executable, "-c", UNFINISHED, chatty / "model.pth"]
+    command = [sys.executable, "-c", UNFINISHED, chat_model / "model.pth"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
-def test_a_notebook_goes_on(chatty):
+def test_a_notebook_goes_on(chat_model):
     """After %run generate.py Ctrl-C does what it did before, and a fork can generate, too."""
-    flags = [f"--checkpoint_path={chatty / 'model.pth'}", "--prompt=Hello", "--temperature=0", "--max_new_tokens=12"]
+    flags = ["--prompt=Hello", "--temperature=0", "--max_new_tokens=12"]
+    flags.append(f"--checkpoint_path={chat_model / 'model.pth'}")
     env = os.environ | {"OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", IN_A_NOTEBOOK, *flags]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

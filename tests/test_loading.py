@@ -13,7 +13,7 @@ from kernels.formats import GroupedInt8, Int4, Int8, Unquantized
 from loading import load, load_model
 from model import KVCache
 from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder
-from tests.tiny import call, forward, give_input_orders, quantize_embedding
+from tests.tiny import call_main, forward, give_input_orders, quantize_embedding
 from utils.errors import UsageError
 
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     """A model whose embedding is its head too, in 32, 8 and 4 bits."""
     folder = random_folder(tmp_path_factory.mktemp("tied"), max_seq_len=64, tie_embeddings=True)
     for mode in ("int8", "int4"):
-        call(quantize.main, "--checkpoint_path", folder / "model.pth", "--mode", mode)
+        call_main(quantize.main, "--checkpoint_path", folder / "model.pth", "--mode", mode)
     return folder
 
 
@@ -182,19 +182,19 @@ def test_orders_of_inputs(act_order, monkeypatch):
 def test_broken_orders_of_inputs(act_order, tmp_path):
     path, name = tmp_path / "model.pth", "layers.0.attention.o_proj.input_order"
 
-    def refused(match: str):
+    def assert_refused(match: str):
         with pytest.raises(UsageError, match=match) as e:
             load_model(path)
         assert "\n" not in str(e.value)
 
     for change in (lambda order: order.clone().fill_(1), lambda order: order - 1, lambda order: order + 1):
         rewrite(act_order, path, lambda tensors, change=change: tensors.update({name: change(tensors[name])}))
-        refused(f"tensor {name} is no order of the layer's 32 inputs; convert it again")
+        assert_refused(f"tensor {name} is no order of the layer's 32 inputs; convert it again")
     for change in (lambda order: order[1:], lambda order: order.long()):
         rewrite(act_order, path, lambda tensors, change=change: tensors.update({name: change(tensors[name])}))
-        refused(f"tensor {name} is missing, left over or of the wrong shape")
+        assert_refused(f"tensor {name} is missing, left over or of the wrong shape")
     rewrite(act_order, path, lambda tensors: tensors.pop(name))
-    refused(f"tensor {name} is missing")
+    assert_refused(f"tensor {name} is missing")
     config, quantization, tensors = read_checkpoint(act_order)
     shapes = {tensor_name: (tuple(t.shape), t.dtype) for tensor_name, t in tensors.items()}
     without = [layer for layer in quantization["act_order"] if f"{layer}.input_order" != name]
@@ -203,7 +203,7 @@ def test_broken_orders_of_inputs(act_order, tmp_path):
         ("lm_head", "act_order is 'lm_head', not a list of layers"), ([1], r"act_order is \[1\], not a list"),
     ]:
         save_checkpoint(path, config, shapes, tensors.items(), quantization | {"act_order": layers})
-        refused(match)
+        assert_refused(match)
 
 
 BOT = 259  # <|bot|>
@@ -223,7 +223,7 @@ BOT = 259  # <|bot|>
     ],
 )
 def test_end_tokens(tmp_path, settings, expected):
-    """Those of the config, the tokenizer's and the template's, each once."""
+    """The end tokens of the config, of the tokenizer and of the template, each once."""
     folder = random_folder(tmp_path, max_seq_len=64)
     rewrite_config(folder / "model.pth", eos_ids=(0, ord(".")))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

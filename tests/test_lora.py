@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoint import read_checkpoint
 from converters.convert_folder import convert_folder
 from scripts import convert_hf_checkpoint
-from tests.tiny import FAMILIES, call, make_hf, refused, same_logits, write_tokenizer
+from tests.tiny import FAMILIES, assert_refused, call_main, make_hf, same_logits, write_tokenizer
 from text.tokenizer import load_tokenizer
 from utils.errors import UsageError
 
@@ -33,7 +33,7 @@ def random_halves(n: int, k: int, r: int = CONFIG["r"]) -> tuple[Tensor, Tensor]
 
 
 def write_adapter(folder: Path, halves: dict[str, tuple[Tensor, Tensor]], others: dict[str, Tensor] = {}, **config):  # noqa: B006
-    """As PEFT's save_pretrained writes it. halves: A and B by transformers' name of the module."""
+    """Writes what PEFT's save_pretrained writes. halves: A and B by transformers' name of the module."""
     folder.mkdir(exist_ok=True)
     tensors = {PREFIX + name: t for name, t in others.items()}
     for name, (a, b) in halves.items():
@@ -195,7 +195,7 @@ def test_the_tokenizer_comes_along(llama, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("mine")
     names = base / "special_tokens_map.json"
     names.write_text('{"mask_token": "<mask>"}')
-    call(convert_hf_checkpoint.main, "--checkpoint_dir", base, "--lora", tmp_path)
+    call_main(convert_hf_checkpoint.main, "--checkpoint_dir", base, "--lora", tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.special_tokens_map["mask_token"] == "<mask>"
     assert tokenizer.vocab_size == load_tokenizer(base).vocab_size and tokenizer.chat_template == "mine"
@@ -230,7 +230,7 @@ FIELDS = {
 def test_a_config_that_is_not_supported(llama, tmp_path, match):
     base, _, halves = llama
     write_adapter(tmp_path, halves, **FIELDS[match])
-    refused(base, match, lora=tmp_path)
+    assert_refused(base, match, lora=tmp_path)
 
 
 def test_tensors_that_do_not_fit(llama, tmp_path):
@@ -250,9 +250,9 @@ def test_tensors_that_do_not_fit(llama, tmp_path):
     }
     for match, changes in wrong.items():
         write_adapter(tmp_path, halves | changes)
-        refused(base, match, lora=tmp_path)
+        assert_refused(base, match, lora=tmp_path)
     write_adapter(tmp_path, {name: ab for name, ab in halves.items() if name != q})
-    refused(base, "changes self_attn.q_proj.weight in 2 of 3 layers", lora=tmp_path)
+    assert_refused(base, "changes self_attn.q_proj.weight in 2 of 3 layers", lora=tmp_path)
     one_half = {f"{q}.lora_A.weight": a}
     for match, others in {
         f"of {q}, lora_B is missing": one_half,
@@ -262,25 +262,25 @@ def test_tensors_that_do_not_fit(llama, tmp_path):
         "tensor .*step is not finite": {"step": torch.ones(3, dtype=torch.int64)},
     }.items():
         write_adapter(tmp_path, {}, others)
-        refused(base, match, lora=tmp_path)
+        assert_refused(base, match, lora=tmp_path)
     write_adapter(tmp_path, {})
-    refused(base, "has no tensors|truncated", lora=tmp_path)
+    assert_refused(base, "has no tensors|truncated", lora=tmp_path)
 
 
 def test_folders_that_do_not_fit(llama, tmp_path):
     base, _, halves = llama
-    refused(base, "holds no adapter: it has no adapter_config.json", lora=tmp_path)
+    assert_refused(base, "holds no adapter: it has no adapter_config.json", lora=tmp_path)
     write_adapter(tmp_path, halves, base_model_name_or_path="meta-llama/Llama-3.2-1B")
     with pytest.raises(UsageError, match=r"holds an adapter, not a model: .*the folder of meta-llama/Llama-3.2-1B"):
         convert_folder(tmp_path)
-    refused(tmp_path, "has no config.json: --lora needs a model in Hugging Face's format", lora=tmp_path)
+    assert_refused(tmp_path, "has no config.json: --lora needs a model in Hugging Face's format", lora=tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"garbage")
-    refused(base, "truncated or not safetensors", lora=tmp_path)
+    assert_refused(base, "truncated or not safetensors", lora=tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    refused(base, "neither adapter_model.safetensors nor adapter_model.bin", lora=tmp_path)
+    assert_refused(base, "neither adapter_model.safetensors nor adapter_model.bin", lora=tmp_path)
     for text in ("{", "[]", "3"):
         (tmp_path / "adapter_config.json").write_text(text)
-        refused(base, "not readable JSON|wrong kind", lora=tmp_path)
+        assert_refused(base, "not readable JSON|wrong kind", lora=tmp_path)
 
 
 def test_a_quantized_base(llama, tmp_path):
@@ -289,6 +289,6 @@ def test_a_quantized_base(llama, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    refused(tmp_path / "base", "is quantized .*give the model that it was made from", lora=tmp_path / "lora")
+    assert_refused(tmp_path / "base", "is quantized .*give the model that it was made from", lora=tmp_path / "lora")
     write_adapter(base, halves)
-    refused(base, "put the adapter into a folder of its own", lora=base)
+    assert_refused(base, "put the adapter into a folder of its own", lora=base)

@@ -15,7 +15,7 @@ from checkpoint import read_checkpoint
 from converters.gguf_tokenizer import LLAMA3_WORDS
 from converters.meta import infer_llama_version
 from tests.test_convert import TINYLLAMAS_NAMES
-from tests.tiny import LLAMA3, convert, make_hf, refused, same_logits
+from tests.tiny import LLAMA3, assert_refused, convert, make_hf, same_logits
 from tests.tiny_gguf import in_meta_order
 from tests.tiny_tokenizers import FORGED, LLAMA3_SPLIT, MISTRAL, TEXTS, train_byte_level
 from text.tokenizer import byte_level_alphabet, load_tokenizer
@@ -226,27 +226,27 @@ def test_wrong_shards(meta):
     first, second = meta / "consolidated.00.pth", meta / "consolidated.01.pth"
     data = second.read_bytes()
     second.write_bytes(data[: len(data) // 2])
-    refused(meta, "consolidated.01.pth is truncated")
+    assert_refused(meta, "consolidated.01.pth is truncated")
     second.unlink()
-    refused(meta, "the model is in 2 files consolidated.*; 1 are there")
+    assert_refused(meta, "the model is in 2 files consolidated.*; 1 are there")
     second.write_bytes(first.read_bytes())
-    refused(meta, "consolidated.00.pth and consolidated.01.pth hold the same shard")
+    assert_refused(meta, "consolidated.00.pth and consolidated.01.pth hold the same shard")
     second.write_bytes(data)
     first.rename(meta / "consolidated.02.pth")
-    refused(meta, "holds consolidated.01.pth, but no consolidated.00.pth")
+    assert_refused(meta, "holds consolidated.01.pth, but no consolidated.00.pth")
     (meta / "consolidated.02.pth").rename(first)
     tensors = torch.load(first)
     torch.save({name: t for name, t in tensors.items() if name != "norm.weight"}, first)
-    refused(meta, "consolidated.01.pth and consolidated.00.pth do not both have the tensor norm.weight")
+    assert_refused(meta, "consolidated.01.pth and consolidated.00.pth do not both have the tensor norm.weight")
     torch.save(tensors | {"layers.1.attention.wq.weight": torch.ones(3, 5)}, first)
-    refused(meta, "a tensor that does not fit it")
+    assert_refused(meta, "a tensor that does not fit it")
     torch.save(tensors | {"norm.weight": tensors["norm.weight"] + 1}, first)
-    refused(meta, "hold different values of the tensor model.norm.weight")
+    assert_refused(meta, "hold different values of the tensor model.norm.weight")
     torch.save([tensors], first)
-    refused(meta, "not a table of tensors")
+    assert_refused(meta, "not a table of tensors")
     for file in (first, second):
         file.unlink()
-    refused(meta, "holds params.json, but no consolidated.00.pth")
+    assert_refused(meta, "holds params.json, but no consolidated.00.pth")
 
 
 @pytest.mark.parametrize(
@@ -269,23 +269,23 @@ def test_wrong_shards(meta):
 )
 def test_params_that_contradict_the_tensors(meta, changes, match):
     (meta / "params.json").write_text(json.dumps(PARAMS | changes))
-    refused(meta, match)
+    assert_refused(meta, match)
 
 
 def test_broken_params_and_tokenizers(meta):
     for text in ("{", "[]", "3", "null"):
         (meta / "params.json").write_text(text)
-        refused(meta, "not readable JSON|something of the wrong kind")
+        assert_refused(meta, "not readable JSON|something of the wrong kind")
     (meta / "params.json").write_text(json.dumps(PARAMS))
     ranks, path = make_ranks(), meta / "tokenizer.model"
     write_tiktoken(path, ranks)
-    refused(meta, "at least 10 special tokens; this vocabulary leaves room for -")
+    assert_refused(meta, "at least 10 special tokens; this vocabulary leaves room for -")
     write_tiktoken(path, {token: rank for token, rank in ranks.items() if token != b"a"})
-    refused(meta, "do not have the ranks from 0 on")
+    assert_refused(meta, "do not have the ranks from 0 on")
     write_tiktoken(path, {b"a": 0, b"b": 1})
-    refused(meta, "lacks tokens of single bytes")
+    assert_refused(meta, "lacks tokens of single bytes")
     for line in ("YQ== 1 2\n", "YQ== x\n", "Y 1\n"):
         path.write_text("YQ== 0\n" + line)
-        refused(meta, "line 2 is not a token in base64 and its rank")
+        assert_refused(meta, "line 2 is not a token in base64 and its rank")
     path.write_text("nonsense")
-    refused(meta, "is not a sentencepiece model")
+    assert_refused(meta, "is not a sentencepiece model")

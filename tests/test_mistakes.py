@@ -49,25 +49,25 @@ from tests.tiny import ROOT
         ("--chat", "template"),
     ],
 )
-def test_wrong_argument(chain, refused, tmp_path, args, word):
+def test_wrong_argument(recall_model, assert_refused, tmp_path, args, word):
     (tmp_path / "empty").touch()
     (tmp_path / "blank").write_text(" \n\n")
     (tmp_path / "latin1").write_bytes("Häuser\n".encode("latin-1"))
     prompt = [] if "prompt" in args or "chat" in args else ["--prompt=0"]
-    refused(chain / "model.pth", [*args.format(tmp=tmp_path).split(" "), *prompt], word, stdin="Hi\n")
+    assert_refused(recall_model / "model.pth", [*args.format(tmp=tmp_path).split(" "), *prompt], word, stdin="Hi\n")
 
 
-def test_prompts_are_read_before_the_model(refused, tmp_path):
+def test_prompts_are_read_before_the_model(assert_refused, tmp_path):
     (tmp_path / "model.pth").write_text("this would be said second")
-    refused(tmp_path / "model.pth", [f"--prompt_file={tmp_path}/missing"], "cannot read")
+    assert_refused(tmp_path / "model.pth", [f"--prompt_file={tmp_path}/missing"], "cannot read")
 
 
 @pytest.mark.parametrize(
     "args", ["--nonsense", "--max_new_tokens=x", "--precision=int8", "--prompt=a --prompt_tokens=3", "stray"]
 )
-def test_argparse_refuses(chain, monkeypatch, capsys, args):
+def test_argparse_refuses(recall_model, monkeypatch, capsys, args):
     """argparse's own form: how to use it, then the one line."""
-    set_up(monkeypatch, chain / "model.pth", args.split())
+    set_up(monkeypatch, recall_model / "model.pth", args.split())
     with pytest.raises(SystemExit) as stopped:
         run_script(generate.main)
     out, err = capsys.readouterr()
@@ -93,18 +93,18 @@ WRONG_FILES = {  # what is in place of model.pth, and a word of what is said of 
 
 
 @pytest.mark.parametrize("kind", WRONG_FILES)
-def test_wrong_checkpoint_file(chain, refused, tmp_path, kind):
+def test_wrong_checkpoint_file(recall_model, assert_refused, tmp_path, kind):
     make, word = WRONG_FILES[kind]
-    (tmp_path / "tokenizer.json").symlink_to(chain / "tokenizer.json")
-    make(tmp_path / "model.pth", (chain / "model.pth").read_bytes())
-    refused(tmp_path / "model.pth", ["--prompt=0"], word)
+    (tmp_path / "tokenizer.json").symlink_to(recall_model / "tokenizer.json")
+    make(tmp_path / "model.pth", (recall_model / "model.pth").read_bytes())
+    assert_refused(tmp_path / "model.pth", ["--prompt=0"], word)
 
 
-def test_wrong_checkpoint_path(refused, tmp_path):
-    refused(tmp_path / "nowhere" / "model.pth", ["--prompt=0"], "nowhere/model.pth does not exist")
-    refused(tmp_path / "nowhere.gguf", ["--prompt=0"], "nowhere.gguf does not exist")
+def test_wrong_checkpoint_path(assert_refused, tmp_path):
+    assert_refused(tmp_path / "nowhere" / "model.pth", ["--prompt=0"], "nowhere/model.pth does not exist")
+    assert_refused(tmp_path / "nowhere.gguf", ["--prompt=0"], "nowhere.gguf does not exist")
     (tmp_path / "a.safetensors").touch()
-    refused(tmp_path / "a.safetensors", ["--prompt=0"], "scripts/convert_hf_checkpoint.py makes one of it")
+    assert_refused(tmp_path / "a.safetensors", ["--prompt=0"], "scripts/convert_hf_checkpoint.py makes one of it")
 
 
 def small_embedding(data):
@@ -134,26 +134,26 @@ WRONG_CONTENTS = {
 
 
 @pytest.mark.parametrize("kind", WRONG_CONTENTS)
-def test_wrong_checkpoint_content(chain, refused, tmp_path, kind):
+def test_wrong_checkpoint_content(recall_model, assert_refused, tmp_path, kind):
     change, word = WRONG_CONTENTS[kind]
-    data = torch.load(chain / "model.pth", weights_only=True)
+    data = torch.load(recall_model / "model.pth", weights_only=True)
     change(data)
     torch.save(data, tmp_path / "model.pth")
-    (tmp_path / "tokenizer.json").symlink_to(chain / "tokenizer.json")
-    refused(tmp_path / "model.pth", ["--prompt=0"], word)
+    (tmp_path / "tokenizer.json").symlink_to(recall_model / "tokenizer.json")
+    assert_refused(tmp_path / "model.pth", ["--prompt=0"], word)
 
 
 @pytest.mark.parametrize("content", [None, b"{}", b"not JSON", b"\xff"])
-def test_wrong_tokenizer(chain, refused, tmp_path, content):
-    (tmp_path / "model.pth").symlink_to(chain / "model.pth")
+def test_wrong_tokenizer(recall_model, assert_refused, tmp_path, content):
+    (tmp_path / "model.pth").symlink_to(recall_model / "model.pth")
     if content is not None:
         (tmp_path / "tokenizer.json").write_bytes(content)
-    refused(tmp_path / "model.pth", ["--prompt=0"], "tokenizer")
+    assert_refused(tmp_path / "model.pth", ["--prompt=0"], "tokenizer")
 
 
-def test_prompt_of_no_tokens(chain, refused, tmp_path):
-    (tmp_path / "model.pth").symlink_to(chain / "model.pth")
-    tok = tokenizers.Tokenizer.from_file(str(chain / "tokenizer.json"))
+def test_prompt_of_no_tokens(recall_model, assert_refused, tmp_path):
+    (tmp_path / "model.pth").symlink_to(recall_model / "model.pth")
+    tok = tokenizers.Tokenizer.from_file(str(recall_model / "tokenizer.json"))
     tok.normalizer = tokenizers.normalizers.Strip()
     tok.save(str(tmp_path / "tokenizer.json"))
-    refused(tmp_path / "model.pth", ["--prompt= "], "empty")
+    assert_refused(tmp_path / "model.pth", ["--prompt= "], "empty")

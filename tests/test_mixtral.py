@@ -73,7 +73,7 @@ def test_arithmetic_of_the_page(row):
 
 
 def test_prefill_memory_grows_with_the_tokens(tmp_path):
-    """And not with tokens times experts times weights: to gather the two experts of a chunk's tokens takes 1.6 GB."""
+    """Not with tokens times experts times weights: to gather the two experts of a chunk's tokens takes 1.6 GB."""
     write_folder("mixtral", tmp_path)
     sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=1, max_position_embeddings=4096)
     make_hf("mixtral", vocab_size=320, bos_token_id=256, eos_token_id=257, **sizes).save_pretrained(tmp_path)

@@ -16,8 +16,8 @@ from utils.errors import UsageError
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family, use_kernels, pair):
-    theirs, ours = pair(family, use_kernels)
+def test_logits_equal_transformers(family, use_kernels, both_models):
+    theirs, ours = both_models(family, use_kernels)
     tokens = torch.randint(0, 97, (2, 120), generator=torch.Generator().manual_seed(1))  # seven sliding windows
     start, kv_cache = torch.zeros(2, dtype=torch.long), KVCache(ours, 2, 128)
     with torch.inference_mode():
@@ -31,9 +31,9 @@ def test_logits_equal_transformers(family, use_kernels, pair):
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_have_positions_of_their_own(family, use_kernels, pair):
+def test_rows_have_positions_of_their_own(family, use_kernels, both_models):
     """Rows that begin at different start_pos give what each gives alone; also many tokens, and too many for kernels."""
-    _, ours = pair(family, use_kernels)
+    _, ours = both_models(family, use_kernels)
     tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(1))
     together, starts = KVCache(ours, 2, 64), torch.tensor([30, 7])
     with torch.inference_mode():
@@ -65,9 +65,9 @@ WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", WITH_WINDOWS)
-def test_prompts_longer_than_every_window(family, use_kernels, pair):
-    """At once into a cache that it fills, or into a larger one."""
-    theirs, ours = pair(family, use_kernels)
+def test_prompts_longer_than_every_window(family, use_kernels, both_models):
+    """In one chunk, into a cache that the prompt fills, or into a larger cache."""
+    theirs, ours = both_models(family, use_kernels)
     n = ours.config.sliding_window + 30
     tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -84,9 +84,9 @@ def test_prompts_longer_than_every_window(family, use_kernels, pair):
     "family, n",
     [("phi4-mini", 16), ("phi4-mini", 17), ("dynamic", 256), ("dynamic", 257), ("dynamic", 400)],
 )
-def test_rope_that_depends_on_the_length(family, n, pair):
+def test_rope_that_depends_on_the_length(family, n, both_models):
     """Both sides of the context that a model was trained for. Ours goes by the cache, transformers by the tokens."""
-    theirs, ours = pair(family, False)
+    theirs, ours = both_models(family, False)
     tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         kv_cache = KVCache(ours, 1, n)

@@ -9,7 +9,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from converters.hf_quantized_floats import mxfp4_weight
 from tests.quantized_folders import dequantized
-from tests.tiny import convert, make_hf, refused, same_logits
+from tests.tiny import assert_refused, convert, make_hf, same_logits
 
 
 @pytest.fixture
@@ -71,4 +71,4 @@ def test_wrong_mxfp4_is_named(mxfp4):
     }
     for match, content in wrong.items():
         save_file(content, folder / "model.safetensors")
-        refused(folder, match)
+        assert_refused(folder, match)

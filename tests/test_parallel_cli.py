@@ -26,31 +26,32 @@ def mistake(cli, capsys):
     return call
 
 
-def test_parallel_on_the_command_line(chain, ask, cli, tmp_path):
+def test_parallel_on_the_command_line(recall_model, ask, cli, tmp_path):
     (tmp_path / "prompts").write_text("S\n0\n\nW\n8\n")
     flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=5", "--precision=float32"]
-    one_by_one, parallel = ask(chain, *flags), ask(chain, *flags, "--parallel=3")
+    one_by_one, parallel = ask(recall_model, *flags), ask(recall_model, *flags, "--parallel=3")
     assert [r.pop("seed") for r in one_by_one] == [1234] * 4
     assert [r.pop("seed") for r in parallel] == [1234, 1235, 1236, 1237]
     for r in (*one_by_one, *parallel):
         for name in [name for name, value in r.items() if isinstance(value, float) or name == "peak_memory_bytes"]:
             del r[name]  # they differ from run to run
     assert parallel == one_by_one and [r["prompt"] for r in parallel] == ["S", "0", "W", "8"]
-    printed = cli(chain, *flags, "--parallel=2", "--stop=34")
+    printed = cli(recall_model, *flags, "--parallel=2", "--stop=34")
     assert printed == "--- prompt 1\n🙂E\n--- prompt 2\n12\n--- prompt 3\n X\n--- prompt 4\n90123\n"
 
 
-def test_each_prompt_can_be_sampled_again_alone(chain, ask, tmp_path):
+def test_each_prompt_can_be_sampled_again_alone(recall_model, ask, tmp_path):
     """With the seed that --json reports."""
     (tmp_path / "prompts").write_text("a\nb\na\n")
     flags = ["--max_new_tokens=20", "--ignore_eos", "--temperature=1"]
-    together = ask(chain, f"--prompt_file={tmp_path / 'prompts'}", "--parallel=2", *flags)
+    together = ask(recall_model, f"--prompt_file={tmp_path / 'prompts'}", "--parallel=2", *flags)
     for r in together:
-        (alone,) = ask(chain, f"--prompt={r['prompt']}", f"--seed={r['seed']}", "--logprobs=0", *flags)
+        (alone,) = ask(recall_model, f"--prompt={r['prompt']}", f"--seed={r['seed']}", "--logprobs=0", *flags)
         assert alone["text"] == r["text"] and alone["seed"] == r["seed"]
     assert together[0]["text"] != together[2]["text"]
     largest = 2**64 - 1  # the next seed has 65 bits
-    assert len(ask(chain, f"--prompt_file={tmp_path / 'prompts'}", "--parallel=2", f"--seed={largest}", *flags)) == 3
+    flags += [f"--prompt_file={tmp_path / 'prompts'}", "--parallel=2", f"--seed={largest}"]
+    assert len(ask(recall_model, *flags)) == 3
 
 
 TOO_LONG = {  # a prompt that cannot be completed -> why
@@ -59,32 +60,32 @@ TOO_LONG = {  # a prompt that cannot be completed -> why
 }
 
 
-def test_a_seed_gives_the_same_texts_in_parallel(chatty, ask, tmp_path):
+def test_a_seed_gives_the_same_texts_in_parallel(chat_model, ask, tmp_path):
     """On a CPU, where both ways draw from generators of one kind."""
     (tmp_path / "prompts").write_text("Hello\nHello\nHi\n")
     flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=12", "--ignore_eos", "--temperature=1.5"]
     options = ([], ["--parallel=2"], ["--logprobs=0"])
-    texts, *others = ([r["text"] for r in ask(chatty, *flags, *more)] for more in options)
+    texts, *others = ([r["text"] for r in ask(chat_model, *flags, *more)] for more in options)
     assert others == [texts, texts] and texts[0] != texts[1]
 
 
 @pytest.mark.parametrize("prompt", TOO_LONG)
-def test_a_prompt_beyond_the_context_does_not_stop_the_others(prompt, chain, cli, mistake, tmp_path, capsys):
+def test_a_prompt_beyond_the_context_does_not_stop_the_others(prompt, recall_model, cli, mistake, tmp_path, capsys):
     (tmp_path / "prompts").write_text(f"0\n\n{prompt}\n7\n")
     flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=3"]
     with pytest.raises(SystemExit) as e:
-        cli(chain, *flags, "--parallel=2", "--json")
+        cli(recall_model, *flags, "--parallel=2", "--json")
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line.get("text") for line in lines] == [["123"], None, ["890"]]
     assert TOO_LONG[prompt] in lines[1]["error"] and e.value.code == 2
     assert all(note in err for note in ("line 2 is empty", "prompt 2", "1 of 3 prompts"))
-    assert f"prompt 2: {TOO_LONG[prompt]}" in mistake(chain, *flags)  # without --parallel
+    assert f"prompt 2: {TOO_LONG[prompt]}" in mistake(recall_model, *flags)  # without --parallel
 
 
-def test_a_prompt_that_is_refused_takes_no_memory(chain):
+def test_a_prompt_that_is_refused_takes_no_memory(recall_model):
     """The slots are as long as the other prompts need."""
-    model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
+    model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     sequences = [build_sequence(text, tokenizer, model.config, 5) for text in ("0", "5" * 300, "S")]
     scheduler = build_scheduler(model, sequences, 16)
     assert scheduler.max_seq_len == max(len(sequences[i].prompt_ids) for i in (0, 2)) + 5
@@ -92,24 +93,24 @@ def test_a_prompt_that_is_refused_takes_no_memory(chain):
     assert texts[0] == "12345" and "exceed" in texts[1] and texts[2] == "🙂E"
 
 
-def test_a_mistake_in_every_prompt_is_one_line(chain, mistake, capsys, tmp_path):
+def test_a_mistake_in_every_prompt_is_one_line(recall_model, mistake, capsys, tmp_path):
     (tmp_path / "prompts").write_text("a\nb\n")
     flags = [f"--prompt_file={tmp_path / 'prompts'}", "--parallel=2"]
-    assert "prompt 1: 1 prompt tokens and 999 new ones" in mistake(chain, *flags, "--max_new_tokens=999")
-    assert "chat template" in mistake(chain, *flags, "--chat")
+    assert "prompt 1: 1 prompt tokens and 999 new ones" in mistake(recall_model, *flags, "--max_new_tokens=999")
+    assert "chat template" in mistake(recall_model, *flags, "--chat")
 
 
-def test_a_prompt_is_the_same_wherever_it_stands(chain, ask, tmp_path):
+def test_a_prompt_is_the_same_wherever_it_stands(recall_model, ask, tmp_path):
     """Spaces belong to it, also in the last line. Line breaks and empty lines at the end of the file do not."""
     for end in ("", "\n", "\r\n", "\n\n  \n"):
         (tmp_path / "prompts").write_bytes(f"0 \r\n1\r\n0 {end}".encode())
-        found = ask(chain, f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=1", "--parallel=2")
+        found = ask(recall_model, f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=1", "--parallel=2")
         assert [r["prompt"] for r in found] == ["0 ", "1", "0 "]
 
 
-def test_ctrl_c_keeps_what_is_complete(chain, capsys, monkeypatch):
-    """Wherever it comes, also while results are printed: each result that is complete is printed once."""
-    model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
+def test_ctrl_c_keeps_what_is_complete(recall_model, capsys, monkeypatch):
+    """At any moment, also while results are printed: each complete result is printed once."""
+    model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     args = argparse.Namespace(parallel=3, compile=False, json=False)
     interrupted_at = 0
     while True:
@@ -139,24 +140,24 @@ def test_ctrl_c_keeps_what_is_complete(chain, capsys, monkeypatch):
     assert interrupted_at > 40
 
 
-def test_logprobs_on_the_command_line(chain, ask):
-    (r,) = ask(chain, "--prompt=0", "--max_new_tokens=3", "--logprobs=2")
+def test_logprobs_on_the_command_line(recall_model, ask):
+    (r,) = ask(recall_model, "--prompt=0", "--max_new_tokens=3", "--logprobs=2")
     (row,) = r["logprobs"]
     assert [len(step["top"]) for step in row] == [2, 2, 2]
     assert [step["top"][0] for step in row] == [[i, step["token"]] for i, step in zip(r["tokens"][0], row, strict=True)]
-    (r,) = ask(chain, "--prompt=0", "--max_new_tokens=3", "--logprobs=0")
+    (r,) = ask(recall_model, "--prompt=0", "--max_new_tokens=3", "--logprobs=0")
     assert [step["top"] for step in r["logprobs"][0]] == [[], [], []]
 
 
-def test_jsonl_prompts(chatty, ask, tmp_path):
+def test_jsonl_prompts(chat_model, ask, tmp_path):
     lines = [{"prompt": "two\nlines"}, {"messages": [{"role": "user", "content": "two\nlines"}]}]
     parts = [{"type": "text", "text": word} for word in ("two", "lines")]
     lines.append({"messages": [{"role": "user", "content": parts}]})
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = ["--max_new_tokens=8", "--temperature=0"]
-    (plain,) = ask(chatty, "--prompt=two\nlines", *flags)
-    (chat,) = ask(chatty, "--prompt=two\nlines", "--chat", *flags)
-    from_file = ask(chatty, f"--prompt_file={tmp_path / 'prompts.jsonl'}", *flags, "--parallel=2")
+    (plain,) = ask(chat_model, "--prompt=two\nlines", *flags)
+    (chat,) = ask(chat_model, "--prompt=two\nlines", "--chat", *flags)
+    from_file = ask(chat_model, f"--prompt_file={tmp_path / 'prompts.jsonl'}", *flags, "--parallel=2")
     assert [r["text"] for r in from_file] == [plain["text"], chat["text"], chat["text"]]
 
 
@@ -164,9 +165,9 @@ BROKEN_LINES = ["{", "5", "{}", '{"prompt": 5}', '{"messages": []}', '{"messages
 
 
 @pytest.mark.parametrize("line", BROKEN_LINES)
-def test_broken_jsonl_is_named(line, chatty, mistake, tmp_path):
+def test_broken_jsonl_is_named(line, chat_model, mistake, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line)
-    assert "line 2" in mistake(chatty, f"--prompt_file={tmp_path / 'prompts.jsonl'}")
+    assert "line 2" in mistake(chat_model, f"--prompt_file={tmp_path / 'prompts.jsonl'}")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_broken_jsonl_is_named(line, chatty, mistake, tmp_path):
         (["--prompt=a", "--logprobs=1", "--json", "--batch_size=2"], "--batch_size"),
     ],
 )
-def test_wrong_options_are_named(flags, message, chain, mistake, tmp_path):
+def test_wrong_options_are_named(flags, message, recall_model, mistake, tmp_path):
     (tmp_path / "prompts").write_text("a\nb\n")
     flags = [flag.replace("FILE", str(tmp_path / "prompts")) for flag in flags]
-    assert message in mistake(chain, *flags)
+    assert message in mistake(recall_model, *flags)

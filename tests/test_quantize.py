@@ -25,14 +25,14 @@ from utils.errors import UsageError
 
 
 class Int4HQQ(Int4):
-    """Int4 as --mode int4-hqq rounds to it."""
+    """Int4, rounded as by --mode int4-hqq."""
 
     def quantize_rows(self, w):
         return quantize.hqq_quantize_rows(self, w)
 
 
 def is_made(format) -> bool:
-    """Whether quantize.py makes it, and not only a converter."""
+    """Whether quantize.py makes files of the format. The converters alone make the other formats."""
     return format.is_cli_mode and format == type(format).from_options(format.group_size)
 
 
@@ -113,7 +113,7 @@ def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_stored_weights_quantize_to_themselves(format):
-    """Exactly: the largest and smallest of them give the same range again."""
+    """Exactly, since the largest and the smallest weight give the same range again."""
     w = rounded(format, random_matrix(20, 96))
     assert torch.equal(rounded(format, w), w)
 
@@ -130,7 +130,7 @@ def test_a_shard_means_its_part_of_the_weight(format, start, length):
 
 
 def test_every_format_is_tested():
-    """Here and on a CPU's kernels. They have a number for each."""
+    """In Python, and in the C++ kernels, which have a number for each format."""
     for tested in ([Unquantized(), *EVERY.values()], exact_results.CPU_FORMATS):
         assert {type(format) for format in tested} >= set(formats.FORMATS)
     assert [format_class.format_id for format_class in formats.FORMATS] == list(range(len(formats.FORMATS)))
@@ -250,7 +250,7 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
 
 
 def test_hessians_are_of_what_each_linear_gets(folder):
-    """Of experts, of the tokens that are sent to them."""
+    """An expert gets the tokens that the router sends to it."""
     model = load_model(folder("qwen3-moe") / "model.pth", "cpu", torch.float32, use_kernels=False)
     tokens = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
     layer, kv_cache = model.layers[0], KVCache(model, 1, 12)
@@ -363,7 +363,7 @@ def test_formats_of_four_bits_take_inputs_in_eights_or_32s():
 
 
 def test_what_a_checkpoint_says_of_its_format_is_read():
-    """These are the words of files that exist, so they must not change."""
+    """Existing files have these words, so the words must not change."""
     for format, quantization in [
         (Int8(), {"mode": "int8"}),
         (Int4(64), {"mode": "int4", "groupsize": 64}),

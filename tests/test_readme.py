@@ -25,7 +25,7 @@ import quantize
 from kernels import build
 from scripts import benchmark, convert_hf_checkpoint, tables, tiny_model
 from tests.compiler import write_compiler
-from tests.tiny import PACKAGES, ROOT, call, convert, write_folder
+from tests.tiny import PACKAGES, ROOT, call_main, convert, write_folder
 
 README, MIXTRAL, MEASUREMENTS = ROOT / "README.md", ROOT / "mixtral-moe/README.md", ROOT / "docs/measurements.md"
 PAGES = [README, MIXTRAL, *sorted((ROOT / "docs").glob("*.md"))]
@@ -114,7 +114,7 @@ def run_python(arguments: list[str], less: dict[str, list[str]] = LESS):
     """What python with these arguments does, and with those that less adds."""
     names = [Path(word).name for word in arguments]
     name = next(name for name in names if name in MAINS)  # a launcher may stand before it
-    call(MAINS[name], *arguments[names.index(name) + 1 :], *less.get(name, []))
+    call_main(MAINS[name], *arguments[names.index(name) + 1 :], *less.get(name, []))
 
 
 def test_there_are_commands():

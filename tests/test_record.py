@@ -82,7 +82,7 @@ def test_replayed_is_computed(format, dtype, family):
 @built
 @pytest.mark.parametrize("format", [Unquantized(), Int8()], ids=format_label)
 def test_every_argument_is_recorded(format):
-    """Those that no family above has: replayed on other inputs, they give what is computed."""
+    """Arguments that no family above has: a replay on other inputs gives what is computed without a tape."""
     torch.manual_seed(0)
     n_heads, n_kv_heads, d, dim, n_experts = 4, 2, 16, 64, 5
     embedding = make_embedding(97, dim, format, torch.float32)
@@ -192,7 +192,7 @@ def test_what_is_no_operation_raises(operation):
 
 @built
 def test_ctrl_c_leaves_no_kernel_recording():
-    """Wherever it comes in record.py: it is not lost, and later kernels compute."""
+    """At any line of record.py: Ctrl-C is not lost, and later kernels compute."""
     x, expected = torch.ones(37), torch.full((37,), 2.0)
     n_left = 0  # calls and returns until Ctrl-C
 
@@ -221,7 +221,7 @@ def test_ctrl_c_leaves_no_kernel_recording():
 
 
 def test_a_tape_can_hold_every_operation_of_a_short_step():
-    """Backend.has_kernels_for relies on it: each operation of a tape is in the table of its kernels."""
+    """Each operation of a tape is in the backend's table, as Backend.has_kernels_for assumes."""
     assert RECORDABLE <= kernels.CPU.max_tokens.keys()
     assert all(kernels.CPU.find_kernel(name, 1) is not None for name in kernels.CPU.max_tokens)
 
@@ -241,7 +241,7 @@ def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
 
 
 def test_between_replays_pytorch_takes_the_tapes_threads(monkeypatch):
-    """And then again what the user has set, also after an error."""
+    """Afterwards PyTorch has the threads that the user has set, also after an error."""
 
     class Functions:
         tape_threads = staticmethod(lambda: 2)

@@ -48,7 +48,7 @@ def small(tmp_path_factory):
 
 
 def arguments(command: str, big: Path, folder: Path) -> list:
-    """Of a command on big; what it writes goes to folder."""
+    """The arguments of a command that reads big, and writes to folder."""
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).symlink_to(big / name)
     (folder / "q.pth").symlink_to(big / "model.pth")
@@ -116,7 +116,7 @@ SLOW_IMPORT = "import time; print('loading', flush=True); time.sleep(60)"
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_interrupt_while_imports_run(script, tmp_path):
-    """Those that take long: of torch and huggingface_hub, in whose place are modules that take longer."""
+    """During the long imports, torch and huggingface_hub. Modules that take even longer stand in for both."""
     for name in ("torch", "huggingface_hub"):
         (tmp_path / f"{name}.py").write_text(SLOW_IMPORT)
     env, pipe = os.environ | {"PYTHONPATH": str(tmp_path)}, subprocess.PIPE
@@ -210,7 +210,7 @@ def test_compiled_products_are_few_unless_the_user_says_so(monkeypatch):
 
 
 def test_pytorchs_compiler_is_imported_only_where_it_is_needed(small):
-    """It takes a second and 150 MB, and the kernels do without."""
+    """The import takes a second and 150 MB, and the kernels do not need it."""
     options = ["--checkpoint_path", str(small / "model.pth"), "--device=cpu", "--max_new_tokens=3"]
     code = f"""
 import sys, generate
@@ -223,7 +223,7 @@ for more in ([], ["--compile"]):
 
 
 def test_the_summary_takes_no_memory(small):
-    """What it measures the bandwidth with is there already."""
+    """The bandwidth is measured on memory that is in use already."""
     options = ["--checkpoint_path", str(small / "model.pth"), "--device=cpu", "--max_new_tokens=3"]
     code = f"""
 import sys, generate
@@ -240,7 +240,7 @@ assert machine.peak_memory(machine.pick_device("cpu")) - before < 2**25
 
 
 class InductorError(RuntimeError):
-    """As torch.compile raises it, which takes ten seconds."""
+    """Stands for the error of torch.compile, which would take ten seconds."""
 
     __module__ = "torch._inductor.exc"
 
@@ -273,7 +273,7 @@ def test_what_the_shell_has_closed(small):
 
 
 def test_same_seed_same_text_however_it_is_shown(small, tmp_path):
-    """As it comes or whole as JSON; to the very end of the context."""
+    """Streamed, or whole as JSON, up to the end of the context."""
     out, err = tmp_path / "out", tmp_path / "err"
     options = ["--checkpoint_path", small / "model.pth", "--device=cpu", "--prompt=Hello", "--max_new_tokens=251"]
 

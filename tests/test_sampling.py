@@ -88,9 +88,9 @@ def test_distribution_equals_transformers(sampling):
     torch.testing.assert_close(probabilities(logits, sampling), expected.softmax(-1))
 
 
-def test_repetition_penalty_equals_transformers(pair):
+def test_repetition_penalty_equals_transformers(both_models):
     """Of prompt and output; plain, speculative, and beside prompts without it."""
-    theirs, ours = pair("llama3", True)
+    theirs, ours = both_models("llama3", True)
     prompt = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(2))
     n, sampling = 24, SamplingParams(repetition_penalty=1.3)
     options = dict(do_sample=False, max_new_tokens=n, min_new_tokens=n, repetition_penalty=1.3, eos_token_id=96)
@@ -118,10 +118,10 @@ def test_repetition_penalty_equals_transformers(pair):
 
 @settings(deadline=None)
 @given(st.data())
-def test_a_caches_tokens_are_the_texts(pair, data):
+def test_a_caches_tokens_are_the_texts(both_models, data):
     """Ids and keys, whatever is stored, copied, swapped, or stored again from an earlier position on."""
     n_texts, length, vocab_size = 3, 12, 9
-    kv_cache, texts = KVCache(pair("llama3")[1], n_texts, length), [[] for _ in range(n_texts)]
+    kv_cache, texts = KVCache(both_models("llama3")[1], n_texts, length), [[] for _ in range(n_texts)]
     for _ in range(data.draw(st.integers(1, 8))):
         action = data.draw(st.sampled_from(["store", "copy", "swap"]))
         if action != "store":

@@ -69,8 +69,8 @@ def count_computed(model: Transformer) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, pair):
-    _, model = pair(family, use_kernels)
+def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, both_models):
+    _, model = both_models(family, use_kernels)
     prompts = make_prompts(7)
     lengths = [random.Random(i).randrange(1, 9) for i in range(len(prompts))]
     expected = [run_alone(model, prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
@@ -81,10 +81,10 @@ def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, pair):
             assert found == [expected[i] for i in order]
 
 
-def test_a_conversation_that_has_moved_goes_on(pair):
+def test_a_conversation_that_has_moved_goes_on(both_models):
     """While a sequence is decoded it moves to the slot of one that has ended, and grows there. Its old slot has only
     what it had when it moved."""
-    _, model = pair("llama3", True)
+    _, model = both_models("llama3", True)
     short, moving, other = [1, 2, 3], [4, 5, 6, 7], [9, 8, 7, 6]
     scheduler = Scheduler(model, 2, 48)
     _, new = run(scheduler, [Sequence(short, 2), Sequence(moving, 12)])
@@ -106,8 +106,8 @@ def test_quantized(format):
     assert found == [run_alone(model, prompt, 8) for prompt in prompts]
 
 
-def test_end_tokens_and_cancelled_sequences_leave_the_others_alone(pair):
-    _, model = pair("llama3", True)
+def test_end_tokens_and_cancelled_sequences_leave_the_others_alone(both_models):
+    _, model = both_models("llama3", True)
     prompts = make_prompts(6)
     expected = [run_alone(model, prompt, 8) for prompt in prompts]
     end = expected[2][3]
@@ -128,9 +128,9 @@ def test_end_tokens_and_cancelled_sequences_leave_the_others_alone(pair):
         assert found[sequences[i]] == expected[i]
 
 
-def test_random_numbers_are_a_prompts_own(pair):
+def test_random_numbers_are_a_prompts_own(both_models):
     """A prompt's text depends on its seed, not on its row or on what runs beside it."""
-    _, model = pair("llama3", True)
+    _, model = both_models("llama3", True)
     prompts, sampling = make_prompts(6), SamplingParams(temperature=1.0, top_p=0.9)
 
     def sample(n_rows: int, order: list[int]) -> dict[int, list[int]]:
@@ -154,8 +154,8 @@ def test_the_likeliest_token_takes_no_random_numbers():
     assert is_same == [True, False]
 
 
-def test_nothing_is_computed_twice_or_in_vain(pair):
-    _, model = pair("llama3", False)
+def test_nothing_is_computed_twice_or_in_vain(both_models):
+    _, model = both_models("llama3", False)
     shared = list(range(20, 50))
     with count_computed(model) as n_computed:
         run(Scheduler(model, 4, 64), [Sequence([*shared, 50 + i, 3], 1 + i) for i in range(6)])
@@ -164,8 +164,8 @@ def test_nothing_is_computed_twice_or_in_vain(pair):
     assert sum(n_computed) == prefilled + decoded
 
 
-def test_a_text_stays_for_later_prompts_as_long_as_another_slot_is_older(pair):
-    _, model = pair("llama3", False)
+def test_a_text_stays_for_later_prompts_as_long_as_another_slot_is_older(both_models):
+    _, model = both_models("llama3", False)
     scheduler = Scheduler(model, 3, 64)
     texts = [list(range(start, start + 20)) for start in (0, 20, 40, 60)]
 
@@ -183,9 +183,9 @@ def test_a_text_stays_for_later_prompts_as_long_as_another_slot_is_older(pair):
     assert n_prefilled(texts[1]) == 20
 
 
-def test_moving_a_sequence_loses_no_text(pair):
+def test_moving_a_sequence_loses_no_text(both_models):
     """A sequence that moves to the slot of one that has ended changes places with that one's text."""
-    _, model = pair("llama3", False)
+    _, model = both_models("llama3", False)
     scheduler = Scheduler(model, 2, 64)
     first, second = list(range(20)), list(range(30, 50))
     run(scheduler, [Sequence(first, 2), Sequence(second, 9)])  # the second one moves
@@ -195,8 +195,8 @@ def test_moving_a_sequence_loses_no_text(pair):
     assert found == [run_alone(model, [*first, 60], 3), run_alone(model, [*second, 61], 3)]
 
 
-def test_a_long_prompt_does_not_stall_the_others(pair):
-    _, model = pair("llama3", False)
+def test_a_long_prompt_does_not_stall_the_others(both_models):
+    _, model = both_models("llama3", False)
     scheduler = Scheduler(model, 3, 64, chunk_tokens=8)
     running, long, short = Sequence([1, 2, 3], 30), Sequence(list(range(50)), 2), Sequence([4, 5], 2)
     scheduler.submit(running)
@@ -280,9 +280,9 @@ def test_a_prompt_that_is_cancelled_leaves_no_nan():
     assert [running.new_ids, good.new_ids] == expected
 
 
-def test_logprobs(pair):
+def test_logprobs(both_models):
     """Those of one forward over prompt and answer, whatever the sampling."""
-    _, model = pair("llama3", True)
+    _, model = both_models("llama3", True)
     prompts = make_prompts(2)
     scheduler = Scheduler(model, 2, 48)
     for prompt, sampling in zip(prompts, (SamplingParams(), SamplingParams(1.5, top_k=3)), strict=False):
@@ -304,8 +304,8 @@ def test_logprobs(pair):
             assert [value for _, value in found_logprobs.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_sequences_that_do_not_fit_are_refused(pair):
-    _, model = pair("llama3", True)
+def test_sequences_that_do_not_fit_are_refused(both_models):
+    _, model = both_models("llama3", True)
     scheduler = Scheduler(model, 2, 16)
     with pytest.raises(UsageError, match="12 prompt tokens and 5 new ones exceed the context of 16 tokens"):
         scheduler.submit(Sequence([5] * 12, 5))
@@ -317,8 +317,8 @@ def test_sequences_that_do_not_fit_are_refused(pair):
 # ---- Text -----------------------------------------------------------------------------------------------------------
 
 
-def test_generate_many(chain):
-    generate_many = LLM(chain / "model.pth", "cpu", torch.float32).generate_many
+def test_generate_many(recall_model):
+    generate_many = LLM(recall_model / "model.pth", "cpu", torch.float32).generate_many
     prompts = ["S", "0", "W", "0123", "P"]
     found = list(generate_many(prompts, parallel=2, max_new_tokens=6, stop=("78", "X")))
     assert found == [(0, "🙂E"), (1, "123456"), (2, " "), (3, "456"), (4, "")]
@@ -342,9 +342,9 @@ def test_generate_many(chain):
     assert len(largest_seed) == 2  # the second seed has 65 bits
 
 
-def test_callers_in_asyncio(chain):
+def test_callers_in_asyncio(recall_model):
     """Each gets its text, though one stops early and a step fails. All slots are free in the end."""
-    model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
+    model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     engine = AsyncEngine(scheduler := Scheduler(model, 2, 64))
 
     def start(text: str, n: int = 6) -> Sequence:
@@ -378,8 +378,8 @@ def test_callers_in_asyncio(chain):
     asyncio.run(check())
 
 
-def test_logits_that_are_not_finite_are_one_callers_error(chain):
-    model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
+def test_logits_that_are_not_finite_are_one_callers_error(recall_model):
+    model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     weight = model.embed_tokens.weight.clone()
     weight[ord("7")] = torch.nan
     model.embed_tokens.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -401,9 +401,9 @@ def test_logits_that_are_not_finite_are_one_callers_error(chain):
     asyncio.run(check())
 
 
-def test_interrupt_keeps_what_is_complete(chain):
+def test_interrupt_keeps_what_is_complete(recall_model):
     """Prompts that end while an earlier one is running come after Ctrl-C, which still ends the program."""
-    model, tokenizer = load(chain / "model.pth", dtype=torch.float32)
+    model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     scheduler = Scheduler(model, 3, 64)
     sequences = [build_sequence(text, tokenizer, model.config, 50) for text in ("0", "S", "P")]
     step, n_steps = scheduler.step, iter(range(100))

@@ -16,10 +16,10 @@ pytest_plugins = ["tests.serving"]
 
 
 @pytest.mark.parametrize("prompt", ["Hello", "é🙂", "<|user|>Hi</s><|bot|>", "x" * 100])
-def test_texts_are_those_of_generate(prompt, complete, chat, chatty, ask):
+def test_texts_are_those_of_generate(prompt, complete, chat, chat_model, ask):
     flags = [f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=20", "--precision=float32"]
     options = {"model": "m", "temperature": 0, "max_tokens": 20}
-    (expected,) = ask(chatty, *flags)
+    (expected,) = ask(chat_model, *flags)
     found = complete(prompt=prompt, **options)
     assert found.choices[0].text == expected["text"][0]
     assert found.choices[0].finish_reason == expected["finish_reason"][0]
@@ -28,7 +28,7 @@ def test_texts_are_those_of_generate(prompt, complete, chat, chatty, ask):
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     assert joined(complete(prompt=prompt, stream=True, **options)) == (expected["text"], expected["finish_reason"])
 
-    (expected,) = ask(chatty, *flags, "--chat", "--system=Be brief")
+    (expected,) = ask(chat_model, *flags, "--chat", "--system=Be brief")
     messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": prompt}]
     found = chat(messages=messages, **options)
     assert found.choices[0].message.content == expected["text"][0] and found.choices[0].message.role == "assistant"
@@ -36,10 +36,10 @@ def test_texts_are_those_of_generate(prompt, complete, chat, chatty, ask):
     assert joined(chat(messages=messages, stream=True, **options)) == (expected["text"], expected["finish_reason"])
 
 
-def test_objects(chatty_server, complete, chat):
-    with client_of(chatty_server) as client:
+def test_objects(chat_server, complete, chat):
+    with client_of(chat_server) as client:
         (model,) = client.models.list().data
-    assert model.id.startswith("chatty") and model.object == "model"
+    assert model.id.startswith("chat_model") and model.object == "model"
     assert complete(model="m", prompt="a").object == "text_completion"
     assert complete(model="m", prompt="a").usage.completion_tokens == 16  # OpenAI's default
     found = chat(model="m", messages=[USER], temperature=0)
@@ -104,8 +104,8 @@ def test_sixteen_clients_at_once_get_what_they_get_alone(complete, chat):
     assert len({str(answer) for answer in alone}) == 16
 
 
-def test_a_long_prompt_does_not_hold_up_the_others(complete, chatty_server, monkeypatch):
-    encode, is_encoding, others_are_done = chatty_server.tokenizer.encode, threading.Event(), threading.Event()
+def test_a_long_prompt_does_not_hold_up_the_others(complete, chat_server, monkeypatch):
+    encode, is_encoding, others_are_done = chat_server.tokenizer.encode, threading.Event(), threading.Event()
 
     def slow_encode(text: str) -> list[int]:
         if text == "long":
@@ -113,7 +113,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(complete, chatty_server, monk
             assert others_are_done.wait(SECONDS)
         return encode(text)
 
-    monkeypatch.setattr(chatty_server.tokenizer, "encode", slow_encode)
+    monkeypatch.setattr(chat_server.tokenizer, "encode", slow_encode)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(complete, model="m", prompt="long", max_tokens=3)
         assert is_encoding.wait(SECONDS)
@@ -135,15 +135,15 @@ def test_a_long_prompt_does_not_hold_up_the_others(complete, chatty_server, monk
         ("W", ["X!"], " X", "stop"),  # "!" is an end token, without text
     ],
 )
-def test_stop(prompt, stop, text, reason, complete_chain):
-    ask = partial(complete_chain, prompt=prompt, stop=stop, max_tokens=12)
+def test_stop(prompt, stop, text, reason, complete_recall):
+    ask = partial(complete_recall, prompt=prompt, stop=stop, max_tokens=12)
     found = ask()
     assert (found.choices[0].text, found.choices[0].finish_reason) == (text, reason)
     assert joined(ask(stream=True)) == ([text], [reason])
 
 
-def test_a_stop_text_ends_one_of_several_texts(complete_chain):
-    found = complete_chain(prompt=["0", "5"], stop="3", max_tokens=6)
+def test_a_stop_text_ends_one_of_several_texts(complete_recall):
+    found = complete_recall(prompt=["0", "5"], stop="3", max_tokens=6)
     assert [c.text for c in found.choices] == ["12", "678901"]
     assert found.usage.completion_tokens == 9  # and nothing is computed after it
 
@@ -157,13 +157,13 @@ def score(server, ids: list[int], n_prompt: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_of_a_chat(stream, chat, chatty_server):
+def test_logprobs_of_a_chat(stream, chat, chat_server):
     options = {"model": "m", "messages": [USER], "max_tokens": 12, "seed": 3, "logprobs": True, "top_logprobs": 5}
     found = chat(stream=stream, **options)
     steps = [step for part in (found if stream else [found]) for step in part.choices[0].logprobs.content]
-    prompt, new = chatty_server.tokenizer.encode_chat([USER]), [byte for step in steps for byte in step.bytes]
+    prompt, new = chat_server.tokenizer.encode_chat([USER]), [byte for step in steps for byte in step.bytes]
     assert len(new) == len(steps) == 12  # a token is a byte
-    expected = score(chatty_server, prompt + new, len(prompt))
+    expected = score(chat_server, prompt + new, len(prompt))
     total = sum(step.logprob for step in steps)
     assert total == pytest.approx(expected[range(12), new].sum().item(), abs=1e-3)
     for step, logprobs in zip(steps, expected, strict=True):
@@ -175,7 +175,7 @@ def test_logprobs_of_a_chat(stream, chat, chatty_server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_of_a_completion(stream, complete, chatty_server):
+def test_logprobs_of_a_completion(stream, complete, chat_server):
     options = {"model": "m", "prompt": "Hello", "max_tokens": 12, "seed": 3, "logprobs": 4}
     found = complete(stream=stream, **options)
     parts = [part.choices[0].logprobs for part in (found if stream else [found])]
@@ -184,16 +184,16 @@ def test_logprobs_of_a_completion(stream, complete, chatty_server):
     offsets = [offset for part in parts for offset in part.text_offset]
     new = list("".join(tokens).encode())
     assert offsets == list(range(12))  # a token is a character
-    expected = score(chatty_server, [*b"Hello", *new], 5)
+    expected = score(chat_server, [*b"Hello", *new], 5)
     assert sum(values) == pytest.approx(expected[range(12), new].sum().item(), abs=1e-3)
     for token, value, top, logprobs in zip(tokens, values, tops, expected, strict=True):
         assert top[token] == value and len(top) in (4, 5)  # the token is among them, too
         assert sorted(top.values())[-4:] == pytest.approx(sorted(logprobs.topk(4).values.tolist()), abs=1e-4)
 
 
-def test_pieces_of_logprobs(complete_chain, chain_server):
+def test_pieces_of_logprobs(complete_recall, recall_server):
     """Whatever a token is, its name is its own: a part of a character, a special token."""
-    found = complete_chain(prompt="S", logprobs=20, max_tokens=9).choices[0].logprobs
+    found = complete_recall(prompt="S", logprobs=20, max_tokens=9).choices[0].logprobs
     assert found.tokens == [*(f"\\x{byte:02x}" for byte in "🙂".encode()), "E", "</s>"]
     assert all(len(top) in (20, 21) for top in found.top_logprobs)
-    assert len(chain_server.tokenizer.special_token_ids) == 4 and VOCAB_SIZE == 260
+    assert len(recall_server.tokenizer.special_token_ids) == 4 and VOCAB_SIZE == 260

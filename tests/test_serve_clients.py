@@ -36,14 +36,14 @@ class Gate:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chatty_server, monkeypatch):
+def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chat_server, monkeypatch):
     """All rows are its own for a hundred steps, and more of its texts wait. The next client waits for a few steps."""
-    engine, n = chatty_server.engine, N_ROWS + 2
+    engine, n = chat_server.engine, N_ROWS + 2
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
     expected, gate = answer().choices, Gate(engine.scheduler)
     monkeypatch.setattr(engine.scheduler, "step", gate)
     with ThreadPoolExecutor(1) as pool:
-        gone = connect(chatty_server, {"prompt": "a", "n": n, "max_tokens": 100, "seed": 1, "stream": stream})
+        gone = connect(chat_server, {"prompt": "a", "n": n, "max_tokens": 100, "seed": 1, "stream": stream})
         gate.permits.release(n)
         wait_for(lambda: gate.n_steps == n)
         if stream:
@@ -64,14 +64,14 @@ def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chatty_server, 
 UNREAD = {"prompt": "a", "n": 6, "max_tokens": 100, "logprobs": 20, "temperature": 2, "seed": 1, "stream": True}
 
 
-def test_a_client_that_does_not_read(complete, chatty_server):
+def test_a_client_that_does_not_read(complete, chat_server):
     """The server has filled the connection's buffers and waits for it. Others do not. When the client reads
     after all, nothing is missing; when it hangs up, its rows are free."""
-    engine, connections = chatty_server.engine, chatty_server.server.server_state.connections
+    engine, connections = chat_server.engine, chat_server.server.server_state.connections
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
     expected, texts = answer().choices, [c.text for c in complete(model="m", **UNREAD | {"stream": False}).choices]
     for reads in (True, False):
-        with connect(chatty_server, UNREAD, buffer=4096) as connection:
+        with connect(chat_server, UNREAD, buffer=4096) as connection:
             wait_for(lambda: any(c.flow.write_paused for c in connections))
             assert engine.inboxes
             if reads:
@@ -90,22 +90,22 @@ def test_a_client_that_does_not_read(complete, chatty_server):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl(chatty_server, chain_server):
+def test_curl(chat_server, recall_server):
     def curl(server, path: str, *flags: str) -> str:
         command = ["curl", "--silent", "--max-time", str(SECONDS), *flags, f"{url_of(server)}/{path}"]
         return subprocess.run(command, capture_output=True, check=True).stdout.decode()
 
     key = ["-H", f"Authorization: Bearer {KEY}"]
     body = {"prompt": "S", "max_tokens": 9, "temperature": 0}
-    found = json.loads(curl(chain_server, "completions", *key, "-d", json.dumps(body)))
+    found = json.loads(curl(recall_server, "completions", *key, "-d", json.dumps(body)))
     assert found["choices"] == [{"index": 0, "text": "🙂E", "logprobs": None, "finish_reason": "stop"}]
-    events = curl(chain_server, "completions", *key, "-N", "-d", json.dumps(body | {"stream": True})).split("\n\n")
+    events = curl(recall_server, "completions", *key, "-N", "-d", json.dumps(body | {"stream": True})).split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""] and all(event.startswith("data: {") for event in events[:-2])
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "🙂E"
-    assert '"error"' in curl(chain_server, "models") and "data" in json.loads(curl(chain_server, "models", *key))
+    assert '"error"' in curl(recall_server, "models") and "data" in json.loads(curl(recall_server, "models", *key))
     body = {"messages": [USER], "max_tokens": 3}
-    headers = curl(chatty_server, "chat/completions", "-i", "-H", "Origin: http://evil.example", "-d", json.dumps(body))
+    headers = curl(chat_server, "chat/completions", "-i", "-H", "Origin: http://evil.example", "-d", json.dumps(body))
     assert headers.startswith("HTTP/1.1 200 ") and "access-control" not in headers.lower()
 
 
@@ -113,9 +113,9 @@ def test_curl(chatty_server, chain_server):
 
 
 @pytest.fixture(scope="module")
-def processes(chatty, library):
+def processes(chat_model, library):
     """Two servers, which are ready after the line on stderr that says where. library: a build would add a line."""
-    command = [sys.executable, ROOT / "scripts/serve.py", f"--checkpoint_path={chatty / 'model.pth'}", "--port=0"]
+    command = [sys.executable, ROOT / "scripts/serve.py", f"--checkpoint_path={chat_model / 'model.pth'}", "--port=0"]
     command += ["--device=cpu", "--precision=float32", "--threads=1"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     yield [(process, wait_until_ready(process)) for process in processes]

@@ -68,56 +68,56 @@ WRONG = [
 ]
 
 
-def test_wrong_requests_are_named(chatty_server):
+def test_wrong_requests_are_named(chat_server):
     for body, word in WRONG:
         path = "chat/completions" if "messages" in body else "completions"
-        check_error(ask_http(chatty_server, path, body), 400, word)
+        check_error(ask_http(chat_server, path, body), 400, word)
     for body in (b"", b"{", b"\xff", b"5", b"[]", b"[" * 10**5, b'{"prompt": "\\ud800"}', b'{"n": %b}' % (b"9" * 5000)):
-        check_error(ask_http(chatty_server, "completions", body), 400)
+        check_error(ask_http(chat_server, "completions", body), 400)
     nulls = dict.fromkeys(["n", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "stream", "tools"])
-    assert ask_http(chatty_server, "completions", {"prompt": "a"} | nulls)[0] == 200
+    assert ask_http(chat_server, "completions", {"prompt": "a"} | nulls)[0] == 200
     defaults = {"best_of": 1, "echo": False, "suffix": "", "logit_bias": {}, "presence_penalty": 0.0, "tools": []}
     defaults |= {"response_format": {"type": "text"}, "model": "gpt-4", "a field of tomorrow": 5}
-    assert ask_http(chatty_server, "completions", {"prompt": "a"} | defaults)[0] == 200
+    assert ask_http(chat_server, "completions", {"prompt": "a"} | defaults)[0] == 200
 
 
-def test_errors_as_openais_client_sees_them(chatty_server, chain_server, complete, complete_chain):
+def test_errors_as_openais_client_sees_them(chat_server, recall_server, complete, complete_recall):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         complete(model="m", prompt="a", temperature=3)
-    with pytest.raises(openai.BadRequestError, match="chat template"):  # chain has none
-        client_of(chain_server, KEY).chat.completions.create(model="m", messages=[USER])
+    with pytest.raises(openai.BadRequestError, match="chat template"):  # recall_model has none
+        client_of(recall_server, KEY).chat.completions.create(model="m", messages=[USER])
     for key in ("none", KEY[:-1], KEY + "s"):
         with pytest.raises(openai.AuthenticationError, match="key"):
-            client_of(chain_server, key).models.list()
-    check_error(ask_http(chain_server, "models", method="GET"), 401)
-    check_error(ask_http(chain_server, "completions", {"prompt": "0"}), 401)
+            client_of(recall_server, key).models.list()
+    check_error(ask_http(recall_server, "models", method="GET"), 401)
+    check_error(ask_http(recall_server, "completions", {"prompt": "0"}), 401)
     with pytest.raises(openai.NotFoundError):
-        client_of(chatty_server).embeddings.create(model="m", input="a")
-    check_error(ask_http(chatty_server, "completions", method="GET"), 405)
-    assert complete_chain(prompt="0", max_tokens=2).choices[0].text == "12"
+        client_of(chat_server).embeddings.create(model="m", input="a")
+    check_error(ask_http(chat_server, "completions", method="GET"), 405)
+    assert complete_recall(prompt="0", max_tokens=2).choices[0].text == "12"
 
 
-def test_a_request_may_have_so_many_bytes(chatty_server, monkeypatch):
+def test_a_request_may_have_so_many_bytes(chat_server, monkeypatch):
     monkeypatch.setattr(serve, "MAX_BODY", 100_000)
     body = json.dumps({"prompt": "a", "user": ""}).encode()
     fits = body.replace(b'""', b'"%b"' % (b"x" * (100_000 - len(body))))
     for content, status in ((fits, 200), (fits + b" ", 413)):
         pieces = iter([content[:50_000], content[50_000:]])
-        assert ask_http(chatty_server, "completions", content)[0] == status
-        assert ask_http(chatty_server, "completions", pieces)[0] == status
-    check_error(ask_http(chatty_server, "completions", content), 413, "100000 bytes")
+        assert ask_http(chat_server, "completions", content)[0] == status
+        assert ask_http(chat_server, "completions", pieces)[0] == status
+    check_error(ask_http(chat_server, "completions", content), 413, "100000 bytes")
 
 
-def test_a_request_may_take_so_long_to_arrive(chatty_server, monkeypatch):
+def test_a_request_may_take_so_long_to_arrive(chat_server, monkeypatch):
     """A client that stops sending does not keep the server from ending."""
     monkeypatch.setattr(serve, "MAX_BODY_SECONDS", 0.1)
-    with socket.create_connection(("127.0.0.1", chatty_server.port), timeout=SECONDS) as connection:
+    with socket.create_connection(("127.0.0.1", chat_server.port), timeout=SECONDS) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
         answer = read_until(connection, b"}}")
     assert answer.startswith(b"HTTP/1.1 408 ") and b"more than 0.1 s to arrive" in answer
 
 
-def test_what_fails_in_the_completer_fails_alone(complete, chat, chatty_server, monkeypatch):
+def test_what_fails_in_the_completer_fails_alone(complete, chat, chat_server, monkeypatch):
     """Those who are waiting get an error, the next ones are served."""
 
     def fail():
@@ -125,7 +125,7 @@ def test_what_fails_in_the_completer_fails_alone(complete, chat, chatty_server, 
 
     expected = complete(model="m", prompt="a", temperature=0).choices
     with monkeypatch.context() as m:
-        m.setattr(chatty_server.engine.scheduler, "step", fail)
+        m.setattr(chat_server.engine.scheduler, "step", fail)
         with pytest.raises(openai.InternalServerError, match="not finite"):
             complete(model="m", prompt="a")
         with pytest.raises(openai.APIError, match="not finite"):
@@ -170,8 +170,8 @@ def objects(*values) -> st.SearchStrategy:
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(path=st.sampled_from(["completions", "chat/completions"]), body=objects() | objects(JSON) | JSON | st.binary())
-def test_whatever_is_sent_gets_an_answer(path, body, chatty_server):
-    status, content = ask_http(chatty_server, path, body)
+def test_whatever_is_sent_gets_an_answer(path, body, chat_server):
+    status, content = ask_http(chat_server, path, body)
     if status != 200:
         assert 400 <= status < 500
         check_error((status, content), status)
@@ -179,16 +179,16 @@ def test_whatever_is_sent_gets_an_answer(path, body, chatty_server):
         assert content.endswith(b"data: [DONE]\n\n") and b'"error"' not in content
     else:
         assert all(choice["finish_reason"] in ("stop", "length") for choice in json.loads(content)["choices"])
-    assert not chatty_server.engine.inboxes
+    assert not chat_server.engine.inboxes
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(data=st.binary())
-def test_whatever_a_connection_brings(data, chatty_server):
-    with socket.create_connection(("127.0.0.1", chatty_server.port), timeout=SECONDS) as connection:
+def test_whatever_a_connection_brings(data, chat_server):
+    with socket.create_connection(("127.0.0.1", chat_server.port), timeout=SECONDS) as connection:
         connection.sendall(data)
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: [\r\nContent-Length: 9\r\n\r\n{")
-    assert ask_http(chatty_server, "models", method="GET")[0] == 200
+    assert ask_http(chat_server, "models", method="GET")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_whatever_a_connection_brings(data, chatty_server):
         (["--threads=0"], "--threads"),
     ],
 )
-def test_mistakes_on_the_command_line(flags, message, chatty, chatty_server, monkeypatch, capsys):
-    port = str(chatty_server.port)
-    path = f"--checkpoint_path={chatty / 'model.pth'}"
+def test_mistakes_on_the_command_line(flags, message, chat_model, chat_server, monkeypatch, capsys):
+    port = str(chat_server.port)
+    path = f"--checkpoint_path={chat_model / 'model.pth'}"
     monkeypatch.setattr(sys, "argv", ["serve.py", path, "--port=0", *(flag.replace("PORT", port) for flag in flags)])
     with pytest.raises(SystemExit) as stopped:
         run_script(serve.main)

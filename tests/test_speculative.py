@@ -24,7 +24,7 @@ from engine.speculate import (
 from kernels.backend import TORCH
 from loading import load_model
 from model import KVCache
-from tests.tiny import FAMILIES, call, convert, make_hf, to_ours
+from tests.tiny import FAMILIES, call_main, convert, make_hf, to_ours
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams()
@@ -34,7 +34,7 @@ TEXT = TEXT + TEXT[:12]  # something to look up
 
 
 def decoder_of(model, draft, length: int, k: int, compile: bool = False) -> SpeculativeDecoder:
-    """As generate.py makes it, with caches of this length; but proposals cost nothing, so that there always is one."""
+    """A decoder as in generate.py, with caches of this length. Proposals cost nothing here, so every step has one."""
     if draft is None:
         proposer = NgramProposer(3, CPU)
     else:
@@ -54,7 +54,7 @@ def flat(tokens) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def drafts(pair, tmp_path_factory):
+def drafts(both_models, tmp_path_factory):
     """(family, name) -> draft."""
 
     @cache
@@ -62,12 +62,12 @@ def drafts(pair, tmp_path_factory):
         if name == "lookup":
             return None
         if name == "itself":
-            return to_ours(pair(family)[0])
+            return to_ours(both_models(family)[0])
         if name == "random":  # another family, and less deep
             return to_ours(make_hf("llama2" if family != "llama2" else "qwen3", num_hidden_layers=1))
         folder = tmp_path_factory.mktemp(family)
-        pair(family)[0].save_pretrained(folder)
-        call(quantize.main, "--checkpoint_path", convert(folder), "--mode", "int4")
+        both_models(family)[0].save_pretrained(folder)
+        call_main(quantize.main, "--checkpoint_path", convert(folder), "--mode", "int4")
         return load_model(folder / "model_int4.g32.pth", CPU, torch.float32)
 
     return make
@@ -75,8 +75,8 @@ def drafts(pair, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["lookup", "itself", "random", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
-    model, draft = pair(family)[1], drafts(family, name)
+def test_greedy_tokens_are_the_models_own(family, name, both_models, drafts):
+    model, draft = both_models(family)[1], drafts(family, name)
     expected = plain(model, TEXT, 40)
     for k in range(1, 9) if family == "llama3" else (1, 4, 8):
         decoder = decoder_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
@@ -90,9 +90,9 @@ def test_greedy_tokens_are_the_models_own(family, name, pair, drafts):
 
 
 @pytest.mark.parametrize("name", ["lookup", "int4"])
-def test_a_text_goes_on_where_the_cache_ends(name, pair, drafts):
+def test_a_text_goes_on_where_the_cache_ends(name, both_models, drafts):
     """As in a conversation: the second text shares a beginning with the first one and its answer."""
-    model, draft = pair("llama3")[1], drafts("llama3", name)
+    model, draft = both_models("llama3")[1], drafts("llama3", name)
     decoder = decoder_of(model, draft, 160, 4)
     answer = flat(decoder.generate(TEXT, 0, 21))
     for kept in (20, 7, 0):
@@ -102,9 +102,9 @@ def test_a_text_goes_on_where_the_cache_ends(name, pair, drafts):
 
 
 @pytest.mark.parametrize("family, use_kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
-def test_compiled(family, use_kernels, k, pair):
-    """With kernels nothing is, except a verification of 11 tokens, which are too many for them."""
-    model = pair(family, use_kernels)[1]
+def test_compiled(family, use_kernels, k, both_models):
+    """With kernels only a verification of 11 tokens is compiled, which are too many for the kernels."""
+    model = both_models(family, use_kernels)[1]
     decoder = decoder_of(model, None, len(TEXT) + 20, k, compile=True)
     assert flat(decoder.generate(TEXT, 0, 20)) == plain(model, TEXT, 20)
 
@@ -241,8 +241,8 @@ def test_the_number_of_tokens_follows_what_is_accepted():
     assert abs(rate.rate - first) < 0.01
 
 
-def test_experts_cost_more_to_verify(pair):
-    dense, moe = pair("llama3")[1], pair("mixtral")[1]
+def test_experts_cost_more_to_verify(both_models):
+    dense, moe = both_models("llama3")[1], both_models("mixtral")[1]
     assert estimate_verify_cost(dense) < 0.2 < estimate_verify_cost(moe) < 1
     of_dense, of_moe = (best_draft_length([1, 2, 5], 0.3, estimate_verify_cost(model)) for model in (dense, moe))
     assert of_dense > of_moe

@@ -19,7 +19,7 @@ from kernels import CPU, TRITON
 from model import empty_model
 from tests.byte_models import random_folder, set_up
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
-from tests.tiny import ROOT, call, convert, write_folder
+from tests.tiny import ROOT, call_main, convert, write_folder
 from utils.errors import UsageError
 
 
@@ -151,7 +151,7 @@ def tree(tmp_path_factory) -> Path:
     tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
     target = tree / "checkpoints/tiny/target"
     write_folder("llama2", target)
-    call(quantize.main, "--checkpoint_path", convert(target), "--mode", "int4")
+    call_main(quantize.main, "--checkpoint_path", convert(target), "--mode", "int4")
     return tree
 
 

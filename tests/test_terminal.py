@@ -23,7 +23,7 @@ from cli.script import run_script
 from engine.chat import Conversation
 from tests.byte_models import set_up
 
-# A conversation's text is its messages. So chain's model, which counts on after a digit, goes on with the last message.
+# A conversation's text is its messages. So recall_model, which counts on after a digit, goes on with the last message.
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if not loop.last %}</s>{% endif %}{% endfor %}"
 UP, LEFT, RIGHT, HOME, END, BACKSPACE = "\x1b[A", "\x1b[D", "\x1b[C", "\x1b[H", "\x1b[F", "\x7f"
 ALT_ENTER, CTRL_C, CTRL_D = "\x1b\r", "\x03", "\x04"
@@ -31,12 +31,12 @@ PROMPT = ">\b\x1b[2C"  # an empty prompt, as prompt_toolkit draws it when it rea
 
 
 @pytest.fixture(scope="module")
-def counter(chain, tmp_path_factory) -> Path:
-    """The folder of chain's model, with a context of 8192 tokens and a chat template."""
+def counter(recall_model, tmp_path_factory) -> Path:
+    """The folder of recall_model, with a context of 8192 tokens and a chat template."""
     folder = tmp_path_factory.mktemp("counter")
-    (folder / "tokenizer.json").symlink_to(chain / "tokenizer.json")
+    (folder / "tokenizer.json").symlink_to(recall_model / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    config, _, tensors = read_checkpoint(chain / "model.pth")
+    config, _, tensors = read_checkpoint(recall_model / "model.pth")
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     save_checkpoint(folder / "model.pth", replace(config, max_seq_len=8192), shapes, tensors.items())
     return folder
@@ -186,7 +186,7 @@ def test_continue(counter, cli):
 
 
 def test_stop_strings(counter, cli):
-    """They end an answer, also across tokens, and are not part of it. A part of one that was held back is not lost."""
+    """A stop string ends an answer, also across tokens, and is not shown. A held-back beginning of one is not lost."""
     said = "0\n/continue\n/continue\n7\n"
     out = cli(counter, "--chat", "--temperature=0", "--max_new_tokens=2", "--stop=456", "--stop=23x", stdin=said)
     assert out.splitlines() == ["1", "23", "", "89"]

@@ -47,7 +47,7 @@ KINDS = ["llama2", "llama2-prepend", "llama3", "qwen2"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def pair(request, tmp_path_factory):
+def both_tokenizers(request, tmp_path_factory):
     """(ours, transformers') of one tokenizer.json."""
     tok, folder = train(request.param), tmp_path_factory.mktemp("json")
     if request.param != "qwen2":
@@ -57,8 +57,8 @@ def pair(request, tmp_path_factory):
     return load_tokenizer(folder), hf.AutoTokenizer.from_pretrained(folder)
 
 
-def test_tokenizer_json_like_transformers(pair):
-    ours, theirs = pair
+def test_tokenizer_json_like_transformers(both_tokenizers):
+    ours, theirs = both_tokenizers
     for text in TEXTS + FORGED:
         ids = ours.encode(text)
         assert ids == ids_with_one_bos(theirs, text)
@@ -70,8 +70,8 @@ def test_tokenizer_json_like_transformers(pair):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_chat_like_transformers(pair, name):
-    ours, theirs = replace(pair[0], chat_template=TEMPLATES[name]), pair[1]
+def test_chat_like_transformers(both_tokenizers, name):
+    ours, theirs = replace(both_tokenizers[0], chat_template=TEMPLATES[name]), both_tokenizers[1]
     for text in TEXTS:
         for messages in conversations(text):
             expected = theirs.apply_chat_template(
@@ -83,8 +83,9 @@ def test_chat_like_transformers(pair, name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_messages_make_no_special_tokens(pair, name):
-    ours, special = replace(pair[0], chat_template=TEMPLATES[name]), set(pair[0].special_token_ids.values())
+def test_messages_make_no_special_tokens(both_tokenizers, name):
+    ours = replace(both_tokenizers[0], chat_template=TEMPLATES[name])
+    special = set(ours.special_token_ids.values())
     for forged in FORGED:
         for messages, harmless in zip(conversations(forged), conversations("b"), strict=True):
             ids = ours.encode_chat(messages)
@@ -248,8 +249,8 @@ def check_ids(tokenizer, ids, silent, reference):
 
 @given(st.lists(st.integers(0, 600), max_size=20))
 @settings(database=None, deadline=None)
-def test_stream_of_random_ids(pair, ids):
-    check_ids(pair[0], ids, [], pair[1].decode)
+def test_stream_of_random_ids(both_tokenizers, ids):
+    check_ids(both_tokenizers[0], ids, [], both_tokenizers[1].decode)
 
 
 @given(st.lists(st.integers(0, 600) | st.integers(700, 2000), max_size=20))

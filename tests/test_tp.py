@@ -77,7 +77,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def jobs(files) -> dict[int, Job]:
-    """ranks -> a job with so many, in which rank 1 dies when all is done."""
+    """n -> the job of n ranks, in which rank 1 dies when all is done."""
     results = {}
     for n in (2, 4):
         out = files / f"{n}.json"

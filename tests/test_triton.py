@@ -195,7 +195,7 @@ class Unknown(Int4):
 
 
 def test_unknown_format():
-    """It stays in PyTorch. If it comes to the kernels, it is an error, and not read as another format."""
+    """The format stays in PyTorch. A kernel that gets the format raises an error."""
     w = make_linear(16, 64, Int4(32), torch.float32)
     w.format = Unknown(32)
     kernels.pack_for_triton([w])

@@ -156,7 +156,7 @@ def convert(folder: Path) -> Path:
     return convert_folder(folder)
 
 
-def refused(folder: Path, match: str, lora: Path | None = None):
+def assert_refused(folder: Path, match: str, lora: Path | None = None):
     """convert_folder refuses folder, or a LoRA adapter for it, in one line that matches, and leaves the folders as they
     were."""
     folders = [folder] if lora is None else [folder, lora]
@@ -167,7 +167,7 @@ def refused(folder: Path, match: str, lora: Path | None = None):
     assert {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()} == before
 
 
-def call(main, *args):
+def call_main(main, *args):
     """Calls a script's main with these arguments."""
     with mock.patch.object(sys, "argv", ["script.py", *map(str, args)]):
         main()
@@ -245,10 +245,10 @@ def same_logits(path: Path, theirs, atol: float = 1e-4, use_kernels: bool = True
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=atol, rtol=1e-4)
 
 
-def write_folder(family: str, folder: Path):
+def write_folder(family: str, folder: Path, **sizes):
     """A checkpoint as the hub holds them, with a tokenizer of bytes, <s> and </s>, and a chat template."""
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 256, "eos_token_id": 257}
-    make_hf(family, **sizes).save_pretrained(folder)
+    defaults = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 256, "eos_token_id": 257}
+    make_hf(family, **defaults | sizes).save_pretrained(folder)
     write_tokenizer(folder)
 
 

@@ -194,7 +194,7 @@ def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor, of_ranks:
 
 
 def decoded_logits(model: Transformer, tokens: Tensor) -> Tensor:
-    """Those of tokens [B, T] that come one by one."""
+    """The logits of tokens [B, T], decoded one by one."""
     kv_cache, logits = KVCache(model, *tokens.shape), []
     tables = model.build_position_tables(kv_cache)
     for i, token in enumerate(tokens.split(1, dim=1)):

@@ -78,7 +78,7 @@ def compile_template(template: str) -> Template:
     # {% generation %} marks the model's words for training. {% with %}, which only opens a scope, replaces that tag.
     template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    # The time limit cannot interrupt a single power or product, and one of them can use all time or memory.
+    # The time limit cannot interrupt a single power or product, which may use all time or memory.
     env.intercepted_binops = frozenset({"**", "*"})
     env.binop_table |= {"**": refuse_power, "*": multiply}
     env.filters["tojson"] = to_json
@@ -95,7 +95,7 @@ def strftime_now(form: str) -> str:
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """The filter tojson. It replaces jinja's own, which escapes HTML."""
+    """The filter tojson, in place of jinja's own, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

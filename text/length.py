@@ -6,7 +6,7 @@
 
 from text.tokenizer import Part, Tokenizer
 
-SAMPLE_LENGTH = 16  # so many characters for each token that a prompt may have; few texts have longer tokens
+SAMPLE_LENGTH = 16  # characters for each token that a prompt may have; few texts have longer tokens
 SAMPLE_GROWTH = 4
 
 
@@ -42,7 +42,6 @@ def n_characters(part: Part) -> int:
 
 
 def first_characters(parts: list[Part], n: int) -> list[Part]:
-    """Returns the first n characters of parts."""
     beginning: list[Part] = []
     for part in parts:
         if n <= 0:

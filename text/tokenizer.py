@@ -194,7 +194,6 @@ def detokenize(tokenizer: Tokenizer, ids: Iterable[int], prefix_ids: Iterable[in
 
 
 def common_prefix_length(a: list[int], b: list[int]) -> int:
-    """Returns how many ids a and b have in common at their beginning."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
@@ -232,7 +231,6 @@ class StopStringFinder:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Returns the tokenizer in a checkpoint's folder."""
     config = read_tokenizer_config(folder)
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(read_tokenizer_json(folder / "tokenizer.json"), config)

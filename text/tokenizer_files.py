@@ -121,7 +121,7 @@ def refuse_broken(path: Path) -> Iterator[None]:
 
 
 def special_tokens(fields: dict) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """Returns the special tokens in fields: those with a name, as a dict, and those without."""
+    """Returns the special tokens in fields: the named ones as a dict, and the others."""
     named = {key: value for key, value in fields.items() if isinstance(value, AddedToken)}
     unnamed = next((fields[key] for key in UNNAMED_TOKENS if fields.get(key)), [])
     if isinstance(unnamed, dict):

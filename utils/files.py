@@ -21,7 +21,6 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_text(path: Path) -> str:
-    """Reads the UTF-8 text in path."""
     try:
         return path.read_text(encoding="utf-8-sig")  # -sig drops the byte order mark that Windows writes
     except (OSError, UnicodeDecodeError) as e:
@@ -121,7 +120,6 @@ def explain_load_error(path: Path, e: Exception) -> str:
 
 
 def is_state_dict(tensors) -> bool:
-    """Returns whether tensors is a dict of tensors by name."""
     if not isinstance(tensors, dict):
         return False
     return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items())

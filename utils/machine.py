@@ -32,7 +32,7 @@ CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
 # In a control group's folder: the file of the limit, the file of the usage, and the line of memory.stat with the bytes
-# that can be dropped. First those of version 2, then those of version 1.
+# that can be dropped. The first row is for version 2 of control groups, the second row for version 1.
 MEMORY_FILES = [
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -198,7 +198,7 @@ def is_out_of_memory(e: Exception) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes that this process has used at a time: on a GPU those of tensors, else of main memory."""
+    """Returns the most bytes that this process has used at a time: of tensors on a GPU, else of main memory."""
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).max_memory_allocated()
     with contextlib.suppress(OSError, ValueError):  # not ru_maxrss, which in a child process starts at the parent's

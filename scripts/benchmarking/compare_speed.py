@@ -50,8 +50,8 @@ def measure(
     files: dict[str, Path], pair: Pair, sizes: dict[str, int], n_rounds: int, threads: int, bar: tqdm,
     tasks: Sequence[str | int] = TASKS,
 ) -> list[dict]:
-    """Measures the two files of a pair in turns. A number as a task means decoding so many sequences together. Returns
-    for each round:
+    """Measures the two files of a pair in turns. The task N, a number, means decoding N sequences together. Returns for
+    each round:
 
         read_bytes_per_sec    memory's read bandwidth
         ours, theirs          tokens per second by task; with the task "decode" also share_of_read, the share of the
@@ -141,7 +141,7 @@ def tokens_per_second(load: Callable[[str, int, int], Generate], file: str, thre
 
         "prefill"    prefill of PREFILL tokens
         "decode"     STEPS decode steps after a prompt of PROMPT tokens
-        a number     the same with so many sequences together"""
+        N            the same with N sequences together"""
     n_sequences = task if isinstance(task, int) else 1
     generate_greedily = load(file, threads, n_sequences)
     time.sleep(PAUSE)

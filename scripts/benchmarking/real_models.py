@@ -72,7 +72,6 @@ def describe_text(file: Path) -> dict:
 
 
 def measure_file(file: Path, text_file: Path) -> dict:
-    """Measures size and perplexity."""
     size = {"file_bytes": file.stat().st_size, "bits_per_weight": bits_per_weight(file)}
     return size | json.loads(script_output("eval.py", "--checkpoint_path", file, "--text_file", text_file, "--json"))
 
@@ -134,7 +133,7 @@ PROMPTS = {"edit": (EDIT, 0.0), "story": (STORY, 0.0), "story, drawn": (STORY, 1
 
 
 def speculation(args: argparse.Namespace):
-    """Tokens/s of a chat model with speculation over those without it."""
+    """Tokens/s of a chat model with speculation, divided by its tokens/s without."""
     draft, device = args.draft_checkpoint_path, pick_device(args.device)
     k = DEFAULT_SPECULATE_K["draft" if draft else "lookup"] if args.speculate_k is None else args.speculate_k
     flags = ["--checkpoint_path", args.checkpoint_path, "--device", device, "--precision", args.precision]
@@ -179,7 +178,6 @@ def run_rounds(variants: dict[str, list]) -> Iterator[dict[str, dict]]:
 
 
 def script_output(script: str, *arguments) -> str:
-    """Runs a script of this project, and returns what the script prints."""
     process = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     if process.returncode:
         raise UsageError(f"{script} failed; what it said is above")

@@ -72,7 +72,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
 
 
 def make_weights(n: int, k: int, format: WeightFormat, device: torch.device) -> list[Linear]:
-    """Makes packed weights [n, k]: so many that none is still in the L2 cache when its turn comes again."""
+    """Makes packed weights [n, k] that do not fit into the L2 cache together. Used in turn, each comes from memory."""
     weights = [random_linear((n, k), format, device, torch.bfloat16)]
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     for _ in range(1 + 4 * cache_bytes // weights[0].weight.nbytes):
@@ -95,7 +95,6 @@ def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
 
 
 def write_tiles(key: str, tiles: TileConfig):
-    """Writes tiles for this GPU into tuned.json."""
     table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     table.setdefault(torch.cuda.get_device_name(), {})[key] = tiles._asdict()
     replace_file(TUNED, (json.dumps(table, indent=1) + "\n").encode())
