@@ -10,6 +10,9 @@
 //     2 attend_to_splits   a block of new tokens and a split of a key/value head: a partial output, m_i and l_i
 //     3 combine_splits     a query head of a new token: the output, from the partial outputs of all splits
 //
+// If all keys of a sequence are one split, phase 2 computes the outputs, too. If all sequences are so short, phase 3 is
+// left out.
+//
 // Every sequence has a position, start_pos, which is read at execution. So the time depends on the number of keys in
 // the cache, and not on the length of the cache.
 #pragma once
@@ -173,7 +176,7 @@ template <typename T> struct RopeAndCacheOp {
   const int64_t* start_pos;                // [batch]: the position of each sequence's first new token
   T *k_cache, *v_cache;                    // [batch, n_kv_heads, max_seq_len, head_dim]
   int64_t batch_stride, head_stride;       // of k_cache and v_cache
-  const float* cos_sin;                       // [max_seq_len or more, head_dim / 2, 2]
+  const float* cos_sin;                    // [max_seq_len or more, head_dim / 2, 2]
   const T *q_norm_weight, *k_norm_weight;  // [head_dim] or null
   bool norms_all_heads;                    // norm all heads together; weights [n_heads or n_kv_heads, head_dim]
   float eps;
@@ -289,9 +292,9 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   int64_t first_key(const Task& task) const { return first_key(task.b) + task.split * split_len(); }
 
   void attend_to_splits(const Shared& shared) const {
-    int64_t n_tasks = 0;
-    for (int64_t b = 0; b < batch; b++) n_tasks += this->n_tasks(b);
-    const Range range = thread_range(n_tasks);
+    int64_t total = 0;
+    for (int64_t b = 0; b < batch; b++) total += n_tasks(b);
+    const Range range = thread_range(total);
     if (range.begin == range.end) return;
     Task task = task_at(range.begin);
     for (int64_t i = range.begin + 1; i < range.end; i++) {

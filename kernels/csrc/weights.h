@@ -63,7 +63,8 @@ struct Weights {
 
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
-// The struct of a format says how the loops of dot.h, bf16_weights.h and linear.h decode the weights. A new format needs
+// The struct of a format says how the loops of dot.h, bf16_weights.h and linear.h decode the weights. A new format
+// needs
 //
 //     ELEMENTS_PER_WORD   elements of a word
 //     SCALE_BYTES         bytes of a scale: 4 (float), 2 (f16 or bf16) or 1 (an exponent)
