@@ -2,8 +2,9 @@
 
     RMSNorm        x / rms(x) * weight
     WeightMatrix   what the layers below share: W in some format (kernels/formats/), packed for some backend
-    Linear         y = x W^T, and what is applied to y
-    ExpertsGateUp, ExpertsDown    Linear with a W for each expert, for the experts that the router chose
+    LinearBase     what the linear layers share: WeightMatrix with a bias
+    Linear         y = x W^T + bias, and what is applied to y
+    ExpertsGateUp, ExpertsDown    products with the W of each expert that the router chose
     Embedding      a row of W for every token
 
 A forward calls an operation of kernels/ops.py with the layer itself. The operation runs on the kernels of the layer's
@@ -103,10 +104,17 @@ class WeightMatrix(nn.Module):
         return self.backend.ops.dequantize(**arguments, k=self.in_features, dtype=dtype)
 
 
-class Linear(WeightMatrix):
-    """y = x W^T. The layer applies to y, in this order:
+class LinearBase(WeightMatrix):
+    """bias: [N], of experts [E, N], or None."""
 
-        bias         y + bias                          bias [N], of experts [E, N], or None
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None):
+        super().__init__(in_features, out_features, n_experts)
+        self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
+
+
+class Linear(LinearBase):
+    """y = x W^T + bias. The layer applies to y, in this order:
+
         out_scale    y * out_scale
         softcap      softcap * tanh(y / softcap)       if softcap is not 0
         clip         y, clamped to [-clip, clip]       if clip is not 0
@@ -116,14 +124,13 @@ class Linear(WeightMatrix):
     aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
+        self, in_features: int, out_features: int, bias: bool = False,
         out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
     ):
-        super().__init__(in_features, out_features, n_experts)
+        super().__init__(in_features, out_features, bias)
         self.out_scale, self.softcap, self.clip = out_scale, softcap, clip
         self.aten_weight: AtenInt8 | AtenInt4 | None = None
         self.register_buffer("input_order", None)
-        self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
 
     def forward(
         self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None,
@@ -136,7 +143,7 @@ class Linear(WeightMatrix):
         return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
 
 
-class ExpertsGateUp(Linear):
+class ExpertsGateUp(LinearBase):
     """The gate and up projections of all experts."""
 
     def forward(
@@ -147,7 +154,7 @@ class ExpertsGateUp(Linear):
         return kernels.experts_gate_up(x, self, topk_ids, norm, activation)
 
 
-class ExpertsDown(Linear):
+class ExpertsDown(LinearBase):
     """The down projections of all experts."""
 
     def forward(

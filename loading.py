@@ -92,7 +92,7 @@ def load_model(
 
 def quantized_tensor_names(model: Transformer) -> set[str]:
     """Returns the names of all tensors of quantized weights. Loading does not change the dtypes of these tensors."""
-    names = {f"{name}.input_order" for name, linear in model.quantizable_linears() if linear.input_order is not None}
+    names = {name for name, _ in model.named_buffers() if name.endswith(".input_order")}
     for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:
         if matrix.format.is_quantized:
             names |= {f"{name}.{tensor_name}" for tensor_name in matrix.tensors()}

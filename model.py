@@ -23,7 +23,7 @@ from config import ModelConfig
 from kernels.backend import Backend
 from kernels.formats import QuantizationScheme, Unquantized, WeightFormat
 from kernels.schema import AttentionParams, LayerCache, PositionTables
-from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm, WeightMatrix
+from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
 from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
 from utils.machine import check_memory
@@ -108,16 +108,16 @@ class Transformer(nn.Module):
             if isinstance(module, RMSNorm):
                 module.backend = self.lm_head.backend
 
-    def quantizable_linears(self) -> Iterator[tuple[str, "Linear"]]:
+    def quantizable_linears(self) -> Iterator[tuple[str, LinearBase]]:
         """Yields (name, layer) for every linear layer that quantization rewrites: all but the routers."""
         for name, module in self.named_modules():
-            if isinstance(module, Linear) and not name.endswith(".router"):
+            if isinstance(module, LinearBase) and not name.endswith(".router"):
                 yield name, module
 
     def has_kernels_for(self, batch_size: int, n_new_tokens: int) -> bool:
         """Whether there are kernels for all operations of a step with n_new_tokens in each of batch_size sequences,
         all on one backend. Then the step can be recorded."""
-        matrices = [module for module in self.modules() if isinstance(module, Linear)]
+        matrices = [module for module in self.modules() if isinstance(module, LinearBase)]
         if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be recorded
             matrices.append(self.embed_tokens)
         backend = self.lm_head.backend
@@ -177,7 +177,7 @@ def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZ
     model.embed_tokens.set_format(formats.overrides.get("embed_tokens", UNQUANTIZED))
     for name in formats.act_order_layers:
         linear = linears.get(name)
-        if linear is None or linear.n_experts is not None:
+        if not isinstance(linear, Linear):
             raise UsageError(f"the checkpoint's quantization gives {name} an order of inputs, which it cannot have")
         linear.set_tensor("input_order", torch.empty(linear.in_features, dtype=torch.int32, device="meta"))
     return model

@@ -40,6 +40,7 @@ from collectives import all_gather, choose_all_reduce, world_size
 from config import ModelConfig
 from kernels.formats import WeightFormat
 from kernels.record import call_at_graph_break
+from layers import Linear, LinearBase
 from model import Attention, Transformer
 from utils.errors import UsageError
 
@@ -228,11 +229,11 @@ class RowParallelLinear(nn.Module):
         full        yes            x, from which linear selects
     """
 
-    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], input_is_parallel: bool):
+    def __init__(self, linear: LinearBase, all_reduce: Callable[[Tensor], Tensor], input_is_parallel: bool):
         super().__init__()
         self.linear, self.all_reduce = linear, all_reduce
         self.backend = linear.backend
-        has_order = linear.input_order is not None
+        has_order = isinstance(linear, Linear) and linear.input_order is not None
         self.get_inputs = None  # x -> the inputs of linear; None: the inputs are x
         if input_is_parallel and has_order:
             self.get_inputs = all_gather

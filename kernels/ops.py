@@ -33,7 +33,7 @@ from kernels.backend import Backend
 from kernels.schema import ACTIVATION_IDS, AttentionParams, LayerCache, PositionTables
 
 if TYPE_CHECKING:  # layers.py imports this file
-    from layers import Embedding, Linear, RMSNorm
+    from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm
 
 # Fused gating needs gate and up to be whole blocks of 16 outputs: out_features % 32 == 0.
 FUSED_GLU_MULTIPLE = 32
@@ -85,7 +85,7 @@ def linear_then_activation(
     return y if residual is None else add(y, residual, linear.backend)
 
 
-def can_fuse(activation: str, linear: Linear) -> bool:
+def can_fuse(activation: str, linear: LinearBase) -> bool:
     """Whether a kernel of linear can apply the activation."""
     return not is_gated(activation) or linear.out_features % FUSED_GLU_MULTIPLE == 0
 
@@ -184,7 +184,7 @@ def route(
 
 
 def experts_gate_up(
-    x: Tensor, linear: Linear, topk_ids: Tensor, norm: RMSNorm | None = None, activation: str | None = None
+    x: Tensor, linear: ExpertsGateUp, topk_ids: Tensor, norm: RMSNorm | None = None, activation: str | None = None
 ) -> Tensor:
     """Multiplies every token with the gate and up projections of the token's experts: x [B, T, dim],
     topk_ids [B, T, top_k] -> [B, T, top_k, F]. norm and activation are as in fused_linear."""
@@ -203,7 +203,7 @@ def experts_gate_up(
 
 
 def experts_down(
-    hidden: Tensor, linear: Linear, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, linear: ExpertsDown, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     """Multiplies hidden [B, T, top_k, F] with the down projections of the experts. Sums the results of the experts of
     each token, weighted with topk_weights [B, T, top_k]: [residual +] [B, T, dim]."""

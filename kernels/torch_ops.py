@@ -18,7 +18,7 @@ from kernels import aten
 from kernels.schema import AttentionParams, LayerCache
 
 if TYPE_CHECKING:  # layers.py imports ops.py, which imports this file
-    from layers import Embedding, Linear
+    from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
 
@@ -224,7 +224,7 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
     return topk_weights, topk_ids
 
 
-def experts_gate_up(x: Tensor, linear: Linear, topk_ids: Tensor) -> Tensor:
+def experts_gate_up(x: Tensor, linear: ExpertsGateUp, topk_ids: Tensor) -> Tensor:
     """kernels/ops.py: experts_gate_up without norm and activation, for which ops.py calls rms_norm and activate."""
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
     y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new_tokens=x.shape[-2])
@@ -232,7 +232,7 @@ def experts_gate_up(x: Tensor, linear: Linear, topk_ids: Tensor) -> Tensor:
 
 
 def experts_down(
-    hidden: Tensor, linear: Linear, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, linear: ExpertsDown, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     y = expert_products(hidden.flatten(0, -2), linear, topk_ids.flatten(), n_new_tokens=hidden.shape[-3])
     y = y.view(*topk_ids.shape, linear.out_features) * topk_weights[..., None].to(y.dtype)
@@ -240,7 +240,7 @@ def experts_down(
     return y if residual is None else residual + y
 
 
-def expert_products(x: Tensor, linear: Linear, expert_ids: Tensor, n_new_tokens: int) -> Tensor:
+def expert_products(x: Tensor, linear: LinearBase, expert_ids: Tensor, n_new_tokens: int) -> Tensor:
     """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. n_new_tokens: of each
     sequence."""
     if not torch.compiler.is_compiling():
@@ -250,7 +250,7 @@ def expert_products(x: Tensor, linear: Linear, expert_ids: Tensor, n_new_tokens:
     return torch.compiler.disable(loop_over_experts)(x, linear, expert_ids)
 
 
-def loop_over_experts(x: Tensor, linear: Linear, expert_ids: Tensor) -> Tensor:
+def loop_over_experts(x: Tensor, linear: LinearBase, expert_ids: Tensor) -> Tensor:
     """One product for each expert that occurs in expert_ids. The host waits for the device to read expert_ids."""
     y = x.new_empty(len(x), linear.out_features)
     for e in expert_ids.unique().tolist():
@@ -260,7 +260,7 @@ def loop_over_experts(x: Tensor, linear: Linear, expert_ids: Tensor) -> Tensor:
     return y
 
 
-def gather_experts(x: Tensor, linear: Linear, expert_ids: Tensor) -> Tensor:
+def gather_experts(x: Tensor, linear: LinearBase, expert_ids: Tensor) -> Tensor:
     """One matrix for each row, for a compiled decode step, which has few rows. torch.compile fuses look-up,
     dequantization, product and sum into one loop. Without torch.compile this would copy the weights of the experts."""
     y = (linear.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)

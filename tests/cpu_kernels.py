@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels.formats.cpu_layouts import CPU_BLOCK_K
-from layers import Linear, WeightMatrix
+from layers import LinearBase, WeightMatrix
 
 built = pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
 
@@ -30,7 +30,7 @@ def packed(module):
     layers = [layer for layer in module.modules() if isinstance(layer, WeightMatrix)]
     kernels.pack_weights(layers, torch.float32)
     for layer in layers:
-        if isinstance(layer, Linear):
+        if isinstance(layer, LinearBase):
             assert layer.backend.name == "cpu"
             assert layer.backend.max_tokens["fused_linear"] >= 8
             layer.backend = kernels.CPU  # up to MAX_CPU_TOKENS

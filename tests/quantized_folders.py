@@ -14,6 +14,7 @@ from torch import Tensor
 from checkpoint import read_checkpoint
 from converters.write_model import NORM_BEFORE
 from kernels.formats import QuantizationScheme
+from layers import Linear
 from model import empty_model
 from tests.tiny import FAMILIES, convert, make_hf
 
@@ -194,7 +195,7 @@ def dequantized(path: Path) -> dict[str, Tensor]:
         if linear.format.is_quantized:
             parts = {kind: tensors.pop(f"{name}.{kind}") for kind in linear.tensors()}
             tensors[f"{name}.weight"] = linear.format.dequantize(parts, torch.float32)
-        if linear.input_order is not None:
+        if isinstance(linear, Linear) and linear.input_order is not None:
             positions = tensors.pop(f"{name}.input_order").argsort()  # of the inputs
             tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, positions]
             layer, _, module = re.fullmatch(r"((layers\.\d+\.)?)(.*)", name).groups()

@@ -23,6 +23,7 @@ from kernels.formats.triton_layouts import pack_tiles
 from kernels.schema import LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
+from layers import LinearBase
 from model import KVCache
 from rope import rope_table
 from scripts.kernel_checks import checks
@@ -139,7 +140,7 @@ def test_extremes(format):
 @pytest.mark.parametrize("n_experts", [None, 3])
 def test_dequantize_packed(format, n_experts):
     for n, k in [(16, 64), (48, 160)]:
-        w = make_linear(n, k, format, torch.float32, n_experts)
+        w = make_linear(n, k, format, torch.float32, n_experts=n_experts, kind=LinearBase)
         checkpoint_weight, expected = w.weight, w.dequantized_weight(torch.float32)
         use_triton(w)
         assert (w.weight.data_ptr() == checkpoint_weight.data_ptr()) == isinstance(format, Int8)  # read as it is

@@ -28,7 +28,7 @@ from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from kernels.formats import Tensors, Unquantized, WeightFormat
-from layers import Embedding, Linear, RMSNorm
+from layers import Embedding, Linear, LinearBase, RMSNorm
 from model import KVCache, Transformer, empty_model
 from utils.errors import UsageError
 from utils.files import read_json
@@ -87,13 +87,11 @@ def random_model(config: ModelConfig, format: WeightFormat, device: torch.device
     return model.eval().requires_grad_(False)
 
 
-def random_linear(
-    shape: tuple[int, ...], format: WeightFormat, device: torch.device, dtype: torch.dtype, kind: type[Linear] = Linear
-) -> Linear:
-    """Makes a linear layer. shape: of the weight, [N, K], or [E, N, K] for experts."""
-    *experts, out_features, in_features = shape
+def random_linear(shape: tuple[int, int], format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Linear:
+    """Makes a linear layer. shape: of the weight, [N, K]."""
+    out_features, in_features = shape
     with torch.device("meta"):
-        linear = kind(in_features, out_features, n_experts=experts[0] if experts else None).to(dtype)
+        linear = Linear(in_features, out_features).to(dtype)
     linear.set_format(format)
     linear.to_empty(device=device)
     fill_randomly(linear)
@@ -107,7 +105,7 @@ def fill_randomly(module: nn.Module):
         module.weight.fill_(1)
     elif isinstance(module, Embedding):
         module.weight.normal_(std=module.weight.shape[-1] ** -0.5)
-    elif isinstance(module, Linear):
+    elif isinstance(module, LinearBase):
         module.format.fill_randomly(module.tensors(), std=module.in_features**-0.5)
         if module.bias is not None:
             module.bias.zero_()
