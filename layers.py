@@ -18,7 +18,7 @@ import kernels
 from kernels.aten import AtenInt4, AtenInt8
 from kernels.backend import TORCH, Backend
 from kernels.formats import Tensors, Unquantized, WeightFormat
-from kernels.schema import WeightArguments
+from kernels.schema import Epilogue, WeightArguments
 
 
 class RMSNorm(nn.Module):
@@ -113,22 +113,16 @@ class LinearBase(WeightMatrix):
 
 
 class Linear(LinearBase):
-    """y = x W^T + bias. The layer applies to y, in this order:
+    """y = epilogue(x W^T + bias).
 
-        out_scale    y * out_scale
-        softcap      softcap * tanh(y / softcap)       if softcap is not 0
-        clip         y, clamped to [-clip, clip]       if clip is not 0
-
+    epilogue: its activation stays 0, since forward has the activation as an argument.
     input_order: int32 [K], or None: perm of GPTQ's act-order. W's columns are stored sorted by group, so y = W x[perm].
     The norm's weight is stored permuted to match.
     aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False,
-        out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
-    ):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, **epilogue: float):
         super().__init__(in_features, out_features, bias)
-        self.out_scale, self.softcap, self.clip = out_scale, softcap, clip
+        self.epilogue = Epilogue(0, **epilogue)
         self.aten_weight: AtenInt8 | AtenInt4 | None = None
         self.register_buffer("input_order", None)
 

@@ -7,6 +7,7 @@ In a schema, the arguments after `*` are passed by name, so that no two numbers 
 several schemas share:
 
     WEIGHT        a weight W [N, K]: WeightArguments
+    EPILOGUE      what follows the product and the bias: Epilogue
     ATTENTION     AttentionParams
     activation    a value of ACTIVATION_IDS
 
@@ -41,6 +42,16 @@ class WeightArguments(NamedTuple):
     format_id: int  # of the WeightFormat
     n: int  # N
     group_size: int  # inputs of an output that share a scale
+
+
+class Epilogue(NamedTuple):
+    """What fused_linear does to y = x W^T + bias, in this order. The default of a field means that fused_linear leaves
+    the step out."""
+
+    activation: int = 0  # a value of ACTIVATION_IDS
+    out_scale: float = 1.0  # y * out_scale
+    softcap: float = 0.0  # softcap * tanh(y / softcap)
+    clip: float = 0.0  # y, clamped to [-clip, clip]
 
 
 class AttentionParams(NamedTuple):
@@ -84,7 +95,7 @@ def as_schema(fields: type[NamedTuple]) -> str:
     return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
 
 
-WEIGHT, ATTENTION = as_schema(WeightArguments), as_schema(AttentionParams)
+WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
 
 
 def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
@@ -138,8 +149,8 @@ def output_width(n: int, activation: int) -> int:
 
 
 @define(
-    f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, "
-    "int activation, float out_scale, float softcap, float clip, bool float32_out) -> Tensor"
+    f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, {EPILOGUE}, "
+    "bool float32_out) -> Tensor"
 )
 def fake_fused_linear(x, *, w, activation, float32_out, **_):
     dtype = torch.float32 if float32_out else x.dtype

@@ -15,28 +15,12 @@ from torch import Tensor
 
 from config import is_gated
 from kernels import aten
-from kernels.schema import AttentionParams, LayerCache
+from kernels.schema import AttentionParams, Epilogue, LayerCache
 
 if TYPE_CHECKING:  # layers.py imports ops.py, which imports this file
     from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
-
-
-def fused_linear(
-    x: Tensor, linear: Linear, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    """kernels/ops.py: fused_linear without norm and activation, for which ops.py calls rms_norm and activate."""
-    y = multiply_weight(x, linear)
-    if linear.out_scale != 1:
-        y = y * linear.out_scale
-    if out_dtype is not None:
-        y = y.to(out_dtype)
-    if linear.softcap:
-        y = apply_softcap(y, linear.softcap)
-    if linear.clip:
-        y = y.clamp(-linear.clip, linear.clip)
-    return y if residual is None else residual + y
 
 
 def multiply_weight(x: Tensor, linear: Linear) -> Tensor:
@@ -50,6 +34,18 @@ def multiply_weight(x: Tensor, linear: Linear) -> Tensor:
         y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)  # about twice as fast as F.linear
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
+
+
+def apply_epilogue(y: Tensor, epilogue: Epilogue, out_dtype: torch.dtype | None) -> Tensor:
+    """The steps of epilogue after the activation: y [..., N] -> [..., N] in out_dtype, or in y.dtype."""
+    _activation, out_scale, softcap, clip = epilogue  # all fields, so that a new one raises ValueError
+    if out_scale != 1:
+        y = y * out_scale
+    if out_dtype is not None:
+        y = y.to(out_dtype)
+    if softcap:
+        y = apply_softcap(y, softcap)
+    return y.clamp(-clip, clip) if clip else y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
