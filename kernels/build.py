@@ -27,6 +27,7 @@ import torch
 
 from config import ACTIVATIONS
 from kernels.formats import FORMATS
+from kernels.formats.cpu_layouts import CPU_BLOCK_K, CPU_BLOCK_N
 from kernels.schema import MAX_CPU_TOKENS  # schema.py also defines the schemas of the operations in the library
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -48,7 +49,7 @@ def library() -> ctypes.CDLL | None:
     The returned library has the functions that record.py calls to record and replay tapes (kernels/csrc/tape.h).
     """
     check_formats((SOURCES / "weights.h").read_text())
-    check_max_tokens((SOURCES / "weights.h").read_text())
+    check_sizes((SOURCES / "weights.h").read_text())
     check_activations((SOURCES / "simd.h").read_text())
     library = find_or_compile()
     if library is not None:
@@ -74,12 +75,18 @@ def check_activations(simd_h: str):
         raise ImportError(f"kernels/csrc/simd.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
 
 
-def check_max_tokens(weights_h: str):
-    """Raises ImportError unless csrc/weights.h and kernels/schema.py have the same MAX_CPU_TOKENS: with a larger one,
-    Python would pass more tokens than C++ takes."""
-    theirs = int(re.search(r"MAX_CPU_TOKENS = (\d+);", weights_h)[1])
-    if theirs != MAX_CPU_TOKENS:
-        raise ImportError(f"kernels/csrc/weights.h: MAX_CPU_TOKENS is {theirs}; in kernels/schema.py {MAX_CPU_TOKENS}")
+def check_sizes(weights_h: str):
+    """Raises ImportError unless csrc/weights.h and Python have the same numbers. With other blocks, C++ would read
+    wrong weights without an error."""
+    sizes = {
+        "MAX_CPU_TOKENS": ("kernels/schema.py: MAX_CPU_TOKENS", MAX_CPU_TOKENS),
+        "BLOCK_N": ("kernels/formats/cpu_layouts.py: CPU_BLOCK_N", CPU_BLOCK_N),
+        "Q8_BLOCK": ("kernels/formats/cpu_layouts.py: CPU_BLOCK_K", CPU_BLOCK_K),
+    }
+    for name, (our_name, ours) in sizes.items():
+        theirs = int(re.search(rf" {name} = (\d+);", weights_h)[1])
+        if theirs != ours:
+            raise ImportError(f"kernels/csrc/weights.h: {name} is {theirs}; {our_name} is {ours}")
 
 
 def find_or_compile() -> ctypes.CDLL | None:

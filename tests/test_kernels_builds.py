@@ -52,11 +52,12 @@ def test_both_lists_of_activations_have_one_order():
             kernels.build.check_activations(wrong)
 
 
-def test_both_limits_of_tokens_are_one():
+@pytest.mark.parametrize("name, ours", [("MAX_CPU_TOKENS", 64), ("BLOCK_N", 16), ("Q8_BLOCK", 16)])
+def test_both_sizes_are_one(name, ours):
     weights_h = (kernels.build.SOURCES / "weights.h").read_text()
-    kernels.build.check_max_tokens(weights_h)
-    with pytest.raises(ImportError, match="MAX_CPU_TOKENS is 32; in kernels/schema.py 64"):
-        kernels.build.check_max_tokens(weights_h.replace("MAX_CPU_TOKENS = 64;", "MAX_CPU_TOKENS = 32;"))
+    kernels.build.check_sizes(weights_h)
+    with pytest.raises(ImportError, match=f"{name} is 32; kernels/.*: .* is {ours}"):
+        kernels.build.check_sizes(weights_h.replace(f"{name} = {ours};", f"{name} = 32;"))
 
 
 @built
