@@ -39,8 +39,8 @@ class WeightMatrix(nn.Module):
     """A weight W [N, K] of N outputs and K inputs, or a W for each expert [E, N, K].
 
     format: how W is stored (kernels/formats/).
-    backend: what computes with W (kernels/backend.py). W is packed for its kernels. TORCH means that W is stored as in
-    the checkpoint, for plain PyTorch.
+    backend: what computes with W (kernels/backend.py). W is packed for the backend's kernels. TORCH means that W is
+    stored as in the checkpoint, for plain PyTorch.
     is_embedding: whether a step reads only some rows of W."""
 
     is_embedding = False

@@ -186,11 +186,11 @@ def load_cached(name: str) -> ctypes.CDLL | None:
 
 
 def compile_and_load(compiler: list[str]) -> ctypes.CDLL:
-    """Compiles and loads the library in the first of cache_folders that allows both. If that is not the preferred
-    folder, prints the reason. If no folder allows both, raises OSError or CalledProcessError.
+    """Compiles and loads the library in the first of cache_folders that allows compiling and loading. If the preferred
+    folder does not, prints the reason. If no folder does, raises OSError or CalledProcessError.
 
     Also prints a line before, so that nobody takes the seconds of silence in a log for a program that hangs."""
-    if sys.stderr:  # None: the shell has closed it
+    if sys.stderr:  # None if the shell has closed stderr
         print("compiling kernels/csrc for this machine, once", file=sys.stderr, flush=True)
     preferred, *others = cache_folders()
     try:

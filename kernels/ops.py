@@ -221,7 +221,6 @@ def sample(logits: Tensor, temperature: float, backend: Backend) -> Tensor:
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """x, copied if it is not contiguous."""
     return None if x is None else x.contiguous()
 
 

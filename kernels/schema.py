@@ -26,7 +26,7 @@ from config import ACTIVATIONS, is_gated
 CPU_ONLY = ("gptfast_cpu",)
 NAMESPACES = (*CPU_ONLY, "gptfast_triton")
 # The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
-# step count together. csrc/weights.h has the same number
+# step count together. csrc/weights.h has the same number, which build.py checks
 MAX_CPU_TOKENS = 64
 ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/simd.h: Activation
 GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}
@@ -36,7 +36,7 @@ RECORDABLE: set[str] = set()  # the operations that a tape can hold
 class WeightArguments(NamedTuple):
     """A weight as a kernel takes it."""
 
-    weight: Tensor  # this and the next two: as packed for the backend
+    weight: Tensor  # weight, scales and zeros are as packed for the backend
     scales: Tensor | None
     zeros: Tensor | None
     format_id: int  # of the WeightFormat
@@ -68,8 +68,8 @@ class AttentionParams(NamedTuple):
 
     def is_sdpa_compatible(self, alibi_slopes: Tensor | None) -> bool:
         """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute it.
-        Norms and RoPE come before the scores. SDPA would ignore a new field silently, so all
-        fields are unpacked: until the new one is named here, this raises ValueError."""
+        Norms and RoPE come before the scores. SDPA would ignore a new field silently. So all fields are unpacked, which
+        raises ValueError until the function names the new field."""
         _n_heads, _scale, _window, softcap, _q_norm_weight, _k_norm_weight, _eps, sinks = self
         return not softcap and sinks is None and alibi_slopes is None
 
@@ -119,9 +119,9 @@ def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = N
 
 
 def triton_op(function: Callable) -> Callable:
-    """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name.
-    Registers it for CPU tensors, too, since Triton's interpreter runs on these. function takes the arguments of the
-    schema, with those of WEIGHT as one, w."""
+    """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name,
+    also for CPU tensors, on which Triton's interpreter runs. function takes the arguments of the schema, with those of
+    WEIGHT as one, w."""
     torch.library.impl(f"gptfast_triton::{function.__name__}", ("CUDA", "CPU"), gather_weight(function))
     return function
 

@@ -1,8 +1,8 @@
-"""The operations in plain PyTorch. No kernel takes every step: these functions serve prefill, devices without kernels,
-and --kernels off. They are also the definition that the kernels are tested against.
+"""The operations in plain PyTorch, for steps without kernels: prefill, other devices, and --kernels off. These
+functions are also the definition with which the tests compare the kernels.
 
 kernels/ops.py describes the operations. A weight of any format is read through linear.dequantized_weight(dtype). If the
-weight is packed for a backend, a kernel of this backend dequantizes it.
+weight is packed for a backend, a kernel of this backend dequantizes the weight.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def multiply_weight(x: Tensor, linear: Linear) -> Tensor:
 
 def apply_epilogue(y: Tensor, epilogue: Epilogue, out_dtype: torch.dtype | None) -> Tensor:
     """The steps of epilogue after the activation: y [..., N] -> [..., N] in out_dtype, or in y.dtype."""
-    _activation, out_scale, softcap, clip = epilogue  # all fields, so that a new one raises ValueError
+    _activation, out_scale, softcap, clip = epilogue  # all fields: a new field raises ValueError here
     if out_scale != 1:
         y = y * out_scale
     if out_dtype is not None:
@@ -188,7 +188,7 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
-    """Returns whether the token at each of positions [B, T] sees each of S keys: [B, 1, T, S]. All heads share it."""
+    """Returns whether the token at each of positions [B, T] sees each of S keys: [B, 1, T, S], for all heads."""
     queries, keys = positions[..., None], torch.arange(S, device=positions.device)
     mask = keys <= queries  # [B, T, S]
     if window:
@@ -258,6 +258,6 @@ def loop_over_experts(x: Tensor, linear: LinearBase, expert_ids: Tensor) -> Tens
 
 def gather_experts(x: Tensor, linear: LinearBase, expert_ids: Tensor) -> Tensor:
     """One matrix for each row, for a compiled decode step, which has few rows. torch.compile fuses look-up,
-    dequantization, product and sum into one loop. Without torch.compile this would copy the weights of the experts."""
+    dequantization, product and sum into one loop. Plain PyTorch would copy the weights of the experts."""
     y = (linear.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
     return (y if linear.bias is None else y + linear.bias[expert_ids].float()).to(x.dtype)

@@ -30,7 +30,7 @@ QUANTIZED = FORMATS[1:]
 EXAMPLES = [format for format_class in formats.FORMATS for format in format_class.examples()]
 CPU_FORMATS = EXAMPLES
 TRITON_FORMATS = [*FORMATS, Int4(32, torch.float16)]
-TRITON_FORMATS += [  # those that have a method pack_for_triton have kernels
+TRITON_FORMATS += [  # a format with a method pack_for_triton has kernels
     format for format in EXAMPLES
     if format not in FORMATS and type(format).pack_for_triton is not WeightFormat.pack_for_triton
 ]
