@@ -105,7 +105,7 @@ class WeightMatrix(nn.Module):
 
 
 class LinearBase(WeightMatrix):
-    """bias: [N], of experts [E, N], or None."""
+    """A WeightMatrix with a bias [N], of experts [E, N], or None."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None):
         super().__init__(in_features, out_features, n_experts)
@@ -115,7 +115,7 @@ class LinearBase(WeightMatrix):
 class Linear(LinearBase):
     """y = epilogue(x W^T + bias).
 
-    epilogue: its activation stays 0, since forward has the activation as an argument.
+    epilogue: an Epilogue of the constructor's keyword arguments. Its activation stays 0: forward gets the activation.
     input_order: int32 [K], or None: perm of GPTQ's act-order. W's columns are stored sorted by group, so y = W x[perm].
     The norm's weight is stored permuted to match.
     aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""

@@ -53,7 +53,7 @@ def fused_linear(
     if kernel is None:
         return unfused_linear(x, linear, norm, residual, activation, out_dtype)
     fused_activation = activation if can_fuse(activation, linear) else None
-    # An activation after the kernel would come too late for these
+    # A kernel that leaves the activation out must also leave out what follows the activation
     assert fused_activation == activation or (residual is None and out_dtype is None and linear.epilogue == Epilogue())
     epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[fused_activation])
     norm_weight, eps = norm_arguments(norm)
