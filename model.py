@@ -39,7 +39,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.format: WeightFormat = UNQUANTIZED  # of most linear layers
-        self.embed_tokens = Embedding(config.vocab_size, config.dim)
+        self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         scale, softcap = config.logit_scale, config.logit_softcap
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]."""
-        return self.embed_tokens(tokens, self.embed_scale, self.dtype)
+        return kernels.embed(tokens, self.embed_tokens, self.embed_scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
@@ -84,26 +84,22 @@ class Transformer(nn.Module):
         """config.embed_scale rounded to dtype, as in transformers."""
         return round_to_dtype(self.config.embed_scale, self.dtype)
 
+    def tie_embedding(self):
+        """Makes lm_head the embedding, too: one layer under two names."""
+        # The head owns the weight, because a step reads all of the head's weight, so the head's kernels decide how the
+        # weight is packed. The embedding reads a few rows, which works with any packing. model.pth also has the weight
+        # only once, but under the embedding's name (checkpoint.py: with_tied_head).
+        del self.embed_tokens  # otherwise named_modules would find the layer first as embed_tokens
+        self.embed_tokens = self.lm_head
+
     @property
     def is_tied(self) -> bool:
-        """Whether embedding and head share one weight, which is then in memory once."""
-        return self.embed_tokens.weight is self.lm_head.weight
-
-    def tie_embedding(self):
-        """Makes the embedding share the head's weight."""
-        embedding, head = self.embed_tokens, self.lm_head
-        embedding.weight, embedding.scales, embedding.zeros = head.weight, head.scales, head.zeros
-        embedding.format, embedding.backend = head.format, head.backend
+        return self.embed_tokens is self.lm_head
 
     def pack_weights(self, is_mmapped: bool = False):
         """Switches to the kernels for the model's device: see kernels.pack_weights."""
         matrices = [module for module in self.modules() if isinstance(module, WeightMatrix)]
-        is_tied = self.is_tied
-        if is_tied:
-            matrices.remove(self.embed_tokens)
         kernels.pack_weights(matrices, self.dtype, is_mmapped)
-        if is_tied:  # the head's weight may have been packed
-            self.tie_embedding()
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.backend = self.lm_head.backend
@@ -130,7 +126,7 @@ class Transformer(nn.Module):
         """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
         total = 0
         for module in self.modules():
-            if module is self.embed_tokens:
+            if isinstance(module, Embedding):
                 continue
             own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             is_experts = isinstance(module, ExpertsGateUp | ExpertsDown)

@@ -76,12 +76,9 @@ def random_model(config: ModelConfig, format: WeightFormat, device: torch.device
     model = empty_model(config).to(dtype)
     for _, linear in model.quantizable_linears():
         linear.set_format(format)
-    is_tied = config.tie_embeddings and format == Unquantized()
-    if is_tied:
-        model.lm_head.weight = None  # otherwise to_empty allocates memory for the weight
+    if config.tie_embeddings and format == Unquantized():  # quantize.py gives a quantized head its own weight
+        model.tie_embedding()
     model.to_empty(device=device)
-    if is_tied:
-        model.lm_head.weight = model.embed_tokens.weight
     for module in model.modules():
         fill_randomly(module)
     return model.eval().requires_grad_(False)
@@ -114,7 +111,7 @@ def fill_randomly(module: nn.Module):
 
 
 def checkpoint_tensors(model: Transformer) -> Tensors:
-    """Returns the tensors of model as a checkpoint holds them: without a tied head, which is the embedding."""
+    """Returns the tensors of model as a checkpoint holds them: those of a tied head only as the embedding's."""
     tensors = model.state_dict()
     if model.is_tied:
         del tensors["lm_head.weight"]
