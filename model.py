@@ -122,27 +122,10 @@ class Transformer(nn.Module):
         all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
         return all_on_one_backend and backend.has_kernels_for(batch_size, n_new_tokens, heads_per_kv_head)
 
-    def active_weight_bytes(self) -> int:
-        """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
-        total = 0
-        for module in self.modules():
-            if isinstance(module, Embedding):
-                continue
-            own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            is_experts = isinstance(module, ExpertsGateUp | ExpertsDown)
-            fraction = self.config.moe.active_fraction if is_experts else 1
-            total += fraction * sum(tensor.nbytes for tensor in own_tensors)
-        return round(total)
-
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values for one token of one sequence, on this rank."""
         n_elements = sum(2 * block.attention.n_kv_heads * block.attention.head_dim for block in self.layers)
         return n_elements * self.dtype.itemsize
-
-    def step_bytes(self, n_attended: float, batch_size: int = 1) -> int:
-        """Bytes that a decode step reads: the weights, and the keys and values of n_attended tokens of each sequence
-        (config.py: mean_attended_tokens)."""
-        return self.active_weight_bytes() + round(batch_size * n_attended * self.kv_bytes_per_token())
 
     def build_position_tables(self, kv_cache: "KVCache") -> list[PositionTables]:
         """Makes the tables of each layer, for kv_cache and for narrower views of it. RoPE's angles depend on the

@@ -27,6 +27,7 @@ from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.step_bytes import active_weight_bytes, step_bytes
 from kernels.formats import Tensors, Unquantized, WeightFormat
 from layers import Embedding, Linear, RMSNorm
 from model import KVCache, Transformer, empty_model
@@ -186,12 +187,12 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     read_after = read_bandwidth(device)
     positions = range(n_prompt, n_prompt + n_new - 1)  # prefill makes the first new token
     n_attended = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
-    bytes_per_second = model.step_bytes(n_attended) / seconds
+    bytes_per_second = step_bytes(model, n_attended) / seconds
     return {
         "compile_seconds": compile_seconds,
         "kv_bytes": model.kv_bytes_per_token() * kv_cache.max_seq_len,
         "peak_memory_bytes": peak,
-        "model_bytes": model.active_weight_bytes(),
+        "model_bytes": active_weight_bytes(model),
         "decode_tokens_per_sec": 1 / seconds,
         "decode_gb_per_sec": bytes_per_second / 1e9,
         "read_gb_per_sec_before": read_before / 1e9,
