@@ -88,7 +88,7 @@ def replace_checkpoint(temporary: Path, path: Path):
     try:
         os.replace(temporary, path)
     except FileNotFoundError:
-        raise UsageError(f"cannot write {path}: another process has begun to write it, and only that one may") from None
+        raise UsageError(f"cannot write {path}: another process has begun to write the same file") from None
 
 
 def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:

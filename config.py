@@ -91,7 +91,7 @@ class ModelConfig:
 
     # Attention
     qk_norm: bool = False  # RMSNorm of queries and keys before RoPE, each head by itself
-    qk_norm_across_heads: bool = False  # that RMSNorm is over all heads of a token together
+    qk_norm_across_heads: bool = False  # the RMSNorm of qk_norm is over all heads of a token together
     sliding_window: int | None = None  # a token sees only the last sliding_window tokens, itself included
     layer_has_window: tuple[bool, ...] | None = None  # whether each layer has the window; None means all have
     sinks: bool = False  # every head has a score for attending to nothing

@@ -49,7 +49,7 @@ class Transformer(nn.Module):
         self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache", position_tables: list[PositionTables]
     ) -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
-        kv_cache must hold the keys and values of all tokens before; those of the new tokens are written to it.
+        kv_cache must hold the keys and values of all earlier tokens. forward writes the new tokens' into kv_cache.
         position_tables: the result of build_position_tables for kv_cache."""
         return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache, position_tables))
 
@@ -142,8 +142,8 @@ class Transformer(nn.Module):
 
 def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZED) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
-    quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or
-    gives a layer an input_order that it cannot have."""
+    quantized only if formats names the embedding. Raises UsageError if formats names a layer that the model does not
+    have, or gives an input_order to a layer that cannot have one."""
     with torch.device("meta"):
         model = Transformer(config)
     linears = dict(model.quantizable_linears())
@@ -183,8 +183,8 @@ class TransformerBlock(nn.Module):
             with post-norm       x + post(f(norm(x)))
 
         norm and residual are arguments of a sublayer, since kernels fuse them with matrix products: the norm with the
-        sublayer's first product, the residual with its last. A post-norm comes after the last product, so it takes the
-        residual instead."""
+        sublayer's first product, the residual with the last one. A post-norm comes after the last product, so the
+        post-norm takes the residual."""
         if self.post_attention_norm is None:
             x = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm, residual=x)
         else:
@@ -238,8 +238,8 @@ class Attention(nn.Module):
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
-        """What attend does besides plain attention. The tensors are this module's current ones: loading and tensor
-        parallelism replace them."""
+        """What attend does besides plain attention. Made for each call, since loading and tensor parallelism replace
+        the module's tensors."""
         params = AttentionParams(self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks)
         if self.q_norm is None:
             return params
@@ -282,8 +282,8 @@ class MoE(nn.Module):
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
-        # norm is passed to both products because the kernels fuse it. In plain PyTorch it is therefore computed twice;
-        # that is negligible beside the experts' products.
+        # Both products take the norm, because the kernels fuse the norm with the product. So plain PyTorch computes the
+        # norm twice, which costs little beside the experts' products.
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = kernels.route(
             logits, self.moe.top_k, self.moe.norm_topk_prob, self.moe.n_shared_experts, self.router.backend
@@ -293,8 +293,8 @@ class MoE(nn.Module):
 
 
 def round_to_dtype(x: float, dtype: torch.dtype) -> float:
-    """Returns the number of dtype that is nearest to x; of two, the even one. x must be in dtype's normal range. Uses
-    no tensor, since a step that is recorded may call only the operations of kernels/schema.py."""
+    """Rounds x to the nearest number of dtype, ties to even. x must be in dtype's normal range. Uses no tensor, since a
+    step that is recorded may call only the operations of kernels/schema.py."""
     _, exponent = math.frexp(x)
     spacing = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # of the numbers that dtype has near x
     return round(x / spacing) * spacing
@@ -304,13 +304,14 @@ def round_to_dtype(x: float, dtype: torch.dtype) -> float:
 
 
 class KVCache:
-    """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. It does not track how many tokens
-    it holds: every step says at which positions its tokens are written. So rejected proposals of a speculation need no
-    removal: attention and the repetition penalty end at the text's last token, and the next step writes over the rest.
+    """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. The cache does not count the
+    tokens that it holds: a step is given the position of each sequence's first new token. So nothing removes the
+    rejected proposals of a speculation: attention and the repetition penalty end at the text's last token, and the next
+    step overwrites what comes after.
 
     layers: the keys and values of each layer.
-    token_ids [B, S]: for the repetition penalty, which depends on the whole text. Only steps that need the ids store
-        them (engine/sampling.py), and the scheduler's, whose later sequences may need them."""
+    token_ids [B, S]: for the repetition penalty, which depends on the whole text. Steps with the penalty store them. So do
+        all steps of the scheduler, since a later sequence with the penalty may reuse the cached tokens."""
 
     def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
         """Allocates the cache on the device and in the dtype of model's weights. Raises UsageError if max_seq_len
