@@ -310,8 +310,8 @@ class KVCache:
     step overwrites what comes after.
 
     layers: the keys and values of each layer.
-    token_ids [B, S]: for the repetition penalty, which depends on the whole text. Steps with the penalty store them. So do
-        all steps of the scheduler, since a later sequence with the penalty may reuse the cached tokens."""
+    token_ids [B, S]: for the repetition penalty, which depends on the whole text. Steps with the penalty store the ids,
+        and so do all steps of the scheduler, since a later sequence with the penalty may reuse the cached tokens."""
 
     def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
         """Allocates the cache on the device and in the dtype of model's weights. Raises UsageError if max_seq_len
