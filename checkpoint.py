@@ -17,7 +17,6 @@ import glob
 import os
 import secrets
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -67,7 +66,7 @@ def save_checkpoint(
 ):
     """Writes a checkpoint to path. shapes lists the tensors; tensors yields them in any order, so that only one tensor
     needs to be in memory at a time. After any error, path is as it was before."""
-    header = {"format": CHECKPOINT_VERSION, "config": asdict(config), "quantization": quantization}
+    header = {"format": CHECKPOINT_VERSION, "config": config.to_dict(), "quantization": quantization}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # temporary files of killed processes
@@ -89,7 +88,7 @@ def replace_checkpoint(temporary: Path, path: Path):
     try:
         os.replace(temporary, path)
     except FileNotFoundError:
-        raise UsageError(f"cannot write {path}: another process has begun to write it, and only that one may") from None
+        raise UsageError(f"cannot write {path}: another process has begun to write the same file") from None
 
 
 def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:

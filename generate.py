@@ -32,7 +32,7 @@ from engine.chat import Conversation
 from engine.generation import Decoder, PlainDecoder, stream_texts
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
-from llm import LLM  # noqa: F401  (earlier READMEs import LLM from here)
+from llm import LLM  # noqa: F401  (unused here: programs import LLM from generate, as the README once did)
 from loading import load
 from model import KVCache
 
@@ -55,7 +55,7 @@ def main():
         complete_in_parallel(args, model, sequences, stats)
         return
 
-    # These are the parts of LLM (llm.py), which has no batches and does not speculate.
+    # LLM (llm.py) has the same parts, but one sequence and no speculation.
     kv_cache = KVCache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
     runner = ModelRunner(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
     decoder = build_speculative_decoder(args, runner, draft) if args.speculative else PlainDecoder(runner)

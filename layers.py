@@ -159,13 +159,9 @@ class ExpertsDown(LinearBase):
 
 
 class Embedding(WeightMatrix):
-    """Looks up a row of W [V, dim] for every token."""
+    """W [V, dim] has a row for every token. kernels/ops.py: embed looks up rows, also in a head that is tied."""
 
     is_embedding = True
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__(in_features=embedding_dim, out_features=num_embeddings)
-
-    def forward(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """tokens [B, T] -> the rows of tokens, times scale: [B, T, dim] in dtype."""
-        return kernels.embed(tokens, self, scale, dtype)

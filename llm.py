@@ -50,12 +50,12 @@ class LLM:
         dtype: of the activations, and of all weights that are not quantized.
         max_seq_len: the most tokens of generate's texts and of a conversation. The model's context is a limit, too.
         compile: as --compile of generate.py.
-        sampling: fields of SamplingParams, such as temperature. A method takes them, too, and prefers its own."""
+        sampling: fields of SamplingParams, such as temperature. Fields that are given to a method override these."""
         self.sampling, self.compile = GREEDY.override(sampling), compile
         path = ensure_converted(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.free_decoders: list[PlainDecoder] = []  # those that no text uses
+        self.free_decoders: list[PlainDecoder] = []  # decoders that no text uses now
 
     def generate(
         self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), **sampling
@@ -117,7 +117,7 @@ class LLM:
             decoder = self.free_decoders.pop()
             if decoder.runner.sampler.sampling == sampling:
                 return decoder
-            kv_cache = decoder.runner.kv_cache  # a recorded step contains the options, but a cache suits any
+            kv_cache = decoder.runner.kv_cache  # fits any options; a recorded step contains them
         else:
             kv_cache = KVCache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
         return PlainDecoder(ModelRunner(self.model, kv_cache, sampling, self.compile))

@@ -70,12 +70,13 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
 
     announce: called after all checks, just before the data is read."""
     config, tensors, read = checkpoint.config, checkpoint.tensors, checkpoint.read
-    if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors and not has_tied_head(tensors, read):
-        config = replace(config, tie_embeddings=False)  # as transformers does
+    if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors:
+        if is_same_weight(read(HEAD), read(EMBEDDING)):
+            tensors = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+        else:
+            config = replace(config, tie_embeddings=False)  # as transformers does
     stacks = plan_stacks(config, tensors)
     used = {part_name for stack in stacks.values() for part_name in stack.part_names}
-    if config.tie_embeddings:
-        used.add(HEAD)
     check_left_over({name: tensors[name] for name in tensors if name not in used}, read)
     default = most_common_format(stacks)
     if default.is_quantized:
@@ -111,9 +112,8 @@ def is_zero(tensor: Tensor | LazyWeight) -> bool:
     return isinstance(tensor, Tensor) and not tensor.any()
 
 
-def has_tied_head(tensors: StateDict, read: TensorReader) -> bool:
-    head, embedding = read(HEAD), read(EMBEDDING)
-    return isinstance(head, Tensor) and isinstance(embedding, Tensor) and torch.equal(head, embedding)
+def is_same_weight(a: Tensor | LazyWeight, b: Tensor | LazyWeight) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
 
 
 def stored_name(name: str, tensor_name: str) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor
 import collectives
 from engine.runner import ModelRunner, Sampler, check_sampled_ids
 from engine.sampling import SamplingParams, multinomial, probabilities, sample
+from engine.step_bytes import active_weight_bytes
 from kernels.backend import TORCH, Backend
 from model import Transformer
 
@@ -266,7 +267,7 @@ class DraftModelProposer:
         sampler = DraftSampler(draft.sampler.sampling, draft.sampler.backend, model.config.vocab_size)
         self.draft, self.step = draft, draft.build_step(sampler)
         self.last_id = draft.model.config.vocab_size - 1  # the model's vocabulary may be larger
-        self.cost = draft.model.active_weight_bytes() / model.active_weight_bytes()
+        self.cost = active_weight_bytes(draft.model) / active_weight_bytes(model)
         self.n_cached = 0  # how many tokens of the text are in the draft's cache
 
     def propose(self, token_ids: list[int], k: int) -> Proposal:

@@ -32,7 +32,7 @@ from kernels.backend import Backend
 from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, LayerCache, PositionTables
 
 if TYPE_CHECKING:  # layers.py imports this file
-    from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm
+    from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
 
 # Fused gating needs gate and up to be whole blocks of 16 outputs: out_features % 32 == 0.
 FUSED_GLU_MULTIPLE = 32
@@ -117,7 +117,7 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
     return kernel(contiguous(x), input_order)
 
 
-def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     """Looks up the rows of tokens [B, T] in table [V, dim], and multiplies them with scale: [B, T, dim] in dtype."""
     backend = table.backend
     kernel = backend.ops.embed if table.is_packed else backend.find_kernel("embed", tokens.numel())

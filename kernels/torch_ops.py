@@ -18,7 +18,7 @@ from kernels import aten
 from kernels.schema import AttentionParams, Epilogue, LayerCache
 
 if TYPE_CHECKING:  # layers.py imports ops.py, which imports this file
-    from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase
+    from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, WeightMatrix
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
 
@@ -83,7 +83,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     raise ValueError(f"activation {activation!r} has no formula")
 
 
-def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     if table.format.is_quantized:
         x = table.format.dequantize({name: t[tokens] for name, t in table.tensors().items()}, dtype)
     else:

@@ -190,6 +190,24 @@ def test_what_comments_name_exists():
         assert path.suffix != ".py" or set(words) <= known, f"{path}: {set(words) - known}"
 
 
+def test_sizes_of_the_code():
+    """The numbers of lines beside the reading list, to 5%."""
+    text = README.read_text()
+    spine = [ROOT / name for name in re.findall(r"^\d\. `([\w/]+\.py)`", text, re.M)]
+    code = [*sources(), *(ROOT / "kernels/csrc").iterdir()]
+    folders = [ROOT / "kernels", ROOT / "converters", ROOT / "scripts"]
+    parts = [[path for path in code if folder in path.parents] for folder in folders]
+    rest = [path for path in code if not any(path in part for part in parts)]
+    said = re.search(
+        r"token, in ([\d,]+) lines. All code is ([\d,]+) lines, without the tests:\n"
+        r"kernels ([\d,]+), converters ([\d,]+), scripts ([\d,]+), everything else ([\d,]+)\.", text
+    )
+    assert len(spine) == 8
+    for number, paths in zip(said.groups(), [spine, code, *parts, rest], strict=True):
+        n_lines = sum(len(path.read_text().splitlines()) for path in paths)
+        assert int(number.replace(",", "")) == pytest.approx(n_lines, rel=0.05), [path.name for path in paths]
+
+
 def test_index_of_tests():
     """tests/__init__.py has every test file, and every file and folder of the project."""
     index = (ROOT / "tests/__init__.py").read_text()

@@ -100,7 +100,7 @@ def test_every_argument_is_recorded(format):
     caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind()) for _ in range(2)]
 
     def step(tokens, start_pos, cache):
-        x = embedding(tokens, 8.0, torch.float32)
+        x = kernels.embed(tokens, embedding, 8.0, torch.float32)
         y = attend(
             qkv_proj(x), cache, tables, start_pos, n_heads, kernels.CPU, 0, q_norm, k_norm, sinks, scale=0.3,
             softcap=2.0,
