@@ -24,7 +24,7 @@ import torch
 
 from converters.resolve import ensure_converted
 from engine.chat import Conversation
-from engine.generation import PlainDecoder, generate, stream_texts
+from engine.generation import PlainGenerator, generate, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling import GREEDY, SamplingParams
 from engine.scheduler import Scheduler, build_scheduler
@@ -55,7 +55,7 @@ class LLM:
         path = ensure_converted(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.free_decoders: list[PlainDecoder] = []  # those that no text uses
+        self.free_generators: list[PlainGenerator] = []  # those that no text uses
 
     def generate(
         self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), **sampling
@@ -95,8 +95,8 @@ class LLM:
 
     def chat(self, system: str | None = None, **sampling) -> Conversation:
         """Returns a new conversation: see Conversation.answer. system: the system message."""
-        decoder, eos_ids = self.take_decoder(self.sampling.override(sampling)), self.model.config.eos_ids
-        return Conversation(self.tokenizer, decoder, self.max_seq_len, eos_ids, system)
+        generator, eos_ids = self.take_generator(self.sampling.override(sampling)), self.model.config.eos_ids
+        return Conversation(self.tokenizer, generator, self.max_seq_len, eos_ids, system)
 
     # ---- What the methods above share ----
 
@@ -111,25 +111,25 @@ class LLM:
         check_length(len(sequence.prompt_ids), max_new_tokens, max_seq_len, hint)
         return sequence
 
-    def take_decoder(self, sampling: SamplingParams) -> PlainDecoder:
-        """Returns a decoder whose KV cache no text uses."""
-        if self.free_decoders:
-            decoder = self.free_decoders.pop()
-            if decoder.runner.sampler.sampling == sampling:
-                return decoder
-            kv_cache = decoder.runner.kv_cache  # a recorded step contains the options, but a cache suits any
+    def take_generator(self, sampling: SamplingParams) -> PlainGenerator:
+        """Returns a PlainGenerator whose KV cache no text uses."""
+        if self.free_generators:
+            generator = self.free_generators.pop()
+            if generator.runner.sampler.sampling == sampling:
+                return generator
+            kv_cache = generator.runner.kv_cache  # a recorded step contains the options, but a cache suits any
         else:
             kv_cache = KVCache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
-        return PlainDecoder(ModelRunner(self.model, kv_cache, sampling, self.compile))
+        return PlainGenerator(ModelRunner(self.model, kv_cache, sampling, self.compile))
 
     def stream(self, sequence: Sequence) -> Iterator[str]:
-        decoder = self.take_decoder(sequence.sampling)
+        generator = self.take_generator(sequence.sampling)
         try:
-            for (text,) in stream_texts(decoder, [sequence], sequence.prompt_ids):
+            for (text,) in stream_texts(generator, [sequence], sequence.prompt_ids):
                 if text:
                     yield text
         finally:
-            self.free_decoders.append(decoder)
+            self.free_generators.append(generator)
 
 
 def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:

@@ -4,8 +4,9 @@
     for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-generate is the loop. A Decoder is this loop or that of speculate.py, bound to a runner. scheduler.py has a loop of its
-own, since its sequences begin and end at different times. stream_texts goes from a Decoder's tokens to text.
+generate is the loop. A TokenGenerator is a loop bound to a runner: this loop, or speculate.py's. scheduler.py has a
+third loop, since its sequences begin and end at different times. stream_texts goes from a TokenGenerator's tokens to
+text.
 
 Shapes: B sequences, T new tokens per sequence.
 """
@@ -61,8 +62,8 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-class Decoder(Protocol):
-    """What continues a text: PlainDecoder, or SpeculativeDecoder of speculate.py."""
+class TokenGenerator(Protocol):
+    """What continues a text: PlainGenerator, or SpeculativeGenerator of speculate.py."""
 
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         """Continues token_ids, of which the first n_cached are in the KV cache, in each of B sequences. Yields the next
@@ -77,21 +78,21 @@ class Decoder(Protocol):
 
 
 def stream_texts(
-    decoder: Decoder, batch: list[Sequence], token_ids: list[int], n_cached: int = 0
+    generator: TokenGenerator, batch: list[Sequence], token_ids: list[int], n_cached: int = 0
 ) -> Iterator[list[str]]:
     """Continues token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have ended.
     Yields the new text of each sequence after every token. The sequences are samples of one prompt, with one limit of
     new tokens."""
     max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
-    for ids in decoder.generate(token_ids, n_cached, max_new_tokens):
+    for ids in generator.generate(token_ids, n_cached, max_new_tokens):
         yield [sequence.append(token) for sequence, token in zip(batch, ids, strict=True)]
         if all(sequence.finish_reason for sequence in batch):
             break
 
 
 @dataclass(frozen=True)
-class PlainDecoder:
-    """A Decoder with a decode step for every token."""
+class PlainGenerator:
+    """A TokenGenerator with a decode step for every token."""
 
     runner: ModelRunner
 
