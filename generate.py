@@ -21,7 +21,7 @@ import torch
 
 from cli import common_args
 from cli.generate_args import encode_prompts, parse_args, read_prompts
-from cli.parallel import complete_in_parallel
+from cli.parallel import generate_in_parallel
 from cli.ranks import process_group
 from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
@@ -52,7 +52,7 @@ def main():
     draft = load_draft(args, tokenizer, **load_options) if args.draft_checkpoint_path else None
     sequences = encode_prompts(prompts, args, tokenizer, model.config)
     if args.parallel:
-        complete_in_parallel(args, model, sequences, stats)
+        generate_in_parallel(args, model, sequences, stats)
         return
 
     # These are the parts of LLM (llm.py), which has no batches and does not speculate.
@@ -79,7 +79,7 @@ def main():
 def generate_text(
     args: argparse.Namespace, prompt: Sequence, generator: TokenGenerator, labels: list
 ) -> list[Sequence]:
-    """Completes prompt in a batch of args.batch_size sequences. Without --json, prints the first text while it is
+    """Continues prompt in a batch of args.batch_size sequences. Without --json, prints the first text while it is
     generated, and then the others. labels: as for print_label."""
     batch = [replace(prompt) for _ in range(args.batch_size)]
     if not args.json:

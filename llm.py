@@ -133,7 +133,7 @@ class LLM:
 
 
 def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
-    for i, sequence in scheduler.complete(sequences):
+    for i, sequence in scheduler.run(sequences):
         if sequence.error:
             raise UsageError(f"prompt {i}: {sequence.error}")
         yield i, sequence.text

@@ -221,8 +221,8 @@ def encode_prompts(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
     """Returns a Sequence for each of prompts, or one Sequence of --prompt_tokens. Raises UsageError if a prompt cannot
-    be completed, for example because it exceeds the context. With --parallel, the prompt's Sequence has an error
-    instead, unless no prompt can be completed."""
+    be continued, for example because it exceeds the context. With --parallel, the prompt's Sequence has an error
+    instead, unless no prompt can be continued."""
     eos_ids = () if args.ignore_eos else config.eos_ids
     options = {"sampling": args.sampling, "stop": tuple(args.stop), "n_logprobs": args.logprobs, "eos_ids": eos_ids}
     if args.prompt_tokens:

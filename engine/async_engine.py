@@ -1,5 +1,5 @@
-"""Completes the sequences of several callers at once, in asyncio, with one Scheduler. The server (scripts/serve.py)
-calls it for each client.
+"""Runs the sequences of several callers at once, in asyncio, with one Scheduler. The server (scripts/serve.py) calls
+AsyncEngine.generate for each client.
 
     engine = AsyncEngine(scheduler)
     async for updates in engine.generate([sequence]):
@@ -17,7 +17,7 @@ from engine.sequence import Sequence
 from utils.machine import pick_device
 
 
-class CompletionError(RuntimeError):
+class GenerationError(RuntimeError):
     """A sequence has failed: its logits are not finite, or an error ended the step of all sequences."""
 
 
@@ -34,7 +34,7 @@ class AsyncEngine:
 
     async def generate(self, sequences: list[Sequence]) -> AsyncIterator[list[SequenceUpdate]]:
         """Yields the updates after each step, until all sequences have ended. If the caller stops early, its slots
-        become free. Raises CompletionError if one of sequences fails."""
+        become free. Raises GenerationError if one of sequences fails."""
         inbox, n_left = [], len(sequences)
         try:
             for sequence in sequences:
@@ -49,7 +49,7 @@ class AsyncEngine:
                 updates = inbox.copy()
                 inbox.clear()
                 if errors := [update.sequence.error for update in updates if update.sequence.error]:
-                    raise CompletionError(errors[0])
+                    raise GenerationError(errors[0])
                 n_left -= sum(update.finish_reason is not None for update in updates)
                 yield updates
         finally:

@@ -6,7 +6,7 @@
         for update in scheduler.step():
             print(update.new_ids)
 
-    for i, sequence in scheduler.complete(sequences):  # or all of a list, in its order
+    for i, sequence in scheduler.run(sequences):  # or all of a list, in its order
         print(i, sequence.text)
 
 A slot of the KV cache holds one sequence. Every sequence has its own position. When a sequence ends, the next prompt is
@@ -132,9 +132,9 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting) or any(slot.sequence for slot in self.slots)
 
-    def complete(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
+    def run(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
         """Yields (number, sequence) for each of sequences, in their order, when it has ended. A sequence that submit
-        refuses gets an error, and the others are still completed. After Ctrl-C, yields the sequences that have ended,
+        refuses gets an error, and the others still run. After Ctrl-C, yields the sequences that have ended,
         and raises KeyboardInterrupt again."""
         left = deque(enumerate(sequences))
         for _, sequence in left:

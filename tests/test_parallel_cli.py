@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from cli.parallel import complete_in_parallel
+from cli.parallel import generate_in_parallel
 from engine.scheduler import build_scheduler
 from engine.sequence import build_sequence
 from loading import load
@@ -89,7 +89,7 @@ def test_a_prompt_that_is_refused_takes_no_memory(recall_model):
     sequences = [build_sequence(text, tokenizer, model.config, 5) for text in ("0", "5" * 300, "S")]
     scheduler = build_scheduler(model, sequences, 16)
     assert scheduler.max_seq_len == max(len(sequences[i].prompt_ids) for i in (0, 2)) + 5
-    texts = [sequence.text or sequence.error for _, sequence in scheduler.complete(sequences)]
+    texts = [sequence.text or sequence.error for _, sequence in scheduler.run(sequences)]
     assert texts[0] == "12345" and "exceed" in texts[1] and texts[2] == "🙂E"
 
 
@@ -118,7 +118,7 @@ def test_ctrl_c_keeps_what_is_complete(recall_model, capsys, monkeypatch):
 
         def interrupt(frame, event, arg):
             nonlocal n_left
-            if frame.f_code.co_name in ("complete_in_parallel", "print_sequence", "step"):
+            if frame.f_code.co_name in ("generate_in_parallel", "print_sequence", "step"):
                 n_left -= event in ("call", "return")
                 if n_left == 0:
                     raise KeyboardInterrupt
@@ -127,7 +127,7 @@ def test_ctrl_c_keeps_what_is_complete(recall_model, capsys, monkeypatch):
         capsys.readouterr()
         try:
             sys.setprofile(interrupt)
-            complete_in_parallel(args, model, sequences, {})
+            generate_in_parallel(args, model, sequences, {})
         except KeyboardInterrupt:
             pass
         finally:
