@@ -12,8 +12,8 @@ import traceback
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
-from engine.scheduler import Scheduler, SequenceUpdate
-from engine.sequence import Sequence
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence, SequenceUpdate
 from utils.machine import pick_device
 
 
@@ -62,9 +62,7 @@ class AsyncEngine:
             updates = await asyncio.wrap_future(self.thread.submit(self.scheduler.step))
         except Exception as e:
             traceback.print_exc()
-            for sequence in self.inboxes:
-                sequence.fail(str(e))
-            updates = [SequenceUpdate(sequence, [], "", [], "error") for sequence in self.inboxes]
+            updates = [sequence.fail(str(e)) for sequence in self.inboxes]
         for update in updates:
             if update.sequence in self.inboxes:  # its caller has not stopped
                 self.inboxes[update.sequence].append(update)

@@ -97,7 +97,7 @@ def stream_texts(
     new tokens."""
     max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
     for ids in generator.generate(token_ids, n_cached, max_new_tokens):
-        yield [sequence.append(token) for sequence, token in zip(batch, ids, strict=True)]
+        yield [sequence.append(token).text for sequence, token in zip(batch, ids, strict=True)]
         if all(sequence.finish_reason for sequence in batch):
             break
 

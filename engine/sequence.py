@@ -2,7 +2,7 @@
 
     sequence = build_sequence("Hello", tokenizer, model.config, max_new_tokens=100)    # a text, or a chat's messages
     sequence = Sequence(prompt_ids, max_new_tokens=100)                                # token ids only
-    text = sequence.append(token)     # adds a new token, and returns the new text
+    update = sequence.append(token)   # adds a new token; update.text is the new text
     sequence.finish_reason            # None until the sequence ends
 
 Where a sequence ends is decided here, in append, and nowhere else.
@@ -31,6 +31,17 @@ class Logprobs(NamedTuple):
     top: list[tuple[int, float]]  # (token, log-probability) of each of the likeliest tokens
 
 
+class SequenceUpdate(NamedTuple):
+    """What a step has added to a sequence. The fields are those of Sequence with the same names. In contrast to the
+    sequence, an update does not change in later steps, so another thread may read it."""
+
+    sequence: "Sequence"
+    new_ids: list[int]  # one token, or none if the sequence has failed
+    text: str
+    logprobs: list[Logprobs]
+    finish_reason: str | None
+
+
 @dataclass(eq=False)
 class Sequence:
     """dataclasses.replace(sequence) returns a sequence of the same prompt and options, without new tokens."""
@@ -39,7 +50,8 @@ class Sequence:
     max_new_tokens: int
     sampling: SamplingParams = GREEDY
     _: KW_ONLY
-    prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages
+    prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages; only for reports
+    is_answer: bool = False  # whether the text is a chat's answer, which begins anew, or continues prompt_ids
     tokenizer: Tokenizer | None = None  # None: the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
@@ -60,19 +72,18 @@ class Sequence:
     def __post_init__(self):
         self.detokenizer = None
         if self.tokenizer is not None:
-            # The prompt decides whether the text begins with a space. But a chat's answer is a text of its own.
-            prefix_ids = () if isinstance(self.prompt, list) else self.prompt_ids
+            # A tokenizer may drop the space at the beginning of a text, but not between a prompt and its continuation.
+            prefix_ids = () if self.is_answer else self.prompt_ids
             self.detokenizer = IncrementalDetokenizer(self.tokenizer, prefix_ids, self.stop)
 
     @cached_property
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed % 2**64)  # a user's seed + i may need more bits
 
-    def append(self, token: int, logprobs: Logprobs | None = None) -> str:
-        """Adds a new token, and returns the new text. Decides whether the sequence ends. A sequence that has ended
-        takes no more tokens."""
+    def append(self, token: int, logprobs: Logprobs | None = None) -> SequenceUpdate:
+        """Adds a new token. Decides whether the sequence ends. A sequence that has ended takes no more tokens."""
         if self.finish_reason is not None:
-            return ""
+            return SequenceUpdate(self, [], "", [], self.finish_reason)
         text, finish_reason = "", None
         if token in self.eos_ids:  # an end token has no text
             finish_reason = "stop"
@@ -88,17 +99,18 @@ class Sequence:
         self.text += text
         self.finish_reason = finish_reason
         self.token_times.append(time.perf_counter())
-        if logprobs is not None:
-            self.logprobs.append(logprobs)
-        return text
+        new_logprobs = [] if logprobs is None else [logprobs]
+        self.logprobs += new_logprobs
+        return SequenceUpdate(self, [token], text, new_logprobs, finish_reason)
 
     def resume(self, max_new_tokens: int):
         """Allows max_new_tokens more tokens. The sequence must not have ended with "stop". Clears token_times."""
         self.max_new_tokens = len(self.new_ids) + max_new_tokens
         self.finish_reason, self.token_times = None, []
 
-    def fail(self, error: str):
+    def fail(self, error: str) -> SequenceUpdate:
         self.finish_reason, self.error = "error", error
+        return SequenceUpdate(self, [], "", [], "error")
 
 
 def build_sequence(
@@ -114,7 +126,8 @@ def build_sequence(
         raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
     ids = encode_prompt(prompt, tokenizer, config.max_seq_len)
     options = {"eos_ids": config.eos_ids} | options
-    return Sequence(ids, max_new_tokens, prompt=prompt, tokenizer=tokenizer, **options)
+    is_answer = isinstance(prompt, list)
+    return Sequence(ids, max_new_tokens, prompt=prompt, is_answer=is_answer, tokenizer=tokenizer, **options)
 
 
 def encode_prompt(
