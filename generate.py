@@ -25,7 +25,7 @@ from cli.parallel import generate_in_parallel
 from cli.ranks import process_group
 from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
-from cli.startup import build_speculative_generator, load_draft, required_seq_len, warm_up
+from cli.startup import build_speculative_generator, describe_ranks, load_draft, required_seq_len, warm_up
 from cli.terminal import converse
 from converters.resolve import ensure_converted
 from engine.chat import Conversation
@@ -60,6 +60,8 @@ def main():
     runner = ModelRunner(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
     generator = build_speculative_generator(args, runner, draft) if args.speculative else PlainGenerator(runner)
     stats |= warm_up(args, runner, generator, sequences)
+    if args.json:
+        stats |= describe_ranks(runner)
     if args.conversation:
         torch.manual_seed(args.seed)
         options = {"system": args.system, "stop": tuple(args.stop)}

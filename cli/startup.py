@@ -83,20 +83,25 @@ def warm_up(
     args: argparse.Namespace, runner: ModelRunner, generator: TokenGenerator, sequences: list[Sequence]
 ) -> dict:
     """Compiles or records what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
-    records a step at its first use. The first prompt overwrites what the KV caches then hold. Returns fields of --json:
-    compile_seconds, and with several ranks world_size and communication_share."""
-    start, device = time.perf_counter(), runner.device
+    records a step at its first use. The first prompt overwrites what the KV caches then hold. Returns compile_seconds,
+    a field of --json."""
+    start = time.perf_counter()
     if args.compile_prefill:
         # The length of a conversation's first prompt is unknown. Take a length beyond the kernels', which is compiled.
         n_prompt_tokens = len(sequences[0].prompt_ids) if sequences else MAX_CPU_TOKENS + 1
-        prompt = torch.zeros(args.batch_size, n_prompt_tokens, dtype=torch.long, device=device)
+        prompt = torch.zeros(args.batch_size, n_prompt_tokens, dtype=torch.long, device=runner.device)
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
         runner.prefill(prompt, prompt[:, 0] + 1)
     if args.compile:
         generator.warm_up(args.max_new_tokens)
-    stats = {"compile_seconds": time.perf_counter() - start}
-    if args.json and collectives.world_size() > 1:
-        tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
-        share = communication_share(partial(runner.decode, tokens, tokens[:, 0]))
-        stats |= {"world_size": collectives.world_size(), "communication_share": share}
-    return stats
+    return {"compile_seconds": time.perf_counter() - start}
+
+
+def describe_ranks(runner: ModelRunner) -> dict:
+    """Returns the fields that --json has with several ranks: world_size and communication_share. To measure the latter,
+    runs decode steps at position 0, which the first prompt overwrites."""
+    if collectives.world_size() == 1:
+        return {}
+    tokens = torch.zeros(runner.kv_cache.batch_size, 1, dtype=torch.long, device=runner.device)
+    share = communication_share(partial(runner.decode, tokens, tokens[:, 0]))
+    return {"world_size": collectives.world_size(), "communication_share": share}
