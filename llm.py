@@ -28,7 +28,7 @@ from engine.generation import PlainGenerator, generate, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling import GREEDY, SamplingParams
 from engine.scheduler import Scheduler, build_scheduler
-from engine.sequence import Sequence, build_sequence, check_length, check_max_new_tokens
+from engine.sequence import Sequence, build_sequence
 from loading import load
 from model import KVCache
 from utils.errors import UsageError
@@ -104,12 +104,10 @@ class LLM:
         self, prompt: str | list[dict], max_new_tokens: int, max_seq_len: int, **options
     ) -> Sequence:
         """Raises UsageError unless prompt and new tokens fit into max_seq_len. options: fields of Sequence."""
-        check_max_new_tokens(max_new_tokens)
-        sequence = build_sequence(prompt, self.tokenizer, self.model.config, max_new_tokens, **options)
-        is_shorter = max_seq_len < self.model.config.max_seq_len
-        hint = ", which is LLM's max_seq_len; raise it or lower max_new_tokens" if is_shorter else ""
-        check_length(len(sequence.prompt_ids), max_new_tokens, max_seq_len, hint)
-        return sequence
+        config = self.model.config
+        hint = ", which is LLM's max_seq_len; raise it or lower max_new_tokens"
+        options["hint"] = hint if max_seq_len < config.max_seq_len else ""
+        return build_sequence(prompt, self.tokenizer, config, max_new_tokens, max_seq_len, **options)
 
     def take_generator(self, sampling: SamplingParams) -> PlainGenerator:
         """Returns a PlainGenerator whose KV cache no text uses."""

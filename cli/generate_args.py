@@ -17,7 +17,7 @@ import torch
 from cli import common_args
 from config import ModelConfig
 from engine.sampling import SamplingParams
-from engine.sequence import Sequence, build_sequence, check_length
+from engine.sequence import Sequence, build_sequence
 from engine.speculate import MAX_DRAFT_TOKENS
 from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
 from text.chat_template import read_message
@@ -235,7 +235,6 @@ def encode_prompts(
         seed = args.seed + i  # every prompt has random numbers of its own
         try:
             sequence = build_sequence(prompt, tokenizer, config, args.max_new_tokens, seed=seed, **options)
-            check_length(len(sequence.prompt_ids), args.max_new_tokens, config.max_seq_len)
         except UsageError as e:
             sequence = Sequence([], args.max_new_tokens, prompt=prompt)
             sequence.fail(str(e))

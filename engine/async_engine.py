@@ -30,7 +30,7 @@ class AsyncEngine:
         # Every thread has a current device of its own.
         self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(str(scheduler.kv_cache.device),))
         self.inboxes: dict[Sequence, list[SequenceUpdate]] = {}  # where the caller of a sequence receives updates
-        self.step: asyncio.Task | None = None  # the newest step; all callers wait for the same one
+        self.step_task: asyncio.Task | None = None  # the newest step, for which all callers wait
 
     async def generate(self, sequences: list[Sequence]) -> AsyncIterator[list[SequenceUpdate]]:
         """Yields the updates after each step, until all sequences have ended. If the caller stops early, its slots
@@ -38,14 +38,14 @@ class AsyncEngine:
         inbox, n_left = [], len(sequences)
         try:
             for sequence in sequences:
-                self.scheduler.check(sequence)
+                self.scheduler.check(sequence)  # here, since nobody would see an error that submit raises in the thread
                 self.inboxes[sequence] = inbox
                 self.thread.submit(self.scheduler.submit, sequence)
             while n_left:
                 if not inbox:  # otherwise another caller's step has added updates
-                    if self.step is None or self.step.done():  # the first caller that waits starts the step
-                        self.step = asyncio.create_task(self.run_step())
-                    await asyncio.shield(self.step)  # a caller that is cancelled must not cancel the step
+                    if self.step_task is None or self.step_task.done():  # the first caller that waits starts the step
+                        self.step_task = asyncio.create_task(self.run_step())
+                    await asyncio.shield(self.step_task)  # a caller that is cancelled must not cancel the step
                 updates = inbox.copy()
                 inbox.clear()
                 if errors := [update.sequence.error for update in updates if update.sequence.error]:

@@ -114,17 +114,21 @@ class Sequence:
 
 
 def build_sequence(
-    prompt: str | list[dict], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int, **options
+    prompt: str | list[dict], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int,
+    max_seq_len: int | None = None, hint: str = "", **options,
 ) -> Sequence:
-    """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt does,
-    and if stop is not a tuple or list of strings. (Of a string, the letters would be stop strings.)
+    """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt and
+    check_length do, and if stop is not a tuple or list of strings. (Of a string, the letters would be stop strings.)
 
     config: the model's.
+    max_seq_len, hint: as for check_length; None: the model's context.
     options: further fields of Sequence. The default of eos_ids is the model's."""
+    check_max_new_tokens(max_new_tokens)
     stop = options.get("stop", ())
     if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
         raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
     ids = encode_prompt(prompt, tokenizer, config.max_seq_len)
+    check_length(len(ids), max_new_tokens, max_seq_len or config.max_seq_len, hint)
     options = {"eos_ids": config.eos_ids} | options
     is_answer = isinstance(prompt, list)
     return Sequence(ids, max_new_tokens, prompt=prompt, is_answer=is_answer, tokenizer=tokenizer, **options)

@@ -264,7 +264,7 @@ class DraftModelProposer:
     def __init__(self, draft: ModelRunner, model: Transformer):
         """draft: samples with the options of the model's runner."""
         sampler = DraftSampler(draft.sampler.sampling, draft.sampler.backend, model.config.vocab_size)
-        self.draft, self.step = draft, draft.build_step(sampler)
+        self.draft, self.draft_step = draft, draft.build_step(sampler)
         self.last_id = draft.model.config.vocab_size - 1  # the model's vocabulary may be larger
         self.cost = draft.model.active_weight_bytes() / model.active_weight_bytes()
         self.n_cached = 0  # how many tokens of the text are in the draft's cache
@@ -281,7 +281,7 @@ class DraftModelProposer:
         tokens, start_pos = tokens[:, -2:], start_pos + (n_before - n_cached)
         draft_tokens, draft_probs = [], []
         for _ in range(k):
-            token, probs = self.step(tokens, start_pos)
+            token, probs = self.draft_step(tokens, start_pos)
             draft_tokens.append(token.clone())  # the next step may overwrite token
             if probs is not None:
                 draft_probs.append(probs.clone())
