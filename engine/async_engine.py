@@ -64,5 +64,5 @@ class AsyncEngine:
             traceback.print_exc()
             updates = [sequence.fail(str(e)) for sequence in self.inboxes]
         for update in updates:
-            if update.sequence in self.inboxes:  # its caller has not stopped
+            if update.sequence in self.inboxes:  # the sequence's caller has not stopped
                 self.inboxes[update.sequence].append(update)

@@ -63,7 +63,7 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     they may overwrite tokens."""
     if not tokens.is_cuda:
         return tokens.tolist
-    copy = tokens.to("cpu", non_blocking=True)
+    copy = tokens.to("cpu", non_blocking=True)  # to pinned memory, so the host does not wait here
     is_done = torch.cuda.Event()
     is_done.record()
 
@@ -75,7 +75,7 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
 
 
 class TokenGenerator(Protocol):
-    """What continues a text: PlainGenerator, or SpeculativeGenerator of speculate.py."""
+    """A loop that continues one text: PlainGenerator, or SpeculativeGenerator of speculate.py."""
 
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         """Continues token_ids, of which the first n_cached are in the KV cache, in each of B sequences. Yields the next

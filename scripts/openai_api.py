@@ -135,7 +135,8 @@ class Reply:
             yield self.header | {"choices": [], "usage": self.usage()}
 
     def usage(self) -> dict:
-        prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.sequences}  # n texts share one
+        # The n texts of a prompt share one list of ids, which counts once.
+        prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.sequences}
         n_prompt = sum(map(len, prompts.values()))
         n_new = sum(len(sequence.new_ids) for sequence in self.sequences)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
