@@ -19,7 +19,7 @@ from utils.errors import OutOfMemoryError, UsageError
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
 
 # oneDNN, and PyTorch's layer above oneDNN, cache a compiled matrix product for every number of tokens that occurs. A
-# product takes 0.3 to 1 MB, and by default 1024 of them are cached. These environment variables lower that number. They
+# product takes 0.3 to 1 MB, and by default 1024 of them are cached. These environment variables lower that number, and
 # must be set before the first product.
 MATMUL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MATMUL_CACHE_SIZE = "128"

@@ -22,8 +22,8 @@ class GenerationError(RuntimeError):
 
 
 class AsyncEngine:
-    """Computes the sequences of several callers together. Only self.thread uses the scheduler, and it changes sequences
-    in every step. So a caller reads a sequence only when it has ended, and until then the updates."""
+    """Computes the sequences of several callers together. Only self.thread uses the scheduler, which changes sequences
+    in every step. So a caller reads a sequence only when the sequence has ended, and until then the updates."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
@@ -33,8 +33,8 @@ class AsyncEngine:
         self.step_task: asyncio.Task | None = None  # the newest step, for which all callers wait
 
     async def generate(self, sequences: list[Sequence]) -> AsyncIterator[list[SequenceUpdate]]:
-        """Yields the updates after each step, until all sequences have ended. If the caller stops early, its slots
-        become free. Raises GenerationError if one of sequences fails."""
+        """Yields the updates after each step, until all sequences have ended. If the caller stops early, the slots
+        of sequences become free. Raises GenerationError if one of sequences fails."""
         inbox, n_left = [], len(sequences)
         try:
             for sequence in sequences:

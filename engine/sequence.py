@@ -57,8 +57,8 @@ class Sequence:
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
     seed: int = 0  # of the random numbers with which a Scheduler samples
     n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
-    # Whether to hold back what max_new_tokens cuts: an incomplete character, or what may become a stop string. Then
-    # resume can complete it. Otherwise the text ends with it, and U+FFFD replaces an incomplete character.
+    # Whether text holds back what max_new_tokens cuts: an incomplete character, or what may become a stop string. More
+    # tokens after resume complete the character. If nothing is held back, U+FFFD stands for an incomplete character.
     hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token

@@ -88,7 +88,7 @@ class SpeculativeGenerator:
             n_left -= len(new_ids)
             if n_left == 0:
                 return
-            # The draft's cache may hold the draft's own, rejected guess at the last position. Forget it.
+            # At the last position the draft's cache may hold a rejected guess, which rewind forgets.
             self.proposer.rewind(len(token_ids) - 1)
             # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
             lengths = [length for length in draft_lengths(self.k) if length < n_left]
