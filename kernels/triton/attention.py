@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import AttentionParams, triton_op
+from kernels.triton.epilogue import apply_softcap
 from kernels.triton.launch import dot_dtype, gpu_info, pdl_options, pdl_wait, semaphores
-from kernels.triton.linear import apply_softcap
 
 BLOCK_T = tl.constexpr(16)  # kernels/backend.py: MAX_TRITON_NEW_TOKENS; tl.dot needs at least 16
 LOG2_E = tl.constexpr(1.4426950408889634)
