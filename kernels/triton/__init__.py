@@ -7,7 +7,7 @@
     elements.py     converts stored elements and scales to floats
     launch.py       what the GPU can do, the tile sizes of a product (tuned.json), kernels that overlap
     moe.py          a mixture of experts: route, experts_gate_up, experts_down
-    attention.py    attend
+    attention.py    attend; heads.py: loads, norm and RoPE of the new tokens
     sampling.py     sample
 
 linear, formats, moe, attention and sampling register their operations as torch.ops.gptfast_triton.* when they are
