@@ -288,7 +288,7 @@ def attend(
         qkv_ptr=qkv, k_cache_ptr=k_cache, v_cache_ptr=v_cache, start_pos_ptr=start_pos, cos_sin_ptr=cos_sin,
         q_norm_weight_ptr=q_norm_weight, k_norm_weight_ptr=k_norm_weight, sinks_ptr=params.sinks,
         alibi_slopes_ptr=alibi_slopes, out_ptr=out, partial_out_ptr=partial_out, partial_ml_ptr=partial_ml,
-        semaphores_ptr=semaphores(qkv.device),
+        semaphores_ptr=semaphores(qkv.device, batch * n_kv_heads),
         eps=params.eps, qk_scale=LOG2_E.value * params.scale, qk_softcap=LOG2_E.value * softcap if softcap else None,
         cache_stride_b=k_cache.stride(0), cache_stride_g=k_cache.stride(1), S=max_seq_len, T=n_tokens,
         HEADS=HeadLayout(
