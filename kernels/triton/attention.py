@@ -8,7 +8,7 @@ how many tokens the cache holds, so one CUDA graph serves every position.
 
 In shape comments B is sequences, T new tokens of a sequence, S max_seq_len of the cache, H query heads, G key/value
 heads, D head_dim. In a program M is queries and N keys. BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_HALF and BLOCK_T are powers
-of two. Queries and keys are two halves, such as q_lo and q_hi (heads.py).
+of two. Queries and keys are two halves, lo and hi, for the reason that heads.py gives.
 """
 
 from typing import NamedTuple
