@@ -75,7 +75,7 @@ def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
     grid = n_blocks, batch
     sample_kernel[grid](
         logits_ptr=logits, noise_ptr=noise, tokens_ptr=tokens, block_scores_ptr=block_scores,
-        block_tokens_ptr=block_tokens, semaphores_ptr=semaphores(logits.device), temperature=temperature,
+        block_tokens_ptr=block_tokens, semaphores_ptr=semaphores(logits.device, batch), temperature=temperature,
         V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks),
         **pdl_options(logits.device, grid),
     )
