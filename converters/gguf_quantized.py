@@ -29,7 +29,7 @@ from converters.gguf_blocks import BLOCK_TYPES, FLOATS, BlockType, GroupedRows, 
 from converters.gguf_file import GGUFTensor
 from converters.hf_quantized_floats import E8M0_NAN
 from converters.hf_tensors import reorder_heads
-from converters.quantized_weight import LazyWeight, check_finite_scales
+from converters.quantized_weight import QuantizedWeight, check_finite_scales
 from converters.write_model import StackedTensor, check_finite_tensor
 from kernels.formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
@@ -225,14 +225,14 @@ class GGUFQuantizer:
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
         self.became_unquantized: Counter[str] = Counter()  # by type: tensors that are stacked with floats
         self.n_rounded: Counter[tuple[str, str]] = Counter()  # by type and format: floats that are quantized
-        self.weights: dict[str, LazyWeight] = {}
+        self.weights: dict[str, QuantizedWeight] = {}
         for target in targets:
             if isinstance(target.format, Unquantized):
                 self.became_unquantized.update(part.type.name for part in target.parts if part.type not in FLOATS)
                 continue
             for part_name, part in zip(target.stacked.part_names, target.parts, strict=True):
                 read = partial(self.read, part_name, part, target.format, row_order)
-                self.weights[part_name] = LazyWeight(target.format, torch.Size(part.shape()), read)
+                self.weights[part_name] = QuantizedWeight(target.format, torch.Size(part.shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
         """Returns a TensorReader that returns a weight of self.weights, if there is one by the name, and else calls
