@@ -1,7 +1,7 @@
 """Converts other projects' files to model.pth. Read one of these first, from top to bottom: convert_folder.py or
-convert_gguf.py. scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and resolve.py call them.
+convert_gguf.py. scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and checkpoint_path.py call them.
 
-    resolve.py             finds or makes the model.pth of --checkpoint_path, which may name a folder or a .gguf
+    checkpoint_path.py     finds or makes the model.pth of --checkpoint_path, which may name a folder or a .gguf
     convert_folder.py      converts a folder of Hugging Face's or Meta's files, or with one of tinyllamas
     convert_gguf.py        converts a GGUF
 
@@ -23,7 +23,7 @@ the tensors one by one.
     gguf_quantized.py           --keep: a GGUF's quantized weights stay quantized
       gguf_blocks.py              decodes a GGUF's blocks
     lora.py                     --lora: merges an adapter into Hugging Face's weights
-    source_files.py             records from which files a model.pth was made
+    source_files.py             finds and records the files from which a model.pth is made
 
     families.py            the table of families, for all formats; some columns are functions of these files:
       family_config.py       what only one family's config.json has

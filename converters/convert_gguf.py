@@ -1,4 +1,4 @@
-"""Converts a GGUF file to model.pth and a tokenizer, for scripts/convert_gguf.py and resolve.py.
+"""Converts a GGUF file to model.pth and a tokenizer, for scripts/convert_gguf.py and checkpoint_path.py.
 
     convert_gguf(Path("model.Q4_1.gguf"), Path("checkpoints/model"))
 """

@@ -23,7 +23,7 @@ import torch
 from checkpoint import read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
-from converters.resolve import ensure_converted
+from converters.checkpoint_path import ensure_converted
 from model import empty_model
 from quantize import GROUP_SIZE_MODES, QUANTIZERS
 from scripts import tables
