@@ -5,16 +5,16 @@ convert_gguf.py. scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and c
     convert_folder.py      converts a folder of Hugging Face's or Meta's files, or with one of tinyllamas
     convert_gguf.py        converts a GGUF
 
-Every format is converted in two steps. First, a reader makes a CanonicalCheckpoint (canonical.py): a config, and
-tensors with canonical names and canonical layout, whose data is not read yet. Then write_model reads, stacks and writes
-the tensors one by one.
+Every format is converted in two steps. First, a reader makes a CanonicalCheckpoint: a config, and tensors with
+canonical names and layout, whose data is not read yet. Then write_model reads, stacks and writes the tensors one by
+one.
 
     format              opened by             its config by     its tensors by      its tokenizer by
     Hugging Face        convert_folder.py     hf_config.py      hf_tensors.py       (needs no change)
     Meta, tinyllamas    meta.py               meta.py           meta.py             meta_tokenizer.py
     GGUF                gguf_file.py          gguf_config.py    convert_gguf.py     gguf_tokenizer.py
 
-    canonical.py                what the readers make: canonical names, and CanonicalCheckpoint
+    canonical_checkpoint.py     what the readers make: canonical names, and CanonicalCheckpoint
     write_model.py              the last step of every format: stacks tensors, and writes model.pth
     quantized_weight.py         a weight that stays quantized: renamed, split and reordered like a tensor
     hf_quantized.py             finds the quantized weights of a Hugging Face checkpoint; these files unpack them:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import ModelConfig
-from converters.canonical import CanonicalCheckpoint, StateDict
+from converters.canonical_checkpoint import CanonicalCheckpoint, StateDict
 from converters.hf_config import config_from_hf, find_family
 from converters.hf_quantized import collect_quantized, read_quantization
 from converters.hf_tensors import to_canonical_layout, with_norm_biases

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical import CanonicalCheckpoint, StateDict, TensorReader
+from converters.canonical_checkpoint import CanonicalCheckpoint, StateDict, TensorReader
 from converters.families import FAMILIES
 from converters.gguf_config import (
     LONG_FACTORS,
@@ -31,7 +31,7 @@ from converters.write_model import Announcement, plan_stacks, write_folder
 from text.tokenizer_files import TOKENIZER_FILES
 from utils.errors import UsageError, convert_type_errors
 
-GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (canonical.py)
+GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (canonical_checkpoint.py)
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",

@@ -24,7 +24,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from converters.canonical import TensorReader
+from converters.canonical_checkpoint import TensorReader
 from converters.gguf_blocks import BLOCK_TYPES, FLOATS, BlockType, GroupedRows, decode_mxfp4, decode_rows
 from converters.gguf_file import GGUFTensor
 from converters.hf_quantized_floats import E8M0_NAN

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical import StateDict
+from converters.canonical_checkpoint import StateDict
 from converters.hf_quantized_floats import float8_weight, split_mxfp4
 from converters.hf_quantized_integers import GPTQ_VERSIONS, awq_weight, gptq_weight, int8_weight, packed_weight
 from converters.quantized_weight import QuantizedLayer, QuantizedWeight

@@ -1,4 +1,4 @@
-"""Gives the tensors of any family in a Hugging Face checkpoint canonical names (canonical.py) and one layout.
+"""Gives the tensors of any family in a Hugging Face checkpoint canonical names and layout (canonical_checkpoint.py).
 
     read = to_canonical_layout(tensors, config, family)    # family: a row of families.py: FAMILIES
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical import EMBEDDING, HEAD, StateDict, TensorReader
+from converters.canonical_checkpoint import EMBEDDING, HEAD, StateDict, TensorReader
 from converters.families import Family
 from converters.family_tensors import LLAMA_NORMS_TO_CANONICAL, pop_matches, rename_tensor
 from converters.lora import Adapter, LoraMerger, replace_tensors

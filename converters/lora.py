@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical import EMBEDDING, HEAD, StateDict
+from converters.canonical_checkpoint import EMBEDDING, HEAD, StateDict
 from converters.quantized_weight import QuantizedWeight
 from converters.source_files import ADAPTER_CONFIG
 from utils.errors import UsageError, convert_type_errors

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import save_checkpoint
 from config import ModelConfig
-from converters.canonical import (
+from converters.canonical_checkpoint import (
     CANONICAL_PARTS,
     EMBEDDING,
     HEAD,

@@ -12,7 +12,7 @@ import torch
 import quantize
 from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig
-from converters.canonical import CanonicalCheckpoint
+from converters.canonical_checkpoint import CanonicalCheckpoint
 from converters.write_model import write_folder
 from loading import load_model
 from model import KVCache
