@@ -104,9 +104,9 @@ def rename_gguf_tensors(
     def read(name: str) -> Tensor:
         packed = renamed[name]
         try:
-            values = gguf.dequantize(packed.data, packed.type)
+            values = gguf.dequantize(packed.data, packed.ggml_type)
         except NotImplementedError:
-            raise UsageError(f"{name} is {packed.type.name}, which the gguf package cannot dequantize") from None
+            raise UsageError(f"{name} is {packed.ggml_type.name}, which the gguf package cannot dequantize") from None
         tensor = torch.from_numpy(np.require(values, requirements="W"))  # writable, or PyTorch warns
         return reorder_heads(name, tensor, row_order)
 
@@ -159,5 +159,5 @@ def split_tensor(
     for canonical_module, rows in parts:
         experts = rows if "{e}" in canonical_module else [rows]
         for e, data in enumerate(experts):
-            renamed[f"{prefix}{canonical_module.format(e=e)}.{suffix}"] = GGUFTensor(tensor.type, data)
+            renamed[f"{prefix}{canonical_module.format(e=e)}.{suffix}"] = GGUFTensor(tensor.ggml_type, data)
     return renamed
