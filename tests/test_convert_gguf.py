@@ -13,9 +13,10 @@ import transformers as hf
 from converters.convert_gguf import convert_gguf
 from converters.gguf_config import gguf_to_config_json
 from converters.gguf_file import read_gguf
-from tests.tiny import LINEAR, LLAMA3, ROOT, YARN, make_hf, same_logits
+from tests.tiny import LINEAR, LLAMA3, YARN, make_hf, same_logits
 from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
 from utils.errors import UsageError
+from utils.files import ROOT
 
 
 @pytest.mark.parametrize("qtype", "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K".split())

@@ -11,7 +11,8 @@ from huggingface_hub import constants
 from cli.script import run_script
 from scripts.download import main
 from tests.hub import Hub, serve, url_of, use_hub
-from tests.tiny import ROOT, make_hf
+from tests.tiny import make_hf
+from utils.files import ROOT
 
 REPOS = {
     "me/safetensors": "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json "

@@ -23,7 +23,8 @@ from llm import LLM, load
 from model import KVCache
 from scripts.benchmarking.speed import random_linear
 from tests.test_readme import PAGES, sources
-from tests.tiny import ROOT, call_main, write_folder
+from tests.tiny import call_main, write_folder
+from utils.files import ROOT
 
 RUN = (  # the other examples need a GPU or more files, or are a part of a longer function
     "checkpoint.py", "cli/interrupts.py", "converters/convert_folder.py", "converters/hf_config.py",

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 import quantize
 from converters.gguf_file import read_gguf
 from tests.test_convert import write_shards
-from tests.tiny import ROOT, call_main, convert, make_hf, write_earlier_version
+from tests.tiny import call_main, convert, make_hf, write_earlier_version
 from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
 from tests.tiny_tokenizers import TEMPLATES, train
+from utils.files import ROOT
 
 SECONDS = 60  # after which a command hangs
 SETTINGS = settings(

@@ -18,7 +18,6 @@ from model import KVCache, empty_model
 from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("cli", "converters", "engine", "evaluation", "kernels", "text", "utils")
 
 SIZES = {

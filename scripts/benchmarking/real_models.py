@@ -28,9 +28,9 @@ from model import empty_model
 from quantize import GROUP_SIZE_MODES, QUANTIZERS
 from scripts import tables
 from utils.errors import UsageError
+from utils.files import ROOT
 from utils.machine import pick_device, read_bandwidth
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 5
 
 # ---- Quantization ----------------------------------------------------------------------------------------------------
