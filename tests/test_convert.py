@@ -413,7 +413,7 @@ TINYLLAMAS_NAMES = {
 }
 
 
-def test_tinyllamas(tmp_path):
+def test_tinyllamas_give_transformers_logits(tmp_path):
     torch.manual_seed(0)
     changes = {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
     theirs = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES | changes)).eval()
