@@ -27,7 +27,7 @@ from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
 from cli.startup import build_speculative_generator, describe_ranks, load_draft, required_seq_len, warm_up
 from cli.terminal import converse
-from converters.resolve import ensure_converted
+from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
 from engine.generation import PlainGenerator, TokenGenerator, stream_texts
 from engine.runner import ModelRunner

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from converters.resolve import ensure_converted
+from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
 from engine.generation import PlainGenerator, generate, stream_texts
 from engine.runner import ModelRunner
@@ -45,7 +45,7 @@ class LLM:
         self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
         max_seq_len: int = 2048, compile: bool = False, **sampling,
     ):
-        """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (converters/resolve.py).
+        """checkpoint_path: model.pth; or a model's folder or .gguf, which converters/checkpoint_path.py converts once.
         device: by default the machine's accelerator, or the CPU if there is none.
         dtype: of the activations, and of all weights that are not quantized.
         max_seq_len: the most tokens of generate's texts and of a conversation. The model's context is a limit, too.

@@ -51,9 +51,9 @@ from scripts.benchmarking import busy, gpu_jobs, real_models
 from scripts.benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
 from scripts.kernel_checks.command import check
 from utils.errors import UsageError
+from utils.files import ROOT
 from utils.machine import pick_device
 
-ROOT = Path(__file__).resolve().parent.parent
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
 # Options that the result of the command "speed" repeats
 REPORTED_OPTIONS = (

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from cli import common_args
 from cli.script import exit_with_error, run_script
-from converters.resolve import ensure_converted
+from converters.checkpoint_path import ensure_converted
 from engine.async_engine import AsyncEngine, GenerationError
 from engine.scheduler import Scheduler
 from loading import load

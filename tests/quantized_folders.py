@@ -41,7 +41,9 @@ class Rounded:
 def round_weight(
     w: Tensor, bits: int, group_size: int, symmetric: bool, act_order: int = 0, scale_dtype=torch.float16
 ) -> Rounded:
-    """act_order: 0: none; weights with the same number have the same."""
+    """Rounds w [N, K] to the nearest values of a format with a scale and a zero point for every group.
+
+    act_order: the seed of a random order of inputs, so weights with the same seed have the same order. 0: no order."""
     k = w.shape[1]
     group_size = k if group_size == -1 else group_size
     g_idx = torch.arange(k) // group_size
@@ -60,7 +62,8 @@ def round_weight(
 
 
 def pack(numbers: Tensor, bits: int, dim: int, order=None) -> Tensor:
-    """int32 words of 32 / bits numbers along dim, the first one in the lowest bits; order: which is the first, ..."""
+    """Packs 32 / bits numbers along dim into an int32 word. The number order[0] of a word gets the lowest bits, and so
+    on. order: by default 0, 1, 2 ..."""
     per_word = 32 // bits
     numbers = numbers.movedim(dim, -1).long().unflatten(-1, (-1, per_word))[..., order or list(range(per_word))]
     words = (numbers << torch.arange(0, 32, bits)).sum(-1)
@@ -68,7 +71,7 @@ def pack(numbers: Tensor, bits: int, dim: int, order=None) -> Tensor:
 
 
 def gptq(name: str, w: Tensor, version: int, **how) -> tuple[dict[str, Tensor], Tensor]:
-    """Version 1 stores zero points minus one: the subtraction goes over whole words."""
+    """Writes w as GPTQ does. Version 1 stores zero points minus one, and subtracts from whole words, with borrows."""
     rounded, bits = round_weight(w, **how), how["bits"]
     qzeros = pack(rounded.zeros.T, bits, 1)
     if version == 1:

@@ -27,7 +27,7 @@ from scripts.kernel_checks.exact_results import CPU_FORMATS, MAGIC_BIASES, make_
 from tests.compiler import write_compiler
 from tests.cpu_kernels import built
 from tests.kernel_loader import load_kernels
-from tests.tiny import ROOT
+from utils.files import ROOT
 
 TESTS = [f"tests/test_kernels{part}.py" for part in ("", "_attention", "_experts")]  # of what the kernels compute
 CASES = "one_thread and not 4-4-8 and not 2-1-256"

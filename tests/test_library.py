@@ -13,9 +13,10 @@ from engine.chat import Conversation
 from engine.generation import PlainGenerator
 from engine.sampling import SamplingParams
 from llm import LLM, KVCache, ModelRunner, generate, load
-from tests.tiny import PACKAGES, ROOT
+from tests.tiny import PACKAGES
 from text.tokenizer import detokenize
 from utils.errors import UsageError
+from utils.files import ROOT
 
 
 def test_text(chat_model, ask):

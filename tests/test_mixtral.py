@@ -14,7 +14,8 @@ from engine.step_bytes import active_weight_bytes
 from kernels.formats import Int4, Int8, Unquantized
 from model import Transformer
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
-from tests.tiny import ROOT, convert, make_hf, write_folder
+from tests.tiny import convert, make_hf, write_folder
+from utils.files import ROOT
 
 MIXTRAL = ModelConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, ffn_dim=14336, vocab_size=32000, max_seq_len=32768,

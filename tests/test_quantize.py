@@ -20,9 +20,10 @@ from loading import load_model
 from model import KVCache
 from scripts.kernel_checks import exact_results
 from scripts.kernel_checks.exact_results import format_label
-from tests.tiny import ROOT, convert, forward, write_folder
+from tests.tiny import convert, forward, write_folder
 from text.tokenizer import load_tokenizer
 from utils.errors import UsageError
+from utils.files import ROOT
 
 
 class Int4HQQ(Int4):

@@ -25,7 +25,8 @@ import quantize
 from kernels import build
 from scripts import benchmark, convert_hf_checkpoint, tables, tiny_model
 from tests.compiler import write_compiler
-from tests.tiny import PACKAGES, ROOT, call_main, convert, write_folder
+from tests.tiny import PACKAGES, call_main, convert, write_folder
+from utils.files import ROOT
 
 README, MIXTRAL, MEASUREMENTS = ROOT / "README.md", ROOT / "mixtral-moe/README.md", ROOT / "docs/measurements.md"
 PAGES = [README, MIXTRAL, *sorted((ROOT / "docs").glob("*.md"))]

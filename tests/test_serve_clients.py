@@ -18,7 +18,7 @@ import pytest
 from cli.interrupts import EXIT_INTERRUPTED
 from engine.scheduler import Scheduler
 from tests.serving import KEY, N_ROWS, SECONDS, USER, ask_http, connect, read_until, url_of, wait_for
-from tests.tiny import ROOT
+from utils.files import ROOT
 
 pytest_plugins = ["tests.serving"]
 

@@ -41,7 +41,8 @@ from scripts.kernel_checks.exact_results import (
     make_linear,
     use_triton,
 )
-from tests.tiny import ROOT, forward, make_hf, to_ours
+from tests.tiny import forward, make_hf, to_ours
+from utils.files import ROOT
 
 U32 = bounds.U[torch.float32]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about rows and columns of padding

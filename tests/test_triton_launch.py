@@ -9,7 +9,7 @@ import triton
 
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
 from kernels.triton import launch
-from tests.tiny import ROOT
+from utils.files import ROOT
 
 MEASURED = json.loads((ROOT / "benchmarks/gpu_H100_80GB_products.json").read_text())
 PRODUCTS = MEASURED["products"]  # by "bits n k", then 2 for a gate and an up projection, else 1
