@@ -112,7 +112,7 @@ def is_zero(tensor: Tensor | QuantizedWeight) -> bool:
     return isinstance(tensor, Tensor) and not tensor.any()
 
 
-def is_same_weight(a: Tensor | LazyWeight, b: Tensor | LazyWeight) -> bool:
+def is_same_weight(a: Tensor | QuantizedWeight, b: Tensor | QuantizedWeight) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
 
 
