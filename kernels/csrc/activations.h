@@ -13,9 +13,9 @@ constexpr int64_t TILE_BYTES = 1024;
 
 // Returns 1 / rms(x) of x [k].
 template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
-  Vec squares = {};
+  f32x16 squares = {};
   for (int64_t i = 0; i < k; i += LANES) {
-    const Vec v = load_partial(x, i, k);
+    const f32x16 v = load_partial(x, i, k);
     squares += v * v;
   }
   return 1 / std::sqrt(sum(squares) / k + eps);
@@ -23,7 +23,7 @@ template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
 
 // Returns elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds x * inverse_rms to T first, as
 // kernels/torch_ops.py does.
-template <typename T> Vec normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
+template <typename T> f32x16 normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
   T rounded[LANES];
   store_vec(load_partial(x, i, k) * inverse_rms, rounded);
   return load_vec(rounded) * load_partial(weight, i, k);
@@ -67,19 +67,19 @@ template <typename F, typename T>
 constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Unquantized> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
                                  !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
-// Quantizes x [k] to blocks [padded k / Q8_BLOCK]. F is the format of w. A Vec holds a block.
+// Quantizes x [k] to blocks [padded k / Q8_BLOCK]. F is the format of w. An f32x16 holds a block.
 static_assert(Q8_BLOCK == LANES);
 template <typename F, typename T> void quantize_token(const T* x, const Weights& w, Q8Block* blocks) {
-  const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
-  const auto add = [](IntVec a, IntVec b) { return a + b; };
-  const Vec to_int = Vec{} + ROUND_TO_INT;
+  const auto maximum = [](i32x16 a, i32x16 b) { return a > b ? a : b; };
+  const auto add = [](i32x16 a, i32x16 b) { return a + b; };
+  const f32x16 to_int = f32x16{} + ROUND_TO_INT;
   float running_sum = 0;
   for (int64_t k = 0; k < w.k; k += LANES) {
-    const Vec v = load_partial(x, k, w.k);
+    const f32x16 v = load_partial(x, k, w.k);
     // Without the sign bit, the bits of floats are ordered as the floats are, and NaN is the largest.
-    const Vec max = (Vec)reduce_lanes((IntVec)v & 0x7fffffff, maximum);
-    const IntVec q = (IntVec)(v * (max > 1e-30f ? 127 / max : Vec{}) + to_int) - (IntVec)to_int;
-    const ByteVec bytes = __builtin_convertvector(q, ByteVec);
+    const f32x16 max = (f32x16)reduce_lanes((i32x16)v & 0x7fffffff, maximum);
+    const i32x16 q = (i32x16)(v * (max > 1e-30f ? 127 / max : f32x16{}) + to_int) - (i32x16)to_int;
+    const i8x16 bytes = __builtin_convertvector(q, i8x16);
     const int32_t sum = reduce_lanes(q, add)[0];
     Q8Block& block = blocks[k / Q8_BLOCK];
     block.scale = max[0] * (1 / 127.0f) + max[0] * 0.0f;  // infinity becomes NaN

@@ -26,10 +26,10 @@ constexpr int64_t MAX_SPLIT_LEN = SPLIT_LEN * (MAX_CPU_TOKENS / TOKEN_BLOCK);
 // Applies RoPE: rotates each pair (x[i], x[i + d / 2]) of x [d] by cos_sin [d / 2, 2] (cos, sin). out [d] may be x.
 template <typename T> void apply_rope(const T* x, const float* cos_sin, int64_t d, T* out) {
   for (int64_t i = 0; i < d / 2; i += LANES) {
-    const Vec lo = load_partial(cos_sin, 2 * i, d), hi = load_partial(cos_sin, 2 * i + LANES, d);
-    const Vec cos = __builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const Vec sin = __builtin_shufflevector(lo, hi, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    const Vec a = load_partial(x, i, d / 2), b = load_partial(x + d / 2, i, d / 2);
+    const f32x16 lo = load_partial(cos_sin, 2 * i, d), hi = load_partial(cos_sin, 2 * i + LANES, d);
+    const f32x16 cos = __builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const f32x16 sin = __builtin_shufflevector(lo, hi, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const f32x16 a = load_partial(x, i, d / 2), b = load_partial(x + d / 2, i, d / 2);
     store_partial(a * cos - b * sin, out, i, d / 2);
     store_partial(b * cos + a * sin, out + d / 2, i, d / 2);
   }
@@ -40,16 +40,16 @@ template <typename T> void apply_rope(const T* x, const float* cos_sin, int64_t 
 // The loops are compiled for D = 64, 128 and 256, the usual head_dims. D = 0 is slower and reads head_dim from d.
 
 // Returns q [D] . k [D] as 16 partial sums.
-template <int64_t D> inline Vec dot_head(const auto* q, const auto* k) {
-  Vec total = {};
+template <int64_t D> inline f32x16 dot_head(const auto* q, const auto* k) {
+  f32x16 total = {};
   for (int64_t i = 0; i < D; i += LANES) total += load_vec(q + i) * load_vec(k + i);
   return total;
 }
 #if defined(__AVX512BF16__)
-template <int64_t D> inline Vec dot_head(const bf16* q, const bf16* k) {
-  Vec total = {};
+template <int64_t D> inline f32x16 dot_head(const bf16* q, const bf16* k) {
+  f32x16 total = {};
   for (int64_t i = 0; i < D; i += 32)
-    total = (Vec)_mm512_dpbf16_ps((__m512)total, load<__m512bh>(q + i), load<__m512bh>(k + i));
+    total = (f32x16)_mm512_dpbf16_ps((__m512)total, load<__m512bh>(q + i), load<__m512bh>(k + i));
   return total;
 }
 #endif
@@ -60,14 +60,14 @@ template <typename T> inline void prefetch_vector(const T* x, int64_t d) {
 }
 
 // Returns the larger of a and b in each lane. NaN in b stays NaN.
-inline Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
+inline f32x16 larger(f32x16 a, f32x16 b) { return (b > a) | (b != b) ? b : a; }
 
 // Returns the largest lane of v, or NaN if any lane is NaN.
-inline float largest_lane(Vec v) {
-  v = larger(v, (Vec)swap_lanes<8>((IntVec)v));
-  v = larger(v, (Vec)swap_lanes<4>((IntVec)v));
-  v = larger(v, (Vec)swap_lanes<2>((IntVec)v));
-  v = larger(v, (Vec)swap_lanes<1>((IntVec)v));
+inline float largest_lane(f32x16 v) {
+  v = larger(v, (f32x16)swap_lanes<8>((i32x16)v));
+  v = larger(v, (f32x16)swap_lanes<4>((i32x16)v));
+  v = larger(v, (f32x16)swap_lanes<2>((i32x16)v));
+  v = larger(v, (f32x16)swap_lanes<1>((i32x16)v));
   return v[0];
 }
 
@@ -79,8 +79,8 @@ struct ScoreOptions {
   // Whether a score is scale * product. == compares all members, so a new option needs no line here.
   bool is_scale_only() const { return *this == ScoreOptions{scale}; }
 };
-inline Vec finish_scores(Vec products, const ScoreOptions& options, Vec distance) {
-  Vec scores = products * options.scale;
+inline f32x16 finish_scores(f32x16 products, const ScoreOptions& options, f32x16 distance) {
+  f32x16 scores = products * options.scale;
   if (options.softcap) scores = apply_softcap(scores, options.softcap);
   return scores + options.slope * distance;
 }
@@ -89,15 +89,15 @@ inline Vec finish_scores(Vec products, const ScoreOptions& options, Vec distance
 // distance is that of the first key. If next is not null, also prefetches the values next [n / stride, d]: one value
 // for every stride keys.
 template <int64_t D, typename T>
-Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions& options, int64_t distance,
-               float* scores, const T* next, int64_t stride) {
-  Vec max = Vec{} + NEGATIVE_INFINITY;
+f32x16 score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions& options, int64_t distance,
+                  float* scores, const T* next, int64_t stride) {
+  f32x16 max = f32x16{} + NEGATIVE_INFINITY;
   for (int64_t s = 0; s < n; s += LANES) {
     for (int64_t r = divide_up(s, stride); next && r * stride < std::min(s + LANES, n); r++)
       prefetch_vector(next + r * d, d);
-    Vec products = {};
+    f32x16 products = {};
     if constexpr (D > 0) {
-      Vec sums[LANES];
+      f32x16 sums[LANES];
       for (int64_t r = 0; r < LANES; r++) sums[r] = dot_head<D>(q, k + std::min(s + r, n - 1) * D);
       products = transpose_reduce_add(sums);
     } else {
@@ -108,7 +108,7 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions&
         products[r] = sum;
       }
     }
-    Vec score = finish_scores(products, options, LANE_INDEX + float(distance + s));
+    f32x16 score = finish_scores(products, options, IOTA + float(distance + s));
     score = mask_lanes(score, n - s, NEGATIVE_INFINITY);
     max = larger(max, score);
     store_vec(score, scores + s);
@@ -121,11 +121,11 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions&
 struct Softmax { float m_i, l_i; };
 
 // Replaces scores [n] with p = exp(score - m_i). m_i is the maximum of the lanes of max, or NaN if any lane is NaN.
-inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
+inline Softmax exponentiate(float* scores, int64_t n, f32x16 max) {
   const float m_i = largest_lane(max);
-  Vec l_i = {};
+  f32x16 l_i = {};
   for (int64_t s = 0; s < n; s += LANES) {
-    const Vec p = mask_lanes(exp_vec(load_vec(scores + s) - m_i), n - s, 0);
+    const f32x16 p = mask_lanes(exp_vec(load_vec(scores + s) - m_i), n - s, 0);
     store_vec(p, scores + s);
     l_i += p;
   }
@@ -136,11 +136,11 @@ inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
 // queries. If next is not null, prefetches the keys next [n, D].
 template <int64_t D, int Q, typename T>
 void accumulate_pv(const float* p, int64_t stride, const T* v, int64_t n, float* out, const T* next) {
-  Vec acc[Q][D / LANES] = {};
+  f32x16 acc[Q][D / LANES] = {};
   for (int64_t s = 0; s < n; s++) {
     if (next) prefetch_vector(next + s * D, D);
     for (int64_t i = 0; i < D / LANES; i++) {
-      const Vec x = load_vec(v + s * D + LANES * i);
+      const f32x16 x = load_vec(v + s * D + LANES * i);
       for (int h = 0; h < Q; h++) acc[h][i] += p[h * stride + s] * x;
     }
   }
@@ -359,7 +359,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
           float* s = scores + i * split_len();
           const T* next = prefetches ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches n / count
           const ScoreOptions options = score_options(first_head + h + i);
-          const Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, options, begin - position, s, next, count);
+          const f32x16 max = score_keys<D>(q + i * d, k + begin * d, n, d, options, begin - position, s, next, count);
           *softmax++ = exponentiate(s, n, max);
         }
         accumulate_pv<D>(count, scores, split_len(), v + begin * d, n, d, partial, prefetches ? next_keys : nullptr);
@@ -403,7 +403,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
       m_s = alpha;  // the memory of m_s holds alpha_s from here on
     }
     for (int64_t i = 0; i < d; i += LANES) {
-      Vec acc = {};
+      f32x16 acc = {};
       for (int64_t s = 0; s < n; s++)
         acc += softmax[s * step].m_i * load_partial(shared.partial + (first + s * step) * d, i, d);
       store_partial(acc / l_i, out + (token * n_heads + head) * d, i, d);

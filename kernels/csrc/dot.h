@@ -26,24 +26,24 @@
 #include "activations.h"
 #include "prefetch.h"
 
-// Whether a Vec fits in one register. CPUs with such registers have 32 of them.
+// Whether an f32x16 fits in one register. CPUs with such registers have 32 of them.
 #if defined(__AVX512F__)
 constexpr bool HAS_WIDE_REGISTERS = true;
 #else
 constexpr bool HAS_WIDE_REGISTERS = false;
 #endif
 
-using BlockSums = Vec[MAX_CPU_TOKENS];  // the products of a block of weights with each token: [tokens, BLOCK_N]
+using BlockSums = f32x16[MAX_CPU_TOKENS];  // the products of a block of weights with each token: [tokens, BLOCK_N]
 
 // ---- Quantized weights ----------------------------------------------------------------------------------------------
 
 // Copies four activations into every lane.
-inline IntVec broadcast4(const int8_t* x) { return IntVec{} + load<int32_t>(x); }
+inline i32x16 broadcast4(const int8_t* x) { return i32x16{} + load<int32_t>(x); }
 
 // acc[lane] += the sum over j < 4 of w[lane][j] * x[lane][j]. Bytes of w are unsigned, bytes of x signed. Exact.
-inline void dot4(IntVec& acc, IntVec w, IntVec x) {
+inline void dot4(i32x16& acc, i32x16 w, i32x16 x) {
 #if defined(__AVX512VNNI__)
-  acc = (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+  acc = (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 #elif defined(__AVXVNNI__)
   __m256i* a = reinterpret_cast<__m256i*>(&acc);
   const __m256i *v = reinterpret_cast<const __m256i*>(&w), *b = reinterpret_cast<const __m256i*>(&x);
@@ -67,18 +67,18 @@ inline void dot4(IntVec& acc, IntVec w, IntVec x) {
 #endif
 }
 
-// Weights of a block for Q8_BLOCK inputs as bytes: Vec j has elements 4 j to 4 j + 3 of each output.
+// Weights of a block for Q8_BLOCK inputs as bytes: vector j has elements 4 j to 4 j + 3 of each output.
 constexpr int Q8_VECS = Q8_BLOCK / 4;
 template <typename F> constexpr int64_t Q8_BLOCK_BYTES = 64 * Q8_BLOCK / F::ELEMENTS_PER_WORD;
-struct WeightBytes { IntVec v[Q8_VECS]; };
+struct WeightBytes { i32x16 v[Q8_VECS]; };
 template <typename F> WeightBytes load_bytes(const char* words) {
   WeightBytes bytes;
   if constexpr (F::ELEMENTS_PER_WORD == 4) {
-    for (int j = 0; j < Q8_VECS; j++) bytes.v[j] = load<IntVec>(words + 64 * j);
+    for (int j = 0; j < Q8_VECS; j++) bytes.v[j] = load<i32x16>(words + 64 * j);
   } else {
-    const IntVec low = IntVec{} + 0x0f0f0f0f;
+    const i32x16 low = i32x16{} + 0x0f0f0f0f;
     for (int j = 0; j < Q8_VECS; j += 2) {
-      const IntVec v = load<IntVec>(words + 32 * j);
+      const i32x16 v = load<i32x16>(words + 32 * j);
       bytes.v[j] = F::unsigned_bytes(v & low), bytes.v[j + 1] = F::unsigned_bytes((v >> 4) & low);
     }
   }
@@ -86,8 +86,8 @@ template <typename F> WeightBytes load_bytes(const char* words) {
 }
 
 // Returns the products of the weights of 16 outputs with a Q8Block, without its scale.
-inline IntVec dot_block(const WeightBytes& weights, const Q8Block& x) {
-  IntVec acc = {};
+inline i32x16 dot_block(const WeightBytes& weights, const Q8Block& x) {
+  i32x16 acc = {};
   for (int j = 0; j < Q8_VECS; j++) dot4(acc, weights.v[j], broadcast4(x.q + 4 * j));
   return acc;
 }
@@ -95,14 +95,14 @@ inline IntVec dot_block(const WeightBytes& weights, const Q8Block& x) {
 // Multiplies Int8 weights with M tokens. Computes BLOCKS blocks at a time, which share the loads of the activations.
 template <int M, int BLOCKS>
 void dot_w8a8(const Weights& w, const int64_t* blocks, const TokenPart& part, const Q8Block* const* tokens,
-              Vec* const* out) {
+              f32x16* const* out) {
   const char* data[BLOCKS];
   const Q8Block* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   const Prefetcher<M, BLOCKS> prefetch(w, part);
   constexpr int64_t N_BYTES = Q8_BLOCK_BYTES<Int8>;
-  Vec total[BLOCKS][M] = {};
+  f32x16 total[BLOCKS][M] = {};
   for (int64_t i = 0; i < divide_up(w.k, Q8_BLOCK); i++) {
     WeightBytes weights[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
@@ -115,7 +115,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const TokenPart& part, co
         total[b][m] += (as_float(dot_block(weights[b], x[m][i])) + x[m][i].compensation) * x[m][i].scale;
   }
   for (int b = 0; b < BLOCKS; b++) {
-    const Vec scale = Int8::output_scales(w, blocks[b]);
+    const f32x16 scale = Int8::output_scales(w, blocks[b]);
     for (int m = 0; m < M; m++) out[b][m] = total[b][m] * scale;
   }
 }
@@ -124,17 +124,17 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const TokenPart& part, co
 // whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
 void dot_grouped(const Weights& w, const int64_t* blocks, const TokenPart& part, const Q8Block* const* tokens,
-                 Vec* const* out) {
+                 f32x16* const* out) {
   constexpr int64_t N_BYTES = Q8_BLOCK_BYTES<F>;
   const char* data[BLOCKS];
   const Q8Block* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   const Prefetcher<M, BLOCKS> prefetch(w, part);
-  Vec total[BLOCKS][M] = {};
+  f32x16 total[BLOCKS][M] = {};
   for (int64_t i = 0, end, group = 0; i < divide_up(w.k, Q8_BLOCK); i = end, group++) {
     end = divide_up(std::min(w.k, i * Q8_BLOCK + w.group_size), Q8_BLOCK);
-    Vec partial[BLOCKS][M] = {};
+    f32x16 partial[BLOCKS][M] = {};
     for (; i < end; i++) {
       WeightBytes weights[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) {
@@ -157,15 +157,15 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const TokenPart& part,
 
 // Multiplies weights of packed format F with M tokens in float32.
 template <typename F, int M>
-void dot_weight_only(const Weights& w, int64_t block, const float* const* tokens, Vec* out) {
+void dot_weight_only(const Weights& w, int64_t block, const float* const* tokens, f32x16* out) {
   const char* data = w.block_data(block);
-  Vec total[M] = {};
+  f32x16 total[M] = {};
   for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
     const auto [scale, zero] = F::scales_and_zeros(w, group);
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end; data += 64) {
-      const IntVec words = load<IntVec>(data);
+      const i32x16 words = load<i32x16>(data);
       for (int j = 0; j < F::ELEMENTS_PER_WORD; j++, k++) {
-        const Vec weight = (as_float(F::element(words, j)) - zero) * scale;
+        const f32x16 weight = (as_float(F::element(words, j)) - zero) * scale;
         for (int m = 0; m < M; m++) total[m] += weight * tokens[m][k];
       }
     }
@@ -176,21 +176,21 @@ void dot_weight_only(const Weights& w, int64_t block, const float* const* tokens
 // ---- 8-bit floats ---------------------------------------------------------------------------------------------------
 
 // Copies two bf16 into every lane, or two floats into every pair of lanes.
-inline IntVec broadcast2(const bf16* x) { return IntVec{} + load<int32_t>(x); }
-inline Vec broadcast2(const float* x) { return (Vec)(LongVec{} + load<int64_t>(x)); }
+inline i32x16 broadcast2(const bf16* x) { return i32x16{} + load<int32_t>(x); }
+inline f32x16 broadcast2(const float* x) { return (f32x16)(i64x8{} + load<int64_t>(x)); }
 
 // acc[lane] += w[lane][0] * x[lane][0] + w[lane][1] * x[lane][1]. Each lane of w and x holds two bf16.
-inline void add_bf16_products(Vec& acc, IntVec w, IntVec x) {
+inline void add_bf16_products(f32x16& acc, i32x16 w, i32x16 x) {
 #if defined(__AVX512BF16__)
-  acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+  acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
 #else
-  const IntVec upper = IntVec{} + int32_t(0xffff0000);
-  acc += (Vec)(w << 16) * (Vec)(x << 16) + (Vec)(w & upper) * (Vec)(x & upper);
+  const i32x16 upper = i32x16{} + int32_t(0xffff0000);
+  acc += (f32x16)(w << 16) * (f32x16)(x << 16) + (f32x16)(w & upper) * (f32x16)(x & upper);
 #endif
 }
 
 // Returns the sum of each pair of lanes: of a in lanes 0-7, of b in lanes 8-15.
-inline Vec add_pairs(Vec a, Vec b) {
+inline f32x16 add_pairs(f32x16 a, f32x16 b) {
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
@@ -201,15 +201,15 @@ inline Vec add_pairs(Vec a, Vec b) {
 // two lanes of a pair. With many tokens, one sum of bf16 products is enough.
 template <int M, int BLOCKS, typename X>
 void dot_float8(const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
-                Vec* const* out) {
+                f32x16* const* out) {
   constexpr bool IS_BF16 = std::is_same_v<X, bf16>;
   constexpr int UNROLL = M <= (IS_BF16 ? 4 : 2) ? 2 : 1, SUMS = IS_BF16 && M > 5 ? 1 : 2;
   const char* data[BLOCKS];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   const Prefetcher<M, BLOCKS> prefetch(w, part);
-  Vec total[BLOCKS][M] = {};
+  f32x16 total[BLOCKS][M] = {};
   for (int64_t k = 0, group = 0; k < w.k; group++) {
-    Vec acc[BLOCKS][M][UNROLL][SUMS] = {};
+    f32x16 acc[BLOCKS][M][UNROLL][SUMS] = {};
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end; k += 4 * UNROLL)
 #pragma GCC unroll 2
       for (int u = 0; u < UNROLL; u++) {
@@ -217,8 +217,8 @@ void dot_float8(const Weights& w, const int64_t* blocks, const TokenPart& part, 
         std::conditional_t<IS_BF16, Bf16Pairs, FloatPairs> weights[BLOCKS];
         for (int b = 0; b < BLOCKS; b++) {
           prefetch(data[b], offset);
-          if constexpr (IS_BF16) weights[b] = float8_to_bf16(load<IntVec>(data[b] + offset));
-          else weights[b] = float8_to_float(load<IntVec>(data[b] + offset));
+          if constexpr (IS_BF16) weights[b] = float8_to_bf16(load<i32x16>(data[b] + offset));
+          else weights[b] = float8_to_float(load<i32x16>(data[b] + offset));
         }
 #pragma GCC unroll 8  // so that the sums stay in registers
         for (int m = 0; m < M; m++) {
@@ -237,9 +237,9 @@ void dot_float8(const Weights& w, const int64_t* blocks, const TokenPart& part, 
         }
       }
     for (int b = 0; b < BLOCKS; b++) {
-      const Vec scale = Float8::scales_and_zeros(w, blocks[b] * w.n_groups + group).scales;
+      const f32x16 scale = Float8::scales_and_zeros(w, blocks[b] * w.n_groups + group).scales;
       for (int m = 0; m < M; m++) {
-        Vec sums[2] = {acc[b][m][0][0], acc[b][m][0][SUMS - 1]};
+        f32x16 sums[2] = {acc[b][m][0][0], acc[b][m][0][SUMS - 1]};
         for (int u = 1; u < UNROLL; u++) sums[0] += acc[b][m][u][0], sums[1] += acc[b][m][u][1];
         total[b][m] += scale * (!IS_BF16 ? add_pairs(sums[0], sums[1]) : SUMS == 2 ? sums[0] + sums[1] : sums[0]);
       }
@@ -253,12 +253,12 @@ void dot_float8(const Weights& w, const int64_t* blocks, const TokenPart& part, 
 
 // Multiplies 64 bytes of a and b element by element, and adds the products to acc. The caller sums all lanes of acc, so
 // a product may go to any lane.
-template <typename T> inline void multiply_add(Vec& acc, const T* a, const T* b) {
+template <typename T> inline void multiply_add(f32x16& acc, const T* a, const T* b) {
   for (size_t i = 0; i < 64 / sizeof(T); i += LANES) acc += load_vec(a + i) * load_vec(b + i);
 }
 #if defined(__AVX512BF16__)
-inline void multiply_add(Vec& acc, const bf16* a, const bf16* b) {
-  acc = (Vec)_mm512_dpbf16_ps((__m512)acc, load<__m512bh>(a), load<__m512bh>(b));
+inline void multiply_add(f32x16& acc, const bf16* a, const bf16* b) {
+  acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, load<__m512bh>(a), load<__m512bh>(b));
 }
 #endif
 
@@ -266,7 +266,7 @@ inline void multiply_add(Vec& acc, const bf16* a, const bf16* b) {
 // noinline leaves more registers to the loop in dot_unquantized.
 template <typename T>
 [[gnu::noinline]]
-void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* const* tokens, int64_t m, Vec* out) {
+void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* const* tokens, int64_t m, f32x16* out) {
   for (int64_t i = 0; i < m; i++)
     for (int64_t r = 0; r < n; r++)
       for (int64_t j = begin; j < k; j++) out[i][r] += to_float(w[r * k + j]) * to_float(tokens[i][j]);
@@ -287,18 +287,18 @@ template <typename T> bool reads_in_order(int64_t k) {
 
 // Multiplies Unquantized weights with M tokens, R outputs at a time. T is the type of weights and activations.
 template <int M, int R, typename T>
-void dot_unquantized(const Weights& w, int64_t block, const TokenPart& part, const T* const* tokens, Vec* out) {
+void dot_unquantized(const Weights& w, int64_t block, const TokenPart& part, const T* const* tokens, f32x16* out) {
   constexpr int UNROLL = R > 1 ? 1 : M <= 4 ? 4 : 2;  // independent sums along k, as above
   constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH / sizeof(T) / R;
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
   const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   const Prefetcher<M, 1> prefetch(w, part);
-  Vec sums[M][BLOCK_N] = {};
+  f32x16 sums[M][BLOCK_N] = {};
   for (int64_t r = 0; r < n; r += R) {
     const T* weight[R];
     for (int j = 0; j < R; j++) weight[j] = first + std::min(r + j, n - 1) * k;
-    Vec acc[M][R][UNROLL] = {};
+    f32x16 acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
       // R rows are read side by side. After row r + j comes row r + j + R, so the address jumps over the R - 1 between
       const int64_t ahead = i + AHEAD + (i + AHEAD < k ? 0 : (R - 1) * k);
@@ -325,17 +325,17 @@ void dot_unquantized(const Weights& w, int64_t block, const TokenPart& part, con
 // ---- Any weights ----------------------------------------------------------------------------------------------------
 
 // Adds the bias [n] of a block to the outputs v of the block. A null bias adds nothing.
-template <typename T> Vec add_bias(Vec v, const T* bias, int64_t block, int64_t n) {
+template <typename T> f32x16 add_bias(f32x16 v, const T* bias, int64_t block, int64_t n) {
   return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
 }
 
 // The first steps of an epilogue. Adds the bias [n] to sums[b][token], the products with block blocks[b], and applies
 // the activation. If it is gated, b is 0, blocks[0] is of the gate projection, and blocks[1] of the up projection.
 template <typename T>
-Vec add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const int64_t* blocks, const T* bias,
-                          int64_t n, Activation activation) {
-  const Vec v = add_bias(sums[b][token], bias, blocks[b], n);
-  const Vec up = is_gated(activation) ? add_bias(sums[1][token], bias, blocks[1], n) : Vec{};
+f32x16 add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const int64_t* blocks, const T* bias,
+                             int64_t n, Activation activation) {
+  const f32x16 v = add_bias(sums[b][token], bias, blocks[b], n);
+  const f32x16 up = is_gated(activation) ? add_bias(sums[1][token], bias, blocks[1], n) : f32x16{};
   return activate_vec(v, up, activation);
 }
 
@@ -343,13 +343,13 @@ Vec add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const
 // first template is for all packed formats without an overload.
 template <int M, int BLOCKS, typename F, typename X>
 void run_loop(F, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
-              Vec* const* out) {
+              f32x16* const* out) {
   if constexpr (std::is_same_v<X, Q8Block>) dot_grouped<F, M, BLOCKS>(w, blocks, part, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
 void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
-              Vec* const* out) {
+              f32x16* const* out) {
   auto dot = dot_unquantized<M, M <= 2 ? 1 : 4, X>;
   if constexpr (M > 2 && M <= MAX_IN_ORDER)
     if (reads_in_order<X>(w.k)) dot = dot_unquantized<M, 1, X>;
@@ -357,20 +357,20 @@ void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const TokenP
 }
 template <int M, int BLOCKS, typename X>
 void run_loop(Int8, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
-              Vec* const* out) {
+              f32x16* const* out) {
   if constexpr (std::is_same_v<X, Q8Block>) dot_w8a8<M, BLOCKS>(w, blocks, part, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
 void run_loop(Float8, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
-              Vec* const* out) {
+              f32x16* const* out) {
   dot_float8<M, BLOCKS>(w, blocks, part, tokens, out);
 }
 
 // multiply for M tokens, M <= BLOCK_M. T is the type that the activations had before preparation.
 template <int M, typename T>
 void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const TokenPart& part,
-                        const PreparedToken* tokens, Vec* const* out) {
+                        const PreparedToken* tokens, f32x16* const* out) {
   dispatch_format(w.format, [&]<typename F>(F format) {
     const Prepared<F, T>* typed[M];
     for (int m = 0; m < M; m++) typed[m] = static_cast<const Prepared<F, T>*>(tokens[m]);
@@ -403,7 +403,7 @@ void multiply(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_bloc
   const int64_t n_parts = divide_up(m, most);  // parts of nearly equal numbers of tokens
   for (int64_t i = 0; i < n_parts; i++) {
     const int64_t first = m * i / n_parts, n_tokens = m * (i + 1) / n_parts - first;
-    Vec* const part_out[] = {out[0] + first, out[1] + first};
+    f32x16* const part_out[] = {out[0] + first, out[1] + first};
     by_tokens[n_tokens - 1](w, blocks, n_blocks, {i, n_parts, next_block}, tokens + first, part_out);
   }
 }

@@ -10,8 +10,8 @@
 #include "simd.h"
 
 using Factor = uint32_t;
-constexpr int64_t MR = 6;   // rows; their sums, 4 Vecs a row, fit in 32 registers
-constexpr int64_t NR = 64;  // 4 Vecs
+constexpr int64_t MR = 6;   // rows; their sums, 4 vectors a row, fit in 32 registers
+constexpr int64_t NR = 64;  // 4 vectors
 
 // Elements of type T in a factor
 #if defined(__AVX512BF16__)
@@ -21,14 +21,14 @@ template <typename T> constexpr int64_t PER_FACTOR = 1;
 #endif
 
 // acc[lane] += the product of factor a and factor b[lane].
-template <typename T> inline void add_product(Vec& acc, Factor a, const Factor* b) {
+template <typename T> inline void add_product(f32x16& acc, Factor a, const Factor* b) {
 #if defined(__AVX512BF16__)
   if constexpr (PER_FACTOR<T> == 2) {
-    acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a), load<__m512bh>(b));
+    acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a), load<__m512bh>(b));
     return;
   }
 #endif
-  acc += std::bit_cast<float>(a) * load<Vec>(b);
+  acc += std::bit_cast<float>(a) * load<f32x16>(b);
 }
 
 // c [MR, NR] = a [MR, n] b [n, NR], or += if accumulates. The strides are in factors: from a row of a, b or c to the
@@ -36,7 +36,7 @@ template <typename T> inline void add_product(Vec& acc, Factor a, const Factor* 
 template <typename T, bool accumulates>
 inline void microkernel(const Factor* a, int64_t a_stride, const Factor* b, int64_t b_stride, int64_t b_column_stride,
                         int64_t n, float* c, int64_t c_stride) {
-  Vec acc[MR][4] = {};
+  f32x16 acc[MR][4] = {};
   const auto for_each_vec = [&](auto f) {  // unrolled, so that acc stays in registers
 #pragma GCC unroll 6
     for (int r = 0; r < MR; r++)
@@ -44,10 +44,10 @@ inline void microkernel(const Factor* a, int64_t a_stride, const Factor* b, int6
       for (int v = 0; v < 4; v++) f(acc[r][v], r, v);
   };
   if constexpr (accumulates)
-    for_each_vec([&](Vec& sum, int r, int v) { sum = load<Vec>(c + r * c_stride + v * LANES); });
+    for_each_vec([&](f32x16& sum, int r, int v) { sum = load<f32x16>(c + r * c_stride + v * LANES); });
   for (int64_t i = 0; i < n; i++)
-    for_each_vec([&](Vec& sum, int r, int v) {
+    for_each_vec([&](f32x16& sum, int r, int v) {
       add_product<T>(sum, a[r * a_stride + i], b + i * b_stride + v * b_column_stride);
     });
-  for_each_vec([&](Vec& sum, int r, int v) { store_vec(sum, c + r * c_stride + v * LANES); });
+  for_each_vec([&](f32x16& sum, int r, int v) { store_vec(sum, c + r * c_stride + v * LANES); });
 }

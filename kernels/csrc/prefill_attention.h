@@ -26,15 +26,15 @@ constexpr float LOG2_E = 1.44269504f;
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
 // Returns factors i to i + 15 of x [d]. Factors beyond the end are zeros.
-template <typename T> inline UIntVec load_factors(const T* x, int64_t i, int64_t d) {
-  if constexpr (PER_FACTOR<T> == 1) return (UIntVec)load_partial(x, i, d);
-  UIntVec factors = {};
+template <typename T> inline u32x16 load_factors(const T* x, int64_t i, int64_t d) {
+  if constexpr (PER_FACTOR<T> == 1) return (u32x16)load_partial(x, i, d);
+  u32x16 factors = {};
   std::memcpy(&factors, x + 2 * i, std::clamp<int64_t>(d - 2 * i, 0, 32) * sizeof(T));
   return factors;
 }
 
 // Stores p [16] as factors.
-template <typename T> inline void store_factors(Vec p, Factor* out) {
+template <typename T> inline void store_factors(f32x16 p, Factor* out) {
 #if defined(__AVX512BF16__)
   if constexpr (PER_FACTOR<T> == 2) {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)p);
@@ -49,7 +49,7 @@ template <typename T> inline void store_factors(Vec p, Factor* out) {
 template <typename T> void pack_keys(const T* k, int64_t n, int64_t d, int64_t n_factors, Factor* out) {
   for (int64_t key = 0; key < KEY_TILE; key += LANES)
     for (int64_t i = 0; i < n_factors; i += LANES) {
-      UIntVec factors[LANES] = {};
+      u32x16 factors[LANES] = {};
       for (int64_t r = 0; r < std::min(LANES, n - key); r++) factors[r] = load_factors(k + (key + r) * d, i, d);
       transpose(factors);
       for (int64_t r = 0; r < LANES; r++) std::memcpy(out + (i + r) * KEY_TILE + key, &factors[r], sizeof factors[r]);
@@ -59,11 +59,11 @@ template <typename T> void pack_keys(const T* k, int64_t n, int64_t d, int64_t n
 // Packs values v [n, d], n <= KEY_TILE: out [KEY_TILE / PER_FACTOR, width]. The other values become zeros.
 template <typename T> void pack_values(const T* v, int64_t n, int64_t d, int64_t width, Factor* out) {
   const auto bits = [&](int64_t key, int64_t column) {
-    return key < n ? (UIntVec)load_partial(v + key * d, column, d) : UIntVec{};
+    return key < n ? (u32x16)load_partial(v + key * d, column, d) : u32x16{};
   };
   for (int64_t key = 0; key < KEY_TILE; key += PER_FACTOR<T>, out += width)
     for (int64_t column = 0; column < width; column += LANES) {
-      UIntVec factors = bits(key, column);
+      u32x16 factors = bits(key, column);
       // A bf16 is the upper half of a float
       if constexpr (PER_FACTOR<T> == 2) factors = factors >> 16 | bits(key + 1, column);
       std::memcpy(out + column, &factors, sizeof factors);
@@ -115,7 +115,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     const Buffers buffers = allocate(round_up(rows.n_rows, MR));
     for (int64_t row = 0; row < round_up(rows.n_rows, MR); row++) {
       for (int64_t i = 0; i < query_factors(); i += LANES) {
-        const UIntVec factors = row < rows.n_rows ? load_factors(q + offset(rows, row), i, head_dim) : UIntVec{};
+        const u32x16 factors = row < rows.n_rows ? load_factors(q + offset(rows, row), i, head_dim) : u32x16{};
         std::memcpy(buffers.q + row * query_factors() + i, &factors, sizeof factors);
       }
       std::fill_n(buffers.acc + row * width(), width(), 0.0f);
@@ -200,14 +200,14 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     const ScoreOptions options = this->score_options(head(rows, std::min(row, rows.n_rows - 1)));
     const float distance = key - position(rows, row);  // of the tile's first key
     for (int64_t i = 0; i < KEY_TILE; i += LANES)
-      store_vec(finish_scores(load_vec(scores + i), options, LANE_INDEX + (distance + i)), scores + i);
+      store_vec(finish_scores(load_vec(scores + i), options, IOTA + (distance + i)), scores + i);
   }
 
   static void mask_row(Range visible, float* scores) {
     for (int64_t i = 0; i < KEY_TILE; i += LANES) {
-      const Vec index = LANE_INDEX + float(i);
+      const f32x16 index = IOTA + float(i);
       const auto is_visible = (index >= float(visible.begin)) & (index < float(visible.end));
-      store_vec(is_visible ? load_vec(scores + i) : Vec{} + NEGATIVE_INFINITY, scores + i);
+      store_vec(is_visible ? load_vec(scores + i) : f32x16{} + NEGATIVE_INFINITY, scores + i);
     }
   }
 
@@ -215,7 +215,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   void raise_maximum(const float* scores, float exponent_scale, Softmax& softmax, float* acc) const {
     const float m_i = largest_score(scores) * exponent_scale;
     if (m_i <= softmax.m_i) return;
-    const float alpha = exp2_vec(Vec{} + (softmax.m_i - m_i))[0];
+    const float alpha = exp2_vec(f32x16{} + (softmax.m_i - m_i))[0];
     softmax = {m_i, softmax.l_i * alpha};
     for (int64_t i = 0; i < width(); i += LANES) store_vec(load_vec(acc + i) * alpha, acc + i);
   }
@@ -233,10 +233,10 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   // Computes p = 2^(score * exponent_scale - m_i) and adds p to l_i.
   static void exponentiate(const float* scores, float exponent_scale, Softmax& softmax, Factor* p) {
     const float m_i = softmax.m_i;
-    Vec l_i = {};
+    f32x16 l_i = {};
 #pragma GCC unroll 4
     for (int64_t i = 0; i < KEY_TILE; i += LANES) {
-      const Vec e = exp2_vec(load_vec(scores + i) * exponent_scale - m_i);
+      const f32x16 e = exp2_vec(load_vec(scores + i) * exponent_scale - m_i);
       l_i += e;
       store_factors<T>(e, p + i / PER_FACTOR<T>);
     }

@@ -19,11 +19,11 @@
 
 // Multiplies tile [n_factors] of e4m3 weights, which are not scaled yet, with the scales of their groups.
 template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t first_input, int64_t n_factors,
-                                      IntVec* tile) {
+                                      i32x16* tile) {
   for (int64_t i = 0; i < n_factors; i++) {
     const int64_t group = (first_input + 2 * i) / w.group_size;
-    const Vec scale = F::scales_and_zeros(w, block * w.n_groups + group).scales;
-    const Vec even = (Vec)(tile[i] << 16) * scale, odd = (Vec)(tile[i] & 0xffff0000) * scale;
+    const f32x16 scale = F::scales_and_zeros(w, block * w.n_groups + group).scales;
+    const f32x16 even = (f32x16)(tile[i] << 16) * scale, odd = (f32x16)(tile[i] & 0xffff0000) * scale;
     tile[i] = bf16_pairs(add_half_ulp(even), add_half_ulp(odd));
   }
 }
@@ -62,7 +62,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
       const float scale = norm_weight && token < m ? inverse_rms(from, eps, w.k) : 1;
       for (int64_t i = 0; i < n_panels() * PANEL_K; i += LANES) {
         Factor* to = x_factors + (i / PANEL_K * padded_m() + token) * PANEL_FACTORS + i % PANEL_K / 2;
-        Vec v = {};
+        f32x16 v = {};
         if (token < m && i < w.k)
           v = norm_weight ? normed_vec(from, norm_weight, scale, i, w.k) : load_partial(from, i, w.k);
         store_vec(v, reinterpret_cast<bf16*>(to));
@@ -90,7 +90,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
       for (int64_t begin = 0; begin < w.k; begin += PANEL_K) {
         const int64_t end = std::min(w.k, begin + PANEL_K);
         for (int64_t i = 0; i < 4; i++)
-          decode<F>(tiles[i], blocks[i], begin, end, reinterpret_cast<IntVec*>(panel + i * PANEL_FACTORS * BLOCK_N));
+          decode<F>(tiles[i], blocks[i], begin, end, reinterpret_cast<i32x16*>(panel + i * PANEL_FACTORS * BLOCK_N));
         const Factor* x = x_factors + (begin / PANEL_K * padded_m() + tokens.begin) * PANEL_FACTORS;
         multiply_panel(x, panel, round_up(end - begin, TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
       }
@@ -101,10 +101,10 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
 
   // Decodes the inputs [begin, end) of a block to panel [factors, 16].
   template <typename F>
-  void decode(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, IntVec* panel) const {
+  void decode(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, i32x16* panel) const {
     for (int64_t k = begin; k < end; k += TILE_K, panel += TILE_K / 2) {
       const int64_t tile_end = std::min(end, k + TILE_K);
-      if (tile_end < k + TILE_K) std::fill_n(panel, TILE_K / 2, IntVec{});
+      if (tile_end < k + TILE_K) std::fill_n(panel, TILE_K / 2, i32x16{});
       tiles.read(k, tile_end, panel);
       if constexpr (F::SCALE_AFTER_SUM) scale_tile<F>(w, block, k, divide_up(tile_end - k, 2), panel);
     }
@@ -122,7 +122,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   void store_outputs(const float* acc, int64_t first_block, const int64_t* blocks, Range tokens) const {
     BlockSums sums[4];
     for (int64_t i = 0; i < 4; i++) {
-      const Vec scale = dispatch_format(w.format, [&]<typename F>(F) { return F::output_scales(w, blocks[i]); });
+      const f32x16 scale = dispatch_format(w.format, [&]<typename F>(F) { return F::output_scales(w, blocks[i]); });
       for (int64_t r = 0; r < tokens.end - tokens.begin; r++)
         sums[i][r] = load_vec(acc + r * NR + i * LANES) * scale;
     }

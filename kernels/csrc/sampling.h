@@ -37,9 +37,9 @@ struct SampleOp {
   // Returns the largest of row[range.begin] to row[range.end - 1], or NaN if a logit is not finite.
   static float largest_logit(const float* row, Range range) {
     constexpr float LEAST = -std::numeric_limits<float>::max();
-    Vec largest = Vec{} + LEAST, zeros{};
+    f32x16 largest = f32x16{} + LEAST, zeros{};
     for (int64_t i = range.begin; i < range.end; i += LANES) {
-      const Vec v = mask_lanes(load_partial(row, i, range.end), range.end - i, LEAST);
+      const f32x16 v = mask_lanes(load_partial(row, i, range.end), range.end - i, LEAST);
       largest = v > largest ? v : largest;
       zeros += 0 * v;  // NaN if a logit is NaN or infinite
     }

@@ -11,7 +11,7 @@
 
 constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
 constexpr int64_t BLOCK_M = 8;          // the most tokens whose sums fit in registers
-constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of a Vec
+constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
 constexpr int64_t Q8_BLOCK = 16;        // activations that share a scale, if they are rounded to int8 (activations.h)
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Unquantized weights are stored output by
@@ -56,7 +56,7 @@ struct Weights {
     return reinterpret_cast<const T*>(scales) + group * BLOCK_N;
   }
   const uint8_t* zeros_of(int64_t group) const { return reinterpret_cast<const uint8_t*>(zeros) + group * BLOCK_N; }
-  Vec load_16_bit_scales(int64_t group) const {
+  f32x16 load_16_bit_scales(int64_t group) const {
     return has_f16_scales ? load_vec(scales_of<f16>(group)) : load_vec(scales_of<bf16>(group));
   }
 };
@@ -76,7 +76,7 @@ struct Weights {
 
 // The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
 // (q - zero) * scale, or for (q - zero) * scale * output_scale if the format has HAS_OUTPUT_SCALES.
-struct ScalesAndZeros { Vec scales, zeros; };
+struct ScalesAndZeros { f32x16 scales, zeros; };
 
 // A format derives from these defaults.
 struct FormatDefaults {
@@ -87,7 +87,7 @@ struct FormatDefaults {
   static constexpr bool HAS_OUTPUT_SCALES = false;        // whether each output has one more scale
   static constexpr bool SCALE_AFTER_SUM = false;          // whether amx.h scales sums of groups, not weights
   static constexpr int32_t SHARED_ZERO = 0;               // the zero point of all weights, or 0 if zero points differ
-  static Vec output_scales(const Weights&, int64_t /* block */) { return Vec{} + 1; }
+  static f32x16 output_scales(const Weights&, int64_t /* block */) { return f32x16{} + 1; }
 };
 
 struct Unquantized : FormatDefaults {
@@ -98,9 +98,11 @@ struct Int8 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_OUTPUT_SCALES = true;
   static constexpr int32_t SHARED_ZERO = 128;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 4;
-  static IntVec element(IntVec words, int j) { return (words >> (8 * j)) & 255; }
-  static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) { return {Vec{} + 1, Vec{} + float(SHARED_ZERO)}; }
-  static Vec output_scales(const Weights& w, int64_t block) {
+  static i32x16 element(i32x16 words, int j) { return (words >> (8 * j)) & 255; }
+  static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) {
+    return {f32x16{} + 1, f32x16{} + float(SHARED_ZERO)};
+  }
+  static f32x16 output_scales(const Weights& w, int64_t block) {
     return load_partial(reinterpret_cast<const float*>(w.scales), block * BLOCK_N, w.n);
   }
 };
@@ -108,9 +110,9 @@ struct Int8 : FormatDefaults {
 struct Int4 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int ELEMENTS_PER_WORD = 8, SCALE_BYTES = 2;
-  static IntVec element(IntVec words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
+  static i32x16 element(i32x16 words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
   // Maps each byte of nibbles, 0 to 15, to the unsigned byte that dot_grouped multiplies.
-  static IntVec unsigned_bytes(IntVec nibbles) { return nibbles; }
+  static i32x16 unsigned_bytes(i32x16 nibbles) { return nibbles; }
   // A zero point is stored in sixteenths.
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {w.load_16_bit_scales(group), load_vec(w.zeros_of(group)) * (1 / 16.0f)};
@@ -120,7 +122,7 @@ struct Int4 : FormatDefaults {
 struct GroupedInt8 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 2;
-  static IntVec element(IntVec words, int j) { return Int8::element(words, j); }
+  static i32x16 element(i32x16 words, int j) { return Int8::element(words, j); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {w.load_16_bit_scales(group), load_vec(w.zeros_of(group))};
   }
@@ -132,7 +134,7 @@ struct Float8 : FormatDefaults {
   static constexpr int64_t MIN_AMX_TOKENS = 3;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 4;
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
-    return {load_vec(w.scales_of<float>(group)) * FLOAT8_FACTOR, Vec{}};
+    return {load_vec(w.scales_of<float>(group)) * FLOAT8_FACTOR, f32x16{}};
   }
 };
 
@@ -148,11 +150,11 @@ struct MXFP4 : FormatDefaults {
     for (int i = 0; i < 16; i++) values[i] = (TABLE[i] - 12) * 0.5f;
     return values;
   }();
-  static IntVec element(IntVec words, int j) { return unsigned_bytes(Int4::element(words, j)) & 255; }
-  static IntVec unsigned_bytes(IntVec nibbles) { return lookup_bytes(TABLE, nibbles); }
-  static Vec scales(const Weights& w, int64_t group) { return decode_e8m0(w.scales_of<uint8_t>(group)); }
+  static i32x16 element(i32x16 words, int j) { return unsigned_bytes(Int4::element(words, j)) & 255; }
+  static i32x16 unsigned_bytes(i32x16 nibbles) { return lookup_bytes(TABLE, nibbles); }
+  static f32x16 scales(const Weights& w, int64_t group) { return decode_e8m0(w.scales_of<uint8_t>(group)); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
-    return {scales(w, group) * 0.5f, Vec{} + 12};
+    return {scales(w, group) * 0.5f, f32x16{} + 12};
   }
 };
 
