@@ -5,8 +5,8 @@
 // more tokens, the loops read a block of weights several times. After the first time the block is in the cache.
 //
 //     loop               weights                                       activations
-//     dot_w8a8           Int8                                          int8 (Q8Block)
-//     dot_grouped        Int4, GroupedInt8, MXFP4: scales of groups    int8 (Q8Block)
+//     dot_w8a8           Int8                                          int8 (ActGroup)
+//     dot_grouped        Int4, GroupedInt8, MXFP4: scales of groups    int8 (ActGroup)
 //     dot_weight_only    any packed format                             float
 //     dot_float8         Float8                                        bf16 or float
 //     dot_unquantized    Unquantized                                   the type of the weights
@@ -67,46 +67,47 @@ inline void dot4(i32x16& acc, i32x16 w, i32x16 x) {
 #endif
 }
 
-// Weights of a block for Q8_BLOCK inputs as bytes: vector j has elements 4 j to 4 j + 3 of each output.
-constexpr int Q8_VECS = Q8_BLOCK / 4;
-template <typename F> constexpr int64_t Q8_BLOCK_BYTES = 64 * Q8_BLOCK / F::ELEMENTS_PER_WORD;
-struct WeightBytes { i32x16 v[Q8_VECS]; };
-template <typename F> WeightBytes load_bytes(const char* words) {
-  WeightBytes bytes;
+// The weights of a block for ACT_GROUP inputs, unpacked to bytes in the VNNI layout: lane i of quads[j] has elements
+// 4 j to 4 j + 3 of output i.
+constexpr int N_QUADS = ACT_GROUP / 4;
+template <typename F> constexpr int64_t PACKED_BYTES = 64 * ACT_GROUP / F::ELEMENTS_PER_WORD;  // before unpacking
+struct UnpackedWeights { i32x16 quads[N_QUADS]; };
+template <typename F> UnpackedWeights unpack_weights(const char* words) {
+  UnpackedWeights unpacked;
   if constexpr (F::ELEMENTS_PER_WORD == 4) {
-    for (int j = 0; j < Q8_VECS; j++) bytes.v[j] = load<i32x16>(words + 64 * j);
+    for (int j = 0; j < N_QUADS; j++) unpacked.quads[j] = load<i32x16>(words + 64 * j);
   } else {
     const i32x16 low = i32x16{} + 0x0f0f0f0f;
-    for (int j = 0; j < Q8_VECS; j += 2) {
+    for (int j = 0; j < N_QUADS; j += 2) {
       const i32x16 v = load<i32x16>(words + 32 * j);
-      bytes.v[j] = F::unsigned_bytes(v & low), bytes.v[j + 1] = F::unsigned_bytes((v >> 4) & low);
+      unpacked.quads[j] = F::unsigned_bytes(v & low), unpacked.quads[j + 1] = F::unsigned_bytes((v >> 4) & low);
     }
   }
-  return bytes;
+  return unpacked;
 }
 
-// Returns the products of the weights of 16 outputs with a Q8Block, without its scale.
-inline i32x16 dot_block(const WeightBytes& weights, const Q8Block& x) {
+// Returns the products of the weights of 16 outputs with a ActGroup, without its scale.
+inline i32x16 dot_block(const UnpackedWeights& weights, const ActGroup& x) {
   i32x16 acc = {};
-  for (int j = 0; j < Q8_VECS; j++) dot4(acc, weights.v[j], broadcast4(x.q + 4 * j));
+  for (int j = 0; j < N_QUADS; j++) dot4(acc, weights.quads[j], broadcast4(x.q + 4 * j));
   return acc;
 }
 
 // Multiplies Int8 weights with M tokens. Computes BLOCKS blocks at a time, which share the loads of the activations.
 template <int M, int BLOCKS>
-void dot_w8a8(const Weights& w, const int64_t* blocks, const TokenPart& part, const Q8Block* const* tokens,
+void dot_w8a8(const Weights& w, const int64_t* blocks, const TokenPart& part, const ActGroup* const* tokens,
               f32x16* const* out) {
   const char* data[BLOCKS];
-  const Q8Block* x[M];
+  const ActGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   const Prefetcher<M, BLOCKS> prefetch(w, part);
-  constexpr int64_t N_BYTES = Q8_BLOCK_BYTES<Int8>;
+  constexpr int64_t N_BYTES = PACKED_BYTES<Int8>;
   f32x16 total[BLOCKS][M] = {};
-  for (int64_t i = 0; i < divide_up(w.k, Q8_BLOCK); i++) {
-    WeightBytes weights[BLOCKS];
+  for (int64_t i = 0; i < divide_up(w.k, ACT_GROUP); i++) {
+    UnpackedWeights weights[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
-      weights[b] = load_bytes<Int8>(data[b] + i * N_BYTES);
+      weights[b] = unpack_weights<Int8>(data[b] + i * N_BYTES);
       for (int64_t j = 0; j < N_BYTES; j += 64) prefetch(data[b], i * N_BYTES + j);
     }
 #pragma GCC unroll 8  // so that the sums stay in registers
@@ -120,25 +121,25 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const TokenPart& part, co
   }
 }
 
-// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts runs of Q8_BLOCK inputs,
+// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts groups of ACT_GROUP inputs,
 // whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
-void dot_grouped(const Weights& w, const int64_t* blocks, const TokenPart& part, const Q8Block* const* tokens,
+void dot_grouped(const Weights& w, const int64_t* blocks, const TokenPart& part, const ActGroup* const* tokens,
                  f32x16* const* out) {
-  constexpr int64_t N_BYTES = Q8_BLOCK_BYTES<F>;
+  constexpr int64_t N_BYTES = PACKED_BYTES<F>;
   const char* data[BLOCKS];
-  const Q8Block* x[M];
+  const ActGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   const Prefetcher<M, BLOCKS> prefetch(w, part);
   f32x16 total[BLOCKS][M] = {};
-  for (int64_t i = 0, end, group = 0; i < divide_up(w.k, Q8_BLOCK); i = end, group++) {
-    end = divide_up(std::min(w.k, i * Q8_BLOCK + w.group_size), Q8_BLOCK);
+  for (int64_t i = 0, end, group = 0; i < divide_up(w.k, ACT_GROUP); i = end, group++) {
+    end = divide_up(std::min(w.k, i * ACT_GROUP + w.group_size), ACT_GROUP);
     f32x16 partial[BLOCKS][M] = {};
     for (; i < end; i++) {
-      WeightBytes weights[BLOCKS];
+      UnpackedWeights weights[BLOCKS];
       for (int b = 0; b < BLOCKS; b++) {
-        weights[b] = load_bytes<F>(data[b] + i * N_BYTES);
+        weights[b] = unpack_weights<F>(data[b] + i * N_BYTES);
         for (int64_t j = 0; j < N_BYTES; j += 64) prefetch(data[b], i * N_BYTES + j);
       }
 #pragma GCC unroll 8  // so that the sums stay in registers
@@ -344,7 +345,7 @@ f32x16 add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, co
 template <int M, int BLOCKS, typename F, typename X>
 void run_loop(F, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
               f32x16* const* out) {
-  if constexpr (std::is_same_v<X, Q8Block>) dot_grouped<F, M, BLOCKS>(w, blocks, part, tokens, out);
+  if constexpr (std::is_same_v<X, ActGroup>) dot_grouped<F, M, BLOCKS>(w, blocks, part, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
@@ -358,7 +359,7 @@ void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const TokenP
 template <int M, int BLOCKS, typename X>
 void run_loop(Int8, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
               f32x16* const* out) {
-  if constexpr (std::is_same_v<X, Q8Block>) dot_w8a8<M, BLOCKS>(w, blocks, part, tokens, out);
+  if constexpr (std::is_same_v<X, ActGroup>) dot_w8a8<M, BLOCKS>(w, blocks, part, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
