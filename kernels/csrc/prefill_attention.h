@@ -25,18 +25,18 @@ constexpr float LOG2_E = 1.44269504f;
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
-// Returns factors i to i + 15 of x [d]. Factors beyond the end are zeros.
-template <typename T> inline u32x16 load_factors(const T* x, int64_t i, int64_t d) {
-  if constexpr (PER_FACTOR<T> == 1) return (u32x16)load_partial(x, i, d);
-  u32x16 factors = {};
-  std::memcpy(&factors, x + 2 * i, std::clamp<int64_t>(d - 2 * i, 0, 32) * sizeof(T));
-  return factors;
+// Returns pairs i to i + 15 of x [d]. Pairs beyond the end are zeros.
+template <typename T> inline u32x16 load_pairs(const T* x, int64_t i, int64_t d) {
+  if constexpr (VNNI_SIZE<T> == 1) return (u32x16)load_partial(x, i, d);
+  u32x16 pairs = {};
+  std::memcpy(&pairs, x + 2 * i, std::clamp<int64_t>(d - 2 * i, 0, 32) * sizeof(T));
+  return pairs;
 }
 
-// Stores p [16] as factors.
-template <typename T> inline void store_factors(f32x16 p, Factor* out) {
+// Stores p [16] as pairs.
+template <typename T> inline void store_pairs(f32x16 p, VnniPair* out) {
 #if defined(__AVX512BF16__)
-  if constexpr (PER_FACTOR<T> == 2) {
+  if constexpr (VNNI_SIZE<T> == 2) {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)p);
     std::memcpy(out, &rounded, sizeof rounded);
     return;
@@ -45,28 +45,28 @@ template <typename T> inline void store_factors(f32x16 p, Factor* out) {
   store_vec(p, reinterpret_cast<float*>(out));
 }
 
-// Packs keys k [n, d], n <= KEY_TILE: out [n_factors, KEY_TILE]. The other keys become zeros.
-template <typename T> void pack_keys(const T* k, int64_t n, int64_t d, int64_t n_factors, Factor* out) {
+// Packs keys k [n, d], n <= KEY_TILE: out [n_pairs, KEY_TILE]. The other keys become zeros.
+template <typename T> void pack_keys(const T* k, int64_t n, int64_t d, int64_t n_pairs, VnniPair* out) {
   for (int64_t key = 0; key < KEY_TILE; key += LANES)
-    for (int64_t i = 0; i < n_factors; i += LANES) {
-      u32x16 factors[LANES] = {};
-      for (int64_t r = 0; r < std::min(LANES, n - key); r++) factors[r] = load_factors(k + (key + r) * d, i, d);
-      transpose(factors);
-      for (int64_t r = 0; r < LANES; r++) std::memcpy(out + (i + r) * KEY_TILE + key, &factors[r], sizeof factors[r]);
+    for (int64_t i = 0; i < n_pairs; i += LANES) {
+      u32x16 pairs[LANES] = {};
+      for (int64_t r = 0; r < std::min(LANES, n - key); r++) pairs[r] = load_pairs(k + (key + r) * d, i, d);
+      transpose(pairs);
+      for (int64_t r = 0; r < LANES; r++) std::memcpy(out + (i + r) * KEY_TILE + key, &pairs[r], sizeof pairs[r]);
     }
 }
 
-// Packs values v [n, d], n <= KEY_TILE: out [KEY_TILE / PER_FACTOR, width]. The other values become zeros.
-template <typename T> void pack_values(const T* v, int64_t n, int64_t d, int64_t width, Factor* out) {
+// Packs values v [n, d], n <= KEY_TILE: out [KEY_TILE / VNNI_SIZE, width]. The other values become zeros.
+template <typename T> void pack_values(const T* v, int64_t n, int64_t d, int64_t width, VnniPair* out) {
   const auto bits = [&](int64_t key, int64_t column) {
     return key < n ? (u32x16)load_partial(v + key * d, column, d) : u32x16{};
   };
-  for (int64_t key = 0; key < KEY_TILE; key += PER_FACTOR<T>, out += width)
+  for (int64_t key = 0; key < KEY_TILE; key += VNNI_SIZE<T>, out += width)
     for (int64_t column = 0; column < width; column += LANES) {
-      u32x16 factors = bits(key, column);
+      u32x16 pairs = bits(key, column);
       // A bf16 is the upper half of a float
-      if constexpr (PER_FACTOR<T> == 2) factors = factors >> 16 | bits(key + 1, column);
-      std::memcpy(out + column, &factors, sizeof factors);
+      if constexpr (VNNI_SIZE<T> == 2) pairs = pairs >> 16 | bits(key + 1, column);
+      std::memcpy(out + column, &pairs, sizeof pairs);
     }
 }
 
@@ -78,7 +78,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   using Base::window, Base::heads_per_kv;
 
   int64_t block_tokens() const { return std::clamp<int64_t>(TASK_ROWS / heads_per_kv(), 8, 64); }
-  int64_t query_factors() const { return round_up(divide_up(head_dim, PER_FACTOR<T>), LANES); }
+  int64_t query_pairs() const { return round_up(divide_up(head_dim, VNNI_SIZE<T>), LANES); }
   int64_t width() const { return round_up(head_dim, NR); }  // of acc and of packed values
 
   // The memory that all threads share holds q [batch, n_tokens, n_heads, head_dim].
@@ -104,7 +104,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   };
   // Memory of a thread.
   struct Buffers {
-    Factor *q, *k, *v;  // [rows, query_factors], [query_factors, KEY_TILE], [KEY_TILE / PER_FACTOR, width]
+    VnniPair *q, *k, *v;  // [rows, query_pairs], [query_pairs, KEY_TILE], [KEY_TILE / VNNI_SIZE, width]
     float* acc;         // [rows, width]
     Softmax* softmax;   // [rows]
   };
@@ -114,9 +114,9 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     const Block rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv(), is_scale_only(kv_head)};
     const Buffers buffers = allocate(round_up(rows.n_rows, MR));
     for (int64_t row = 0; row < round_up(rows.n_rows, MR); row++) {
-      for (int64_t i = 0; i < query_factors(); i += LANES) {
-        const u32x16 factors = row < rows.n_rows ? load_factors(q + offset(rows, row), i, head_dim) : u32x16{};
-        std::memcpy(buffers.q + row * query_factors() + i, &factors, sizeof factors);
+      for (int64_t i = 0; i < query_pairs(); i += LANES) {
+        const u32x16 pairs = row < rows.n_rows ? load_pairs(q + offset(rows, row), i, head_dim) : u32x16{};
+        std::memcpy(buffers.q + row * query_pairs() + i, &pairs, sizeof pairs);
       }
       std::fill_n(buffers.acc + row * width(), width(), 0.0f);
       buffers.softmax[row] = {NEGATIVE_INFINITY, 0};
@@ -125,7 +125,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     const int64_t end_key = start_pos[b] + end_token;
     for (int64_t key = first_key; key < end_key; key += KEY_TILE) {
       const int64_t n = std::min(KEY_TILE, end_key - key);
-      pack_keys(cached(this->k_cache, b, kv_head, key), n, head_dim, query_factors(), buffers.k);
+      pack_keys(cached(this->k_cache, b, kv_head, key), n, head_dim, query_pairs(), buffers.k);
       pack_values(cached(this->v_cache, b, kv_head, key), n, head_dim, width(), buffers.v);
       for (int64_t row = 0; row < rows.n_rows; row += MR) attend_to_tile(rows, row, key, buffers);
     }
@@ -133,9 +133,9 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   }
 
   Buffers allocate(int64_t n_rows) const {
-    static thread_local Scratch factors, floats, softmax;
-    const int64_t q_size = n_rows * query_factors(), k_size = query_factors() * KEY_TILE;
-    Factor* q = factors.at_least<Factor>(q_size + k_size + KEY_TILE / PER_FACTOR<T> * width());
+    static thread_local Scratch pairs, floats, softmax;
+    const int64_t q_size = n_rows * query_pairs(), k_size = query_pairs() * KEY_TILE;
+    VnniPair* q = pairs.at_least<VnniPair>(q_size + k_size + KEY_TILE / VNNI_SIZE<T> * width());
     return {q, q + q_size, q + q_size + k_size, floats.at_least<float>(n_rows * width()),
             softmax.at_least<Softmax>(n_rows)};
   }
@@ -171,9 +171,9 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     }
     if (!any_visible) return;
     alignas(64) float scores[MR][KEY_TILE];
-    alignas(64) Factor p[MR][KEY_TILE / PER_FACTOR<T>];
-    microkernel<T, false>(buffers.q + row * query_factors(), query_factors(), buffers.k, KEY_TILE, LANES,
-                          query_factors(), scores[0], KEY_TILE);
+    alignas(64) VnniPair p[MR][KEY_TILE / VNNI_SIZE<T>];
+    microkernel<T, false>(buffers.q + row * query_pairs(), query_pairs(), buffers.k, KEY_TILE, LANES,
+                          query_pairs(), scores[0], KEY_TILE);
     for (int64_t r = 0; r < MR; r++) {
       if (!rows.is_scale_only) finish_row(rows, row + r, key, scores[r]);
       if (visible[r].begin > 0 || visible[r].end < KEY_TILE) mask_row(visible[r], scores[r]);
@@ -188,8 +188,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
       if (visible[r].begin < visible[r].end) exponentiate(scores[r], exponent_scale, softmax[r], p[r]);
       else std::memset(p[r], 0, sizeof p[r]);
     for (int64_t column = 0; column < width(); column += NR)
-      microkernel<T, true>(p[0], KEY_TILE / PER_FACTOR<T>, buffers.v + column, width(), LANES,
-                           KEY_TILE / PER_FACTOR<T>, acc + column, width());
+      microkernel<T, true>(p[0], KEY_TILE / VNNI_SIZE<T>, buffers.v + column, width(), LANES,
+                           KEY_TILE / VNNI_SIZE<T>, acc + column, width());
   }
 
   // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * exponent_scale is the exponent
@@ -231,14 +231,14 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   }
 
   // Computes p = 2^(score * exponent_scale - m_i) and adds p to l_i.
-  static void exponentiate(const float* scores, float exponent_scale, Softmax& softmax, Factor* p) {
+  static void exponentiate(const float* scores, float exponent_scale, Softmax& softmax, VnniPair* p) {
     const float m_i = softmax.m_i;
     f32x16 l_i = {};
 #pragma GCC unroll 4
     for (int64_t i = 0; i < KEY_TILE; i += LANES) {
       const f32x16 e = exp2_vec(load_vec(scores + i) * exponent_scale - m_i);
       l_i += e;
-      store_factors<T>(e, p + i / PER_FACTOR<T>);
+      store_pairs<T>(e, p + i / VNNI_SIZE<T>);
     }
     softmax.l_i += sum(l_i);
   }

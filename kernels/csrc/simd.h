@@ -1,8 +1,8 @@
 // Vectors of 16 numbers, which all kernels compute with, and the types of activations: float, f16 and bf16.
 //
-// The types are vector extensions of GCC and clang: an f32x16 has 16 lanes of float. An f32x16 fills one AVX-512 register
-// or two AVX2 registers; on other CPUs the compiler chooses. Intrinsics are used only where the compiler would convert
-// one element at a time.
+// The types are vector extensions of GCC and clang: an f32x16 has 16 lanes of float. An f32x16 fills one AVX-512
+// register or two AVX2 registers; on other CPUs the compiler chooses. Intrinsics are used only where the compiler would
+// convert one element at a time.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -170,7 +170,7 @@ inline float sum(f32x16 v) {
 #endif
 
 // Returns a vector whose lane i is the sum of all lanes of v[i], for v [16]. Overwrites v.
-// Each step turns two vectors into one: interleaves the lower halves, interleaves the upper halves, and adds both results.
+// Each step turns two vectors into one: interleaves the lower halves, interleaves the upper halves, adds both results.
 inline f32x16 transpose_reduce_add(f32x16* v) {
 #pragma GCC unroll 4  // so that v stays in registers
   for (int n = 8; n; n /= 2)
