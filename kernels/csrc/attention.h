@@ -184,7 +184,7 @@ template <typename T> struct RopeAndCacheOp {
   int64_t max_seq_len;  // the length of the cache
   T* q;                 // [batch, n_tokens, n_heads, head_dim]
 
-  const char* error() const {
+  const char* validate() const {
     for (int64_t b = 0; b < batch; b++)
       if (start_pos[b] < 0 || start_pos[b] + n_tokens > max_seq_len) return "the cache has no room for these positions";
     return nullptr;

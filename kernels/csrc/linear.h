@@ -177,7 +177,7 @@ template <typename T> struct EmbedOp {
   float scale;
   T* out;
 
-  const char* error() const {
+  const char* validate() const {
     for (int64_t i = 0; i < m; i++)
       if (tokens[i] < 0 || tokens[i] >= w.n) return "a token is not in the vocabulary";
     return nullptr;
