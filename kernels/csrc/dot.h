@@ -13,7 +13,7 @@
 //
 // Start reading at the end. Each function calls the next one:
 //
-//     multiply              cuts the tokens into parts of up to BLOCK_M
+//     multiply              cuts the tokens into m-blocks of up to BLOCK_M
 //     multiply_by_format    finds the format F of the weights
 //     run_loop              calls the loop for F and for the type of the activations
 //
@@ -95,13 +95,13 @@ inline i32x16 dot_block(const UnpackedWeights& weights, const ActGroup& x) {
 
 // Multiplies Int8 weights with M tokens. Computes BLOCKS blocks at a time, which share the loads of the activations.
 template <int M, int BLOCKS>
-void dot_w8a8(const Weights& w, const int64_t* blocks, const TokenPart& part, const ActGroup* const* tokens,
+void dot_w8a8(const Weights& w, const int64_t* blocks, const MBlock& m_block, const ActGroup* const* tokens,
               f32x16* const* out) {
   const char* data[BLOCKS];
   const ActGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
-  const Prefetcher<M, BLOCKS> prefetch(w, part);
+  const Prefetcher<M, BLOCKS> prefetch(w, m_block);
   constexpr int64_t N_BYTES = PACKED_BYTES<Int8>;
   f32x16 total[BLOCKS][M] = {};
   for (int64_t i = 0; i < divide_up(w.k, ACT_GROUP); i++) {
@@ -124,14 +124,14 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const TokenPart& part, co
 // Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts groups of ACT_GROUP inputs,
 // whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
-void dot_grouped(const Weights& w, const int64_t* blocks, const TokenPart& part, const ActGroup* const* tokens,
+void dot_grouped(const Weights& w, const int64_t* blocks, const MBlock& m_block, const ActGroup* const* tokens,
                  f32x16* const* out) {
   constexpr int64_t N_BYTES = PACKED_BYTES<F>;
   const char* data[BLOCKS];
   const ActGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
-  const Prefetcher<M, BLOCKS> prefetch(w, part);
+  const Prefetcher<M, BLOCKS> prefetch(w, m_block);
   f32x16 total[BLOCKS][M] = {};
   for (int64_t i = 0, end, group = 0; i < divide_up(w.k, ACT_GROUP); i = end, group++) {
     end = divide_up(std::min(w.k, i * ACT_GROUP + w.group_size), ACT_GROUP);
@@ -201,13 +201,13 @@ inline f32x16 add_pairs(f32x16 a, f32x16 b) {
 // Independent sums along k, UNROLL * SUMS for each token, hide the latency of the additions. Floats need two for the
 // two lanes of a pair. With many tokens, one sum of bf16 products is enough.
 template <int M, int BLOCKS, typename X>
-void dot_float8(const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
+void dot_float8(const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
                 f32x16* const* out) {
   constexpr bool IS_BF16 = std::is_same_v<X, bf16>;
   constexpr int UNROLL = M <= (IS_BF16 ? 4 : 2) ? 2 : 1, SUMS = IS_BF16 && M > 5 ? 1 : 2;
   const char* data[BLOCKS];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
-  const Prefetcher<M, BLOCKS> prefetch(w, part);
+  const Prefetcher<M, BLOCKS> prefetch(w, m_block);
   f32x16 total[BLOCKS][M] = {};
   for (int64_t k = 0, group = 0; k < w.k; group++) {
     f32x16 acc[BLOCKS][M][UNROLL][SUMS] = {};
@@ -288,13 +288,13 @@ template <typename T> bool reads_in_order(int64_t k) {
 
 // Multiplies Unquantized weights with M tokens, R outputs at a time. T is the type of weights and activations.
 template <int M, int R, typename T>
-void dot_unquantized(const Weights& w, int64_t block, const TokenPart& part, const T* const* tokens, f32x16* out) {
+void dot_unquantized(const Weights& w, int64_t block, const MBlock& m_block, const T* const* tokens, f32x16* out) {
   constexpr int UNROLL = R > 1 ? 1 : M <= 4 ? 4 : 2;  // independent sums along k, as above
   constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH / sizeof(T) / R;
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
   const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];
   for (int m = 0; m < M; m++) x[m] = tokens[m];
-  const Prefetcher<M, 1> prefetch(w, part);
+  const Prefetcher<M, 1> prefetch(w, m_block);
   f32x16 sums[M][BLOCK_N] = {};
   for (int64_t r = 0; r < n; r += R) {
     const T* weight[R];
@@ -343,34 +343,34 @@ f32x16 add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, co
 // Multiplies M tokens with BLOCKS blocks of weights, by the loop for the format and the type X of the activations. The
 // first template is for all packed formats without an overload.
 template <int M, int BLOCKS, typename F, typename X>
-void run_loop(F, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
+void run_loop(F, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
               f32x16* const* out) {
-  if constexpr (std::is_same_v<X, ActGroup>) dot_grouped<F, M, BLOCKS>(w, blocks, part, tokens, out);
+  if constexpr (std::is_same_v<X, ActGroup>) dot_grouped<F, M, BLOCKS>(w, blocks, m_block, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
+void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
               f32x16* const* out) {
   auto dot = dot_unquantized<M, M <= 2 ? 1 : 4, X>;
   if constexpr (M > 2 && M <= MAX_IN_ORDER)
     if (reads_in_order<X>(w.k)) dot = dot_unquantized<M, 1, X>;
-  for (int b = 0; b < BLOCKS; b++) dot(w, blocks[b], part, tokens, out[b]);
+  for (int b = 0; b < BLOCKS; b++) dot(w, blocks[b], m_block, tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void run_loop(Int8, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
+void run_loop(Int8, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
               f32x16* const* out) {
-  if constexpr (std::is_same_v<X, ActGroup>) dot_w8a8<M, BLOCKS>(w, blocks, part, tokens, out);
+  if constexpr (std::is_same_v<X, ActGroup>) dot_w8a8<M, BLOCKS>(w, blocks, m_block, tokens, out);
   else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
-void run_loop(Float8, const Weights& w, const int64_t* blocks, const TokenPart& part, const X* const* tokens,
+void run_loop(Float8, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
               f32x16* const* out) {
-  dot_float8<M, BLOCKS>(w, blocks, part, tokens, out);
+  dot_float8<M, BLOCKS>(w, blocks, m_block, tokens, out);
 }
 
 // multiply for M tokens, M <= BLOCK_M. T is the type that the activations had before preparation.
 template <int M, typename T>
-void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const TokenPart& part,
+void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const MBlock& m_block,
                         const PreparedToken* tokens, f32x16* const* out) {
   dispatch_format(w.format, [&]<typename F>(F format) {
     const Prepared<F, T>* typed[M];
@@ -378,8 +378,8 @@ void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_block
     // Two blocks in step share the loads of the activations. With up to 5 tokens, reading memory in order is faster.
     constexpr bool IS_BF16_FLOAT8 = std::is_same_v<F, Float8> && std::is_same_v<Prepared<F, T>, bf16>;
     if constexpr (HAS_WIDE_REGISTERS && ((M > 2 && ROUNDS_TO_INT8<F, T>) || (M > 4 && IS_BF16_FLOAT8)))
-      if (n_blocks == 2 && (M > 5 || part.count > 1)) return run_loop<M, 2>(format, w, blocks, part, typed, out);
-    for (int64_t b = 0; b < n_blocks; b++) run_loop<M, 1>(format, w, blocks + b, part, typed, out + b);
+      if (n_blocks == 2 && (M > 5 || m_block.count > 1)) return run_loop<M, 2>(format, w, blocks, m_block, typed, out);
+    for (int64_t b = 0; b < n_blocks; b++) run_loop<M, 1>(format, w, blocks + b, m_block, typed, out + b);
   });
 }
 
@@ -388,7 +388,7 @@ template <typename T, int... I> constexpr auto functions_by_tokens(std::integer_
   return std::array{&multiply_by_format<I + 1, T>...};
 }
 
-// Returns how many tokens a part of m tokens may have. Of 8 tokens, the sums with 4 outputs do not fit in registers.
+// Returns how many of m tokens an m-block may have. Of 8 tokens, the sums with 4 outputs do not fit in registers.
 // Still one loop over 8 tokens is faster than two loops.
 template <typename T> int64_t most_tokens(const Weights& w, int64_t m) {
   const bool is_unquantized = dispatch_format(w.format, []<typename F>(F) { return std::is_same_v<F, Unquantized>; });
@@ -400,11 +400,11 @@ template <typename T>
 void multiply(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
               BlockSums* out) {
   static constexpr auto by_tokens = functions_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
-  const int64_t most = most_tokens<T>(w, m), next_block = n_blocks == 2 && blocks[1] == blocks[0] + 1 ? 2 : 1;
-  const int64_t n_parts = divide_up(m, most);  // parts of nearly equal numbers of tokens
-  for (int64_t i = 0; i < n_parts; i++) {
-    const int64_t first = m * i / n_parts, n_tokens = m * (i + 1) / n_parts - first;
-    f32x16* const part_out[] = {out[0] + first, out[1] + first};
-    by_tokens[n_tokens - 1](w, blocks, n_blocks, {i, n_parts, next_block}, tokens + first, part_out);
+  const int64_t n_in_step = n_blocks == 2 && blocks[1] == blocks[0] + 1 ? 2 : 1;
+  const int64_t n_m_blocks = divide_up(m, most_tokens<T>(w, m));  // of nearly equal numbers of tokens
+  for (int64_t i = 0; i < n_m_blocks; i++) {
+    const int64_t first = m * i / n_m_blocks, n_tokens = m * (i + 1) / n_m_blocks - first;
+    f32x16* const m_block_out[] = {out[0] + first, out[1] + first};
+    by_tokens[n_tokens - 1](w, blocks, n_blocks, {i, n_m_blocks, n_in_step}, tokens + first, m_block_out);
   }
 }

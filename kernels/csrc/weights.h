@@ -10,7 +10,7 @@
 #include "tape.h"
 
 constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
-constexpr int64_t BLOCK_M = 8;          // the most tokens whose sums fit in registers
+constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most whose sums fit in registers
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
 constexpr int64_t ACT_GROUP = 16;       // activations that share a scale, if they are rounded to int8 (activations.h)
 
