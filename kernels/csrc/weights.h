@@ -4,6 +4,11 @@
 //     y [m, n] = x [m, k] W [n, k]^T      m tokens, k inputs, n outputs
 //
 // In these files "token" means a row of x, "output" a row of W, and "sequence" a row of the batch and of the KV cache.
+// W has a name at each stage:
+//
+//     Tensor weight      what PyTorch passes to ops.cpp
+//     Weights w          addresses and sizes of the packed W, its scales and its zeros; all other files get a Weights
+//     UnpackedWeights    a few words of a block as bytes in registers (dot.h)
 #pragma once
 
 #include "float8.h"
