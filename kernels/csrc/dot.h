@@ -192,8 +192,7 @@ inline void add_bf16_products(f32x16& acc, i32x16 w, i32x16 x) {
 
 // Returns the sum of each pair of lanes: of a in lanes 0-7, of b in lanes 8-15.
 inline f32x16 add_pairs(f32x16 a, f32x16 b) {
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return even_lanes(a, b) + odd_lanes(a, b);
 }
 
 // Multiplies Float8 weights with M tokens. X is bf16 or float. Scales the sum of each group of inputs.

@@ -120,8 +120,7 @@ inline void unpack_float8(i32x16 words, f32x16* out) {
   const FloatPairs floats = float8_to_float(words);
   const f32x16* pairs[] = {floats.inputs01, floats.inputs23};
   for (int i = 0; i < 2; i++) {
-    const f32x16 a = pairs[i][0], b = pairs[i][1];
-    out[2 * i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    out[2 * i + 1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    out[2 * i] = even_lanes(pairs[i][0], pairs[i][1]);
+    out[2 * i + 1] = odd_lanes(pairs[i][0], pairs[i][1]);
   }
 }

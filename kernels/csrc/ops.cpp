@@ -13,7 +13,8 @@
 //     weights.h        packed weights and their formats (float8.h: 8-bit floats)
 //     activations.h    prepares the inputs of products
 //     dot.h, amx.h     products of blocks of weights; amx.h is for many tokens
-//     linear.h, moe.h, attention.h, prefill_linear.h, prefill_attention.h, sampling.h    the operations
+//     linear.h, moe.h, rope_and_cache.h, attention.h, sampling.h    the operations; softmax.h: attention's softmax
+//     prefill_linear.h, prefill_attention.h                         the operations for many tokens; microkernel.h
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

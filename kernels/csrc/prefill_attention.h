@@ -21,7 +21,6 @@
 
 constexpr int64_t KEY_TILE = 64;
 constexpr int64_t TASK_ROWS = 192;  // about the number of rows of a task
-constexpr float LOG2_E = 1.44269504f;
 
 // ---- Packing -------------------------------------------------------------------------------------------------------
 
@@ -86,10 +85,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   void execute(char* memory, Barrier& barrier) const {
     T* q = reinterpret_cast<T*>(memory);
-    RopeAndCacheOp<T> rope_and_cache = *this;
-    rope_and_cache.q = q;
-    rope_and_cache.execute(nullptr, barrier);
-    barrier.wait();
+    this->rope_and_cache(q, barrier);
     // The threads take the tasks in turns, since later blocks of tokens see more keys and take longer.
     const int64_t n_blocks = divide_up(n_tokens, block_tokens()), n_caches = batch * n_kv_heads;
     for (int64_t i = omp_get_thread_num(); i < n_blocks * n_caches; i += omp_get_num_threads())
@@ -121,9 +117,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
       std::fill_n(buffers.acc + row * width(), width(), 0.0f);
       buffers.softmax[row] = {NEGATIVE_INFINITY, 0};
     }
-    const int64_t first_key = window ? std::max<int64_t>(0, start_pos[b] + first_token - window + 1) : 0;
     const int64_t end_key = start_pos[b] + end_token;
-    for (int64_t key = first_key; key < end_key; key += KEY_TILE) {
+    for (int64_t key = this->first_key_of(start_pos[b] + first_token); key < end_key; key += KEY_TILE) {
       const int64_t n = std::min(KEY_TILE, end_key - key);
       pack_keys(cached(this->k_cache, b, kv_head, key), n, head_dim, query_pairs(), buffers.k);
       pack_values(cached(this->v_cache, b, kv_head, key), n, head_dim, width(), buffers.v);
@@ -185,7 +180,10 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     for (int64_t r = 0; r < MR; r++)
       if (visible[r].begin < visible[r].end) raise_maximum(scores[r], exponent_scale, softmax[r], acc + r * width());
     for (int64_t r = 0; r < MR; r++)
-      if (visible[r].begin < visible[r].end) exponentiate(scores[r], exponent_scale, softmax[r], p[r]);
+      if (visible[r].begin < visible[r].end)
+        softmax[r].l_i += exponentiate(scores[r], KEY_TILE, exponent_scale, softmax[r].m_i, [&](f32x16 x, int64_t i) {
+          store_pairs<T>(x, p[r] + i / VNNI_SIZE<T>);
+        });
       else std::memset(p[r], 0, sizeof p[r]);
     for (int64_t column = 0; column < width(); column += NR)
       microkernel<T, true>(p[0], KEY_TILE / VNNI_SIZE<T>, buffers.v + column, width(), LANES,
@@ -211,7 +209,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     }
   }
 
-  // If the scores raise the maximum m_i, rescales l_i and acc. A score that is NaN does not, but its p is NaN.
+  // If the scores raise the maximum m_i, rescales l_i and acc.
   void raise_maximum(const float* scores, float exponent_scale, Softmax& softmax, float* acc) const {
     const float m_i = largest_score(scores) * exponent_scale;
     if (m_i <= softmax.m_i) return;
@@ -221,34 +219,14 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   }
 
   static float largest_score(const float* scores) {
-#if defined(__AVX512F__)
-    __m512 max = load<__m512>(scores);
-    for (int64_t i = LANES; i < KEY_TILE; i += LANES) max = _mm512_max_ps(max, load<__m512>(scores + i));
-    return _mm512_reduce_max_ps(max);
-#else
-    return *std::max_element(scores, scores + KEY_TILE);
-#endif
+    f32x16 max = load_vec(scores);
+    for (int64_t i = LANES; i < KEY_TILE; i += LANES) max = max_vec(load_vec(scores + i), max);
+    return max_lane(max);
   }
 
-  // Computes p = 2^(score * exponent_scale - m_i) and adds p to l_i.
-  static void exponentiate(const float* scores, float exponent_scale, Softmax& softmax, VnniPair* p) {
-    const float m_i = softmax.m_i;
-    f32x16 l_i = {};
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < KEY_TILE; i += LANES) {
-      const f32x16 e = exp2_vec(load_vec(scores + i) * exponent_scale - m_i);
-      l_i += e;
-      store_pairs<T>(e, p + i / VNNI_SIZE<T>);
-    }
-    softmax.l_i += sum(l_i);
-  }
-
-  // A sink is the score of one more key, whose value is zero.
   void write_output(const Block& rows, int64_t row, const Buffers& buffers) const {
-    const auto [m_i, l_i] = buffers.softmax[row];
-    const float sink = this->sinks ? LOG2_E * to_float(this->sinks[head(rows, row)]) : NEGATIVE_INFINITY;
-    const float largest = std::max(m_i, sink);
-    const float alpha = std::exp2(m_i - largest), scale = alpha / (alpha * l_i + std::exp2(sink - largest));
+    float scale;
+    merge_splits(&buffers.softmax[row], 1, 1, this->sink(head(rows, row)), &scale);
     T* out = this->out + offset(rows, row);
     for (int64_t i = 0; i < head_dim; i += LANES)
       store_partial(load_vec(buffers.acc + row * width() + i) * scale, out, i, head_dim);

@@ -40,12 +40,10 @@ struct SampleOp {
     f32x16 largest = f32x16{} + LEAST, zeros{};
     for (int64_t i = range.begin; i < range.end; i += LANES) {
       const f32x16 v = mask_lanes(load_partial(row, i, range.end), range.end - i, LEAST);
-      largest = v > largest ? v : largest;
+      largest = max_vec(v, largest);
       zeros += 0 * v;  // NaN if a logit is NaN or infinite
     }
-    float result = LEAST;
-    for (int lane = 0; lane < LANES; lane++) result = std::max(result, largest[lane]);
-    return result + sum(zeros);
+    return max_lane(largest) + sum(zeros);
   }
 
   // Returns the index of the first largest logit in row [n], from the largest logits of all parts [N_PARTS].

@@ -165,6 +165,26 @@ inline float sum(f32x16 v) {
 #endif
 }
 
+// Returns the larger of a and b in each lane. If a is NaN, returns b.
+inline f32x16 max_vec(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Returns the largest lane of v, which has no NaN.
+inline float max_lane(f32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float max = v[0];
+  for (int i = 1; i < LANES; i++) max = std::max(max, v[i]);
+  return max;
+#endif
+}
+
 #if !defined(__clang__) && __GNUC__ < 12
 #define __builtin_shufflevector(a, b, ...) __builtin_shuffle(a, b, i32x16{__VA_ARGS__})
 #endif
@@ -179,6 +199,14 @@ inline f32x16 transpose_reduce_add(f32x16* v) {
       v[i] = __builtin_shufflevector(v[i], v[i + n], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
              __builtin_shufflevector(v[i], v[i + n], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   return v[0];
+}
+
+// Return the lanes of even or odd index: those of a in lanes 0-7, those of b in lanes 8-15.
+inline f32x16 even_lanes(f32x16 a, f32x16 b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+inline f32x16 odd_lanes(f32x16 a, f32x16 b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 // Transposes 16 vectors of 16 words: swaps lane j of v[i] and lane i of v[j].
@@ -235,13 +263,16 @@ inline f32x16 exp_vec(f32x16 x) {
   return (f32x16)((i32x16)p + (((i32x16)t - (i32x16)to_int) << 23));
 }
 
-// Returns 2^x to float's precision, for x <= 0. 2^-infinity is 0. NaN stays NaN. x = n + r with an integer n, and a
-// polynomial gives 2^r; its coefficients minimize the relative error for |r| <= 1/2.
+// Returns 2^x to float's precision, for x <= 0. Powers below 2^-126 may become 0, and 2^-infinity is 0. NaN stays NaN.
+// x = n + r with an integer n, and a polynomial gives 2^r; its coefficients minimize the relative error for |r| <= 1/2.
 inline f32x16 exp2_vec(f32x16 x) {
 #if defined(__AVX512F__)
-  x = (f32x16)_mm512_max_ps((__m512)(f32x16{} - 200.0f), (__m512)x);  // 2^-200 is rounded to 0
-  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-  const f32x16 r = x - (f32x16)n;
+  x = max_vec(f32x16{} - 200.0f, x);  // 2^-200 is rounded to 0
+  const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const f32x16 to_int = f32x16{} + ROUND_TO_INT, t = x + to_int, n = t - to_int;
+#endif
+  const f32x16 r = x - n;
   f32x16 p = f32x16{} + 1.534580224e-4f;
   p = p * r + 1.339993090e-3f;
   p = p * r + 9.618489072e-3f;
@@ -249,9 +280,11 @@ inline f32x16 exp2_vec(f32x16 x) {
   p = p * r + 2.402264625e-1f;
   p = p * r + 6.931471825e-1f;
   p = p * r + 1.0f;
-  return (f32x16)_mm512_scalef_ps((__m512)p, n);  // p 2^n
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);  // p 2^n
 #else
-  return x == NEGATIVE_INFINITY ? f32x16{} : exp_vec(x * 0.693147181f);
+  const f32x16 scaled = (f32x16)((i32x16)p + (((i32x16)t - (i32x16)to_int) << 23));  // adds n to the exponent of p
+  return x < -126.0f ? f32x16{} : scaled;
 #endif
 }
 
