@@ -1,4 +1,5 @@
-// Converts e4m3 weights, which are 8-bit floats, to bf16 or float in registers. dot.h, amx.h and linear.h call it.
+// Converts e4m3 weights, which are 8-bit floats, to bf16 or float in registers, for dot_quantized.h, bf16_weights.h and
+// linear.h.
 //
 // An e4m3 number has the bits s eeee mmm: sign, exponent and mantissa. Its magnitude is
 //

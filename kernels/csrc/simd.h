@@ -25,6 +25,13 @@ typedef int64_t i64x8 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
+// Whether an f32x16 fits in one register. CPUs with such registers have 32 of them.
+#if defined(__AVX512F__)
+constexpr bool HAS_WIDE_REGISTERS = true;
+#else
+constexpr bool HAS_WIDE_REGISTERS = false;
+#endif
+
 struct bf16 { uint16_t bits; };
 using f16 = torch::headeronly::Half;
 

@@ -27,9 +27,9 @@ inline float exponentiate(const float* scores, int64_t n, float exponent_scale, 
   return sum(l_i);
 }
 
-// Merges the softmaxes of a query over n splits s of the keys. splits[s * stride] is m_s and l_s. A sink is the score of
-// one more key, whose value is zero; -infinity means that there is no sink. Computes weights [n]: the output is the sum
-// of weights_s * (the sum of p v of split s).
+// Merges the softmaxes of a query over n splits s of the keys. splits[s * stride] is m_s and l_s. A sink is the score
+// of one more key, whose value is zero; -infinity means that there is no sink. Computes weights [n]: the output is the
+// sum of weights_s * (the sum of p v of split s).
 //
 //     m_i        =  the maximum of all m_s and of sink * log2(e)
 //     alpha_s    =  2^(m_s - m_i)

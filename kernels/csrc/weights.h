@@ -8,7 +8,7 @@
 //
 //     Tensor weight      what PyTorch passes to ops.cpp
 //     Weights w          addresses and sizes of the packed W, its scales and its zeros; all other files get a Weights
-//     UnpackedWeights    a few words of a block as bytes in registers (dot.h)
+//     UnpackedWeights    a few words of a block as bytes in registers (dot_quantized.h)
 #pragma once
 
 #include "float8.h"
@@ -68,8 +68,8 @@ struct Weights {
 
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
-// The struct of a format says how the loops of dot.h, bf16_weights.h and linear.h decode the weights. A new format
-// needs
+// The struct of a format says how the loops of dot_quantized.h, bf16_weights.h and linear.h decode the weights. A new
+// format needs
 //
 //     ELEMENTS_PER_WORD   elements of a word
 //     SCALE_BYTES         bytes of a scale: 4 (float), 2 (f16 or bf16) or 1 (an exponent)
