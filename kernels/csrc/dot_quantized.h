@@ -1,5 +1,5 @@
-// The loops of dot.h over blocks of quantized weights. A loop reads 1 or 2 blocks in step, from the first word to the last
-// (weights.h draws a block). Two blocks share the loads of the activations.
+// The loops of dot.h over blocks of quantized weights. A loop reads 1 or 2 blocks in step, from the first word to the
+// last (weights.h draws a block). Two blocks share the loads of the activations.
 //
 //     for each group of inputs, whose weights share a scale:              (dot_w8a8: all inputs)
 //         for each ACT_GROUP of inputs:                                   (dot_float8, dot_weight_only: each word)
@@ -179,31 +179,10 @@ inline f32x16 add_pairs(f32x16 a, f32x16 b) {
   return even_lanes(a, b) + odd_lanes(a, b);
 }
 
-// Loads 4 inputs of 16 outputs, as the type X of the activations.
-template <typename X> auto load_float8(const char* words) {
-  if constexpr (std::is_same_v<X, bf16>) return float8_to_bf16(load<i32x16>(words));
-  else return float8_to_float(load<i32x16>(words));
-}
-
-// Adds the products of 4 inputs x [4] and the weights of 16 outputs to sums. Two sums of bf16 products have one pair of
-// inputs each. Two sums of float products have 8 outputs each, with a lane for each input of a pair.
-template <int SUMS> [[gnu::always_inline]]
-inline void add_products(f32x16 (&sums)[SUMS], const Bf16Pairs& w, const bf16* x) {
-  add_bf16_products(sums[0], w.inputs01, broadcast2(x));
-  add_bf16_products(sums[SUMS - 1], w.inputs23, broadcast2(x + 2));
-}
-[[gnu::always_inline]] inline void add_products(f32x16 (&sums)[2], const FloatPairs& w, const float* x) {
-  const f32x16 x01 = broadcast2(x), x23 = broadcast2(x + 2);
-  for (int h = 0; h < 2; h++) {
-    sums[h] += w.inputs01[h] * x01;
-    sums[h] += w.inputs23[h] * x23;
-  }
-}
-
 // Multiplies Float8 weights with M tokens. X is bf16 or float. Scales the sum of each group of inputs.
 //
-// Independent sums along k, UNROLL * SUMS for each token, hide the latency of the additions. With many tokens, one sum
-// of bf16 products is enough.
+// Independent sums along k, UNROLL * SUMS for each token, hide the latency of the additions. Floats need two for the
+// two lanes of a pair. With many tokens, one sum of bf16 products is enough.
 template <int M, int BLOCKS, typename X>
 void dot_float8(const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
                 f32x16* const* out) {
@@ -219,14 +198,27 @@ void dot_float8(const Weights& w, const int64_t* blocks, const MBlock& m_block, 
 #pragma GCC unroll 2
       for (int u = 0; u < UNROLL; u++) {
         const int64_t i = k + 4 * u, offset = i * BLOCK_N;
-        decltype(load_float8<X>(nullptr)) weights[BLOCKS];
+        std::conditional_t<IS_BF16, Bf16Pairs, FloatPairs> weights[BLOCKS];
         for (int b = 0; b < BLOCKS; b++) {
           prefetch(data[b], offset);
-          weights[b] = load_float8<X>(data[b] + offset);
+          if constexpr (IS_BF16) weights[b] = float8_to_bf16(load<i32x16>(data[b] + offset));
+          else weights[b] = float8_to_float(load<i32x16>(data[b] + offset));
         }
 #pragma GCC unroll 8  // so that the sums stay in registers
-        for (int m = 0; m < M; m++)
-          for (int b = 0; b < BLOCKS; b++) add_products(acc[b][m][u], weights[b], tokens[m] + i);
+        for (int m = 0; m < M; m++) {
+          const auto x01 = broadcast2(tokens[m] + i), x23 = broadcast2(tokens[m] + i + 2);
+          for (int b = 0; b < BLOCKS; b++) {
+            if constexpr (IS_BF16) {
+              add_bf16_products(acc[b][m][u][0], weights[b].inputs01, x01);
+              add_bf16_products(acc[b][m][u][SUMS - 1], weights[b].inputs23, x23);
+            } else {
+              for (int h = 0; h < 2; h++) {
+                acc[b][m][u][h] += weights[b].inputs01[h] * x01;
+                acc[b][m][u][h] += weights[b].inputs23[h] * x23;
+              }
+            }
+          }
+        }
       }
     for (int b = 0; b < BLOCKS; b++) {
       const f32x16 scale = Float8::scales_and_zeros(w, blocks[b] * w.n_groups + group).scales;

@@ -8,6 +8,12 @@
 //     q k^T      queries, pairs of head_dim    packed keys: row i has pair i of each key
 //     p v        pairs of keys                 packed values: row j has the pair (v[2j], v[2j + 1]) of each column
 //     x W^T      tokens, pairs of inputs       weights: row i has pair i of each output
+//
+// The layout of b is called VNNI. With bf16, row i has inputs 2 i and 2 i + 1 of the sum, for each column:
+//
+//               column 0                column 1                      column NR - 1
+//     row i     b[2i][0] b[2i+1][0]     b[2i][1] b[2i+1][1]    ...    b[2i][NR-1] b[2i+1][NR-1]
+//               32 bits, a lane
 #pragma once
 
 #include "simd.h"

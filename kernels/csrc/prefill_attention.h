@@ -22,7 +22,9 @@
 constexpr int64_t KEY_TILE = 64;
 constexpr int64_t TASK_ROWS = 192;  // about the number of rows of a task
 
-// ---- Packing -------------------------------------------------------------------------------------------------------
+// ---- Packing --------------------------------------------------------------------------------------------------------
+//
+// microkernel.h draws the packed layout.
 
 // Returns pairs i to i + 15 of x [d]. Pairs beyond the end are zeros.
 template <typename T> inline u32x16 load_pairs(const T* x, int64_t i, int64_t d) {
@@ -94,20 +96,20 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   // The rows of a task. Row r has token r / heads_per_kv of the block, and query head r % heads_per_kv of kv_head. Rows
   // beyond n_rows complete the last MR.
-  struct Block {
+  struct Rows {
     int64_t b, kv_head, first_token, n_rows;
     bool is_scale_only;  // whether the scores of all rows are scale * product
   };
   // Memory of a thread.
   struct Buffers {
     VnniPair *q, *k, *v;  // [rows, query_pairs], [query_pairs, KEY_TILE], [KEY_TILE / VNNI_SIZE, width]
-    float* acc;         // [rows, width]
-    Softmax* softmax;   // [rows]
+    float* acc;           // [rows, width]
+    Softmax* softmax;     // [rows]
   };
 
   void attend_block(const T* q, int64_t b, int64_t kv_head, int64_t block) const {
     const int64_t first_token = block * block_tokens(), end_token = std::min(n_tokens, first_token + block_tokens());
-    const Block rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv(), is_scale_only(kv_head)};
+    const Rows rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv(), is_scale_only(kv_head)};
     const Buffers buffers = allocate(round_up(rows.n_rows, MR));
     for (int64_t row = 0; row < round_up(rows.n_rows, MR); row++) {
       for (int64_t i = 0; i < query_pairs(); i += LANES) {
@@ -135,16 +137,16 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
             softmax.at_least<Softmax>(n_rows)};
   }
 
-  int64_t token(const Block& rows, int64_t row) const { return rows.first_token + row / heads_per_kv(); }
-  int64_t head(const Block& rows, int64_t row) const { return rows.kv_head * heads_per_kv() + row % heads_per_kv(); }
-  int64_t position(const Block& rows, int64_t row) const { return start_pos[rows.b] + token(rows, row); }
+  int64_t token(const Rows& rows, int64_t row) const { return rows.first_token + row / heads_per_kv(); }
+  int64_t head(const Rows& rows, int64_t row) const { return rows.kv_head * heads_per_kv() + row % heads_per_kv(); }
+  int64_t position(const Rows& rows, int64_t row) const { return start_pos[rows.b] + token(rows, row); }
   // Returns where the query of row is in q, and the output in out.
-  int64_t offset(const Block& rows, int64_t row) const {
+  int64_t offset(const Rows& rows, int64_t row) const {
     return ((rows.b * n_tokens + token(rows, row)) * n_heads + head(rows, row)) * head_dim;
   }
 
   // The keys of a tile that a row sees, from begin to end. The tile starts at key.
-  Range visible_keys(const Block& rows, int64_t row, int64_t key) const {
+  Range visible_keys(const Rows& rows, int64_t row, int64_t key) const {
     if (row >= rows.n_rows) return {0, 0};
     const int64_t n_seen = position(rows, row) + 1 - key;  // keys from the tile's first to the row's own
     return {window ? std::max<int64_t>(0, n_seen - window) : 0, std::min(KEY_TILE, n_seen)};
@@ -157,7 +159,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   }
 
   // Attends from MR rows to the tile of keys that starts at key.
-  void attend_to_tile(const Block& rows, int64_t row, int64_t key, const Buffers& buffers) const {
+  void attend_to_tile(const Rows& rows, int64_t row, int64_t key, const Buffers& buffers) const {
     Range visible[MR];
     bool any_visible = false;
     for (int64_t r = 0; r < MR; r++) {
@@ -192,9 +194,9 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * exponent_scale is the exponent
   // of a softmax with base 2. Softmax::m_i is the maximum of these exponents.
-  float exponent_scale(const Block& rows) const { return LOG2_E * (rows.is_scale_only ? this->scale : 1.0f); }
+  float exponent_scale(const Rows& rows) const { return LOG2_E * (rows.is_scale_only ? this->scale : 1.0f); }
 
-  void finish_row(const Block& rows, int64_t row, int64_t key, float* scores) const {
+  void finish_row(const Rows& rows, int64_t row, int64_t key, float* scores) const {
     const ScoreOptions options = this->score_options(head(rows, std::min(row, rows.n_rows - 1)));
     const float distance = key - position(rows, row);  // of the tile's first key
     for (int64_t i = 0; i < KEY_TILE; i += LANES)
@@ -224,7 +226,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     return max_lane(max);
   }
 
-  void write_output(const Block& rows, int64_t row, const Buffers& buffers) const {
+  void write_output(const Rows& rows, int64_t row, const Buffers& buffers) const {
     float scale;
     merge_splits(&buffers.softmax[row], 1, 1, this->sink(head(rows, row)), &scale);
     T* out = this->out + offset(rows, row);
