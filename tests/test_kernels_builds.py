@@ -224,7 +224,7 @@ def largest_weights(format, exact: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_check_says_what_is_wrong():
-    """In C++, with four words or more; or with the message of find_error."""
+    """In C++, with four words or more; or with the message of validate."""
     code = "".join(path.read_text() for path in kernels.build.SOURCES.iterdir())
     checks = [text.partition(");")[0] for text in code.split("STD_TORCH_CHECK(")[1:]]
     bare = [check for check in checks if not re.search(r'"(\S+ ){3,}\S+"$', check)]

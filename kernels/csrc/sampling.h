@@ -37,15 +37,13 @@ struct SampleOp {
   // Returns the largest of row[range.begin] to row[range.end - 1], or NaN if a logit is not finite.
   static float largest_logit(const float* row, Range range) {
     constexpr float LEAST = -std::numeric_limits<float>::max();
-    Vec largest = Vec{} + LEAST, zeros{};
+    f32x16 largest = f32x16{} + LEAST, zeros{};
     for (int64_t i = range.begin; i < range.end; i += LANES) {
-      const Vec v = mask_lanes(load_partial(row, i, range.end), range.end - i, LEAST);
-      largest = v > largest ? v : largest;
+      const f32x16 v = mask_lanes(load_partial(row, i, range.end), range.end - i, LEAST);
+      largest = max_vec(v, largest);
       zeros += 0 * v;  // NaN if a logit is NaN or infinite
     }
-    float result = LEAST;
-    for (int lane = 0; lane < LANES; lane++) result = std::max(result, largest[lane]);
-    return result + sum(zeros);
+    return max_lane(largest) + sum(zeros);
   }
 
   // Returns the index of the first largest logit in row [n], from the largest logits of all parts [N_PARTS].
