@@ -81,7 +81,7 @@ def check_sizes(weights_h: str):
     sizes = {
         "MAX_CPU_TOKENS": ("kernels/schema.py: MAX_CPU_TOKENS", MAX_CPU_TOKENS),
         "BLOCK_N": ("kernels/formats/cpu_layouts.py: CPU_BLOCK_N", CPU_BLOCK_N),
-        "Q8_BLOCK": ("kernels/formats/cpu_layouts.py: CPU_BLOCK_K", CPU_BLOCK_K),
+        "ACT_GROUP": ("kernels/formats/cpu_layouts.py: CPU_BLOCK_K", CPU_BLOCK_K),
     }
     for name, (our_name, ours) in sizes.items():
         theirs = int(re.search(rf" {name} = (\d+);", weights_h)[1])

@@ -19,7 +19,7 @@ from kernels import aten, backend, ops, packing
 from kernels.formats import Int4, Int8
 from kernels.formats.cpu_layouts import CPU_BLOCK_N
 from kernels.formats.integers import split_groups
-from kernels.triton import attention
+from kernels.triton import heads
 from kernels.triton.elements import magic_number
 from layers import ExpertsDown
 from scripts.kernel_checks import error_bounds as bounds
@@ -52,7 +52,7 @@ def test_both_lists_of_activations_have_one_order():
             kernels.build.check_activations(wrong)
 
 
-@pytest.mark.parametrize("name, ours", [("MAX_CPU_TOKENS", 64), ("BLOCK_N", 16), ("Q8_BLOCK", 16)])
+@pytest.mark.parametrize("name, ours", [("MAX_CPU_TOKENS", 64), ("BLOCK_N", 16), ("ACT_GROUP", 16)])
 def test_both_sizes_are_one(name, ours):
     weights_h = (kernels.build.SOURCES / "weights.h").read_text()
     kernels.build.check_sizes(weights_h)
@@ -236,7 +236,7 @@ def test_sizes_are_the_same_in_all_languages():
     code = (kernels.build.SOURCES / "weights.h").read_text()
     sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
     assert sizes["BLOCK_N"] == CPU_BLOCK_N and ops.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
-    assert attention.BLOCK_T.value == backend.MAX_TRITON_NEW_TOKENS
+    assert heads.BLOCK_T.value == backend.MAX_TRITON_NEW_TOKENS
     for dtype in (torch.bfloat16, torch.float16):
         halves = torch.tensor([magic_number(dtype)], dtype=torch.int32).view(dtype).tolist()
         assert halves == 2 * [MAGIC_BIASES[dtype]]
