@@ -38,7 +38,7 @@ NamedTensor = tuple[str, Tensor]
 
 class Checkpoint(NamedTuple):
     config: ModelConfig
-    quantization: dict | None  # kernels/formats: QuantizationScheme.from_dict reads it; None: no weight is quantized
+    quantization: dict | None  # formats: QuantizationScheme.from_dict reads it; None: no weight is quantized
     tensors: dict[str, Tensor]  # memory-mapped
 
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.scoring import split_windows
-from kernels.formats import Int4, Tensors
-from kernels.formats.base import pack_nibbles
-from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
+from formats import Int4, Tensors
+from formats.base import pack_nibbles
+from formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from kernels.schema import LayerCache, PositionTables
 from layers import ExpertsGateUp, LinearBase
 from model import KVCache, Transformer

@@ -1,24 +1,24 @@
 """The layers that hold the weights of a model.
 
     RMSNorm        x / rms(x) * weight
-    WeightMatrix   what the layers below share: W in some format (kernels/formats/), packed for some backend
+    WeightMatrix   what the layers below share: W in some format (formats/), packed for some backend
     LinearBase     what the linear layers share: WeightMatrix with a bias
     Linear         y = x W^T + bias, and what is applied to y
     ExpertsGateUp, ExpertsDown    products with the W of each expert that the router chose
     Embedding      a row of W for every token
 
-A forward calls an operation of kernels/ops.py with the layer itself. The operation runs on the kernels of the layer's
+A forward calls an operation of ops/dispatch.py with the layer itself. The operation runs on the kernels of the layer's
 backend or in plain PyTorch. model.py composes the layers.
 """
 
 import torch
 from torch import Tensor, nn
 
-import kernels
-from kernels.aten import AtenInt4, AtenInt8
-from kernels.backend import TORCH, Backend
-from kernels.formats import Tensors, Unquantized, WeightFormat
+import ops
+from formats import Tensors, Unquantized, WeightFormat
 from kernels.schema import Epilogue, WeightArguments
+from ops.aten import AtenInt4, AtenInt8
+from ops.backend import TORCH, Backend
 
 
 class RMSNorm(nn.Module):
@@ -32,14 +32,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[residual +] x / rms(x) * weight."""
-        return kernels.rms_norm(x, self, residual)
+        return ops.rms_norm(x, self, residual)
 
 
 class WeightMatrix(nn.Module):
     """A weight W [N, K] of N outputs and K inputs, or a W for each expert [E, N, K].
 
-    format: how W is stored (kernels/formats/).
-    backend: what computes with W (kernels/backend.py). W is packed for the backend's kernels. TORCH means that W is
+    format: how W is stored (formats/).
+    backend: what computes with W (ops/backend.py). W is packed for the backend's kernels. TORCH means that W is
     stored as in the checkpoint, for plain PyTorch.
     is_embedding: whether a step reads only some rows of W."""
 
@@ -131,10 +131,10 @@ class Linear(LinearBase):
         activation: str | None = None, out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """x [..., K] -> [..., N], or [..., N / 2] with a gated activation. norm, activation and residual are arguments,
-        since kernels fuse them. kernels/ops.py: fused_linear describes the arguments."""
+        since kernels fuse them. ops/dispatch.py: fused_linear describes the arguments."""
         if self.input_order is not None:
-            x = kernels.permute_inputs(x, self.input_order, self.backend)
-        return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
+            x = ops.permute_inputs(x, self.input_order, self.backend)
+        return ops.fused_linear(x, self, norm, residual, activation, out_dtype)
 
 
 class ExpertsGateUp(LinearBase):
@@ -145,7 +145,7 @@ class ExpertsGateUp(LinearBase):
     ) -> Tensor:
         """x [B, T, dim], topk_ids [B, T, top_k] -> the product of every token with each of its experts:
         [B, T, top_k, F]."""
-        return kernels.experts_gate_up(x, self, topk_ids, norm, activation)
+        return ops.experts_gate_up(x, self, topk_ids, norm, activation)
 
 
 class ExpertsDown(LinearBase):
@@ -155,11 +155,11 @@ class ExpertsDown(LinearBase):
         self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
     ) -> Tensor:
         """hidden [B, T, top_k, F] -> the weighted sum over the experts of each token: [B, T, dim]."""
-        return kernels.experts_down(hidden, self, topk_ids, topk_weights, residual)
+        return ops.experts_down(hidden, self, topk_ids, topk_weights, residual)
 
 
 class Embedding(WeightMatrix):
-    """W [V, dim] has a row for every token. kernels/ops.py: embed looks up rows, also in a head that is tied."""
+    """W [V, dim] has a row for every token. ops/dispatch.py: embed looks up rows, also in a head that is tied."""
 
     is_embedding = True
 

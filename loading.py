@@ -18,7 +18,7 @@ import torch
 import collectives
 import tp
 from checkpoint import read_checkpoint, with_tied_head
-from kernels.formats import QuantizationScheme, Tensors
+from formats import QuantizationScheme, Tensors
 from model import Transformer, empty_model
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UsageError

@@ -4,7 +4,7 @@
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys, values and ids of earlier tokens; allocated once and passed in
 
-The layers that hold the weights are in layers.py. Every computation is an operation of kernels/ops.py, which calls a
+The layers that hold the weights are in layers.py. Every computation is an operation of ops/dispatch.py, which calls a
 kernel or plain PyTorch. So one forward runs on every device.
 
 Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
@@ -18,12 +18,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-import kernels
+import ops
 from config import ModelConfig
-from kernels.backend import Backend
-from kernels.formats import QuantizationScheme, Unquantized, WeightFormat
+from formats import QuantizationScheme, Unquantized, WeightFormat
 from kernels.schema import AttentionParams, LayerCache, PositionTables
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
+from ops.backend import Backend
 from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
 from utils.machine import check_memory
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]."""
-        return kernels.embed(tokens, self.embed_tokens, self.embed_scale, self.dtype)
+        return ops.embed(tokens, self.embed_tokens, self.embed_scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
@@ -97,9 +97,9 @@ class Transformer(nn.Module):
         return self.embed_tokens is self.lm_head
 
     def pack_weights(self, is_mmapped: bool = False):
-        """Switches to the kernels for the model's device: see kernels.pack_weights."""
+        """Switches to the kernels for the model's device: see ops.pack_weights."""
         matrices = [module for module in self.modules() if isinstance(module, WeightMatrix)]
-        kernels.pack_weights(matrices, self.dtype, is_mmapped)
+        ops.pack_weights(matrices, self.dtype, is_mmapped)
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.backend = self.lm_head.backend
@@ -209,7 +209,7 @@ class Attention(nn.Module):
         y = residual + o_proj(p v)
 
     A model has only some of the norms, softcap, slopes, window and sinks. Everything between the products qkv_proj and
-    o_proj is one operation, kernels/ops.py: attend."""
+    o_proj is one operation, ops/dispatch.py: attend."""
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
@@ -234,7 +234,7 @@ class Attention(nn.Module):
         residual: Tensor | None = None,
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = kernels.attend(qkv, self.attention_params(), cache, tables, start_pos, self.backend)  # [B, T, H D]
+        y = ops.attend(qkv, self.attention_params(), cache, tables, start_pos, self.backend)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
@@ -285,7 +285,7 @@ class MoE(nn.Module):
         # Both products take the norm, because the kernels fuse the norm with the product. So plain PyTorch computes the
         # norm twice, which costs little beside the experts' products.
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
-        topk_weights, topk_ids = kernels.route(
+        topk_weights, topk_ids = ops.route(
             logits, self.moe.top_k, self.moe.norm_topk_prob, self.moe.n_shared_experts, self.router.backend
         )  # [B, T, top_k]
         hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation=self.activation)  # [B, T, top_k, F]

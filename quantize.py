@@ -13,7 +13,7 @@ fp8         8-bit floats (e4m3), one scale per output channel
 mxfp4       4-bit floats (e2m1); 32 inputs share a power of two as the scale (OCP Microscaling Formats). Of the two
             possible powers, the one with the smaller squared error is taken
 
-Norms, biases, routers and the embedding are not quantized. kernels/formats/ describes the formats. One tensor at a time
+Norms, biases, routers and the embedding are not quantized. formats/ describes the formats. One tensor at a time
 is in memory; with int4-gptq, one layer. The result is written under a temporary name, and renamed when it is complete.
 """
 
@@ -33,6 +33,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+import formats
 import gptq
 from checkpoint import read_checkpoint, save_checkpoint, with_tied_head
 from cli import common_args
@@ -40,10 +41,9 @@ from cli.script import run_script
 from config import ModelConfig
 from converters.checkpoint_path import ensure_converted
 from evaluation.lm_harness import task_text
-from kernels import formats
-from kernels.formats import Int4, Tensors, WeightFormat
-from kernels.formats.base import in_chunks
-from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
+from formats import Int4, Tensors, WeightFormat
+from formats.base import in_chunks
+from formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from loading import load
 from model import empty_model
 from utils.errors import UsageError

@@ -39,10 +39,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+import ops
 from collectives import all_gather, choose_all_reduce, world_size
 from config import ModelConfig
-from kernels.formats import WeightFormat
+from formats import WeightFormat
 from kernels.record import call_at_graph_break
 from layers import Linear, LinearBase
 from model import Attention, Transformer
@@ -251,7 +251,7 @@ class RowParallelLinear(nn.Module):
         if self.get_inputs is not None:
             x = call_at_graph_break(self.get_inputs, x)
         y = self.all_reduce(self.linear(x, *args, **kwargs))
-        return y if residual is None else kernels.add(residual, y, self.backend)
+        return y if residual is None else ops.add(residual, y, self.backend)
 
     def slice_inputs(self, x: Tensor) -> Tensor:
         n = self.linear.in_features

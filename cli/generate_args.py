@@ -19,7 +19,7 @@ from config import ModelConfig
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence, build_sequence
 from engine.speculate import MAX_DRAFT_TOKENS
-from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
+from ops import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError

@@ -15,9 +15,9 @@ from engine.generation import TokenGenerator
 from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeGenerator
-from kernels import MAX_CPU_TOKENS, TRITON
 from loading import load
 from model import KVCache, Transformer
+from ops import MAX_CPU_TOKENS, TRITON
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 

@@ -14,8 +14,8 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
-from kernels.formats import Tensors
-from kernels.formats.base import pack_nibbles, unpack_nibbles_planar
+from formats import Tensors
+from formats.base import pack_nibbles, unpack_nibbles_planar
 
 FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 

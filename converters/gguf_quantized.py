@@ -31,9 +31,9 @@ from converters.hf_quantized_floats import E8M0_NAN
 from converters.hf_tensors import reorder_heads
 from converters.quantized_weight import QuantizedWeight, check_finite_scales
 from converters.write_model import StackedTensor, check_finite_tensor
-from kernels.formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
-from kernels.formats.base import QUANTIZE_CHUNK
-from kernels.formats.integers import AffineFormat
+from formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
+from formats.base import QUANTIZE_CHUNK
+from formats.integers import AffineFormat
 from utils.errors import UsageError
 
 SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of the GGUF's tensors

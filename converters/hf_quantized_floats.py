@@ -23,8 +23,8 @@ from converters.quantized_weight import (
     stored_group_size,
     unpack_nibbles_interleaved,
 )
-from kernels.formats import MXFP4, Float8, Tensors
-from kernels.formats.base import pack_nibbles, shard_groups
+from formats import MXFP4, Float8, Tensors
+from formats.base import pack_nibbles, shard_groups
 from utils.errors import UsageError
 
 E4M3_NAN = 0x7F  # without the sign bit

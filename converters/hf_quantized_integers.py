@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from converters.quantized_weight import QuantizedLayer, QuantizedWeight, stored_group_size, unpack_nibbles_interleaved
-from kernels.formats import GroupedInt8, Int4, Int8, Tensors
-from kernels.formats.base import shard_groups
-from kernels.formats.integers import AffineFormat
+from formats import GroupedInt8, Int4, Int8, Tensors
+from formats.base import shard_groups
+from formats.integers import AffineFormat
 from utils.errors import UsageError
 
 GPTQ_VERSIONS = ("gptq", "gptq_v2")  # by the names in config.json's checkpoint_format

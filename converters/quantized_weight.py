@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kernels.formats import GROUP_SIZES, Tensors, Unquantized, WeightFormat
+from formats import GROUP_SIZES, Tensors, Unquantized, WeightFormat
 from utils.errors import UsageError
 
 CHANNEL_GROUP_SIZE = 128  # the stored group size if all inputs share a scale

@@ -29,7 +29,7 @@ from converters.canonical_checkpoint import (
     TensorReader,
 )
 from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
-from kernels.formats import Unquantized, WeightFormat
+from formats import Unquantized, WeightFormat
 from model import empty_model
 from utils.errors import UsageError
 from utils.files import delete_if_possible, replace_file

@@ -21,7 +21,7 @@ A decode or verification step has one of three modes (choose_mode):
     not all    any       no           eager
 
 "all": every operation has a kernel for B * T tokens (model.has_kernels_for). An eager step uses the kernels of the
-operations that are within their limit (kernels/backend.py). The limits of matrix products:
+operations that are within their limit (ops/backend.py). The limits of matrix products:
 
     64 tokens          quantized weights, and all weights on a GPU with matrix units
     8 to 64 tokens     unquantized weights on a CPU, depending on the CPU's instructions
@@ -41,11 +41,11 @@ from torch import Tensor, nn
 
 import collectives
 from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
-from kernels.backend import Backend
 from kernels.build import find_compiler
 from kernels.record import call_with_tape_threads, record
 from kernels.schema import PositionTables
 from model import KVCache, Transformer
+from ops.backend import Backend
 from utils.errors import UsageError
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-import kernels
-from kernels.backend import TORCH, Backend
+import ops
+from ops.backend import TORCH, Backend
 from utils.errors import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
@@ -155,7 +155,7 @@ def sample(
         and (sampling.is_greedy or uniform is None)  # a kernel does not take uniform
     )
     if kernel_can_sample:
-        return kernels.sample(logits, sampling.temperature, backend)
+        return ops.sample(logits, sampling.temperature, backend)
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
     else:

@@ -36,9 +36,9 @@ import collectives
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
-from kernels.backend import TORCH, Backend
 from kernels.record import call_with_tape_threads
 from model import KVCache, Transformer
+from ops.backend import TORCH, Backend
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
 from utils.machine import free_memory

@@ -29,8 +29,8 @@ import collectives
 from engine.runner import ModelRunner, Sampler, check_sampled_ids
 from engine.sampling import SamplingParams, multinomial, probabilities, sample
 from engine.step_bytes import active_weight_bytes
-from kernels.backend import TORCH, Backend
 from model import Transformer
+from ops.backend import TORCH, Backend
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights.

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 from config import ACTIVATIONS
-from kernels.formats import FORMATS
-from kernels.formats.cpu_layouts import CPU_BLOCK_K, CPU_BLOCK_N
+from formats import FORMATS
+from formats.cpu_layouts import CPU_BLOCK_K, CPU_BLOCK_N
 from kernels.schema import MAX_CPU_TOKENS  # schema.py also defines the schemas of the operations in the library
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -58,12 +58,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def check_formats(weights_h: str):
-    """Raises ImportError unless Formats in csrc/weights.h has the order of kernels/formats/: FORMATS, since a format's
+    """Raises ImportError unless Formats in csrc/weights.h has the order of formats/: FORMATS, since a format's
     number is its position in both. FORMATS may have more at its end: formats without C++ kernels."""
     ours = [format_class.__name__ for format_class in FORMATS]
     theirs = re.findall(r"\w+", re.search(r"using Formats = FormatList<(.+?)>", weights_h, re.S)[1])
     if theirs != ours[: len(theirs)]:
-        raise ImportError(f"kernels/csrc/weights.h: Formats lists {theirs}; kernels/formats/: FORMATS lists {ours}")
+        raise ImportError(f"kernels/csrc/weights.h: Formats lists {theirs}; formats/: FORMATS lists {ours}")
 
 
 def check_activations(simd_h: str):
@@ -80,8 +80,8 @@ def check_sizes(weights_h: str):
     wrong weights without an error."""
     sizes = {
         "MAX_CPU_TOKENS": ("kernels/schema.py: MAX_CPU_TOKENS", MAX_CPU_TOKENS),
-        "BLOCK_N": ("kernels/formats/cpu_layouts.py: CPU_BLOCK_N", CPU_BLOCK_N),
-        "ACT_GROUP": ("kernels/formats/cpu_layouts.py: CPU_BLOCK_K", CPU_BLOCK_K),
+        "BLOCK_N": ("formats/cpu_layouts.py: CPU_BLOCK_N", CPU_BLOCK_N),
+        "ACT_GROUP": ("formats/cpu_layouts.py: CPU_BLOCK_K", CPU_BLOCK_K),
     }
     for name, (our_name, ours) in sizes.items():
         theirs = int(re.search(rf" {name} = (\d+);", weights_h)[1])

@@ -43,8 +43,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import build
-from kernels.backend import CPU
-from kernels.schema import RECORDABLE
+from kernels.schema import CPU_NAMESPACE, RECORDABLE
 
 # A step keeps this many CPUGraphs, the most recently used ones, since a graph holds the memory of all activations.
 # Recording again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
@@ -173,9 +172,9 @@ class CPUGraph(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Lets only the operations of RECORDABLE and views pass. An operation appends itself to the tape."""
         namespace, _, name = func._schema.name.partition("::")
-        is_recordable = namespace == CPU.namespace and name in RECORDABLE
+        is_recordable = namespace == CPU_NAMESPACE and name in RECORDABLE
         if not is_recordable and not func.is_view:
-            raise RuntimeError(f"{func} is no operation of kernels/ops.py: it cannot be recorded (kernels/record.py)")
+            raise RuntimeError(f"{func} is no operation of ops/dispatch.py: it cannot be recorded (kernels/record.py)")
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.keepalive += [args, kwargs, result]

@@ -1,7 +1,7 @@
 """The kernels as PyTorch operations: for each, the schema, and a function that allocates the result (define).
 
 C++ implements an operation as torch.ops.gptfast_cpu.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
-implement the same schema, so a changed schema changes both. kernels/ops.py describes the operations.
+implement the same schema, so a changed schema changes both. ops/dispatch.py describes the operations.
 
 In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. Arguments that
 several schemas share:
@@ -23,8 +23,7 @@ from torch import Tensor
 
 from config import ACTIVATIONS, is_gated
 
-CPU_ONLY = ("gptfast_cpu",)
-NAMESPACES = (*CPU_ONLY, "gptfast_triton")
+NAMESPACES = CPU_NAMESPACE, TRITON_NAMESPACE = "gptfast_cpu", "gptfast_triton"  # of torch.ops
 # The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
 # step count together. csrc/weights.h has the same number, which build.py checks
 MAX_CPU_TOKENS = 64
@@ -122,7 +121,7 @@ def triton_op(function: Callable) -> Callable:
     """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name,
     also for CPU tensors, on which Triton's interpreter runs. function takes the arguments of the schema, with those of
     WEIGHT as one, w."""
-    torch.library.impl(f"gptfast_triton::{function.__name__}", ("CUDA", "CPU"), gather_weight(function))
+    torch.library.impl(f"{TRITON_NAMESPACE}::{function.__name__}", ("CUDA", "CPU"), gather_weight(function))
     return function
 
 
@@ -157,12 +156,12 @@ def fake_fused_linear(x, *, w, activation, float32_out, **_):
     return x.new_empty(*x.shape[:-1], output_width(w.n, activation), dtype=dtype)
 
 
-@define("activate(Tensor x, int activation) -> Tensor", namespaces=CPU_ONLY)
+@define("activate(Tensor x, int activation) -> Tensor", namespaces=(CPU_NAMESPACE,))
 def fake_activate(x, activation):
     return x.new_empty(*x.shape[:-1], output_width(x.shape[-1], activation))
 
 
-@define("add(Tensor x, Tensor y) -> Tensor", namespaces=CPU_ONLY)
+@define("add(Tensor x, Tensor y) -> Tensor", namespaces=(CPU_NAMESPACE,))
 def fake_add(x, y):
     return torch.empty_like(x)
 
@@ -186,7 +185,7 @@ def fake_embed(tokens, *, w, k, dtype, **_):
 @define(
     "rope_and_cache(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cos_sin, "
     "int n_heads, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
-    recordable=False, namespaces=CPU_ONLY,
+    recordable=False, namespaces=(CPU_NAMESPACE,),
 )
 def fake_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     return qkv.new_empty(*qkv.shape[:-1], n_heads, k_cache.shape[-1])

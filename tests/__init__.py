@@ -8,7 +8,8 @@
     quantize.py, gptq.py            test_quantize, test_gptq
     tp.py, collectives.py           test_tp
     kernels/                        test_record, test_kernels_builds
-    kernels/formats/                test_quantize
+    formats/                        test_quantize
+    ops/                            test_kernels, test_triton, test_kernels_builds
     kernels/csrc/                   test_kernels, test_kernels_attention, test_kernels_experts, test_threads
     kernels/triton/                 test_triton, test_triton_launch
     converters/                     test_convert, test_hf_config, test_hf_quantized, test_hf_quantized_broken,

@@ -24,9 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-import kernels
+import ops
 from config import ACTIVATIONS
-from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
+from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.schema import LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from kernels.triton.formats import KERNEL_FORMATS, kernel_format
@@ -144,18 +144,18 @@ def launch_products(gpu: Gpu) -> Counter:
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     for format in gpu.formats:
         w = make_linear(256, 2048, format, dtype)
-        kernels.pack_for_triton([w])
-        kernels.fused_linear(x.expand(1, 8, 2048), w, norm, activation="swiglu")
+        ops.pack_for_triton([w])
+        ops.fused_linear(x.expand(1, 8, 2048), w, norm, activation="swiglu")
         launches.update(fused_linear_kernel=1)
         if isinstance(format, Unquantized | Int8 | Int4):
-            kernels.fused_linear(x, w, norm, out_dtype=torch.float32)
+            ops.fused_linear(x, w, norm, out_dtype=torch.float32)
             launches.update(fused_linear_kernel=1)
         if isinstance(format, Unquantized) or gpu.has_larger_tiles:
             continue
         w.dequantized_weight(dtype)
         launches.update(dequantize_kernel=1)
         if gpu.compiles_all or isinstance(format, Int4):  # both kernels call the same function of the format
-            kernels.embed(torch.zeros(1, 2, dtype=torch.int64), w, 1.5, dtype)
+            ops.embed(torch.zeros(1, 2, dtype=torch.int64), w, 1.5, dtype)
             launches.update(embed_kernel=1)
     return launches
 
@@ -165,38 +165,38 @@ def launch_many(dtype: torch.dtype):
     norm = make_norm(2048, dtype)
     for n_tokens, format in MANY_TOKENS:
         w, x = make_linear(256, 2048, format, dtype), torch.zeros(1, n_tokens, 2048, dtype=dtype)
-        kernels.pack_for_triton([w])
-        kernels.fused_linear(x, w, norm, activation="swiglu")
+        ops.pack_for_triton([w])
+        ops.fused_linear(x, w, norm, activation="swiglu")
 
 
 def launch_others(dtype: torch.dtype, compiles_all: bool):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
-    norm.backend = kernels.TRITON
+    norm.backend = ops.TRITON
     norm(x, x)
-    kernels.permute_inputs(x, torch.arange(2048, dtype=torch.int32), kernels.TRITON)
+    ops.permute_inputs(x, torch.arange(2048, dtype=torch.int32), ops.TRITON)
     capped = make_linear(256, 2048, Unquantized(), dtype, bias=True, out_scale=0.5, softcap=30.0, clip=8.0)
-    kernels.pack_for_triton([capped])
+    ops.pack_for_triton([capped])
     for activation in [name for name in ACTIVATIONS if name != "swiglu"] if compiles_all else ("geglu",):
-        kernels.fused_linear(x, capped, activation=activation)
-    kernels.route(torch.randn(1, 5, 5), 2, True, 1, kernels.TRITON)
-    topk_weights, topk_ids = kernels.route(torch.randn(1, 5, 4), 2, True, 0, kernels.TRITON)
+        ops.fused_linear(x, capped, activation=activation)
+    ops.route(torch.randn(1, 5, 5), 2, True, 1, ops.TRITON)
+    topk_weights, topk_ids = ops.route(torch.randn(1, 5, 4), 2, True, 0, ops.TRITON)
     for format in (Unquantized(), Int8(), Int4(64)) if compiles_all else (Int4(64),):
         gate_up = make_linear(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
         down = make_linear(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown, bias=True)
-        kernels.pack_for_triton([gate_up, down])
+        ops.pack_for_triton([gate_up, down])
         hidden = gate_up(x.expand(1, 5, 2048), topk_ids, norm, "swiglu")
         down(hidden, topk_ids, topk_weights)
     for temperature in (0, 1):
-        kernels.sample(torch.randn(1, 5000), temperature, kernels.TRITON)
+        ops.sample(torch.randn(1, 5000), temperature, ops.TRITON)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
     cache, tables = LayerCache(k, v), PositionTables(torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)
-    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, tables, start_pos, 8, kernels.TRITON)
+    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, tables, start_pos, 8, ops.TRITON)
     # 64 queries of a key/value head, which is the most. With all options, for each adds to the shared memory or nothing
     norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
     tables = tables._replace(alibi_slopes=torch.zeros(16))
     qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)
-    attend(qkv, cache, tables, start_pos, 16, kernels.TRITON, 100, *norms, sinks, softcap=50.0)
+    attend(qkv, cache, tables, start_pos, 16, ops.TRITON, 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
-from kernels.formats.cpu_layouts import CPU_BLOCK_K
+import kernels.build
+import ops
+from formats.cpu_layouts import CPU_BLOCK_K
 from layers import LinearBase, WeightMatrix
 
 built = pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
@@ -28,12 +29,12 @@ def threads(request, library):
 def packed(module):
     """module on the kernels, for as many tokens as these can take."""
     layers = [layer for layer in module.modules() if isinstance(layer, WeightMatrix)]
-    kernels.pack_weights(layers, torch.float32)
+    ops.pack_weights(layers, torch.float32)
     for layer in layers:
         if isinstance(layer, LinearBase):
             assert layer.backend.name == "cpu"
             assert layer.backend.max_tokens["fused_linear"] >= 8
-            layer.backend = kernels.CPU  # up to MAX_CPU_TOKENS
+            layer.backend = ops.CPU  # up to MAX_CPU_TOKENS
     return module
 
 

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-import kernels
+import kernels.build
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint
 from converters.write_model import NORM_BEFORE
-from kernels.formats import QuantizationScheme
+from formats import QuantizationScheme
 from layers import Linear
 from model import empty_model
 from tests.tiny import FAMILIES, convert, make_hf

@@ -47,9 +47,11 @@ NF4_TESTS = '''
 import pytest
 import torch
 
-import kernels
+import kernels.build
+
+import ops
 import kernels.triton.linear  # its operations, which run in Triton's interpreter
-from kernels.formats.nf4 import NF4, VALUES
+from formats.nf4 import NF4, VALUES
 from tests import tiny
 
 from scripts.benchmarking.speed import random_linear
@@ -77,7 +79,7 @@ def check_products(w, exact, x, weight_error, rounding_error):
     assert torch.equal(w.dequantized_weight(torch.float32), exact)
     y, terms = x.double() @ exact.double().T, x.double().abs() @ exact.double().abs().T
     bound = ((x.shape[-1] + 8) * 2**-24 + weight_error) * terms + rounding_error * y.abs() + 2**-25
-    assert ((kernels.fused_linear(x, w).double() - y).abs() <= bound).all()
+    assert ((ops.fused_linear(x, w).double() - y).abs() <= bound).all()
 
 
 @pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
@@ -87,9 +89,9 @@ def test_nf4_on_a_cpu(dtype):
     for n, k, n_tokens in [(48, 72, 1), (33, 200, 5), (48, 136, 33)]:
         w = random_linear((n, k), NF4(), torch.device("cpu"), dtype)
         exact = w.dequantized_weight(torch.float32)
-        kernels.pack_weights([w], dtype)
+        ops.pack_weights([w], dtype)
         assert w.backend.name == "cpu"
-        w.backend = kernels.CPU
+        w.backend = ops.CPU
         u = torch.finfo(dtype).eps / 2
         check_products(w, exact, torch.randn(n_tokens, k).to(dtype), u if dtype == torch.bfloat16 else 0, u)
 

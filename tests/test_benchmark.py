@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels
+import ops
 from checkpoint import Checkpoint
 from converters.hf_config import config_from_hf
-from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized
+from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized
 from loading import load_model, quantized_tensor_names
 from model import empty_model
 from scripts import benchmark
@@ -267,9 +267,9 @@ def test_check(monkeypatch, capsys):
 
 def test_check_that_fails(monkeypatch, capsys):
     """A wrong kernel, and one that raises, end with status 1; the other checks go on."""
-    rms_norm = kernels.rms_norm
+    rms_norm = ops.rms_norm
     monkeypatch.setattr(check_command, "all_checks", few_checks)
-    monkeypatch.setattr(kernels, "rms_norm", lambda *arguments: rms_norm(*arguments) * 1.1)
+    monkeypatch.setattr(ops, "rms_norm", lambda *arguments: rms_norm(*arguments) * 1.1)
     with pytest.raises(SystemExit) as exit:
         call_main(benchmark.main, "check", "--device", "cpu", "--precision", "float32")
     assert exit.value.code == 1

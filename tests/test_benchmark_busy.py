@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from config import ModelConfig
-from kernels.formats import Unquantized
+from formats import Unquantized
 from scripts import benchmark
 from scripts.benchmarking import busy
 from scripts.benchmarking.speed import save_random_checkpoint

@@ -18,7 +18,7 @@ from converters.convert_gguf import rename_gguf_tensors
 from converters.gguf_config import find_architecture, read_gguf_config
 from converters.gguf_file import read_gguf
 from converters.write_model import write_model
-from kernels.formats import Unquantized
+from formats import Unquantized
 from rope import rope_frequencies
 from scripts import compare_llama_cpp as compare
 from scripts import tables

@@ -18,7 +18,7 @@ import torch
 from converters.checkpoint_path import ensure_converted
 from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
-from kernels.formats import Int8
+from formats import Int8
 from llm import LLM, load
 from model import KVCache
 from scripts.benchmarking.speed import random_linear
@@ -29,7 +29,7 @@ from utils.files import ROOT
 RUN = (  # the other examples need a GPU or more files, or are a part of a longer function
     "checkpoint.py", "cli/interrupts.py", "converters/convert_folder.py", "converters/hf_config.py",
     "converters/checkpoint_path.py", "engine/chat.py", "engine/generation.py", "engine/runner.py", "engine/sampling.py",
-    "engine/scheduler.py", "engine/sequence.py", "engine/speculate.py", "evaluation/scoring.py", "kernels/aten.py",
+    "engine/scheduler.py", "engine/sequence.py", "engine/speculate.py", "evaluation/scoring.py", "ops/aten.py",
     "kernels/record.py", "llm.py", "text/chat_template.py", "text/length.py", "text/tokenizer.py",
     "text/tokenizer_files.py", "utils/machine.py",
 )

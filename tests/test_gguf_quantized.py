@@ -27,7 +27,7 @@ from converters.gguf_quantized import (
     keeps_q,
 )
 from converters.write_model import StackedTensor
-from kernels.formats import MXFP4, GroupedInt8, Unquantized
+from formats import MXFP4, GroupedInt8, Unquantized
 from loading import load_model
 from model import KVCache
 from tests.tiny import forward, make_hf

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gptq
-from kernels.formats import Int4
+from formats import Int4
 from layers import Linear
 from model import KVCache
 from tests.test_quantize import random_matrix, rounded, shapes_of

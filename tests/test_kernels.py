@@ -1,4 +1,4 @@
-"""kernels/csrc/ against kernels/torch_ops.py: odd shapes, every format. Here are products, norms, embeddings and the
+"""kernels/csrc/ against ops/torch_ops.py: odd shapes, every format. Here are products, norms, embeddings and the
 likeliest token; test_kernels_attention.py and test_kernels_experts.py have the rest. test_kernels_builds.py runs all of
 them on the code for other CPUs."""
 
@@ -8,14 +8,15 @@ import math
 import pytest
 import torch
 
-import kernels
+import kernels.build
+import ops
 from config import ACTIVATIONS, is_gated
-from kernels import torch_ops
+from formats import MXFP4, Float8, Int4, Int8, Unquantized
+from formats.integers import AffineFormat
 from kernels.build import library
-from kernels.formats import MXFP4, Float8, Int4, Int8, Unquantized
-from kernels.formats.integers import AffineFormat
 from kernels.schema import Epilogue
 from layers import ExpertsDown
+from ops import torch_ops
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
     CPU_FORMATS,
@@ -31,7 +32,7 @@ from tests.cpu_kernels import as_seen, built, packed, rounds_activations
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 pytestmark = pytest.mark.usefixtures("threads")
 EXACT_IN_BF16 = Unquantized | Int8 | MXFP4  # no scales but powers of two, or only after the sum
-ANY_TOKENS = kernels.CPU.with_limits(fused_linear=math.inf)  # the kernel for prompts, too
+ANY_TOKENS = ops.CPU.with_limits(fused_linear=math.inf)  # the kernel for prompts, too
 
 # ---- Products -------------------------------------------------------------------------------------------------------
 
@@ -54,14 +55,14 @@ def test_linear(format, dtype):
             y = seen.double() @ matrix.T + bias
             step = bounds.step_of(normed, quantized=seen is not normed) + bounds.step_of(normed, quantized=False)
             wide_bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
-            bounds.check(kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, wide_bound)
-            bounds.check(kernels.fused_linear(x, w, norm), y, wide_bound + bounds.rounding_error(y, dtype))
+            bounds.check(ops.fused_linear(x, w, norm, out_dtype=torch.float32), y, wide_bound)
+            bounds.check(ops.fused_linear(x, w, norm), y, wide_bound + bounds.rounding_error(y, dtype))
             total = y + residual.double()
-            ours = kernels.fused_linear(x, w, norm, residual)
+            ours = ops.fused_linear(x, w, norm, residual)
             bounds.check(ours, total, wide_bound + bounds.rounding_error(total, dtype))
             if n % 2 == 0:
                 for activation in ACTIVATIONS:
-                    ours = kernels.fused_linear(x, w, norm, activation=activation)
+                    ours = ops.fused_linear(x, w, norm, activation=activation)
                     fused = n % 32 == 0 or not is_gated(activation)
                     check_activated(ours, activation, y, wide_bound, fused)
 
@@ -94,13 +95,13 @@ def test_linear_of_many_tokens(format, dtype):
                 bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
                 if rounds_weights and not isinstance(format, EXACT_IN_BF16):
                     bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
-                ours = kernels.fused_linear(x, w, given_norm, residual)
+                ours = ops.fused_linear(x, w, given_norm, residual)
                 total = y + residual.double()
                 assert ours[4].isnan().all()
                 others = torch.arange(tokens) != 4
                 bounds.check(ours[others], total[others], (bound + bounds.rounding_error(total, dtype))[others])
                 if n % 32 == 0:
-                    ours = kernels.fused_linear(x, w, given_norm, activation="swiglu")
+                    ours = ops.fused_linear(x, w, given_norm, activation="swiglu")
                     check_activated(ours[others], "swiglu", y[others], bound[others], fused=True)
     if not is_bf16:
         with pytest.raises(RuntimeError, match="1 to MAX_CPU_TOKENS"):
@@ -128,15 +129,15 @@ def test_linear_of_a_prompt(format):
         bound = bounds.product_error(normed, magnitude, y, torch.float32, step)
         if not isinstance(format, EXACT_IN_BF16):
             bound = bound + bounds.U[torch.bfloat16] * (normed.double().abs() @ matrix.abs().T)
-        bounds.check(kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, bound)
+        bounds.check(ops.fused_linear(x, w, norm, out_dtype=torch.float32), y, bound)
         total = y + residual.double()
-        ours = kernels.fused_linear(x, w, norm, residual)
+        ours = ops.fused_linear(x, w, norm, residual)
         bounds.check(ours, total, bound + bounds.rounding_error(total, torch.bfloat16))
-        check_activated(kernels.fused_linear(x, w, norm, activation="swiglu"), "swiglu", y, bound, fused=n % 32 == 0)
+        check_activated(ops.fused_linear(x, w, norm, activation="swiglu"), "swiglu", y, bound, fused=n % 32 == 0)
 
 
 def check_activated(ours: torch.Tensor, activation: str, x: torch.Tensor, error: torch.Tensor, fused: bool):
-    """ours is kernels.activate of an x that is off by no more than error."""
+    """ours is ops.activate of an x that is off by no more than error."""
     if not fused:  # then x is rounded before
         error = error + bounds.rounding_error(x.abs() + error, ours.dtype)
     y, bound = activate_with_error(x, error, activation)
@@ -164,13 +165,13 @@ def test_linear_scale_and_softcap(format, dtype):
             step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
             error = bounds.product_error(seen, magnitude, product, torch.float32, step)
             y, bound = softcap_with_error(product, error, scale, softcap, clip)
-            bounds.check(kernels.fused_linear(x, w, out_dtype=torch.float32), y, bound)
+            bounds.check(ops.fused_linear(x, w, out_dtype=torch.float32), y, bound)
             total = y + residual.double()
             bound = bound + bounds.rounding_error(total, dtype)
-            bounds.check(kernels.fused_linear(x, w, residual=residual), total, bound)
+            bounds.check(ops.fused_linear(x, w, residual=residual), total, bound)
             if n % 32 == 0:
                 y, bound = softcap_with_error(*activate_with_error(product, error, "geglu_tanh"), scale, softcap, clip)
-                ours = kernels.fused_linear(x, w, activation="geglu_tanh")
+                ours = ops.fused_linear(x, w, activation="geglu_tanh")
                 bounds.check(ours, y, bound + bounds.rounding_error(y, dtype))
 
 
@@ -183,7 +184,7 @@ def test_epilogue_without_kernels():
     error = bounds.product_error(x, w.weight.double().abs(), product, torch.float32)
     y, bound = softcap_with_error(*activate_with_error(product, error, "swiglu"), 0.5, 5.0, 4.0)
     total = y + residual.double()
-    ours = kernels.fused_linear(x, w, residual=residual, activation="swiglu")
+    ours = ops.fused_linear(x, w, residual=residual, activation="swiglu")
     bounds.check(ours, total, bound + bounds.rounding_error(total, torch.float32))
 
 
@@ -207,11 +208,11 @@ def test_softcap_of_extremes():
     w.weight.data = torch.eye(16)
     x = torch.tensor([1e-30, -1e-6, 1e-3, 17.0, -20.0, 1e4, -1e30, 3e38] * 2)[None]
     y = torch_ops.apply_softcap(x.double(), 30.0)
-    bounds.check(kernels.fused_linear(x, w), y, 2**-20 * y.abs())
-    assert kernels.fused_linear(torch.full((1, 16), torch.nan), w).isnan().all()
+    bounds.check(ops.fused_linear(x, w), y, 2**-20 * y.abs())
+    assert ops.fused_linear(torch.full((1, 16), torch.nan), w).isnan().all()
     w.epilogue = Epilogue(clip=10.0)
-    assert torch.equal(kernels.fused_linear(x, w), x.clamp(-10, 10))
-    assert kernels.fused_linear(torch.full((1, 16), torch.nan), w).isnan().all()
+    assert torch.equal(ops.fused_linear(x, w), x.clamp(-10, 10))
+    assert ops.fused_linear(torch.full((1, 16), torch.nan), w).isnan().all()
 
 
 @built
@@ -225,7 +226,7 @@ def test_linear_near_its_reference(format, rows):
         torch.manual_seed(0)
         fast = packed(make_linear(96, 200, format, dtype))
         x = torch.randn(rows, 200).to(dtype)
-        expected, ours = kernels.fused_linear(x, plain), kernels.fused_linear(x, fast)
+        expected, ours = ops.fused_linear(x, plain), ops.fused_linear(x, fast)
         assert expected.shape == ours.shape == (rows, 96)
         if rows:
             matrix = plain.dequantized_weight(torch.float32).double()
@@ -276,11 +277,11 @@ def test_extremes(format):
         packed(w)
         y = seen.double() @ matrix.T
         step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
-        bounds.check(kernels.fused_linear(x, w), y, bounds.product_error(seen, magnitude, y, dtype, step))
-        assert not kernels.fused_linear(torch.zeros(1, 64, dtype=dtype), w).any()
+        bounds.check(ops.fused_linear(x, w), y, bounds.product_error(seen, magnitude, y, dtype, step))
+        assert not ops.fused_linear(torch.zeros(1, 64, dtype=dtype), w).any()
         for bad in (torch.nan, torch.inf, -torch.inf):
             x[1, 3] = bad
-            y = kernels.fused_linear(x, w)
+            y = ops.fused_linear(x, w)
             assert y[0].isfinite().all()
             finite = y[1].isfinite()
             assert not finite.all() if isinstance(format, Unquantized) else not finite.any()
@@ -304,7 +305,7 @@ def test_every_value_of_8_and_4_bits(dtype):
         packed(w)
         assert torch.equal(w.dequantized_weight(dtype), matrix)
         for x in torch.eye(k, dtype=dtype).split([1, 2, 8, k - 11]):
-            assert torch.equal(kernels.fused_linear(127 * x, w), (127 * x.float() @ matrix.float().T).to(dtype))
+            assert torch.equal(ops.fused_linear(127 * x, w), (127 * x.float() @ matrix.float().T).to(dtype))
 
 
 @built
@@ -313,16 +314,16 @@ def test_small_operations(dtype):
     """add and activate are PyTorch's to the last bit, or for the exponential nearly."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
-    assert torch.equal(kernels.add(x, y, kernels.CPU), x + y)
+    assert torch.equal(ops.add(x, y, ops.CPU), x + y)
     gate_up = torch.randn(2, 3, 74).to(dtype) * 5
     gate_up[..., :4] = torch.tensor([0, -7, 200, -200])  # of gate
     gates = torch.linspace(-20, 20, 20_001).to(dtype)  # where every activation bends, and far beyond
     for t in (gate_up, torch.cat([gates, torch.ones_like(gates)])):
         no_error = torch.zeros(t.shape, dtype=torch.float64)
         for activation in ACTIVATIONS:
-            check_activated(kernels.activate(t, activation, kernels.CPU), activation, t.double(), no_error, fused=True)
+            check_activated(ops.activate(t, activation, ops.CPU), activation, t.double(), no_error, fused=True)
     for activation in ACTIVATIONS:
-        assert kernels.activate(gate_up * torch.nan, activation, kernels.CPU).isnan().all()
+        assert ops.activate(gate_up * torch.nan, activation, ops.CPU).isnan().all()
 
 
 @built
@@ -332,11 +333,11 @@ def test_permute_inputs(dtype):
     torch.manual_seed(0)
     for n_tokens, k, n in [(1, 5, 5), (3, 72, 72), (64, 70, 33), (65, 70, 33)]:  # the last in PyTorch
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
-        assert torch.equal(kernels.permute_inputs(x, order.int(), kernels.CPU), x[..., order])
+        assert torch.equal(ops.permute_inputs(x, order.int(), ops.CPU), x[..., order])
     x = torch.zeros(1, 2, 8).to(dtype)
     for order in (torch.tensor([0, 8]).int(), torch.tensor([-1]).int(), torch.tensor([0, 1]), torch.zeros(1, 2).int()):
         with pytest.raises(RuntimeError, match="input_order"):
-            kernels.permute_inputs(x, order, kernels.CPU)
+            ops.permute_inputs(x, order, ops.CPU)
 
 
 @built
@@ -352,9 +353,9 @@ def test_embed(dtype):
             for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
                 tokens = torch.randint(50, (2, n_tokens))
                 expected = torch_ops.embed(tokens, table, scale, dtype)
-                assert torch.equal(kernels.embed(tokens, on_kernels, scale, dtype), expected)
+                assert torch.equal(ops.embed(tokens, on_kernels, scale, dtype), expected)
             with pytest.raises(RuntimeError, match="vocabulary"):
-                kernels.embed(torch.tensor([[50]]), on_kernels, 1.0, dtype)
+                ops.embed(torch.tensor([[50]]), on_kernels, 1.0, dtype)
 
 
 @built
@@ -363,7 +364,7 @@ def test_rms_norm(dtype):
     torch.manual_seed(0)
     for k in (5, 37, 576):
         norm = make_norm(k, dtype)
-        norm.backend = kernels.CPU
+        norm.backend = ops.CPU
         for rows in (1, 3, 8, 17, 65):  # any number
             x, residual = (torch.randn(1, rows, k) * 3).to(dtype), torch.randn(1, rows, k).to(dtype)
             exact = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
@@ -394,10 +395,10 @@ def test_likeliest_token(vocab_size):
         logits[20 + i, [0, vocab_size // 2, -1][i // 3]] = value
     expected = logits.argmax(-1)
     expected[20:29] = -1
-    assert torch.equal(kernels.sample(logits, 0.0, kernels.CPU), expected)
-    assert torch.equal(kernels.sample(logits[:, None].expand(70, 2, vocab_size)[:, -1], 0.0, kernels.CPU), expected)
+    assert torch.equal(ops.sample(logits, 0.0, ops.CPU), expected)
+    assert torch.equal(ops.sample(logits[:, None].expand(70, 2, vocab_size)[:, -1], 0.0, ops.CPU), expected)
     for i in (0, 25):
-        assert kernels.sample(logits[i : i + 1], 0.0, kernels.CPU) == expected[i]
+        assert ops.sample(logits[i : i + 1], 0.0, ops.CPU) == expected[i]
 
 
 @built
@@ -405,6 +406,6 @@ def test_logits_that_the_kernel_does_not_take():
     assert kernels.build.library()
     for wrong in (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(3), torch.zeros(0, 3)):
         with pytest.raises(RuntimeError, match="logits must be float32"):
-            kernels.sample(wrong, 0.0, kernels.CPU)
+            ops.sample(wrong, 0.0, ops.CPU)
     with pytest.raises(RuntimeError, match="only finds the likeliest"):
-        kernels.sample(torch.zeros(2, 3), 0.5, kernels.CPU)
+        ops.sample(torch.zeros(2, 3), 0.5, ops.CPU)

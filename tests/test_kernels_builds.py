@@ -14,14 +14,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels
-from kernels import aten, backend, ops, packing
-from kernels.formats import Int4, Int8
-from kernels.formats.cpu_layouts import CPU_BLOCK_N
-from kernels.formats.integers import split_groups
+import kernels.build
+import ops
+from formats import Int4, Int8
+from formats.cpu_layouts import CPU_BLOCK_N
+from formats.integers import split_groups
 from kernels.triton import heads
 from kernels.triton.elements import magic_number
 from layers import ExpertsDown
+from ops import aten, backend, dispatch, packing
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import CPU_FORMATS, MAGIC_BIASES, make_linear
 from tests.compiler import write_compiler
@@ -39,7 +40,7 @@ def test_both_lists_of_formats_have_one_order():
     weights_h = (kernels.build.SOURCES / "weights.h").read_text()
     kernels.build.check_formats(weights_h)
     for wrong in (weights_h.replace("Int8, Int4,", "Int4, Int8,"), weights_h.replace("MXFP4>", "MXFP4, NF4>")):
-        with pytest.raises(ImportError, match="weights.h: Formats lists .*; kernels/formats/: FORMATS lists"):
+        with pytest.raises(ImportError, match="weights.h: Formats lists .*; formats/: FORMATS lists"):
             kernels.build.check_formats(wrong)
 
 
@@ -56,7 +57,7 @@ def test_both_lists_of_activations_have_one_order():
 def test_both_sizes_are_one(name, ours):
     weights_h = (kernels.build.SOURCES / "weights.h").read_text()
     kernels.build.check_sizes(weights_h)
-    with pytest.raises(ImportError, match=f"{name} is 32; kernels/.*: .* is {ours}"):
+    with pytest.raises(ImportError, match=f"{name} is 32; .*: .* is {ours}"):
         kernels.build.check_sizes(weights_h.replace(f"{name} = {ours};", f"{name} = 32;"))
 
 
@@ -138,7 +139,10 @@ def test_the_compiler_ends_with_the_process(sig, tmp_path):
     script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] && exit\nsleep 20 &\necho $! >{pid}\nwait\n')
     script.chmod(0o755)
     env = os.environ | {"CXX": str(script), "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    code = "import signal, kernels; signal.signal(signal.SIGINT, signal.default_int_handler); kernels.build.library()"
+    code = (
+        "import signal; from kernels import build\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); build.library()"
+    )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
         while not (pid.exists() and pid.read_text().endswith("\n")):
             assert process.poll() is None
@@ -178,10 +182,10 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
         expected = [w.dequantized_weight(torch.float32) for w in (linear, experts)]
         with monkeypatch.context() as context:
             context.setattr(packing, "free_memory", lambda: 4 * (33 * 72 + 3 * 10 * 72) - 1)
-            kernels.pack_weights([linear, experts], torch.float32)
+            ops.pack_weights([linear, experts], torch.float32)
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "every token dequantizes" in said and linear.format == format
-        kernels.pack_weights([linear, experts], torch.float32)
+        ops.pack_weights([linear, experts], torch.float32)
         for w, matrix in zip((linear, experts), expected, strict=True):
             assert w.format.name == format.name and w.scales is w.zeros is None
             assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.float32), matrix)
@@ -199,7 +203,7 @@ def test_pytorchs_kernels_without_a_compiler(monkeypatch):
                 linear = make_linear(n, k, format, dtype, bias=True)
                 experts = make_linear(16, 64, format, dtype, n_experts=2, kind=ExpertsDown)
                 exact, bias = linear.dequantized_weight(torch.float64), linear.bias.double()
-                kernels.pack_weights([linear, experts], dtype)
+                ops.pack_weights([linear, experts], dtype)
                 has_kernel = k % 16 == 0 if isinstance(format, Int8) else n % 16 == 0 and k % format.group_size == 0
                 assert (linear.aten_weight is not None) == has_kernel and linear.format.is_quantized == has_kernel
                 assert not hasattr(experts, "aten_weight") and not experts.format.is_quantized
@@ -235,7 +239,7 @@ def test_sizes_are_the_same_in_all_languages():
     """Numbers that Python, C++ and Triton each have to know."""
     code = (kernels.build.SOURCES / "weights.h").read_text()
     sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
-    assert sizes["BLOCK_N"] == CPU_BLOCK_N and ops.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
+    assert sizes["BLOCK_N"] == CPU_BLOCK_N and dispatch.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
     assert heads.BLOCK_T.value == backend.MAX_TRITON_NEW_TOKENS
     for dtype in (torch.bfloat16, torch.float16):
         halves = torch.tensor([magic_number(dtype)], dtype=torch.int32).view(dtype).tolist()

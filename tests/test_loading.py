@@ -9,7 +9,7 @@ import torch
 
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
-from kernels.formats import GroupedInt8, Int4, Int8, Unquantized
+from formats import GroupedInt8, Int4, Int8, Unquantized
 from loading import load, load_model
 from model import KVCache
 from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder

@@ -8,14 +8,14 @@ import sys
 import pytest
 import torch
 
+import formats
 import gptq
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
-from kernels import formats
-from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized, format_from_dict
-from kernels.formats.float_bits import E2M1_VALUES, round_mxfp4
-from kernels.formats.integers import AffineFormat, split_groups
+from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized, format_from_dict
+from formats.float_bits import E2M1_VALUES, round_mxfp4
+from formats.integers import AffineFormat, split_groups
 from loading import load_model
 from model import KVCache
 from scripts.kernel_checks import exact_results

@@ -7,9 +7,10 @@ import threading
 import pytest
 import torch
 
-import kernels
+import kernels.build
+import ops
 from config import ModelConfig, MoEConfig
-from kernels.formats import Float8, Int4, Int8, Unquantized
+from formats import Float8, Int4, Int8, Unquantized
 from kernels.record import MAX_CPU_GRAPHS, call_at_graph_break, call_with_tape_threads, record
 from kernels.schema import RECORDABLE, LayerCache, PositionTables
 from layers import ExpertsDown, ExpertsGateUp
@@ -88,7 +89,7 @@ def test_every_argument_is_recorded(format):
     embedding = make_embedding(97, dim, format, torch.float32)
     norm, sinks = make_norm(dim, torch.float32), torch.randn(n_heads)
     q_norm, k_norm = make_norm(n_heads * d, torch.float32), make_norm(n_kv_heads * d, torch.float32)
-    norm.backend = kernels.CPU
+    norm.backend = ops.CPU
     config = ModelConfig(dim, 1, n_heads, n_kv_heads, d, 48, 97, 64)
     qkv_proj = make_linear(128, dim, format, torch.float32, clip=2.0)
     head = make_linear(97, dim, format, torch.float32, out_scale=0.1, softcap=5.0)
@@ -100,13 +101,13 @@ def test_every_argument_is_recorded(format):
     caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind()) for _ in range(2)]
 
     def step(tokens, start_pos, cache):
-        x = kernels.embed(tokens, embedding, 8.0, torch.float32)
+        x = ops.embed(tokens, embedding, 8.0, torch.float32)
         y = attend(
-            qkv_proj(x), cache, tables, start_pos, n_heads, kernels.CPU, 0, q_norm, k_norm, sinks, scale=0.3,
+            qkv_proj(x), cache, tables, start_pos, n_heads, ops.CPU, 0, q_norm, k_norm, sinks, scale=0.3,
             softcap=2.0,
         )
         x = norm(y, residual=x)
-        topk_weights, topk_ids = kernels.route(router(x), 2, True, 2, kernels.CPU)
+        topk_weights, topk_ids = ops.route(router(x), 2, True, 2, ops.CPU)
         hidden = gate_up(x, topk_ids, activation="clamped_swiglu")
         return head(down(hidden, topk_ids, topk_weights, residual=x), out_dtype=torch.float32)
 
@@ -141,15 +142,15 @@ def test_threads_record_at_the_same_time():
     """A thread records a step of two tapes while another thread records one of two tapes."""
 
     def add_thrice(x):
-        twice = call_at_graph_break(lambda t: t + 0, kernels.add(x, x, kernels.CPU))
-        return kernels.add(twice, x, kernels.CPU)
+        twice = call_at_graph_break(lambda t: t + 0, ops.add(x, x, ops.CPU))
+        return ops.add(twice, x, ops.CPU)
 
     def step(x):
-        twice = kernels.add(x, x, kernels.CPU)
+        twice = ops.add(x, x, ops.CPU)
         thread = threading.Thread(target=lambda: others.append(record(add_thrice)(y)))
         thread.start()
         thread.join()
-        return kernels.add(call_at_graph_break(lambda t: t * 2, twice), x, kernels.CPU)
+        return ops.add(call_at_graph_break(lambda t: t * 2, twice), x, ops.CPU)
 
     x, y, others = torch.randn(2, 37), torch.randn(5), []
     assert torch.equal(record(step)(x), x * 4 + x)
@@ -163,7 +164,7 @@ def test_recordings_are_bounded():
 
     def step(x):
         shapes.append(len(x))
-        return kernels.add(x, x, kernels.CPU)
+        return ops.add(x, x, ops.CPU)
 
     recorded, n = record(step), MAX_CPU_GRAPHS
     for length in [*range(1, n + 1), 1, n + 1, 1, 2]:
@@ -183,7 +184,7 @@ def test_what_is_no_operation_raises(operation):
         logits = model(tokens, start_pos, kv_cache, tables)
         return torch.softmax(logits, -1) if operation is torch.softmax else operation(logits)
 
-    with pytest.raises(RuntimeError, match="is no operation of kernels/ops.py"):
+    with pytest.raises(RuntimeError, match="is no operation of ops/dispatch.py"):
         record(step)(token, position)
     with torch.inference_mode():
         recorded = record(lambda *inputs: model(*inputs, kv_cache, tables)[:, -1].view(-1))  # views may
@@ -197,7 +198,7 @@ def test_ctrl_c_leaves_no_kernel_recording():
     n_left = 0  # calls and returns until Ctrl-C
 
     def step(x):
-        return kernels.add(x, x, kernels.CPU)
+        return ops.add(x, x, ops.CPU)
 
     def interrupt(frame, event, arg):
         nonlocal n_left
@@ -222,8 +223,8 @@ def test_ctrl_c_leaves_no_kernel_recording():
 
 def test_a_tape_can_hold_every_operation_of_a_short_step():
     """Each operation of a tape is in the backend's table, as Backend.has_kernels_for assumes."""
-    assert RECORDABLE <= kernels.CPU.max_tokens.keys()
-    assert all(kernels.CPU.find_kernel(name, 1) is not None for name in kernels.CPU.max_tokens)
+    assert RECORDABLE <= ops.CPU.max_tokens.keys()
+    assert all(ops.CPU.find_kernel(name, 1) is not None for name in ops.CPU.max_tokens)
 
 
 @built
@@ -266,7 +267,7 @@ def test_a_function_runs_between_two_tapes():
         total.append(float(t.sum()))
         return t * 2
 
-    step = record(lambda t: kernels.add(call_at_graph_break(double, kernels.add(t, t, kernels.CPU)), t, kernels.CPU))
+    step = record(lambda t: ops.add(call_at_graph_break(double, ops.add(t, t, ops.CPU)), t, ops.CPU))
     for value in (1.0, 3.0):
         assert torch.equal(step(x + value), x + 5 * value)
     assert total[-2:] == [148.0, 444.0]  # of what the first tape had just computed

@@ -17,7 +17,7 @@ from engine.runner import ModelRunner
 from engine.sampling import SamplingParams, sample
 from engine.scheduler import Scheduler, sample_each
 from engine.sequence import Sequence, build_sequence
-from kernels.formats import MXFP4, Float8, Int4, Int8
+from formats import MXFP4, Float8, Int4, Int8
 from llm import LLM
 from loading import load
 from model import KVCache, Transformer

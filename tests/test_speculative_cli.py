@@ -15,8 +15,8 @@ from checkpoint import read_checkpoint, save_checkpoint
 from cli.startup import warn_without_kernels
 from config import ModelConfig
 from engine import speculate as speculate_module
-from kernels import CPU, TRITON
 from model import empty_model
+from ops import CPU, TRITON
 from tests.byte_models import random_folder, set_up
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
 from tests.tiny import call_main, convert, write_folder

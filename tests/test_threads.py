@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.formats.cpu_layouts import CPU_BLOCK_N
+from formats.cpu_layouts import CPU_BLOCK_N
 
 SOURCE = Path(__file__).with_name("threads_test.cpp")
 

@@ -20,7 +20,7 @@ import pytest
 import quantize
 import tp
 from config import ModelConfig
-from kernels.formats import Int4, Unquantized
+from formats import Int4, Unquantized
 from tests import test_grok_and_baichuan
 from tests.tiny import convert, give_input_orders, make_hf, quantize_embedding, write_folder
 from tests.tp_ranks import CASES, COMMANDS, run_command, run_commands

@@ -16,10 +16,10 @@ import torch
 from triton.language.core import is_builtin
 from triton.runtime import interpreter
 
-import kernels
+import ops
 from config import ModelConfig
-from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.formats.triton_layouts import pack_tiles
+from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
+from formats.triton_layouts import pack_tiles
 from kernels.schema import LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
@@ -111,9 +111,9 @@ def test_rows(format, rows):
     y = x.double() @ matrix.T
     if rows:
         bound = exact_sums_error(x.double().abs() @ matrix.abs().T, 64, format)
-        bounds.check(kernels.fused_linear(x, use_triton(w)), y, bound)
+        bounds.check(ops.fused_linear(x, use_triton(w)), y, bound)
     else:
-        assert kernels.fused_linear(x, use_triton(w)).shape == y.shape
+        assert ops.fused_linear(x, use_triton(w)).shape == y.shape
 
 
 @pytest.mark.parametrize("format", QUANTIZED, ids=format_label)
@@ -129,11 +129,11 @@ def test_extremes(format):
     for scale in (1.0, 1e10, 1e-15):
         x = torch.randn(2, 64) * scale
         y = x.double() @ matrix.T
-        bounds.check(kernels.fused_linear(x, w), y, bounds.product_error(x, magnitude, y, torch.float32))
-    assert not kernels.fused_linear(torch.zeros(1, 64), w).any()
+        bounds.check(ops.fused_linear(x, w), y, bounds.product_error(x, magnitude, y, torch.float32))
+    assert not ops.fused_linear(torch.zeros(1, 64), w).any()
     for bad in (torch.nan, torch.inf):
         x[1, 3] = bad
-        y = kernels.fused_linear(x, w)
+        y = ops.fused_linear(x, w)
         assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
@@ -165,7 +165,7 @@ def test_every_element(dtype):
         use_triton(w)
         assert torch.equal(w.dequantized_weight(torch.float32), expected)
         for x in torch.eye(32, dtype=dtype).split(8):
-            assert torch.equal(kernels.fused_linear(x, w, out_dtype=torch.float32), x.float() @ expected.T)
+            assert torch.equal(ops.fused_linear(x, w, out_dtype=torch.float32), x.float() @ expected.T)
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (5, 8), (33, 200), (2, 16, 72)])
@@ -200,11 +200,11 @@ def test_unknown_format():
     """The format stays in PyTorch. A kernel that gets the format raises an error."""
     w = make_linear(16, 64, Int4(32), torch.float32)
     w.format = Unknown(32)
-    kernels.pack_for_triton([w])
+    ops.pack_for_triton([w])
     assert w.backend.name == "torch"
     w.format = Int4(32)
     use_triton(w).format = Unknown(32)
-    for call in (lambda: kernels.fused_linear(torch.zeros(1, 64), w), lambda: w.dequantized_weight(torch.float32)):
+    for call in (lambda: ops.fused_linear(torch.zeros(1, 64), w), lambda: w.dequantized_weight(torch.float32)):
         with pytest.raises(ValueError, match="not 99"):
             call()
 
@@ -221,7 +221,7 @@ def test_a_format_without_a_layout():
     w = make_linear(16, 64, Int4(32), torch.float32)
     w.format = NoLayout()
     with pytest.raises(NotImplementedError, match="no-layout.g32 is .* no method pack_for_triton"):
-        kernels.pack_for_triton([w])
+        ops.pack_for_triton([w])
     for format in KERNEL_FORMATS:
         assert format.format_class.pack_for_triton is not WeightFormat.pack_for_triton
 
@@ -233,7 +233,7 @@ def test_a_format_without_a_layout():
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
 def test_router_of_nan(logits, norm_topk_prob):
     """Some experts, none beyond the last and none twice; their weights say that something is wrong."""
-    topk_weights, topk_ids = kernels.route(torch.tensor([logits]), 3, norm_topk_prob, 0, kernels.TRITON)
+    topk_weights, topk_ids = ops.route(torch.tensor([logits]), 3, norm_topk_prob, 0, ops.TRITON)
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()
 
 
@@ -245,7 +245,7 @@ def test_sample_of_what_is_not_finite(value):
     logits = torch.randn(2, 3000)
     logits[1, 2500] = value
     for temperature in (0.0, 1.0):
-        tokens = kernels.sample(logits, temperature, kernels.TRITON)
+        tokens = ops.sample(logits, temperature, ops.TRITON)
         assert tokens[0] >= 0 and tokens[1] == -1
 
 
@@ -261,7 +261,7 @@ def test_attention_stays_in_the_cache():
         cache[:, :, :4], cache[:, :, 20:] = torch.nan, torch.nan
     before, inside = LayerCache(k.clone(), v.clone()), slice(4, 20)
     start_pos, qkv = torch.tensor([15, 18, 1000, -1, -1000]), torch.randn(5, 1, (4 + 2 * G) * D)
-    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside]), tables, start_pos, 4, kernels.TRITON)
+    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside]), tables, start_pos, 4, ops.TRITON)
     assert ours[:3].isfinite().all()
     fits = slice(0, 1)
     cache = LayerCache(before.k[fits, :, inside], before.v[fits, :, inside])
@@ -348,7 +348,7 @@ def test_without_matrix_units(monkeypatch):
     for dtype, min_block_m, most in [(torch.bfloat16, 8, 64), (torch.float32, 8, 8), (torch.float16, 1, 8)]:
         monkeypatch.setattr(launch, "gpu_info", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
-        kernels.pack_for_triton([w], dtype)
+        ops.pack_for_triton([w], dtype)
         assert w.backend.max_tokens["fused_linear"] == most
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
+from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
 from kernels.triton import launch
 from utils.files import ROOT
 

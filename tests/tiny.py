@@ -12,13 +12,13 @@ import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
 from converters.convert_folder import convert_folder
-from kernels.formats import QuantizationScheme
+from formats import QuantizationScheme
 from loading import load_model
 from model import KVCache, empty_model
 from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
 
-PACKAGES = ("cli", "converters", "engine", "evaluation", "kernels", "text", "utils")
+PACKAGES = ("cli", "converters", "engine", "evaluation", "formats", "kernels", "ops", "text", "utils")
 
 SIZES = {
     "hidden_size": 48,

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import collectives  # noqa: E402
 import eval as evaluation  # noqa: E402
+import formats  # noqa: E402
 import generate  # noqa: E402
 import loading  # noqa: E402
 import tp  # noqa: E402
@@ -30,8 +31,7 @@ from cli.ranks import process_group  # noqa: E402
 from engine import generation  # noqa: E402
 from engine.runner import ModelRunner  # noqa: E402
 from engine.sampling import SamplingParams  # noqa: E402
-from kernels import formats  # noqa: E402
-from kernels.formats import QuantizationScheme  # noqa: E402
+from formats import QuantizationScheme  # noqa: E402
 from model import KVCache, Transformer, empty_model  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)

@@ -2,7 +2,7 @@
 // tape replays them, so tensors are checked here. Each function checks its tensors, allocates the output, and submits
 // the operation (tape.h: submit). kernels/build.py compiles this file, which includes the headers.
 //
-//     kernels/ops.py          describes the operations
+//     ops/dispatch.py          describes the operations
 //     kernels/schema.py       has the schemas of the functions
 //
 // The headers, in the order in which to read them:
@@ -86,7 +86,7 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
 }
 
 // Checks the tensors of a weight [n, k] or [n_experts, n, k]. Returns them as Weights. format_id is
-// WeightFormat.format_id in kernels/formats/, and type is the dtype of the activations.
+// WeightFormat.format_id in formats/, and type is the dtype of the activations.
 Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t format_id, int64_t n,
                       int64_t k, int64_t group_size, ScalarType type) {
   STD_TORCH_CHECK(format_id >= 0 && format_id < Formats::SIZE, "these kernels do not know this format of weights");

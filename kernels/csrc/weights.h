@@ -1,5 +1,5 @@
-// Weights as kernels/formats/cpu_layouts.py packs them (Weights), and a struct for each format of weights.
-// kernels/formats/__init__.py has a table of the formats in a checkpoint.
+// Weights as formats/cpu_layouts.py packs them (Weights), and a struct for each format of weights.
+// formats/__init__.py has a table of the formats in a checkpoint.
 //
 //     y [m, n] = x [m, k] W [n, k]^T      m tokens, k inputs, n outputs
 //
@@ -36,7 +36,7 @@ constexpr int64_t ACT_GROUP = 16;       // activations that share a scale, if th
 //
 // The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP inputs.
 struct Weights {
-  int64_t format;                                    // format_id in kernels/formats/
+  int64_t format;                                    // format_id in formats/
   const char *data, *scales, *zeros;                 // scales and zeros are null if the format has none
   int64_t data_stride, scales_stride, zeros_stride;  // bytes between two matrices of the stack
   int64_t bits, padded_k;                            // bits of an element; padded_k is k if outputs are not padded
@@ -164,7 +164,7 @@ struct MXFP4 : FormatDefaults {
 };
 
 template <typename... F> struct FormatList { static constexpr int64_t SIZE = sizeof...(F); };
-using Formats = FormatList<Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4>;  // by format_id: kernels/formats/
+using Formats = FormatList<Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4>;  // by format_id: formats/
 
 // Calls function(F{}) with the list's struct F at index.
 template <typename First, typename... Others, typename Function>

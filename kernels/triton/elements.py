@@ -6,7 +6,7 @@
     unpack_scale_words       a scale and a zero point in one word
     decode_e8m0              a scale that is a power of two
 
-kernels/formats/triton_layouts.py packs the words.
+formats/triton_layouts.py packs the words.
 
 The floats have the type DTYPE, which is the type of x. A register holds two 16-bit floats. So the functions decode
 elements in pairs. The two elements of a pair are 16 bits apart in the word, and neighbours in their row of W. For
@@ -39,7 +39,7 @@ def tiles_to_floats(
     words, magic_number, DECODE: tl.constexpr, TILES_N: tl.constexpr, SLICE_K: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Decodes the words [TILES_N * TILES_K, 128] of TILES_N rows of TILES_K tiles to the left factor of tl.dot, in
-    slices of SLICE_K columns: [64 TILES_K / SLICE_K, 16 TILES_N, SLICE_K]. kernels/formats/triton_layouts.py draws a
+    slices of SLICE_K columns: [64 TILES_K / SLICE_K, 16 TILES_N, SLICE_K]. formats/triton_layouts.py draws a
     tile.
 
     DECODE: int4_pair or e2m1_pair.

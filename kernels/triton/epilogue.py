@@ -1,4 +1,4 @@
-"""What follows the product in fused_linear_kernel (linear.py), in the order that kernels/ops.py gives.
+"""What follows the product in fused_linear_kernel (linear.py), in the order that ops/dispatch.py gives.
 
     epilogue         bias, activation, out_scale, softcap, clip and residual
     activate         the activations

@@ -15,8 +15,8 @@ The arguments of multiply_... are
 linear.py calls multiply_..., dequantize_kernel and embed_kernel call dequantize_.... Both load with weights.py, and
 convert what is loaded to floats with elements.py.
 
-kernels/formats/__init__.py has the table of all formats: the tensors of a checkpoint, and their meaning.
-kernels/formats/triton_layouts.py packs these tensors.
+formats/__init__.py has the table of all formats: the tensors of a checkpoint, and their meaning.
+formats/triton_layouts.py packs these tensors.
 
 In shape comments a row of W is an output, and a column an input.
 """
@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import JITFunction
 
-from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
+from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.schema import WeightArguments, triton_op
 from kernels.triton.elements import (
     decode_e8m0,
@@ -181,7 +181,7 @@ class Scales(Enum):
 
     NONE = "none"
     FLOAT32 = "float32"
-    WITH_ZEROS = "words of a scale and a zero point"  # kernels/formats/triton_layouts.py: pack_scales
+    WITH_ZEROS = "words of a scale and a zero point"  # formats/triton_layouts.py: pack_scales
     E8M0 = "exponents of powers of two"
 
 

@@ -48,14 +48,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import Unquantized
+from formats import Unquantized
 from kernels.triton.formats import kernel_format
 
 TUNED = Path(__file__).with_name("tuned.json")
 # Tokens that an instruction of NVIDIA's matrix unit multiplies: the n of mma.m16n8k16. So 8 tokens cost as much as one,
 # and the tile sizes that were measured for one token hold for 8.
 MMA_TOKENS = 8
-N_SEMAPHORES = 2**14  # 64 tokens (kernels/backend.py: MAX_TRITON_TOKENS) with 256 key/value heads
+N_SEMAPHORES = 2**14  # 64 tokens (ops/backend.py: MAX_TRITON_TOKENS) with 256 key/value heads
 
 
 class Gpu(NamedTuple):

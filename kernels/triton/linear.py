@@ -1,7 +1,7 @@
 """Products of a few tokens and a weight in any format, in Triton. A decode step on a GPU mostly waits for weights, so
 each is read once for all tokens, and what comes before and after a product is computed with it.
 
-    fused_linear    y = x W^T, and what comes before and after the product, in the order that kernels/ops.py gives
+    fused_linear    y = x W^T, and what comes before and after the product, in the order that ops/dispatch.py gives
     rms_norm        a norm that no product follows
     permute_inputs  puts x in the order of the columns of W
 

@@ -9,7 +9,7 @@
 W has one of two layouts:
 
     rows     [N, K], row after row
-    tiles    tiles of 16 rows and 64 columns (IS_TILED), which kernels/formats/triton_layouts.py draws
+    tiles    tiles of 16 rows and 64 columns (IS_TILED), which formats/triton_layouts.py draws
 
 formats.py lists the layout of each format. linear.py and formats.py call these functions.
 """

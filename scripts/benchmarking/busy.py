@@ -35,7 +35,7 @@ from tqdm import tqdm
 from config import ModelConfig
 from engine.generation import generate
 from engine.runner import ModelRunner
-from kernels.formats import WeightFormat
+from formats import WeightFormat
 from model import KVCache
 from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, random_prompt, time_tokens
 from utils.errors import OutOfMemoryError, UsageError

@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoint import read_checkpoint
 from config import ModelConfig
 from converters.write_model import part_shapes
-from kernels.formats import Int4, Int8, Tensors
+from formats import Int4, Int8, Tensors
 from quantize import linear_weights, quantize_each, write_quantized
 from rope import rope_frequencies
 from scripts.benchmarking.compare_speed import PREFILL

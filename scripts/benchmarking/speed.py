@@ -28,7 +28,7 @@ from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step_bytes import active_weight_bytes, step_bytes
-from kernels.formats import Tensors, Unquantized, WeightFormat
+from formats import Tensors, Unquantized, WeightFormat
 from layers import Embedding, Linear, LinearBase, RMSNorm
 from model import KVCache, Transformer, empty_model
 from utils.errors import UsageError

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
-import kernels
+import ops
 from config import ModelConfig, is_gated
-from kernels.formats import WeightFormat
+from formats import WeightFormat
 from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_info, table_key
 from layers import Linear, RMSNorm
 from model import empty_model
@@ -77,7 +77,7 @@ def make_weights(n: int, k: int, format: WeightFormat, device: torch.device) -> 
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     for _ in range(1 + 4 * cache_bytes // weights[0].weight.nbytes):
         weights.append(random_linear((n, k), format, device, torch.bfloat16))
-    kernels.pack_for_triton(weights)
+    ops.pack_for_triton(weights)
     return weights
 
 
@@ -89,7 +89,7 @@ def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
 
     def multiply():
         for w in weights:
-            kernels.fused_linear(x, w, norm, activation="swiglu" if gated else None)
+            ops.fused_linear(x, w, norm, activation="swiglu" if gated else None)
 
     return do_bench_cudagraph(multiply, return_mode="median") * 1e3 / len(weights)
 

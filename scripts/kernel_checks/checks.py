@@ -15,13 +15,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-import kernels
+import ops
 from config import ACTIVATIONS
 from engine.sampling import multinomial
-from kernels import torch_ops
-from kernels.formats import MXFP4, Float8, Int4, Int8, Unquantized, WeightFormat
-from kernels.ops import FUSED_GLU_MULTIPLE
+from formats import MXFP4, Float8, Int4, Int8, Unquantized, WeightFormat
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
+from ops import torch_ops
+from ops.dispatch import FUSED_GLU_MULTIPLE
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.attention import ATTENTION_OPTIONS, check_attention
 from scripts.kernel_checks.exact_results import (
@@ -172,17 +172,17 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
         case = f"{format_label(format)} {n}x{k} of {n_tokens} tokens"
         x, residual = integers(1, n_tokens, k, dtype=dtype), torch.randn(1, n_tokens, n).to(dtype)
         y, terms = exact_product(x, matrix, bias)
-        ours = kernels.fused_linear(x, w, out_dtype=torch.float32)
+        ours = ops.fused_linear(x, w, out_dtype=torch.float32)
         yield Comparison("float32_linear", case, ours, y, exact_sums_error(terms, k, format))
 
         y, terms = exact_product(x, matrix, bias, norm)
         error = exact_sums_error(terms, k, format) + separate_norm_error(x, norm, matrix)
         total, total_error = with_residual(y, error, residual)
-        ours = kernels.fused_linear(x, w, norm, residual)
+        ours = ops.fused_linear(x, w, norm, residual)
         yield Comparison("linear", case, ours, total, stored_error(total, total_error, dtype))
 
         y, error = exact_stored_activation(y, error, "swiglu", dtype, fused=n % FUSED_GLU_MULTIPLE == 0)
-        yield Comparison("swiglu_linear", case, kernels.fused_linear(x, w, norm, activation="swiglu"), y, error)
+        yield Comparison("swiglu_linear", case, ops.fused_linear(x, w, norm, activation="swiglu"), y, error)
 
 
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
@@ -200,13 +200,13 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     case = f"{format_label(format)} {n}x{k} of {n_tokens} tokens, random"
     y = x.double() @ matrix.T
     error = bounds.product_error(x, magnitude, y, torch.float32)
-    yield Comparison("float32_linear", case, kernels.fused_linear(x, w, out_dtype=torch.float32), y, error)
+    yield Comparison("float32_linear", case, ops.fused_linear(x, w, out_dtype=torch.float32), y, error)
 
     normed = exact_rms_norm(x, norm)
     y = normed @ matrix.T
     rounded_factors = bounds.U[factor_dtype(dtype)] * (normed.abs() @ matrix.abs().T)
     error = bounds.product_error(normed, magnitude, y, torch.float32) + rounded_factors
-    yield Comparison("float32_linear", case, kernels.fused_linear(x, w, norm, out_dtype=torch.float32), y, error)
+    yield Comparison("float32_linear", case, ops.fused_linear(x, w, norm, out_dtype=torch.float32), y, error)
 
 
 def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
     tokens, scale = torch.randint(n, (3, 4)), 1.7
     rows = exact[tokens]
     error = scale * triton_rounding_error(rows, dtype) + triton_rounding_error(2 * scale * rows, dtype)
-    yield Comparison("embed", case, kernels.embed(tokens, w, scale, dtype), scale * rows.double(), error)
+    yield Comparison("embed", case, ops.embed(tokens, w, scale, dtype), scale * rows.double(), error)
 
 
 def check_activation(dtype: torch.dtype, activation: str):
@@ -244,10 +244,10 @@ def check_activation(dtype: torch.dtype, activation: str):
         y, terms = exact_product(x, matrix, bias)
         assert n_tokens == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
         y, error = exact_stored_activation(y, exact_sums_error(terms, k, Unquantized()), activation, dtype, fused=True)
-        ours = kernels.fused_linear(x, w, activation=activation)
+        ours = ops.fused_linear(x, w, activation=activation)
         yield Comparison(operation, f"{n}x{k} of {n_tokens} tokens", ours, y, error)
     x[0, 3, 7] = torch.nan
-    is_nan = kernels.fused_linear(x, w, activation=activation).isnan()
+    is_nan = ops.fused_linear(x, w, activation=activation).isnan()
     expected = x.isnan().any(-1, keepdim=True).expand(is_nan.shape)
     yield Comparison(operation, "NaN", is_nan, expected, torch.zeros(()))
 
@@ -271,18 +271,18 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
         products, terms = exact_product(x, matrix, bias)
         sum_error = exact_sums_error(terms, k, Int8())
         y, error = epilogue(products, sum_error)
-        yield Comparison(operation, case, kernels.fused_linear(x, w, out_dtype=torch.float32), y, error)
+        yield Comparison(operation, case, ops.fused_linear(x, w, out_dtype=torch.float32), y, error)
         total, error = with_residual(y, error, residual)
-        ours = kernels.fused_linear(x, w, residual=residual)
+        ours = ops.fused_linear(x, w, residual=residual)
         yield Comparison(operation, f"{case}, residual", ours, total, stored_error(total, error, dtype))
         y, error = epilogue(*activate_with_error(products, sum_error))
-        ours = kernels.fused_linear(x, w, activation="swiglu")
+        ours = ops.fused_linear(x, w, activation="swiglu")
         yield Comparison(operation, f"{case}, swiglu", ours, y, stored_error(y, error, dtype))
 
 
 def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
     norm, (x, residual) = make_norm(dim, dtype), (torch.randn(2, 1, n_tokens, dim) * 3).to(dtype)
-    norm.backend = kernels.TRITON
+    norm.backend = ops.TRITON
     y = exact_rms_norm(x, norm)
     error = (dim + 8) * U32 * y.abs()
     yield Comparison("rms_norm", f"{n_tokens}x{dim}", norm(x), y, stored_error(y, error, dtype))
@@ -296,7 +296,7 @@ def check_permute_inputs(dtype: torch.dtype):
     ranks."""
     for n_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
-        y = kernels.permute_inputs(x, order.int(), kernels.TRITON)
+        y = ops.permute_inputs(x, order.int(), ops.TRITON)
         yield Comparison("permute_inputs", f"{n_tokens}x{k}, {n}", y, x[..., order].double(), torch.zeros(()))
 
 
@@ -329,7 +329,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n_experts, dim, ffn_dim, has_bias, token_counts = size
     w = exact_linear(dim, ffn_dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsDown)
     matrix, bias = matrix_and_bias(w)
-    kernels.pack_for_triton([w])
+    ops.pack_for_triton([w])
     assert w.backend.name == ("triton" if format.fits_kernels(ffn_dim) else "torch")
     for n_tokens in token_counts:
         topk_weights, topk_ids = torch_ops.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
@@ -353,7 +353,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
 def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, norm_topk_prob: bool):
     logits = torch.randn(1, n_tokens, n_experts + (n_shared_experts > 0)) * 3
     topk_weights, topk_ids = torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
-    our_weights, our_ids = kernels.route(logits, top_k, norm_topk_prob, n_shared_experts, kernels.TRITON)
+    our_weights, our_ids = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.TRITON)
     case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
     yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)
@@ -368,7 +368,7 @@ def check_sample(vocab_size: int):
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, -1
-    ours = kernels.sample(logits, 0.0, kernels.TRITON)
+    ours = ops.sample(logits, 0.0, ops.TRITON)
     yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
     logits = torch.randn(3, vocab_size)
     noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
@@ -386,7 +386,7 @@ def check_distribution(operation: str):
     probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 1000
     if operation == "sample":
         logits = (probabilities.log() * temperature).clamp(min=-1e30)
-        tokens = kernels.sample(logits.expand(n, 5), temperature, kernels.TRITON)
+        tokens = ops.sample(logits.expand(n, 5), temperature, ops.TRITON)
     else:
         n = 100_000
         tokens = multinomial(probabilities.expand(n, 5))

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import torch
 
-import kernels
-from kernels import formats, torch_ops
-from kernels.backend import Backend
-from kernels.formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
-from kernels.formats.integers import AffineFormat
+import formats
+import ops
+from formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
+from formats.integers import AffineFormat
 from kernels.schema import AttentionParams, LayerCache, PositionTables
 from layers import Embedding, Linear, LinearBase, RMSNorm
+from ops import torch_ops
+from ops.backend import Backend
 from scripts.kernel_checks import error_bounds as bounds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -97,7 +98,7 @@ def set_weight(matrix, w: torch.Tensor, format):
 def use_triton(module: torch.nn.Module) -> torch.nn.Module:
     """Switches all linear layers of module to the Triton kernels."""
     linears = [m for m in module.modules() if isinstance(m, LinearBase)]
-    kernels.pack_for_triton(linears)
+    ops.pack_for_triton(linears)
     assert all(w.backend.name == "triton" for w in linears)
     return module
 
@@ -118,12 +119,12 @@ def attend(
     qkv, cache: LayerCache, tables: PositionTables, start_pos, n_heads: int, backend: Backend, window: int = 0,
     q_norm=None, k_norm=None, sinks=None, scale: float | None = None, **options,
 ):
-    """Makes AttentionParams of the norms and options, and calls kernels.attend."""
+    """Makes AttentionParams of the norms and options, and calls ops.attend."""
     scale = scale or cache.k.shape[-1] ** -0.5
     if q_norm is not None:
         options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "eps": q_norm.eps}
     params = AttentionParams(n_heads, scale, window, sinks=sinks, **options)
-    return kernels.attend(qkv, params, cache, tables, start_pos, backend)
+    return ops.attend(qkv, params, cache, tables, start_pos, backend)
 
 
 # ---- Exact data -----------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> to
 def activate_with_error(
     x: torch.Tensor, error: torch.Tensor, activation: str = "swiglu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns kernels/ops.py: activate of x, and the error of the result. error: of x.
+    """Returns ops/dispatch.py: activate of x, and the error of the result. error: of x.
 
     The slope of relu2 at x is 2 x, so an error e of x changes x^2 by at most 2 x e + e^2. The slope of every other
     activation is at most 1.13. The slope of the factor that is made of up is at most 1."""
@@ -217,7 +218,7 @@ def activate_with_error(
 def exact_stored_activation(
     x: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns kernels/ops.py: activate of x, and the error after storing in dtype. If the activation is not fused with
+    """Returns ops/dispatch.py: activate of x, and the error after storing in dtype. If the activation is not fused with
     the matrix product x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
     if not fused:
         error = stored_error(x, error, dtype)

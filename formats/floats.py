@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
-from kernels.formats.cpu_layouts import pair_rows, to_blocks, words_to_blocks
-from kernels.formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
-from kernels.formats.integers import GROUP_SIZES, split_groups
-from kernels.formats.triton_layouts import by_column, pack_tiles, pack_words
+from formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
+from formats.cpu_layouts import pair_rows, to_blocks, words_to_blocks
+from formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
+from formats.integers import GROUP_SIZES, split_groups
+from formats.triton_layouts import by_column, pack_tiles, pack_words
 
 
 @dataclass(frozen=True)

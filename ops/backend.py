@@ -7,7 +7,7 @@ not every device has kernels, and a kernel for few tokens is slow for many token
               multiplies some quantized weights by PyTorch's own kernels
 
 Every layer holds a backend: TORCH, until packing.py packs the weights for another backend. An operation asks the
-layer's backend for a kernel (ops.py). A model asks whether there are kernels for all of a step (model.py).
+layer's backend for a kernel (dispatch.py). A model asks whether there are kernels for all of a step (model.py).
 
 The backends compute the same functions, but round differently. With activations of 16 bits:
 
@@ -15,11 +15,11 @@ The backends compute the same functions, but round differently. With activations
               step of an operation is rounded.
     kernels   Most results within an operation stay float32, and the last one is rounded. Exceptions:
     CPU       A product with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16 with a
-              scale each (csrc/activations.h: quantize_token). AMX (csrc/amx.h) and prefill (csrc/prefill_linear.h) do
-              not round x, but weights to bfloat16. A norm rounds x / rms(x), and then multiplies with its weight,
+              scale each (kernels/csrc/activations.h: quantize_token). AMX (kernels/csrc/amx.h) and prefill
+              (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds x / rms(x), and then multiplies with its weight,
               as PyTorch does.
     TRITON    A fused norm rounds x * weight to 16 bits, and divides by rms(x) after the matrix product
-              (triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
+              (kernels/triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
 
 With activations of 32 bits only the order of sums, the place of the division by rms(x), and the last bits of functions
 such as exp differ. scripts/kernel_checks/ has the bounds of the errors.
@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kernels import build
-from kernels.schema import MAX_CPU_TOKENS
+from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 
 # The most tokens that a Triton kernel takes, since a program of a product holds the sums of all tokens in registers.
 # The tokens of all sequences of a step count together.
@@ -99,14 +99,14 @@ class Backend:
 TORCH = Backend("torch")
 CPU = Backend(
     "cpu",
-    "gptfast_cpu",
+    CPU_NAMESPACE,
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *PRODUCTS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
 )
 TRITON = Backend(
     "triton",
-    "gptfast_triton",
+    TRITON_NAMESPACE,
     dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *PRODUCTS], MAX_TRITON_TOKENS),
     MAX_TRITON_NEW_TOKENS,
     MAX_TRITON_QUERIES,
@@ -123,7 +123,7 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
     library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(PRODUCTS, library.max_unquantized_tokens(is_bf16))
-    # Other kernels for a prompt, where they are faster than PyTorch (csrc/prefill_linear.h, csrc/prefill_attention.h)
+    # Other kernels for a prompt, where they are faster than PyTorch: kernels/csrc/prefill_linear.h, prefill_attention.h
     if library.has_prefill_linear(is_bf16):
         limits["fused_linear"] = math.inf
     if library.has_prefill_attention(is_bf16):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kernels.formats.cpu_layouts import to_blocks, words_to_blocks
+from formats.cpu_layouts import to_blocks, words_to_blocks
 
 Tensors = dict[str, Tensor]  # by name: "weight" and, if the format has them, "scales" and "zeros"
 QUANTIZE_CHUNK = 2**18  # elements quantized at a time: their float32 copies fit into the processor's cache
@@ -29,7 +29,7 @@ class WeightFormat:
         to_dict()    stands for the object in model.pth; from_dict is the inverse
     """
 
-    format_id: int  # the position in FORMATS and in csrc/weights.h: Formats; __init__.py sets format_id
+    format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: Formats; __init__.py sets format_id
     mode: str | None = None  # None: not quantized
     is_cli_mode = True  # whether --mode offers the class
     has_group_size_option = False  # whether --groupsize chooses the group size
@@ -37,7 +37,8 @@ class WeightFormat:
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
     elements_per_byte = 1  # of "weight"
     input_multiple = 1  # K must be a multiple of this number
-    rounds_activations = False  # whether C++ rounds 16-bit activations to int8; csrc/weights.h: INT8_ACTIVATIONS
+    # Whether C++ rounds 16-bit activations to int8 (kernels/csrc/weights.h: INT8_ACTIVATIONS)
+    rounds_activations = False
     shard_multiple = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
 
     @property
@@ -142,7 +143,7 @@ class Unquantized(WeightFormat):
     """A tensor of 16 or 32 bits.
 
     dequantized_from: the name of the checkpoint's format, if the weight was dequantized while loading, since that
-    format has no kernels on this device (kernels/packing.py: dequantize_weights)."""
+    format has no kernels on this device (ops/packing.py: dequantize_weights)."""
 
     dequantized_from: str | None = field(default=None, repr=False)
     is_cli_mode = False

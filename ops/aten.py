@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.formats import Int4, Int8, Tensors, WeightFormat
+from formats import Int4, Int8, Tensors, WeightFormat
 
 MAX_ATEN_TOKENS = 128
 MULTIPLE = 16  # the inputs that PyTorch's int8 kernel reads at a time, and the outputs that the int4 kernel computes

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
-from kernels.formats.cpu_layouts import words_to_blocks
-from kernels.formats.triton_layouts import pack_scales, pack_tiles
+from formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
+from formats.cpu_layouts import words_to_blocks
+from formats.triton_layouts import pack_scales, pack_tiles
 
 GROUP_SIZES = (32, 64, 128, 256)  # of Int4 and Float8; GroupedInt8 may have 16, too
 SCALE_DTYPES = ("bfloat16", "float16")  # that Int4 and GroupedInt8 may have

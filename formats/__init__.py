@@ -29,15 +29,15 @@ The files, in the order in which to read them:
     base.py             WeightFormat, the interface; Unquantized; packing of 4-bit elements
     integers.py         Int8, Int4, GroupedInt8
     floats.py           Float8, MXFP4; float_bits.py has their numbers
-    cpu_layouts.py      the layout for the C++ kernels (csrc/weights.h has a struct for each format)
-    triton_layouts.py   the layouts for the Triton kernels (triton/formats.py has two functions for each format)
+    cpu_layouts.py      the layout for the C++ kernels (kernels/csrc/weights.h has a struct for each format)
+    triton_layouts.py   the layouts for the Triton kernels (kernels/triton/formats.py: two functions for each)
 """
 
 from dataclasses import dataclass, field
 
-from kernels.formats.base import Tensors, Unquantized, WeightFormat
-from kernels.formats.floats import MXFP4, Float8
-from kernels.formats.integers import GROUP_SIZES, GroupedInt8, Int4, Int8
+from formats.base import Tensors, Unquantized, WeightFormat
+from formats.floats import MXFP4, Float8
+from formats.integers import GROUP_SIZES, GroupedInt8, Int4, Int8
 from utils.errors import UsageError
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
-# csrc/weights.h: Formats has the same order. kernels/build.py: check_formats makes sure
+# kernels/csrc/weights.h: Formats has the same order. kernels/build.py: check_formats makes sure
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
 for i, format_class in enumerate(FORMATS):
     format_class.format_id = i

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import aten, build
-from kernels.backend import TORCH, cpu_backend, triton_backend
-from kernels.formats import Tensors, Unquantized, WeightFormat
-from kernels.formats.base import QUANTIZE_CHUNK
-from kernels.formats.cpu_layouts import CPU_BLOCK_K
+from formats import Tensors, Unquantized, WeightFormat
+from formats.base import QUANTIZE_CHUNK
+from formats.cpu_layouts import CPU_BLOCK_K
+from kernels import build
+from ops import aten
+from ops.backend import TORCH, cpu_backend, triton_backend
 from utils.machine import drop_pages, free_memory, use_huge_pages
 
 if TYPE_CHECKING:  # layers.py imports this package

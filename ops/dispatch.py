@@ -1,8 +1,8 @@
 """The operations that a model is made of. Layers compute by nothing else, so one forward serves every device, and a CPU
-can record a step as a flat list of operations (record.py).
+can record a step as a flat list of operations (kernels/record.py).
 
     fused_linear       a matrix product with what comes before and after it. Each step but the product is optional:
-                       1. RMSNorm of x   2. x W^T   3. bias   4. schema.py: Epilogue   5. residual
+                       1. RMSNorm of x   2. x W^T   3. bias   4. Epilogue   5. residual
     rms_norm           a norm that no matrix product follows, and the residual after the norm
     permute_inputs     puts x in the order of the columns of a weight
     activate, add      an activation or a residual that fused_linear cannot fuse
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from config import is_gated
-from kernels import torch_ops
-from kernels.backend import Backend
 from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, LayerCache, PositionTables
+from ops import torch_ops
+from ops.backend import Backend
 
 if TYPE_CHECKING:  # layers.py imports this file
     from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix

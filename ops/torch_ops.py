@@ -1,8 +1,8 @@
 """The operations in plain PyTorch, for steps without kernels: prefill, other devices, and --kernels off. These
 functions are also the definition with which the tests compare the kernels.
 
-kernels/ops.py describes the operations. A weight of any format is read through linear.dequantized_weight(dtype). If the
-weight is packed for a backend, a kernel of this backend dequantizes the weight.
+ops/dispatch.py describes the operations. A weight of any format is read through linear.dequantized_weight(dtype). If
+the weight is packed for a backend, a kernel of this backend dequantizes the weight.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import is_gated
-from kernels import aten
 from kernels.schema import AttentionParams, Epilogue, LayerCache
+from ops import aten
 
-if TYPE_CHECKING:  # layers.py imports ops.py, which imports this file
+if TYPE_CHECKING:  # layers.py imports dispatch.py, which imports this file
     from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, WeightMatrix
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
@@ -221,7 +221,7 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
 
 
 def experts_gate_up(x: Tensor, linear: ExpertsGateUp, topk_ids: Tensor) -> Tensor:
-    """kernels/ops.py: experts_gate_up without norm and activation, for which ops.py calls rms_norm and activate."""
+    """ops/dispatch.py: experts_gate_up without norm and activation, which are calls of their own."""
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
     y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new_tokens=x.shape[-2])
     return y.view(*topk_ids.shape, linear.out_features)

@@ -1,9 +1,9 @@
 """The layout of weights for the C++ kernels. WeightFormat.pack_for_cpu calls these functions.
 
 A block is 16 rows of W. A word is four bytes of a row: 4 elements of 8 bits, or 8 elements of 4 bits. A packed block
-has word 0 of all 16 rows, then word 1 of all 16 rows, and so on (csrc/weights.h draws a block). So a load of 64 bytes
-fills a vector register, and the 16 lanes of the register are 16 outputs. Rows are padded to a multiple of 16 elements.
-Scales and zeros are packed likewise, group by group, without padding.
+has word 0 of all 16 rows, then word 1 of all 16 rows, and so on (kernels/csrc/weights.h draws a block). So a load of
+64 bytes fills a vector register, and the 16 lanes of the register are 16 outputs. Rows are padded to a multiple of 16
+elements. Scales and zeros are packed likewise, group by group, without padding.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CPU_BLOCK_N = 16  # rows of a block
-CPU_BLOCK_K = 16  # elements of a row that a kernel multiplies at a time (csrc/weights.h: ACT_GROUP)
+CPU_BLOCK_K = 16  # elements of a row that a kernel multiplies at a time (kernels/csrc/weights.h: ACT_GROUP)
 
 
 def words_to_blocks(weight: Tensor, elements_per_byte: int) -> Tensor:
@@ -27,6 +27,6 @@ def to_blocks(t: Tensor, row_multiple: int = 1) -> Tensor:
 
 def pair_rows(words: Tensor) -> Tensor:
     """Reorders pairs of bytes among the words [..., 16] of 4 neighbouring rows: elements 0 and 1 of the 4 rows come
-    first, then elements 2 and 3 (csrc/float8.h draws the order)."""
+    first, then elements 2 and 3 (kernels/csrc/float8.h draws the order)."""
     pairs = words.view(torch.int16).unflatten(-1, (-1, 4, 2))  # [..., four rows, row, pair]
     return pairs.mT.contiguous().flatten(-3).view(torch.int32)
