@@ -16,8 +16,8 @@ The backends compute the same functions, but round differently. With activations
     kernels   Most results within an operation stay float32, and the last one is rounded. Exceptions:
     CPU       A product with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16 with a
               scale each (kernels/csrc/activations.h: quantize_token). AMX (kernels/csrc/amx.h) and prefill
-              (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds x / rms(x), and then multiplies with its weight,
-              as PyTorch does.
+              (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds x / rms(x), and
+              then multiplies with its weight, as PyTorch does.
     TRITON    A fused norm rounds x * weight to 16 bits, and divides by rms(x) after the matrix product
               (kernels/triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
 
@@ -123,7 +123,7 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
     library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(PRODUCTS, library.max_unquantized_tokens(is_bf16))
-    # Other kernels for a prompt, where they are faster than PyTorch: kernels/csrc/prefill_linear.h, prefill_attention.h
+    # Other kernels for a prompt, where they are faster than PyTorch: prefill_*.h of kernels/csrc/
     if library.has_prefill_linear(is_bf16):
         limits["fused_linear"] = math.inf
     if library.has_prefill_attention(is_bf16):
