@@ -8,7 +8,8 @@
     tp.py, collectives.py           test_tp
     kernels/                        test_record, test_kernels_builds
     kernels/formats/                test_quantize
-    kernels/csrc/                   test_kernels, test_kernels_attention, test_kernels_experts, test_threads
+    kernels/csrc/                   test_kernels, test_kernels_attention, test_kernels_experts,
+                                    test_kernels_sampling, test_threads
     kernels/triton/                 test_triton, test_triton_launch
     converters/                     test_convert, test_hf_config, test_hf_quantized, test_hf_quantized_broken,
                                     test_lora, test_meta; of GGUF test_convert_gguf, test_gguf_quantized,
