@@ -116,7 +116,7 @@ TRITON = Backend(
     dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *PRODUCTS], MAX_TRITON_TOKENS),
     MAX_TRITON_NEW_TOKENS,
     MAX_TRITON_QUERIES,
-    sample_options=frozenset(),
+    sample_options=frozenset(["top_p", "min_p"]),
 )
 
 

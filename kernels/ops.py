@@ -11,6 +11,7 @@ can record a step as a flat list of operations (record.py).
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
     route              the router's choice of experts
     experts_gate_up, experts_down      the matrix products with the weights of the chosen experts
+    sample             the next token, drawn or the likeliest
 
 An operation asks a backend for a kernel: the backend of its layer, or the argument backend. Without a kernel it calls
 torch_ops.py. backend.py lists the backends, their limits, and how their rounding differs.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels
+from scripts.kernel_checks.exact_results import kept_tokens
 from tests.cpu_kernels import built
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -47,17 +48,6 @@ def test_logits_that_the_kernel_does_not_take():
 # ---- A random token -------------------------------------------------------------------------------------------------
 
 
-def truncated_distribution(logits, temperature: float, top_k=None, top_p=1.0, min_p=0.0) -> torch.Tensor:
-    """The probabilities [V] of tokens, the slow and plain way: by sorting."""
-    weights = ((logits.double() - logits.max()) / temperature).exp()
-    weights, order = weights.sort(descending=True, stable=True)
-    weights[top_k or len(logits) :] = 0
-    before = weights.cumsum(-1) - weights
-    weights[(before >= top_p * weights.sum()) & (before > 0)] = 0
-    weights[weights < min_p] = 0
-    return torch.zeros_like(weights).scatter(-1, order, weights / weights.sum())
-
-
 TRUNCATIONS = [{}, {"top_k": 1}, {"top_k": 7}, {"top_k": 4000}, {"top_p": 1e-9}, {"top_p": 0.613}, {"top_p": 0.9999}]
 TRUNCATIONS += [{"min_p": 0.3}, {"min_p": 1.0}, {"top_k": 50, "top_p": 0.9}, {"top_k": 20, "top_p": 0.6, "min_p": 0.1}]
 
@@ -72,9 +62,10 @@ def test_drawn_tokens(vocab_size, truncation):
     n, noise = 500, 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
     for logits in (noise, 3 * noise, noise.round(), (noise > 2).float(), torch.zeros(vocab_size), 1e37 * noise):
-        for temperature in (1e-6, 0.7, 1e30):
-            expected = truncated_distribution(logits, temperature, **truncation)
-            rows = logits.expand(n, vocab_size)
+        for temperature in (1e-6, 0.7, 1e3):
+            weights = ((logits.double() - logits.max()) / temperature).exp()
+            weights *= kept_tokens(logits[None], temperature, **truncation)[0]
+            expected, rows = weights / weights.sum(), logits.expand(n, vocab_size)
             tokens = kernels.sample(rows, temperature, kernels.CPU, uniform=uniform, **truncation)
             assert (tokens.diff() >= 0).all()  # more likely tokens need not come first
             assert (torch.bincount(tokens, minlength=vocab_size) - n * expected).abs().max() < 1.01

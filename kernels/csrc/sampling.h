@@ -142,8 +142,8 @@ struct SampleOp {
   }
 
   // Finds the fewest likeliest tokens that are enough, by is_enough(Sum). Returns a threshold that only their weights
-  // exceed. Of tied tokens keeps the first ones: sets the weights of the others to 0. If all tokens above low are not
-  // enough, returns low. The bits of positive floats are ordered like the floats, so the bits are bisected:
+  // exceed. Of tokens of equal weight keeps the first ones: sets the weights of the others to 0. If all tokens above
+  // low are not enough, returns low. The bits of positive floats are ordered like the floats, so the bits are bisected:
   //
   //     0 ........ low ........ middle ........ high ........ 1
   //                 |                            |
