@@ -17,7 +17,6 @@ import glob
 import os
 import secrets
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -28,27 +27,11 @@ from torch.serialization import skip_data
 from tqdm import tqdm
 
 from config import ModelConfig
+from earlier_checkpoints import UPGRADES, upgrade
 from utils.errors import UsageError
 from utils.files import delete_if_possible, is_state_dict, load_torch_file
 
-CHECKPOINT_VERSION = "gpt-fast/7"
-
-# Earlier versions of the format differ only in the names of tensors, of the config's fields and of activations. Each
-# table: old name -> new name. RENAMED_TENSORS: a part of the old name -> the same part of the new name.
-EARLIER_VERSIONS = ("gpt-fast/1", "gpt-fast/2", "gpt-fast/3", "gpt-fast/4", "gpt-fast/5", "gpt-fast/6")
-RENAMED_TENSORS = {
-    "tok_embeddings.": "embed_tokens.", "output.": "lm_head.",
-    ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
-    ".w13.": ".gate_up_proj.", ".w2.": ".down_proj.",
-    ".attention_norm.": ".pre_attention_norm.", ".ffn_norm.": ".pre_ffn_norm.",
-}
-RENAMED_FIELDS = {
-    "n_active": "top_k", "normalize": "norm_topk_prob", "n_shared": "n_shared_experts", "kind": "rope_type",
-    "window_layers": "layer_has_window", "rope_layers": "layer_has_rope", "out_bias": "o_proj_bias",
-    "qk_norm_all_heads": "qk_norm_across_heads", "window_rope_theta": "local_rope_theta",
-}
-RENAMED_ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu_tanh"}
-
+CHECKPOINT_VERSION = "gpt-fast/7"  # if a name changes, so does the version: earlier_checkpoints.py gets a row
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
 NamedTensor = tuple[str, Tensor]
 
@@ -67,7 +50,7 @@ def save_checkpoint(
 ):
     """Writes a checkpoint to path. shapes lists the tensors; tensors yields them in any order, so that only one tensor
     needs to be in memory at a time. After any error, path is as it was before."""
-    header = {"format": CHECKPOINT_VERSION, "config": asdict(config), "quantization": quantization}
+    header = {"format": CHECKPOINT_VERSION, "config": config.to_dict(), "quantization": quantization}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # temporary files of killed processes
@@ -89,7 +72,7 @@ def replace_checkpoint(temporary: Path, path: Path):
     try:
         os.replace(temporary, path)
     except FileNotFoundError:
-        raise UsageError(f"cannot write {path}: another process has begun to write it, and only that one may") from None
+        raise UsageError(f"cannot write {path}: another process has begun to write the same file") from None
 
 
 def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
@@ -130,14 +113,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_torch_file(path)
-    if not isinstance(data, dict) or data.get("format") not in (CHECKPOINT_VERSION, *EARLIER_VERSIONS):
+    if not isinstance(data, dict) or data.get("format") not in (CHECKPOINT_VERSION, *UPGRADES):
         maker = "scripts/convert_hf_checkpoint.py"
         raise UsageError(f"{path} is not a {CHECKPOINT_VERSION} checkpoint; make one with {maker}")
     config, tensors = data.get("config"), data.get("tensors")
     if not is_state_dict(tensors):
         raise UsageError(f"{path} holds no table of tensors; convert it again")
-    if data["format"] in EARLIER_VERSIONS:
-        config, tensors = rename_earlier(config, tensors)
+    if data["format"] in UPGRADES:
+        config, tensors = upgrade(data["format"], config, tensors)
     return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
@@ -148,25 +131,3 @@ def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str,
         return tensors
     embedding = {name: tensor for name, tensor in tensors.items() if name.startswith("embed_tokens.")}
     return tensors | {name.replace("embed_tokens.", "lm_head."): tensor for name, tensor in embedding.items()}
-
-
-def rename_earlier(config, tensors: dict[str, Tensor]) -> tuple:
-    """Replaces the names of an earlier version by today's. Returns (config, tensors). config may have any type, since
-    only ModelConfig.from_dict, which comes later, finds a broken file."""
-    if isinstance(config, dict):
-        config = rename_fields(config)
-        for name in ("moe", "rope_scaling"):
-            if isinstance(config.get(name), dict):
-                config[name] = rename_fields(config[name])
-        if isinstance(activation := config.get("activation"), str):
-            config["activation"] = RENAMED_ACTIVATIONS.get(activation, activation)
-    renamed = {}
-    for name, tensor in tensors.items():
-        for old, new in RENAMED_TENSORS.items():
-            name = name.replace(old, new)
-        renamed[name] = tensor
-    return config, renamed
-
-
-def rename_fields(fields: dict) -> dict:
-    return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}

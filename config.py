@@ -6,7 +6,7 @@ family states only the options that differ. A value that no model can have raise
 of this file.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from utils.errors import UsageError
 
@@ -61,8 +61,15 @@ class MoEConfig:
         check_moe(self)
 
 
+# Options for which model.pth has 0 where ModelConfig has None, so that all versions of the file have the same values.
+ZERO_IN_FILES = ("attention_softcap", "clip_qkv", "logit_softcap")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
+    """None means that an option is off, or what the option's comment says. Kernels take 0 for an option that is off;
+    model.py turns None into 0."""
+
     dim: int  # width of the residual stream
     n_layers: int  # transformer blocks
     n_heads: int  # heads of queries
@@ -80,24 +87,24 @@ class ModelConfig:
     ffn_bias: bool = False  # the feed-forward's projections have biases
     head_bias: bool = False  # the output head has a bias
     tie_embeddings: bool = False  # head and embedding share one weight
-    moe: MoEConfig | None = None  # None means one feed-forward, without experts
+    moe: MoEConfig | None = None  # experts in place of one feed-forward
 
     # Attention
     qk_norm: bool = False  # RMSNorm of queries and keys before RoPE, each head by itself
-    qk_norm_across_heads: bool = False  # that RMSNorm is over all heads of a token together
-    sliding_window: int | None = None  # a token sees the last sliding_window tokens, itself included; None means all
+    qk_norm_across_heads: bool = False  # the RMSNorm of qk_norm is over all heads of a token together
+    sliding_window: int | None = None  # a token sees only the last sliding_window tokens, itself included
     layer_has_window: tuple[bool, ...] | None = None  # whether each layer has the window; None means all have
     sinks: bool = False  # every head has a score for attending to nothing
     attention_scale: float | None = None  # multiplies the scores; None means 1 / sqrt(head_dim)
-    attention_softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0 leaves them as they are
-    clip_qkv: float = 0.0  # queries, keys and values are clamped to [-clip_qkv, clip_qkv]; 0 leaves them as they are
+    attention_softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    clip_qkv: float | None = None  # queries, keys and values are clamped to [-clip_qkv, clip_qkv]
 
     # Positions
     rope_theta: float = 10000.0  # the base of RoPE's frequencies
-    rope_scaling: RopeScaling | None = None  # None means frequencies as rope_theta gives them
+    rope_scaling: RopeScaling | None = None  # changes the frequencies for longer contexts
     rotary_dim: int | None = None  # how many elements of a head RoPE rotates; None means all
     layer_has_rope: tuple[bool, ...] | None = None  # whether each layer has RoPE; None means all have
-    # Gemma 3, OLMo 3: the base in layers with the window, which ignore rope_scaling. None: all layers are the same.
+    # Gemma 3, OLMo 3: the base in layers with the window, which ignore rope_scaling. None means rope_theta, scaled.
     local_rope_theta: float | None = None
     alibi: bool = False  # scores fall with the distance, with a slope for each head (rope.py: alibi_slopes)
 
@@ -105,7 +112,7 @@ class ModelConfig:
     embed_scale: float = 1.0  # multiplies the embedding's output
     residual_scale: float = 1.0  # multiplies the outputs of attention and feed-forward before the residual is added
     logit_scale: float = 1.0  # multiplies the logits
-    logit_softcap: float = 0.0  # logits become softcap * tanh(logit / softcap); 0 leaves them as they are
+    logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
 
     # Tokens
     bos_id: int | None = None  # the token with which a text begins
@@ -126,10 +133,10 @@ class ModelConfig:
         """The outputs of each projection that gate_up_proj stacks: gate and up, or up alone."""
         return (self.ffn_dim,) * (2 if is_gated(self.activation) else 1)
 
-    def window(self, layer_idx: int) -> int:
-        """Returns how many tokens a token sees in a layer, itself included. 0 means all."""
+    def window(self, layer_idx: int) -> int | None:
+        """Returns how many tokens a token sees in a layer, itself included. None means all."""
         has_window = self.layer_has_window is None or self.layer_has_window[layer_idx]
-        return (self.sliding_window or 0) if has_window else 0
+        return self.sliding_window if has_window else None
 
     def mean_attended_tokens(self, n_tokens: int) -> float:
         """Returns how many of n_tokens tokens the last token sees, itself included: the mean over all layers."""
@@ -142,11 +149,16 @@ class ModelConfig:
         has_rope = self.layer_has_rope and self.layer_has_rope[:n]
         return replace(self, n_layers=n, layer_has_window=has_window, layer_has_rope=has_rope)
 
+    def to_dict(self) -> dict:
+        """Returns the dict that model.pth stores."""
+        return asdict(self) | {name: 0.0 for name in ZERO_IN_FILES if getattr(self, name) is None}
+
     @classmethod
     def from_dict(cls, fields: dict) -> "ModelConfig":
-        """Makes the config from the dict that model.pth stores, which dataclasses.asdict made."""
+        """Makes the config from the dict that model.pth stores."""
         try:
             fields = lists_to_tuples(fields)
+            fields |= {name: None for name in ZERO_IN_FILES if fields.get(name) == 0}
             if fields["rope_scaling"]:
                 fields["rope_scaling"] = RopeScaling(**lists_to_tuples(fields["rope_scaling"]))
             if fields["moe"]:
@@ -175,7 +187,7 @@ def check_dimensions(config: ModelConfig):
         check_size("sliding_window", config.sliding_window)
     for name in "norm_eps rope_theta embed_scale residual_scale logit_scale".split():
         check_positive_number(f"the model's {name}", getattr(config, name))
-    for name in ("attention_scale", "local_rope_theta"):
+    for name in "attention_scale attention_softcap clip_qkv local_rope_theta logit_softcap".split():
         if getattr(config, name) is not None:
             check_positive_number(f"the model's {name}", getattr(config, name))
     for what, n in (("layers", config.n_layers), ("heads", config.n_heads)):
@@ -211,9 +223,6 @@ def check_options(config: ModelConfig):
         raise UsageError(f"activation {config.activation!r} is not supported; {', '.join(ACTIVATIONS)} are")
     if config.moe is not None and (config.residual_scale != 1 or config.ffn_bias):
         raise UsageError("a mixture of experts has neither residual_scale nor ffn_bias; MoEConfig has a bias")
-    for name in ("attention_softcap", "clip_qkv", "logit_softcap"):
-        if getattr(config, name) != 0:
-            check_positive_number(f"the model's {name}", getattr(config, name))
     if not all(isinstance(i, int) for i in config.eos_ids):
         raise UsageError(f"eos_ids must be token ids, not {config.eos_ids}")
 

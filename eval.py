@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from cli import common_args
 from cli.ranks import process_group
 from cli.script import run_script
-from converters.resolve import ensure_converted
+from converters.checkpoint_path import ensure_converted
 from evaluation.lm_harness import evaluate, harness_model, task_manager
 from evaluation.scoring import perplexity
 from loading import load

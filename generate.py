@@ -21,18 +21,18 @@ import torch
 
 from cli import common_args
 from cli.generate_args import encode_prompts, parse_args, read_prompts
-from cli.parallel import complete_in_parallel
+from cli.parallel import generate_in_parallel
 from cli.ranks import process_group
 from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
-from cli.startup import build_speculative_decoder, load_draft, required_seq_len, warm_up
+from cli.startup import build_speculative_generator, describe_ranks, load_draft, required_seq_len, warm_up
 from cli.terminal import converse
-from converters.resolve import ensure_converted
+from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
-from engine.generation import Decoder, PlainDecoder, stream_texts
+from engine.generation import PlainGenerator, TokenGenerator, stream_texts
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
-from llm import LLM  # noqa: F401  (earlier READMEs import LLM from here)
+from llm import LLM  # noqa: F401  (unused here: programs import LLM from generate, as the README once did)
 from loading import load
 from model import KVCache
 
@@ -52,18 +52,20 @@ def main():
     draft = load_draft(args, tokenizer, **load_options) if args.draft_checkpoint_path else None
     sequences = encode_prompts(prompts, args, tokenizer, model.config)
     if args.parallel:
-        complete_in_parallel(args, model, sequences, stats)
+        generate_in_parallel(args, model, sequences, stats)
         return
 
-    # These are the parts of LLM (llm.py), which has no batches and does not speculate.
+    # LLM (llm.py) has the same parts, but one sequence and no speculation.
     kv_cache = KVCache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
     runner = ModelRunner(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
-    decoder = build_speculative_decoder(args, runner, draft) if args.speculative else PlainDecoder(runner)
-    stats |= warm_up(args, runner, decoder, sequences)
+    generator = build_speculative_generator(args, runner, draft) if args.speculative else PlainGenerator(runner)
+    stats |= warm_up(args, runner, generator, sequences)
+    if args.json:
+        stats |= describe_ranks(runner)
     if args.conversation:
         torch.manual_seed(args.seed)
         options = {"system": args.system, "stop": tuple(args.stop)}
-        chat = Conversation(tokenizer, decoder, kv_cache.max_seq_len, model.config.eos_ids, **options)
+        chat = Conversation(tokenizer, generator, kv_cache.max_seq_len, model.config.eos_ids, **options)
         converse(chat, args.max_new_tokens)
         return
     for i, sequence in enumerate(sequences, start=1):
@@ -72,17 +74,19 @@ def main():
         for j in range(1, args.num_samples + 1):
             labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]
             with profiled(args.profile if j == args.num_samples else None):
-                samples.append(generate_text(args, sequence, decoder, labels))
-        print_result(args, build_result(args, model, kv_cache, samples, decoder.accept_counts()) | stats, model)
+                samples.append(generate_text(args, sequence, generator, labels))
+        print_result(args, build_result(args, model, kv_cache, samples, generator.accept_counts()) | stats, model)
 
 
-def generate_text(args: argparse.Namespace, prompt: Sequence, decoder: Decoder, labels: list) -> list[Sequence]:
-    """Completes prompt in a batch of args.batch_size sequences. Without --json, prints the first text while it is
+def generate_text(
+    args: argparse.Namespace, prompt: Sequence, generator: TokenGenerator, labels: list
+) -> list[Sequence]:
+    """Continues prompt in a batch of args.batch_size sequences. Without --json, prints the first text while it is
     generated, and then the others. labels: as for print_label."""
     batch = [replace(prompt) for _ in range(args.batch_size)]
     if not args.json:
         print_label([*labels, ("sequence", 1, len(batch))])
-    for texts in stream_texts(decoder, batch, prompt.prompt_ids):
+    for texts in stream_texts(generator, batch, prompt.prompt_ids):
         if not args.json:
             print(texts[0], end="", flush=True)
     if not args.json:

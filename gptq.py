@@ -27,7 +27,7 @@ from kernels.formats import Int4, Tensors
 from kernels.formats.base import pack_nibbles
 from kernels.formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from kernels.schema import LayerCache, PositionTables
-from layers import ExpertsGateUp, Linear
+from layers import ExpertsGateUp, LinearBase
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
@@ -72,7 +72,7 @@ def quantize_model(
     yield "lm_head", quantize_linear("lm_head", model.lm_head, hessian, config)
 
 
-def quantize_linear(name: str, linear: Linear, hessian: Tensor, config: GPTQConfig) -> Tensors:
+def quantize_linear(name: str, linear: LinearBase, hessian: Tensor, config: GPTQConfig) -> Tensors:
     """Returns the int4 tensors of linear, on the CPU. Also rounds the weight in linear, so that the inputs of later
     layers include the rounding error."""
     check_finite_weight(name, linear.weight)
@@ -99,7 +99,7 @@ def compute_hessians(
     block_inputs: [1, T, dim] for each window."""
     sums, hooks = {}, []
 
-    def add_inputs(name: str, linear: Linear, args: tuple, kwargs: dict):
+    def add_inputs(name: str, linear: LinearBase, args: tuple, kwargs: dict):
         x, norm = args[0], kwargs.get("norm")
         if norm is not None:
             x = norm(x)

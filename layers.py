@@ -2,8 +2,9 @@
 
     RMSNorm        x / rms(x) * weight
     WeightMatrix   what the layers below share: W in some format (kernels/formats/), packed for some backend
-    Linear         y = x W^T, and what is applied to y
-    ExpertsGateUp, ExpertsDown    Linear with a W for each expert, for the experts that the router chose
+    LinearBase     what the linear layers share: WeightMatrix with a bias
+    Linear         y = x W^T + bias, and what is applied to y
+    ExpertsGateUp, ExpertsDown    products with the W of each expert that the router chose
     Embedding      a row of W for every token
 
 A forward calls an operation of kernels/ops.py with the layer itself. The operation runs on the kernels of the layer's
@@ -17,7 +18,7 @@ import kernels
 from kernels.aten import AtenInt4, AtenInt8
 from kernels.backend import TORCH, Backend
 from kernels.formats import Tensors, Unquantized, WeightFormat
-from kernels.schema import WeightArguments
+from kernels.schema import Epilogue, WeightArguments
 
 
 class RMSNorm(nn.Module):
@@ -38,8 +39,8 @@ class WeightMatrix(nn.Module):
     """A weight W [N, K] of N outputs and K inputs, or a W for each expert [E, N, K].
 
     format: how W is stored (kernels/formats/).
-    backend: what computes with W (kernels/backend.py). W is packed for its kernels. TORCH means that W is stored as in
-    the checkpoint, for plain PyTorch.
+    backend: what computes with W (kernels/backend.py). W is packed for the backend's kernels. TORCH means that W is
+    stored as in the checkpoint, for plain PyTorch.
     is_embedding: whether a step reads only some rows of W."""
 
     is_embedding = False
@@ -103,27 +104,27 @@ class WeightMatrix(nn.Module):
         return self.backend.ops.dequantize(**arguments, k=self.in_features, dtype=dtype)
 
 
-class Linear(WeightMatrix):
-    """y = x W^T. The layer applies to y, in this order:
+class LinearBase(WeightMatrix):
+    """A WeightMatrix with a bias [N], of experts [E, N], or None."""
 
-        bias         y + bias                          bias [N], of experts [E, N], or None
-        out_scale    y * out_scale
-        softcap      softcap * tanh(y / softcap)       if softcap is not 0
-        clip         y, clamped to [-clip, clip]       if clip is not 0
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None):
+        super().__init__(in_features, out_features, n_experts)
+        self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
 
+
+class Linear(LinearBase):
+    """y = epilogue(x W^T + bias).
+
+    epilogue: an Epilogue of the constructor's keyword arguments. Its activation stays 0: forward gets the activation.
     input_order: int32 [K], or None: perm of GPTQ's act-order. W's columns are stored sorted by group, so y = W x[perm].
     The norm's weight is stored permuted to match.
     aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
-        out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
-    ):
-        super().__init__(in_features, out_features, n_experts)
-        self.out_scale, self.softcap, self.clip = out_scale, softcap, clip
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, **epilogue: float):
+        super().__init__(in_features, out_features, bias)
+        self.epilogue = Epilogue(0, **epilogue)
         self.aten_weight: AtenInt8 | AtenInt4 | None = None
         self.register_buffer("input_order", None)
-        self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
 
     def forward(
         self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None,
@@ -136,7 +137,7 @@ class Linear(WeightMatrix):
         return kernels.fused_linear(x, self, norm, residual, activation, out_dtype)
 
 
-class ExpertsGateUp(Linear):
+class ExpertsGateUp(LinearBase):
     """The gate and up projections of all experts."""
 
     def forward(
@@ -147,7 +148,7 @@ class ExpertsGateUp(Linear):
         return kernels.experts_gate_up(x, self, topk_ids, norm, activation)
 
 
-class ExpertsDown(Linear):
+class ExpertsDown(LinearBase):
     """The down projections of all experts."""
 
     def forward(
@@ -158,13 +159,9 @@ class ExpertsDown(Linear):
 
 
 class Embedding(WeightMatrix):
-    """Looks up a row of W [V, dim] for every token."""
+    """W [V, dim] has a row for every token. kernels/ops.py: embed looks up rows, also in a head that is tied."""
 
     is_embedding = True
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__(in_features=embedding_dim, out_features=num_embeddings)
-
-    def forward(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """tokens [B, T] -> the rows of tokens, times scale: [B, T, dim] in dtype."""
-        return kernels.embed(tokens, self, scale, dtype)

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 
-from converters.resolve import ensure_converted
+from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
-from engine.generation import PlainDecoder, generate, stream_texts
+from engine.generation import PlainGenerator, generate, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling import GREEDY, SamplingParams
 from engine.scheduler import Scheduler, build_scheduler
-from engine.sequence import Sequence, build_sequence, check_length, check_max_new_tokens
+from engine.sequence import Sequence, build_sequence
 from loading import load
 from model import KVCache
 from utils.errors import UsageError
@@ -45,17 +45,17 @@ class LLM:
         self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
         max_seq_len: int = 2048, compile: bool = False, **sampling,
     ):
-        """checkpoint_path: model.pth; or a model's folder or .gguf, which is converted once (converters/resolve.py).
+        """checkpoint_path: model.pth; or a model's folder or .gguf, which converters/checkpoint_path.py converts once.
         device: by default the machine's accelerator, or the CPU if there is none.
         dtype: of the activations, and of all weights that are not quantized.
         max_seq_len: the most tokens of generate's texts and of a conversation. The model's context is a limit, too.
         compile: as --compile of generate.py.
-        sampling: fields of SamplingParams, such as temperature. A method takes them, too, and prefers its own."""
+        sampling: fields of SamplingParams, such as temperature. Fields that are given to a method override these."""
         self.sampling, self.compile = GREEDY.override(sampling), compile
         path = ensure_converted(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.free_decoders: list[PlainDecoder] = []  # those that no text uses
+        self.free_generators: list[PlainGenerator] = []  # generators that no text uses now
 
     def generate(
         self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), **sampling
@@ -95,8 +95,8 @@ class LLM:
 
     def chat(self, system: str | None = None, **sampling) -> Conversation:
         """Returns a new conversation: see Conversation.answer. system: the system message."""
-        decoder, eos_ids = self.take_decoder(self.sampling.override(sampling)), self.model.config.eos_ids
-        return Conversation(self.tokenizer, decoder, self.max_seq_len, eos_ids, system)
+        generator, eos_ids = self.take_generator(self.sampling.override(sampling)), self.model.config.eos_ids
+        return Conversation(self.tokenizer, generator, self.max_seq_len, eos_ids, system)
 
     # ---- What the methods above share ----
 
@@ -104,36 +104,34 @@ class LLM:
         self, prompt: str | list[dict], max_new_tokens: int, max_seq_len: int, **options
     ) -> Sequence:
         """Raises UsageError unless prompt and new tokens fit into max_seq_len. options: fields of Sequence."""
-        check_max_new_tokens(max_new_tokens)
-        sequence = build_sequence(prompt, self.tokenizer, self.model.config, max_new_tokens, **options)
-        is_shorter = max_seq_len < self.model.config.max_seq_len
-        hint = ", which is LLM's max_seq_len; raise it or lower max_new_tokens" if is_shorter else ""
-        check_length(len(sequence.prompt_ids), max_new_tokens, max_seq_len, hint)
-        return sequence
+        config = self.model.config
+        hint = ", which is LLM's max_seq_len; raise it or lower max_new_tokens"
+        options["hint"] = hint if max_seq_len < config.max_seq_len else ""
+        return build_sequence(prompt, self.tokenizer, config, max_new_tokens, max_seq_len, **options)
 
-    def take_decoder(self, sampling: SamplingParams) -> PlainDecoder:
-        """Returns a decoder whose KV cache no text uses."""
-        if self.free_decoders:
-            decoder = self.free_decoders.pop()
-            if decoder.runner.sampler.sampling == sampling:
-                return decoder
-            kv_cache = decoder.runner.kv_cache  # a recorded step contains the options, but a cache suits any
+    def take_generator(self, sampling: SamplingParams) -> PlainGenerator:
+        """Returns a PlainGenerator whose KV cache no text uses."""
+        if self.free_generators:
+            generator = self.free_generators.pop()
+            if generator.runner.sampler.sampling == sampling:
+                return generator
+            kv_cache = generator.runner.kv_cache  # fits any options; a recorded step contains them
         else:
             kv_cache = KVCache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
-        return PlainDecoder(ModelRunner(self.model, kv_cache, sampling, self.compile))
+        return PlainGenerator(ModelRunner(self.model, kv_cache, sampling, self.compile))
 
     def stream(self, sequence: Sequence) -> Iterator[str]:
-        decoder = self.take_decoder(sequence.sampling)
+        generator = self.take_generator(sequence.sampling)
         try:
-            for (text,) in stream_texts(decoder, [sequence], sequence.prompt_ids):
+            for (text,) in stream_texts(generator, [sequence], sequence.prompt_ids):
                 if text:
                     yield text
         finally:
-            self.free_decoders.append(decoder)
+            self.free_generators.append(generator)
 
 
 def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
-    for i, sequence in scheduler.complete(sequences):
+    for i, sequence in scheduler.run(sequences):
         if sequence.error:
             raise UsageError(f"prompt {i}: {sequence.error}")
         yield i, sequence.text

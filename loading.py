@@ -10,12 +10,10 @@ each tensor, so that no tensor is in memory twice. A tensor that needs no change
 Read load_model first. The other functions are the steps of load_model, in order.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import collectives
 import tp
@@ -76,8 +74,7 @@ def load_model(
     shard_tensor = None
     if n_ranks > 1:
         tensors = all_tensors  # the head is sharded and the embedding is not, so the two can no longer be one tensor
-        shard_tensor = tp.tensor_sharder(model)
-        tp.shard_model(model, device, shard_tensor)
+        shard_tensor = tp.shard_model(model, device)
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
     model.load_state_dict(with_tied_head(config, moved), assign=True)
     if "lm_head.weight" not in moved:
@@ -92,7 +89,7 @@ def load_model(
 
 def quantized_tensor_names(model: Transformer) -> set[str]:
     """Returns the names of all tensors of quantized weights. Loading does not change the dtypes of these tensors."""
-    names = {f"{name}.input_order" for name, linear in model.quantizable_linears() if linear.input_order is not None}
+    names = {name for name, _ in model.named_buffers() if name.endswith(".input_order")}
     for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:
         if matrix.format.is_quantized:
             names |= {f"{name}.{tensor_name}" for tensor_name in matrix.tensors()}
@@ -124,11 +121,11 @@ def check_input_orders(path: Path, tensors: Tensors):
 
 def move_tensors(
     tensors: Tensors, device: torch.device, dtype: torch.dtype, quantized_names: set[str],
-    shard_tensor: Callable[[str, Tensor], Tensor] | None,
+    shard_tensor: tp.ShardTensor | None,
 ) -> Tensors:
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
 
-    shard_tensor: tp.tensor_sharder's; None: keep every tensor whole."""
+    shard_tensor: of tp.shard_model; None: keep every tensor whole."""
     moved = {}
     for name, tensor in tensors.items():
         shard = tensor if shard_tensor is None else shard_tensor(name, tensor)

@@ -23,7 +23,7 @@ from config import ModelConfig
 from kernels.backend import Backend
 from kernels.formats import QuantizationScheme, Unquantized, WeightFormat
 from kernels.schema import AttentionParams, LayerCache, PositionTables
-from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, RMSNorm, WeightMatrix
+from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
 from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
 from utils.machine import check_memory
@@ -39,17 +39,17 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.format: WeightFormat = UNQUANTIZED  # of most linear layers
-        self.embed_tokens = Embedding(config.vocab_size, config.dim)
+        self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        scale, softcap = config.logit_scale, config.logit_softcap
+        scale, softcap = config.logit_scale, config.logit_softcap or 0.0
         self.lm_head = Linear(config.dim, config.vocab_size, config.head_bias, out_scale=scale, softcap=softcap)
 
     def forward(
         self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache", position_tables: list[PositionTables]
     ) -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
-        kv_cache must hold the keys and values of all tokens before; those of the new tokens are written to it.
+        kv_cache must hold the keys and values of all earlier tokens. forward writes the new tokens' into kv_cache.
         position_tables: the result of build_position_tables for kv_cache."""
         return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache, position_tables))
 
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]."""
-        return self.embed_tokens(tokens, self.embed_scale, self.dtype)
+        return kernels.embed(tokens, self.embed_tokens, self.embed_scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
@@ -84,40 +84,36 @@ class Transformer(nn.Module):
         """config.embed_scale rounded to dtype, as in transformers."""
         return round_to_dtype(self.config.embed_scale, self.dtype)
 
+    def tie_embedding(self):
+        """Makes lm_head the embedding, too: one layer under two names."""
+        # The head owns the weight, because a step reads all of the head's weight, so the head's kernels decide how the
+        # weight is packed. The embedding reads a few rows, which works with any packing. model.pth also has the weight
+        # only once, but under the embedding's name (checkpoint.py: with_tied_head).
+        del self.embed_tokens  # otherwise named_modules would find the layer first as embed_tokens
+        self.embed_tokens = self.lm_head
+
     @property
     def is_tied(self) -> bool:
-        """Whether embedding and head share one weight, which is then in memory once."""
-        return self.embed_tokens.weight is self.lm_head.weight
-
-    def tie_embedding(self):
-        """Makes the embedding share the head's weight."""
-        embedding, head = self.embed_tokens, self.lm_head
-        embedding.weight, embedding.scales, embedding.zeros = head.weight, head.scales, head.zeros
-        embedding.format, embedding.backend = head.format, head.backend
+        return self.embed_tokens is self.lm_head
 
     def pack_weights(self, is_mmapped: bool = False):
         """Switches to the kernels for the model's device: see kernels.pack_weights."""
         matrices = [module for module in self.modules() if isinstance(module, WeightMatrix)]
-        is_tied = self.is_tied
-        if is_tied:
-            matrices.remove(self.embed_tokens)
         kernels.pack_weights(matrices, self.dtype, is_mmapped)
-        if is_tied:  # the head's weight may have been packed
-            self.tie_embedding()
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.backend = self.lm_head.backend
 
-    def quantizable_linears(self) -> Iterator[tuple[str, "Linear"]]:
+    def quantizable_linears(self) -> Iterator[tuple[str, LinearBase]]:
         """Yields (name, layer) for every linear layer that quantization rewrites: all but the routers."""
         for name, module in self.named_modules():
-            if isinstance(module, Linear) and not name.endswith(".router"):
+            if isinstance(module, LinearBase) and not name.endswith(".router"):
                 yield name, module
 
     def has_kernels_for(self, batch_size: int, n_new_tokens: int) -> bool:
         """Whether there are kernels for all operations of a step with n_new_tokens in each of batch_size sequences,
         all on one backend. Then the step can be recorded."""
-        matrices = [module for module in self.modules() if isinstance(module, Linear)]
+        matrices = [module for module in self.modules() if isinstance(module, LinearBase)]
         if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be recorded
             matrices.append(self.embed_tokens)
         backend = self.lm_head.backend
@@ -126,27 +122,10 @@ class Transformer(nn.Module):
         all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
         return all_on_one_backend and backend.has_kernels_for(batch_size, n_new_tokens, heads_per_kv_head)
 
-    def active_weight_bytes(self) -> int:
-        """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
-        total = 0
-        for module in self.modules():
-            if module is self.embed_tokens:
-                continue
-            own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            is_experts = isinstance(module, ExpertsGateUp | ExpertsDown)
-            fraction = self.config.moe.active_fraction if is_experts else 1
-            total += fraction * sum(tensor.nbytes for tensor in own_tensors)
-        return round(total)
-
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values for one token of one sequence, on this rank."""
         n_elements = sum(2 * block.attention.n_kv_heads * block.attention.head_dim for block in self.layers)
         return n_elements * self.dtype.itemsize
-
-    def step_bytes(self, n_attended: float, batch_size: int = 1) -> int:
-        """Bytes that a decode step reads: the weights, and the keys and values of n_attended tokens of each sequence
-        (config.py: mean_attended_tokens)."""
-        return self.active_weight_bytes() + round(batch_size * n_attended * self.kv_bytes_per_token())
 
     def build_position_tables(self, kv_cache: "KVCache") -> list[PositionTables]:
         """Makes the tables of each layer, for kv_cache and for narrower views of it. RoPE's angles depend on the
@@ -163,8 +142,8 @@ class Transformer(nn.Module):
 
 def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZED) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
-    quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or
-    gives a layer an input_order that it cannot have."""
+    quantized only if formats names the embedding. Raises UsageError if formats names a layer that the model does not
+    have, or gives an input_order to a layer that cannot have one."""
     with torch.device("meta"):
         model = Transformer(config)
     linears = dict(model.quantizable_linears())
@@ -177,7 +156,7 @@ def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZ
     model.embed_tokens.set_format(formats.overrides.get("embed_tokens", UNQUANTIZED))
     for name in formats.act_order_layers:
         linear = linears.get(name)
-        if linear is None or linear.n_experts is not None:
+        if not isinstance(linear, Linear):
             raise UsageError(f"the checkpoint's quantization gives {name} an order of inputs, which it cannot have")
         linear.set_tensor("input_order", torch.empty(linear.in_features, dtype=torch.int32, device="meta"))
     return model
@@ -204,8 +183,8 @@ class TransformerBlock(nn.Module):
             with post-norm       x + post(f(norm(x)))
 
         norm and residual are arguments of a sublayer, since kernels fuse them with matrix products: the norm with the
-        sublayer's first product, the residual with its last. A post-norm comes after the last product, so it takes the
-        residual instead."""
+        sublayer's first product, the residual with the last one. A post-norm comes after the last product, so the
+        post-norm takes the residual."""
         if self.post_attention_norm is None:
             x = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm, residual=x)
         else:
@@ -236,8 +215,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.scale = config.attention_scale or config.head_dim**-0.5
-        self.window = config.window(layer_idx)
-        self.softcap = config.attention_softcap
+        self.window = config.window(layer_idx) or 0
+        self.softcap = config.attention_softcap or 0.0
         self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
             q_heads, k_heads = (self.n_heads, self.n_kv_heads) if config.qk_norm_across_heads else (1, 1)
@@ -246,7 +225,8 @@ class Attention(nn.Module):
         if config.sinks:
             self.sinks = nn.Parameter(torch.empty(self.n_heads), requires_grad=False)
         self.alibi_slopes = alibi_slopes(self.n_heads) if config.alibi else None
-        self.qkv_proj = Linear(config.dim, config.q_dim + 2 * config.kv_dim, config.qkv_bias, clip=config.clip_qkv)
+        qkv_dim, clip = config.q_dim + 2 * config.kv_dim, config.clip_qkv or 0.0
+        self.qkv_proj = Linear(config.dim, qkv_dim, config.qkv_bias, clip=clip)
         self.o_proj = Linear(config.q_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
 
     def forward(
@@ -258,8 +238,8 @@ class Attention(nn.Module):
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
-        """What attend does besides plain attention. The tensors are this module's current ones: loading and tensor
-        parallelism replace them."""
+        """What attend does besides plain attention. Made for each call, since loading and tensor parallelism replace
+        the module's tensors."""
         params = AttentionParams(self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks)
         if self.q_norm is None:
             return params
@@ -302,8 +282,8 @@ class MoE(nn.Module):
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
-        # norm is passed to both products because the kernels fuse it. In plain PyTorch it is therefore computed twice;
-        # that is negligible beside the experts' products.
+        # Both products take the norm, because the kernels fuse the norm with the product. So plain PyTorch computes the
+        # norm twice, which costs little beside the experts' products.
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = kernels.route(
             logits, self.moe.top_k, self.moe.norm_topk_prob, self.moe.n_shared_experts, self.router.backend
@@ -313,8 +293,8 @@ class MoE(nn.Module):
 
 
 def round_to_dtype(x: float, dtype: torch.dtype) -> float:
-    """Returns the number of dtype that is nearest to x; of two, the even one. x must be in dtype's normal range. Uses
-    no tensor, since a step that is recorded may call only the operations of kernels/schema.py."""
+    """Rounds x to the nearest number of dtype, ties to even. x must be in dtype's normal range. Uses no tensor, since a
+    step that is recorded may call only the operations of kernels/schema.py."""
     _, exponent = math.frexp(x)
     spacing = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # of the numbers that dtype has near x
     return round(x / spacing) * spacing
@@ -324,13 +304,14 @@ def round_to_dtype(x: float, dtype: torch.dtype) -> float:
 
 
 class KVCache:
-    """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. It does not track how many tokens
-    it holds: every step says at which positions its tokens are written. So rejected proposals of a speculation need no
-    removal: attention and the repetition penalty end at the text's last token, and the next step writes over the rest.
+    """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. The cache does not count the
+    tokens that it holds: a step is given the position of each sequence's first new token. So nothing removes the
+    rejected proposals of a speculation: attention and the repetition penalty end at the text's last token, and the next
+    step overwrites what comes after.
 
     layers: the keys and values of each layer.
-    token_ids [B, S]: for the repetition penalty, which depends on the whole text. Only steps that need the ids store
-        them (engine/sampling.py), and the scheduler's, whose later sequences may need them."""
+    token_ids [B, S]: for the repetition penalty, which depends on the whole text. Steps with the penalty store the ids,
+        and so do all steps of the scheduler, since a later sequence with the penalty may reuse the cached tokens."""
 
     def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
         """Allocates the cache on the device and in the dtype of model's weights. Raises UsageError if max_seq_len

@@ -38,7 +38,7 @@ from checkpoint import read_checkpoint, save_checkpoint, with_tied_head
 from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
-from converters.resolve import ensure_converted
+from converters.checkpoint_path import ensure_converted
 from evaluation.lm_harness import task_text
 from kernels import formats
 from kernels.formats import Int4, Tensors, WeightFormat

@@ -17,20 +17,15 @@ from config import ModelConfig, RopeScaling
 
 def rope_tables(config: ModelConfig, length: int, device: torch.device) -> list[Tensor]:
     """Returns the table of each layer (see rope_table). Layers with the same angles share a table."""
-    default = rope_table(config, length).to(device)
-    local = identity = default
+    table = local_table = rope_table(config, length).to(device)  # of layers without a window, and with a window
     if config.local_rope_theta is not None:
         local_config = replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
-        local = rope_table(local_config, length).to(device)
-    if config.layer_has_rope is not None:  # identity rotates by no angle
-        identity = torch.stack([torch.ones_like(default[..., 0]), torch.zeros_like(default[..., 1])], dim=-1)
-
-    def of_layer(i: int) -> Tensor:
-        if config.layer_has_rope is not None and not config.layer_has_rope[i]:
-            return identity
-        return local if config.window(i) else default
-
-    return [of_layer(i) for i in range(config.n_layers)]
+        local_table = rope_table(local_config, length).to(device)
+    tables = [table if config.window(i) is None else local_table for i in range(config.n_layers)]
+    if config.layer_has_rope is None:
+        return tables
+    no_rotation = torch.tensor([1.0, 0.0], device=device).expand_as(table).contiguous()  # cos 0 and sin 0
+    return [t if has_rope else no_rotation for t, has_rope in zip(tables, config.layer_has_rope, strict=True)]
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:

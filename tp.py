@@ -10,11 +10,15 @@ routers.
     o_proj, down_proj         row-parallel, along the inputs: a rank computes partial sums, which an all-reduce adds up
     lm_head                   column-parallel: an all-gather concatenates the logits
 
-The names are Megatron's, and speak of W^T. tp_plan returns this table. loading.py: load_model calls tensor_sharder and
-shard_model before reading the tensors, and insert_collectives at the end. All ranks run the same code, except in these
-places:
+The names are Megatron's, and speak of W^T. tp_plan returns this table. loading.py: load_model takes two steps:
 
-    tensor_sharder                       every rank reads other parts of the tensors
+    shard_model           before the tensors are read: shrinks the empty model, and returns shard_tensor, which gives
+                          this rank's shard of a tensor of the checkpoint
+    insert_collectives    after the weights are packed: wraps o_proj, down_proj and lm_head
+
+All ranks run the same code, except in these places:
+
+    shard_tensor                         every rank reads other parts of the tensors
     shard_row_parallel                   only rank 0 has the biases of o_proj and down_proj; other ranks have zeros
     RowParallelLinear, ParallelLMHead    every rank computes a part, and a collective joins the parts
     broadcast                            (collectives.py) all ranks sample a token, then take rank 0's token
@@ -40,8 +44,11 @@ from collectives import all_gather, choose_all_reduce, world_size
 from config import ModelConfig
 from kernels.formats import WeightFormat
 from kernels.record import call_at_graph_break
+from layers import Linear, LinearBase
 from model import Attention, Transformer
 from utils.errors import UsageError
+
+ShardTensor = Callable[[str, Tensor], Tensor]  # (name, tensor of the checkpoint) -> this rank's shard of the tensor
 
 
 @dataclass(frozen=True)
@@ -114,9 +121,33 @@ def check_device(device: torch.device):
                          "start fewer, or give no number in --device")
 
 
-def tensor_sharder(model: Transformer) -> Callable[[str, Tensor], Tensor]:
-    """Returns a function (name, tensor of the checkpoint) -> this rank's shard of the tensor. model: in the formats of
-    the checkpoint, not sharded."""
+def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
+    """Shrinks model to this rank's shard. Returns the function that shards the checkpoint's tensors. model: on the meta
+    device. device: where the shard will be."""
+    plan, linears, n_ranks = tp_plan(model.config), dict(model.quantizable_linears()), world_size()
+    check_device(device)
+    widest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_multiple)
+    check_can_shard(model.config, widest, n_ranks)
+    shard_tensor = tensor_sharder(model)
+    for name, linear in linears.items():
+        spec = plan.get(name.rpartition(".")[2])
+        if spec is None:
+            continue
+        for tensor_name, tensor in linear.state_dict().items():
+            linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
+        n = sum(shard_range(size, spec.head_size, 0, n_ranks)[1] for size in spec.sizes)  # the same on every rank
+        if spec.style == "row":
+            linear.in_features, linear.format = n, linear.format.shard_format(n)
+        else:
+            linear.out_features = n
+    for module in model.modules():
+        if isinstance(module, Attention) and "qkv_proj" in plan:
+            shard_attention(module, n_ranks)
+    return shard_tensor
+
+
+def tensor_sharder(model: Transformer) -> ShardTensor:
+    """Returns shard_tensor for the checkpoint of model, which is not sharded yet."""
     plan, linears, n_heads = tp_plan(model.config), dict(model.quantizable_linears()), model.config.n_heads
     formats = {name: linear.format for name, linear in linears.items()}  # shard_model changes linear.format
 
@@ -137,29 +168,6 @@ def tensor_sharder(model: Transformer) -> Callable[[str, Tensor], Tensor]:
         return shard_column_parallel(tensor, spec, dim=0 if linears[module_name].n_experts is None else 1)
 
     return shard_tensor
-
-
-def shard_model(model: Transformer, device: torch.device, shard_tensor: Callable[[str, Tensor], Tensor]):
-    """Shrinks model, which is on the meta device, to this rank's shard. device: where the shard will be.
-    shard_tensor: tensor_sharder's, for model."""
-    plan, linears, n_ranks = tp_plan(model.config), dict(model.quantizable_linears()), world_size()
-    check_device(device)
-    widest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_multiple)
-    check_can_shard(model.config, widest, n_ranks)
-    for name, linear in linears.items():
-        spec = plan.get(name.rpartition(".")[2])
-        if spec is None:
-            continue
-        for tensor_name, tensor in linear.state_dict().items():
-            linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
-        n = sum(shard_range(size, spec.head_size, 0, n_ranks)[1] for size in spec.sizes)  # the same on every rank
-        if spec.style == "row":
-            linear.in_features, linear.format = n, linear.format.shard_format(n)
-        else:
-            linear.out_features = n
-    for module in model.modules():
-        if isinstance(module, Attention) and "qkv_proj" in plan:
-            shard_attention(module, n_ranks)
 
 
 def shard_attention(attention: Attention, n_ranks: int):
@@ -228,11 +236,11 @@ class RowParallelLinear(nn.Module):
         full        yes            x, from which linear selects
     """
 
-    def __init__(self, linear: nn.Module, all_reduce: Callable[[Tensor], Tensor], input_is_parallel: bool):
+    def __init__(self, linear: LinearBase, all_reduce: Callable[[Tensor], Tensor], input_is_parallel: bool):
         super().__init__()
         self.linear, self.all_reduce = linear, all_reduce
         self.backend = linear.backend
-        has_order = linear.input_order is not None
+        has_order = isinstance(linear, Linear) and linear.input_order is not None
         self.get_inputs = None  # x -> the inputs of linear; None: the inputs are x
         if input_is_parallel and has_order:
             self.get_inputs = all_gather

@@ -17,7 +17,7 @@ import torch
 from cli import common_args
 from config import ModelConfig
 from engine.sampling import SamplingParams
-from engine.sequence import Sequence, build_sequence, check_length
+from engine.sequence import Sequence, build_sequence
 from engine.speculate import MAX_DRAFT_TOKENS
 from kernels import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
 from text.chat_template import read_message
@@ -221,8 +221,8 @@ def encode_prompts(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
     """Returns a Sequence for each of prompts, or one Sequence of --prompt_tokens. Raises UsageError if a prompt cannot
-    be completed, for example because it exceeds the context. With --parallel, the prompt's Sequence has an error
-    instead, unless no prompt can be completed."""
+    be continued, for example because it exceeds the context. With --parallel, the prompt's Sequence has an error
+    instead, unless no prompt can be continued."""
     eos_ids = () if args.ignore_eos else config.eos_ids
     options = {"sampling": args.sampling, "stop": tuple(args.stop), "n_logprobs": args.logprobs, "eos_ids": eos_ids}
     if args.prompt_tokens:
@@ -235,7 +235,6 @@ def encode_prompts(
         seed = args.seed + i  # every prompt has random numbers of its own
         try:
             sequence = build_sequence(prompt, tokenizer, config, args.max_new_tokens, seed=seed, **options)
-            check_length(len(sequence.prompt_ids), args.max_new_tokens, config.max_seq_len)
         except UsageError as e:
             sequence = Sequence([], args.max_new_tokens, prompt=prompt)
             sequence.fail(str(e))

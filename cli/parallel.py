@@ -1,4 +1,4 @@
-"""Completes the prompts of generate.py's command line several at a time: --parallel."""
+"""--parallel: many prompts of generate.py's command line at a time."""
 
 import argparse
 import json
@@ -14,10 +14,10 @@ from model import Transformer
 from utils.errors import OutOfMemoryError, UsageError
 
 
-def complete_in_parallel(args: argparse.Namespace, model: Transformer, sequences: list[Sequence], stats: dict):
-    """Completes args.parallel sequences at a time, and prints the results in the order of sequences. If a sequence has
-    or gets an error, the others are completed, and UsageError is raised at the end. After Ctrl-C, prints the results
-    that are complete.
+def generate_in_parallel(args: argparse.Namespace, model: Transformer, sequences: list[Sequence], stats: dict):
+    """Runs args.parallel sequences at a time, and prints the results in the order of sequences. If a sequence has or
+    gets an error, the others still run, and UsageError is raised at the end. After Ctrl-C, prints the sequences that
+    have ended.
 
     stats: more fields for --json."""
     try:
@@ -40,11 +40,11 @@ def complete_in_parallel(args: argparse.Namespace, model: Transformer, sequences
         del not_printed[i]
 
     hide_bar = True if sys.stdout.isatty() else None  # texts on a terminal show the progress already
-    bar = tqdm(scheduler.complete(sequences), "prompts", len(sequences), disable=hide_bar, leave=False)
+    bar = tqdm(scheduler.run(sequences), "prompts", len(sequences), disable=hide_bar, leave=False)
     try:
         for i, _ in bar:
             print_sequence(i)
-    except KeyboardInterrupt:  # from complete, which has yielded all that have ended, or from this loop
+    except KeyboardInterrupt:  # from Scheduler.run, which has yielded all that have ended, or from this loop
         for i in [i for i, sequence in not_printed.items() if sequence.finish_reason]:
             print_sequence(i)
         raise

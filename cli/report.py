@@ -15,6 +15,7 @@ import torch
 import collectives
 from cli.ranks import rank_path
 from engine.sequence import Sequence
+from engine.step_bytes import active_weight_bytes, step_bytes
 from model import KVCache, Transformer
 from utils.errors import UsageError
 from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
@@ -38,7 +39,8 @@ def build_result(
         steps_per_second /= tokens_per_step(accept_counts) or 1
     n_prompt_tokens = len(last.prompt_ids)
     halfway = n_prompt_tokens + len(last.new_ids) // 2  # the mean number of tokens in the cache over all steps
-    bytes_per_step = model.step_bytes(tokens_read(model, kv_cache, halfway, args.compile), kv_cache.batch_size)
+    n_read = tokens_read(model, kv_cache, halfway, args.compile)
+    bytes_per_step = step_bytes(model, n_read, kv_cache.batch_size)
     texts = [describe_batch(batch) for batch in samples]
     return texts[-1] | {
         "samples": texts,
@@ -49,7 +51,7 @@ def build_result(
         "prefill_seconds": last.token_times[0] - last.start_time,
         "decode_tokens_per_sec": tokens_per_second,
         "total_tokens_per_sec": tokens_per_second * len(last_batch),
-        "model_bytes": model.active_weight_bytes(),
+        "model_bytes": active_weight_bytes(model),
         "bandwidth_gb_per_sec": bytes_per_step * steps_per_second / 1e9,
         "peak_memory_bytes": peak_memory(model.device),
         "device": str(model.device),

@@ -19,7 +19,7 @@ from utils.errors import OutOfMemoryError, UsageError
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
 
 # oneDNN, and PyTorch's layer above oneDNN, cache a compiled matrix product for every number of tokens that occurs. A
-# product takes 0.3 to 1 MB, and by default 1024 of them are cached. These environment variables lower that number. They
+# product takes 0.3 to 1 MB, and by default 1024 of them are cached. These environment variables lower that number, and
 # must be set before the first product.
 MATMUL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MATMUL_CACHE_SIZE = "128"
@@ -48,25 +48,17 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
             main()
     except KeyboardInterrupt:
         exit_interrupted()
-    except OutOfMemoryError as e:
-        exit_with_error(f"{e}; {oom_hint}")
-    except UsageError as e:
-        exit_with_error(str(e))
-    except (MemoryError, RuntimeError) as e:
-        # Ctrl-C within torch.save becomes a RuntimeError: torch.save closes its file and finds the file too short.
-        if isinstance(e.__context__, KeyboardInterrupt):
-            exit_interrupted()
-        if isinstance(e.__context__, SystemExit):  # SIGTERM or SIGHUP within torch.save
-            raise e.__context__ from None
-        why = explain_out_of_memory(e, oom_hint) or explain_file_error(e)
-        if why is None:
+    except Exception as e:
+        if isinstance(e, OSError):
+            # Python flushes stdout at exit. After an error of stdout a flush would fail, too. So /dev/null takes the
+            # rest of stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):
+            return
+        error = explain(e, oom_hint)
+        if error is None:
             raise
-        exit_with_error(why)
-    except OSError as e:
-        # Python flushes stdout at exit. After an error of stdout that would fail, too. So /dev/null takes the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(e, BrokenPipeError):
-            exit_with_error(str(e))
+        exit_with_error(error)
 
 
 def replace_closed_streams():
@@ -80,6 +72,18 @@ def replace_closed_streams():
 def exit_with_error(error: str) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: {' '.join(error.split())}", file=sys.stderr)  # on one line
     sys.exit(EXIT_USAGE_ERROR)
+
+
+def explain(e: Exception, oom_hint: str) -> str | None:
+    """Returns a text that explains e to the user, or None if e is a bug."""
+    match e:
+        case OutOfMemoryError():
+            return f"{e}; {oom_hint}"
+        case UsageError() | OSError():
+            return str(e)
+        case MemoryError() | RuntimeError():
+            return explain_out_of_memory(e, oom_hint) or explain_file_error(e)
+    return None
 
 
 def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:

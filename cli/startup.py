@@ -1,5 +1,5 @@
 """What generate.py does before the first token, besides loading the model: sizes the KV cache, loads the draft model,
-builds the speculative decoder, and compiles or records the steps.
+builds the speculative generator, and compiles or records the steps.
 """
 
 import argparse
@@ -11,10 +11,10 @@ import torch
 
 import collectives
 from cli.ranks import communication_share
-from engine.generation import Decoder
+from engine.generation import TokenGenerator
 from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
-from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeDecoder
+from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeGenerator
 from kernels import MAX_CPU_TOKENS, TRITON
 from loading import load
 from model import KVCache, Transformer
@@ -58,17 +58,17 @@ def required_seq_len(
     return longest + args.max_new_tokens
 
 
-def build_speculative_decoder(
+def build_speculative_generator(
     args: argparse.Namespace, runner: ModelRunner, draft: Transformer | None
-) -> SpeculativeDecoder:
-    """Returns a SpeculativeDecoder, which proposes tokens by the draft model, or by prompt lookup if draft is None."""
+) -> SpeculativeGenerator:
+    """Returns a SpeculativeGenerator. The draft model proposes tokens, or prompt lookup if draft is None."""
     warn_without_kernels(args.speculate_k, runner.model)
     if draft is None:
         proposer: Proposer = NgramProposer(args.prompt_lookup, runner.device)
     else:
         draft_cache = KVCache(draft, 1, runner.kv_cache.max_seq_len)
         proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling, args.compile), runner.model)
-    return SpeculativeDecoder(runner, proposer, args.speculate_k)
+    return SpeculativeGenerator(runner, proposer, args.speculate_k)
 
 
 def warn_without_kernels(k: int, model: Transformer):
@@ -79,22 +79,29 @@ def warn_without_kernels(k: int, model: Transformer):
 
 
 @torch.inference_mode()
-def warm_up(args: argparse.Namespace, runner: ModelRunner, decoder: Decoder, sequences: list[Sequence]) -> dict:
+def warm_up(
+    args: argparse.Namespace, runner: ModelRunner, generator: TokenGenerator, sequences: list[Sequence]
+) -> dict:
     """Compiles or records what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
-    records a step at its first use. The first prompt overwrites what the KV caches then hold. Returns fields of --json:
-    compile_seconds, and with several ranks world_size and communication_share."""
-    start, device = time.perf_counter(), runner.device
+    records a step at its first use. The first prompt overwrites what the KV caches then hold. Returns compile_seconds,
+    a field of --json."""
+    start = time.perf_counter()
     if args.compile_prefill:
         # The length of a conversation's first prompt is unknown. Take a length beyond the kernels', which is compiled.
         n_prompt_tokens = len(sequences[0].prompt_ids) if sequences else MAX_CPU_TOKENS + 1
-        prompt = torch.zeros(args.batch_size, n_prompt_tokens, dtype=torch.long, device=device)
+        prompt = torch.zeros(args.batch_size, n_prompt_tokens, dtype=torch.long, device=runner.device)
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
         runner.prefill(prompt, prompt[:, 0] + 1)
     if args.compile:
-        decoder.warm_up(args.max_new_tokens)
-    stats = {"compile_seconds": time.perf_counter() - start}
-    if args.json and collectives.world_size() > 1:
-        tokens = torch.zeros(args.batch_size, 1, dtype=torch.long, device=device)
-        share = communication_share(partial(runner.decode, tokens, tokens[:, 0]))
-        stats |= {"world_size": collectives.world_size(), "communication_share": share}
-    return stats
+        generator.warm_up(args.max_new_tokens)
+    return {"compile_seconds": time.perf_counter() - start}
+
+
+def describe_ranks(runner: ModelRunner) -> dict:
+    """Returns the fields that --json has with several ranks: world_size and communication_share. To measure the latter,
+    runs decode steps at position 0, which the first prompt overwrites."""
+    if collectives.world_size() == 1:
+        return {}
+    tokens = torch.zeros(runner.kv_cache.batch_size, 1, dtype=torch.long, device=runner.device)
+    share = communication_share(partial(runner.decode, tokens, tokens[:, 0]))
+    return {"world_size": collectives.world_size(), "communication_share": share}

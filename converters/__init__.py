@@ -1,20 +1,20 @@
 """Converts other projects' files to model.pth. Read one of these first, from top to bottom: convert_folder.py or
-convert_gguf.py. scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and resolve.py call them.
+convert_gguf.py. scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and checkpoint_path.py call them.
 
-    resolve.py             finds or makes the model.pth of --checkpoint_path, which may name a folder or a .gguf
+    checkpoint_path.py     finds or makes the model.pth of --checkpoint_path, which may name a folder or a .gguf
     convert_folder.py      converts a folder of Hugging Face's or Meta's files, or with one of tinyllamas
     convert_gguf.py        converts a GGUF
 
-Every format is converted in two steps. First, a reader makes a CanonicalCheckpoint (canonical.py): a config, and
-tensors with canonical names and canonical layout, whose data is not read yet. Then write_model reads, stacks and writes
-the tensors one by one.
+Every format is converted in two steps. First, a reader makes a CanonicalCheckpoint: a config, and tensors with
+canonical names and layout, whose data is not read yet. Then write_model reads, stacks and writes the tensors one by
+one.
 
     format              opened by             its config by     its tensors by      its tokenizer by
     Hugging Face        convert_folder.py     hf_config.py      hf_tensors.py       (needs no change)
     Meta, tinyllamas    meta.py               meta.py           meta.py             meta_tokenizer.py
     GGUF                gguf_file.py          gguf_config.py    convert_gguf.py     gguf_tokenizer.py
 
-    canonical.py                what the readers make: canonical names, and CanonicalCheckpoint
+    canonical_checkpoint.py     what the readers make: canonical names, and CanonicalCheckpoint
     write_model.py              the last step of every format: stacks tensors, and writes model.pth
     quantized_weight.py         a weight that stays quantized: renamed, split and reordered like a tensor
     hf_quantized.py             finds the quantized weights of a Hugging Face checkpoint; these files unpack them:
@@ -23,7 +23,7 @@ the tensors one by one.
     gguf_quantized.py           --keep: a GGUF's quantized weights stay quantized
       gguf_blocks.py              decodes a GGUF's blocks
     lora.py                     --lora: merges an adapter into Hugging Face's weights
-    source_files.py             records from which files a model.pth was made
+    source_files.py             finds and records the files from which a model.pth is made
 
     families.py            the table of families, for all formats; some columns are functions of these files:
       family_config.py       what only one family's config.json has

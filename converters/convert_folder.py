@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import ModelConfig
-from converters.canonical import CanonicalCheckpoint, StateDict
+from converters.canonical_checkpoint import CanonicalCheckpoint, StateDict
 from converters.hf_config import config_from_hf, find_family
 from converters.hf_quantized import collect_quantized, read_quantization
 from converters.hf_tensors import to_canonical_layout, with_norm_biases
@@ -85,7 +85,7 @@ def read_config(folder: Path, hf_config: dict) -> tuple[ModelConfig, str]:
 
 
 def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> StateDict:
-    """Returns all tensors of the folder, memory-mapped, with a LazyWeight for each quantized weight. hf_config:
+    """Returns all tensors of the folder, memory-mapped, with a QuantizedWeight for each quantized weight. hf_config:
     the contents of config.json."""
     tensors = read_state_dict(folder)
     quantization = read_quantization(folder, hf_config, tensors)

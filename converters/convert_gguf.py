@@ -1,4 +1,4 @@
-"""Converts a GGUF file to model.pth and a tokenizer, for scripts/convert_gguf.py and resolve.py.
+"""Converts a GGUF file to model.pth and a tokenizer, for scripts/convert_gguf.py and checkpoint_path.py.
 
     convert_gguf(Path("model.Q4_1.gguf"), Path("checkpoints/model"))
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical import CanonicalCheckpoint, StateDict, TensorReader
+from converters.canonical_checkpoint import CanonicalCheckpoint, StateDict, TensorReader
 from converters.families import FAMILIES
 from converters.gguf_config import (
     LONG_FACTORS,
@@ -31,7 +31,7 @@ from converters.write_model import Announcement, plan_stacks, write_folder
 from text.tokenizer_files import TOKENIZER_FILES
 from utils.errors import UsageError, convert_type_errors
 
-GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (canonical.py)
+GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (canonical_checkpoint.py)
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -104,9 +104,9 @@ def rename_gguf_tensors(
     def read(name: str) -> Tensor:
         packed = renamed[name]
         try:
-            values = gguf.dequantize(packed.data, packed.type)
+            values = gguf.dequantize(packed.data, packed.ggml_type)
         except NotImplementedError:
-            raise UsageError(f"{name} is {packed.type.name}, which the gguf package cannot dequantize") from None
+            raise UsageError(f"{name} is {packed.ggml_type.name}, which the gguf package cannot dequantize") from None
         tensor = torch.from_numpy(np.require(values, requirements="W"))  # writable, or PyTorch warns
         return reorder_heads(name, tensor, row_order)
 
@@ -159,5 +159,5 @@ def split_tensor(
     for canonical_module, rows in parts:
         experts = rows if "{e}" in canonical_module else [rows]
         for e, data in enumerate(experts):
-            renamed[f"{prefix}{canonical_module.format(e=e)}.{suffix}"] = GGUFTensor(tensor.type, data)
+            renamed[f"{prefix}{canonical_module.format(e=e)}.{suffix}"] = GGUFTensor(tensor.ggml_type, data)
     return renamed

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from config import ModelConfig
-from converters.canonical import StateDict
+from converters.canonical_checkpoint import StateDict
 from converters.family_config import (
     all_sliding,
     arcee,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical import StateDict
+from converters.canonical_checkpoint import StateDict
 
 # ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Decodes the quantized types of GGUF. A block of such a type holds quantized values, scales and minima.
 gguf_quantized.py calls decode_rows and decode_mxfp4.
 
-    groups = decode_rows(rows, Type.Q4_K)    # rows: [N, bytes] uint8
+    groups = decode_rows(rows, GGMLType.Q4_K)    # rows: [N, bytes] uint8
     groups.q, groups.scales, groups.zeros    # w = (q - zero) * scale
 """
 
@@ -11,13 +11,13 @@ from functools import partial
 
 import torch
 from gguf import GGML_QUANT_SIZES
-from gguf import GGMLQuantizationType as Type
+from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
 from kernels.formats import Tensors
 from kernels.formats.base import pack_nibbles, unpack_nibbles_planar
 
-FLOATS = (Type.F32, Type.F16, Type.BF16)
+FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 
 # ---- Types ----------------------------------------------------------------------------------------------------------
 
@@ -118,14 +118,14 @@ def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 BLOCK_TYPES = {
-    Type.Q4_0: BlockType(4, 32, partial(decode_symmetric, zero=8)),
-    Type.Q4_1: BlockType(4, 32, decode_asymmetric, has_minimum=True),
-    Type.Q5_0: BlockType(5, 32, partial(decode_symmetric, zero=16, fifth_bit=True)),
-    Type.Q5_1: BlockType(5, 32, partial(decode_asymmetric, fifth_bit=True), has_minimum=True),
-    Type.Q8_0: BlockType(8, 32, decode_q8_0),
-    Type.Q4_K: BlockType(4, 32, decode_q4_k, has_minimum=True),
-    Type.Q5_K: BlockType(5, 32, decode_q5_k, has_minimum=True),
-    Type.Q6_K: BlockType(6, 16, decode_q6_k),
+    GGMLType.Q4_0: BlockType(4, 32, partial(decode_symmetric, zero=8)),
+    GGMLType.Q4_1: BlockType(4, 32, decode_asymmetric, has_minimum=True),
+    GGMLType.Q5_0: BlockType(5, 32, partial(decode_symmetric, zero=16, fifth_bit=True)),
+    GGMLType.Q5_1: BlockType(5, 32, partial(decode_asymmetric, fifth_bit=True), has_minimum=True),
+    GGMLType.Q8_0: BlockType(8, 32, decode_q8_0),
+    GGMLType.Q4_K: BlockType(4, 32, decode_q4_k, has_minimum=True),
+    GGMLType.Q5_K: BlockType(5, 32, decode_q5_k, has_minimum=True),
+    GGMLType.Q6_K: BlockType(6, 16, decode_q6_k),
 }
 
 
@@ -136,24 +136,24 @@ BLOCK_TYPES = {
 class GroupedRows:
     """Rows of a GGUF's tensor: w = (q - zero) * scale, with q [N, K], scales and zeros [N, n_groups] in float32."""
 
-    type: BlockType
+    block_type: BlockType
     q: Tensor
     scales: Tensor
     zeros: Tensor
 
     def expand(self, per_group: Tensor) -> Tensor:
         """Repeats each group's value for every input: [N, n_groups] -> [N, K]."""
-        return per_group[..., None].expand(*per_group.shape, self.type.group_size).flatten(-2)
+        return per_group[..., None].expand(*per_group.shape, self.block_type.group_size).flatten(-2)
 
     def dequantize(self) -> Tensor:
         return (self.q - self.expand(self.zeros)) * self.expand(self.scales)
 
 
-def decode_rows(rows: Tensor, ggml_type: Type) -> GroupedRows:
+def decode_rows(rows: Tensor, ggml_type: GGMLType) -> GroupedRows:
     """Decodes rows [N, bytes] uint8 of a quantized type."""
-    type, (_, block_bytes) = BLOCK_TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
-    q, scales, offsets = (t.flatten(-2) for t in type.decode(rows.unflatten(-1, (-1, block_bytes))))
-    groups, is_constant = GroupedRows(type, q, scales, -offsets / scales), scales == 0
+    block_type, (_, block_bytes) = BLOCK_TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
+    q, scales, offsets = (t.flatten(-2) for t in block_type.decode(rows.unflatten(-1, (-1, block_bytes))))
+    groups, is_constant = GroupedRows(block_type, q, scales, -offsets / scales), scales == 0
     # With a scale of 0, all weights of a group equal the offset. Store an offset above 0 as q 1, zero 0, scale offset,
     # and an offset below 0 as q 0, zero 1, scale -offset.
     if is_constant.any():
@@ -165,6 +165,6 @@ def decode_rows(rows: Tensor, ggml_type: Type) -> GroupedRows:
 
 def decode_mxfp4(rows: Tensor) -> Tensors:
     """Returns the tensors of our MXFP4 for rows of GGUF's MXFP4. A block holds an exponent and 32 values."""
-    blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[Type.MXFP4][1]))
+    blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[GGMLType.MXFP4][1]))
     weight = pack_nibbles(unpack_nibbles_planar(blocks[..., 1:]).flatten(-2))
     return {"weight": weight, "scales": blocks[..., 0].contiguous()}

@@ -23,7 +23,7 @@ SCALARS = {  # type -> letter in a format of the module struct
     GGUFValueType.INT8: "b", GGUFValueType.INT16: "h", GGUFValueType.INT32: "i", GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
 }
-KNOWN_TYPES = {type.value for type in GGMLQuantizationType}
+KNOWN_TYPES = {ggml_type.value for ggml_type in GGMLQuantizationType}
 MAX_TYPE = 256  # more than there will be; a larger number means that the file is broken
 MAX_COUNT = 2**24  # the most tensors, fields, elements or characters; more means that the header is broken
 
@@ -32,11 +32,11 @@ MAX_COUNT = 2**24  # the most tensors, fields, elements or characters; more mean
 class GGUFTensor:
     """A tensor as the file stores it, perhaps quantized."""
 
-    type: GGMLQuantizationType
+    ggml_type: GGMLQuantizationType
     data: np.ndarray  # uint8 [..., bytes of a row]
 
     def shape(self) -> tuple[int, ...]:
-        return gguf.quant_shape_from_byte_shape(self.data.shape, self.type)
+        return gguf.quant_shape_from_byte_shape(self.data.shape, self.ggml_type)
 
 
 def read_gguf(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
@@ -98,10 +98,10 @@ def parse(data: np.ndarray) -> tuple[dict, dict[str, GGUFTensor]]:
     for name, shape, type_id, offset in infos:
         if type_id not in KNOWN_TYPES and type_id < MAX_TYPE:
             raise UsageError(f"{name} has type {type_id}, which the gguf package does not know")
-        tensor_type = GGMLQuantizationType(type_id)
-        byte_shape = gguf.quant_shape_to_byte_shape(shape, tensor_type)
+        ggml_type = GGMLQuantizationType(type_id)
+        byte_shape = gguf.quant_shape_to_byte_shape(shape, ggml_type)
         tensor = data[start + offset :][: math.prod(byte_shape)]
-        tensors[name] = GGUFTensor(tensor_type, tensor.reshape(byte_shape))
+        tensors[name] = GGUFTensor(ggml_type, tensor.reshape(byte_shape))
     return metadata, tensors
 
 

@@ -1,13 +1,13 @@
-"""Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored values
-(q) stay where a format can hold them.
+"""Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored values (q) stay
+where a format can hold them.
 
     kept = GGUFQuantizer(stacked, stored, row_order)    # chooses the formats
     write_model(path, CanonicalCheckpoint(config, tensors | kept.weights, kept.reader(read)))
-    print(*kept.report(), sep="\\n")              # how each type was converted
+    print(*kept.report(), sep="\\n")    # how each type was converted
 
-A GGUF stores quantized values of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a
-minimum. Values of 4 bits become Int4, all other values GroupedInt8, with the GGUF's groups. Only scales and zeros are
-rounded. MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format: floats, if some are floats.
+A GGUF stores quantized values of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a minimum.
+Values of 4 bits become Int4, all other values GroupedInt8, with the GGUF's groups. Only scales and zeros are rounded.
+MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format: floats, if some are floats.
 
 The file may be SIZE_LIMIT times as large as the GGUF. To stay below that, some weights are rounded again to smaller
 formats: first the weights that lose the least accuracy for each byte that they save.
@@ -21,15 +21,15 @@ from math import ceil, prod, sqrt
 
 import gguf
 import torch
-from gguf import GGMLQuantizationType as Type
+from gguf import GGMLQuantizationType as GGMLType
 from torch import Tensor
 
-from converters.canonical import TensorReader
+from converters.canonical_checkpoint import TensorReader
 from converters.gguf_blocks import BLOCK_TYPES, FLOATS, BlockType, GroupedRows, decode_mxfp4, decode_rows
 from converters.gguf_file import GGUFTensor
 from converters.hf_quantized_floats import E8M0_NAN
 from converters.hf_tensors import reorder_heads
-from converters.quantized_weight import LazyWeight, check_finite_scales
+from converters.quantized_weight import QuantizedWeight, check_finite_scales
 from converters.write_model import StackedTensor, check_finite_tensor
 from kernels.formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
 from kernels.formats.base import QUANTIZE_CHUNK
@@ -40,8 +40,8 @@ SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of
 INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
 SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
 # How much accuracy one weight loses if it is rounded again, in units of our choice. Rounding to 4 bits loses more where
-# q has more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more
-# where more inputs share a scale.
+# q has more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more where more
+# inputs share a scale.
 LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0, 16: 16.0}  # by the bits of q; 16: floats
 LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group size
 
@@ -49,25 +49,25 @@ LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group siz
 # ---- Converting groups ----------------------------------------------------------------------------------------------
 
 
-def keeps_q(type: BlockType, format: WeightFormat) -> bool:
+def keeps_q(block_type: BlockType, format: WeightFormat) -> bool:
     if not isinstance(format, AffineFormat):
         return False
-    return type.bits * format.elements_per_byte <= 8 and type.group_size % format.group_size == 0
+    return block_type.bits * format.elements_per_byte <= 8 and block_type.group_size % format.group_size == 0
 
 
 def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
     """Converts groups to format. Returns (the tensors of format, is_kept [N, n_groups]: whether a group keeps the
     stored q). The other groups are rounded again."""
-    if not keeps_q(groups.type, format):
+    if not keeps_q(groups.block_type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
     # A minimum makes a fractional zero, which is rounded to an integer. If q has fewer bits than the format, q
     # and zeros are multiplied by factor to fill the format's bits. Then rounding a zero loses less.
-    factor = 2 ** (8 // format.elements_per_byte - groups.type.bits) if groups.type.has_minimum else 1
+    factor = 2 ** (8 // format.elements_per_byte - groups.block_type.bits) if groups.block_type.has_minimum else 1
     zeros = (groups.zeros * factor * 2**format.zero_fraction_bits).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
     scales, zeros = (groups.scales / factor).to(format.scale_dtype), zeros.clamp(0, 255).to(torch.uint8)
     per_group = {"scales": scales, "zeros": zeros, "is_kept": is_kept}
-    repeats = groups.type.group_size // format.group_size
+    repeats = groups.block_type.group_size // format.group_size
     tensors = {"q": groups.q * factor} | {name: t.repeat_interleave(repeats, -1) for name, t in per_group.items()}
     if not is_kept.all():  # some groups' zeros are beyond 0 ... 255
         rounded = format.quantize(groups.dequantize())
@@ -97,17 +97,17 @@ class TargetWeight:
     n_bytes: dict[WeightFormat, int] = field(init=False)
 
     def __post_init__(self):
-        types = {part.type for part in self.parts}
-        if types == {Type.MXFP4}:
+        types = {part.ggml_type for part in self.parts}
+        if types == {GGMLType.MXFP4}:
             formats = [MXFP4()]
         elif types <= {*FLOATS}:
             formats = [Unquantized()]
-        elif all(type in BLOCK_TYPES and BLOCK_TYPES[type].bits == 4 for type in types):
+        elif all(t in BLOCK_TYPES and BLOCK_TYPES[t].bits == 4 for t in types):
             formats = [INT4, SMALLER_INT4]
         else:
-            group_size = min(BLOCK_TYPES[type].group_size if type in BLOCK_TYPES else 32 for type in types)
+            group_size = min(BLOCK_TYPES[t].group_size if t in BLOCK_TYPES else 32 for t in types)
             formats = [GroupedInt8(group_size, torch.float16), SMALLER_INT8, SMALLEST_INT8, INT4]
-            if types & {Type.MXFP4, *FLOATS}:
+            if types & {GGMLType.MXFP4, *FLOATS}:
                 formats.insert(0, Unquantized())
         empty = {format: format.empty(self.stacked.shape, self.stacked.dtype, "meta") for format in formats}
         self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in empty.items()}
@@ -126,10 +126,10 @@ class TargetWeight:
     def loss(self, format: WeightFormat) -> float:
         total = 0.0
         for part in self.parts:
-            type = BLOCK_TYPES.get(part.type)  # None: floats or MXFP4
-            if isinstance(format, Unquantized | MXFP4) or type is not None and keeps_q(type, format):
+            block_type = BLOCK_TYPES.get(part.ggml_type)  # None: floats or MXFP4
+            if isinstance(format, Unquantized | MXFP4) or block_type is not None and keeps_q(block_type, format):
                 continue
-            bits = 16 if type is None else type.bits
+            bits = 16 if block_type is None else block_type.bits
             loss = LOSS_OF_INT4[bits] if isinstance(format, Int4) else LOSS_OF_INT8[format.group_size]
             total += loss * prod(part.shape())
         return total
@@ -185,7 +185,7 @@ class RoundingErrors:
 
     def add(self, groups: GroupedRows, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
         errors = (format.dequantize(tensors, torch.float32) - groups.dequantize()).abs_()
-        errors = errors.unflatten(-1, (-1, groups.type.group_size))  # [N, n_groups, group_size]
+        errors = errors.unflatten(-1, (-1, groups.block_type.group_size))  # [N, n_groups, group_size]
         steps = groups.scales.abs().clamp(min=torch.finfo(torch.float32).tiny)
         self.largest = max(self.largest, (errors.amax(-1) / steps).where(is_kept, 0).max().item())
         self.n_groups += is_kept.numel()
@@ -217,7 +217,7 @@ class GGUFQuantizer:
                 other_bytes += prod(tensor.shape) * tensor.dtype.itemsize
                 continue
             for part_name in tensor.part_names:
-                check_type(part_name, stored[part_name].type)
+                check_type(part_name, stored[part_name].ggml_type)
             targets.append(TargetWeight(name, tensor, [stored[part_name] for part_name in tensor.part_names]))
         self.stored_bytes = sum(tensor.data.nbytes for tensor in stored.values())
         choose_formats(targets, SIZE_LIMIT * self.stored_bytes - other_bytes)
@@ -225,14 +225,15 @@ class GGUFQuantizer:
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
         self.became_unquantized: Counter[str] = Counter()  # by type: tensors that are stacked with floats
         self.n_rounded: Counter[tuple[str, str]] = Counter()  # by type and format: floats that are quantized
-        self.weights: dict[str, LazyWeight] = {}
+        self.weights: dict[str, QuantizedWeight] = {}
         for target in targets:
             if isinstance(target.format, Unquantized):
-                self.became_unquantized.update(part.type.name for part in target.parts if part.type not in FLOATS)
+                types = [part.ggml_type for part in target.parts]
+                self.became_unquantized.update(t.name for t in types if t not in FLOATS)
                 continue
             for part_name, part in zip(target.stacked.part_names, target.parts, strict=True):
                 read = partial(self.read, part_name, part, target.format, row_order)
-                self.weights[part_name] = LazyWeight(target.format, torch.Size(part.shape()), read)
+                self.weights[part_name] = QuantizedWeight(target.format, torch.Size(part.shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
         """Returns a TensorReader that returns a weight of self.weights, if there is one by the name, and else calls
@@ -241,16 +242,16 @@ class GGUFQuantizer:
 
     def read(self, name: str, stored: GGUFTensor, format: WeightFormat, row_order: Tensor | None) -> Tensors:
         """Reads the GGUF's tensor called name, as the tensors of format."""
-        if stored.type not in BLOCK_TYPES and format != MXFP4():
-            self.n_rounded[stored.type.name, format.name] += 1
-            weight = torch.from_numpy(gguf.dequantize(stored.data, stored.type))
+        if stored.ggml_type not in BLOCK_TYPES and format != MXFP4():
+            self.n_rounded[stored.ggml_type.name, format.name] += 1
+            weight = torch.from_numpy(gguf.dequantize(stored.data, stored.ggml_type))
             check_finite_tensor(name, weight)
             tensors = format.quantize(weight)
             check_scales_fit(name, tensors)
             return {kind: reorder_heads(name, t, row_order) for kind, t in tensors.items()}
-        errors = self.errors[stored.type.name, format.name]
+        errors = self.errors[stored.ggml_type.name, format.name]
         errors.n_tensors += 1
-        if stored.type == Type.MXFP4:
+        if stored.ggml_type == GGMLType.MXFP4:
             whole = decode_mxfp4(torch.tensor(stored.data))
             check_finite_scales(name, whole["scales"] != E8M0_NAN)
             errors.n_groups += whole["scales"].numel()  # all groups are exact
@@ -258,7 +259,7 @@ class GGUFQuantizer:
         n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
         parts = []
         for start in range(0, len(stored.data), n_rows):
-            groups = decode_rows(torch.tensor(stored.data[start : start + n_rows]), stored.type)
+            groups = decode_rows(torch.tensor(stored.data[start : start + n_rows]), stored.ggml_type)
             check_finite_scales(name, groups.scales.isfinite() & groups.zeros.isfinite())
             tensors, is_kept = convert_groups(groups, format)
             check_scales_fit(name, tensors)
@@ -291,8 +292,8 @@ def check_scales_fit(name: str, tensors: Tensors):
         raise UsageError(f"tensor {name} holds scales that are too large for float16; leave --keep out")
 
 
-def check_type(name: str, type: Type):
-    known = (*BLOCK_TYPES, Type.MXFP4)
-    if type not in (*known, *FLOATS):
+def check_type(name: str, ggml_type: GGMLType):
+    known = (*BLOCK_TYPES, GGMLType.MXFP4)
+    if ggml_type not in (*known, *FLOATS):
         kept = ", ".join(kept.name for kept in known)
-        raise UsageError(f"{name} is {type.name}, and --keep takes {kept}; leave it out")
+        raise UsageError(f"{name} is {ggml_type.name}, and --keep takes {kept}; leave it out")

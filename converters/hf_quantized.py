@@ -2,7 +2,7 @@
 rounded again.
 
     quantization = read_quantization(folder, hf_config, tensors)    # hf_config: the contents of config.json
-    collect_quantized(tensors, quantization, config)                # X.qweight, X.scales, ... -> X.weight, a LazyWeight
+    collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
 
 The tensors say which layers are quantized. docs/quantized_checkpoints.md says which contradictions of config.json are
 errors, and lists the formats. hf_quantized_integers.py and hf_quantized_floats.py read them.
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical import StateDict
+from converters.canonical_checkpoint import StateDict
 from converters.hf_quantized_floats import float8_weight, split_mxfp4
 from converters.hf_quantized_integers import GPTQ_VERSIONS, awq_weight, gptq_weight, int8_weight, packed_weight
-from converters.quantized_weight import LazyWeight, QuantizedLayer
+from converters.quantized_weight import QuantizedLayer, QuantizedWeight
 from utils.errors import UsageError, convert_type_errors
 from utils.files import read_json
 
@@ -135,7 +135,7 @@ def check_one_of(field: str, value, supported: tuple[str, ...]):
 
 
 def collect_quantized(tensors: StateDict, quantization: dict, config: ModelConfig):
-    """Replaces the tensors of every quantized layer by one LazyWeight, in place. Removes the scales of activations
+    """Replaces the tensors of every quantized layer by one QuantizedWeight, in place. Removes the scales of activations
     and of the KV cache. Raises UsageError if quantization contradicts the tensors, or if no layer is quantized."""
     n_before = len(tensors)
     if quantization["quant_method"] == "mxfp4":
@@ -150,7 +150,7 @@ def collect_quantized(tensors: StateDict, quantization: dict, config: ModelConfi
             for kind in layer.tensors:
                 del tensors[f"{layer.name}.{kind}"]
             tensors[f"{layer.name}.weight"] = weight
-    if not is_only_kv_cache(quantization) and not any(isinstance(t, LazyWeight) for t in tensors.values()):
+    if not is_only_kv_cache(quantization) and not any(isinstance(t, QuantizedWeight) for t in tensors.values()):
         method = quantization["quant_method"]
         raise UsageError(f"config.json says quant_method {method}; none of the checkpoint's {n_before} tensors is that")
 
@@ -177,16 +177,16 @@ def is_quantized(tensors: dict[str, Tensor]) -> bool:
     return "qweight" in tensors or "weight_packed" in tensors
 
 
-def read_float8(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
+def read_float8(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
     return float8_weight(layer, quantization.get("weight_block_size"))
 
 
-def read_modelopt(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
+def read_modelopt(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
     has_blocks = str(quantization.get("quant_algo")).lower() == MODELOPT_BLOCKS
     return float8_weight(layer, MODELOPT_BLOCK_SHAPE if has_blocks else None)
 
 
-def read_compressed(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
+def read_compressed(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
     """Reads a weight of compressed-tensors. quantization: config.json's quantization_config."""
     for ignored in quantization.get("ignore") or []:
         if matches_target(layer.name, ignored):
@@ -229,7 +229,7 @@ def matches_target(name: str, target: str) -> bool:
 
 
 # quant_method -> the function that reads a layer. mxfp4 is not here, since a tensor holds many layers: split_mxfp4.
-LAYER_READERS: dict[str, Callable[[QuantizedLayer, dict], LazyWeight]] = {
+LAYER_READERS: dict[str, Callable[[QuantizedLayer, dict], QuantizedWeight]] = {
     "awq": awq_weight,
     "compressed-tensors": read_compressed,
     "fbgemm_fp8": read_float8,

@@ -1,4 +1,4 @@
-"""Reads weights of FP8 (e4m3) and MXFP4 from Hugging Face's checkpoints into LazyWeight, without rounding.
+"""Reads weights of FP8 (e4m3) and MXFP4 from Hugging Face's checkpoints into QuantizedWeight, without rounding.
 hf_quantized.py calls float8_weight for each layer, and split_mxfp4 once.
 
     fp8                          weight [N, K], weight_scale_inv [N / 128, K / 128]: a scale for each block
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from converters.quantized_weight import (
-    LazyWeight,
     QuantizedLayer,
+    QuantizedWeight,
     check_finite_scales,
     stored_group_size,
     unpack_nibbles_interleaved,
@@ -31,7 +31,7 @@ E4M3_NAN = 0x7F  # without the sign bit
 E8M0_NAN = 0xFF
 
 
-def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> LazyWeight:
+def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> QuantizedWeight:
     """Reads a weight of FP8. block_shape: how many outputs and inputs share a scale. None: a scale for each output, or
     one scale for the whole weight."""
     weight = layer.take("weight", (torch.float8_e4m3fn,), 2)
@@ -54,10 +54,10 @@ def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> LazyW
         by_row = scales.float().repeat_interleave(n_rows, 0)[:n]
         return {"weight": weight, "scales": shard_groups(by_row, 0, k, n_columns, format.effective_group_size(k))}
 
-    return LazyWeight(format, weight.shape, read)
+    return QuantizedWeight(format, weight.shape, read)
 
 
-def split_mxfp4(tensors: dict[str, Tensor | LazyWeight]):
+def split_mxfp4(tensors: dict[str, Tensor | QuantizedWeight]):
     """Replaces gpt-oss's tensors, which stack the projections of all experts, by a weight for each expert, in place. In
     gate_up_proj the rows of gate and up alternate."""
     for blocks_name in list(tensors):
@@ -86,11 +86,11 @@ def check_mxfp4(name: str, blocks: Tensor, scales: Tensor):
         raise UsageError(f"tensors {names} are not MXFP4: bytes [E, N, K/32, 16] and [E, N, K/32]")
 
 
-def mxfp4_weight(name: str, blocks: Tensor, scales: Tensor) -> LazyWeight:
+def mxfp4_weight(name: str, blocks: Tensor, scales: Tensor) -> QuantizedWeight:
     """Makes a weight of blocks [N, K / 32, 16] and scales [N, K / 32]. name: the tensor's name, for error messages."""
 
     def read() -> Tensors:
         check_finite_scales(f"{name}_scales", scales != E8M0_NAN)
         return {"weight": pack_nibbles(unpack_nibbles_interleaved(blocks.flatten(-2))), "scales": scales}
 
-    return LazyWeight(MXFP4(), torch.Size([len(blocks), blocks.shape[1] * 32]), read)
+    return QuantizedWeight(MXFP4(), torch.Size([len(blocks), blocks.shape[1] * 32]), read)

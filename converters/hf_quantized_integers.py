@@ -1,4 +1,4 @@
-"""Reads weights of 4 and 8 bits from GPTQ, AWQ and compressed-tensors into LazyWeight, without rounding.
+"""Reads weights of 4 and 8 bits from GPTQ, AWQ and compressed-tensors into QuantizedWeight, without rounding.
 hf_quantized.py calls gptq_weight, awq_weight, packed_weight and int8_weight.
 
 In every format w = (q - zero) * scale, with a scale and a zero point for every output and group of inputs. The formats
@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from converters.quantized_weight import LazyWeight, QuantizedLayer, stored_group_size, unpack_nibbles_interleaved
+from converters.quantized_weight import QuantizedLayer, QuantizedWeight, stored_group_size, unpack_nibbles_interleaved
 from kernels.formats import GroupedInt8, Int4, Int8, Tensors
 from kernels.formats.base import shard_groups
 from kernels.formats.integers import AffineFormat
@@ -58,17 +58,17 @@ class UnpackedWeight:
     def is_symmetric(self) -> bool:
         return bool((self.read_zeros() == self.middle).all())
 
-    def to_weight(self, may_be_int8: bool = True) -> LazyWeight:
+    def to_weight(self, may_be_int8: bool = True) -> QuantizedWeight:
         """Returns the weight in one of our formats, with the same values. may_be_int8: False if config.json says that
         zero points are free. Then a zero point in the middle is an accident, and the layers that this one is stacked
         with may have others, for which Int8 has no room."""
         if may_be_int8 and self.bits == 8 and self.scales.shape[1] == 1 and self.is_symmetric:
-            return LazyWeight(Int8(), self.shape, self.read_int8)
+            return QuantizedWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
         # Int4 lacks some group sizes, such as 16. Values of 4 bits in such groups are stored in 8 bits.
         format_class = Int4 if self.bits == 4 and group_size in Int4.group_sizes else GroupedInt8
         format = format_class(group_size, stored_dtype(self.scales))
-        return LazyWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
+        return QuantizedWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
 
     def read_int8(self) -> Tensors:
         signed = (self.read_q() ^ self.middle).view(torch.int8)
@@ -167,7 +167,7 @@ def read_input_order(
 # ---- GPTQ and AWQ ---------------------------------------------------------------------------------------------------
 
 
-def gptq_weight(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
+def gptq_weight(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
     """Reads a weight of GPTQ. quantization: config.json's quantization_config."""
     quantization = quantization | find_dynamic(layer, quantization.get("dynamic") or {})
     qweight, qzeros, scales = take_qweight(layer)
@@ -256,7 +256,7 @@ def infer_version(qweight: Tensor, qzeros: Tensor, n: int) -> str | None:
     return best if means[best] < 0.25 and means[other] > 0.75 else None
 
 
-def awq_weight(layer: QuantizedLayer, quantization: dict) -> LazyWeight:
+def awq_weight(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
     """Reads a weight of AWQ. quantization: config.json's quantization_config."""
     qweight, qzeros, scales = take_qweight(layer)
     (k, n_words), (n_groups, n) = qweight.shape, scales.shape
@@ -284,7 +284,7 @@ def take_qweight(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
 # ---- compressed-tensors ---------------------------------------------------------------------------------------------
 
 
-def packed_weight(layer: QuantizedLayer, stated: dict) -> LazyWeight:
+def packed_weight(layer: QuantizedLayer, stated: dict) -> QuantizedWeight:
     """Reads a weight of pack-quantized. stated: the weight's scheme in config.json."""
     packed = layer.take("weight_packed", (torch.int32,), 2)
     shape = layer.take("weight_shape", (torch.int32, torch.int64), 1).tolist()
@@ -295,7 +295,7 @@ def packed_weight(layer: QuantizedLayer, stated: dict) -> LazyWeight:
     return compressed_weight(layer, stated, bits, torch.Size([n, k]), lambda: unpack_words(packed, bits)[:, :k])
 
 
-def int8_weight(layer: QuantizedLayer, stated: dict) -> LazyWeight:
+def int8_weight(layer: QuantizedLayer, stated: dict) -> QuantizedWeight:
     """Reads a weight of int-quantized. stated: the weight's scheme in config.json."""
     weight = layer.take("weight", (torch.int8,), 2)
     bits = 4 if to_integer("num_bits", stated.get("num_bits")) == 4 else 8
@@ -305,7 +305,7 @@ def int8_weight(layer: QuantizedLayer, stated: dict) -> LazyWeight:
 
 def compressed_weight(
     layer: QuantizedLayer, stated: dict, bits: int, shape: torch.Size, read_q: Callable[[], Tensor]
-) -> LazyWeight:
+) -> QuantizedWeight:
     n, k = shape
     layer.expect("num_bits", bits, to_integer("num_bits", stated.get("num_bits")))
     scales = layer.take_row_scales("weight_scale", n)

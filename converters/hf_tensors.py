@@ -1,4 +1,4 @@
-"""Gives the tensors of any family in a Hugging Face checkpoint canonical names (canonical.py) and one layout.
+"""Gives the tensors of any family in a Hugging Face checkpoint canonical names and layout (canonical_checkpoint.py).
 
     read = to_canonical_layout(tensors, config, family)    # family: a row of families.py: FAMILIES
 
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical import EMBEDDING, HEAD, StateDict, TensorReader
+from converters.canonical_checkpoint import EMBEDDING, HEAD, StateDict, TensorReader
 from converters.families import Family
 from converters.family_tensors import LLAMA_NORMS_TO_CANONICAL, pop_matches, rename_tensor
 from converters.lora import Adapter, LoraMerger, replace_tensors
-from converters.quantized_weight import LazyWeight
+from converters.quantized_weight import QuantizedWeight
 from utils.errors import UsageError
 
 
@@ -81,17 +81,17 @@ class CanonicalReader:
     norm_biases: dict[str, Tensor]  # the result of pop_norm_biases
     row_order: Tensor | None  # the result of rope_row_order
 
-    def __call__(self, name: str) -> Tensor | LazyWeight:
+    def __call__(self, name: str) -> Tensor | QuantizedWeight:
         tensor, change = self.read_merged(name), self.find_change(name)
         if name in self.norm_biases:
             weight = self.read_merged(name.replace(".bias", ".weight"))
             tensor = add_norm_bias(tensor, weight, self.norm_biases[name])
         tensor = reorder_heads(name, tensor, self.row_order)
-        if isinstance(tensor, LazyWeight) and (self.family.layer_norm or change is not None):
+        if isinstance(tensor, QuantizedWeight) and (self.family.layer_norm or change is not None):
             raise UsageError(f"{name} is quantized, and this family's conversion changes it: take 16-bit weights")
         return tensor if change is None else change(tensor.float())
 
-    def read_merged(self, name: str) -> Tensor | LazyWeight:
+    def read_merged(self, name: str) -> Tensor | QuantizedWeight:
         tensor = self.stored[name]
         return tensor if self.merge is None else self.merge(name, tensor)
 
@@ -133,7 +133,7 @@ def rope_row_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     return torch.cat([first, rest_first, second, rest_second])
 
 
-def reorder_heads(name: str, tensor: Tensor | LazyWeight, row_order: Tensor | None) -> Tensor | LazyWeight:
+def reorder_heads(name: str, tensor: Tensor | QuantizedWeight, row_order: Tensor | None) -> Tensor | QuantizedWeight:
     """Puts the rows of each head in row_order, which the function rope_row_order returns, if name is the name of a
     tensor that makes queries or keys. Returns other tensors unchanged."""
     if row_order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
@@ -141,8 +141,8 @@ def reorder_heads(name: str, tensor: Tensor | LazyWeight, row_order: Tensor | No
     return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(row_order)))[:, row_order].flatten())
 
 
-def select_rows(tensor: Tensor | LazyWeight, rows: Tensor) -> Tensor | LazyWeight:
-    return tensor.select_rows(rows) if isinstance(tensor, LazyWeight) else tensor[rows]
+def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | QuantizedWeight:
+    return tensor.select_rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
 
 
 def undo_act_order(tensors: StateDict):
@@ -151,7 +151,7 @@ def undo_act_order(tensors: StateDict):
     of down_proj contiguous, and leaves the model's output unchanged."""
     for name, down in tensors.items():
         prefix, is_down, _ = name.rpartition("down_proj.weight")
-        if not is_down or not isinstance(down, LazyWeight) or down.input_order is None:
+        if not is_down or not isinstance(down, QuantizedWeight) or down.input_order is None:
             continue
         gate_up = [f"{prefix}{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")]
         gate_up = [part for part in gate_up if part in tensors]
@@ -208,9 +208,9 @@ def add_zero_biases(tensors: StateDict, paths: list[str], dtype: torch.dtype):
             tensors[f"{path}.bias"] = torch.zeros(tensors[f"{path}.weight"].shape[:1], dtype=dtype)
 
 
-def add_norm_bias(bias: Tensor, weight: Tensor | LazyWeight, norm_bias: Tensor) -> Tensor:
+def add_norm_bias(bias: Tensor, weight: Tensor | QuantizedWeight, norm_bias: Tensor) -> Tensor:
     """Returns the bias of a linear layer after LayerNorm: W (norm(x) + norm_bias) + bias = W norm(x) + the result."""
-    if isinstance(weight, LazyWeight):  # read refuses the weight
+    if isinstance(weight, QuantizedWeight):  # read refuses the weight
         return bias
     return bias.float() + weight.float() @ norm_bias.float()
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical import EMBEDDING, HEAD, StateDict
-from converters.quantized_weight import LazyWeight
+from converters.canonical_checkpoint import EMBEDDING, HEAD, StateDict
+from converters.quantized_weight import QuantizedWeight
 from converters.source_files import ADAPTER_CONFIG
 from utils.errors import UsageError, convert_type_errors
 from utils.files import load_safetensors, load_torch_state_dict, read_json
@@ -223,7 +223,7 @@ def check_fit(name: str, shape: tuple[int, int], delta: Tensor, weight: Tensor |
     if delta.shape != weight.shape:
         base = f"the base's are {list(weight.shape)}, not {list(delta.shape)}"
         raise UsageError(f"the adapter's {name} is {list(shape)}: {base}; it was made for another model")
-    if isinstance(weight, LazyWeight):
+    if isinstance(weight, QuantizedWeight):
         raise UsageError(f"the adapter changes {name}, which is quantized: give the model that the base was made from")
     if is_changed:
         raise UsageError(f"the adapter changes {name} twice")

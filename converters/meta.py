@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig, RopeScaling
-from converters.canonical import EMBEDDING, HEAD, CanonicalCheckpoint, StateDict
+from converters.canonical_checkpoint import EMBEDDING, HEAD, CanonicalCheckpoint, StateDict
 from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_tensors import reorder_heads, rope_row_order
 from converters.meta_tokenizer import read_meta_tokenizer
@@ -34,7 +34,7 @@ from utils.errors import UsageError, convert_type_errors
 from utils.files import is_state_dict, load_safetensors, load_torch_file, load_torch_state_dict, read_json
 
 PARAMS = "params.json"
-META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of Meta's name -> part of the canonical name (canonical.py)
+META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of Meta's name -> part of the canonical name
     "tok_embeddings": "embed_tokens", "attention_norm": "pre_attention_norm", "ffn_norm": "pre_ffn_norm",
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
     ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",

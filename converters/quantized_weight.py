@@ -1,8 +1,8 @@
-"""Defines LazyWeight: a weight that another project has quantized. Our checkpoint keeps the weight's values.
+"""Defines QuantizedWeight: a weight that another project has quantized. Our checkpoint keeps the weight's values.
 
-    weight = LazyWeight(Int4(128), torch.Size([n, k]), read)    # read() returns the tensors of that format
+    weight = QuantizedWeight(Int4(128), torch.Size([n, k]), read)    # read() returns the tensors of that format
 
-Converters rename, split and reorder a LazyWeight like a tensor, without reading the data.
+Converters rename, split and reorder a QuantizedWeight like a tensor, without reading the data.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,10 @@ CHANNEL_GROUP_SIZE = 128  # the stored group size if all inputs share a scale
 
 
 @dataclass(frozen=True)
-class LazyWeight:
-    """A quantized weight [N, K] that is not read yet.
+class QuantizedWeight:
+    """A quantized weight [N, K], whose tensors are read only when read is called.
 
+    format: Unquantized if no format can hold the weight, since a split has torn apart the groups of act-order.
     read: returns the tensors of format. Scales may have a wider dtype than format's.
     input_order: column i of the tensors multiplies x[..., input_order[i]]. None: column i multiplies x[..., i].
 
@@ -35,22 +36,22 @@ class LazyWeight:
     def dim(self) -> int:
         return len(self.shape)
 
-    def select_rows(self, rows: Tensor) -> "LazyWeight":
+    def select_rows(self, rows: Tensor) -> "QuantizedWeight":
         """Returns the weight with only the outputs in rows, in the order of rows."""
         n_rows = torch.Size([len(rows), self.shape[1]])
         return replace(self, shape=n_rows, read=lambda: {name: t[rows] for name, t in self.read().items()})
 
-    def select_inputs(self, start: int, length: int) -> "LazyWeight":
+    def select_inputs(self, start: int, length: int) -> "QuantizedWeight":
         if self.input_order is not None:
-            unquantized = LazyWeight(Unquantized(), self.shape, lambda: {"weight": self.dequantize(torch.float32)})
+            unquantized = QuantizedWeight(Unquantized(), self.shape, lambda: {"weight": self.dequantize(torch.float32)})
             return unquantized.select_inputs(start, length)
 
         def read() -> Tensors:
             return {name: self.format.narrow_inputs(name, t, start, length) for name, t in self.read().items()}
 
-        return LazyWeight(self.format.shard_format(length), torch.Size([self.shape[0], length]), read)
+        return QuantizedWeight(self.format.shard_format(length), torch.Size([self.shape[0], length]), read)
 
-    def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["LazyWeight"]:
+    def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["QuantizedWeight"]:
         """Splits the weight as Tensor.tensor_split does."""
         parts = torch.arange(self.shape[dim]).tensor_split(sections)
         if dim == 0:
@@ -78,12 +79,12 @@ class LazyWeight:
         return is_known and self.shape[1] % self.format.input_multiple == 0
 
 
-def common_format(parts: list[Tensor | LazyWeight]) -> WeightFormat:
+def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
     """Returns a format for the weight that stacks parts along the rows: a format that holds all parts exactly, or
     Unquantized if there is no such format. Ignores input_order."""
     common = None
     for part in parts:
-        if not isinstance(part, LazyWeight) or not part.is_storable():
+        if not isinstance(part, QuantizedWeight) or not part.is_storable():
             return Unquantized()
         common = part.format if common is None else common.common_format(part.format)
         if common is None:
@@ -91,7 +92,7 @@ def common_format(parts: list[Tensor | LazyWeight]) -> WeightFormat:
     return common
 
 
-def have_one_order(weights: list[LazyWeight]) -> bool:
+def have_one_order(weights: list[QuantizedWeight]) -> bool:
     """Returns whether the inputs of all weights are in the same order."""
     first, *others = (weight.input_order for weight in weights)
     if first is None:

@@ -1,4 +1,5 @@
-"""Records from which files a folder's model.pth was made. If the files are replaced, resolve.py converts again.
+"""Finds the files from which a model.pth is made, and records their state. If one of the files is replaced,
+checkpoint_path.py converts again.
 
     found = describe_sources(files)             # before the conversion
     record_sources(folder, found, model)        # after the conversion: writes folder/model.sources.json

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import save_checkpoint
 from config import ModelConfig
-from converters.canonical import (
+from converters.canonical_checkpoint import (
     CANONICAL_PARTS,
     EMBEDDING,
     HEAD,
@@ -28,13 +28,13 @@ from converters.canonical import (
     StateDict,
     TensorReader,
 )
-from converters.quantized_weight import LazyWeight, common_format, have_one_order
+from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
 from kernels.formats import Unquantized, WeightFormat
 from model import empty_model
 from utils.errors import UsageError
 from utils.files import delete_if_possible, replace_file
 
-# A linear layer -> the norm before the layer. If the layer has an input_order (quantized_weight.py: LazyWeight),
+# A linear layer -> the norm before the layer. If the layer has an input_order (quantized_weight.py: QuantizedWeight),
 # layers.py: Linear permutes x before the fused norm. So conversion permutes the norm's weight; rms(x) stays the same.
 NORM_BEFORE = {
     "attention.qkv_proj": "pre_attention_norm", "feed_forward.gate_up_proj": "pre_ffn_norm", "lm_head": "norm",
@@ -55,7 +55,7 @@ class StackedTensor:
     dtype: torch.dtype
     part_names: list[str]
     linear_format: WeightFormat | None = None  # the format of the weight; None: the tensor cannot be quantized
-    input_order: Tensor | None = None  # of a linear layer: see LazyWeight
+    input_order: Tensor | None = None  # of a linear layer: see QuantizedWeight
     element_order: Tensor | None = None  # of a norm: the input_order of the layer after the norm
 
     @property
@@ -70,12 +70,13 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
 
     announce: called after all checks, just before the data is read."""
     config, tensors, read = checkpoint.config, checkpoint.tensors, checkpoint.read
-    if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors and not has_tied_head(tensors, read):
-        config = replace(config, tie_embeddings=False)  # as transformers does
+    if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors:
+        if is_same_weight(read(HEAD), read(EMBEDDING)):
+            tensors = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+        else:
+            config = replace(config, tie_embeddings=False)  # as transformers does
     stacks = plan_stacks(config, tensors)
     used = {part_name for stack in stacks.values() for part_name in stack.part_names}
-    if config.tie_embeddings:
-        used.add(HEAD)
     check_left_over({name: tensors[name] for name in tensors if name not in used}, read)
     default = most_common_format(stacks)
     if default.is_quantized:
@@ -107,13 +108,12 @@ def check_left_over(tensors: StateDict, read: TensorReader):
         raise UsageError(f"{what} ({len(left_over)} left over)")
 
 
-def is_zero(tensor: Tensor | LazyWeight) -> bool:
+def is_zero(tensor: Tensor | QuantizedWeight) -> bool:
     return isinstance(tensor, Tensor) and not tensor.any()
 
 
-def has_tied_head(tensors: StateDict, read: TensorReader) -> bool:
-    head, embedding = read(HEAD), read(EMBEDDING)
-    return isinstance(head, Tensor) and isinstance(embedding, Tensor) and torch.equal(head, embedding)
+def is_same_weight(a: Tensor | QuantizedWeight, b: Tensor | QuantizedWeight) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
 
 
 def stored_name(name: str, tensor_name: str) -> str:
@@ -173,7 +173,7 @@ def plan_stacks(config: ModelConfig, tensors: StateDict) -> dict[str, StackedTen
     return stacks
 
 
-def choose_format(name: str, stack: StackedTensor, weights: list[Tensor | LazyWeight]):
+def choose_format(name: str, stack: StackedTensor, weights: list[Tensor | QuantizedWeight]):
     """Chooses the format and the order of inputs for our weight called name, which stacks weights."""
     stack.linear_format = common_format(weights)
     if not stack.format.is_quantized:
@@ -184,7 +184,7 @@ def choose_format(name: str, stack: StackedTensor, weights: list[Tensor | LazyWe
         stack.input_order = weights[0].input_order
 
 
-def loses_order(name: str, stack: StackedTensor, weights: list[LazyWeight]) -> bool:
+def loses_order(name: str, stack: StackedTensor, weights: list[QuantizedWeight]) -> bool:
     """Returns whether weights cannot stay quantized because of act-order. Linear layers can have an order of inputs,
     experts and the embedding cannot. Weights that are stacked must have the same order."""
     can_have_order = len(stack.shape) == 2 and name != "embed_tokens.weight"
@@ -228,7 +228,7 @@ def common_dtype(part_shapes: dict[str, list[int]], tensors: StateDict) -> torch
         tensor = tensors[name]
         if list(tensor.shape) != shape:
             raise UsageError(f"tensor {name} is {list(tensor.shape)}; the config makes it {shape}")
-        if isinstance(tensor, LazyWeight):
+        if isinstance(tensor, QuantizedWeight):
             continue
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise UsageError(f"tensor {name} is {tensor.dtype}, not float32, float16 or bfloat16")
@@ -246,7 +246,7 @@ def stack_tensors(stacks: dict[str, StackedTensor], read: TensorReader) -> Itera
             weight = read(part_name)
             if stack.element_order is not None:
                 weight = weight[stack.element_order]
-            is_quantized = isinstance(weight, LazyWeight)
+            is_quantized = isinstance(weight, QuantizedWeight)
             theirs = weight.read_as(stack.format, stack.dtype) if is_quantized else {"weight": weight.detach()}
             for tensor_name, t in theirs.items():
                 rows = ours[tensor_name]
@@ -298,14 +298,14 @@ def warn_dequantized(stacks: dict[str, StackedTensor], tensors: StateDict):
     """Prints which of the checkpoint's quantized weights become unquantized, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for name, stack in stacks.items():
-        quantized = {name: tensors[name] for name in stack.part_names if isinstance(tensors[name], LazyWeight)}
+        quantized = {name: tensors[name] for name in stack.part_names if isinstance(tensors[name], QuantizedWeight)}
         if not stack.format.is_quantized and quantized:
             names_of.setdefault(why_dequantized(name, stack, list(quantized.values())), []).extend(quantized)
     for why, names in names_of.items():
         print(f"{len(names)} weights are not kept quantized, as {names[0]}: {why}", file=sys.stderr)
 
 
-def why_dequantized(name: str, stack: StackedTensor, weights: list[LazyWeight]) -> str:
+def why_dequantized(name: str, stack: StackedTensor, weights: list[QuantizedWeight]) -> str:
     """Returns why weights, which are stacked in our tensor called name, become unquantized."""
     if stack.linear_format is None:
         return "routers have 16 bits here"

@@ -1,5 +1,5 @@
-"""Completes the sequences of several callers at once, in asyncio, with one Scheduler. The server (scripts/serve.py)
-calls it for each client.
+"""Runs the sequences of several callers at once, in asyncio, with one Scheduler. The server (scripts/serve.py) calls
+AsyncEngine.generate for each client.
 
     engine = AsyncEngine(scheduler)
     async for updates in engine.generate([sequence]):
@@ -12,44 +12,44 @@ import traceback
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
-from engine.scheduler import Scheduler, SequenceUpdate
-from engine.sequence import Sequence
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence, SequenceUpdate
 from utils.machine import pick_device
 
 
-class CompletionError(RuntimeError):
+class GenerationError(RuntimeError):
     """A sequence has failed: its logits are not finite, or an error ended the step of all sequences."""
 
 
 class AsyncEngine:
-    """Computes the sequences of several callers together. Only self.thread uses the scheduler, and it changes sequences
-    in every step. So a caller reads a sequence only when it has ended, and until then the updates."""
+    """Computes the sequences of several callers together. Only self.thread uses the scheduler, which changes sequences
+    in every step. So a caller reads a sequence only when the sequence has ended, and until then the updates."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
         # Every thread has a current device of its own.
         self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(str(scheduler.kv_cache.device),))
         self.inboxes: dict[Sequence, list[SequenceUpdate]] = {}  # where the caller of a sequence receives updates
-        self.step: asyncio.Task | None = None  # the newest step; all callers wait for the same one
+        self.step_task: asyncio.Task | None = None  # the newest step, for which all callers wait
 
     async def generate(self, sequences: list[Sequence]) -> AsyncIterator[list[SequenceUpdate]]:
-        """Yields the updates after each step, until all sequences have ended. If the caller stops early, its slots
-        become free. Raises CompletionError if one of sequences fails."""
+        """Yields the updates after each step, until all sequences have ended. If the caller stops early, the slots
+        of sequences become free. Raises GenerationError if one of sequences fails."""
         inbox, n_left = [], len(sequences)
         try:
             for sequence in sequences:
-                self.scheduler.check(sequence)
+                self.scheduler.check(sequence)  # here, since nobody would see an error that submit raises in the thread
                 self.inboxes[sequence] = inbox
                 self.thread.submit(self.scheduler.submit, sequence)
             while n_left:
                 if not inbox:  # otherwise another caller's step has added updates
-                    if self.step is None or self.step.done():  # the first caller that waits starts the step
-                        self.step = asyncio.create_task(self.run_step())
-                    await asyncio.shield(self.step)  # a caller that is cancelled must not cancel the step
+                    if self.step_task is None or self.step_task.done():  # the first caller that waits starts the step
+                        self.step_task = asyncio.create_task(self.run_step())
+                    await asyncio.shield(self.step_task)  # a caller that is cancelled must not cancel the step
                 updates = inbox.copy()
                 inbox.clear()
                 if errors := [update.sequence.error for update in updates if update.sequence.error]:
-                    raise CompletionError(errors[0])
+                    raise GenerationError(errors[0])
                 n_left -= sum(update.finish_reason is not None for update in updates)
                 yield updates
         finally:
@@ -62,9 +62,7 @@ class AsyncEngine:
             updates = await asyncio.wrap_future(self.thread.submit(self.scheduler.step))
         except Exception as e:
             traceback.print_exc()
-            for sequence in self.inboxes:
-                sequence.fail(str(e))
-            updates = [SequenceUpdate(sequence, [], "", [], "error") for sequence in self.inboxes]
+            updates = [sequence.fail(str(e)) for sequence in self.inboxes]
         for update in updates:
-            if update.sequence in self.inboxes:  # its caller has not stopped
+            if update.sequence in self.inboxes:  # the sequence's caller has not stopped
                 self.inboxes[update.sequence].append(update)

@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
-from engine.generation import Decoder, stream_texts
+from engine.generation import TokenGenerator, stream_texts
 from engine.sequence import Sequence, check_max_new_tokens
 from text.chat_template import check_unicode, read_message
 from text.length import exceeds
@@ -33,28 +33,20 @@ class ContextFull(UsageError):
 
 class Conversation:
     def __init__(
-        self, tokenizer: Tokenizer, decoder: Decoder, max_seq_len: int, eos_ids: Collection[int],
+        self, tokenizer: Tokenizer, generator: TokenGenerator, max_seq_len: int, eos_ids: Collection[int],
         system: str | None = None, stop: tuple[str, ...] = (),
     ):
-        """Raises UsageError if the checkpoint has no chat template.
+        """Raises UsageError if the checkpoint has no chat template, or if the template refuses a system message.
 
-        max_seq_len: how many tokens the KV cache of decoder holds.
+        max_seq_len: how many tokens the KV cache of generator holds.
         system: the system message.
         stop: strings that end an answer. The answer does not contain them."""
-        self.tokenizer, self.decoder = tokenizer, decoder
+        self.tokenizer, self.generator = tokenizer, generator
         self.max_seq_len, self.eos_ids, self.stop = max_seq_len, eos_ids, stop
-        self.system = [{"role": "system", "content": system}] if system else []
-        self.messages: list[dict] = []  # messages of the user and of the model, in turn
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
         self.n_dropped = 0  # how many messages were dropped to make room for the last answer
-        self.sequence = self.build_answer()  # the last answer
-        self.finish_reason: str | None = None  # of the last answer: "stop" or one of RESUMABLE; None: no answer
-        self.encode("Hello", [])  # raises UsageError without a chat template
-
-    def build_answer(self) -> Sequence:
-        """Returns an answer without tokens. stream sets the limit of new tokens, for which 0 stands here."""
-        options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "hold_incomplete": True}
-        return Sequence(prompt_ids=[], max_new_tokens=0, prompt=[], **options)
+        self.sequence: Sequence | None = None  # the last answer
+        self.load([{"role": "system", "content": system}] if system else [])
 
     @property
     def answer_ids(self) -> list[int]:
@@ -66,7 +58,7 @@ class Conversation:
     def token_times(self) -> list[float]:
         """The times at which the tokens of the last answer arrived, end token included. After continue_answer, only the
         times of the new tokens."""
-        return self.sequence.token_times
+        return self.sequence.token_times if self.sequence else []
 
     def encode(self, message: str, earlier: list[dict] | None = None) -> list[int]:
         """Returns the token ids of the conversation with one more message. earlier: the messages before message; None
@@ -79,9 +71,11 @@ class Conversation:
         does not fit. If the caller stops early, the conversation keeps the part of the answer that has been generated.
         Without any part of an answer, the conversation drops the message."""
         ids = self.make_room(self.messages, message, [], max_new_tokens)
-        self.sequence = self.build_answer()
+        limit = min(max_new_tokens, self.max_seq_len - len(ids))
+        options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "hold_incomplete": True}
+        self.sequence = Sequence(ids, limit, is_answer=True, **options)
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
-        return self.stream(ids, max_new_tokens, new_messages)
+        return self.stream(ids, new_messages)
 
     def continue_answer(self, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
         """Continues the last answer, and yields the new text piece by piece. Raises ContextFull if the answer fills the
@@ -90,7 +84,8 @@ class Conversation:
             raise UsageError("There is no cut answer to go on with.")
         *earlier, question, _ = self.messages
         ids = self.make_room(earlier, question["content"], self.answer_ids, max_new_tokens)
-        return self.stream(ids, max_new_tokens, [])
+        self.sequence.resume(min(max_new_tokens, self.max_seq_len - len(ids)))
+        return self.stream(ids, [])
 
     def make_room(self, earlier: list[dict], message: str, answer_ids: list[int], max_new_tokens: int) -> list[int]:
         """Returns the token ids of earlier, message and answer_ids, in this order. If these leave little room, first
@@ -120,30 +115,28 @@ class Conversation:
         del self.messages[: self.n_dropped]
         return ids
 
-    def stream(self, ids: list[int], max_new_tokens: int, new_messages: list[dict]) -> Iterator[str]:
+    def stream(self, ids: list[int], new_messages: list[dict]) -> Iterator[str]:
         """Adds new_messages to the conversation. Then yields the text that follows ids, and appends the text to the
-        last message. If max_new_tokens cuts the answer within a character, the character follows after
+        last message. If the limit of new tokens cuts the answer within a character, the character follows after
         continue_answer."""
         # Compute at least the last token, since only a token that is computed gives logits.
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
-        n_free = self.max_seq_len - len(ids)
-        max_new_tokens = min(max_new_tokens, n_free)
         sequence = self.sequence
-        sequence.resume(max_new_tokens)
+        fills_context = len(ids) + sequence.max_new_tokens - len(sequence.new_ids) == self.max_seq_len
         self.messages += new_messages
         answer = self.messages[-1]
         self.finish_reason = "interrupted"  # overwritten below unless the caller stops early
         try:
-            for (piece,) in stream_texts(self.decoder, [sequence], ids, n_cached):
+            for (piece,) in stream_texts(self.generator, [sequence], ids, n_cached):
                 # The newest token is not in the cache: the model takes that token as input only in the next step.
                 self.cached_ids += not_cached
                 not_cached = sequence.new_ids[-1:]
                 answer["content"] = sequence.text
                 if piece:
                     yield piece
-            is_full = max_new_tokens == n_free and sequence.finish_reason != "stop"
+            is_full = fills_context and sequence.finish_reason == "length"
             self.finish_reason = "context" if is_full else sequence.finish_reason
         finally:
             answer["content"] = sequence.text  # again, since Ctrl-C may come just before the same line in the loop
@@ -166,12 +159,14 @@ class Conversation:
 
     def load(self, messages: list[dict]):
         """Replaces all messages, system message included, with messages in the form of to_list. Raises UsageError and
-        changes nothing if messages are no conversation, or if the chat template refuses them."""
+        changes nothing if messages are no conversation, or if the chat template refuses messages."""
         messages = check_messages(messages)
-        self.tokenizer.encode_chat([*messages, {"role": "user", "content": "Hello"}])
+        # Only rendering shows whether a template accepts messages. A template may need a user's message at the end.
+        self.tokenizer.render_chat([*messages, {"role": "user", "content": "Hello"}], add_generation_prompt=True)
         n_system = len(messages) % 2
-        self.system, self.messages = messages[:n_system], messages[n_system:]
-        self.finish_reason = None
+        self.system = messages[:n_system]
+        self.messages = messages[n_system:]  # of the user and of the model, in turn
+        self.finish_reason: str | None = None  # of the last answer: "stop" or one of RESUMABLE; None: no answer
 
 
 def check_messages(messages) -> list[dict]:

@@ -4,8 +4,9 @@
     for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-generate is the loop. A Decoder is this loop or that of speculate.py, bound to a runner. scheduler.py has a loop of its
-own, since its sequences begin and end at different times. stream_texts goes from a Decoder's tokens to text.
+generate is the loop. A TokenGenerator is a loop bound to a runner: this loop, or speculate.py's. scheduler.py has a
+third loop, since its sequences begin and end at different times. stream_texts goes from a TokenGenerator's tokens to
+text.
 
 Shapes: B sequences, T new tokens per sequence.
 """
@@ -25,32 +26,44 @@ def generate(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens:
     """Yields the next token of each sequence, max_new_tokens times. The KV cache already holds n_cached tokens before
     prompt [B, T]. The cache must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits
     are not finite."""
+    reads = map(copy_to_host_async, run_steps(runner, prompt, n_cached, max_new_tokens))
+    # On a GPU the next step is queued before the host waits for the tokens of this step. Then the GPU computes while
+    # the host handles the tokens. A CPU would compute the next step at once, and in vain if the caller stops here.
+    for read_ids in one_ahead(reads) if prompt.is_cuda else reads:
+        yield check_sampled_ids(read_ids())
+
+
+def run_steps(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[Tensor]:
+    """Runs prefill, then the decode steps. Yields each step's tokens [B] on the device. The next step may overwrite the
+    tokens, which may be a recording's static buffer."""
     start_pos = torch.full(prompt.shape[:1], n_cached, device=prompt.device)
     tokens = runner.prefill(prompt, start_pos)
     start_pos = start_pos + prompt.shape[1]
-    for n_left in reversed(range(max_new_tokens)):
-        read_ids = copy_to_host_async(tokens)
-        # A CPU would compute the next step at once, and in vain if the caller stops after this token.
-        if not prompt.is_cuda:
-            yield check_sampled_ids(read_ids())
-        if n_left > 0:
-            # Token -1 stands for logits that are not finite. On a GPU this step starts before the host has checked the
-            # tokens, and the embedding has no row -1, so clamp the tokens.
-            tokens = runner.decode(tokens[:, None].clamp(min=0), start_pos)
-            start_pos = start_pos + 1
-        # On a GPU the next step is queued before the host waits for the tokens of this step. Then the GPU computes
-        # while the host handles the tokens. The next step may overwrite tokens, since tokens may be a recording's
-        # static buffer. But the copy to the host comes first in the stream.
-        if prompt.is_cuda:
-            yield check_sampled_ids(read_ids())
+    yield tokens
+    for _ in range(max_new_tokens - 1):
+        # Token -1 stands for logits that are not finite. On a GPU this step starts before the host has checked the
+        # tokens, and the embedding has no row -1, so clamp the tokens.
+        tokens = runner.decode(tokens[:, None].clamp(min=0), start_pos)
+        start_pos = start_pos + 1
+        yield tokens
+
+
+def one_ahead(reads: Iterator[Callable]) -> Iterator[Callable]:
+    """Yields the items of reads. Takes each item before the previous item is yielded."""
+    read = next(reads)
+    for next_read in reads:
+        yield read
+        read = next_read
+    yield read
 
 
 def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     """Starts to copy tokens [B] to the host. Returns a function that waits for the copy and returns the tokens. The
-    function does not wait for steps that are queued after the copy."""
+    function does not wait for steps that are queued after the copy. The copy is complete before these steps begin, so
+    they may overwrite tokens."""
     if not tokens.is_cuda:
         return tokens.tolist
-    copy = tokens.to("cpu", non_blocking=True)
+    copy = tokens.to("cpu", non_blocking=True)  # to pinned memory, so the host does not wait here
     is_done = torch.cuda.Event()
     is_done.record()
 
@@ -61,8 +74,8 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-class Decoder(Protocol):
-    """What continues a text: PlainDecoder, or SpeculativeDecoder of speculate.py."""
+class TokenGenerator(Protocol):
+    """A loop that continues one text: PlainGenerator, or SpeculativeGenerator of speculate.py."""
 
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         """Continues token_ids, of which the first n_cached are in the KV cache, in each of B sequences. Yields the next
@@ -77,21 +90,21 @@ class Decoder(Protocol):
 
 
 def stream_texts(
-    decoder: Decoder, batch: list[Sequence], token_ids: list[int], n_cached: int = 0
+    generator: TokenGenerator, batch: list[Sequence], token_ids: list[int], n_cached: int = 0
 ) -> Iterator[list[str]]:
     """Continues token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have ended.
     Yields the new text of each sequence after every token. The sequences are samples of one prompt, with one limit of
     new tokens."""
     max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
-    for ids in decoder.generate(token_ids, n_cached, max_new_tokens):
-        yield [sequence.append(token) for sequence, token in zip(batch, ids, strict=True)]
+    for ids in generator.generate(token_ids, n_cached, max_new_tokens):
+        yield [sequence.append(token).text for sequence, token in zip(batch, ids, strict=True)]
         if all(sequence.finish_reason for sequence in batch):
             break
 
 
 @dataclass(frozen=True)
-class PlainDecoder:
-    """A Decoder with a decode step for every token."""
+class PlainGenerator:
+    """A TokenGenerator with a decode step for every token."""
 
     runner: ModelRunner
 

@@ -82,6 +82,11 @@ class Sampler:
         return apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, [self.sampling])
 
 
+def return_logits(logits: Tensor, *_) -> Tensor:
+    """The sampler of a step that ends with the logits."""
+    return logits
+
+
 class ModelRunner:
     """The steps of a model with one KV cache."""
 
@@ -130,8 +135,8 @@ class ModelRunner:
 
     # ---- Decoding and verification ----
 
-    def build_step(self, sampler: Callable | None = None) -> Callable:
-        """Returns the function of a step: the model, then sampler on the logits. Without sampler it returns the logits.
+    def build_step(self, sampler: Callable = return_logits) -> Callable:
+        """Returns the function of a step: the model, then sampler on the logits.
 
             step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
 
@@ -139,9 +144,9 @@ class ModelRunner:
         result and the logits that sampler gets: both may be static buffers of a recording. Clone what must last."""
         device_type, compile = self.device.type, self.compile
         has_kernels_for = cache(self.model.has_kernels_for)  # the method goes through all modules
-        eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler or return_logits, has_kernels_for)
+        eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler, has_kernels_for)
         # A mode's step is made when a call first has this mode: importing the compiler takes a second and 150 MB.
-        in_mode = cache(partial(step_in_mode, eager, device_type))
+        in_mode = cache(partial(step_in_mode, eager))
 
         # No step refers to self, since self refers to decode. Such a cycle would keep an unused KV cache in memory
         # until Python's next garbage collection.
@@ -158,10 +163,6 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> str:
     if has_kernels and (compile or device_type == "cpu"):
         return "recorded"
     return "compiled" if compile else "eager"
-
-
-def return_logits(logits: Tensor, *_) -> Tensor:
-    return logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,9 +186,9 @@ class EagerStep:
         return self.model(tokens, start_pos, used_cache, self.position_tables)
 
 
-def step_in_mode(eager: EagerStep, device_type: str, mode: str) -> Callable:
+def step_in_mode(eager: EagerStep, mode: str) -> Callable:
     """Returns the step of eager in a mode of the table at the top of this file."""
-    match mode, device_type:
+    match mode, eager.model.device.type:
         case "recorded", "cpu":
             return tape_step(eager)
         case "recorded", "cuda":

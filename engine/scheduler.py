@@ -6,7 +6,7 @@
         for update in scheduler.step():
             print(update.new_ids)
 
-    for i, sequence in scheduler.complete(sequences):  # or all of a list, in its order
+    for i, sequence in scheduler.run(sequences):  # or all of a list, in its order
         print(i, sequence.text)
 
 A slot of the KV cache holds one sequence. Every sequence has its own position. When a sequence ends, the next prompt is
@@ -28,7 +28,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from torch import Tensor
 import collectives
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
-from engine.sequence import Logprobs, Sequence, check_length
+from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.backend import TORCH, Backend
 from kernels.record import call_with_tape_threads
 from model import KVCache, Transformer
@@ -46,17 +45,6 @@ from utils.machine import free_memory
 
 # With small chunks prefill is slow: every chunk reads all weights.
 PREFILL_CHUNK_TOKENS = 512
-
-
-class SequenceUpdate(NamedTuple):
-    """What a step has added to a sequence. In contrast to the sequence, an update does not change in later steps, so
-    another thread may read it."""
-
-    sequence: Sequence
-    new_ids: list[int]  # one token, or none if the sequence has failed
-    text: str
-    logprobs: list[Logprobs]
-    finish_reason: str | None
 
 
 @dataclass
@@ -132,9 +120,9 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting) or any(slot.sequence for slot in self.slots)
 
-    def complete(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
+    def run(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
         """Yields (number, sequence) for each of sequences, in their order, when it has ended. A sequence that submit
-        refuses gets an error, and the others are still completed. After Ctrl-C, yields the sequences that have ended,
+        refuses gets an error, and the others still run. After Ctrl-C, yields the sequences that have ended,
         and raises KeyboardInterrupt again."""
         left = deque(enumerate(sequences))
         for _, sequence in left:
@@ -243,18 +231,16 @@ class Scheduler:
 
     def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
         """Appends a token, sampled from logits [V], to the sequence in slot i. Frees the slot if the sequence ends."""
-        slot, n_before = self.slots[i], len(self.slots[i].sequence.new_ids)
-        sequence, text = slot.sequence, ""
+        sequence = self.slots[i].sequence
         if token < 0:  # logits that are not finite end this sequence, and no other
-            sequence.fail(NOT_FINITE)
+            update = sequence.fail(NOT_FINITE)
             self.clear(i)
         else:
             n_top = sequence.n_logprobs
-            text = sequence.append(token, None if n_top is None else compute_logprobs(logits, token, n_top))
+            update = sequence.append(token, None if n_top is None else compute_logprobs(logits, token, n_top))
         if sequence.finish_reason:
-            self.free(slot)
-        new_ids, logprobs = sequence.new_ids[n_before:], sequence.logprobs[n_before:]
-        return SequenceUpdate(sequence, new_ids, text, logprobs, sequence.finish_reason)
+            self.free(self.slots[i])
+        return update
 
 
 def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int, compile: bool = False) -> Scheduler:

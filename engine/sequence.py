@@ -2,7 +2,7 @@
 
     sequence = build_sequence("Hello", tokenizer, model.config, max_new_tokens=100)    # a text, or a chat's messages
     sequence = Sequence(prompt_ids, max_new_tokens=100)                                # token ids only
-    text = sequence.append(token)     # adds a new token, and returns the new text
+    update = sequence.append(token)   # adds a new token; update.text is the new text
     sequence.finish_reason            # None until the sequence ends
 
 Where a sequence ends is decided here, in append, and nowhere else.
@@ -31,6 +31,17 @@ class Logprobs(NamedTuple):
     top: list[tuple[int, float]]  # (token, log-probability) of each of the likeliest tokens
 
 
+class SequenceUpdate(NamedTuple):
+    """What a step has added to a sequence. The fields are those of Sequence with the same names. In contrast to the
+    sequence, an update does not change in later steps, so another thread may read it."""
+
+    sequence: "Sequence"
+    new_ids: list[int]  # one token, or none if the sequence has failed
+    text: str
+    logprobs: list[Logprobs]
+    finish_reason: str | None
+
+
 @dataclass(eq=False)
 class Sequence:
     """dataclasses.replace(sequence) returns a sequence of the same prompt and options, without new tokens."""
@@ -39,14 +50,15 @@ class Sequence:
     max_new_tokens: int
     sampling: SamplingParams = GREEDY
     _: KW_ONLY
-    prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages
+    prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages; only for reports
+    is_answer: bool = False  # whether the text is a chat's answer, which begins anew, or continues prompt_ids
     tokenizer: Tokenizer | None = None  # None: the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
     seed: int = 0  # of the random numbers with which a Scheduler samples
     n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
-    # Whether to hold back what max_new_tokens cuts: an incomplete character, or what may become a stop string. Then
-    # resume can complete it. Otherwise the text ends with it, and U+FFFD replaces an incomplete character.
+    # Whether text holds back what max_new_tokens cuts: an incomplete character, or what may become a stop string. More
+    # tokens after resume complete the character. If nothing is held back, U+FFFD stands for an incomplete character.
     hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
@@ -60,19 +72,18 @@ class Sequence:
     def __post_init__(self):
         self.detokenizer = None
         if self.tokenizer is not None:
-            # The prompt decides whether the text begins with a space. But a chat's answer is a text of its own.
-            prefix_ids = () if isinstance(self.prompt, list) else self.prompt_ids
+            # A tokenizer may drop the space at the beginning of a text, but not between a prompt and its continuation.
+            prefix_ids = () if self.is_answer else self.prompt_ids
             self.detokenizer = IncrementalDetokenizer(self.tokenizer, prefix_ids, self.stop)
 
     @cached_property
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed % 2**64)  # a user's seed + i may need more bits
 
-    def append(self, token: int, logprobs: Logprobs | None = None) -> str:
-        """Adds a new token, and returns the new text. Decides whether the sequence ends. A sequence that has ended
-        takes no more tokens."""
+    def append(self, token: int, logprobs: Logprobs | None = None) -> SequenceUpdate:
+        """Adds a new token. Decides whether the sequence ends. A sequence that has ended takes no more tokens."""
         if self.finish_reason is not None:
-            return ""
+            return SequenceUpdate(self, [], "", [], self.finish_reason)
         text, finish_reason = "", None
         if token in self.eos_ids:  # an end token has no text
             finish_reason = "stop"
@@ -88,33 +99,39 @@ class Sequence:
         self.text += text
         self.finish_reason = finish_reason
         self.token_times.append(time.perf_counter())
-        if logprobs is not None:
-            self.logprobs.append(logprobs)
-        return text
+        new_logprobs = [] if logprobs is None else [logprobs]
+        self.logprobs += new_logprobs
+        return SequenceUpdate(self, [token], text, new_logprobs, finish_reason)
 
     def resume(self, max_new_tokens: int):
         """Allows max_new_tokens more tokens. The sequence must not have ended with "stop". Clears token_times."""
         self.max_new_tokens = len(self.new_ids) + max_new_tokens
         self.finish_reason, self.token_times = None, []
 
-    def fail(self, error: str):
+    def fail(self, error: str) -> SequenceUpdate:
         self.finish_reason, self.error = "error", error
+        return SequenceUpdate(self, [], "", [], "error")
 
 
 def build_sequence(
-    prompt: str | list[dict], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int, **options
+    prompt: str | list[dict], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int,
+    max_seq_len: int | None = None, hint: str = "", **options,
 ) -> Sequence:
-    """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt does,
-    and if stop is not a tuple or list of strings. (Of a string, the letters would be stop strings.)
+    """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt and
+    check_length do, and if stop is not a tuple or list of strings. (Of a string, the letters would be stop strings.)
 
     config: the model's.
+    max_seq_len, hint: as for check_length; None: the model's context.
     options: further fields of Sequence. The default of eos_ids is the model's."""
+    check_max_new_tokens(max_new_tokens)
     stop = options.get("stop", ())
     if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
         raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
     ids = encode_prompt(prompt, tokenizer, config.max_seq_len)
+    check_length(len(ids), max_new_tokens, max_seq_len or config.max_seq_len, hint)
     options = {"eos_ids": config.eos_ids} | options
-    return Sequence(ids, max_new_tokens, prompt=prompt, tokenizer=tokenizer, **options)
+    is_answer = isinstance(prompt, list)
+    return Sequence(ids, max_new_tokens, prompt=prompt, is_answer=is_answer, tokenizer=tokenizer, **options)
 
 
 def encode_prompt(

@@ -1,8 +1,8 @@
 """Speculative decoding: a cheap proposer guesses the next few tokens, and the model verifies all of them in one step.
 
     proposer = NgramProposer(max_ngram=3, device=device)
-    decoder = SpeculativeDecoder(runner, proposer, k=5)
-    for (token,) in decoder.generate(token_ids, n_cached=0, max_new_tokens=100): ...
+    generator = SpeculativeGenerator(runner, proposer, k=5)
+    for (token,) in generator.generate(token_ids, n_cached=0, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
 one. The model accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling makes the
@@ -11,7 +11,7 @@ distribution of the output exactly that of plain decoding (arXiv:2211.17192).
     NgramProposer         searches the text for its last few tokens, and proposes the tokens that followed them there
     DraftModelProposer    proposes the tokens that a smaller model samples
 
-Read SpeculativeDecoder.generate first, which is the loop in place of generation.py: generate. rejection_sample decides
+Read SpeculativeGenerator.generate first: this loop takes the place of generation.py: generate. rejection_sample decides
 which tokens are accepted. A cost is a time; the unit is one decode step of the model.
 
 Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
@@ -28,6 +28,7 @@ from torch import Tensor
 import collectives
 from engine.runner import ModelRunner, Sampler, check_sampled_ids
 from engine.sampling import SamplingParams, multinomial, probabilities, sample
+from engine.step_bytes import active_weight_bytes
 from kernels.backend import TORCH, Backend
 from model import Transformer
 
@@ -57,8 +58,8 @@ class Proposer(Protocol):
         """Tells the proposer that the next text may differ from the previous text after the first n tokens."""
 
 
-class SpeculativeDecoder:
-    """A Decoder (generation.py) that verifies what proposer proposes."""
+class SpeculativeGenerator:
+    """A TokenGenerator (generation.py) that verifies what proposer proposes."""
 
     def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
         """k: the most tokens to propose at a time."""
@@ -72,7 +73,7 @@ class SpeculativeDecoder:
 
     @torch.inference_mode()
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-        """Yields the new tokens one by one, each as [1]: see Decoder."""
+        """Yields the new tokens one by one, each as [1]: see TokenGenerator."""
         self.step_sizes.clear()
         token_ids, n_left = list(token_ids), max_new_tokens
         acceptance = AcceptanceRate()
@@ -88,7 +89,7 @@ class SpeculativeDecoder:
             n_left -= len(new_ids)
             if n_left == 0:
                 return
-            # The draft's cache may hold the draft's own, rejected guess at the last position. Forget it.
+            # At the last position the draft's cache may hold a rejected guess, which rewind forgets.
             self.proposer.rewind(len(token_ids) - 1)
             # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
             lengths = [length for length in draft_lengths(self.k) if length < n_left]
@@ -264,9 +265,9 @@ class DraftModelProposer:
     def __init__(self, draft: ModelRunner, model: Transformer):
         """draft: samples with the options of the model's runner."""
         sampler = DraftSampler(draft.sampler.sampling, draft.sampler.backend, model.config.vocab_size)
-        self.draft, self.step = draft, draft.build_step(sampler)
+        self.draft, self.draft_step = draft, draft.build_step(sampler)
         self.last_id = draft.model.config.vocab_size - 1  # the model's vocabulary may be larger
-        self.cost = draft.model.active_weight_bytes() / model.active_weight_bytes()
+        self.cost = active_weight_bytes(draft.model) / active_weight_bytes(model)
         self.n_cached = 0  # how many tokens of the text are in the draft's cache
 
     def propose(self, token_ids: list[int], k: int) -> Proposal:
@@ -281,7 +282,7 @@ class DraftModelProposer:
         tokens, start_pos = tokens[:, -2:], start_pos + (n_before - n_cached)
         draft_tokens, draft_probs = [], []
         for _ in range(k):
-            token, probs = self.step(tokens, start_pos)
+            token, probs = self.draft_step(tokens, start_pos)
             draft_tokens.append(token.clone())  # the next step may overwrite token
             if probs is not None:
                 draft_probs.append(probs.clone())

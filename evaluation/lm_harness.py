@@ -170,7 +170,7 @@ class HarnessModel:
         """Generates the answers to requests, max_batch_size answers at a time."""
         answers = [self.build_sequence(*request.args, seed=i) for i, request in enumerate(requests)]
         scheduler = build_scheduler(self.model, answers, self.max_batch_size, self.compile)
-        bar = tqdm(scheduler.complete(answers), "generations", len(answers), disable=disable_tqdm or None)
+        bar = tqdm(scheduler.run(answers), "generations", len(answers), disable=disable_tqdm or None)
         for _, answer in bar:
             if answer.error:
                 raise UsageError(answer.error)

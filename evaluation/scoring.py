@@ -29,8 +29,8 @@ def split_windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int
     tokenizer's bos_ids."""
     bos = tokenizer.bos_ids
     ids = tokenizer.encode(text)[len(bos) :]
-    step = length - len(bos)
-    return [bos + ids[i : i + step] for i in range(0, len(ids), step)]
+    stride = length - len(bos)
+    return [bos + ids[i : i + stride] for i in range(0, len(ids), stride)]
 
 
 def perplexity(

@@ -1,10 +1,10 @@
 """The operations of a model, on the kernels of a device or in plain PyTorch; weight formats; recording of steps.
 
-Callers write kernels.attend(...). Each file imports only from the files above it. (From layers.py, which imports this
-package, there are types alone, for annotations.)
+Callers write kernels.attend(...). Each file imports only from the files above it. (Annotations name the classes of
+layers.py, which imports this package.)
 
     formats/       how weights are stored: int8, int4, ...
-    schema.py      the arguments of the kernels, one list for C++ and Triton; those that belong together
+    schema.py      the arguments of the kernels, one list for C++ and Triton; tuples of arguments that belong together
     aten.py        products with quantized weights by PyTorch's own kernels, without a C++ compiler
     torch_ops.py   every operation in plain PyTorch, for prefill, other devices and --kernels off
     build.py       compiles and loads the C++ kernels (csrc/)

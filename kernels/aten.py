@@ -16,8 +16,8 @@ from torch import Tensor
 from kernels.formats import Int4, Int8, Tensors, WeightFormat
 
 MAX_ATEN_TOKENS = 128
-MULTIPLE = 16  # PyTorch's int8 kernel reads this many inputs at a time, and the int4 kernel computes as many outputs
-PACK_ROWS = 1024  # are packed at a time, which bounds the memory of their int32 copy; a multiple of the kernel's blocks
+MULTIPLE = 16  # the inputs that PyTorch's int8 kernel reads at a time, and the outputs that the int4 kernel computes
+PACK_ROWS = 1024  # rows packed at a time, which bounds the memory of the int32 copy; a multiple of the kernel's blocks
 
 
 class AtenInt8(NamedTuple):

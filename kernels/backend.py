@@ -1,13 +1,13 @@
-"""The backends. A kernel for few tokens is slow for many or cannot compute them, and not every device has kernels. So
-what computes an operation is decided for each step. A backend knows for which steps it has kernels.
+"""The backends. A backend knows for which steps it has kernels, and an operation asks the backend at every step, since
+not every device has kernels, and a kernel for few tokens is slow for many tokens or cannot take them.
 
     CPU       C++, kernels/csrc/
     TRITON    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
     TORCH     no kernels: plain PyTorch (torch_ops.py), for any device. On a CPU without a C++ compiler, aten.py
               multiplies some quantized weights by PyTorch's own kernels
 
-Every layer holds a backend: TORCH, until packing.py packs the weights for another backend. This object answers all
-questions: an operation asks for its kernel (ops.py), a model asks whether a step has kernels only (model.py).
+Every layer holds a backend: TORCH, until packing.py packs the weights for another backend. An operation asks the
+layer's backend for a kernel (ops.py). A model asks whether there are kernels for all of a step (model.py).
 
 The backends compute the same functions, but round differently. With activations of 16 bits:
 
@@ -16,9 +16,9 @@ The backends compute the same functions, but round differently. With activations
     kernels   Most results within an operation stay float32, and the last one is rounded. Exceptions:
     CPU       A product with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16 with a
               scale each (csrc/activations.h: quantize_token). AMX (csrc/amx.h) and prefill (csrc/prefill_linear.h) do
-              not round x, but weights to bfloat16. A norm rounds x / rms(x) before its weight multiplies that, as
-              PyTorch does.
-    TRITON    A fused norm multiplies x with its weight, rounds that, and divides by rms(x) after the product
+              not round x, but weights to bfloat16. A norm rounds x / rms(x), and then multiplies with its weight,
+              as PyTorch does.
+    TRITON    A fused norm rounds x * weight to 16 bits, and divides by rms(x) after the matrix product
               (triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
 
 With activations of 32 bits only the order of sums, the place of the division by rms(x), and the last bits of functions

@@ -27,6 +27,7 @@ import torch
 
 from config import ACTIVATIONS
 from kernels.formats import FORMATS
+from kernels.formats.cpu_layouts import CPU_BLOCK_K, CPU_BLOCK_N
 from kernels.schema import MAX_CPU_TOKENS  # schema.py also defines the schemas of the operations in the library
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -48,7 +49,7 @@ def library() -> ctypes.CDLL | None:
     The returned library has the functions that record.py calls to record and replay tapes (kernels/csrc/tape.h).
     """
     check_formats((SOURCES / "weights.h").read_text())
-    check_max_tokens((SOURCES / "weights.h").read_text())
+    check_sizes((SOURCES / "weights.h").read_text())
     check_activations((SOURCES / "simd.h").read_text())
     library = find_or_compile()
     if library is not None:
@@ -74,12 +75,18 @@ def check_activations(simd_h: str):
         raise ImportError(f"kernels/csrc/simd.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
 
 
-def check_max_tokens(weights_h: str):
-    """Raises ImportError unless csrc/weights.h and kernels/schema.py have the same MAX_CPU_TOKENS: with a larger one,
-    Python would pass more tokens than C++ takes."""
-    theirs = int(re.search(r"MAX_CPU_TOKENS = (\d+);", weights_h)[1])
-    if theirs != MAX_CPU_TOKENS:
-        raise ImportError(f"kernels/csrc/weights.h: MAX_CPU_TOKENS is {theirs}; in kernels/schema.py {MAX_CPU_TOKENS}")
+def check_sizes(weights_h: str):
+    """Raises ImportError unless csrc/weights.h and Python have the same numbers. With other blocks, C++ would read
+    wrong weights without an error."""
+    sizes = {
+        "MAX_CPU_TOKENS": ("kernels/schema.py: MAX_CPU_TOKENS", MAX_CPU_TOKENS),
+        "BLOCK_N": ("kernels/formats/cpu_layouts.py: CPU_BLOCK_N", CPU_BLOCK_N),
+        "ACT_GROUP": ("kernels/formats/cpu_layouts.py: CPU_BLOCK_K", CPU_BLOCK_K),
+    }
+    for name, (our_name, ours) in sizes.items():
+        theirs = int(re.search(rf" {name} = (\d+);", weights_h)[1])
+        if theirs != ours:
+            raise ImportError(f"kernels/csrc/weights.h: {name} is {theirs}; {our_name} is {ours}")
 
 
 def find_or_compile() -> ctypes.CDLL | None:
@@ -179,11 +186,11 @@ def load_cached(name: str) -> ctypes.CDLL | None:
 
 
 def compile_and_load(compiler: list[str]) -> ctypes.CDLL:
-    """Compiles and loads the library in the first of cache_folders that allows both. If that is not the preferred
-    folder, prints the reason. If no folder allows both, raises OSError or CalledProcessError.
+    """Compiles and loads the library in the first of cache_folders that allows compiling and loading. If the preferred
+    folder does not, prints the reason. If no folder does, raises OSError or CalledProcessError.
 
     Also prints a line before, so that nobody takes the seconds of silence in a log for a program that hangs."""
-    if sys.stderr:  # None: the shell has closed it
+    if sys.stderr:  # None if the shell has closed stderr
         print("compiling kernels/csrc for this machine, once", file=sys.stderr, flush=True)
     preferred, *others = cache_folders()
     try:

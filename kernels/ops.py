@@ -2,8 +2,7 @@
 can record a step as a flat list of operations (record.py).
 
     fused_linear       a matrix product with what comes before and after it. Each step but the product is optional:
-                       1. RMSNorm of x   2. x W^T   3. bias   4. activation   5. out_scale   6. softcap
-                       7. clip   8. residual
+                       1. RMSNorm of x   2. x W^T   3. bias   4. schema.py: Epilogue   5. residual
     rms_norm           a norm that no matrix product follows, and the residual after the norm
     permute_inputs     puts x in the order of the columns of a weight
     activate, add      an activation or a residual that fused_linear cannot fuse
@@ -31,10 +30,10 @@ from torch import Tensor
 from config import is_gated
 from kernels import torch_ops
 from kernels.backend import CPU, Backend
-from kernels.schema import ACTIVATION_IDS, AttentionParams, LayerCache, PositionTables
+from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, LayerCache, PositionTables
 
 if TYPE_CHECKING:  # layers.py imports this file
-    from layers import Embedding, Linear, RMSNorm
+    from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
 
 # Fused gating needs gate and up to be whole blocks of 16 outputs: out_features % 32 == 0.
 FUSED_GLU_MULTIPLE = 32
@@ -49,44 +48,38 @@ def fused_linear(
     norm: applied to x first.
     activation: if gated, W is a gate projection above an up projection, and the result is activation(gate) * up.
     Otherwise the result is activation(x W^T).
-    residual: added last, after linear.out_scale, linear.softcap and linear.clip.
+    residual: added last, after linear.epilogue.
     out_dtype: None, which means x.dtype, or torch.float32."""
     kernel = linear.backend.find_kernel("fused_linear", count_tokens(x))
-    if activation and (kernel is None or not can_fuse(activation, linear)):
-        assert out_dtype is None
-        return linear_then_activation(x, linear, norm, residual, activation)
     if kernel is None:
-        if norm is not None:
-            x = rms_norm(x, norm)
-        return torch_ops.fused_linear(x, linear, residual, out_dtype)
+        return unfused_linear(x, linear, norm, residual, activation, out_dtype)
+    fused_activation = activation if can_fuse(activation, linear) else None
+    # A kernel that leaves the activation out must also leave out what follows the activation
+    assert fused_activation == activation or (residual is None and out_dtype is None and linear.epilogue == Epilogue())
+    epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[fused_activation])
     norm_weight, eps = norm_arguments(norm)
-    return kernel(
-        contiguous(x),
-        **linear.kernel_arguments(),
-        bias=linear.bias,
-        norm_weight=norm_weight,
-        eps=eps,
-        residual=contiguous(residual),
-        activation=ACTIVATION_IDS[activation],
-        out_scale=linear.out_scale,
-        softcap=linear.softcap,
-        clip=linear.clip,
-        float32_out=out_dtype == torch.float32,
+    y = kernel(
+        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, norm_weight=norm_weight, eps=eps,
+        residual=contiguous(residual), **epilogue._asdict(), float32_out=out_dtype == torch.float32,
     )
+    return y if fused_activation == activation else activate(y, activation, linear.backend)
 
 
-def linear_then_activation(
-    x: Tensor, linear: Linear, norm: RMSNorm | None, residual: Tensor | None, activation: str
+def unfused_linear(
+    x: Tensor, linear: Linear, norm: RMSNorm | None, residual: Tensor | None, activation: str | None,
+    out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """fused_linear as three operations: the product, the activation, and the residual."""
-    # The activation would come too late if the product applied one of these
-    assert linear.out_scale == 1 and not linear.softcap and not linear.clip
-    y = fused_linear(x, linear, norm)
-    y = activate(y, activation, linear.backend)
-    return y if residual is None else add(y, residual, linear.backend)
+    """fused_linear step by step, with the product in plain PyTorch."""
+    if norm is not None:
+        x = rms_norm(x, norm)
+    y = torch_ops.multiply_weight(x, linear)
+    if activation:
+        y = activate(y, activation, linear.backend)
+    y = torch_ops.apply_epilogue(y, linear.epilogue, out_dtype)
+    return y if residual is None else residual + y
 
 
-def can_fuse(activation: str, linear: Linear) -> bool:
+def can_fuse(activation: str | None, linear: LinearBase) -> bool:
     """Whether a kernel of linear can apply the activation."""
     return not is_gated(activation) or linear.out_features % FUSED_GLU_MULTIPLE == 0
 
@@ -125,7 +118,7 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
     return kernel(contiguous(x), input_order)
 
 
-def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     """Looks up the rows of tokens [B, T] in table [V, dim], and multiplies them with scale: [B, T, dim] in dtype."""
     backend = table.backend
     kernel = backend.ops.embed if table.is_packed else backend.find_kernel("embed", tokens.numel())
@@ -185,26 +178,27 @@ def route(
 
 
 def experts_gate_up(
-    x: Tensor, linear: Linear, topk_ids: Tensor, norm: RMSNorm | None = None, activation: str | None = None
+    x: Tensor, linear: ExpertsGateUp, topk_ids: Tensor, norm: RMSNorm | None = None, activation: str | None = None
 ) -> Tensor:
     """Multiplies every token with the gate and up projections of the token's experts: x [B, T, dim],
     topk_ids [B, T, top_k] -> [B, T, top_k, F]. norm and activation are as in fused_linear."""
     kernel = linear.backend.find_kernel("experts_gate_up", count_tokens(x))
-    if activation and (kernel is None or not can_fuse(activation, linear)):
-        return activate(experts_gate_up(x, linear, topk_ids, norm), activation, linear.backend)
     if kernel is None:
         if norm is not None:
             x = rms_norm(x, norm)
-        return torch_ops.experts_gate_up(x, linear, topk_ids)
+        y = torch_ops.experts_gate_up(x, linear, topk_ids)
+        return activate(y, activation, linear.backend) if activation else y
+    fused_activation = activation if can_fuse(activation, linear) else None
     norm_weight, eps = norm_arguments(norm)
-    return kernel(
+    y = kernel(
         contiguous(x), **linear.kernel_arguments(), bias=linear.bias, topk_ids=contiguous(topk_ids),
-        norm_weight=norm_weight, eps=eps, activation=ACTIVATION_IDS[activation],
+        norm_weight=norm_weight, eps=eps, activation=ACTIVATION_IDS[fused_activation],
     )
+    return y if fused_activation == activation else activate(y, activation, linear.backend)
 
 
 def experts_down(
-    hidden: Tensor, linear: Linear, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, linear: ExpertsDown, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     """Multiplies hidden [B, T, top_k, F] with the down projections of the experts. Sums the results of the experts of
     each token, weighted with topk_weights [B, T, top_k]: [residual +] [B, T, dim]."""
@@ -239,7 +233,6 @@ def sample(
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """x, copied if it is not contiguous."""
     return None if x is None else x.contiguous()
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # layers.py imports this package
 
 
 def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
-    """Packs the weights of matrices, which are all of a model, for the kernels of their device, if these work here.
-    Packed copies replace the weights, so no two matrices may share a weight. On a CPU without a C++ compiler, PyTorch's
+    """Packs the weights of matrices, all those of a model, for the kernels of the device, if kernels work here. Packed
+    copies replace the weights, so no two matrices may share a weight. On a CPU without a C++ compiler, PyTorch's
     own kernels take some quantized weights (aten.py). Quantized weights without any kernel are dequantized to dtype.
 
     dtype: the type of the activations.
@@ -68,8 +68,8 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
 
 
 def fits_cpu_kernels(matrix: WeightMatrix) -> bool:
-    """Whether the C++ kernels can read matrix. If they round activations to int8, no block of activations may span two
-    groups of weights. Only shards whose width is an odd multiple of 8 have such groups."""
+    """Whether the C++ kernels can read matrix. If the kernels round activations to int8, no block of activations may
+    span two groups of weights. A block spans two groups only in a shard whose width is an odd multiple of 8."""
     group_size = matrix.format.group_size
     has_whole_blocks = not matrix.format.rounds_activations or group_size is None or group_size % CPU_BLOCK_K == 0
     return has_whole_blocks and matrix.format.fits_kernels(matrix.in_features)
@@ -147,7 +147,7 @@ def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfl
 
 
 def load_triton_kernels(device: torch.device) -> bool:
-    """Whether Triton works here: it needs a C compiler and Python.h. If Triton does not work, prints why."""
+    """Whether Triton, which needs a C compiler and Python.h, works here. If Triton does not work, prints why."""
     try:
         from kernels.triton import attention, linear, moe, sampling  # noqa: F401  (they register the operations)
 

@@ -1,6 +1,6 @@
-"""Records a decode step as a graph, and replays the graph for every token. To call the operations of a step from Python
-takes some milliseconds, about as long as a small model needs to compute them. The graph is a CUDA graph on a GPU, and
-tapes of C++ kernels on a CPU.
+"""Records a decode step as a graph, and replays the graph for every token. Calling the operations of a step from Python
+takes some milliseconds, about as long as computing the operations of a small model. The graph is a CUDA graph on a GPU,
+and tapes of C++ kernels on a CPU.
 
     step = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, position_tables))
     logits = step(tokens, start_pos)       # the first call with these shapes records; every later call replays
@@ -27,8 +27,8 @@ How a CPUGraph records and replays:
     replay    copy the arguments to inputs, call the segments one by one, return outputs. A Tape executes all of its
               kernels in one parallel region.
 
-A tape can hold the operations of kernels/schema.py: RECORDABLE. Anything else would be computed once, during recording,
-and never again. So a CPUGraph raises an error for it.
+A tape can hold the operations of kernels/schema.py: RECORDABLE. A CPUGraph raises an error for any other operation,
+which would be computed once, during recording, and never again.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ recording = Recording()
 
 
 def record(step: Callable) -> Callable:
-    """Returns a function that takes step's arguments and returns step's result. It records a graph for every
+    """Returns a function that takes step's arguments and returns step's result. The function records a graph for every
     combination of the arguments' shapes, and replays the graph. The arguments are tensors on one device, or None."""
     graphs: dict[tuple, CUDAGraph | CPUGraph] = {}  # by shapes, the most recently used at the end
 
@@ -88,7 +88,8 @@ def record(step: Callable) -> Callable:
 @contextlib.contextmanager
 def delay_interrupt() -> Iterator[None]:
     """Delays Ctrl-C until the end of this context, some milliseconds later. An interrupt while a tape begins or ends
-    would leave the kernels recording, and whoever goes on, such as a conversation, would get what was not computed."""
+    would leave the kernels recording. Then a program that goes on, such as a chat, would get results that no kernel has
+    computed."""
     handler, interrupts = signal.getsignal(signal.SIGINT), []
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield  # nothing here raises KeyboardInterrupt

@@ -7,6 +7,7 @@ In a schema, the arguments after `*` are passed by name, so that no two numbers 
 several schemas share:
 
     WEIGHT        a weight W [N, K]: WeightArguments
+    EPILOGUE      what follows the product and the bias: Epilogue
     ATTENTION     AttentionParams
     activation    a value of ACTIVATION_IDS
 
@@ -25,7 +26,7 @@ from config import ACTIVATIONS, is_gated
 CPU_ONLY = ("gptfast_cpu",)
 NAMESPACES = (*CPU_ONLY, "gptfast_triton")
 # The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
-# step count together. csrc/weights.h has the same number
+# step count together. csrc/weights.h has the same number, which build.py checks
 MAX_CPU_TOKENS = 64
 ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/simd.h: Activation
 GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}
@@ -35,12 +36,22 @@ RECORDABLE: set[str] = set()  # the operations that a tape can hold
 class WeightArguments(NamedTuple):
     """A weight as a kernel takes it."""
 
-    weight: Tensor  # this and the next two: as packed for the backend
+    weight: Tensor  # weight, scales and zeros are as packed for the backend
     scales: Tensor | None
     zeros: Tensor | None
     format_id: int  # of the WeightFormat
     n: int  # N
     group_size: int  # inputs of an output that share a scale
+
+
+class Epilogue(NamedTuple):
+    """What fused_linear does to y = x W^T + bias, in this order. The default of a field means that fused_linear leaves
+    the step out."""
+
+    activation: int = 0  # a value of ACTIVATION_IDS
+    out_scale: float = 1.0  # y * out_scale
+    softcap: float = 0.0  # softcap * tanh(y / softcap)
+    clip: float = 0.0  # y, clamped to [-clip, clip]
 
 
 class AttentionParams(NamedTuple):
@@ -57,8 +68,8 @@ class AttentionParams(NamedTuple):
 
     def is_sdpa_compatible(self, alibi_slopes: Tensor | None) -> bool:
         """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute it.
-        Norms and RoPE come before the scores. SDPA would ignore a new field silently, so all
-        fields are unpacked: until the new one is named here, this raises ValueError."""
+        Norms and RoPE come before the scores. SDPA would ignore a new field silently. So all fields are unpacked, which
+        raises ValueError until the function names the new field."""
         _n_heads, _scale, _window, softcap, _q_norm_weight, _k_norm_weight, _eps, sinks = self
         return not softcap and sinks is None and alibi_slopes is None
 
@@ -84,7 +95,7 @@ def as_schema(fields: type[NamedTuple]) -> str:
     return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
 
 
-WEIGHT, ATTENTION = as_schema(WeightArguments), as_schema(AttentionParams)
+WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
 
 
 def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
@@ -108,9 +119,9 @@ def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = N
 
 
 def triton_op(function: Callable) -> Callable:
-    """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name.
-    Registers it for CPU tensors, too, since Triton's interpreter runs on these. function takes the arguments of the
-    schema, with those of WEIGHT as one, w."""
+    """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name,
+    also for CPU tensors, on which Triton's interpreter runs. function takes the arguments of the schema, with those of
+    WEIGHT as one, w."""
     torch.library.impl(f"gptfast_triton::{function.__name__}", ("CUDA", "CPU"), gather_weight(function))
     return function
 
@@ -138,8 +149,8 @@ def output_width(n: int, activation: int) -> int:
 
 
 @define(
-    f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, "
-    "int activation, float out_scale, float softcap, float clip, bool float32_out) -> Tensor"
+    f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, {EPILOGUE}, "
+    "bool float32_out) -> Tensor"
 )
 def fake_fused_linear(x, *, w, activation, float32_out, **_):
     dtype = torch.float32 if float32_out else x.dtype

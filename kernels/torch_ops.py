@@ -1,8 +1,8 @@
-"""The operations in plain PyTorch. No kernel takes every step: these functions serve prefill, devices without kernels,
-and --kernels off. They are also the definition that the kernels are tested against.
+"""The operations in plain PyTorch, for steps without kernels: prefill, other devices, and --kernels off. These
+functions are also the definition with which the tests compare the kernels.
 
 kernels/ops.py describes the operations. A weight of any format is read through linear.dequantized_weight(dtype). If the
-weight is packed for a backend, a kernel of this backend dequantizes it.
+weight is packed for a backend, a kernel of this backend dequantizes the weight.
 """
 
 from __future__ import annotations
@@ -15,28 +15,12 @@ from torch import Tensor
 
 from config import is_gated
 from kernels import aten
-from kernels.schema import AttentionParams, LayerCache
+from kernels.schema import AttentionParams, Epilogue, LayerCache
 
 if TYPE_CHECKING:  # layers.py imports ops.py, which imports this file
-    from layers import Embedding, Linear
+    from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, WeightMatrix
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
-
-
-def fused_linear(
-    x: Tensor, linear: Linear, residual: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    """kernels/ops.py: fused_linear without norm and activation, for which ops.py calls rms_norm and activate."""
-    y = multiply_weight(x, linear)
-    if linear.out_scale != 1:
-        y = y * linear.out_scale
-    if out_dtype is not None:
-        y = y.to(out_dtype)
-    if linear.softcap:
-        y = apply_softcap(y, linear.softcap)
-    if linear.clip:
-        y = y.clamp(-linear.clip, linear.clip)
-    return y if residual is None else residual + y
 
 
 def multiply_weight(x: Tensor, linear: Linear) -> Tensor:
@@ -50,6 +34,18 @@ def multiply_weight(x: Tensor, linear: Linear) -> Tensor:
         y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)  # about twice as fast as F.linear
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
+
+
+def apply_epilogue(y: Tensor, epilogue: Epilogue, out_dtype: torch.dtype | None) -> Tensor:
+    """The steps of epilogue after the activation: y [..., N] -> [..., N] in out_dtype, or in y.dtype."""
+    _activation, out_scale, softcap, clip = epilogue  # all fields: a new field raises ValueError here
+    if out_scale != 1:
+        y = y * out_scale
+    if out_dtype is not None:
+        y = y.to(out_dtype)
+    if softcap:
+        y = apply_softcap(y, softcap)
+    return y.clamp(-clip, clip) if clip else y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -87,7 +83,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     raise ValueError(f"activation {activation!r} has no formula")
 
 
-def embed(tokens: Tensor, table: Embedding, scale: float, dtype: torch.dtype) -> Tensor:
+def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     if table.format.is_quantized:
         x = table.format.dequantize({name: t[tokens] for name, t in table.tensors().items()}, dtype)
     else:
@@ -192,7 +188,7 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
-    """Returns whether the token at each of positions [B, T] sees each of S keys: [B, 1, T, S]. All heads share it."""
+    """Returns whether the token at each of positions [B, T] sees each of S keys: [B, 1, T, S], for all heads."""
     queries, keys = positions[..., None], torch.arange(S, device=positions.device)
     mask = keys <= queries  # [B, T, S]
     if window:
@@ -224,7 +220,7 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
     return topk_weights, topk_ids
 
 
-def experts_gate_up(x: Tensor, linear: Linear, topk_ids: Tensor) -> Tensor:
+def experts_gate_up(x: Tensor, linear: ExpertsGateUp, topk_ids: Tensor) -> Tensor:
     """kernels/ops.py: experts_gate_up without norm and activation, for which ops.py calls rms_norm and activate."""
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
     y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new_tokens=x.shape[-2])
@@ -232,7 +228,7 @@ def experts_gate_up(x: Tensor, linear: Linear, topk_ids: Tensor) -> Tensor:
 
 
 def experts_down(
-    hidden: Tensor, linear: Linear, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
+    hidden: Tensor, linear: ExpertsDown, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     y = expert_products(hidden.flatten(0, -2), linear, topk_ids.flatten(), n_new_tokens=hidden.shape[-3])
     y = y.view(*topk_ids.shape, linear.out_features) * topk_weights[..., None].to(y.dtype)
@@ -240,7 +236,7 @@ def experts_down(
     return y if residual is None else residual + y
 
 
-def expert_products(x: Tensor, linear: Linear, expert_ids: Tensor, n_new_tokens: int) -> Tensor:
+def expert_products(x: Tensor, linear: LinearBase, expert_ids: Tensor, n_new_tokens: int) -> Tensor:
     """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. n_new_tokens: of each
     sequence."""
     if not torch.compiler.is_compiling():
@@ -250,7 +246,7 @@ def expert_products(x: Tensor, linear: Linear, expert_ids: Tensor, n_new_tokens:
     return torch.compiler.disable(loop_over_experts)(x, linear, expert_ids)
 
 
-def loop_over_experts(x: Tensor, linear: Linear, expert_ids: Tensor) -> Tensor:
+def loop_over_experts(x: Tensor, linear: LinearBase, expert_ids: Tensor) -> Tensor:
     """One product for each expert that occurs in expert_ids. The host waits for the device to read expert_ids."""
     y = x.new_empty(len(x), linear.out_features)
     for e in expert_ids.unique().tolist():
@@ -260,8 +256,8 @@ def loop_over_experts(x: Tensor, linear: Linear, expert_ids: Tensor) -> Tensor:
     return y
 
 
-def gather_experts(x: Tensor, linear: Linear, expert_ids: Tensor) -> Tensor:
+def gather_experts(x: Tensor, linear: LinearBase, expert_ids: Tensor) -> Tensor:
     """One matrix for each row, for a compiled decode step, which has few rows. torch.compile fuses look-up,
-    dequantization, product and sum into one loop. Without torch.compile this would copy the weights of the experts."""
+    dequantization, product and sum into one loop. Plain PyTorch would copy the weights of the experts."""
     y = (linear.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
     return (y if linear.bias is None else y + linear.bias[expert_ids].float()).to(x.dtype)

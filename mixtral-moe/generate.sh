@@ -7,8 +7,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 repo=${MODEL_REPO:-mistralai/Mixtral-8x7B-Instruct-v0.1}
 if [ -n "${TINY:-}" ]; then repo=tiny/mixtral; fi
-python=python3
-if [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+source "$root/scripts/python.sh"
 launcher=
 if [ "${NPROC:-1}" -gt 1 ]; then launcher="-m torch.distributed.run --standalone --nproc_per_node=$NPROC"; fi
-exec $python $launcher "$root/generate.py" --compile --checkpoint_path "$root/checkpoints/$repo/${MODEL:-model_int8.pth}" "$@"
+exec "$python" $launcher "$root/generate.py" --compile --checkpoint_path "$root/checkpoints/$repo/${MODEL:-model_int8.pth}" "$@"

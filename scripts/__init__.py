@@ -17,4 +17,5 @@
 
     demo.sh                     a first run: downloads a small chat model and asks it a question
     test.sh                     runs the test suite; venv.sh makes the environment of demo.sh and test.sh
+    python.sh                   chooses the Python of the other shell scripts
 """

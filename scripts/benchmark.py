@@ -51,9 +51,9 @@ from scripts.benchmarking import busy, gpu_jobs, real_models
 from scripts.benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
 from scripts.kernel_checks.command import check
 from utils.errors import UsageError
+from utils.files import ROOT
 from utils.machine import pick_device
 
-ROOT = Path(__file__).resolve().parent.parent
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
 # Options that the result of the command "speed" repeats
 REPORTED_OPTIONS = (
@@ -121,7 +121,7 @@ def add_gpu_commands(subparsers):
     parser = add_command(subparsers, gpu_jobs.gpu)
     add = parser.add_argument
     add("--tune", action="store_true", help="tune the launches of our kernels for each model first")
-    add("--only", default="", metavar="TEXT", help="only jobs whose name contains it")
+    add("--only", default="", metavar="TEXT", help="only jobs whose name contains TEXT")
     add("--minutes", type=float, default=9, help="no job goes on beyond these (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON (default: %(default)s)")
 
@@ -141,7 +141,7 @@ def add_checkpoint_commands(subparsers):
     parser = add_command(subparsers, real_models.speculation)
     add = parser.add_argument
     common_args.add_checkpoint_path(parser, help="a chat model")
-    add("--draft_checkpoint_path", type=Path, help="a smaller one of the same vocabulary")
+    add("--draft_checkpoint_path", type=Path, help="a smaller model with the same vocabulary")
     add("--speculate_k", type=int, metavar="K", help="tokens to propose at a time (default: generate.py's)")
     add("--compile", action="store_true", help="compile the steps")
     common_args.add_device(parser)

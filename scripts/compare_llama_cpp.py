@@ -131,10 +131,10 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--gguf", type=Path, metavar="FILE", help="the weights of a GGUF file")
     help = "how many sequences to decode at a time, together, in place of one sequence and a prompt"
     add("--parallel", type=int, nargs="+", metavar="N", help=help)
-    add("--rounds", type=int, default=9, help="medians are taken over them (default: %(default)s)")
+    add("--rounds", type=int, default=9, help="rounds of which the results are medians (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="of both (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all measurements and the machine's description")
-    add("--plot", type=Path, metavar="FILE.png", help="draw what was measured")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the results")
     args = parser.parse_args()
     if args.rounds < 1 or args.threads < 1:
         raise UsageError("--rounds and --threads must be at least 1")

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from itertools import accumulate
 
 from engine.sampling import SamplingParams
-from engine.scheduler import Scheduler, SequenceUpdate
-from engine.sequence import Sequence, encode_prompt
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence, SequenceUpdate, encode_prompt
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -40,8 +40,7 @@ def parse_request(data: bytes) -> dict:
 
 def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Scheduler) -> list[Sequence]:
     eos_ids, max_seq_len = scheduler.model.config.eos_ids, scheduler.max_seq_len
-    messages = body.get("messages") if is_chat else None
-    prompts = encode_prompts(messages if is_chat else body.get("prompt"), is_chat, tokenizer, max_seq_len)
+    prompts = encode_prompts(body.get("messages" if is_chat else "prompt"), is_chat, tokenizer, max_seq_len)
     n = read_integer(body, "n", 1, 1, MAX_TEXTS)
     require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
     room = max_seq_len - max(map(len, prompts))
@@ -54,7 +53,7 @@ def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: S
     else:
         n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
     sampling, stop = read_sampling(body), read_stop(body)
-    options = {"tokenizer": tokenizer, "eos_ids": eos_ids, "prompt": messages, "n_logprobs": n_logprobs}
+    options = {"tokenizer": tokenizer, "eos_ids": eos_ids, "is_answer": is_chat, "n_logprobs": n_logprobs}
     ids = [prompt for prompt in prompts for _ in range(n)]
     return [Sequence(ids[i], max_tokens, sampling, stop=stop, seed=seed + i, **options) for i in range(len(ids))]
 
@@ -136,7 +135,8 @@ class Reply:
             yield self.header | {"choices": [], "usage": self.usage()}
 
     def usage(self) -> dict:
-        prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.sequences}  # n texts share one
+        # The n texts of a prompt share one list of ids, which counts once.
+        prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.sequences}
         n_prompt = sum(map(len, prompts.values()))
         n_new = sum(len(sequence.new_ids) for sequence in self.sequences)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}

@@ -26,8 +26,8 @@ if __name__ == "__main__":
 
 from cli import common_args
 from cli.script import exit_with_error, run_script
-from converters.resolve import ensure_converted
-from engine.async_engine import AsyncEngine, CompletionError
+from converters.checkpoint_path import ensure_converted
+from engine.async_engine import AsyncEngine, GenerationError
 from engine.scheduler import Scheduler
 from loading import load
 from scripts.openai_api import Reply, require
@@ -89,9 +89,9 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     def __init__(self, engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, api_key: str | None = None):
         self.engine, self.tokenizer, self.model_name, self.api_key = engine, tokenizer, model_name, api_key
-        routes = [Route(path, self.complete, methods=["POST"]) for path in ("/v1/completions", CHAT_PATH)]
+        routes = [Route(path, self.completions, methods=["POST"]) for path in ("/v1/completions", CHAT_PATH)]
         routes.append(Route("/v1/models", self.models))
-        errors = (HTTPException, UsageError, CompletionError, ClientDisconnect, Exception)
+        errors = (HTTPException, UsageError, GenerationError, ClientDisconnect, Exception)
         app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, error_response))
         super().__init__(uvicorn.Config(app, http="h11", lifespan="off", log_level="error"))
 
@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
         model = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "gpt-fast"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def complete(self, request: Request) -> Response:
+    async def completions(self, request: Request) -> Response:
         self.check_key(request)
         try:
             body = await asyncio.wait_for(receive_body(request), MAX_BODY_SECONDS)
@@ -142,7 +142,7 @@ async def events(chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
     try:
         async for chunk in chunks:
             yield f"data: {json.dumps(chunk)}\n\n"
-    except CompletionError as e:  # the status 200 is sent already, so the error is an event
+    except GenerationError as e:  # the status 200 is sent already, so the error is an event
         yield f"data: {error_response(None, e).body.decode()}\n\n"
     yield "data: [DONE]\n\n"
 

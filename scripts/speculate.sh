@@ -10,10 +10,10 @@
 # More arguments go to generate.py. First make the files with MODES=int4 ./scripts/prepare.sh OWNER/NAME, for the
 # repositories of both models (see below). TINY=1 takes two tiny random models instead, and makes their files.
 set -euo pipefail
-from=$PWD python=python3 run=
+from=$PWD run=
 cd "$(dirname "$0")/.."
 root=$PWD
-if [ -x .venv/bin/python ]; then python=$root/.venv/bin/python; fi
+source scripts/python.sh
 
 llama=meta-llama/Llama-2 code=codellama/CodeLlama
 draft=$llama-7b-chat-hf/model_int4.g32.pth
@@ -43,5 +43,5 @@ if [ -n "${TINY:-}" ]; then
     done
 fi
 cd "$from" # relative paths in the arguments start there
-exec $python $run "$root/generate.py" --compile --speculate_k 5 --max_new_tokens 200 --temperature 0 \
+exec "$python" $run "$root/generate.py" --compile --speculate_k 5 --max_new_tokens 200 --temperature 0 \
     --checkpoint_path "$root/checkpoints/$target" --draft_checkpoint_path "$root/checkpoints/$draft" "$@"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels.formats.cpu_layouts import CPU_BLOCK_K
-from layers import Linear, WeightMatrix
+from layers import LinearBase, WeightMatrix
 
 built = pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
 
@@ -30,7 +30,7 @@ def packed(module):
     layers = [layer for layer in module.modules() if isinstance(layer, WeightMatrix)]
     kernels.pack_weights(layers, torch.float32)
     for layer in layers:
-        if isinstance(layer, Linear):
+        if isinstance(layer, LinearBase):
             assert layer.backend.name == "cpu"
             assert layer.backend.max_tokens["fused_linear"] >= 8
             layer.backend = kernels.CPU  # up to MAX_CPU_TOKENS
@@ -38,7 +38,8 @@ def packed(module):
 
 
 def rounded_activations(x: torch.Tensor) -> torch.Tensor:
-    """What the kernels of 8- and 4-bit weights make of 16-bit activations: int8 in blocks of CPU_BLOCK_K."""
+    """Rounds x [..., K] as the kernels of 8- and 4-bit weights round 16-bit activations: to int8, with a scale for each
+    block of CPU_BLOCK_K."""
     k = x.shape[-1]
     groups = F.pad(x.float(), (0, -k % CPU_BLOCK_K)).unflatten(-1, (-1, CPU_BLOCK_K))
     scale = groups.abs().amax(-1, keepdim=True) / 127
@@ -50,5 +51,5 @@ def rounds_activations(format, dtype: torch.dtype) -> bool:
 
 
 def as_seen(x: torch.Tensor, format) -> torch.Tensor:
-    """x as a product with weights of this format takes it."""
+    """Returns the activations that the kernels multiply with weights of format: x, or x rounded to int8."""
     return rounded_activations(x) if rounds_activations(format, x.dtype) else x

@@ -1,5 +1,5 @@
-"""Runs the commands of this project in forks of the test's process, for torch takes seconds to load. For the tests that
-stop them at any moment, or give them little memory."""
+"""Runs the commands of this project in forks of the test's process, which have imported torch already. Tests stop these
+forks at any moment, or give them little memory."""
 
 import multiprocessing
 import os
@@ -31,10 +31,11 @@ MAINS = {
 
 
 def start(command: str, args: list, err: Path, out: Path = Path(os.devnull), memory: int | None = None):
-    """Returns a fork that runs a command, its output in files. memory: the most bytes that the fork may add."""
+    """Starts a fork that runs a command. stdout and stderr go to the files out and err. memory: how many bytes the fork
+    may allocate."""
     process = multiprocessing.get_context("fork").Process(target=run, args=(command, args, out, err, memory))
     before = signal.getsignal(signal.SIGINT)
-    exit_on_interrupt()  # as the scripts have it before run_script and after
+    exit_on_interrupt()  # as in a script before run_script
     process.start()
     signal.signal(signal.SIGINT, before)
     return process
@@ -42,7 +43,7 @@ def start(command: str, args: list, err: Path, out: Path = Path(os.devnull), mem
 
 def run(command: str, args: list, out: Path, err: Path, memory: int | None):
     os.setpgid(0, 0)
-    tqdm.set_lock(threading.RLock())  # its own is shared with forks, of which one may be killed while holding it
+    tqdm.set_lock(threading.RLock())  # all forks share tqdm's default lock, and a killed fork would never release it
     for fd, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
@@ -54,15 +55,15 @@ def run(command: str, args: list, out: Path, err: Path, memory: int | None):
 
 
 def finish(process: multiprocessing.Process) -> int:
-    """Waits for the process: its exit status."""
+    """Waits for the process, and returns its exit status."""
     process.join(300)
     assert not process.is_alive(), process.kill()
     return process.exitcode
 
 
 def stop(sig: int, command: str, args: list, err: Path) -> Iterator[int]:
-    """Runs the command twice, then again and again, sending it sig every time a little later on its way until it is
-    through before. Yields exit statuses, all but the first, for which the machine may have been slower."""
+    """Runs the command twice to measure its time. Then runs the command again and again, and sends sig a little later
+    each time, until the command ends before the signal. Yields the exit status of every run but the first."""
     seconds = []
     for _ in range(2):
         began = time.perf_counter()
@@ -76,7 +77,7 @@ def stop(sig: int, command: str, args: list, err: Path) -> Iterator[int]:
         time.sleep(i * step)
         os.kill(process.pid, sig)
         status = finish(process)
-        if status == 0 and i < 4 and step > 0.01:  # the machine had been slower still
+        if status == 0 and i < 4 and step > 0.01:  # the measured runs were slower than this one: take smaller steps
             step, i = step / 4, 0
             continue
         yield status

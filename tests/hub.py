@@ -13,8 +13,8 @@ BAD_TOKEN = (401, {"X-Error-Message": "Invalid credentials in Authorization head
 
 
 class Hub(BaseHTTPRequestHandler):
-    """files: repository -> {name: content}. token "good" is known; "me/gated" wants it for its files, and "me/broken"
-    does not work."""
+    """files: repository -> {name: content}. The only valid token is "good". The files of "me/gated" need a token, and
+    every request for "me/broken" fails."""
 
     files: dict[str, dict[str, bytes]]
     protocol_version = "HTTP/1.1"

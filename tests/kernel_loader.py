@@ -1,6 +1,6 @@
 """Loads the kernels in a process of its own, for test_kernels_builds.py.
 
-The processes are forks of one process that has imported this module, so only that one spends seconds on torch."""
+The processes are forks of a process that has imported this module, so torch is imported only once."""
 
 import multiprocessing
 import os
@@ -14,7 +14,8 @@ CONTEXT.set_forkserver_preload([__name__])
 
 
 def load_kernels(env: dict[str, str], err: Path) -> bool:
-    """Loads the kernels with these changes of the environment. Returns whether that worked; stderr goes to err."""
+    """Loads the kernels in a process with the environment variables env, beside the test's own. stderr goes to the file
+    err. Returns whether the kernels are loaded."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=load, args=(env, err, sender))
     process.start()
@@ -26,6 +27,6 @@ def load_kernels(env: dict[str, str], err: Path) -> bool:
 
 def load(env: dict[str, str], err: Path, sender):
     os.environ |= env
-    tempfile.tempdir = None  # which TMPDIR determines, the next time
+    tempfile.tempdir = None  # so that tempfile reads TMPDIR again
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sender.send(bool(kernels.build.library()))

@@ -14,6 +14,7 @@ from torch import Tensor
 from checkpoint import read_checkpoint
 from converters.write_model import NORM_BEFORE
 from kernels.formats import QuantizationScheme
+from layers import Linear
 from model import empty_model
 from tests.tiny import FAMILIES, convert, make_hf
 
@@ -40,7 +41,9 @@ class Rounded:
 def round_weight(
     w: Tensor, bits: int, group_size: int, symmetric: bool, act_order: int = 0, scale_dtype=torch.float16
 ) -> Rounded:
-    """act_order: 0: none; weights with the same number have the same."""
+    """Rounds w [N, K] to the nearest values of a format with a scale and a zero point for every group.
+
+    act_order: the seed of a random order of inputs, so weights with the same seed have the same order. 0: no order."""
     k = w.shape[1]
     group_size = k if group_size == -1 else group_size
     g_idx = torch.arange(k) // group_size
@@ -59,7 +62,8 @@ def round_weight(
 
 
 def pack(numbers: Tensor, bits: int, dim: int, order=None) -> Tensor:
-    """int32 words of 32 / bits numbers along dim, the first one in the lowest bits; order: which is the first, ..."""
+    """Packs 32 / bits numbers along dim into an int32 word. The number order[0] of a word gets the lowest bits, and so
+    on. order: by default 0, 1, 2 ..."""
     per_word = 32 // bits
     numbers = numbers.movedim(dim, -1).long().unflatten(-1, (-1, per_word))[..., order or list(range(per_word))]
     words = (numbers << torch.arange(0, 32, bits)).sum(-1)
@@ -67,7 +71,7 @@ def pack(numbers: Tensor, bits: int, dim: int, order=None) -> Tensor:
 
 
 def gptq(name: str, w: Tensor, version: int, **how) -> tuple[dict[str, Tensor], Tensor]:
-    """Version 1 stores zero points minus one: the subtraction goes over whole words."""
+    """Writes w as GPTQ does. Version 1 stores zero points minus one, and subtracts from whole words, with borrows."""
     rounded, bits = round_weight(w, **how), how["bits"]
     qzeros = pack(rounded.zeros.T, bits, 1)
     if version == 1:
@@ -194,7 +198,7 @@ def dequantized(path: Path) -> dict[str, Tensor]:
         if linear.format.is_quantized:
             parts = {kind: tensors.pop(f"{name}.{kind}") for kind in linear.tensors()}
             tensors[f"{name}.weight"] = linear.format.dequantize(parts, torch.float32)
-        if linear.input_order is not None:
+        if isinstance(linear, Linear) and linear.input_order is not None:
             positions = tensors.pop(f"{name}.input_order").argsort()  # of the inputs
             tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, positions]
             layer, _, module = re.fullmatch(r"((layers\.\d+\.)?)(.*)", name).groups()

@@ -25,7 +25,7 @@ from scripts import serve
 
 N_ROWS, KEY = 4, "a key"
 USER = {"role": "user", "content": "Hello"}
-SECONDS = 60  # after which something hangs
+SECONDS = 60  # a request that takes longer hangs
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,13 @@ def no_proxy():
 
 
 def start(folder: Path, api_key: str | None = None) -> SimpleNamespace:
-    """A server in a thread. Its port, its engine, what stops it."""
+    """Starts a server in a thread. Returns the port, the server, its engine and model, and a function that stops it."""
     model, tokenizer = load(folder / "model.pth", dtype=torch.float32)
     engine = AsyncEngine(Scheduler(model, N_ROWS, model.config.max_seq_len))
     server = serve.Server(engine, tokenizer, folder.name, api_key)
     listener = serve.listen("127.0.0.1", 0)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # of its connections, for those who do not read
+    # Connections inherit the small buffer, so a client that does not read soon blocks the server
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
 
@@ -97,7 +98,7 @@ def complete_recall(recall_server):
 
 
 def joined(stream) -> tuple[list[str], list[str | None]]:
-    """The texts and finish reasons of a stream's choices, by their index."""
+    """Returns (texts, finish reasons) of a stream's choices, in the order of the choices' indices."""
     texts, reasons = {}, {}
     for chunk in stream:
         for choice in chunk.choices:
@@ -109,8 +110,8 @@ def joined(stream) -> tuple[list[str], list[str | None]]:
 
 
 def ask_http(server, path: str, body=None, method: str = "POST") -> tuple[int, bytes]:
-    """Status and content of the response to any request. body: bytes, pieces of bytes (sent without Content-Length), or
-    what becomes JSON."""
+    """Sends a request, and returns the response's status and content. body: bytes, an iterator of bytes (which has no
+    Content-Length), or an object, which is sent as JSON."""
     if not isinstance(body, (bytes, Iterator)):
         body = json.dumps(body).encode()
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)) as connection:
@@ -126,7 +127,7 @@ def check_error(answer: tuple[int, bytes], status: int, word: str = ""):
 
 
 def connect(server, body: dict, buffer: int | None = None) -> socket.socket:
-    """Sends a request for completions, and reads nothing. buffer: how many bytes wait to be read, at most."""
+    """Sends a request for completions, and reads nothing. buffer: the most received bytes that wait to be read."""
     connection = socket.socket()
     if buffer:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from tests.tiny import PACKAGES, ROOT
+from tests.tiny import PACKAGES
+from utils.files import ROOT
 
 PAGE = (ROOT / "docs/add_a_model.md").read_text()
 EXCERPTS = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.S)

@@ -27,8 +27,9 @@ from scripts.benchmarking import speed as benchmark_speed
 from scripts.kernel_checks import checks
 from scripts.kernel_checks import command as check_command
 from scripts.kernel_checks.exact_results import DTYPES
-from tests.tiny import ROOT, call_main, convert, write_folder
+from tests.tiny import call_main, convert, write_folder
 from utils.errors import UsageError
+from utils.files import ROOT
 
 PUBLISHED = {  # parameters; a tied head counts once
     "SmolLM2-135M": 134515008,

@@ -12,11 +12,11 @@ import torch
 import quantize
 from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig
-from converters.canonical import CanonicalCheckpoint
+from converters.canonical_checkpoint import CanonicalCheckpoint
 from converters.write_model import write_folder
 from loading import load_model
 from model import KVCache
-from tests.tiny import call_main, convert, forward, make_hf, write_earlier_format
+from tests.tiny import call_main, convert, forward, make_hf, write_earlier_version
 from utils.errors import UsageError
 from utils.files import replace_file
 
@@ -46,6 +46,7 @@ def test_what_is_saved_is_read(tmp_path):
     config, read_quantization, read = read_checkpoint(path)
     assert (config, read_quantization, read.keys()) == (CONFIG, quantization, tensors.keys())
     assert all(torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in tensors.items())
+    assert config.clip_qkv is None and torch.load(path)["config"]["clip_qkv"] == 0  # as in files of earlier versions
 
 
 def test_wrong_tensors_leave_the_old_file(tmp_path):
@@ -149,14 +150,14 @@ def test_what_is_no_checkpoint(tmp_path):
             read_checkpoint(path)
 
 
-EARLIER_FILES = [*product(["llama3", "llama-bias", "qwen3-moe"], ["gpt-fast/1", "gpt-fast/2", "gpt-fast/3"])]
-EARLIER_FILES += [("gemma2", "gpt-fast/4"), ("smollm3", "gpt-fast/4")]  # whose layers and activations differ
-EARLIER_FILES += [("gemma2", "gpt-fast/5")]  # whose layers have all four norms
-EARLIER_FILES += [*product(["llama-bias", "olmo2", "gemma3"], ["gpt-fast/6"])]  # which have the renamed options
+EARLIER_FILES = [*product(["llama3", "llama-bias", "qwen3-moe"], [1, 2, 3])]
+EARLIER_FILES += [("gemma2", 4), ("smollm3", 4)]  # whose layers and activations differ
+EARLIER_FILES += [("gemma2", 5)]  # whose layers have all four norms
+EARLIER_FILES += [*product(["llama-bias", "olmo2", "gemma3"], [6])]  # which have the renamed options
 
 
-@pytest.mark.parametrize("family, format", EARLIER_FILES)
-def test_files_of_earlier_versions_are_the_same_model(family, format, tmp_path):
+@pytest.mark.parametrize("family, version", EARLIER_FILES)
+def test_files_of_earlier_versions_are_the_same_model(family, version, tmp_path):
     theirs = make_hf(family, norm_topk_prob=False) if family == "qwen3-moe" else make_hf(family)
     theirs.save_pretrained(tmp_path)
     path = convert(tmp_path)
@@ -168,7 +169,7 @@ def test_files_of_earlier_versions_are_the_same_model(family, format, tmp_path):
     for file in files:
         expected = logits(file, tokens)
         config, quantization, tensors = read_checkpoint(file)
-        write_earlier_format(file, format)
+        write_earlier_version(file, version)
         read_config, read_quantization, read = read_checkpoint(file)
         assert (read_config, read_quantization, read.keys()) == (config, quantization, tensors.keys())
         assert torch.equal(logits(file, tokens), expected)

@@ -14,8 +14,8 @@ import eval
 import generate
 import quantize
 from cli.script import run_script
+from converters.checkpoint_path import ensure_converted
 from converters.convert_folder import convert_folder
-from converters.resolve import ensure_converted
 from llm import LLM
 from scripts import convert_hf_checkpoint
 from tests.test_lora import linear_names, random_halves, write_adapter

@@ -15,9 +15,9 @@ from cli.script import run_script
 from config import MoEConfig
 from engine import scheduler
 from tests.byte_models import END, VOCAB_SIZE, random_folder, set_up
-from tests.tiny import ROOT
 from text.tokenizer import load_tokenizer
 from utils import machine
+from utils.files import ROOT
 
 FIELDS = {
     "text": list,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
 from config import ModelConfig, RopeScaling
-from converters.canonical import CanonicalCheckpoint
+from converters.canonical_checkpoint import CanonicalCheckpoint
 from converters.convert_gguf import rename_gguf_tensors
 from converters.gguf_config import find_architecture, read_gguf_config
 from converters.gguf_file import read_gguf

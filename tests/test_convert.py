@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from checkpoint import read_checkpoint
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
-from tests.tiny import FAMILIES, ROOT, SIZES, assert_refused, convert, make_hf, same_logits
+from tests.tiny import FAMILIES, SIZES, assert_refused, convert, make_hf, same_logits
 from tests.tiny_gguf import in_meta_order
 from utils.errors import UsageError
+from utils.files import ROOT
 
 
 def hub_config(config: dict) -> dict:
@@ -412,7 +413,7 @@ TINYLLAMAS_NAMES = {
 }
 
 
-def test_tinyllamas(tmp_path):
+def test_tinyllamas_give_transformers_logits(tmp_path):
     torch.manual_seed(0)
     changes = {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
     theirs = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES | changes)).eval()

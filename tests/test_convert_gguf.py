@@ -13,13 +13,14 @@ import transformers as hf
 from converters.convert_gguf import convert_gguf
 from converters.gguf_config import gguf_to_config_json
 from converters.gguf_file import read_gguf
-from tests.tiny import LINEAR, LLAMA3, ROOT, YARN, make_hf, same_logits
+from tests.tiny import LINEAR, LLAMA3, YARN, make_hf, same_logits
 from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
 from utils.errors import UsageError
+from utils.files import ROOT
 
 
 @pytest.mark.parametrize("qtype", "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K".split())
-def test_types(qtype, tmp_path):
+def test_every_tensor_type_gives_transformers_logits(qtype, tmp_path):
     theirs = make_llama(tie_word_embeddings=qtype in ("F32", "Q6_K"))
     convert_gguf(write_gguf(tmp_path / "m.gguf", theirs, qtype), tmp_path / "new/folder", torch.float32)
     same_logits(tmp_path / "new/folder/model.pth", theirs)
@@ -34,7 +35,7 @@ def test_types(qtype, tmp_path):
         (hf.LlamaConfig, {"attention_bias": True}),
     ],
 )
-def test_kinds(config_class, changes, tmp_path):
+def test_variants_of_llama_give_transformers_logits(config_class, changes, tmp_path):
     theirs = make_llama(config_class, **changes)
     for name, p in theirs.named_parameters():
         if "bias" in name:
@@ -69,14 +70,14 @@ QWEN3_YARN = {"rope_parameters": YARN | {"rope_theta": 1e4, "beta_fast": 16.0, "
         ("gpt-oss", {}),
     ],
 )
-def test_architectures(family, changes, tmp_path):
+def test_every_architecture_gives_transformers_logits(family, changes, tmp_path):
     theirs = make_hf(family, **changes)
     convert_gguf(write_gguf(tmp_path / "m.gguf", theirs), tmp_path, torch.float32)
     same_logits(tmp_path / "model.pth", theirs)
 
 
 @pytest.mark.parametrize(("family", "qtype"), [("gpt-oss", "MXFP4"), ("phi3", "Q4_0"), ("glm4", "Q8_0")])
-def test_quantized_parts(family, qtype, tmp_path):
+def test_quantized_tensors_of_several_matrices_are_split(family, qtype, tmp_path):
     """Of a tensor that holds several: all experts', or gate and up."""
     theirs = make_hf(family, hidden_size=64, intermediate_size=64)
     convert_gguf(write_gguf(tmp_path / "m.gguf", theirs, qtype), tmp_path, torch.float32)

@@ -14,8 +14,9 @@ from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
 from loading import load_model
 from model import KVCache
-from tests.tiny import ROOT, forward
+from tests.tiny import forward
 from text.tokenizer import load_tokenizer
+from utils.files import ROOT
 
 FOLDER = ROOT / "checkpoints/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -11,7 +11,8 @@ from huggingface_hub import constants
 from cli.script import run_script
 from scripts.download import main
 from tests.hub import Hub, serve, url_of, use_hub
-from tests.tiny import ROOT, make_hf
+from tests.tiny import make_hf
+from utils.files import ROOT
 
 REPOS = {
     "me/safetensors": "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json "
@@ -100,7 +101,7 @@ def test_mistakes_are_one_line_and_exit_2(run_download, tmp_path, url, monkeypat
     assert status == 2 and len(lines) == 1 and "cannot download me/bin from http://127.0.0.1:9: " in lines[0]
 
 
-def test_prepare(url, tmp_path):
+def test_prepare_downloads_converts_and_quantizes(url, tmp_path):
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     (tmp_path / "quantize.py").write_text("import sys; print(*sys.argv)")
     prepare, path = tmp_path / "scripts/prepare.sh", f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from converters.resolve import ensure_converted
+from converters.checkpoint_path import ensure_converted
 from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
 from kernels.formats import Int8
@@ -23,11 +23,12 @@ from llm import LLM, load
 from model import KVCache
 from scripts.benchmarking.speed import random_linear
 from tests.test_readme import PAGES, sources
-from tests.tiny import ROOT, call_main, write_folder
+from tests.tiny import call_main, write_folder
+from utils.files import ROOT
 
 RUN = (  # the other examples need a GPU or more files, or are a part of a longer function
     "checkpoint.py", "cli/interrupts.py", "converters/convert_folder.py", "converters/hf_config.py",
-    "converters/resolve.py", "engine/chat.py", "engine/generation.py", "engine/runner.py", "engine/sampling.py",
+    "converters/checkpoint_path.py", "engine/chat.py", "engine/generation.py", "engine/runner.py", "engine/sampling.py",
     "engine/scheduler.py", "engine/sequence.py", "engine/speculate.py", "evaluation/scoring.py", "kernels/aten.py",
     "kernels/record.py", "llm.py", "text/chat_template.py", "text/length.py", "text/tokenizer.py",
     "text/tokenizer_files.py", "utils/machine.py",

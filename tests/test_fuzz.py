@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 import quantize
 from converters.gguf_file import read_gguf
 from tests.test_convert import write_shards
-from tests.tiny import ROOT, call_main, convert, make_hf, write_earlier_format
+from tests.tiny import call_main, convert, make_hf, write_earlier_version
 from tests.tiny_gguf import BPE, gguf_bytes, make_llama, write_gguf
 from tests.tiny_tokenizers import TEMPLATES, train
+from utils.files import ROOT
 
 SECONDS = 60  # after which a command hangs
 SETTINGS = settings(
@@ -132,7 +133,7 @@ def make_folder(family: str, folder: Path):
     for mode in ("int8", "int4"):
         call_main(quantize.main, "--checkpoint_path", path, "--mode", mode)
     shutil.copy(path, folder / "model_format_1.pth")
-    write_earlier_format(folder / "model_format_1.pth", "gpt-fast/1")
+    write_earlier_version(folder / "model_format_1.pth", 1)
     assert all((folder / name).is_file() for name in MODEL_FILES)
 
 

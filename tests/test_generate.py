@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import runner as runner_module
-from engine.generation import generate
+from engine.generation import generate, one_ahead
 from engine.runner import ModelRunner, choose_mode
 from engine.sampling import SamplingParams
 from kernels import build
@@ -108,6 +108,20 @@ def test_a_cache_that_nothing_uses_is_freed_at_once(both_models):
         assert is_alive() is None
     finally:
         gc.enable()
+
+
+def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one():
+    events = []
+
+    def queue(n: int):
+        for i in range(n):
+            events.append(f"queue {i}")
+            yield lambda i=i: events.append(f"wait {i}")
+
+    for n in (1, 3):
+        for read in one_ahead(queue(n)):
+            read()
+    assert events == ["queue 0", "wait 0", "queue 0", "queue 1", "wait 0", "queue 2", "wait 1", "wait 2"]
 
 
 def test_modes_of_a_step():

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Type
+from gguf import GGMLQuantizationType as GGMLType
 
 from checkpoint import read_checkpoint
 from converters.convert_gguf import convert_gguf
@@ -47,11 +47,11 @@ FLOAT32 = 1e-4  # of a step, for the float32 arithmetic of the comparison
 
 
 def random_rows(name: str, n: int = 20, k: int = 512) -> torch.Tensor:
-    return torch.tensor(random_blocks(Type[name], (n, k), np.random.default_rng(0)))
+    return torch.tensor(random_blocks(GGMLType[name], (n, k), np.random.default_rng(0)))
 
 
 def theirs_of(rows: torch.Tensor, name: str) -> torch.Tensor:
-    return torch.tensor(gguf.dequantize(rows.numpy(), Type[name]))
+    return torch.tensor(gguf.dequantize(rows.numpy(), GGMLType[name]))
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -62,11 +62,11 @@ def test_codes_are_kept(name):
     if name in ("Q4_1", "Q5_1"):  # a group of one number
         rows[1, :4] = torch.tensor([0.0, -0.5], dtype=torch.float16).view(torch.uint8)
         rows[2, :4] = torch.tensor([0.0, 0.5], dtype=torch.float16).view(torch.uint8)
-    groups, expected = decode_rows(rows, Type[name]), theirs_of(rows, name)
+    groups, expected = decode_rows(rows, GGMLType[name]), theirs_of(rows, name)
     steps = groups.expand(groups.scales.abs()).clamp(min=1e-9)
     assert ((groups.dequantize() - expected).abs() <= FLOAT32 * steps).all()
     for format in (INT4, INT8_G32, INT8_G16):
-        if keeps_q(groups.type, format):
+        if keeps_q(groups.block_type, format):
             tensors, is_kept = convert_groups(groups, format)
             ours = format.dequantize(tensors, torch.float32)
             deviation = RoundingErrors()
@@ -89,7 +89,7 @@ def test_groups_far_from_zero_are_rounded_again():
     """Int4 and GroupedInt8 have 0 among their numbers, or nearly. A group far from it has no zero that fits."""
     rows = random_rows("Q4_1", n=4, k=64)
     rows[0, 2:4] = torch.tensor([2.0], dtype=torch.float16).view(torch.uint8)  # a minimum of some 200 steps
-    groups, expected = decode_rows(rows, Type.Q4_1), theirs_of(rows, "Q4_1")
+    groups, expected = decode_rows(rows, GGMLType.Q4_1), theirs_of(rows, "Q4_1")
     for format, n_codes in ((INT4, 15), (INT8_G32, 254), (INT8_G16, 254)):
         tensors, is_kept = convert_groups(groups, format)
         error = (format.dequantize(tensors, torch.float32) - expected).abs()
@@ -113,7 +113,7 @@ def test_groups_far_from_zero_are_rounded_again():
 )
 def test_what_is_rounded_again_says_so(name, format, largest):
     """The error of rounding to steps of a 254th, or a 15th, of the range of a group's codes: a step over root 12."""
-    groups = decode_rows(random_rows(name), Type[name])
+    groups = decode_rows(random_rows(name), GGMLType[name])
     tensors, is_kept = convert_groups(groups, format)
     deviation = RoundingErrors()
     deviation.add(groups, format, tensors, is_kept)
@@ -123,7 +123,7 @@ def test_what_is_rounded_again_says_so(name, format, largest):
 
 def make_stack(name: str, **parts: tuple[str, int, int]) -> TargetWeight:
     """parts: types, outputs and inputs of what it stacks. They have no numbers."""
-    shapes = [(Type[kind], gguf.quant_shape_to_byte_shape((n, k), Type[kind])) for kind, n, k in parts.values()]
+    shapes = [(GGMLType[kind], gguf.quant_shape_to_byte_shape((n, k), GGMLType[kind])) for kind, n, k in parts.values()]
     stored = [GGUFTensor(kind, np.broadcast_to(np.uint8(0), shape)) for kind, shape in shapes]
     shape = torch.Size([sum(part.shape()[0] for part in stored), stored[0].shape()[1]])
     return TargetWeight(name, StackedTensor(shape, torch.bfloat16, []), stored)

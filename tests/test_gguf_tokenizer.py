@@ -17,10 +17,10 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from checkpoint import read_checkpoint
 from converters.convert_gguf import convert_gguf
 from converters.gguf_tokenizer import SPLITS
-from tests.tiny import ROOT
 from tests.tiny_gguf import BPE, make_llama, write_gguf
 from tests.tiny_tokenizers import TEXTS as MORE_TEXTS
 from text.tokenizer import load_tokenizer
+from utils.files import ROOT
 
 TEXTS = [
     "Hello world",

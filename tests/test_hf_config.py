@@ -124,7 +124,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_names_and_dtypes(spelling, tmp_path):
+def test_other_names_and_dtypes_are_the_same_model(spelling, tmp_path):
     make_hf("llama3").save_pretrained(tmp_path)
     change_tensors(tmp_path, SPELLINGS[spelling])
     same_as_transformers(tmp_path)

@@ -93,7 +93,7 @@ def test_the_files_of_older_programs(case, file, tmp_path):
         convert(folder)
 
 
-def test_biases_of_zeros(tmp_path):
+def test_only_biases_of_zeros_may_be_left_over(tmp_path):
     """AutoGPTQ writes them for layers that have no bias. Those that the family has stay, and others are refused."""
     family, name, config, quantize = gptq_case("qwen2", "int4.g32")
 
@@ -140,7 +140,7 @@ ACT_ORDER_CASES = {
 
 
 @pytest.mark.parametrize("case", ACT_ORDER_CASES, ids=str)
-def test_act_order(case, tmp_path, capsys):
+def test_act_order_keeps_values_and_formats(case, tmp_path, capsys):
     """Every layer stays quantized and keeps its values; of one family the head is quantized, too."""
     family, bits, group_size = case
     ordered, is_linear = ACT_ORDER_CASES[case], IS_LINEAR
@@ -228,7 +228,7 @@ def test_groups_without_a_format(tmp_path, capsys):
     assert "14 weights are not kept quantized, as " in capsys.readouterr().err
 
 
-def test_layers_that_differ(tmp_path, capsys):
+def test_stacked_weights_get_a_format_that_holds_all_values(tmp_path, capsys):
     """Stacked weights get a format that holds all their values: smaller groups, more bits or, at worst, 16 bits."""
     how = {"symmetric": False, "bits": 4, "group_size": 64}
     changes = {"v_proj": {"group_size": 32}, "gate_proj": {"bits": 8}, "down_proj": {"bits": 8, "group_size": -1}}
@@ -331,7 +331,7 @@ def test_the_target_that_counts(tmp_path):
     same_logits(path, theirs)
 
 
-def test_a_quantized_router(tmp_path, capsys):
+def test_a_quantized_router_becomes_16_bits(tmp_path, capsys):
     _, _, config, quantize = CASES["float channel"]
     is_linear = re.compile(rf"{IS_LINEAR.pattern}|mlp.*gate.weight")
     write_quantized(tmp_path / "m", "qwen2-moe", config, quantize, is_linear)

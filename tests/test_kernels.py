@@ -14,6 +14,7 @@ from kernels import torch_ops
 from kernels.build import library
 from kernels.formats import MXFP4, Float8, Int4, Int8, Unquantized
 from kernels.formats.integers import AffineFormat
+from kernels.schema import Epilogue
 from layers import ExpertsDown
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
@@ -173,6 +174,19 @@ def test_linear_scale_and_softcap(format, dtype):
                 bounds.check(ours, y, bound + bounds.rounding_error(y, dtype))
 
 
+def test_epilogue_without_kernels():
+    """In plain PyTorch, the activation comes before what scales, caps and clips, and the residual comes last."""
+    torch.manual_seed(0)
+    w = make_linear(64, 72, Unquantized(), torch.float32, bias=True, out_scale=0.5, softcap=5.0, clip=4.0)
+    x, residual = torch.randn(1, 3, 72), torch.randn(1, 3, 32)
+    product = x.double() @ w.weight.double().T + w.bias.double()
+    error = bounds.product_error(x, w.weight.double().abs(), product, torch.float32)
+    y, bound = softcap_with_error(*activate_with_error(product, error, "swiglu"), 0.5, 5.0, 4.0)
+    total = y + residual.double()
+    ours = kernels.fused_linear(x, w, residual=residual, activation="swiglu")
+    bounds.check(ours, total, bound + bounds.rounding_error(total, torch.float32))
+
+
 def softcap_with_error(
     y: torch.Tensor, error: torch.Tensor, scale: float, softcap: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,7 +209,7 @@ def test_softcap_of_extremes():
     y = torch_ops.apply_softcap(x.double(), 30.0)
     bounds.check(kernels.fused_linear(x, w), y, 2**-20 * y.abs())
     assert kernels.fused_linear(torch.full((1, 16), torch.nan), w).isnan().all()
-    w.softcap, w.clip = 0.0, 10.0
+    w.epilogue = Epilogue(clip=10.0)
     assert torch.equal(kernels.fused_linear(x, w), x.clamp(-10, 10))
     assert kernels.fused_linear(torch.full((1, 16), torch.nan), w).isnan().all()
 

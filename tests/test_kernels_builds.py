@@ -19,7 +19,7 @@ from kernels import aten, backend, ops, packing
 from kernels.formats import Int4, Int8
 from kernels.formats.cpu_layouts import CPU_BLOCK_N
 from kernels.formats.integers import split_groups
-from kernels.triton import attention
+from kernels.triton import heads
 from kernels.triton.elements import magic_number
 from layers import ExpertsDown
 from scripts.kernel_checks import error_bounds as bounds
@@ -27,7 +27,7 @@ from scripts.kernel_checks.exact_results import CPU_FORMATS, MAGIC_BIASES, make_
 from tests.compiler import write_compiler
 from tests.cpu_kernels import built
 from tests.kernel_loader import load_kernels
-from tests.tiny import ROOT
+from utils.files import ROOT
 
 # of what the kernels compute
 TESTS = [f"tests/test_kernels{part}.py" for part in ("", "_attention", "_experts", "_sampling")]
@@ -53,11 +53,12 @@ def test_both_lists_of_activations_have_one_order():
             kernels.build.check_activations(wrong)
 
 
-def test_both_limits_of_tokens_are_one():
+@pytest.mark.parametrize("name, ours", [("MAX_CPU_TOKENS", 64), ("BLOCK_N", 16), ("ACT_GROUP", 16)])
+def test_both_sizes_are_one(name, ours):
     weights_h = (kernels.build.SOURCES / "weights.h").read_text()
-    kernels.build.check_max_tokens(weights_h)
-    with pytest.raises(ImportError, match="MAX_CPU_TOKENS is 32; in kernels/schema.py 64"):
-        kernels.build.check_max_tokens(weights_h.replace("MAX_CPU_TOKENS = 64;", "MAX_CPU_TOKENS = 32;"))
+    kernels.build.check_sizes(weights_h)
+    with pytest.raises(ImportError, match=f"{name} is 32; kernels/.*: .* is {ours}"):
+        kernels.build.check_sizes(weights_h.replace(f"{name} = {ours};", f"{name} = 32;"))
 
 
 @built
@@ -202,7 +203,7 @@ def test_pytorchs_kernels_without_a_compiler(monkeypatch):
                 kernels.pack_weights([linear, experts], dtype)
                 has_kernel = k % 16 == 0 if isinstance(format, Int8) else n % 16 == 0 and k % format.group_size == 0
                 assert (linear.aten_weight is not None) == has_kernel and linear.format.is_quantized == has_kernel
-                assert experts.aten_weight is None and not experts.format.is_quantized
+                assert not hasattr(experts, "aten_weight") and not experts.format.is_quantized
                 for n_tokens in (1, 3, aten.MAX_ATEN_TOKENS, aten.MAX_ATEN_TOKENS + 1):
                     x = torch.randn(1, n_tokens, k).to(dtype)
                     # Of each weight: scale, and offset of up to 15 scales or the weight itself; of the result: a
@@ -224,7 +225,7 @@ def largest_weights(format, exact: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_check_says_what_is_wrong():
-    """In C++, with four words or more; or with the message of find_error."""
+    """In C++, with four words or more; or with the message of validate."""
     code = "".join(path.read_text() for path in kernels.build.SOURCES.iterdir())
     checks = [text.partition(");")[0] for text in code.split("STD_TORCH_CHECK(")[1:]]
     bare = [check for check in checks if not re.search(r'"(\S+ ){3,}\S+"$', check)]
@@ -236,7 +237,7 @@ def test_sizes_are_the_same_in_all_languages():
     code = (kernels.build.SOURCES / "weights.h").read_text()
     sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
     assert sizes["BLOCK_N"] == CPU_BLOCK_N and ops.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
-    assert attention.BLOCK_T.value == backend.MAX_TRITON_NEW_TOKENS
+    assert heads.BLOCK_T.value == backend.MAX_TRITON_NEW_TOKENS
     for dtype in (torch.bfloat16, torch.float16):
         halves = torch.tensor([magic_number(dtype)], dtype=torch.int32).view(dtype).tolist()
         assert halves == 2 * [MAGIC_BIASES[dtype]]

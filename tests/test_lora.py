@@ -109,7 +109,7 @@ def test_logits_are_those_of_merged_weights(family, tmp_path):
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6)
 
 
-def test_scale(llama, tmp_path):
+def test_scale_is_alpha_over_r_or_its_root(llama, tmp_path):
     """alpha / r or, with use_rslora, alpha / sqrt(r). The first pattern that matches the end of a name counts."""
     base, model, halves = llama
     q, down = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"

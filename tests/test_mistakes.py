@@ -7,7 +7,7 @@ import torch
 import generate
 from cli.script import run_script
 from tests.byte_models import VOCAB_SIZE, set_up
-from tests.tiny import ROOT
+from utils.files import ROOT
 
 
 @pytest.mark.parametrize(

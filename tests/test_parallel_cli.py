@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from cli.parallel import complete_in_parallel
+from cli.parallel import generate_in_parallel
 from engine.scheduler import build_scheduler
-from engine.sequence import build_sequence
+from engine.sequence import Sequence, build_sequence
 from loading import load
 
 
@@ -86,10 +86,11 @@ def test_a_prompt_beyond_the_context_does_not_stop_the_others(prompt, recall_mod
 def test_a_prompt_that_is_refused_takes_no_memory(recall_model):
     """The slots are as long as the other prompts need."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
-    sequences = [build_sequence(text, tokenizer, model.config, 5) for text in ("0", "5" * 300, "S")]
+    options = {"tokenizer": tokenizer, "eos_ids": model.config.eos_ids}
+    sequences = [Sequence(tokenizer.encode(text), 5, **options) for text in ("0", "5" * 300, "S")]
     scheduler = build_scheduler(model, sequences, 16)
     assert scheduler.max_seq_len == max(len(sequences[i].prompt_ids) for i in (0, 2)) + 5
-    texts = [sequence.text or sequence.error for _, sequence in scheduler.complete(sequences)]
+    texts = [sequence.text or sequence.error for _, sequence in scheduler.run(sequences)]
     assert texts[0] == "12345" and "exceed" in texts[1] and texts[2] == "🙂E"
 
 
@@ -118,7 +119,7 @@ def test_ctrl_c_keeps_what_is_complete(recall_model, capsys, monkeypatch):
 
         def interrupt(frame, event, arg):
             nonlocal n_left
-            if frame.f_code.co_name in ("complete_in_parallel", "print_sequence", "step"):
+            if frame.f_code.co_name in ("generate_in_parallel", "print_sequence", "step"):
                 n_left -= event in ("call", "return")
                 if n_left == 0:
                     raise KeyboardInterrupt
@@ -127,7 +128,7 @@ def test_ctrl_c_keeps_what_is_complete(recall_model, capsys, monkeypatch):
         capsys.readouterr()
         try:
             sys.setprofile(interrupt)
-            complete_in_parallel(args, model, sequences, {})
+            generate_in_parallel(args, model, sequences, {})
         except KeyboardInterrupt:
             pass
         finally:

@@ -25,7 +25,8 @@ import quantize
 from kernels import build
 from scripts import benchmark, convert_hf_checkpoint, tables, tiny_model
 from tests.compiler import write_compiler
-from tests.tiny import PACKAGES, ROOT, call_main, convert, write_folder
+from tests.tiny import PACKAGES, call_main, convert, write_folder
+from utils.files import ROOT
 
 README, MIXTRAL, MEASUREMENTS = ROOT / "README.md", ROOT / "mixtral-moe/README.md", ROOT / "docs/measurements.md"
 PAGES = [README, MIXTRAL, *sorted((ROOT / "docs").glob("*.md"))]
@@ -188,6 +189,24 @@ def test_what_comments_name_exists():
                 assert re.search(rf"\b{name}\b", found[0].read_text()), f"{path}: {file}: {name}"
         words = re.findall(r"\b[a-z][a-z0-9]*(?:_[a-z][a-z0-9]*)+\b(?!\.(?:md|pth))", text)
         assert path.suffix != ".py" or set(words) <= known, f"{path}: {set(words) - known}"
+
+
+def test_sizes_of_the_code():
+    """The numbers of lines beside the reading list, to 5%."""
+    text = README.read_text()
+    spine = [ROOT / name for name in re.findall(r"^\d\. `([\w/]+\.py)`", text, re.M)]
+    code = [*sources(), *(ROOT / "kernels/csrc").iterdir()]
+    folders = [ROOT / "kernels", ROOT / "converters", ROOT / "scripts"]
+    parts = [[path for path in code if folder in path.parents] for folder in folders]
+    rest = [path for path in code if not any(path in part for part in parts)]
+    said = re.search(
+        r"token, in ([\d,]+) lines. All code is ([\d,]+) lines, without the tests:\n"
+        r"kernels ([\d,]+), converters ([\d,]+), scripts ([\d,]+), everything else ([\d,]+)\.", text
+    )
+    assert len(spine) == 8
+    for number, paths in zip(said.groups(), [spine, code, *parts, rest], strict=True):
+        n_lines = sum(len(path.read_text().splitlines()) for path in paths)
+        assert int(number.replace(",", "")) == pytest.approx(n_lines, rel=0.05), [path.name for path in paths]
 
 
 def test_index_of_tests():

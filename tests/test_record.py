@@ -93,14 +93,14 @@ def test_every_argument_is_recorded(format):
     qkv_proj = make_linear(128, dim, format, torch.float32, clip=2.0)
     head = make_linear(97, dim, format, torch.float32, out_scale=0.1, softcap=5.0)
     router = make_linear(n_experts - 1, dim, Unquantized(), torch.float32)  # 3 experts and the 2 shared ones' logit
-    gate_up = make_linear(96, dim, format, torch.float32, n_experts, bias=True, kind=ExpertsGateUp)
-    down = make_linear(dim, 48, format, torch.float32, n_experts, bias=True, kind=ExpertsDown)
+    gate_up = make_linear(96, dim, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsGateUp)
+    down = make_linear(dim, 48, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsDown)
     packed(torch.nn.ModuleList([embedding, qkv_proj, head, router, gate_up, down]))
     tables = PositionTables(rope_table(config, 40), torch.rand(n_heads))
     caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind()) for _ in range(2)]
 
     def step(tokens, start_pos, cache):
-        x = embedding(tokens, 8.0, torch.float32)
+        x = kernels.embed(tokens, embedding, 8.0, torch.float32)
         y = attend(
             qkv_proj(x), cache, tables, start_pos, n_heads, kernels.CPU, 0, q_norm, k_norm, sinks, scale=0.3,
             softcap=2.0,

@@ -19,8 +19,9 @@ from cli.script import MATMUL_CACHES, run_script
 from kernels import build
 from tests.forks import finish, start, stop
 from tests.hub import Hub, serve, url_of, use_hub
-from tests.tiny import ROOT, convert, make_hf, write_folder
+from tests.tiny import convert, make_hf, write_folder
 from tests.tiny_gguf import make_llama, write_gguf
+from utils.files import ROOT
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # models this small only wait for a second one
 

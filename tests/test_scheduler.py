@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.async_engine import AsyncEngine, CompletionError
+from engine.async_engine import AsyncEngine, GenerationError
 from engine.generation import generate
 from engine.runner import ModelRunner
 from engine.sampling import SamplingParams, sample
@@ -368,7 +368,7 @@ def test_callers_in_asyncio(recall_model):
         with pytest.raises(UsageError, match="exceed"):
             await anext(engine.generate([start("0", 99)]))
         scheduler.step, step = None, scheduler.step  # None cannot be called
-        with pytest.raises(CompletionError, match="callable"):
+        with pytest.raises(GenerationError, match="callable"):
             await text_of("0")
         scheduler.step = step
         assert await text_of("0") == "123456"
@@ -395,7 +395,7 @@ def test_logits_that_are_not_finite_are_one_callers_error(recall_model):
         texts = await asyncio.gather(*map(text_of, ["5", "S", "0", "7", "W"]), return_exceptions=True)
         assert [texts[1], texts[4]] == ["🙂E", " X"]
         for error in (texts[0], texts[2], texts[3]):
-            assert isinstance(error, CompletionError) and "not finite" in str(error)
+            assert isinstance(error, GenerationError) and "not finite" in str(error)
         engine.thread.shutdown()
 
     asyncio.run(check())
@@ -416,7 +416,7 @@ def test_interrupt_keeps_what_is_complete(recall_model):
     scheduler.step = interrupted_step
     found = []
     with pytest.raises(KeyboardInterrupt):
-        for i, sequence in scheduler.complete(sequences):
+        for i, sequence in scheduler.run(sequences):
             found.append((i, sequence.text))
     assert found == [(1, "🙂E"), (2, "")]
 

@@ -18,7 +18,7 @@ import pytest
 from cli.interrupts import EXIT_INTERRUPTED
 from engine.scheduler import Scheduler
 from tests.serving import KEY, N_ROWS, SECONDS, USER, ask_http, connect, read_until, url_of, wait_for
-from tests.tiny import ROOT
+from utils.files import ROOT
 
 pytest_plugins = ["tests.serving"]
 
@@ -57,7 +57,7 @@ def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chat_server, mo
     assert next_answer.result().choices == expected
     assert gate.n_steps < n + 10 and not engine.inboxes
     gate.permits.release(10)  # for a step that may have begun
-    wait_for(lambda: engine.step.done())
+    wait_for(lambda: engine.step_task.done())
 
 
 # A response of 2 KB a token

@@ -19,8 +19,9 @@ from kernels import CPU, TRITON
 from model import empty_model
 from tests.byte_models import random_folder, set_up
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
-from tests.tiny import ROOT, call_main, convert, write_folder
+from tests.tiny import call_main, convert, write_folder
 from utils.errors import UsageError
+from utils.files import ROOT
 
 
 @pytest.fixture(scope="module")

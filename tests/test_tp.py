@@ -22,9 +22,10 @@ import tp
 from config import ModelConfig
 from kernels.formats import Int4, Unquantized
 from tests import test_grok_and_baichuan
-from tests.tiny import ROOT, convert, give_input_orders, make_hf, quantize_embedding, write_folder
+from tests.tiny import convert, give_input_orders, make_hf, quantize_embedding, write_folder
 from tests.tp_ranks import CASES, COMMANDS, run_command, run_commands
 from utils.errors import UsageError
+from utils.files import ROOT
 
 RANKS = ROOT / "tests/tp_ranks.py"
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}  # 160 / 4: cuts go through int4's groups

@@ -23,6 +23,7 @@ from kernels.formats.triton_layouts import pack_tiles
 from kernels.schema import LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
+from layers import LinearBase
 from model import KVCache
 from rope import rope_table
 from scripts.kernel_checks import checks
@@ -40,7 +41,8 @@ from scripts.kernel_checks.exact_results import (
     make_linear,
     use_triton,
 )
-from tests.tiny import ROOT, forward, make_hf, to_ours
+from tests.tiny import forward, make_hf, to_ours
+from utils.files import ROOT
 
 U32 = bounds.U[torch.float32]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about rows and columns of padding
@@ -139,7 +141,7 @@ def test_extremes(format):
 @pytest.mark.parametrize("n_experts", [None, 3])
 def test_dequantize_packed(format, n_experts):
     for n, k in [(16, 64), (48, 160)]:
-        w = make_linear(n, k, format, torch.float32, n_experts)
+        w = make_linear(n, k, format, torch.float32, n_experts=n_experts, kind=LinearBase)
         checkpoint_weight, expected = w.weight, w.dequantized_weight(torch.float32)
         use_triton(w)
         assert (w.weight.data_ptr() == checkpoint_weight.data_ptr()) == isinstance(format, Int8)  # read as it is

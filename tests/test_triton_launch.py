@@ -9,7 +9,7 @@ import triton
 
 from kernels.formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
 from kernels.triton import launch
-from tests.tiny import ROOT
+from utils.files import ROOT
 
 MEASURED = json.loads((ROOT / "benchmarks/gpu_H100_80GB_products.json").read_text())
 PRODUCTS = MEASURED["products"]  # by "bits n k", then 2 for a gate and an up projection, else 1
@@ -112,3 +112,11 @@ def test_pdl_options(monkeypatch):
         options = launch.pdl_options(torch.device("cpu"), grid)
         assert options["USE_PDL"] == options.get("launch_pdl", False) == has_pdl
         assert options["TRIGGER_EARLY"] == at_once
+
+
+def test_semaphores():
+    """No kernel gets fewer semaphores than it counts with."""
+    device = torch.device("cpu")
+    assert len(launch.semaphores(device, launch.N_SEMAPHORES)) == launch.N_SEMAPHORES
+    with pytest.raises(ValueError, match="16385 semaphores"):
+        launch.semaphores(device, launch.N_SEMAPHORES + 1)

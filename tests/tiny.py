@@ -18,7 +18,6 @@ from model import KVCache, empty_model
 from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("cli", "converters", "engine", "evaluation", "kernels", "text", "utils")
 
 SIZES = {
@@ -173,56 +172,46 @@ def call_main(main, *args):
         main()
 
 
-NAMES_OF_FORMAT_6 = {
-    "o_proj_bias": "out_bias", "qk_norm_across_heads": "qk_norm_all_heads", "local_rope_theta": "window_rope_theta",
+# Version of model.pth -> the names that the next version replaced: new name -> old name. The table is not derived from
+# earlier_checkpoints.py: UPGRADES, so a mistake there fails a test.
+EARLIER_TENSORS = {  # by regular expressions
+    5: {r"\.pre_(\w+_norm)\.": r".\1."},
+    2: {r"^embed_tokens\.": "tok_embeddings.", r"^lm_head\.": "output."},
+    1: {
+        r"\.qkv_proj\.": ".wqkv.", r"\.o_proj\.": ".wo.", r"\.gate_up_proj\.": ".w13.", r"\.down_proj\.": ".w2.",
+        r"\.router\.": ".gate.",
+    },
 }
-NAMES_OF_FORMAT_2 = {"embed_tokens": "tok_embeddings", "lm_head": "output"}
-NAMES_OF_FORMAT_1 = {"qkv_proj": "wqkv", "o_proj": "wo", "gate_up_proj": "w13", "down_proj": "w2", "router": "gate"}
+EARLIER_FIELDS = {
+    6: {
+        "o_proj_bias": "out_bias", "qk_norm_across_heads": "qk_norm_all_heads", "local_rope_theta": "window_rope_theta",
+    },
+    4: {"layer_has_window": "window_layers", "layer_has_rope": "rope_layers"},
+    3: {"n_shared_experts": "n_shared"},
+    2: {"rope_type": "kind"},
+    1: {"top_k": "n_active", "norm_topk_prob": "normalize"},
+}
+ACTIVATIONS_OF_VERSION_4 = {"swiglu": "silu", "geglu_tanh": "gelu_tanh"}
 
 
-def write_earlier_format(path: Path, format: str):
-    """Rewrites the checkpoint in path as "gpt-fast/1" ... "gpt-fast/6"."""
+def write_earlier_version(path: Path, version: int):
+    """Rewrites the checkpoint in path as a file of an earlier version, from 1 to 6."""
     data = torch.load(path, weights_only=True)
-    config = data["config"] = {NAMES_OF_FORMAT_6.get(name, name): value for name, value in data["config"].items()}
-    if format == "gpt-fast/6":
-        torch.save(data | {"format": format}, path)
-        return
-    data["tensors"] = {re.sub(r"\.pre_(\w+_norm)\.", r".\1.", name): t for name, t in data["tensors"].items()}
-    if format == "gpt-fast/5":
-        torch.save(data | {"format": format}, path)
-        return
-    for new, old in {"layer_has_window": "window_layers", "layer_has_rope": "rope_layers"}.items():
-        config[old] = config.pop(new)
-    config["activation"] = {"swiglu": "silu", "geglu_tanh": "gelu_tanh"}.get(
-        config["activation"], config["activation"]
-    )
-    if format == "gpt-fast/4":
-        torch.save(data | {"format": format}, path)
-        return
-    moe, rope_scaling = config["moe"], config["rope_scaling"]
-    if moe is not None:
-        moe["n_shared"] = moe.pop("n_shared_experts")
-    if format == "gpt-fast/3":
-        torch.save(data | {"format": format}, path)
-        return
-    tensors = {}
-    for name, tensor in data["tensors"].items():
-        for new, old in NAMES_OF_FORMAT_2.items():
-            name = re.sub(rf"^{new}\.", f"{old}.", name)
-        if format == "gpt-fast/1":
-            for new, old in NAMES_OF_FORMAT_1.items():
-                is_expert = moe is not None and new in ("gate_up_proj", "down_proj")
-                name = name.replace(f".{new}.", f".experts.{old}." if is_expert else f".{old}.")
-        tensors[name] = tensor
-    assert "tok_embeddings.weight" in tensors
-    data["format"], data["tensors"] = format, tensors
-    if rope_scaling is not None:
-        rope_scaling["kind"] = rope_scaling.pop("rope_type")
-    if moe is not None and format == "gpt-fast/1":
-        assert not moe["n_shared"] and not moe["bias"]  # which it did not have
-        moe = {"n_experts": moe["n_experts"], "n_active": moe["top_k"], "normalize": moe["norm_topk_prob"]}
-        config["moe"] = moe
-    torch.save(data, path)
+    config, tensors = data["config"], data["tensors"]
+    for earlier in range(6, version - 1, -1):
+        for new, old in EARLIER_TENSORS.get(earlier, {}).items():
+            tensors = {re.sub(new, old, name): t for name, t in tensors.items()}
+        for fields in (config, config["moe"] or {}, config["rope_scaling"] or {}):
+            for new, old in EARLIER_FIELDS.get(earlier, {}).items():
+                if new in fields:
+                    fields[old] = fields.pop(new)
+    if version <= 4:
+        config["activation"] = ACTIVATIONS_OF_VERSION_4.get(config["activation"], config["activation"])
+    if version == 1 and config["moe"] is not None:
+        tensors = {re.sub(r"\.(w13|w2)\.", r".experts.\1.", name): t for name, t in tensors.items()}
+        assert not config["moe"].pop("n_shared") and not config["moe"].pop("bias")  # version 1 had neither
+    assert version > 2 or "tok_embeddings.weight" in tensors
+    torch.save(data | {"format": f"gpt-fast/{version}", "tensors": tensors}, path)
 
 
 def to_ours(theirs, use_kernels: bool = True):

@@ -206,7 +206,7 @@ def gguf_bytes(meta: dict, tensors: dict) -> bytes:
     infos, body = [], b""
     for name, stored in tensors.items():
         shape = stored.shape()[::-1]
-        numbers = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, stored.type, len(body))
+        numbers = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, stored.ggml_type, len(body))
         infos.append(gguf_string(name) + numbers)
         body += stored.data.tobytes() + bytes(-stored.data.nbytes % 32)
     head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(fields)) + b"".join(fields + infos)

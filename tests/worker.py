@@ -1,7 +1,7 @@
-"""Runs the commands of this project one after the other, for test_fuzz.py, which starts this as a process of its own.
+"""Runs the commands of this project one after the other, in a process that test_fuzz.py starts.
 
-Reads lines of JSON, each a command and its arguments, and answers each with a line: its exit status, or null after a
-traceback. What the commands print goes to stderr, or nowhere.
+Every line on stdin is a command with its arguments, in JSON. The answer on stdout is a line with the command's exit
+status, or null after a traceback. The commands' own stdout is dropped.
 """
 
 import contextlib
@@ -12,8 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 
@@ -22,7 +21,7 @@ from cli.script import run_script  # noqa: E402
 from scripts import convert_gguf, convert_hf_checkpoint  # noqa: E402
 
 MAINS = {"convert": convert_hf_checkpoint.main, "gguf": convert_gguf.main, "generate": generate.main}
-MEMORY = 2 * 2**30  # that the commands may take
+MEMORY = 2 * 2**30  # the most bytes that the commands may allocate
 
 
 def main():

@@ -64,7 +64,7 @@ def read_message(message) -> dict:
     role = "system" if role == "developer" else role
     if role not in ROLES or not isinstance(content, str):
         must = f"a message must have a role ({', '.join(ROLES)}) and a text as content"
-        raise UsageError(f"{must}, and this one is not so: {message!r:.80}")
+        raise UsageError(f"{must}, not {message!r:.80}")
     return {"role": role, "content": content}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from utils.errors import UsageError
 from utils.machine import is_out_of_memory
 
+ROOT = Path(__file__).resolve().parent.parent  # the project's folder
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 

@@ -13,9 +13,9 @@ constexpr int64_t TILE_BYTES = 1024;
 
 // Returns 1 / rms(x) of x [k].
 template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
-  Vec squares = {};
+  f32x16 squares = {};
   for (int64_t i = 0; i < k; i += LANES) {
-    const Vec v = load_partial(x, i, k);
+    const f32x16 v = load_partial(x, i, k);
     squares += v * v;
   }
   return 1 / std::sqrt(sum(squares) / k + eps);
@@ -23,7 +23,7 @@ template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
 
 // Returns elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds x * inverse_rms to T first, as
 // kernels/torch_ops.py does.
-template <typename T> Vec normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
+template <typename T> f32x16 normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
   T rounded[LANES];
   store_vec(load_partial(x, i, k) * inverse_rms, rounded);
   return load_vec(rounded) * load_partial(weight, i, k);
@@ -37,25 +37,25 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 
 // ---- Quantization ---------------------------------------------------------------------------------------------------
 
-// Q8_BLOCK activations x as int8: x = scale * q, |q| <= 127. It is llama.cpp's block_q8, shorter.
+// ACT_GROUP activations x as int8: x = scale * q, |q| <= 127. ggml's block_q8_1 is alike, but has 32 elements.
 //
 // The loops multiply x with weights w - zero. They compute the sum of w * x, and subtract the zero points afterwards:
 //
 //     sum of (w - zero) * x  =  sum of w * x  -  zero * (sum of x)
 //
 // All outputs need the same sum of x, so quantize_token computes this sum once and stores it as the compensation, which
-// is oneDNN's name (llama.cpp: s of block_q8_1). The format of w decides what is stored:
+// is oneDNN's name (ggml: s of block_q8_1). The format of w decides what is stored:
 //
 //     format            zero points                       compensation
-//     F::SHARED_ZERO    one for all weights               -zero * (sum of q in this block)
+//     F::SHARED_ZERO    one for all weights               -zero * (sum of q in the ActGroup)
 //     other formats     one for each group of weights     a running sum of x, which each group of weights begins anew
 //
-// A group of weights spans several Q8Blocks. The last of them has the complete sum, so dot_grouped reads the
-// compensation of the last one.
-struct Q8Block {
+// A group of weights spans several ActGroups. The last ActGroup has the complete sum, so dot_grouped reads the
+// compensation of the last ActGroup.
+struct ActGroup {
   float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
   float compensation;
-  int8_t q[Q8_BLOCK];
+  int8_t q[ACT_GROUP];
 };
 
 // Whether activations of type T are quantized for a product with weights of format F. Float32 activations (--precision
@@ -67,36 +67,36 @@ template <typename F, typename T>
 constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Unquantized> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
                                  !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
-// Quantizes x [k] to blocks [padded k / Q8_BLOCK]. F is the format of w. A Vec holds a block.
-static_assert(Q8_BLOCK == LANES);
-template <typename F, typename T> void quantize_token(const T* x, const Weights& w, Q8Block* blocks) {
-  const auto maximum = [](IntVec a, IntVec b) { return a > b ? a : b; };
-  const auto add = [](IntVec a, IntVec b) { return a + b; };
-  const Vec to_int = Vec{} + ROUND_TO_INT;
+// Quantizes x [k] to groups [padded k / ACT_GROUP]. F is the format of w. An f32x16 holds the x of a group.
+static_assert(ACT_GROUP == LANES);
+template <typename F, typename T> void quantize_token(const T* x, const Weights& w, ActGroup* groups) {
+  const auto maximum = [](i32x16 a, i32x16 b) { return a > b ? a : b; };
+  const auto add = [](i32x16 a, i32x16 b) { return a + b; };
+  const f32x16 to_int = f32x16{} + ROUND_TO_INT;
   float running_sum = 0;
   for (int64_t k = 0; k < w.k; k += LANES) {
-    const Vec v = load_partial(x, k, w.k);
+    const f32x16 v = load_partial(x, k, w.k);
     // Without the sign bit, the bits of floats are ordered as the floats are, and NaN is the largest.
-    const Vec max = (Vec)reduce_lanes((IntVec)v & 0x7fffffff, maximum);
-    const IntVec q = (IntVec)(v * (max > 1e-30f ? 127 / max : Vec{}) + to_int) - (IntVec)to_int;
-    const ByteVec bytes = __builtin_convertvector(q, ByteVec);
+    const f32x16 max = (f32x16)reduce_lanes((i32x16)v & 0x7fffffff, maximum);
+    const i32x16 q = (i32x16)(v * (max > 1e-30f ? 127 / max : f32x16{}) + to_int) - (i32x16)to_int;
+    const i8x16 bytes = __builtin_convertvector(q, i8x16);
     const int32_t sum = reduce_lanes(q, add)[0];
-    Q8Block& block = blocks[k / Q8_BLOCK];
-    block.scale = max[0] * (1 / 127.0f) + max[0] * 0.0f;  // infinity becomes NaN
-    running_sum = (k % w.group_size == 0 ? 0 : running_sum) + sum * block.scale;
-    if constexpr (F::SHARED_ZERO) block.compensation = -F::SHARED_ZERO * sum;
-    else block.compensation = running_sum;
-    std::memcpy(block.q, &bytes, Q8_BLOCK);
+    ActGroup& act_group = groups[k / ACT_GROUP];
+    act_group.scale = max[0] * (1 / 127.0f) + max[0] * 0.0f;  // infinity becomes NaN
+    running_sum = (k % w.group_size == 0 ? 0 : running_sum) + sum * act_group.scale;
+    if constexpr (F::SHARED_ZERO) act_group.compensation = -F::SHARED_ZERO * sum;
+    else act_group.compensation = running_sum;
+    std::memcpy(act_group.q, &bytes, ACT_GROUP);
   }
 }
 
 // ---- The input of a product -----------------------------------------------------------------------------------------
 
 // The element type of a prepared token, which dot.h multiplies with weights of format F. A prepared token is an array:
-// Q8Block [k / Q8_BLOCK], float [k] or T [k].
+// ActGroup [k / ACT_GROUP], float [k] or T [k].
 template <typename F, typename T>
 using Prepared =
-    std::conditional_t<ROUNDS_TO_INT8<F, T>, Q8Block, std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
+    std::conditional_t<ROUNDS_TO_INT8<F, T>, ActGroup, std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
 
 // The address of a prepared token. The format F is unknown at compile time, and so is the type of the token.
 // multiply_by_format (dot.h) casts the address to const Prepared<F, T>*.
@@ -122,7 +122,7 @@ template <typename T> struct InputPreparer {
 
   // Returns the bytes of a prepared token. 0 means that the product can read x itself.
   int64_t token_bytes() const {
-    if (is_quantized()) return padded_k() / Q8_BLOCK * sizeof(Q8Block);
+    if (is_quantized()) return padded_k() / ACT_GROUP * sizeof(ActGroup);
     if (is_widened()) return padded_k() * sizeof(float);
     return norm_weight || for_amx ? padded_k() * sizeof(T) : 0;
   }
@@ -156,14 +156,14 @@ template <typename T> struct InputPreparer {
       T* normed = is_last_step ? reinterpret_cast<T*>(out) : scratch.at_least<T>(padded_k());
       token = apply_norm(token, norm_weight, inverse_rms(token, eps, w.k), w.k, normed);
     }
-    if (is_quantized()) quantize(token, reinterpret_cast<Q8Block*>(out));
+    if (is_quantized()) quantize(token, reinterpret_cast<ActGroup*>(out));
     if (is_widened())
       for (int64_t k = 0; k < w.k; k += LANES)
         store_partial(load_partial(token, k, w.k), reinterpret_cast<float*>(out), k, w.k);
     if (for_amx) copy_to_tiles(token, i, memory);
   }
 
-  void quantize(const T* token, Q8Block* out) const {
+  void quantize(const T* token, ActGroup* out) const {
     dispatch_format(w.format, [&]<typename F>(F) {
       if constexpr (ROUNDS_TO_INT8<F, T>) quantize_token<F>(token, w, out);
     });

@@ -8,6 +8,10 @@
 // Weights of any format are converted to bf16, once for all tokens. If a group has a scale, the dequantized weight is
 // rounded to bf16, as in prefill. Activations are not quantized.
 //
+//     for each tile of 32 inputs of a block:
+//         decode the weights                                                       1 tile register
+//         for each of up to 4 tiles of 16 tokens:  sums += activations * weights   3 tile registers, and 4 of sums
+//         at the end of a group, if SCALE_AFTER_SUM:  out += scale * sums; sums = 0
 #pragma once
 
 #include <optional>
@@ -55,16 +59,16 @@ class TileRegisters {
 
 // Computes out [16 N, BLOCK_N] = activations [16 N, k] * (a block of w)^T. tiles are the activations, [k / TILE_K, N]
 // tiles. The numbers of tile registers are part of the instructions: 0-3 hold sums, 4-6 activations, 7 weights.
-template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const char* tiles, Vec* out) {
+template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const char* tiles, f32x16* out) {
   WeightTiles<F> weights(w, block);
-  IntVec rows[TILE_K / 2];  // of a tile of weights
+  i32x16 rows[TILE_K / 2];  // of a tile of weights
   const auto zero_sums = [] {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   };
-  const auto store_sums = [](Vec* sums) {
+  const auto store_sums = [](f32x16* sums) {
     _tile_stored(0, sums, 64);
     if constexpr (N > 1) _tile_stored(1, sums + 16, 64);
     if constexpr (N > 2) _tile_stored(2, sums + 32, 64);
@@ -74,7 +78,7 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
   zero_sums();
   for (int64_t k = 0; k < w.k; k += TILE_K, tiles += N * TILE_BYTES) {
     const int64_t end = std::min(w.k, k + TILE_K);
-    if (end < k + TILE_K) std::fill_n(rows, TILE_K / 2, IntVec{});
+    if (end < k + TILE_K) std::fill_n(rows, TILE_K / 2, i32x16{});
     weights.read(k, end, rows);
     asm volatile("" ::: "memory");  // tells the compiler that the next instruction reads memory
     _tile_loadd(7, rows, 64);
@@ -85,16 +89,16 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
     if constexpr (N > 3) { _tile_loadd(4, tiles + 3 * TILE_BYTES, 64); _tile_dpbf16ps(3, 4, 7); }
     if constexpr (F::SCALE_AFTER_SUM) {
       if (end < w.k && end % w.group_size) continue;
-      Vec sums[16 * N];  // of the group of inputs that ends here
+      f32x16 sums[16 * N];  // of the group of inputs that ends here
       store_sums(sums), zero_sums();
       const int64_t group = (end - 1) / w.group_size;
-      const Vec scale = F::scales_and_zeros(w, block * w.n_groups + group).scales;
-      for (int i = 0; i < 16 * N; i++) out[i] = sums[i] * scale + (group ? out[i] : Vec{});
+      const f32x16 scale = F::scales_and_zeros(w, block * w.n_groups + group).scales;
+      for (int i = 0; i < 16 * N; i++) out[i] = sums[i] * scale + (group ? out[i] : f32x16{});
     }
   }
   if constexpr (!F::SCALE_AFTER_SUM) store_sums(out);
   if constexpr (F::HAS_OUTPUT_SCALES) {
-    const Vec scale = F::output_scales(w, block);
+    const f32x16 scale = F::output_scales(w, block);
     for (int i = 0; i < 16 * N; i++) out[i] *= scale;
   }
 }

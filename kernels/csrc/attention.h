@@ -17,39 +17,28 @@
 // the cache, and not on the length of the cache.
 #pragma once
 
-#include "activations.h"
+#include "rope_and_cache.h"
+#include "softmax.h"
 
 constexpr int64_t TOKEN_BLOCK = 8;  // the most new tokens of a task, which reads a split once for all of them
 constexpr int64_t SPLIT_LEN = 256;  // the keys of a split, for up to TOKEN_BLOCK tokens
 constexpr int64_t MAX_SPLIT_LEN = SPLIT_LEN * (MAX_CPU_TOKENS / TOKEN_BLOCK);
 
-// Applies RoPE: rotates each pair (x[i], x[i + d / 2]) of x [d] by cos_sin [d / 2, 2] (cos, sin). out [d] may be x.
-template <typename T> void apply_rope(const T* x, const float* cos_sin, int64_t d, T* out) {
-  for (int64_t i = 0; i < d / 2; i += LANES) {
-    const Vec lo = load_partial(cos_sin, 2 * i, d), hi = load_partial(cos_sin, 2 * i + LANES, d);
-    const Vec cos = __builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const Vec sin = __builtin_shufflevector(lo, hi, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    const Vec a = load_partial(x, i, d / 2), b = load_partial(x + d / 2, i, d / 2);
-    store_partial(a * cos - b * sin, out, i, d / 2);
-    store_partial(b * cos + a * sin, out + d / 2, i, d / 2);
-  }
-}
-
-// ---- One query against one split of keys ----------------------------------------------------------------------------
+// ---- Queries against one split of keys ------------------------------------------------------------------------------
 //
 // The loops are compiled for D = 64, 128 and 256, the usual head_dims. D = 0 is slower and reads head_dim from d.
 
 // Returns q [D] . k [D] as 16 partial sums.
-template <int64_t D> inline Vec dot_head(const auto* q, const auto* k) {
-  Vec total = {};
+template <int64_t D> inline f32x16 dot_head(const auto* q, const auto* k) {
+  f32x16 total = {};
   for (int64_t i = 0; i < D; i += LANES) total += load_vec(q + i) * load_vec(k + i);
   return total;
 }
 #if defined(__AVX512BF16__)
-template <int64_t D> inline Vec dot_head(const bf16* q, const bf16* k) {
-  Vec total = {};
+template <int64_t D> inline f32x16 dot_head(const bf16* q, const bf16* k) {
+  f32x16 total = {};
   for (int64_t i = 0; i < D; i += 32)
-    total = (Vec)_mm512_dpbf16_ps((__m512)total, load<__m512bh>(q + i), load<__m512bh>(k + i));
+    total = (f32x16)_mm512_dpbf16_ps((__m512)total, load<__m512bh>(q + i), load<__m512bh>(k + i));
   return total;
 }
 #endif
@@ -57,18 +46,6 @@ template <int64_t D> inline Vec dot_head(const bf16* q, const bf16* k) {
 // Prefetches x [d], a key or a value.
 template <typename T> inline void prefetch_vector(const T* x, int64_t d) {
   for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) prefetch_l2(x + i);
-}
-
-// Returns the larger of a and b in each lane. NaN in b stays NaN.
-inline Vec larger(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
-
-// Returns the largest lane of v, or NaN if any lane is NaN.
-inline float largest_lane(Vec v) {
-  v = larger(v, (Vec)swap_lanes<8>((IntVec)v));
-  v = larger(v, (Vec)swap_lanes<4>((IntVec)v));
-  v = larger(v, (Vec)swap_lanes<2>((IntVec)v));
-  v = larger(v, (Vec)swap_lanes<1>((IntVec)v));
-  return v[0];
 }
 
 // How a product q . k becomes a score: softcap(scale * product) + slope * distance. The slope is ALiBi's. The distance
@@ -79,25 +56,25 @@ struct ScoreOptions {
   // Whether a score is scale * product. == compares all members, so a new option needs no line here.
   bool is_scale_only() const { return *this == ScoreOptions{scale}; }
 };
-inline Vec finish_scores(Vec products, const ScoreOptions& options, Vec distance) {
-  Vec scores = products * options.scale;
+inline f32x16 finish_scores(f32x16 products, const ScoreOptions& options, f32x16 distance) {
+  f32x16 scores = products * options.scale;
   if (options.softcap) scores = apply_softcap(scores, options.softcap);
   return scores + options.slope * distance;
 }
 
-// Computes the scores [n] of q [d] and k [n, d], 16 keys at a time. Returns 16 partial maxima of the scores.
-// distance is that of the first key. If next is not null, also prefetches the values next [n / stride, d]: one value
-// for every stride keys.
+// Computes the scores [n] of q [d] and k [n, d], 16 keys at a time, and returns the largest score. Scores beyond n, up
+// to a multiple of 16, become -infinity. distance is that of the first key. If next is not null, also prefetches the
+// values next [n / stride, d]: one value for every stride keys.
 template <int64_t D, typename T>
-Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions& options, int64_t distance,
-               float* scores, const T* next, int64_t stride) {
-  Vec max = Vec{} + NEGATIVE_INFINITY;
+float score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions& options, int64_t distance,
+                 float* scores, const T* next, int64_t stride) {
+  f32x16 max = f32x16{} + NEGATIVE_INFINITY;
   for (int64_t s = 0; s < n; s += LANES) {
     for (int64_t r = divide_up(s, stride); next && r * stride < std::min(s + LANES, n); r++)
       prefetch_vector(next + r * d, d);
-    Vec products = {};
+    f32x16 products = {};
     if constexpr (D > 0) {
-      Vec sums[LANES];
+      f32x16 sums[LANES];
       for (int64_t r = 0; r < LANES; r++) sums[r] = dot_head<D>(q, k + std::min(s + r, n - 1) * D);
       products = transpose_reduce_add(sums);
     } else {
@@ -108,39 +85,23 @@ Vec score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions&
         products[r] = sum;
       }
     }
-    Vec score = finish_scores(products, options, LANE_INDEX + float(distance + s));
+    f32x16 score = finish_scores(products, options, IOTA + float(distance + s));
     score = mask_lanes(score, n - s, NEGATIVE_INFINITY);
-    max = larger(max, score);
+    max = max_vec(score, max);
     store_vec(score, scores + s);
   }
-  return max;
-}
-
-// The state of a softmax over some keys, with FlashAttention's names: m_i is the maximum score, and l_i is the sum of
-// exp(score - m_i).
-struct Softmax { float m_i, l_i; };
-
-// Replaces scores [n] with p = exp(score - m_i). m_i is the maximum of the lanes of max, or NaN if any lane is NaN.
-inline Softmax exponentiate(float* scores, int64_t n, Vec max) {
-  const float m_i = largest_lane(max);
-  Vec l_i = {};
-  for (int64_t s = 0; s < n; s += LANES) {
-    const Vec p = mask_lanes(exp_vec(load_vec(scores + s) - m_i), n - s, 0);
-    store_vec(p, scores + s);
-    l_i += p;
-  }
-  return {m_i, sum(l_i)};
+  return max_lane(max);
 }
 
 // Computes out [Q, D] = p [Q, n] v [n, D]. The Q queries share the loads of v. stride is the stride of p between two
 // queries. If next is not null, prefetches the keys next [n, D].
 template <int64_t D, int Q, typename T>
 void accumulate_pv(const float* p, int64_t stride, const T* v, int64_t n, float* out, const T* next) {
-  Vec acc[Q][D / LANES] = {};
+  f32x16 acc[Q][D / LANES] = {};
   for (int64_t s = 0; s < n; s++) {
     if (next) prefetch_vector(next + s * D, D);
     for (int64_t i = 0; i < D / LANES; i++) {
-      const Vec x = load_vec(v + s * D + LANES * i);
+      const f32x16 x = load_vec(v + s * D + LANES * i);
       for (int h = 0; h < Q; h++) acc[h][i] += p[h * stride + s] * x;
     }
   }
@@ -167,61 +128,6 @@ void accumulate_pv(int64_t n_queries, const float* p, int64_t stride, const T* v
   }
 }
 
-// ---- Norm, RoPE and cache write -------------------------------------------------------------------------------------
-
-// Norms and rotates the new queries and keys, and writes the new keys and values into the cache. This is phase 1 of
-// attend. For steps in which PyTorch computes the attention, phase 1 is an operation of its own, rope_and_cache.
-template <typename T> struct RopeAndCacheOp {
-  const T* qkv;                            // [batch, n_tokens, n_heads + 2 n_kv_heads, head_dim]
-  const int64_t* start_pos;                // [batch]: the position of each sequence's first new token
-  T *k_cache, *v_cache;                    // [batch, n_kv_heads, max_seq_len, head_dim]
-  int64_t batch_stride, head_stride;       // of k_cache and v_cache
-  const float* cos_sin;                    // [max_seq_len or more, head_dim / 2, 2]
-  const T *q_norm_weight, *k_norm_weight;  // [head_dim] or null
-  bool norms_all_heads;                    // norm all heads together; weights [n_heads or n_kv_heads, head_dim]
-  float eps;
-  int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim;
-  int64_t max_seq_len;  // the length of the cache
-  T* q;                 // [batch, n_tokens, n_heads, head_dim]
-
-  const char* error() const {
-    for (int64_t b = 0; b < batch; b++)
-      if (start_pos[b] < 0 || start_pos[b] + n_tokens > max_seq_len) return "the cache has no room for these positions";
-    return nullptr;
-  }
-
-  T* cached(T* cache, int64_t b, int64_t kv_head, int64_t position) const {
-    return cache + b * batch_stride + kv_head * head_stride + position * head_dim;
-  }
-
-  void execute(char*, Barrier&) const {
-    const int64_t d = head_dim, all_heads = n_heads + 2 * n_kv_heads;  // q, k, v
-    const Range range = thread_range(batch * n_tokens * all_heads);
-    float rms_scale = 0;  // 1 / rms of this head, or of all heads of the token's q or k
-    for (int64_t i = range.begin; i < range.end; i++) {
-      const int64_t head = i % all_heads, token = i / all_heads, b = token / n_tokens;
-      const int64_t position = start_pos[b] + token % n_tokens;
-      const T* x = qkv + i * d;
-      T* out;
-      if (head < n_heads) {
-        out = q + (token * n_heads + head) * d;
-      } else if (head < n_heads + n_kv_heads) {
-        out = cached(k_cache, b, head - n_heads, position);
-      } else {
-        std::memcpy(cached(v_cache, b, head - n_heads - n_kv_heads, position), x, d * sizeof(T));
-        continue;
-      }
-      if (const T* norm_weight = head < n_heads ? q_norm_weight : k_norm_weight) {
-        const int64_t first = head < n_heads ? 0 : n_heads, n = head < n_heads ? n_heads : n_kv_heads;  // of q or k
-        if (!norms_all_heads) rms_scale = inverse_rms(x, eps, d);
-        else if (head == first || i == range.begin) rms_scale = inverse_rms(x - (head - first) * d, eps, n * d);
-        x = apply_norm(x, norm_weight + (norms_all_heads ? (head - first) * d : 0), rms_scale, d, out);
-      }
-      apply_rope(x, cos_sin + position * d, d, out);
-    }
-  }
-};
-
 // ---- The operation --------------------------------------------------------------------------------------------------
 
 template <typename T> struct AttendOp : RopeAndCacheOp<T> {
@@ -237,8 +143,11 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
 
   int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
   ScoreOptions score_options(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
+  float sink(int64_t head) const { return sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY; }
+  // The first key that the token at a position sees.
+  int64_t first_key_of(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
   // The first key that a new token of sequence b sees.
-  int64_t first_key(int64_t b) const { return window ? std::max<int64_t>(0, start_pos[b] - window + 1) : 0; }
+  int64_t first_key(int64_t b) const { return first_key_of(start_pos[b]); }
   // The keys of a split. Partial outputs take tokens x splits, so with more tokens the splits are longer and fewer.
   int64_t split_len() const { return SPLIT_LEN * divide_up(batch * n_tokens, TOKEN_BLOCK); }
   int64_t count_splits(int64_t n_keys) const { return divide_up(n_keys, split_len()); }
@@ -250,7 +159,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }
   int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv() + head % heads_per_kv(); }
 
-  // The memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and the state of their softmax.
+  // The memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and their softmaxes.
   struct Shared {
     float* partial;    // [batch, n_kv_heads, max_splits, queries_per_kv, head_dim]
     T* q;              // [batch, n_tokens, n_heads, head_dim]
@@ -268,14 +177,19 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
 
   void execute(char* memory, Barrier& barrier) const {
     const Shared shared = partition(memory);
-    RopeAndCacheOp<T> rope_and_cache = *this;
-    rope_and_cache.q = shared.q;
-    rope_and_cache.execute(nullptr, barrier);
-    barrier.wait();
+    rope_and_cache(shared.q, barrier);
     attend_to_splits(shared);
     if (!any_sequence_is_split()) return;
     barrier.wait();
     combine_splits(shared);
+  }
+
+  // Phase 1, with the barrier after it. Prefill has the same phase.
+  void rope_and_cache(T* q, Barrier& barrier) const {
+    RopeAndCacheOp<T> op = *this;
+    op.q = q;
+    op.execute(nullptr, barrier);
+    barrier.wait();
   }
 
   bool any_sequence_is_split() const {
@@ -330,44 +244,58 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     else attend_to_split<0>(shared, task, next_keys);
   }
 
-  // For each new token, and for up to MAX_Q query heads at a time: scores, softmax, p v. Only the first iteration reads
-  // K and V from memory, so only the first iteration prefetches: the values of this split while it scores keys, and
-  // next_keys while it sums values.
+  // The queries of one new token t with the key/value head of a task: query heads first_head to first_head + count - 1,
+  // count <= MAX_Q. index is the index of the first query in partial and softmax (see Shared).
+  struct Queries { int64_t t, first_head, count, index; };
+
+  int64_t first_index(const Task& task, int64_t t) const {
+    const auto& [b, kv_head, split, token_block] = task;
+    return ((b * n_kv_heads + kv_head) * max_splits() + split) * queries_per_kv() + query_index(t, 0);
+  }
+
+  // Only the first queries of a task read keys and values from memory. The others find them in the cache.
+  //
+  //     for each new token t of the block:
+  //         for up to MAX_Q query heads at a time:       reads            the first queries prefetch
+  //             scores = q k^T        [count, keys]      the keys         the values
+  //             p, m_i, l_i = softmax [count, keys]
+  //             partial = p v         [count, D]         the values       next_keys
   template <int64_t D> void attend_to_split(const Shared& shared, const Task& task, const T* next_keys) const {
-    const auto [b, kv_head, split, token_block] = task;
-    const int64_t d = D ? D : head_dim;
-    const int64_t split_begin = first_key(task);
-    const int64_t split_end = std::min(start_pos[b] + n_tokens, split_begin + split_len());
-    const int64_t first_token = n_tokens * token_block / n_token_blocks();
-    const int64_t end_token = n_tokens * (token_block + 1) / n_token_blocks();
-    const T *k = cached(this->k_cache, b, kv_head, 0), *v = cached(this->v_cache, b, kv_head, 0);
-    const int64_t first_query =  // an index of [batch, n_kv_heads, max_splits, queries_per_kv]
-        ((b * n_kv_heads + kv_head) * max_splits() + split) * queries_per_kv() + query_index(first_token, 0);
-    const int64_t heads_per_kv = this->heads_per_kv(), first_head = kv_head * heads_per_kv;
-    float* partial = shared.partial + first_query * d;
-    Softmax* softmax = shared.softmax + first_query;
-    alignas(64) float scores[MAX_Q<D> * MAX_SPLIT_LEN];  // [count, split_len()]
-    for (int64_t t = first_token; t < end_token; t++) {
-      const int64_t position = start_pos[b] + t;
-      const T* q = shared.q + ((b * n_tokens + t) * n_heads + first_head) * d;
-      const int64_t begin = window ? std::max(split_begin, position - window + 1) : split_begin;
-      const int64_t n = std::max<int64_t>(0, std::min(split_end, position + 1) - begin);  // keys that the token sees
-      for (int64_t h = 0, count; h < heads_per_kv; h += count, q += count * d, partial += count * d) {
-        count = std::min<int64_t>(MAX_Q<D>, heads_per_kv - h);
-        const bool prefetches = t == first_token && h == 0;
-        for (int64_t i = 0; i < count; i++) {
-          float* s = scores + i * split_len();
-          const T* next = prefetches ? v + (begin + n * i / count) * d : nullptr;  // each query prefetches n / count
-          const ScoreOptions options = score_options(first_head + h + i);
-          const Vec max = score_keys<D>(q + i * d, k + begin * d, n, d, options, begin - position, s, next, count);
-          *softmax++ = exponentiate(s, n, max);
-        }
-        accumulate_pv<D>(count, scores, split_len(), v + begin * d, n, d, partial, prefetches ? next_keys : nullptr);
+    const int64_t first_head = task.kv_head * heads_per_kv(), end_head = first_head + heads_per_kv();
+    const Range tokens = range_of_thread(task.token_block, n_token_blocks(), n_tokens);
+    const int64_t first = first_index(task, tokens.begin);
+    int64_t index = first;
+    for (int64_t t = tokens.begin; t < tokens.end; t++)
+      for (int64_t head = first_head, count; head < end_head; head += count, index += count) {
+        count = std::min<int64_t>(MAX_Q<D>, end_head - head);
+        attend_queries<D>(shared, task, {t, head, count, index}, index == first, next_keys);
       }
+    if (n_splits(task.b) > 1) return;
+    index = first;
+    for (int64_t t = tokens.begin; t < tokens.end; t++)
+      for (int64_t head = first_head; head < end_head; head++) combine(shared, index++, 1, task.b * n_tokens + t, head);
+  }
+
+  template <int64_t D>
+  void attend_queries(const Shared& shared, const Task& task, const Queries& queries, bool is_first,
+                      const T* next_keys) const {
+    const int64_t b = task.b, d = D ? D : head_dim, position = start_pos[b] + queries.t, split_begin = first_key(task);
+    const int64_t begin = std::max(split_begin, first_key_of(position));
+    const int64_t end = std::min(split_begin + split_len(), position + 1), n = std::max<int64_t>(0, end - begin);
+    const T *k = cached(this->k_cache, b, task.kv_head, begin), *v = cached(this->v_cache, b, task.kv_head, begin);
+    const T* q = shared.q + ((b * n_tokens + queries.t) * n_heads + queries.first_head) * d;
+    alignas(64) float scores[MAX_Q<D> * MAX_SPLIT_LEN];  // [count, split_len()]
+    for (int64_t i = 0; i < queries.count; i++) {
+      float* s = scores + i * split_len();
+      const T* next = is_first ? v + n * i / queries.count * d : nullptr;  // each query prefetches n / count values
+      const ScoreOptions options = score_options(queries.first_head + i);
+      const float m_i =
+          LOG2_E * score_keys<D>(q + i * d, k, n, d, options, begin - position, s, next, queries.count);
+      const float l_i = exponentiate(s, n, LOG2_E, m_i, [&](f32x16 p, int64_t key) { store_vec(p, s + key); });
+      shared.softmax[queries.index + i] = {m_i, l_i};
     }
-    if (n_splits(b) > 1) return;
-    for (int64_t t = first_token, i = first_query; t < end_token; t++)
-      for (int64_t h = 0; h < heads_per_kv; h++, i++) combine(shared, i, 1, b * n_tokens + t, first_head + h);
+    accumulate_pv<D>(queries.count, scores, split_len(), v, n, d, shared.partial + queries.index * d,
+                     is_first ? next_keys : nullptr);
   }
 
   // Combines the splits of the queries that attend_to_split has not combined.
@@ -375,38 +303,24 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     const Range range = thread_range(n_queries());
     for (int64_t i = range.begin; i < range.end; i++) {
       const int64_t head = i % n_heads, token = i / n_heads, b = token / n_tokens, n = n_splits(b);
-      const int64_t kv_head = b * n_kv_heads + head / heads_per_kv();
-      const int64_t first = kv_head * max_splits() * queries_per_kv() + query_index(token % n_tokens, head);
+      const Task first_task{b, head / heads_per_kv(), 0, 0};
+      const int64_t first = first_index(first_task, token % n_tokens) + head % heads_per_kv();
       if (n > 1) combine(shared, first, n, token, head);
     }
   }
 
-  // Combines the n splits s of a query: a head of a token, an index of [batch, n_tokens]. The partial output and the
-  // softmax of the first split are at index `first`. m_s and l_s are the state of the softmax of split s.
-  //
-  //     m_i      =  the maximum of all m_s
-  //     alpha_s  =  exp(m_s - m_i)
-  //     out      =  (the sum of alpha_s * partial_s) / (the sum of alpha_s * l_s)
-  //
-  // A sink is the score of one more key, whose value is zero.
+  // Combines the n splits of a query: a head of a token, an index of [batch, n_tokens]. The partial output and the
+  // softmax of the first split are at index first. out = the sum of weights_s * partial_s (see merge_splits).
   void combine(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
-    const int64_t d = head_dim, step = queries_per_kv();
-    Softmax* softmax = shared.softmax + first;
-    const float sink = sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY;
-    float m_i = sink;
-    for (int64_t s = 0; s < n; s++) m_i = std::max(m_i, softmax[s * step].m_i);
-    float l_i = std::exp(sink - m_i);
-    for (int64_t s = 0; s < n; s++) {
-      auto& [m_s, l_s] = softmax[s * step];
-      const float alpha = l_s == 0 ? 0 : std::exp(m_s - m_i);  // l_s is 0 if the query sees no key of this split
-      l_i += alpha * l_s;
-      m_s = alpha;  // the memory of m_s holds alpha_s from here on
-    }
-    for (int64_t i = 0; i < d; i += LANES) {
-      Vec acc = {};
+    static thread_local Scratch scratch;
+    float* weights = scratch.at_least<float>(n);
+    const int64_t stride = queries_per_kv();  // from a split to the next one
+    merge_splits(shared.softmax + first, n, stride, sink(head), weights);
+    for (int64_t i = 0; i < head_dim; i += LANES) {
+      f32x16 acc = {};
       for (int64_t s = 0; s < n; s++)
-        acc += softmax[s * step].m_i * load_partial(shared.partial + (first + s * step) * d, i, d);
-      store_partial(acc / l_i, out + (token * n_heads + head) * d, i, d);
+        acc += weights[s] * load_partial(shared.partial + (first + s * stride) * head_dim, i, head_dim);
+      store_partial(acc, out + (token * n_heads + head) * head_dim, i, head_dim);
     }
   }
 };

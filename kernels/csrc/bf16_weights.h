@@ -8,10 +8,10 @@
 #include "prefetch.h"
 
 // Truncates a and b to bf16. Lane i of the result is the pair (a[i], b[i]).
-inline IntVec bf16_pairs(Vec a, Vec b) { return (IntVec)(((UIntVec)a >> 16) | ((UIntVec)b & 0xffff0000)); }
+inline i32x16 bf16_pairs(f32x16 a, f32x16 b) { return (i32x16)(((u32x16)a >> 16) | ((u32x16)b & 0xffff0000)); }
 
 // Adds half a unit in the last place of bf16. Truncating the result to bf16 then rounds v to nearest.
-inline Vec add_half_ulp(Vec v) { return (Vec)((UIntVec)v + 0x8000); }
+inline f32x16 add_half_ulp(f32x16 v) { return (f32x16)((u32x16)v + 0x8000); }
 
 // Decodes packed words of format F to rows of a tile of weights.
 //
@@ -26,7 +26,7 @@ template <typename F> struct WordDecoder {
   ScalesAndZeros group = {};
 
   void set_group(const Weights& w, int64_t i) { group = F::scales_and_zeros(w, i); }
-  void decode(IntVec words, IntVec* rows) const {
+  void decode(i32x16 words, i32x16* rows) const {
     const auto weight = [&](int j) {
       return add_half_ulp((as_float(F::element(words, j)) - group.zeros) * group.scales);
     };
@@ -36,7 +36,7 @@ template <typename F> struct WordDecoder {
 
 template <> struct WordDecoder<Int8> {
   void set_group(const Weights&, int64_t) {}
-  void decode(IntVec words, IntVec* rows) const {
+  void decode(i32x16 words, i32x16* rows) const {
     words ^= 0x80808080;  // q + 128 becomes q
     const auto q = [&](int j) { return as_float(words << (24 - 8 * j) >> 24); };
     rows[0] = bf16_pairs(q(0), q(1)), rows[1] = bf16_pairs(q(2), q(3));
@@ -48,12 +48,12 @@ template <> struct WordDecoder<Int8> {
 //
 //     (q - zero) * s  =  (1 + q / 2^(23 - BIT)) * scale + offset
 template <int BIT, int SIZE> struct ElementAt {
-  Vec scale = {}, offset = {};
+  f32x16 scale = {}, offset = {};
   void set(const ScalesAndZeros& group) {
     scale = group.scales * float(1 << (23 - BIT)), offset = -group.zeros * group.scales - scale;
   }
-  Vec operator()(IntVec words) const {
-    const Vec one_and_q = (Vec)((words & (((1 << SIZE) - 1) << BIT)) | 0x3f800000);  // the bits of 1.0f
+  f32x16 operator()(i32x16 words) const {
+    const f32x16 one_and_q = (f32x16)((words & (((1 << SIZE) - 1) << BIT)) | 0x3f800000);  // the bits of 1.0f
     return add_half_ulp(one_and_q * scale + offset);
   }
 };
@@ -66,8 +66,8 @@ template <> struct WordDecoder<Int4> {
     const ScalesAndZeros group = Int4::scales_and_zeros(w, i);
     low.set(group), high.set(group);
   }
-  void decode(IntVec words, IntVec* rows) const {
-    const IntVec byte[] = {words << 12, words << 4, words >> 4, words >> 12};  // moves byte j to bits 12 to 19
+  void decode(i32x16 words, i32x16* rows) const {
+    const i32x16 byte[] = {words << 12, words << 4, words >> 4, words >> 12};  // moves byte j to bits 12 to 19
     for (int i = 0; i < 2; i++) {
       rows[i] = bf16_pairs(low(byte[2 * i]), low(byte[2 * i + 1]));
       rows[i + 2] = bf16_pairs(high(byte[2 * i]), high(byte[2 * i + 1]));
@@ -79,7 +79,7 @@ template <> struct WordDecoder<GroupedInt8> {
   ElementAt<15, 8> byte;
 
   void set_group(const Weights& w, int64_t i) { byte.set(GroupedInt8::scales_and_zeros(w, i)); }
-  void decode(IntVec words, IntVec* rows) const {
+  void decode(i32x16 words, i32x16* rows) const {
     rows[0] = bf16_pairs(byte(words << 15), byte(words << 7));
     rows[1] = bf16_pairs(byte(words >> 1), byte(words >> 9));
   }
@@ -87,18 +87,18 @@ template <> struct WordDecoder<GroupedInt8> {
 
 template <> struct WordDecoder<Float8> {
   void set_group(const Weights&, int64_t) {}
-  void decode(IntVec words, IntVec* rows) const {
+  void decode(i32x16 words, i32x16* rows) const {
     const auto [inputs01, inputs23] = float8_to_bf16(words);
     rows[0] = inputs01, rows[1] = inputs23;
   }
 };
 
 template <> struct WordDecoder<MXFP4> {
-  Vec scale = {};
+  f32x16 scale = {};
 
   void set_group(const Weights& w, int64_t i) { scale = MXFP4::scales(w, i); }
-  void decode(IntVec words, IntVec* rows) const {
-    const Vec values = load_vec(MXFP4::VALUES.data());
+  void decode(i32x16 words, i32x16* rows) const {
+    const f32x16 values = load_vec(MXFP4::VALUES.data());
     const auto element = [&](int shift) { return lookup(values, words >> shift) * scale; };
     for (int i = 0; i < 2; i++) {
       rows[i] = bf16_pairs(element(16 * i), element(16 * i + 8));
@@ -118,12 +118,12 @@ template <typename F> class WeightTiles {
  public:
   WeightTiles(const Weights& w, int64_t block) : w(w), data(w.block_data(block)), next_group(block * w.n_groups) {}
 
-  void read(int64_t begin, int64_t end, IntVec* rows) {
+  void read(int64_t begin, int64_t end, i32x16* rows) {
     for (int64_t k = begin; k < end; k += F::ELEMENTS_PER_WORD, rows += F::ELEMENTS_PER_WORD / 2, data += 64) {
       if (k == next_group_begin) decoder.set_group(w, next_group++), next_group_begin += w.group_size;
       prefetch_l2(data + PREFETCH);  // and not to L1, which holds tiles
       prefetch_l1(data + 512);
-      decoder.decode(load<IntVec>(data), rows);
+      decoder.decode(load<i32x16>(data), rows);
     }
   }
 };
@@ -139,12 +139,12 @@ template <> class WeightTiles<Unquantized> {
         prefetch_distance(prefetch_distance ? prefetch_distance : BLOCK_N * output_bytes), data(w.block_data(block)) {}
 
   // Always writes 16 rows. Transposes 16 outputs, each with 16 pairs of inputs, to 16 pairs, each with 16 outputs.
-  void read(int64_t begin, int64_t end, IntVec* rows) const {
+  void read(int64_t begin, int64_t end, i32x16* rows) const {
     const int64_t n_bytes = (end - begin) * sizeof(bf16);
     for (int64_t i = 0; i < BLOCK_N; i++) {
       const char* source = data + std::min(i, n_outputs - 1) * output_bytes + begin * sizeof(bf16);
       prefetch_l2(source + prefetch_distance);
-      if (n_bytes == sizeof(IntVec)) rows[i] = load<IntVec>(source);
+      if (n_bytes == sizeof(i32x16)) rows[i] = load<i32x16>(source);
       else std::memcpy(&rows[i], source, n_bytes);
     }
     transpose(rows);

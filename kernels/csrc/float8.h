@@ -1,4 +1,5 @@
-// Converts e4m3 weights, which are 8-bit floats, to bf16 or float in registers. dot.h, amx.h and linear.h call it.
+// Converts e4m3 weights, which are 8-bit floats, to bf16 or float in registers, for dot_quantized.h, bf16_weights.h and
+// linear.h.
 //
 // An e4m3 number has the bits s eeee mmm: sign, exponent and mantissa. Its magnitude is
 //
@@ -54,9 +55,9 @@ alignas(64) constexpr std::array<uint8_t, 256> FLOAT8_BF16_BYTES = [] {
 // ---- Conversion -----------------------------------------------------------------------------------------------------
 
 // 4 inputs of 16 outputs, as pairs of bf16: lane i has a pair of output i.
-struct Bf16Pairs { IntVec inputs01, inputs23; };
+struct Bf16Pairs { i32x16 inputs01, inputs23; };
 
-inline Bf16Pairs float8_to_bf16(IntVec words) {
+inline Bf16Pairs float8_to_bf16(i32x16 words) {
 #if defined(__AVX512VBMI__)
   // Tables of 128 bytes, indexed by the lowest 7 bits of a byte, have the upper and the lower byte of the bf16.
   const __m512i bytes = (__m512i)words;
@@ -64,28 +65,28 @@ inline Bf16Pairs float8_to_bf16(IntVec words) {
   __m512i upper = _mm512_permutex2var_epi8(tables[0], bytes, tables[1]);
   const __m512i lower = _mm512_permutex2var_epi8(tables[2], bytes, tables[3]);
   upper = _mm512_ternarylogic_epi32(upper, bytes, _mm512_set1_epi8(int8_t(0x80)), 0xf8);  // upper | (bytes & 0x80)
-  return {(IntVec)_mm512_unpacklo_epi8(lower, upper), (IntVec)_mm512_unpackhi_epi8(lower, upper)};
+  return {(i32x16)_mm512_unpacklo_epi8(lower, upper), (i32x16)_mm512_unpackhi_epi8(lower, upper)};
 #else
   uint8_t bytes[64];
   uint16_t pairs[2][32];
   std::memcpy(bytes, &words, sizeof bytes);
   for (int i = 0; i < 64; i++)
     pairs[i % 16 / 8][i / 16 * 8 + i % 8] = std::bit_cast<uint32_t>(FLOAT8_VALUES[bytes[i]]) >> 16;
-  return {load<IntVec>(pairs[0]), load<IntVec>(pairs[1])};
+  return {load<i32x16>(pairs[0]), load<i32x16>(pairs[1])};
 #endif
 }
 
-// 4 inputs of 16 outputs, as pairs of floats. Lanes 2 i and 2 i + 1 of Vec h have a pair of output 8 h + i.
-struct FloatPairs { Vec inputs01[2], inputs23[2]; };
+// 4 inputs of 16 outputs, as pairs of floats. Lanes 2 i and 2 i + 1 of vector h have a pair of output 8 h + i.
+struct FloatPairs { f32x16 inputs01[2], inputs23[2]; };
 
 // Converts e4m3 to f16 and then to float. The f16 has the bits s 0eeee mmm0000000. To make them, puts the byte into the
 // upper half of 16 bits, shifts right by one, and clears the copy of the sign.
-inline FloatPairs float8_to_float(IntVec words) {
+inline FloatPairs float8_to_float(i32x16 words) {
 #if defined(__AVX512BW__)
-  const auto convert = [](__m512i upper_bytes, Vec* out) {
+  const auto convert = [](__m512i upper_bytes, f32x16* out) {
     const __m512i halves = _mm512_and_si512(_mm512_srai_epi16(upper_bytes, 1), _mm512_set1_epi16(int16_t(0xbf80)));
-    out[0] = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-    out[1] = (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+    out[0] = (f32x16)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    out[1] = (f32x16)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
   };
   const __m512i bytes = (__m512i)words, zero = {};
   FloatPairs floats;
@@ -93,7 +94,7 @@ inline FloatPairs float8_to_float(IntVec words) {
   convert(_mm512_unpackhi_epi8(zero, bytes), floats.inputs23);
   return floats;
 #elif defined(__AVX2__) && defined(__F16C__)
-  const auto convert = [](__m256i upper_bytes, Vec& out) {
+  const auto convert = [](__m256i upper_bytes, f32x16& out) {
     const __m256i halves = _mm256_and_si256(_mm256_srai_epi16(upper_bytes, 1), _mm256_set1_epi16(int16_t(0xbf80)));
     __m256* v = reinterpret_cast<__m256*>(&out);
     v[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves)), v[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
@@ -116,12 +117,11 @@ inline FloatPairs float8_to_float(IntVec words) {
 }
 
 // Computes out [4 inputs, 16 outputs] = 1/256 of the weights in words.
-inline void unpack_float8(IntVec words, Vec* out) {
+inline void unpack_float8(i32x16 words, f32x16* out) {
   const FloatPairs floats = float8_to_float(words);
-  const Vec* pairs[] = {floats.inputs01, floats.inputs23};
+  const f32x16* pairs[] = {floats.inputs01, floats.inputs23};
   for (int i = 0; i < 2; i++) {
-    const Vec a = pairs[i][0], b = pairs[i][1];
-    out[2 * i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    out[2 * i + 1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    out[2 * i] = even_lanes(pairs[i][0], pairs[i][1]);
+    out[2 * i + 1] = odd_lanes(pairs[i][0], pairs[i][1]);
   }
 }

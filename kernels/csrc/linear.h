@@ -49,7 +49,7 @@ template <typename T> struct FusedLinearOp {
   // Computes and stores the outputs of a token in block blocks[b].
   void epilogue(const BlockSums* sums, int64_t token, int64_t b, const int64_t* blocks, int64_t n_out) const {
     const int64_t block = blocks[b];
-    Vec v = add_bias_and_activate(sums, token, b, blocks, bias, w.n, activation);
+    f32x16 v = add_bias_and_activate(sums, token, b, blocks, bias, w.n, activation);
     if (out_scale != 1) v *= out_scale;
     if (softcap) v = apply_softcap(v, softcap);
     if (clip) v = clamp(v, clip);
@@ -77,7 +77,7 @@ template <typename T> struct RMSNormOp {
     for (int64_t task = range.begin; task < range.end; task++) {
       const int64_t token = task / vecs_per_token, i = task % vecs_per_token * LANES;
       if (i == 0 || task == range.begin) inverse_rms = ::inverse_rms(x + token * k, eps, k);
-      Vec v = normed_vec(x + token * k, weight, inverse_rms, i, k);
+      f32x16 v = normed_vec(x + token * k, weight, inverse_rms, i, k);
       if (residual) v += load_partial(residual + token * k, i, k);
       store_partial(v, out + token * k, i, k);
     }
@@ -115,7 +115,7 @@ template <typename T> struct ActivateOp {
     for (int64_t task = range.begin; task < range.end; task++) {
       const int64_t token = task / vecs_per_token, i = task % vecs_per_token * LANES;
       const T* gate = x + token * (is_gated(activation) ? 2 * f : f);
-      const Vec up = is_gated(activation) ? load_partial(gate + f, i, f) : Vec{};
+      const f32x16 up = is_gated(activation) ? load_partial(gate + f, i, f) : f32x16{};
       store_partial(activate_vec(load_partial(gate, i, f), up, activation), out + token * f, i, f);
     }
   }
@@ -135,11 +135,11 @@ template <typename T> struct AddOp {
 };
 
 // Computes out [F::ELEMENTS_PER_WORD inputs, 16 outputs] from the 16 words at data. The elements are not scaled yet.
-template <typename F> void unpack_words(F, const char* data, Vec* out) {
-  const IntVec words = load<IntVec>(data);
+template <typename F> void unpack_words(F, const char* data, f32x16* out) {
+  const i32x16 words = load<i32x16>(data);
   for (int j = 0; j < F::ELEMENTS_PER_WORD; j++) out[j] = as_float(F::element(words, j));
 }
-inline void unpack_words(Float8, const char* data, Vec* out) { unpack_float8(load<IntVec>(data), out); }
+inline void unpack_words(Float8, const char* data, f32x16* out) { unpack_float8(load<i32x16>(data), out); }
 
 // Unpacks a block of w, up to 16 inputs of a group at a time. Calls visit(tile, group, begin, end) for the inputs from
 // begin on: tile [16 inputs, 16 outputs] has elements that are not scaled yet, and group has their scales and zeros.
@@ -151,7 +151,7 @@ template <typename F, typename Visit> void for_each_tile(const Weights& w, int64
     const auto [group_scales, zeros] = F::scales_and_zeros(w, group);
     const ScalesAndZeros scales_and_zeros{group_scales * F::output_scales(w, block), zeros};
     for (int64_t k = begin; k < end; k += LANES) {
-      Vec tile[LANES] = {};
+      f32x16 tile[LANES] = {};
       for (int64_t i = 0; i < LANES && k + i < end; i += F::ELEMENTS_PER_WORD, data += 64)
         unpack_words(F{}, data, tile + i);
       visit(tile, scales_and_zeros, k, end);
@@ -162,8 +162,8 @@ template <typename F, typename Visit> void for_each_tile(const Weights& w, int64
 // Computes out [k] = row `row` of w. The row is one lane of a block, since the words of 16 rows are adjacent.
 template <typename F, typename T> void dequantize_row(const Weights& w, int64_t row, T* out) {
   const int64_t lane = row % BLOCK_N;
-  for_each_tile<F>(w, row / BLOCK_N, [&](const Vec* tile, const ScalesAndZeros& group, int64_t begin, int64_t end) {
-    Vec values;
+  for_each_tile<F>(w, row / BLOCK_N, [&](const f32x16* tile, const ScalesAndZeros& group, int64_t begin, int64_t end) {
+    f32x16 values;
     for (int64_t i = 0; i < LANES; i++) values[i] = tile[i][lane];
     store_partial((values - group.zeros[lane]) * group.scales[lane], out, begin, end);
   });
@@ -177,7 +177,7 @@ template <typename T> struct EmbedOp {
   float scale;
   T* out;
 
-  const char* error() const {
+  const char* validate() const {
     for (int64_t i = 0; i < m; i++)
       if (tokens[i] < 0 || tokens[i] >= w.n) return "a token is not in the vocabulary";
     return nullptr;
@@ -199,13 +199,13 @@ template <typename T> struct EmbedOp {
 
 // Computes out [n, k] = the dequantized weights of packed format F. Prefill calls it, and no tape records it.
 //
-// Unpacking gives Vecs that hold one input of 16 outputs. Transposing 16 Vecs gives Vecs that hold 16 inputs of one
-// output, which are a piece of a row of out.
+// Unpacking gives vectors that hold one input of 16 outputs. Transposing 16 such vectors gives vectors that hold 16
+// inputs of one output, which are a piece of a row of out.
 template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
 #pragma omp parallel for num_threads(torch::stable::get_num_threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {
     const int64_t n_outputs = std::min(BLOCK_N, w.n - b * BLOCK_N);
-    for_each_tile<F>(w, b, [&](Vec* tile, const ScalesAndZeros& group, int64_t begin, int64_t end) {
+    for_each_tile<F>(w, b, [&](f32x16* tile, const ScalesAndZeros& group, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < LANES; i++) tile[i] = (tile[i] - group.zeros) * group.scales;
       transpose(tile);
       for (int64_t r = 0; r < n_outputs; r++) store_partial(tile[r], out + (b * BLOCK_N + r) * w.k, begin, end);

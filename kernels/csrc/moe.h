@@ -58,7 +58,7 @@ template <typename T> struct ExpertsGateUpOp {
       multiply<T>(n_pairs, w.expert(expert), blocks, is_gated(activation) ? 2 : 1, batch_tokens, sums);
       const T* expert_bias = bias ? bias + expert * w.n : nullptr;
       for (int64_t i = 0; i < n_pairs; i++) {
-        const Vec v = add_bias_and_activate(sums, i, 0, blocks, expert_bias, w.n, activation);
+        const f32x16 v = add_bias_and_activate(sums, i, 0, blocks, expert_bias, w.n, activation);
         store_partial(v, hidden + pairs[i] * n_out, block * BLOCK_N, n_out);
       }
     }
@@ -89,7 +89,7 @@ template <typename T> struct ExpertsDownOp {
     BlockSums sums[2], total;  // multiply fills sums[0] alone
     const Range range = thread_range(w.n_blocks());
     for (int64_t block = range.begin; block < range.end; block++) {
-      std::fill_n(total, m, Vec{});
+      std::fill_n(total, m, f32x16{});
       for (const auto& [expert, pairs] : batches) {
         const int64_t n_pairs = pairs.size();
         for (int64_t i = 0; i < n_pairs; i++) batch_rows[i] = prepared[pairs[i]];

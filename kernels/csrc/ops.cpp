@@ -12,8 +12,9 @@
 //     tape.h           operations: executed, recorded or replayed
 //     weights.h        packed weights and their formats (float8.h: 8-bit floats)
 //     activations.h    prepares the inputs of products
-//     dot.h, amx.h     products of blocks of weights; amx.h is for many tokens
-//     linear.h, moe.h, attention.h, prefill_linear.h, prefill_attention.h, sampling.h    the operations
+//     dot.h, amx.h     products of blocks of weights; amx.h is for many tokens (dot_quantized.h, dot_unquantized.h)
+//     linear.h, moe.h, rope_and_cache.h, attention.h, sampling.h    the operations; softmax.h: attention's softmax
+//     prefill_linear.h, prefill_attention.h                         the operations for many tokens; microkernel.h
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -99,8 +100,8 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
       return w.scalar_type() == type;
     } else {
       if (!scales || (F::HAS_ZEROS && !zeros) || group_size < 1) return false;
-      if (F::INT8_ACTIVATIONS && group_size < k && group_size % Q8_BLOCK) return false;
-      result.bits = 32 / F::ELEMENTS_PER_WORD, result.padded_k = round_up(k, Q8_BLOCK);
+      if (F::INT8_ACTIVATIONS && group_size < k && group_size % ACT_GROUP) return false;
+      result.bits = 32 / F::ELEMENTS_PER_WORD, result.padded_k = round_up(k, ACT_GROUP);
       result.n_groups = divide_up(k, group_size);
       result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
       return w.scalar_type() == ScalarType::Int && scales->element_size() == F::SCALE_BYTES;

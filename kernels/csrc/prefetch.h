@@ -7,9 +7,9 @@
 //     block 0  ------->  block 2  ------->  block 4
 //     block 1  ------->  block 3  ------->  block 5
 //
-// If there are too many tokens for one loop, several loops read the same blocks, each for a part of the tokens. The
-// first loop reads the blocks from memory, the others from the cache. So that memory is never idle, each of n loops
-// prefetches an n-th of the next blocks:
+// If there are too many tokens for one loop, the tokens are cut into m-blocks of up to BLOCK_M tokens, and the loop for
+// each m-block reads the same blocks. The first loop reads the blocks from memory, the others from the cache. So that
+// memory is never idle, each of n loops prefetches an n-th of the next blocks:
 //
 //     tokens 0-3    read blocks 0 and 1, prefetch the first half of blocks 2 and 3
 //     tokens 4-8    read blocks 0 and 1, prefetch the second half
@@ -20,30 +20,31 @@
 // A core that reads 40 GB/s at a latency of 200 ns has 8,000 bytes in flight. They leave room for activations in L1.
 constexpr int64_t PREFETCH = 8192;
 
-// A loop has part `index` of `count` parts of the tokens. next_block: how many blocks ahead the next unread block is,
-// 1, or 2 if two blocks are read in step.
-struct TokenPart { int64_t index, count, next_block; };
+// The tokens of a loop: m-block `index` of `count`. n_in_step is the number of adjacent blocks of weights that are read
+// in step, 1 or 2. So the next unread block lies n_in_step blocks ahead.
+struct MBlock { int64_t index, count, n_in_step; };
 
 // Prefetches for a loop over M tokens that reads BLOCKS blocks in step.
 template <int M, int BLOCKS> class Prefetcher {
-  static constexpr bool IS_WHOLE = M <= 2;  // one or two tokens are never a part
-  int64_t begin;           // the distance in bytes from the first weights of a block to what is prefetched with them
-  int64_t step = 64;       // how many bytes to prefetch for 64 bytes read
-  int64_t limit, skipped;  // from offset `limit` on, the address would be in the other block, so `skipped` is added
+  static constexpr bool IS_ONLY = M <= 2;  // one or two tokens are the only m-block
+  int64_t distance;   // in bytes, from the first weights of a block to the weights that are prefetched with them
+  int64_t step = 64;  // how many bytes to prefetch for 64 bytes read
+  // From offset jump_from on, the address would be in the other block of the step. So jump_bytes are added.
+  int64_t jump_from, jump_bytes;
 
  public:
-  Prefetcher(const Weights& w, const TokenPart& part)
-      : begin(std::min(PREFETCH, w.block_bytes())), limit(w.block_bytes() - begin),
-        skipped((part.next_block - 1) * w.block_bytes()) {
-    if (IS_WHOLE || part.count == 1) return;
-    begin = part.next_block * w.block_bytes() + part.index * w.block_bytes() / part.count;
-    step = 64 / part.count, limit = w.block_bytes();
+  Prefetcher(const Weights& w, const MBlock& m_block)
+      : distance(std::min(PREFETCH, w.block_bytes())), jump_from(w.block_bytes() - distance),
+        jump_bytes((m_block.n_in_step - 1) * w.block_bytes()) {
+    if (IS_ONLY || m_block.count == 1) return;
+    distance = m_block.n_in_step * w.block_bytes() + m_block.index * w.block_bytes() / m_block.count;
+    step = 64 / m_block.count, jump_from = w.block_bytes();
   }
 
   // Prefetches for the weights at an offset in a block.
   [[gnu::always_inline]] void operator()(const char* block, int64_t offset) const {
-    if constexpr (IS_WHOLE && BLOCKS == 1) return prefetch_l1(block + offset + PREFETCH);
-    const char* p = block + begin + offset / 64 * step;
-    prefetch_l1(BLOCKS > 1 && offset >= limit ? p + skipped : p);
+    if constexpr (IS_ONLY && BLOCKS == 1) return prefetch_l1(block + offset + PREFETCH);
+    const char* p = block + distance + offset / 64 * step;
+    prefetch_l1(BLOCKS > 1 && offset >= jump_from ? p + jump_bytes : p);
   }
 };

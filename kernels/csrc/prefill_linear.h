@@ -17,19 +17,19 @@
 
 #if defined(__AVX512BF16__)
 
-// Multiplies tile [n_factors] of e4m3 weights, which are not scaled yet, with the scales of their groups.
-template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t first_input, int64_t n_factors,
-                                      IntVec* tile) {
-  for (int64_t i = 0; i < n_factors; i++) {
+// Multiplies tile [n_pairs] of e4m3 weights, which are not scaled yet, with the scales of their groups.
+template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t first_input, int64_t n_pairs,
+                                      i32x16* tile) {
+  for (int64_t i = 0; i < n_pairs; i++) {
     const int64_t group = (first_input + 2 * i) / w.group_size;
-    const Vec scale = F::scales_and_zeros(w, block * w.n_groups + group).scales;
-    const Vec even = (Vec)(tile[i] << 16) * scale, odd = (Vec)(tile[i] & 0xffff0000) * scale;
+    const f32x16 scale = F::scales_and_zeros(w, block * w.n_groups + group).scales;
+    const f32x16 even = (f32x16)(tile[i] << 16) * scale, odd = (f32x16)(tile[i] & 0xffff0000) * scale;
     tile[i] = bf16_pairs(add_half_ulp(even), add_half_ulp(odd));
   }
 }
 
 struct PrefillLinearOp : FusedLinearOp<bf16> {
-  static constexpr int64_t PANEL_K = 256, PANEL_FACTORS = PANEL_K / 2, PANEL_BYTES = PANEL_K * sizeof(bf16);
+  static constexpr int64_t PANEL_K = 256, PANEL_PAIRS = PANEL_K / 2, PANEL_BYTES = PANEL_K * sizeof(bf16);
   static constexpr int64_t MIN_BLOCK_TOKENS = 96, MAX_BLOCK_TOKENS = 516;  // decoding takes a few % of MIN's products
   static constexpr int64_t TASKS_PER_THREAD = 8;                           // 8 share out evenly
 
@@ -38,12 +38,12 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   // With a gated activation, half of a task's blocks are of the gate projection, and half of the up projection.
   int64_t out_blocks_per_task() const { return is_gated(activation) ? 2 : 4; }
 
-  // The memory that all threads share holds norm(x) as factors [n_panels, padded_m, PANEL_FACTORS], padded with zeros.
-  size_t shared_bytes() const { return n_panels() * padded_m() * PANEL_FACTORS * sizeof(Factor); }
+  // The memory that all threads share holds norm(x) as pairs [n_panels, padded_m, PANEL_PAIRS], padded with zeros.
+  size_t shared_bytes() const { return n_panels() * padded_m() * PANEL_PAIRS * sizeof(VnniPair); }
 
   void execute(char* shared, Barrier& barrier) const {
-    Factor* x_factors = reinterpret_cast<Factor*>(shared);
-    prepare_inputs(x_factors);
+    VnniPair* x_pairs = reinterpret_cast<VnniPair*>(shared);
+    prepare_inputs(x_pairs);
     barrier.wait();
     const int64_t n_threads = omp_get_num_threads(), n_columns = divide_up(n_out_blocks(), out_blocks_per_task());
     const int64_t n_token_blocks = std::clamp(divide_up(TASKS_PER_THREAD * n_threads, n_columns),
@@ -51,18 +51,18 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     const int64_t block_tokens = round_up(divide_up(m, n_token_blocks), MR);
     for (int64_t i = omp_get_thread_num(); i < n_columns * n_token_blocks; i += n_threads) {
       const int64_t begin = i % n_token_blocks * block_tokens, end = std::min(m, begin + block_tokens);
-      if (begin < end) multiply_task(x_factors, i / n_token_blocks * out_blocks_per_task(), {begin, end});
+      if (begin < end) multiply_task(x_pairs, i / n_token_blocks * out_blocks_per_task(), {begin, end});
     }
   }
 
-  void prepare_inputs(Factor* x_factors) const {
+  void prepare_inputs(VnniPair* x_pairs) const {
     const Range range = thread_range(padded_m());
     for (int64_t token = range.begin; token < range.end; token++) {
       const bf16* from = x + token * w.k;
       const float scale = norm_weight && token < m ? inverse_rms(from, eps, w.k) : 1;
       for (int64_t i = 0; i < n_panels() * PANEL_K; i += LANES) {
-        Factor* to = x_factors + (i / PANEL_K * padded_m() + token) * PANEL_FACTORS + i % PANEL_K / 2;
-        Vec v = {};
+        VnniPair* to = x_pairs + (i / PANEL_K * padded_m() + token) * PANEL_PAIRS + i % PANEL_K / 2;
+        f32x16 v = {};
         if (token < m && i < w.k)
           v = norm_weight ? normed_vec(from, norm_weight, scale, i, w.k) : load_partial(from, i, w.k);
         store_vec(v, reinterpret_cast<bf16*>(to));
@@ -71,7 +71,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   }
 
   // Computes the outputs of out_blocks_per_task() blocks, from first_block on, for the tokens [begin, end).
-  void multiply_task(const Factor* x_factors, int64_t first_block, Range tokens) const {
+  void multiply_task(const VnniPair* x_pairs, int64_t first_block, Range tokens) const {
     int64_t blocks[4];  // of W. Beyond the last block, the last one is multiplied again, and its outputs are not stored
     for (int64_t i = 0; i < 4; i++) {
       const int64_t out_block = first_block + (is_gated(activation) ? i / 2 : i);
@@ -79,7 +79,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
       blocks[i] = std::min(out_block, n_out_blocks() - 1) + (is_up ? n_out_blocks() : 0);
     }
     static thread_local Scratch panel_scratch, acc_scratch;
-    Factor* panel = panel_scratch.at_least<Factor>(PANEL_FACTORS * NR);
+    VnniPair* panel = panel_scratch.at_least<VnniPair>(PANEL_PAIRS * NR);
     float* acc = acc_scratch.at_least<float>(round_up(tokens.end - tokens.begin, MR) * NR);
     dispatch_format(w.format, [&]<typename F>(F) {
       const auto tiles_of = [&](int64_t i) {
@@ -90,8 +90,8 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
       for (int64_t begin = 0; begin < w.k; begin += PANEL_K) {
         const int64_t end = std::min(w.k, begin + PANEL_K);
         for (int64_t i = 0; i < 4; i++)
-          decode<F>(tiles[i], blocks[i], begin, end, reinterpret_cast<IntVec*>(panel + i * PANEL_FACTORS * BLOCK_N));
-        const Factor* x = x_factors + (begin / PANEL_K * padded_m() + tokens.begin) * PANEL_FACTORS;
+          decode<F>(tiles[i], blocks[i], begin, end, reinterpret_cast<i32x16*>(panel + i * PANEL_PAIRS * BLOCK_N));
+        const VnniPair* x = x_pairs + (begin / PANEL_K * padded_m() + tokens.begin) * PANEL_PAIRS;
         multiply_panel(x, panel, round_up(end - begin, TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
       }
     });
@@ -99,22 +99,22 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
       store_outputs(acc, first_block, blocks, {token, std::min(token + MR, tokens.end)});
   }
 
-  // Decodes the inputs [begin, end) of a block to panel [factors, 16].
+  // Decodes the inputs [begin, end) of a block to panel [pairs, 16].
   template <typename F>
-  void decode(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, IntVec* panel) const {
+  void decode(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, i32x16* panel) const {
     for (int64_t k = begin; k < end; k += TILE_K, panel += TILE_K / 2) {
       const int64_t tile_end = std::min(end, k + TILE_K);
-      if (tile_end < k + TILE_K) std::fill_n(panel, TILE_K / 2, IntVec{});
+      if (tile_end < k + TILE_K) std::fill_n(panel, TILE_K / 2, i32x16{});
       tiles.read(k, tile_end, panel);
       if constexpr (F::SCALE_AFTER_SUM) scale_tile<F>(w, block, k, divide_up(tile_end - k, 2), panel);
     }
   }
 
-  static void multiply_panel(const Factor* x, const Factor* panel, int64_t n_factors, bool accumulates,
+  static void multiply_panel(const VnniPair* x, const VnniPair* panel, int64_t n_pairs, bool accumulates,
                              int64_t n_tokens, float* acc) {
-    for (int64_t token = 0; token < n_tokens; token += MR, x += MR * PANEL_FACTORS, acc += MR * NR) {
+    for (int64_t token = 0; token < n_tokens; token += MR, x += MR * PANEL_PAIRS, acc += MR * NR) {
       const auto multiply = accumulates ? microkernel<bf16, true> : microkernel<bf16, false>;
-      multiply(x, PANEL_FACTORS, panel, BLOCK_N, PANEL_FACTORS * BLOCK_N, n_factors, acc, NR);
+      multiply(x, PANEL_PAIRS, panel, BLOCK_N, PANEL_PAIRS * BLOCK_N, n_pairs, acc, NR);
     }
   }
 
@@ -122,7 +122,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   void store_outputs(const float* acc, int64_t first_block, const int64_t* blocks, Range tokens) const {
     BlockSums sums[4];
     for (int64_t i = 0; i < 4; i++) {
-      const Vec scale = dispatch_format(w.format, [&]<typename F>(F) { return F::output_scales(w, blocks[i]); });
+      const f32x16 scale = dispatch_format(w.format, [&]<typename F>(F) { return F::output_scales(w, blocks[i]); });
       for (int64_t r = 0; r < tokens.end - tokens.begin; r++)
         sums[i][r] = load_vec(acc + r * NR + i * LANES) * scale;
     }

@@ -64,15 +64,13 @@ struct SampleOp {
   // Returns the largest of row[range.begin] to row[range.end - 1], or NaN if a logit is not finite.
   static float largest_logit(const float* row, Range range) {
     constexpr float LEAST = -std::numeric_limits<float>::max();
-    Vec largest = Vec{} + LEAST, zeros{};
+    f32x16 largest = f32x16{} + LEAST, zeros{};
     for (int64_t i = range.begin; i < range.end; i += LANES) {
-      const Vec v = mask_lanes(load_partial(row, i, range.end), range.end - i, LEAST);
-      largest = v > largest ? v : largest;
+      const f32x16 v = mask_lanes(load_partial(row, i, range.end), range.end - i, LEAST);
+      largest = max_vec(v, largest);
       zeros += 0 * v;  // NaN if a logit is NaN or infinite
     }
-    float result = LEAST;
-    for (int lane = 0; lane < LANES; lane++) result = std::max(result, largest[lane]);
-    return result + sum(zeros);
+    return max_lane(largest) + sum(zeros);
   }
 
   // Returns the index of the first largest logit in row [n], from the largest logits of all parts [N_PARTS].
@@ -90,7 +88,7 @@ struct SampleOp {
     const float divisor = std::max(temperatures ? temperatures[row] : temperature, SMALLEST_TEMPERATURE);
     const float scale = 1.44269504f / divisor;  // log2(e)
     for (int64_t i = range.begin; i < range.end; i += LANES) {
-      const Vec w = exp2_vec((load_partial(logits + row * n, i, range.end) - max) * scale);
+      const f32x16 w = exp2_vec((load_partial(logits + row * n, i, range.end) - max) * scale);
       store_vec(mask_lanes(w, range.end - i, 0), weights + i);
     }
   }
@@ -105,17 +103,17 @@ struct SampleOp {
   // a larger sum: the additions always have the same order, so rounding cannot change that.
   static Sum sum_above(float threshold, const float* weights, int64_t size) {
     Sum total{};
-    IntVec n_tokens{};
+    i32x16 n_tokens{};
     for (int64_t begin = 0; begin < size; begin += BLOCK) {
-      Vec sums[4] = {};  // independent, so that no addition waits for the previous one
+      f32x16 sums[4] = {};  // independent, so that no addition waits for the previous one
       const int64_t end = std::min(begin + BLOCK, size);
       for (int64_t i = begin; i < end; i += 4 * LANES)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
           if (i + j * LANES >= end) break;
-          const Vec w = load_vec(weights + i + j * LANES);
-          const IntVec is_above = w > threshold;  // -1 is true
-          sums[j] += is_above ? w : Vec{};
+          const f32x16 w = load_vec(weights + i + j * LANES);
+          const i32x16 is_above = w > threshold;  // -1 is true
+          sums[j] += is_above ? w : f32x16{};
           n_tokens -= is_above;
         }
       total.weight += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -129,9 +127,9 @@ struct SampleOp {
   static int64_t copy_between(float low, float high, const float* weights, int64_t size, float* copied) {
     int64_t n = 0;
     for (int64_t i = 0; i < size; i += LANES) {
-      const Vec w = load_vec(weights + i);
+      const f32x16 w = load_vec(weights + i);
       if (!any_lane(w > low)) continue;
-      const IntVec is_copied = (w > low) & (w <= high);  // -1 is true
+      const i32x16 is_copied = (w > low) & (w <= high);  // -1 is true
       for (int lane = 0; lane < LANES; lane++) {  // without branches, which would be unpredictable
         copied[n] = w[lane];
         n -= is_copied[lane];

@@ -1,7 +1,8 @@
 // Vectors of 16 numbers, which all kernels compute with, and the types of activations: float, f16 and bf16.
 //
-// A Vec is a type of the vector extensions of GCC and clang. It fills one AVX-512 register or two AVX2 registers; on
-// other CPUs the compiler chooses. Intrinsics are used only where the compiler would convert one element at a time.
+// The types are vector extensions of GCC and clang: an f32x16 has 16 lanes of float. An f32x16 fills one AVX-512
+// register or two AVX2 registers; on other CPUs the compiler chooses. Intrinsics are used only where the compiler would
+// convert one element at a time.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -15,14 +16,21 @@
 #include <immintrin.h>
 #endif
 
-constexpr int64_t LANES = 16;  // floats in a Vec
+constexpr int64_t LANES = 16;  // lanes of an f32x16
 
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef uint32_t UIntVec __attribute__((vector_size(64)));
-typedef int64_t LongVec __attribute__((vector_size(64)));
-typedef uint16_t ShortVec __attribute__((vector_size(32)));
-typedef int8_t ByteVec __attribute__((vector_size(16)));
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int64_t i64x8 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+// Whether an f32x16 fits in one register. CPUs with such registers have 32 of them.
+#if defined(__AVX512F__)
+constexpr bool HAS_WIDE_REGISTERS = true;
+#else
+constexpr bool HAS_WIDE_REGISTERS = false;
+#endif
 
 struct bf16 { uint16_t bits; };
 using f16 = torch::headeronly::Half;
@@ -48,33 +56,33 @@ template <typename T> inline T load(const void* p) {
 
 // load_vec loads 16 elements and converts them to float.
 #if defined(__AVX512F__)
-inline Vec load_vec(const bf16* p) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16); }
-inline Vec load_vec(const f16* p) { return (Vec)_mm512_cvtph_ps(load<__m256i>(p)); }
-inline Vec load_vec(const uint8_t* p) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(p))); }
+inline f32x16 load_vec(const bf16* p) { return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16); }
+inline f32x16 load_vec(const f16* p) { return (f32x16)_mm512_cvtph_ps(load<__m256i>(p)); }
+inline f32x16 load_vec(const uint8_t* p) { return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load<__m128i>(p))); }
 #else
 #if defined(__F16C__)
-inline Vec load_vec(const f16* p) {
+inline f32x16 load_vec(const f16* p) {
   const __m256 halves[] = {_mm256_cvtph_ps(load<__m128i>(p)), _mm256_cvtph_ps(load<__m128i>(p + 8))};
-  return load<Vec>(halves);
+  return load<f32x16>(halves);
 }
 #endif
-template <typename T> inline Vec load_vec(const T* p) {
-  Vec v;
+template <typename T> inline f32x16 load_vec(const T* p) {
+  f32x16 v;
   for (int i = 0; i < LANES; i++) v[i] = to_float(p[i]);
   return v;
 }
 #endif
-inline Vec load_vec(const float* p) { return load<Vec>(p); }
+inline f32x16 load_vec(const float* p) { return load<f32x16>(p); }
 
 // store_vec converts 16 floats to the type of p and stores them. Rounds to nearest even; NaN stays NaN.
-inline void store_vec(Vec v, float* p) { std::memcpy(p, &v, sizeof v); }
-inline void store_vec(Vec v, bf16* p) {
-  const UIntVec bits = (UIntVec)v;
-  const UIntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const ShortVec s = __builtin_convertvector(v != v ? UIntVec{} + 0x7fc0 : rounded, ShortVec);
+inline void store_vec(f32x16 v, float* p) { std::memcpy(p, &v, sizeof v); }
+inline void store_vec(f32x16 v, bf16* p) {
+  const u32x16 bits = (u32x16)v;
+  const u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const u16x16 s = __builtin_convertvector(v != v ? u32x16{} + 0x7fc0 : rounded, u16x16);
   std::memcpy(p, &s, sizeof s);
 }
-inline void store_vec(Vec v, f16* p) {
+inline void store_vec(f32x16 v, f16* p) {
 #if defined(__AVX512F__)
   const __m256i halves = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(p, &halves, sizeof halves);
@@ -85,13 +93,13 @@ inline void store_vec(Vec v, f16* p) {
 
 // Load or store elements [first, first + 16) of an array p [n]. Elements beyond the end are loaded as zeros, and are
 // not stored.
-template <typename T> inline Vec load_partial(const T* p, int64_t first, int64_t n) {
+template <typename T> inline f32x16 load_partial(const T* p, int64_t first, int64_t n) {
   if (first + LANES <= n) return load_vec(p + first);
   T padded[LANES] = {};
   std::memcpy(padded, p + first, std::max<int64_t>(n - first, 0) * sizeof(T));
   return load_vec(padded);
 }
-template <typename T> inline void store_partial(Vec v, T* p, int64_t first, int64_t n) {
+template <typename T> inline void store_partial(f32x16 v, T* p, int64_t first, int64_t n) {
   if (first + LANES <= n) return store_vec(v, p + first);
   T padded[LANES];
   store_vec(v, padded);
@@ -103,9 +111,9 @@ template <typename T> inline void store_partial(Vec v, T* p, int64_t first, int6
 [[gnu::always_inline]] inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Returns table[byte] for each byte of bytes. table has 16 bytes, and each byte of bytes is 0 to 15.
-inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {
+inline i32x16 lookup_bytes(const uint8_t* table, i32x16 bytes) {
 #if defined(__AVX512BW__)
-  return (IntVec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), (__m512i)bytes);
+  return (i32x16)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), (__m512i)bytes);
 #elif defined(__AVX2__)
   const __m256i table_twice = _mm256_broadcastsi128_si256(load<__m128i>(table));
   __m256i* v = reinterpret_cast<__m256i*>(&bytes);
@@ -119,11 +127,11 @@ inline IntVec lookup_bytes(const uint8_t* table, IntVec bytes) {
 }
 
 // Returns table[index & 15] for each index.
-inline Vec lookup(Vec table, IntVec indices) {
+inline f32x16 lookup(f32x16 table, i32x16 indices) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_permutexvar_ps((__m512i)indices, (__m512)table);
+  return (f32x16)_mm512_permutexvar_ps((__m512i)indices, (__m512)table);
 #else
-  Vec v;
+  f32x16 v;
   for (int i = 0; i < LANES; i++) v[i] = table[indices[i] & 15];
   return v;
 #endif
@@ -131,30 +139,30 @@ inline Vec lookup(Vec table, IntVec indices) {
 
 // Returns 2^(e - 127) for exponents e [16]. A float's exponent field has the bias 127, so e is shifted into that field.
 // The exception is e = 0: 2^-127 is a subnormal number, whose only bit is the highest bit of the mantissa.
-inline Vec decode_e8m0(const uint8_t* exponents) {
+inline f32x16 decode_e8m0(const uint8_t* exponents) {
 #if defined(__AVX512F__)
-  IntVec bits = (IntVec)_mm512_cvtepu8_epi32(load<__m128i>(exponents));
+  i32x16 bits = (i32x16)_mm512_cvtepu8_epi32(load<__m128i>(exponents));
 #else
-  IntVec bits;
+  i32x16 bits;
   for (int i = 0; i < LANES; i++) bits[i] = exponents[i];
 #endif
   bits <<= 23;
-  const IntVec smallest = IntVec{} + (1 << 22);
-  return (Vec)(bits > smallest ? bits : smallest);
+  const i32x16 smallest = i32x16{} + (1 << 22);
+  return (f32x16)(bits > smallest ? bits : smallest);
 }
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
-inline Vec as_float(IntVec v) { return __builtin_convertvector(v, Vec); }
-inline Vec as_float(Vec v) { return v; }
+inline f32x16 as_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+inline f32x16 as_float(f32x16 v) { return v; }
 
-const Vec LANE_INDEX = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+const f32x16 IOTA = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Keeps lanes 0 to n - 1 of v. Sets the other lanes to rest.
-inline Vec mask_lanes(Vec v, int64_t n, float rest) { return LANE_INDEX < float(n) ? v : Vec{} + rest; }
+inline f32x16 mask_lanes(f32x16 v, int64_t n, float rest) { return IOTA < float(n) ? v : f32x16{} + rest; }
 
 // Returns the sum of all lanes.
-inline float sum(Vec v) {
+inline float sum(f32x16 v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
 #else
@@ -164,13 +172,33 @@ inline float sum(Vec v) {
 #endif
 }
 
+// Returns the larger of a and b in each lane. If a is NaN, returns b.
+inline f32x16 max_vec(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Returns the largest lane of v, which has no NaN.
+inline float max_lane(f32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float max = v[0];
+  for (int i = 1; i < LANES; i++) max = std::max(max, v[i]);
+  return max;
+#endif
+}
+
 #if !defined(__clang__) && __GNUC__ < 12
-#define __builtin_shufflevector(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
+#define __builtin_shufflevector(a, b, ...) __builtin_shuffle(a, b, i32x16{__VA_ARGS__})
 #endif
 
-// Returns a Vec whose lane i is the sum of all lanes of v[i], for v [16]. Overwrites v.
-// Each step turns two Vecs into one: interleaves their lower halves, interleaves their upper halves, and adds the two.
-inline Vec transpose_reduce_add(Vec* v) {
+// Returns a vector whose lane i is the sum of all lanes of v[i], for v [16]. Overwrites v.
+// Each step turns two vectors into one: interleaves the lower halves, interleaves the upper halves, adds both results.
+inline f32x16 transpose_reduce_add(f32x16* v) {
 #pragma GCC unroll 4  // so that v stays in registers
   for (int n = 8; n; n /= 2)
 #pragma GCC unroll 8
@@ -178,6 +206,14 @@ inline Vec transpose_reduce_add(Vec* v) {
       v[i] = __builtin_shufflevector(v[i], v[i + n], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
              __builtin_shufflevector(v[i], v[i + n], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   return v[0];
+}
+
+// Return the lanes of even or odd index: those of a in lanes 0-7, those of b in lanes 8-15.
+inline f32x16 even_lanes(f32x16 a, f32x16 b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+inline f32x16 odd_lanes(f32x16 a, f32x16 b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 // Transposes 16 vectors of 16 words: swaps lane j of v[i] and lane i of v[j].
@@ -199,13 +235,13 @@ template <typename V> inline void transpose(V* v) {
 }
 
 // Sets lane i to lane i ^ D. D is a power of two, so neighbouring groups of D lanes swap places.
-template <int D> inline IntVec swap_lanes(IntVec v) {
+template <int D> inline i32x16 swap_lanes(i32x16 v) {
   return __builtin_shufflevector(v, v, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D,
                                  8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
 }
 
 // Reduces v with op, such as a maximum or a sum. All lanes get the result.
-inline IntVec reduce_lanes(IntVec v, auto op) {
+inline i32x16 reduce_lanes(i32x16 v, auto op) {
   v = op(v, swap_lanes<8>(v));
   v = op(v, swap_lanes<4>(v));
   v = op(v, swap_lanes<2>(v));
@@ -213,11 +249,11 @@ inline IntVec reduce_lanes(IntVec v, auto op) {
 }
 
 // Whether any lane of the result of a comparison is true.
-inline bool any_lane(IntVec is_true) {
+inline bool any_lane(i32x16 is_true) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)is_true, (__m512i)is_true);
 #else
-  return reduce_lanes(is_true, [](IntVec a, IntVec b) { return a | b; })[0];
+  return reduce_lanes(is_true, [](i32x16 a, i32x16 b) { return a | b; })[0];
 #endif
 }
 
@@ -228,46 +264,51 @@ constexpr float ROUND_TO_INT = 12582912.0f;  // 1.5 * 2^23
 // Returns e^x to float's precision. Clamps x to [-87, 88] first. NaN stays NaN.
 // x = n ln 2 + r with an integer n, so e^x = 2^n e^r. A polynomial of Cephes gives e^r; adding n to the exponent field
 // of e^r multiplies by 2^n.
-inline Vec exp_vec(Vec x) {
-  x = x < -87.0f ? Vec{} - 87.0f : x;
-  x = x > 88.0f ? Vec{} + 88.0f : x;
-  const Vec to_int = Vec{} + ROUND_TO_INT, t = x * 1.44269504f + to_int, n = t - to_int;
-  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 is split in two constants, for precision
-  Vec p = Vec{} + 1.9875691500e-4f;
+inline f32x16 exp_vec(f32x16 x) {
+  x = x < -87.0f ? f32x16{} - 87.0f : x;
+  x = x > 88.0f ? f32x16{} + 88.0f : x;
+  const f32x16 to_int = f32x16{} + ROUND_TO_INT, t = x * 1.44269504f + to_int, n = t - to_int;
+  const f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 is split in two constants, for precision
+  f32x16 p = f32x16{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return (Vec)((IntVec)p + (((IntVec)t - (IntVec)to_int) << 23));
+  return (f32x16)((i32x16)p + (((i32x16)t - (i32x16)to_int) << 23));
 }
 
-// Returns 2^x to float's precision, for x <= 0. 2^-infinity is 0. NaN stays NaN. x = n + r with an integer n, and a
-// polynomial gives 2^r; its coefficients minimize the relative error for |r| <= 1/2.
-inline Vec exp2_vec(Vec x) {
+// Returns 2^x to float's precision, for x <= 0. Powers below 2^-126 may become 0, and 2^-infinity is 0. NaN stays NaN.
+// x = n + r with an integer n, and a polynomial gives 2^r; its coefficients minimize the relative error for |r| <= 1/2.
+inline f32x16 exp2_vec(f32x16 x) {
 #if defined(__AVX512F__)
-  x = (Vec)_mm512_max_ps((__m512)(Vec{} - 200.0f), (__m512)x);  // 2^-200 is rounded to 0
-  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-  const Vec r = x - (Vec)n;
-  Vec p = Vec{} + 1.534580224e-4f;
+  x = max_vec(f32x16{} - 200.0f, x);  // 2^-200 is rounded to 0
+  const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const f32x16 to_int = f32x16{} + ROUND_TO_INT, t = x + to_int, n = t - to_int;
+#endif
+  const f32x16 r = x - n;
+  f32x16 p = f32x16{} + 1.534580224e-4f;
   p = p * r + 1.339993090e-3f;
   p = p * r + 9.618489072e-3f;
   p = p * r + 5.550328642e-2f;
   p = p * r + 2.402264625e-1f;
   p = p * r + 6.931471825e-1f;
   p = p * r + 1.0f;
-  return (Vec)_mm512_scalef_ps((__m512)p, n);  // p 2^n
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);  // p 2^n
 #else
-  return x == NEGATIVE_INFINITY ? Vec{} : exp_vec(x * 0.693147181f);
+  const f32x16 scaled = (f32x16)((i32x16)p + (((i32x16)t - (i32x16)to_int) << 23));  // adds n to the exponent of p
+  return x < -126.0f ? f32x16{} : scaled;
 #endif
 }
 
 // Returns tanh(x) to float's precision. NaN stays NaN. The formula with e^(2x) loses precision near zero, so a
 // polynomial of Cephes serves |x| < 0.625.
-inline Vec tanh_vec(Vec x) {
-  const Vec x2 = x * x, large = 1 - 2 / (1 + exp_vec(2 * x));
-  Vec p = Vec{} - 5.70498872745e-3f;
+inline f32x16 tanh_vec(f32x16 x) {
+  const f32x16 x2 = x * x, large = 1 - 2 / (1 + exp_vec(2 * x));
+  f32x16 p = f32x16{} - 5.70498872745e-3f;
   p = p * x2 + 2.06390887954e-2f;
   p = p * x2 - 5.37397155531e-2f;
   p = p * x2 + 1.33314422036e-1f;
@@ -276,25 +317,25 @@ inline Vec tanh_vec(Vec x) {
 }
 
 // Bounds x smoothly to (-softcap, softcap): softcap * tanh(x / softcap).
-inline Vec apply_softcap(Vec x, float softcap) { return softcap * tanh_vec(x / softcap); }
+inline f32x16 apply_softcap(f32x16 x, float softcap) { return softcap * tanh_vec(x / softcap); }
 
 // Clamps x to [-limit, limit]. NaN stays NaN.
-inline Vec clamp(Vec x, float limit) {
-  x = x > limit ? Vec{} + limit : x;
-  return x < -limit ? Vec{} - limit : x;
+inline f32x16 clamp(f32x16 x, float limit) {
+  x = x > limit ? f32x16{} + limit : x;
+  return x < -limit ? f32x16{} - limit : x;
 }
 
 // Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2, the distribution function of the normal distribution. NaN stays NaN.
 // Formula 7.1.26 of Abramowitz and Stegun gives erf with an error of at most 1.5e-7:
 //     1 - erf(z) = (a1 t + a2 t^2 + ... + a5 t^5) e^(-z^2)  for z >= 0, with t = 1 / (1 + 0.3275911 z)
-inline Vec normal_cdf(Vec x) {
-  const Vec z = 0.70710678f * (x < 0.0f ? -x : x), t = 1 / (1 + 0.3275911f * z);
-  Vec p = Vec{} + 1.061405429f;
+inline f32x16 normal_cdf(f32x16 x) {
+  const f32x16 z = 0.70710678f * (x < 0.0f ? -x : x), t = 1 / (1 + 0.3275911f * z);
+  f32x16 p = f32x16{} + 1.061405429f;
   p = p * t - 1.453152027f;
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  const Vec tail = 0.5f * t * p * exp_vec(-z * z);  // Phi(-|x|)
+  const f32x16 tail = 0.5f * t * p * exp_vec(-z * z);  // Phi(-|x|)
   return x < 0.0f ? tail : 1 - tail;
 }
 
@@ -315,11 +356,11 @@ inline bool is_gated(Activation activation) {
 }
 
 // x * Phi(x) with the tanh form of Phi: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + ...)
-inline Vec gelu_tanh(Vec x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
+inline f32x16 gelu_tanh(f32x16 x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
 
 // Computes activation(gate) * up, as kernels/torch_ops.py does. If the activation is not gated, computes
 // activation(gate): then gate is the product with the up projection, and up is not used.
-inline Vec activate_vec(Vec gate, Vec up, Activation activation) {
+inline f32x16 activate_vec(f32x16 gate, f32x16 up, Activation activation) {
   switch (activation) {
     case Activation::NONE: return gate;
     case Activation::COUNT: break;
@@ -327,10 +368,10 @@ inline Vec activate_vec(Vec gate, Vec up, Activation activation) {
     case Activation::GEGLU: return gate * normal_cdf(gate) * up;
     case Activation::GEGLU_TANH: return gelu_tanh(gate) * up;
     case Activation::CLAMPED_SWIGLU:
-      gate = gate > 7.0f ? Vec{} + 7 : gate;
+      gate = gate > 7.0f ? f32x16{} + 7 : gate;
       return gate / (1 + exp_vec(-1.702f * gate)) * (clamp(up, 7) + 1);
     case Activation::GELU_PYTORCH_TANH: return gelu_tanh(gate);
-    case Activation::RELU2: return gate < 0.0f ? Vec{} : gate * gate;  // NaN stays NaN
+    case Activation::RELU2: return gate < 0.0f ? f32x16{} : gate * gate;  // NaN stays NaN
   }
   __builtin_unreachable();  // ops.cpp refuses other ids
 }

@@ -44,14 +44,14 @@ class Scratch {
 //     void execute(char* shared, Barrier&) const    Every thread of the region calls execute. The output is complete
 //                                                   when all threads have returned. barrier.wait() separates phases.
 //     size_t shared_bytes() const                   (optional) The size of shared, scratch memory for all threads.
-//     const char* error() const                     (optional) Says what is wrong with the values of the inputs, or
+//     const char* validate() const                  (optional) Says what is wrong with the values of the inputs, or
 //                                                   returns null. Is called once, before the region.
 class AnyOp {
  public:
   virtual ~AnyOp() = default;
   virtual void execute(char* shared, Barrier& barrier) const = 0;
   virtual size_t shared_bytes() const = 0;
-  virtual const char* error() const = 0;
+  virtual const char* validate() const = 0;
 };
 
 // Makes an AnyOp of a struct such as FusedLinearOp. Supplies the optional functions that the struct lacks.
@@ -65,8 +65,8 @@ template <typename Op> class OpAdapter : public AnyOp {
     if constexpr (requires { op.shared_bytes(); }) return op.shared_bytes();
     return 0;
   }
-  const char* error() const override {
-    if constexpr (requires { op.error(); }) return op.error();
+  const char* validate() const override {
+    if constexpr (requires { op.validate(); }) return op.validate();
     return nullptr;
   }
 };
@@ -93,10 +93,10 @@ inline double execute(const Ops& ops, int n_threads) {
   return barrier.stalled_seconds();
 }
 
-// Returns the first error() of ops, or null.
-inline const char* find_error(const Ops& ops) {
+// Returns the first error that an operation's validate() finds, or null.
+inline const char* validate(const Ops& ops) {
   for (const auto& op : ops)
-    if (const char* error = op->error()) return error;
+    if (const char* error = op->validate()) return error;
   return nullptr;
 }
 
@@ -108,7 +108,7 @@ inline thread_local ThreadCount thread_count;
 // between the tapes of a step (kernels/record.py).
 inline const char* replay(Tape& tape, bool adapt_threads) {
   static thread_local double last_end = 0;
-  if (const char* error = find_error(tape.ops)) return error;
+  if (const char* error = validate(tape.ops)) return error;
   const int most = torch::stable::get_num_threads();
   const double start = now();
   const double stalled = execute(tape.ops, adapt_threads ? thread_count.next(most, start - last_end) : most);
@@ -128,7 +128,7 @@ inline void submit_op(std::unique_ptr<AnyOp> op) {
   }
   Ops ops;
   ops.push_back(std::move(op));
-  const char* error = find_error(ops);
+  const char* error = validate(ops);
   STD_TORCH_CHECK(!error, error ? error : "");
   execute(ops, torch::stable::get_num_threads());
 }

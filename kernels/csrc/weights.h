@@ -4,15 +4,20 @@
 //     y [m, n] = x [m, k] W [n, k]^T      m tokens, k inputs, n outputs
 //
 // In these files "token" means a row of x, "output" a row of W, and "sequence" a row of the batch and of the KV cache.
+// W has a name at each stage:
+//
+//     Tensor weight      what PyTorch passes to ops.cpp
+//     Weights w          addresses and sizes of the packed W, its scales and its zeros; all other files get a Weights
+//     UnpackedWeights    a few words of a block as bytes in registers (dot_quantized.h)
 #pragma once
 
 #include "float8.h"
 #include "tape.h"
 
 constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
-constexpr int64_t BLOCK_M = 8;          // the most tokens whose sums fit in registers
-constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of a Vec
-constexpr int64_t Q8_BLOCK = 16;        // activations that share a scale, if they are rounded to int8 (activations.h)
+constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most whose sums fit in registers
+constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
+constexpr int64_t ACT_GROUP = 16;       // activations that share a scale, if they are rounded to int8 (activations.h)
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Unquantized weights are stored output by
 // output. Quantized weights are packed in blocks of 16 outputs and in words of 4 bytes. The words of 16 outputs are
@@ -29,7 +34,7 @@ constexpr int64_t Q8_BLOCK = 16;        // activations that share a scale, if th
 //     Int4, MXFP4    elements j (lower half) and j + 4 (upper half), as in the checkpoint
 //     Float8         float8.h draws the order of the bytes
 //
-// The last block is padded to 16 outputs, and each output to a multiple of Q8_BLOCK inputs.
+// The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP inputs.
 struct Weights {
   int64_t format;                                    // format_id in kernels/formats/
   const char *data, *scales, *zeros;                 // scales and zeros are null if the format has none
@@ -56,15 +61,15 @@ struct Weights {
     return reinterpret_cast<const T*>(scales) + group * BLOCK_N;
   }
   const uint8_t* zeros_of(int64_t group) const { return reinterpret_cast<const uint8_t*>(zeros) + group * BLOCK_N; }
-  Vec load_16_bit_scales(int64_t group) const {
+  f32x16 load_16_bit_scales(int64_t group) const {
     return has_f16_scales ? load_vec(scales_of<f16>(group)) : load_vec(scales_of<bf16>(group));
   }
 };
 
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
-// The struct of a format says how the loops of dot.h, bf16_weights.h and linear.h decode the weights. A new format
-// needs
+// The struct of a format says how the loops of dot_quantized.h, bf16_weights.h and linear.h decode the weights. A new
+// format needs
 //
 //     ELEMENTS_PER_WORD   elements of a word
 //     SCALE_BYTES         bytes of a scale: 4 (float), 2 (f16 or bf16) or 1 (an exponent)
@@ -76,7 +81,7 @@ struct Weights {
 
 // The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
 // (q - zero) * scale, or for (q - zero) * scale * output_scale if the format has HAS_OUTPUT_SCALES.
-struct ScalesAndZeros { Vec scales, zeros; };
+struct ScalesAndZeros { f32x16 scales, zeros; };
 
 // A format derives from these defaults.
 struct FormatDefaults {
@@ -87,7 +92,7 @@ struct FormatDefaults {
   static constexpr bool HAS_OUTPUT_SCALES = false;        // whether each output has one more scale
   static constexpr bool SCALE_AFTER_SUM = false;          // whether amx.h scales sums of groups, not weights
   static constexpr int32_t SHARED_ZERO = 0;               // the zero point of all weights, or 0 if zero points differ
-  static Vec output_scales(const Weights&, int64_t /* block */) { return Vec{} + 1; }
+  static f32x16 output_scales(const Weights&, int64_t /* block */) { return f32x16{} + 1; }
 };
 
 struct Unquantized : FormatDefaults {
@@ -98,9 +103,11 @@ struct Int8 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_OUTPUT_SCALES = true;
   static constexpr int32_t SHARED_ZERO = 128;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 4;
-  static IntVec element(IntVec words, int j) { return (words >> (8 * j)) & 255; }
-  static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) { return {Vec{} + 1, Vec{} + float(SHARED_ZERO)}; }
-  static Vec output_scales(const Weights& w, int64_t block) {
+  static i32x16 element(i32x16 words, int j) { return (words >> (8 * j)) & 255; }
+  static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) {
+    return {f32x16{} + 1, f32x16{} + float(SHARED_ZERO)};
+  }
+  static f32x16 output_scales(const Weights& w, int64_t block) {
     return load_partial(reinterpret_cast<const float*>(w.scales), block * BLOCK_N, w.n);
   }
 };
@@ -108,9 +115,9 @@ struct Int8 : FormatDefaults {
 struct Int4 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int ELEMENTS_PER_WORD = 8, SCALE_BYTES = 2;
-  static IntVec element(IntVec words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
+  static i32x16 element(i32x16 words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
   // Maps each byte of nibbles, 0 to 15, to the unsigned byte that dot_grouped multiplies.
-  static IntVec unsigned_bytes(IntVec nibbles) { return nibbles; }
+  static i32x16 unsigned_bytes(i32x16 nibbles) { return nibbles; }
   // A zero point is stored in sixteenths.
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {w.load_16_bit_scales(group), load_vec(w.zeros_of(group)) * (1 / 16.0f)};
@@ -120,7 +127,7 @@ struct Int4 : FormatDefaults {
 struct GroupedInt8 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 2;
-  static IntVec element(IntVec words, int j) { return Int8::element(words, j); }
+  static i32x16 element(i32x16 words, int j) { return Int8::element(words, j); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
     return {w.load_16_bit_scales(group), load_vec(w.zeros_of(group))};
   }
@@ -132,7 +139,7 @@ struct Float8 : FormatDefaults {
   static constexpr int64_t MIN_AMX_TOKENS = 3;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 4;
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
-    return {load_vec(w.scales_of<float>(group)) * FLOAT8_FACTOR, Vec{}};
+    return {load_vec(w.scales_of<float>(group)) * FLOAT8_FACTOR, f32x16{}};
   }
 };
 
@@ -148,11 +155,11 @@ struct MXFP4 : FormatDefaults {
     for (int i = 0; i < 16; i++) values[i] = (TABLE[i] - 12) * 0.5f;
     return values;
   }();
-  static IntVec element(IntVec words, int j) { return unsigned_bytes(Int4::element(words, j)) & 255; }
-  static IntVec unsigned_bytes(IntVec nibbles) { return lookup_bytes(TABLE, nibbles); }
-  static Vec scales(const Weights& w, int64_t group) { return decode_e8m0(w.scales_of<uint8_t>(group)); }
+  static i32x16 element(i32x16 words, int j) { return unsigned_bytes(Int4::element(words, j)) & 255; }
+  static i32x16 unsigned_bytes(i32x16 nibbles) { return lookup_bytes(TABLE, nibbles); }
+  static f32x16 scales(const Weights& w, int64_t group) { return decode_e8m0(w.scales_of<uint8_t>(group)); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
-    return {scales(w, group) * 0.5f, Vec{} + 12};
+    return {scales(w, group) * 0.5f, f32x16{} + 12};
   }
 };
 

@@ -14,7 +14,9 @@ q is an element of weight. Experts have one more dimension in front: [E, N, K]. 
 group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16. They are float16 if the
 weights come from a checkpoint of another project with float16 scales, since bfloat16 has fewer bits.
 
-Only converters make GroupedInt8, so --mode does not offer the mode "int8-grouped".
+Int8 has one scale for each output. GroupedInt8 has a scale and a zero point for each group, as Int4 does. Converters
+make GroupedInt8 from grouped weights of other projects that do not fit Int4, since they have more bits or other group
+sizes. --mode does not offer GroupedInt8.
 
 Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in the low half and element j + 4 in the high half:
 
@@ -60,8 +62,9 @@ class QuantizationScheme:
 
     @classmethod
     def from_dict(cls, quantization: dict | None) -> "QuantizationScheme":
-        """The formats that a checkpoint's "quantization" describes. It is the entry of the default format. In it,
-        "layers" has an entry for each layer with another format, and "act_order" lists layers. Raises UsageError."""
+        """The formats that a checkpoint's "quantization" describes. The dict is to_dict of the default format, with two
+        more keys: "layers" has the to_dict of each layer with another format, "act_order" lists layers with a tensor
+        input_order. Raises UsageError."""
         fields = quantization if isinstance(quantization, dict) else {}
         overrides, act_order = fields.get("layers", {}), fields.get("act_order", [])
         if not isinstance(overrides, dict):
@@ -76,7 +79,7 @@ class QuantizationScheme:
 
 
 def format_from_dict(quantization: dict | None) -> WeightFormat:
-    """The format that one entry of "quantization" describes. Raises UsageError."""
+    """The inverse of to_dict for any class. Raises UsageError."""
     if quantization is None:
         return Unquantized()
     if isinstance(quantization, dict):

@@ -16,20 +16,24 @@ QUANTIZE_CHUNK = 2**18  # elements quantized at a time: their float32 copies fit
 class WeightFormat:
     """How a weight is stored: the interface of the formats, with defaults that suit most of them.
 
-    Int4 is a class, and Int4(group_size=32) an object that says everything about one weight. Wherever a format is
-    named, it is by one of these:
+    Int4 is a class. Int4(group_size=32) is an object, which says everything about one weight:
 
-        in the kernels              Int4.format_id    2
-        in --mode                   Int4.mode         "int4"
-        in file names and --json    its name          "int4.g32"
-        in model.pth                to_dict()         {"mode": "int4", "groupsize": 32}, which from_dict reads
+                           format_id   mode             name         to_dict()
+        Int8()             1           "int8"           "int8"       {"mode": "int8"}
+        Int4(32)           2           "int4"           "int4.g32"   {"mode": "int4", "groupsize": 32}
+        GroupedInt8(32)    3           "int8-grouped"   "int8.g32"   {"mode": "int8-grouped", "groupsize": 32}
+
+        format_id    stands for the class in the kernels
+        mode         stands for the class in --mode and in to_dict
+        name         stands for the object in file names, messages and --json
+        to_dict()    stands for the object in model.pth; from_dict is the inverse
     """
 
-    format_id: int  # the position in FORMATS, which sets it, and in csrc/weights.h: Formats
+    format_id: int  # the position in FORMATS and in csrc/weights.h: Formats; __init__.py sets format_id
     mode: str | None = None  # None: not quantized
     is_cli_mode = True  # whether --mode offers the class
     has_group_size_option = False  # whether --groupsize chooses the group size
-    group_sizes: tuple[int, ...] = ()  # the group sizes that model.pth may have, unless there is only one
+    group_sizes: tuple[int, ...] = ()  # that model.pth may have; empty if the class has one group size or none
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
     elements_per_byte = 1  # of "weight"
     input_multiple = 1  # K must be a multiple of this number
@@ -56,8 +60,8 @@ class WeightFormat:
 
     @classmethod
     def from_dict(cls, quantization: dict) -> "WeightFormat | None":
-        """The inverse of to_dict. None means that the dict describes no format of this class. This
-        default is for classes without options."""
+        """The inverse of to_dict. None means that quantization describes no format of this class. The default is for
+        classes without options."""
         matches = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
         return cls() if matches else None
 
@@ -67,7 +71,7 @@ class WeightFormat:
         return [cls()]
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
-        """Uninitialized tensors of a checkpoint, for W [..., N, K] of this shape and dtype."""
+        """Uninitialized tensors of a checkpoint, for W [..., N, K] of this shape; dtype is that of Unquantized."""
         raise NotImplementedError
 
     def quantize(self, w: Tensor) -> Tensors:
@@ -92,7 +96,7 @@ class WeightFormat:
         return self if self == other else None
 
     def to_common_format(self, tensors: Tensors, common: "WeightFormat", in_features: int) -> Tensors:
-        """Converts tensors to common, a format that common_format returns, without loss. This default makes groups
+        """Converts tensors to common, a format that common_format returns, without loss. The default makes groups
         shorter."""
         sizes = self.effective_group_size(in_features), common.effective_group_size(in_features)
         if sizes[0] == sizes[1]:
@@ -128,8 +132,8 @@ class WeightFormat:
         raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method pack_for_triton")
 
     def fits_kernels(self, in_features: int) -> bool:
-        """Whether kernels can read a W with in_features inputs. This default is for quantized formats: their kernels
-        read 8 elements at a time."""
+        """Whether kernels can read a W with in_features inputs. The default is for quantized formats: the
+        kernels read 8 elements at a time."""
         return in_features % 8 == 0
 
 

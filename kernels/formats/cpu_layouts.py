@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CPU_BLOCK_N = 16  # rows of a block
-CPU_BLOCK_K = 16  # elements of a row that a kernel multiplies at a time (csrc/weights.h: Q8_BLOCK)
+CPU_BLOCK_K = 16  # elements of a row that a kernel multiplies at a time (csrc/weights.h: ACT_GROUP)
 
 
 def words_to_blocks(weight: Tensor, elements_per_byte: int) -> Tensor:

@@ -2,11 +2,12 @@
 
     linear.py       fused_linear: the product of a few tokens and a weight; rms_norm and permute_inputs
     formats.py      for each weight format, how fused_linear multiplies and how W is dequantized; dequantize and embed
+    epilogue.py     what follows the product in fused_linear: bias, activation, softcap, residual
     weights.py      where the elements of W are stored, and how a program loads a part of W
     elements.py     converts stored elements and scales to floats
     launch.py       what the GPU can do, the tile sizes of a product (tuned.json), kernels that overlap
     moe.py          a mixture of experts: route, experts_gate_up, experts_down
-    attention.py    attend
+    attention.py    attend; heads.py: loads, norm and RoPE of the new tokens
     sampling.py     sample
 
 linear, formats, moe, attention and sampling register their operations as torch.ops.gptfast_triton.* when they are

@@ -7,11 +7,8 @@ softmax (arXiv:2205.14135). The last program to finish combines the results of a
 how many tokens the cache holds, so one CUDA graph serves every position.
 
 In shape comments B is sequences, T new tokens of a sequence, S max_seq_len of the cache, H query heads, G key/value
-heads, D head_dim. In a program M is queries and N keys. X is whatever a function is called with: queries or keys.
-BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_HALF and BLOCK_T are powers of two.
-
-RoPE rotates elements i and i + D / 2 of a head. So a program holds queries and keys as two halves, q_lo and q_hi, of
-D / 2 elements each, padded to BLOCK_HALF.
+heads, D head_dim. In a program M is queries and N keys. BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_HALF and BLOCK_T are powers
+of two. Queries and keys are two halves, lo and hi, for the reason that heads.py gives.
 """
 
 from typing import NamedTuple
@@ -22,10 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import AttentionParams, triton_op
+from kernels.triton.epilogue import apply_softcap
+from kernels.triton.heads import (
+    HeadLayout,
+    is_inside,
+    load_halves,
+    load_new_keys_values,
+    load_new_queries,
+    load_vectors,
+    norm_and_rope,
+    store_halves,
+    store_vectors,
+)
 from kernels.triton.launch import dot_dtype, gpu_info, pdl_options, pdl_wait, semaphores
-from kernels.triton.linear import apply_softcap
 
-BLOCK_T = tl.constexpr(16)  # kernels/backend.py: MAX_TRITON_NEW_TOKENS; tl.dot needs at least 16
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -37,6 +44,15 @@ class ScoreOptions(NamedTuple):
     slope: tl.tensor | None  # [BLOCK_M], ALiBi: slope * distance is added
 
 
+class AttentionTile(NamedTuple):
+    """The sizes of a program."""
+
+    BLOCK_M: int  # queries, padded to a power of two
+    BLOCK_N: int  # cached tokens of a step
+    N_SPLITS: int
+    N_SPLITS_PADDED: int  # N_SPLITS, padded to a power of two
+
+
 @triton.jit
 def attend_kernel(
     qkv_ptr, k_cache_ptr, v_cache_ptr,  # [B, T, (H + 2 G) D], [B, G, S, D], [B, G, S, D]
@@ -46,11 +62,9 @@ def attend_kernel(
     out_ptr, partial_out_ptr,  # [B, T, H, D], [B, T, H, N_SPLITS, D]
     partial_ml_ptr, semaphores_ptr,  # [B, T, H, N_SPLITS, 2]: m_i and l_i of each split; [B, G]: zeros
     eps, qk_scale, qk_softcap, cache_stride_b, cache_stride_g, S, T,
-    N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
+    HEADS: tl.constexpr, TILE: tl.constexpr,  # heads.py: HeadLayout; AttentionTile
     Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr,  # heads that are normed together: 1, or all
-    N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
+    WINDOW: tl.constexpr, DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
     """Attends to one split. Grid: [N_SPLITS, G, B]. Program (i, g, b) has the T * H / G queries that use key/value head
     g, and split i of the cached tokens of sequence b. The last program also has the new tokens:
@@ -64,69 +78,50 @@ def attend_kernel(
     finds all others counted combines the results, and sets the semaphore back to zero.
 
     The softmax has base 2, since exp2 is one instruction: qk_scale and qk_softcap include a factor of LOG2_E."""
+    # Prologue. The loads of the new tokens come first: their addresses do not depend on start, which is being loaded
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    HEADS_PER_KV: tl.constexpr = N_HEADS // N_KV_HEADS
-    TOKEN_STRIDE: tl.constexpr = (N_HEADS + 2 * N_KV_HEADS) * D
-    qkv_ptr += sequence * T * TOKEN_STRIDE
+    qkv_ptr += sequence * T * HEADS.TOKEN_STRIDE
     k_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
     v_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
     start = tl.load(start_pos_ptr + sequence).to(tl.int32)  # position of the first new token
-
-    # Load the new tokens first: their addresses do not depend on start, which is still being loaded
-    offs_m = tl.arange(0, BLOCK_M)  # queries: the heads of token 0, the heads of token 1, ...
-    token, head = offs_m // HEADS_PER_KV, kv_head * HEADS_PER_KV + offs_m % HEADS_PER_KV
-    mask_m = token < T
-    q_lo, q_hi = load_halves(qkv_ptr, token * TOKEN_STRIDE + head * D, mask_m, D, BLOCK_HALF)
-    new = tl.arange(0, BLOCK_T)
-    k_offset = new * TOKEN_STRIDE + (N_HEADS + kv_head) * D
-    k_lo, k_hi = load_halves(qkv_ptr, k_offset, new < T, D, BLOCK_HALF)
-    v = load_vectors(qkv_ptr, k_offset + N_KV_HEADS * D, new < T, D, BLOCK_D)
-
-    # Norm and rotate the queries, and begin the softmax
+    q = load_new_queries(qkv_ptr, kv_head, T, HEADS, TILE.BLOCK_M)
+    k, v = load_new_keys_values(qkv_ptr, kv_head, T, HEADS)
     q_lo, q_hi = norm_and_rope(
-        q_lo, q_hi, q_norm_weight_ptr, qkv_ptr, token, head, T, eps, cos_sin_ptr, start + token,
-        mask_m & is_inside(start + token, S), D, Q_NORM_HEADS, TOKEN_STRIDE, DTYPE,
+        q, q_norm_weight_ptr, qkv_ptr, cos_sin_ptr, start, S, T, eps, Q_NORM_HEADS, HEADS, DTYPE
     )
-    has_sink = mask_m & (split == N_SPLITS - 1)  # the sink counts once, in the last split
-    m_i, l_i = initial_softmax(sinks_ptr, head, has_sink, BLOCK_M)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    slope = None
-    if alibi_slopes_ptr is not None:
-        slope = tl.load(alibi_slopes_ptr + head, mask=mask_m, other=0.0) * LOG2_E
-    options = ScoreOptions(qk_scale, qk_softcap, slope)
+    has_sink = q.mask & (split == TILE.N_SPLITS - 1)  # the sink counts once, in the last split
+    m_i, l_i = initial_softmax(sinks_ptr, q.head, has_sink, TILE.BLOCK_M)
+    acc = tl.full([TILE.BLOCK_M, HEADS.BLOCK_D], 0.0, tl.float32)
+    options = ScoreOptions(qk_scale, qk_softcap, load_slopes(alibi_slopes_ptr, q.head, q.mask))
 
-    # Accumulate the cached tokens
-    begin, end = split_bounds(start, S, split, WINDOW, N_SPLITS, BLOCK_N)
+    # Loop over the cached tokens of the split
+    begin, end = split_bounds(start, S, split, WINDOW, TILE.N_SPLITS, TILE.BLOCK_N)
     m_i, l_i, acc = attend_to_split(
-        q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + token, mask_m, options,
-        D, WINDOW, BLOCK_N,
+        q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + q.token, q.mask, options,
+        HEADS.D, WINDOW, TILE.BLOCK_N,
     )
 
-    # Accumulate the new tokens, and write them into the cache
-    if split == N_SPLITS - 1:
-        mask_new = (new < T) & is_inside(start + new, S)
+    # The new tokens, which are also written into the cache
+    if split == TILE.N_SPLITS - 1:
         k_lo, k_hi = norm_and_rope(
-            k_lo, k_hi, k_norm_weight_ptr, qkv_ptr + N_HEADS * D, new, kv_head, T, eps, cos_sin_ptr, start + new,
-            mask_new, D, K_NORM_HEADS, TOKEN_STRIDE, DTYPE,
+            k, k_norm_weight_ptr, qkv_ptr + HEADS.N_HEADS * HEADS.D, cos_sin_ptr, start, S, T, eps, K_NORM_HEADS,
+            HEADS, DTYPE,
         )
-        mask = mask_new[None, :] & mask_m[:, None] & (new[None, :] <= token[:, None])
-        if WINDOW:
-            mask &= new[None, :] > token[:, None] - WINDOW
-        distance = new[None, :] - token[:, None]
-        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i, l_i, acc)
-        store_halves(k_cache_ptr, (start + new) * D, k_lo, k_hi, mask_new, D)
-        store_vectors(v_cache_ptr, (start + new) * D, v, mask_new, D)
+        mask_k = k.mask & is_inside(start + k.token, S)
+        m_i, l_i, acc = attend_to_new(q_lo, q_hi, k_lo, k_hi, v, q, k.token, mask_k, options, m_i, l_i, acc, WINDOW)
+        store_halves(k_cache_ptr, (start + k.token) * HEADS.D, k_lo, k_hi, mask_k, HEADS.D)
+        store_vectors(v_cache_ptr, (start + k.token) * HEADS.D, v, mask_k, HEADS.D)
 
     # Epilogue
-    query = (sequence * T + token) * N_HEADS + head  # index in [B, T, H]
-    if N_SPLITS == 1:
-        store_vectors(out_ptr, query * D, acc / l_i[:, None], mask_m, D)
+    query = (sequence * T + q.token) * HEADS.N_HEADS + q.head  # index in [B, T, H]
+    if TILE.N_SPLITS == 1:
+        store_vectors(out_ptr, query * HEADS.D, acc / l_i[:, None], q.mask, HEADS.D)
     else:
-        semaphore = sequence * N_KV_HEADS + kv_head  # index in [B, G]
+        semaphore = sequence * HEADS.N_KV_HEADS + kv_head  # index in [B, G]
         store_and_combine(
-            m_i, l_i, acc, out_ptr, partial_out_ptr, partial_ml_ptr, semaphores_ptr, query, split, semaphore, mask_m,
-            D, N_SPLITS, N_SPLITS_PADDED,
+            m_i, l_i, acc, out_ptr, partial_out_ptr, partial_ml_ptr, semaphores_ptr, query, split, semaphore, q.mask,
+            HEADS.D, TILE.N_SPLITS, TILE.N_SPLITS_PADDED,
         )
 
 
@@ -159,6 +154,14 @@ def initial_softmax(sinks_ptr, head, has_sink, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def load_slopes(alibi_slopes_ptr, head, mask):
+    if alibi_slopes_ptr is None:
+        return None
+    else:
+        return tl.load(alibi_slopes_ptr + head, mask=mask, other=0.0) * LOG2_E
+
+
+@triton.jit
 def attend_to_split(
     q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, options,
     D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -174,6 +177,16 @@ def attend_to_split(
         distance = key[None, :] - position[:, None]
         m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i, l_i, acc)
     return m_i, l_i, acc
+
+
+@triton.jit
+def attend_to_new(q_lo, q_hi, k_lo, k_hi, v, q, key, mask_k, options, m_i, l_i, acc, WINDOW: tl.constexpr):
+    """Adds the new tokens key [BLOCK_T] to the softmax of the queries q. A query sees no later token."""
+    mask = mask_k[None, :] & q.mask[:, None] & (key[None, :] <= q.token[:, None])
+    if WINDOW:
+        mask &= key[None, :] > q.token[:, None] - WINDOW
+    distance = key[None, :] - q.token[:, None]
+    return online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i, l_i, acc)
 
 
 @triton.jit
@@ -244,106 +257,6 @@ def combine_splits(
     return acc / l_i[:, None]
 
 
-# ---- Norm and RoPE --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def norm_and_rope(
-    lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, cos_sin_ptr, position, mask,
-    D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr, DTYPE: tl.constexpr,
-):
-    """Norms new queries or keys, if there is a weight, and rotates them. lo and hi [X, BLOCK_HALF] are the halves of
-    the queries or keys, before and after."""
-    lo, hi = lo.to(tl.float32), hi.to(tl.float32)
-    if norm_weight_ptr is not None:
-        lo, hi = norm_halves(lo, hi, norm_weight_ptr, heads_ptr, token, head, T, eps, D, NORM_HEADS, TOKEN_STRIDE)
-    return apply_rope(lo, hi, cos_sin_ptr, position, mask, D, DTYPE)
-
-
-@triton.jit
-def norm_halves(
-    lo, hi, weight_ptr, heads_ptr, token, head, T, eps,
-    D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
-):
-    """Computes RMSNorm of vectors of D elements, given and returned as halves lo and hi [X, BLOCK_HALF]. Vector x is
-    head[x] of token[x].
-
-    NORM_HEADS = 1: each head has an rms of its own, and the weight is [D].
-    NORM_HEADS > 1: the NORM_HEADS heads of a token, at heads_ptr, share one rms, and the weight is [NORM_HEADS, D]."""
-    if NORM_HEADS == 1:
-        squares = tl.sum(lo * lo + hi * hi, axis=1)
-        weight_offset = tl.zeros([1], tl.int32)
-    else:
-        squares = sum_of_squares(heads_ptr, token, T, NORM_HEADS * D, TOKEN_STRIDE)
-        weight_offset = head * D + tl.zeros([1], tl.int32)  # [X], or [1] if head is one number
-    inverse_rms = tl.rsqrt(squares / (NORM_HEADS * D) + eps)[:, None]
-    all_true = weight_offset >= 0
-    weight_lo, weight_hi = load_halves(weight_ptr, weight_offset, all_true, D, lo.shape[1])
-    return lo * (inverse_rms * weight_lo.to(tl.float32)), hi * (inverse_rms * weight_hi.to(tl.float32))
-
-
-@triton.jit
-def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexpr):
-    """Returns the sum of squares of the first WIDTH elements of each token [X] at ptr: [X]. Each of the T tokens is
-    read once, even if it occurs several times in token."""
-    i = tl.arange(0, triton.next_power_of_2(WIDTH))
-    total = tl.zeros(token.shape, tl.float32)
-    for t in range(T):
-        x = tl.load(ptr + t * TOKEN_STRIDE + i, mask=i < WIDTH, other=0.0).to(tl.float32)
-        total = tl.where(token == t, tl.sum(x * x, axis=0), total)
-    return total
-
-
-@triton.jit
-def apply_rope(lo, hi, cos_sin_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Rotates vectors of D elements by the angles of position [X]. The vectors are given and returned as halves
-    [X, BLOCK_HALF]. Where mask [X] is false, a vector becomes zeros."""
-    d = tl.arange(0, lo.shape[1])
-    mask_d = d < D // 2
-    angle_ptr = cos_sin_ptr + position[:, None] * D + 2 * d[None, :]  # cos_sin is [S, D / 2, 2]
-    cos = tl.load(angle_ptr, mask=mask[:, None] & mask_d[None, :], other=0.0)
-    sin = tl.load(angle_ptr + 1, mask=mask[:, None] & mask_d[None, :], other=0.0)
-    return (lo * cos - hi * sin).to(DTYPE), (hi * cos + lo * sin).to(DTYPE)
-
-
-# ---- Loads and stores -----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def is_inside(position, S):
-    """Returns whether position is one of the S positions of the cache."""
-    return (position >= 0) & (position < S)
-
-
-@triton.jit
-def load_vectors(ptr, offset, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Loads vectors of D elements at ptr + offset [X]: [X, BLOCK_D], padded with zeros."""
-    d = tl.arange(0, BLOCK_D)
-    return tl.load(ptr + offset[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def load_halves(ptr, offset, mask, D: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """Loads vectors of D elements at ptr + offset [X] as two halves, [X, BLOCK_HALF] each, padded with zeros."""
-    d = tl.arange(0, BLOCK_HALF)
-    lo_ptr, mask_lo = ptr + offset[:, None] + d[None, :], mask[:, None] & (d < D // 2)[None, :]
-    return tl.load(lo_ptr, mask=mask_lo, other=0.0), tl.load(lo_ptr + D // 2, mask=mask_lo, other=0.0)
-
-
-@triton.jit
-def store_vectors(ptr, offset, x, mask, D: tl.constexpr):
-    d = tl.arange(0, x.shape[1])
-    tl.store(ptr + offset[:, None] + d[None, :], x, mask=mask[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def store_halves(ptr, offset, lo, hi, mask, D: tl.constexpr):
-    d = tl.arange(0, lo.shape[1])
-    lo_ptr, mask_lo = ptr + offset[:, None] + d[None, :], mask[:, None] & (d < D // 2)[None, :]
-    tl.store(lo_ptr, lo, mask=mask_lo)
-    tl.store(lo_ptr + D // 2, hi, mask=mask_lo)
-
-
 # ---- The operation --------------------------------------------------------------------------------------------------
 
 
@@ -375,16 +288,21 @@ def attend(
         qkv_ptr=qkv, k_cache_ptr=k_cache, v_cache_ptr=v_cache, start_pos_ptr=start_pos, cos_sin_ptr=cos_sin,
         q_norm_weight_ptr=q_norm_weight, k_norm_weight_ptr=k_norm_weight, sinks_ptr=params.sinks,
         alibi_slopes_ptr=alibi_slopes, out_ptr=out, partial_out_ptr=partial_out, partial_ml_ptr=partial_ml,
-        semaphores_ptr=semaphores(qkv.device),
+        semaphores_ptr=semaphores(qkv.device, batch * n_kv_heads),
         eps=params.eps, qk_scale=LOG2_E.value * params.scale, qk_softcap=LOG2_E.value * softcap if softcap else None,
         cache_stride_b=k_cache.stride(0), cache_stride_g=k_cache.stride(1), S=max_seq_len, T=n_tokens,
-        N_HEADS=n_heads, N_KV_HEADS=n_kv_heads, D=head_dim, WINDOW=window,
+        HEADS=HeadLayout(
+            n_heads, n_kv_heads, HEADS_PER_KV=n_heads // n_kv_heads, D=head_dim, TOKEN_STRIDE=qkv.shape[-1],
+            BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
+        ),
+        TILE=AttentionTile(
+            BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
+            BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
+            N_SPLITS=n_splits, N_SPLITS_PADDED=triton.next_power_of_2(n_splits),
+        ),
         Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,
         K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
-        N_SPLITS=n_splits, N_SPLITS_PADDED=triton.next_power_of_2(n_splits),
-        BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
-        BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
-        BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
+        WINDOW=window,
         DTYPE=dot_dtype(qkv), num_stages=2, **pdl_options(qkv.device, grid),
     )
     return out

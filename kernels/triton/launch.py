@@ -55,6 +55,7 @@ TUNED = Path(__file__).with_name("tuned.json")
 # Tokens that an instruction of NVIDIA's matrix unit multiplies: the n of mma.m16n8k16. So 8 tokens cost as much as one,
 # and the tile sizes that were measured for one token hold for 8.
 MMA_TOKENS = 8
+N_SEMAPHORES = 2**14  # 64 tokens (kernels/backend.py: MAX_TRITON_TOKENS) with 256 key/value heads
 
 
 class Gpu(NamedTuple):
@@ -120,14 +121,21 @@ def pdl_wait(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr):
             tl.extra.cuda.gdc_launch_dependents()
 
 
-@cache
-def semaphores(device: torch.device) -> Tensor:
-    """Returns semaphores, all zero. Each program of a kernel adds one when it is done. The program that finds all
-    others counted is the last: it combines what all programs have stored, and sets the semaphore back to zero.
+def semaphores(device: torch.device, n: int) -> Tensor:
+    """Returns at least n semaphores, all zero. Each program of a kernel adds one when it is done. The program that
+    finds all others counted is the last: it combines what all programs have stored, and sets the semaphore back to
+    zero.
 
     All kernels share this tensor. Two kernels that overlap do not disturb each other: the second kernel counts only
     after gdc_wait, and by then the first kernel has ended."""
-    return torch.zeros(2**14, dtype=torch.int32, device=device)
+    if n > N_SEMAPHORES:
+        raise ValueError(f"a Triton kernel needs {n} semaphores, but there are {N_SEMAPHORES}")
+    return all_semaphores(device)
+
+
+@cache
+def all_semaphores(device: torch.device) -> Tensor:
+    return torch.zeros(N_SEMAPHORES, dtype=torch.int32, device=device)
 
 
 # ---- The tile sizes of a product ------------------------------------------------------------------------------------

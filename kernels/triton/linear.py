@@ -10,7 +10,8 @@ They implement torch.ops.gptfast_triton.* (kernels/schema.py). formats.py has wh
 Instructions that only NVIDIA's GPUs have are left out on other GPUs. With TRITON_INTERPRET=1 the kernels run on CPU
 tensors: so tests/test_triton.py checks them.
 
-In shape comments M is tokens, N outputs (the rows of W) and K inputs (the columns of W).
+M, N and K are CUTLASS's, for y [M, N] = x W^T, in shapes and in names such as offs_m: M tokens, N outputs (the rows of
+W), K inputs (the columns of W).
 """
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from kernels.schema import ACTIVATION_IDS, GATED_IDS, WeightArguments, output_width, triton_op
 from kernels.triton.elements import magic_number
+from kernels.triton.epilogue import EpilogueOperands, epilogue
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
     MMA_TOKENS,
@@ -29,11 +31,17 @@ from kernels.triton.launch import (
     pdl_options,
     pdl_wait,
 )
-from kernels.triton.weights import ProgramWeights, prefetch_weights, program_outputs, slice_columns, slice_starts
+from kernels.triton.weights import (
+    ProgramTile,
+    WeightLayout,
+    prefetch_weights,
+    program_weights,
+    slice_columns,
+    slice_starts,
+    weights_of_expert,
+)
 
 ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
-# Bytes of W that a program prefetches before it waits for the previous kernel: about what the loop has in flight
-PREFETCH_BYTES = 16384
 
 # ---- fused_linear ---------------------------------------------------------------------------------------------------
 #
@@ -78,15 +86,13 @@ def fused_linear_kernel(
     y_ptr,  # [M, N_OUT]; with topk_ids [M * TOP_K, N_OUT]
     eps,  # of the norm
     out_scale, softcap, clip,  # of the epilogue
-    magic_number, N,  # magic_number: see elements.py: int4_pair
-    n_tokens, N_TOKENS: tl.constexpr,  # one of the two is the number of tokens, the other is None
-    K: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
-    MULTIPLY: tl.constexpr, IS_TILED: tl.constexpr, HAS_CHANNEL_SCALES: tl.constexpr,  # formats.py: KernelFormat
-    W_STRIDE: tl.constexpr,  # elements or words that W stores for an output
+    magic_number,  # see elements.py: int4_pair
+    N, n_many_tokens, N_FEW_TOKENS: tl.constexpr,
+    K: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
+    MULTIPLY: tl.constexpr, LAYOUT: tl.constexpr,  # formats.py: KernelFormat; weights.py: WeightLayout
+    TILE: tl.constexpr,  # weights.py: ProgramTile
     ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr,
     DTYPE: tl.constexpr,  # the type of both factors of the products
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_SLICES: tl.constexpr,
-    NUM_STAGES: tl.constexpr, PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
 ):
     """Computes y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 if IS_GATED. None as an argument means
@@ -97,102 +103,111 @@ def fused_linear_kernel(
     Grid with topk_ids: [N / BLOCK_N, M * TOP_K]. Axis 1 is the (token, expert) pairs. The first pair of an expert
     computes all pairs of that expert, so the expert is read once. The programs of its other pairs return at once.
 
-    For up to MMA_TOKENS tokens the number is a compile-time constant, N_TOKENS, so there is a kernel for each number.
-    For more it is the run-time argument n_tokens, and there is one kernel for each BLOCK_M."""
-    SLICE_K: tl.constexpr = BLOCK_K // K_SLICES
-    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N
+    N_FEW_TOKENS: the number of tokens up to MMA_TOKENS, else None. There is a kernel for each number.
+    n_many_tokens: the number of tokens above MMA_TOKENS, else None. There is a kernel for each BLOCK_M."""
+    # Prologue. Before pdl_wait a program reads only W
     N_OUT = N // 2 if IS_GATED else N
-    offs_n = program_outputs(tl.arange(0, BLOCK_N), BLOCK_OUT, N_OUT)
-    mask_n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_N) % BLOCK_OUT < N_OUT
+    w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, TILE)
     if USE_PDL and topk_ids_ptr is None:
-        prefetch_weights(w_ptr, N, N_OUT, W_STRIDE, IS_TILED, BLOCK_N, BLOCK_OUT, PREFETCH_BYTES, N_THREADS)
+        prefetch_weights(w, LAYOUT, TILE)
     pdl_wait(USE_PDL, TRIGGER_EARLY)
-
-    # Find the rows of x and y that belong to each token: at the index of the token, or of its pair with the expert
-    offs_m = tl.arange(0, BLOCK_M)
-    m_end = N_TOKENS if n_tokens is None else n_tokens
-    x_index, y_index, mask_m = offs_m, offs_m, offs_m < m_end
+    offs_m = tl.arange(0, TILE.BLOCK_M)
+    n_tokens = N_FEW_TOKENS if n_many_tokens is None else n_many_tokens
+    x_index, y_index, mask_m = offs_m, offs_m, offs_m < n_tokens  # the rows of x and y that belong to each token
     if topk_ids_ptr is not None:
         pair = tl.program_id(1)
         expert = tl.load(topk_ids_ptr + pair)
-        if N_TOKENS == 1:
+        if N_FEW_TOKENS == 1:
             x_ptr += pair * K if X_IS_PER_PAIR else 0
             y_ptr += pair * N_OUT
         else:
-            y_index, mask_m = pairs_of(expert, topk_ids_ptr, offs_m, m_end, TOP_K)
-            AFTER_ALL: tl.constexpr = (BLOCK_M if N_TOKENS is None else N_TOKENS) * TOP_K  # more than any pair
-            if tl.min(tl.where(mask_m, y_index, AFTER_ALL), axis=0) < pair:
+            y_index, mask_m, first_pair = pairs_of(expert, topk_ids_ptr, offs_m, n_tokens, TOP_K, N_FEW_TOKENS)
+            if first_pair < pair:
                 return
-            x_index = y_index if X_IS_PER_PAIR else x_index
-        first_output = expert * N  # among the outputs of all experts
-        w_ptr += first_output * W_STRIDE
-        if scales_ptr is not None:
-            scales_ptr += first_output * tl.cdiv(K, GROUP_SIZE)
-        if bias_ptr is not None:
-            bias_ptr += first_output
-
-    # Load the operands of the epilogue before the loop, so that the epilogue does not wait for memory. Only the
+            x_index = y_index if X_IS_PER_PAIR else offs_m
+        w, bias_ptr = weights_of_expert(w, bias_ptr, expert, K, LAYOUT)
+    # The operands of the epilogue are loaded before the loop, so that the epilogue does not wait for memory. Only the
     # residual of many tokens is loaded after the loop, since registers have no room for it during the loop
-    offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    y_offsets = y_index[None, :] * N_OUT + offs_out[:, None]  # [BLOCK_OUT, BLOCK_M]
-    mask_y = mask_m[None, :] & (offs_out < N_OUT)[:, None]
-    channel_scale, bias, residual = None, None, None
-    if HAS_CHANNEL_SCALES:
-        channel_scale = tl.load(scales_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    if residual_ptr is not None and n_tokens is None:
-        residual = tl.load(residual_ptr + y_offsets, mask=mask_y, other=0.0).to(tl.float32)
+    y_offsets, mask_y = output_offsets(y_index, mask_m, N_OUT, TILE.BLOCK_OUT)
+    channel_scale = load_column(w.scales_ptr if LAYOUT.HAS_CHANNEL_SCALES else None, w)
+    bias = load_column(bias_ptr, w)
+    residual = load_residual(residual_ptr if n_many_tokens is None else None, y_offsets, mask_y)
 
-    # Accumulate
-    acc = tl.zeros([K_SLICES, BLOCK_N, BLOCK_M], tl.float32)
+    # Loop
+    acc = tl.full([TILE.K_SLICES, TILE.BLOCK_N, TILE.BLOCK_M], 0.0, tl.float32)
     squares = ()
     if norm_weight_ptr is not None:
-        squares = zero_squares(N_TOKENS, K_SLICES, SLICE_K)
-    starts = slice_starts(IS_TILED, SLICE_K, K_SLICES)
-    w = ProgramWeights(w_ptr, scales_ptr, magic_number, offs_n, mask_n, N, N_OUT)
-    for k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
+        squares = zero_squares(N_FEW_TOKENS, TILE.K_SLICES, TILE.SLICE_K)
+    starts = slice_starts(LAYOUT.IS_TILED, TILE.SLICE_K, TILE.K_SLICES)
+    for k in tl.range(0, K, TILE.BLOCK_K, num_stages=TILE.NUM_STAGES):
         k_starts = k + starts  # [K_SLICES]
-        offs_k = slice_columns(k_starts, SLICE_K)  # [K_SLICES, SLICE_K]
-        x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_TOKENS, K, DTYPE)
+        offs_k = slice_columns(k_starts, TILE.SLICE_K)  # [K_SLICES, SLICE_K]
+        x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_FEW_TOKENS, K, DTYPE)
         if norm_weight_ptr is not None:
-            squares = add_squares(squares, x_ptr, offs_k, N_TOKENS, K)
-        acc = MULTIPLY(acc, x, w, k, k_starts, K, GROUP_SIZE, BLOCK_OUT)
+            squares = add_squares(squares, x_ptr, offs_k, N_FEW_TOKENS, K)
+        acc = MULTIPLY(acc, x, w, k, k_starts, K, LAYOUT.GROUP_SIZE, TILE.BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
     # Epilogue
-    if residual_ptr is not None and n_tokens is not None:
-        residual = tl.load(residual_ptr + y_offsets, mask=mask_y, other=0.0).to(tl.float32)
+    if n_many_tokens is not None:
+        residual = load_residual(residual_ptr, y_offsets, mask_y)
     y = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
-    if HAS_CHANNEL_SCALES:
+    if LAYOUT.HAS_CHANNEL_SCALES:
         y *= channel_scale
     if norm_weight_ptr is not None:
-        y *= inverse_rms(squares, eps, N_TOKENS, K, BLOCK_M)[None, :]
-    y = epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION, IS_GATED)  # [BLOCK_OUT, BLOCK_M]
+        y *= inverse_rms(squares, eps, N_FEW_TOKENS, K, TILE.BLOCK_M)[None, :]
+    operands = EpilogueOperands(bias, out_scale, softcap, clip, residual)
+    y = epilogue(y, operands, ACTIVATION, IS_GATED)  # [BLOCK_OUT, BLOCK_M]
     tl.store(y_ptr + y_offsets, y, mask=mask_y)
 
 
 @triton.jit
-def pairs_of(expert, topk_ids_ptr, token, m_end, TOP_K: tl.constexpr):
-    """Returns the pair of every token [BLOCK_M] with expert, and whether the token has this pair. A token has an expert
-    at most once."""
+def pairs_of(expert, topk_ids_ptr, token, n_tokens, TOP_K: tl.constexpr, N_FEW_TOKENS: tl.constexpr):
+    """Returns the pair of every token [BLOCK_M] with expert, whether the token has this pair, and the first such pair.
+    A token has an expert at most once."""
     pair, has_pair = token * TOP_K, token < 0
     for i in tl.static_range(TOP_K):
-        is_expert = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < m_end, other=-1) == expert
+        is_expert = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < n_tokens, other=-1) == expert
         pair = tl.where(is_expert, token * TOP_K + i, pair)
         has_pair |= is_expert
-    return pair, has_pair
+    AFTER_ALL: tl.constexpr = (token.shape[0] if N_FEW_TOKENS is None else N_FEW_TOKENS) * TOP_K  # more than any pair
+    return pair, has_pair, tl.min(tl.where(has_pair, pair, AFTER_ALL), axis=0)
+
+
+@triton.jit
+def output_offsets(y_index, mask_m, N_OUT, BLOCK_OUT: tl.constexpr):
+    """Returns where the outputs of the program are in y, for the rows y_index [BLOCK_M] of y, and which of them exist:
+    [BLOCK_OUT, BLOCK_M] both."""
+    offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    return y_index[None, :] * N_OUT + offs_out[:, None], mask_m[None, :] & (offs_out < N_OUT)[:, None]
+
+
+@triton.jit
+def load_column(ptr, w):
+    """Loads a number for each row of W that the program has: [BLOCK_N, 1], float32."""
+    if ptr is None:
+        return None
+    else:
+        return tl.load(ptr + w.offs_n, mask=w.mask_n, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def load_residual(residual_ptr, y_offsets, mask_y):
+    if residual_ptr is None:
+        return None
+    else:
+        return tl.load(residual_ptr + y_offsets, mask=mask_y, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_x(
-    x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_TOKENS: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr
+    x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_FEW_TOKENS: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Loads inputs offs_k [K_SLICES, SLICE_K] of the tokens at rows x_index [BLOCK_M] of x, and multiplies them with
     the weight of the norm: [K_SLICES, SLICE_K, BLOCK_M]."""
     mask_k = offs_k < K
-    if N_TOKENS == 1:  # the same token in every column
+    if N_FEW_TOKENS == 1:  # the same token in every column
         x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0)[:, :, None]
     else:
         x = tl.load(x_ptr + offs_k[:, :, None] + x_index * K, mask=mask_k[:, :, None] & mask_m, other=0.0)
@@ -203,85 +218,31 @@ def load_x(
 
 
 @triton.jit
-def zero_squares(N_TOKENS: tl.constexpr, K_SLICES: tl.constexpr, SLICE_K: tl.constexpr):
+def zero_squares(N_FEW_TOKENS: tl.constexpr, K_SLICES: tl.constexpr, SLICE_K: tl.constexpr):
     """Returns the first squares of add_squares: zeros [K_SLICES, SLICE_K] for every token, as a tuple."""
     squares = ()
-    for _ in tl.static_range(N_TOKENS):
+    for _ in tl.static_range(N_FEW_TOKENS):
         squares = squares + (tl.zeros([K_SLICES, SLICE_K], tl.float32),)
     return squares
 
 
 @triton.jit
-def add_squares(squares, x_ptr, offs_k, N_TOKENS: tl.constexpr, K: tl.constexpr):
+def add_squares(squares, x_ptr, offs_k, N_FEW_TOKENS: tl.constexpr, K: tl.constexpr):
     """Adds the squares of inputs offs_k [K_SLICES, SLICE_K] to squares, a tuple with a tensor for every token."""
     new = ()
-    for m in tl.static_range(N_TOKENS):
+    for m in tl.static_range(N_FEW_TOKENS):
         x = tl.load(x_ptr + offs_k + m * K, mask=offs_k < K, other=0.0).to(tl.float32)
         new = new + (squares[m] + x * x,)
     return new
 
 
 @triton.jit
-def inverse_rms(squares, eps, N_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
+def inverse_rms(squares, eps, N_FEW_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
     """Returns 1 / rms of every token: [BLOCK_M]."""
     offs_m, total = tl.arange(0, BLOCK_M), tl.zeros([BLOCK_M], tl.float32)
-    for m in tl.static_range(N_TOKENS):
+    for m in tl.static_range(N_FEW_TOKENS):
         total = tl.where(offs_m == m, tl.sum(tl.sum(squares[m], axis=1), axis=0), total)
     return tl.rsqrt(total / K + eps)
-
-
-@triton.jit
-def epilogue(y, bias, out_scale, softcap, clip, residual, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
-    """Applies what follows the product, in the order that kernels/ops.py gives: y and bias [BLOCK_N, BLOCK_M or 1],
-    residual [BLOCK_OUT, BLOCK_M] -> [BLOCK_OUT, BLOCK_M]."""
-    if bias is not None:
-        y += bias
-    if ACTIVATION is not None:
-        y = activate(y, ACTIVATION, IS_GATED)
-    if out_scale is not None:
-        y *= out_scale
-    if softcap is not None:
-        y = apply_softcap(y, softcap)
-    if clip is not None:
-        y = tl.clamp(y, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
-    if residual is not None:
-        y += residual
-    return y
-
-
-@triton.jit
-def activate(y, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
-    """Computes activation(gate) * up [F, M] of y [2 F, M], gate above up. If not IS_GATED, computes activation(y).
-    A new activation is one more branch."""
-    if IS_GATED:
-        halves = tl.reshape(y, [2, y.shape[0] // 2, y.shape[1]])
-        gate, up = tl.split(tl.permute(halves, [1, 2, 0]))
-    else:
-        gate, up = y, None
-    if ACTIVATION == "swiglu":
-        gate *= tl.sigmoid(gate)
-    elif ACTIVATION == "geglu":
-        gate *= 0.5 * (1 + tl.erf(0.70710678 * gate))
-    elif ACTIVATION == "relu2":
-        gate = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        gate *= gate
-    elif ACTIVATION == "geglu_tanh" or ACTIVATION == "gelu_pytorch_tanh":
-        # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691 = 2 sqrt(2 / pi)
-        gate *= tl.sigmoid(1.5957691 * (gate + 0.044715 * gate * gate * gate))
-    else:
-        tl.static_assert(ACTIVATION == "clamped_swiglu", "no kernel for this activation")
-        gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1
-        gate *= tl.sigmoid(1.702 * gate)
-    if IS_GATED:
-        gate *= up
-    return gate
-
-
-@triton.jit
-def apply_softcap(x, softcap):
-    """Returns softcap * tanh(x / softcap), which stays between -softcap and softcap."""
-    return softcap * (2 * tl.sigmoid(2 / softcap * x) - 1)
 
 
 @triton_op
@@ -307,24 +268,27 @@ def fused_linear(
     if norm_weight is not None and not has_few_tokens:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
     format, tiles = kernel_format(w.format_id), choose_tiles(x, w.format_id, n, is_gated, group_size, n_tokens)
-    block_k = tiles.num_warps * tiles.warp_k
     slice_k = min(64, tiles.warp_k)
     if format.has_slice_scales(group_size, k):
         slice_k = min(slice_k, group_size)
+    block_k = tiles.num_warps * tiles.warp_k
     grid = triton.cdiv(n, tiles.block_n), n_pairs
     fused_linear_kernel[grid](
         w_ptr=w.weight, scales_ptr=w.scales, bias_ptr=bias, x_ptr=x, norm_weight_ptr=norm_weight,
         residual_ptr=residual, topk_ids_ptr=topk_ids, y_ptr=y,
         eps=eps, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None,
-        magic_number=magic_number(x.dtype), N=n, K=k, GROUP_SIZE=group_size,
-        n_tokens=None if has_few_tokens else n_tokens, N_TOKENS=n_tokens if has_few_tokens else None,
-        TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens,
-        MULTIPLY=format.multiply, IS_TILED=format.is_tiled,
-        HAS_CHANNEL_SCALES=format.has_channel_scales(group_size, k), W_STRIDE=format.stride(w.weight),
+        magic_number=magic_number(x.dtype),
+        N=n, n_many_tokens=None if has_few_tokens else n_tokens, N_FEW_TOKENS=n_tokens if has_few_tokens else None,
+        K=k, TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens, MULTIPLY=format.multiply,
+        LAYOUT=WeightLayout(
+            format.is_tiled, format.stride(w.weight), group_size, format.has_channel_scales(group_size, k)
+        ),
+        TILE=ProgramTile(
+            BLOCK_M=max(min_block_m(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
+            BLOCK_OUT=tiles.block_n // 2 if is_gated else tiles.block_n, BLOCK_K=block_k, SLICE_K=slice_k,
+            K_SLICES=block_k // slice_k, NUM_STAGES=tiles.num_stages,
+        ),
         ACTIVATION=ACTIVATION_NAMES[activation], IS_GATED=is_gated, DTYPE=dot_dtype(x),
-        BLOCK_M=max(min_block_m(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
-        BLOCK_K=block_k, K_SLICES=block_k // slice_k,
-        NUM_STAGES=tiles.num_stages, PREFETCH_BYTES=PREFETCH_BYTES, N_THREADS=32 * tiles.num_warps,
         num_warps=tiles.num_warps,
         **pdl_options(x.device, grid),
     )

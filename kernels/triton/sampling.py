@@ -191,7 +191,7 @@ def sample(
     grid = n_blocks, batch
     sample_kernel[grid](
         logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, block_scores_ptr=block_scores,
-        block_tokens_ptr=block_tokens, semaphores_ptr=semaphores(logits.device),
+        block_tokens_ptr=block_tokens, semaphores_ptr=semaphores(logits.device, batch),
         block_sums_ptr=logits.new_empty(2, batch, n_blocks) if truncates else None, sums_ptr=sums,
         temperature=temperature, V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks,
         N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
@@ -201,7 +201,7 @@ def sample(
         grid = n_blocks, batch
         truncate_kernel[grid](
             logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, sums_ptr=sums,
-            block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device),
+            block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device, batch),
             temperature=temperature, top_p=top_p, min_p=min_p, V=vocab_size, BLOCK_V=TRUNCATE_BLOCK_V,
             N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), num_warps=TRUNCATE_WARPS,
             **pdl_options(logits.device, grid),

@@ -1,6 +1,7 @@
 """Where the elements of a weight W [N, K] are stored for the Triton kernels, and how a program loads a part of W.
 
     program_outputs    which outputs, that is rows of W, a program computes
+    program_weights, weights_of_expert    the ProgramWeights of a program, and of one of its experts
     prefetch_weights   prefetches the first weights of a program into the L2 cache
     slice_starts, load_rows, load_tiles, load_slice_scales    load what one step of fused_linear's loop multiplies
     load_scales        loads the scales of a tile that is dequantized
@@ -20,6 +21,29 @@ import triton.language as tl
 
 TILE_N, TILE_K = tl.constexpr(16), tl.constexpr(64)  # rows and columns of a tile
 TILE_WORDS = tl.constexpr(128)
+# Bytes of W that a program prefetches before it waits for the previous kernel: about what the loop has in flight
+PREFETCH_BYTES = tl.constexpr(16384)
+
+
+class WeightLayout(NamedTuple):
+    """How W is stored (formats.py: KernelFormat)."""
+
+    IS_TILED: bool
+    STRIDE: int  # elements or words of an output
+    GROUP_SIZE: int
+    HAS_CHANNEL_SCALES: bool
+
+
+class ProgramTile(NamedTuple):
+    """The sizes of a program's products (drawn in linear.py), derived from launch.py: TileConfig."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_OUT: int  # BLOCK_N, or BLOCK_N / 2 with a gated activation
+    BLOCK_K: int
+    SLICE_K: int
+    K_SLICES: int
+    NUM_STAGES: int
 
 
 class ProgramWeights(NamedTuple):
@@ -51,23 +75,39 @@ def program_outputs(i, BLOCK_OUT: tl.constexpr, N_OUT):
 
 
 @triton.jit
-def prefetch_weights(
-    w_ptr, N, N_OUT,
-    W_STRIDE: tl.constexpr, IS_TILED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    PREFETCH_BYTES: tl.constexpr, N_THREADS: tl.constexpr,
-):
+def program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, TILE: tl.constexpr):
+    i = tl.arange(0, TILE.BLOCK_N)
+    offs_n = program_outputs(i, TILE.BLOCK_OUT, N_OUT)
+    mask_n = tl.program_id(0) * TILE.BLOCK_OUT + i % TILE.BLOCK_OUT < N_OUT
+    return ProgramWeights(w_ptr, scales_ptr, magic_number, offs_n, mask_n, N, N_OUT)
+
+
+@triton.jit
+def weights_of_expert(w, bias_ptr, expert, K: tl.constexpr, LAYOUT: tl.constexpr):
+    """Returns w and bias_ptr at the matrix of expert, from those at the first expert of a stack [E, N, K]."""
+    first_output = expert * w.N  # among the outputs of all experts
+    w_ptr, scales_ptr = w.ptr + first_output * LAYOUT.STRIDE, w.scales_ptr
+    if scales_ptr is not None:
+        scales_ptr += first_output * tl.cdiv(K, LAYOUT.GROUP_SIZE)
+    if bias_ptr is not None:
+        bias_ptr += first_output
+    return ProgramWeights(w_ptr, scales_ptr, w.magic_number, w.offs_n, w.mask_n, w.N, w.N_OUT), bias_ptr
+
+
+@triton.jit
+def prefetch_weights(w, LAYOUT: tl.constexpr, TILE: tl.constexpr):
     """Prefetches the first PREFETCH_BYTES of the weights of a program into the L2 cache. They are shared out equally
     among the units of the program: a unit is a row or, if IS_TILED, 16 rows, which are stored together. One thread
     requests all bytes of a unit, since many small requests are slow."""
-    UNIT_N: tl.constexpr = TILE_N if IS_TILED else 1  # rows of a unit
-    N_UNITS: tl.constexpr = BLOCK_N // UNIT_N
-    UNIT_BYTES: tl.constexpr = UNIT_N * W_STRIDE * w_ptr.dtype.element_ty.primitive_bitwidth // 8
+    UNIT_N: tl.constexpr = TILE_N if LAYOUT.IS_TILED else 1  # rows of a unit
+    N_UNITS: tl.constexpr = TILE.BLOCK_N // UNIT_N
+    UNIT_BYTES: tl.constexpr = UNIT_N * LAYOUT.STRIDE * w.ptr.dtype.element_ty.primitive_bitwidth // 8
     PREFETCHED: tl.constexpr = min(UNIT_BYTES, PREFETCH_BYTES // N_UNITS) // 16 * 16  # bytes of a unit
     if PREFETCHED > 0 and UNIT_BYTES % 16 == 0:  # the instruction takes multiples of 16
-        thread = tl.arange(0, N_THREADS)
-        unit = program_outputs(thread % N_UNITS, BLOCK_OUT // UNIT_N, N_OUT // UNIT_N)
-        unit = tl.minimum(unit, tl.cdiv(N, UNIT_N) - 1)
-        address = w_ptr.to(tl.int64) + unit.to(tl.int64) * UNIT_BYTES
+        thread = tl.arange(0, tl.extra.cuda.num_threads())
+        unit = program_outputs(thread % N_UNITS, TILE.BLOCK_OUT // UNIT_N, w.N_OUT // UNIT_N)
+        unit = tl.minimum(unit, tl.cdiv(w.N, UNIT_N) - 1)
+        address = w.ptr.to(tl.int64) + unit.to(tl.int64) * UNIT_BYTES
         size = tl.where(thread < N_UNITS, PREFETCHED, 0)
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",

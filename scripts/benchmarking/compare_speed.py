@@ -26,6 +26,7 @@ from config import ModelConfig
 from engine.generation import generate
 from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
+from engine.step_bytes import step_bytes
 from loading import load_model
 from model import KVCache, Transformer
 from scripts.benchmarking.speed import seconds_of_steps
@@ -112,14 +113,14 @@ def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
     sizes = {}
     for name, file in files.items():
         if file.suffix == ".pth":
-            sizes[name] = load(file).step_bytes(n_attended)
+            sizes[name] = step_bytes(load(file), n_attended)
         else:
             sizes[name] = gguf_active_weight_bytes(file, model.config) + cache_bytes
     return sizes
 
 
 def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
-    """Returns the bytes of a GGUF's weights that a decode step reads, as Transformer.active_weight_bytes does."""
+    """Returns the bytes of weights that a decode step reads, for a GGUF (engine/step_bytes.py: active_weight_bytes)."""
     from converters.gguf_file import read_gguf
 
     _, tensors = read_gguf(file)

@@ -22,15 +22,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
 
 from scripts.benchmarking.speed import copy_bandwidth, find_config
 from utils.errors import UsageError
-
-ROOT = Path(__file__).resolve().parents[2]
+from utils.files import ROOT
 
 FLAGS = {"bf16": [], "int8": ["--mode", "int8"], "int4": ["--mode", "int4", "--groupsize", "64"]}  # by format
 MODELS = [f"Llama-3.1-8B {format}" for format in FLAGS] + ["Mixtral-8x7B int8", "Llama-3-70B int4"]

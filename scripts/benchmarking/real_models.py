@@ -23,14 +23,14 @@ import torch
 from checkpoint import read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
-from converters.resolve import ensure_converted
+from converters.checkpoint_path import ensure_converted
 from model import empty_model
 from quantize import GROUP_SIZE_MODES, QUANTIZERS
 from scripts import tables
 from utils.errors import UsageError
+from utils.files import ROOT
 from utils.machine import pick_device, read_bandwidth
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 5
 
 # ---- Quantization ----------------------------------------------------------------------------------------------------

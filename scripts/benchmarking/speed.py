@@ -27,8 +27,9 @@ from engine.runner import ModelRunner
 from engine.sampling import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.step_bytes import active_weight_bytes, step_bytes
 from kernels.formats import Tensors, Unquantized, WeightFormat
-from layers import Embedding, Linear, RMSNorm
+from layers import Embedding, Linear, LinearBase, RMSNorm
 from model import KVCache, Transformer, empty_model
 from utils.errors import UsageError
 from utils.files import read_json
@@ -76,24 +77,19 @@ def random_model(config: ModelConfig, format: WeightFormat, device: torch.device
     model = empty_model(config).to(dtype)
     for _, linear in model.quantizable_linears():
         linear.set_format(format)
-    is_tied = config.tie_embeddings and format == Unquantized()
-    if is_tied:
-        model.lm_head.weight = None  # otherwise to_empty allocates memory for the weight
+    if config.tie_embeddings and format == Unquantized():  # quantize.py gives a quantized head its own weight
+        model.tie_embedding()
     model.to_empty(device=device)
-    if is_tied:
-        model.lm_head.weight = model.embed_tokens.weight
     for module in model.modules():
         fill_randomly(module)
     return model.eval().requires_grad_(False)
 
 
-def random_linear(
-    shape: tuple[int, ...], format: WeightFormat, device: torch.device, dtype: torch.dtype, kind: type[Linear] = Linear
-) -> Linear:
-    """Makes a linear layer. shape: of the weight, [N, K], or [E, N, K] for experts."""
-    *experts, out_features, in_features = shape
+def random_linear(shape: tuple[int, int], format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Linear:
+    """Makes a linear layer. shape: of the weight, [N, K]."""
+    out_features, in_features = shape
     with torch.device("meta"):
-        linear = kind(in_features, out_features, n_experts=experts[0] if experts else None).to(dtype)
+        linear = Linear(in_features, out_features).to(dtype)
     linear.set_format(format)
     linear.to_empty(device=device)
     fill_randomly(linear)
@@ -107,14 +103,14 @@ def fill_randomly(module: nn.Module):
         module.weight.fill_(1)
     elif isinstance(module, Embedding):
         module.weight.normal_(std=module.weight.shape[-1] ** -0.5)
-    elif isinstance(module, Linear):
+    elif isinstance(module, LinearBase):
         module.format.fill_randomly(module.tensors(), std=module.in_features**-0.5)
         if module.bias is not None:
             module.bias.zero_()
 
 
 def checkpoint_tensors(model: Transformer) -> Tensors:
-    """Returns the tensors of model as a checkpoint holds them: without a tied head, which is the embedding."""
+    """Returns the tensors of model as a checkpoint holds them: those of a tied head only as the embedding's."""
     tensors = model.state_dict()
     if model.is_tied:
         del tensors["lm_head.weight"]
@@ -189,12 +185,12 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     read_after = read_bandwidth(device)
     positions = range(n_prompt, n_prompt + n_new - 1)  # prefill makes the first new token
     n_attended = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
-    bytes_per_second = model.step_bytes(n_attended) / seconds
+    bytes_per_second = step_bytes(model, n_attended) / seconds
     return {
         "compile_seconds": compile_seconds,
         "kv_bytes": model.kv_bytes_per_token() * kv_cache.max_seq_len,
         "peak_memory_bytes": peak,
-        "model_bytes": model.active_weight_bytes(),
+        "model_bytes": active_weight_bytes(model),
         "decode_tokens_per_sec": 1 / seconds,
         "decode_gb_per_sec": bytes_per_second / 1e9,
         "read_gb_per_sec_before": read_before / 1e9,

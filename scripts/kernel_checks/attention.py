@@ -13,8 +13,8 @@ ATTENTION_OPTIONS = ("sinks", "scale", "softcap", "wide_norms", "alibi")
 
 
 def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list, options: tuple):
-    """Checks attention of sequences at different positions. The cache holds NaN where nothing has been written yet. It
-    is a view of a longer cache. Compares the output and the whole longer cache: only new tokens may change it.
+    """Checks attention of sequences at different positions. The cache is a view of a longer cache, and holds NaN where
+    nothing has been written yet. Compares the output and the whole longer cache, which only new tokens may change.
 
     caches: tuples (number of new tokens, position of the first new token in every sequence, max_seq_len)."""
     n_heads, n_kv_heads, head_dim = heads

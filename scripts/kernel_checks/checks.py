@@ -113,8 +113,8 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
     experts = [(4, 64, 48, True, (1, 7, 65 if dtype == torch.float32 else 9))]
     if dtype == torch.float16:
         experts = [(4, 64, 64, True, (12,))]
-    if dtype == torch.float32:
-        experts += [(4, 64, ffn_dim, False, (1, 7, 65)) for ffn_dim in (40, 44)]  # PyTorch computes some of it
+    if dtype == torch.float32:  # PyTorch computes the parts of these sizes that no kernel takes
+        experts += [(4, 64, ffn_dim, False, (1, 7, 65)) for ffn_dim in (40, 44)]
     many_linears = [(38, 136, False, (33,))] if dtype == torch.float16 else []
     few_linears = [(70, 160, True, (3, 16) if dtype == torch.float16 else (3,))]
     if dtype == torch.bfloat16:  # the interpreter computes in float32
@@ -133,8 +133,8 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
 
 
 def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
-    """Returns all checks. They are partials of functions at module level, so that pickle can send them to other
-    processes."""
+    """Returns all checks. A check is a partial of a function at module level, since pickle can send such a partial to
+    another process."""
     checks = [partial(check_linear, dtype, *case) for case in product(FORMATS, sizes.linears)]
     checks += [partial(check_random_linear, dtype, *case) for case in product(FORMATS, sizes.random_linears)]
     checks += [partial(check_rows, dtype, *case) for case in product(FORMATS, sizes.matrices)]

@@ -21,7 +21,7 @@ from kernels.backend import Backend
 from kernels.formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
 from kernels.formats.integers import AffineFormat
 from kernels.schema import AttentionParams, LayerCache, PositionTables
-from layers import Embedding, Linear, RMSNorm
+from layers import Embedding, Linear, LinearBase, RMSNorm
 from scripts.kernel_checks import error_bounds as bounds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,7 +30,7 @@ QUANTIZED = FORMATS[1:]
 EXAMPLES = [format for format_class in formats.FORMATS for format in format_class.examples()]
 CPU_FORMATS = EXAMPLES
 TRITON_FORMATS = [*FORMATS, Int4(32, torch.float16)]
-TRITON_FORMATS += [  # those that have a method pack_for_triton have kernels
+TRITON_FORMATS += [  # a format with a method pack_for_triton has kernels
     format for format in EXAMPLES
     if format not in FORMATS and type(format).pack_for_triton is not WeightFormat.pack_for_triton
 ]
@@ -71,10 +71,10 @@ def format_label(value) -> str:
 
 
 def make_linear(
-    n: int, k: int, format, dtype: torch.dtype, n_experts: int | None = None, bias: bool = False, kind=Linear, **options
+    n: int, k: int, format, dtype: torch.dtype, bias: bool = False, kind: type[LinearBase] = Linear, **options
 ):
-    """Makes a random Linear, not packed for the kernels."""
-    w = kind(k, n, bias, n_experts, **options)
+    """Makes a random layer of class kind, not packed for the kernels."""
+    w = kind(k, n, bias, **options)
     torch.nn.init.normal_(w.weight)
     if bias:
         w.set_tensor("bias", torch.randn(w.bias.shape).to(dtype))
@@ -96,14 +96,14 @@ def set_weight(matrix, w: torch.Tensor, format):
 
 def use_triton(module: torch.nn.Module) -> torch.nn.Module:
     """Switches all linear layers of module to the Triton kernels."""
-    linears = [m for m in module.modules() if isinstance(m, Linear)]
+    linears = [m for m in module.modules() if isinstance(m, LinearBase)]
     kernels.pack_for_triton(linears)
     assert all(w.backend.name == "triton" for w in linears)
     return module
 
 
-def matrix_and_bias(w: Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns W [..., N, K] and the bias of a Linear, in float64."""
+def matrix_and_bias(w: LinearBase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns W [..., N, K] and the bias of a layer, in float64."""
     bias = torch.zeros(()) if w.bias is None else w.bias
     return w.dequantized_weight(torch.float32).double(), bias.double()
 

@@ -1,4 +1,4 @@
-"""Resolves --checkpoint_path, which may be a model.pth, a folder that holds a model, or a GGUF file.
+"""Finds the model.pth of --checkpoint_path, which may be a model.pth, a folder that holds a model, or a GGUF file.
 
     path = ensure_converted(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # model.pth in the folder, made if missing
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from config import ModelConfig
-from converters.quantized_weight import LazyWeight
+from converters.quantized_weight import QuantizedWeight
 
 # Our module in model.pth -> the canonical modules whose weights are concatenated along dim 0 to our weight
 CANONICAL_PARTS = {
@@ -46,8 +46,8 @@ MOE_CANONICAL_PARTS = CANONICAL_PARTS | {
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-StateDict = dict[str, Tensor | LazyWeight]  # by Hugging Face's names or, after renaming, by canonical names
-TensorReader = Callable[[str], Tensor | LazyWeight]  # canonical name of a tensor -> the tensor with its data
+StateDict = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names or, after renaming, by canonical names
+TensorReader = Callable[[str], Tensor | QuantizedWeight]  # canonical name of a tensor -> the tensor with its data
 
 
 @dataclass
