@@ -90,9 +90,10 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def has_truncation(self) -> bool:
-        """Whether an option excludes tokens. Then no kernel draws, since a kernel draws from the whole vocabulary."""
-        return any(option.default is None and getattr(self, option.name) is not None for option in fields(self))
+    def truncation(self) -> dict[str, float]:
+        """The options that exclude tokens. A kernel draws only if it takes all of them."""
+        names = [option.name for option in fields(self) if option.default is None]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def needs_token_ids(self) -> bool:
@@ -147,15 +148,13 @@ def sample(
     """float32 logits [B, V] -> token ids [B]. The id is -1 for a sequence whose logits are not finite.
 
     backend: the model's; one of its kernels samples if it can.
-    uniform: the random numbers of multinomial; None: PyTorch's generator makes them.
+    uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
     temperatures: one for each sequence, float32 [B, 1] and positive, in place of sampling's; only with uniform."""
-    kernel_can_sample = (
-        backend.can_sample(sampling.is_greedy)
-        and (sampling.is_greedy or not sampling.has_truncation)
-        and (sampling.is_greedy or uniform is None)  # a kernel does not take uniform
-    )
-    if kernel_can_sample:
-        return ops.sample(logits, sampling.temperature, backend)
+    options = {} if sampling.is_greedy else sampling.truncation
+    if backend.can_sample(options, uniform is not None):
+        return ops.sample(
+            logits, sampling.temperature, backend, uniform=uniform, temperatures=temperatures, **options
+        )
     if sampling.is_greedy:
         tokens = logits.argmax(-1)
     else:

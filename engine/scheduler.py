@@ -279,7 +279,7 @@ def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TO
             continue
         uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in group])
         temperatures = logits.new_tensor([[sequence.sampling.temperature] for sequence in group])
-        ids[indices] = sample(rows, options, uniform=uniform.to(logits.device), temperatures=temperatures)
+        ids[indices] = sample(rows, options, backend, uniform.to(logits.device), temperatures)
     return ids
 
 

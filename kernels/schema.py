@@ -228,6 +228,10 @@ def fake_dequantize(*, w, k, dtype):
 
 
 # Takes the logits that a tape computes, so it comes after the tape.
-@define("sample(Tensor logits, Tensor? noise, float temperature) -> Tensor", recordable=False)
-def fake_sample(logits, *_):
+@define(
+    "sample(Tensor logits, Tensor? random, *, float temperature, Tensor? temperatures, int top_k, float top_p, "
+    "float min_p) -> Tensor",
+    recordable=False,
+)
+def fake_sample(logits, random, **_):
     return logits.new_empty(len(logits), dtype=torch.int64)

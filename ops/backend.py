@@ -26,7 +26,7 @@ such as exp differ. scripts/kernel_checks/ has the bounds of the errors.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -54,14 +54,17 @@ class Backend:
     more tokens, and operations that are not in the table.
     max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
     query heads of a key/value head.
-    draws_samples: whether the kernel of sample draws random tokens. Otherwise the kernel finds the likeliest token."""
+    sample_options: the options of engine/sampling.py: SamplingParams that exclude tokens and that the kernel of sample
+    takes.
+    takes_uniform: whether this kernel takes random numbers and temperatures for each sequence."""
 
     name: str
     namespace: str | None = None
     max_tokens: dict[str, float] = field(default_factory=dict)
     max_new_tokens: float = math.inf
     max_queries: float = math.inf
-    draws_samples: bool = False
+    sample_options: frozenset[str] = frozenset()
+    takes_uniform: bool = False
 
     @property
     def ops(self):
@@ -87,9 +90,10 @@ class Backend:
         has_kernels = batch_size * n_new_tokens <= min(self.max_tokens.values(), default=0)
         return has_kernels and self.find_attention_kernel(batch_size, n_new_tokens, heads_per_kv_head) is not None
 
-    def can_sample(self, is_greedy: bool) -> bool:
-        """Whether there is a kernel of sample. is_greedy: the likeliest token is wanted, not a random one."""
-        return self.namespace is not None and (is_greedy or self.draws_samples)
+    def can_sample(self, options: Iterable[str] = (), has_uniform: bool = False) -> bool:
+        """Whether there is a kernel of sample, which takes options, and random numbers if has_uniform."""
+        takes_all = self.sample_options.issuperset(options) and (self.takes_uniform or not has_uniform)
+        return self.namespace is not None and takes_all
 
     def with_limits(self, **max_tokens: float) -> "Backend":
         """This backend with other limits, by operation."""
@@ -103,6 +107,8 @@ CPU = Backend(
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *PRODUCTS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
+    sample_options=frozenset(["top_k", "top_p", "min_p"]),
+    takes_uniform=True,
 )
 TRITON = Backend(
     "triton",
@@ -110,7 +116,7 @@ TRITON = Backend(
     dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *PRODUCTS], MAX_TRITON_TOKENS),
     MAX_TRITON_NEW_TOKENS,
     MAX_TRITON_QUERIES,
-    draws_samples=True,
+    sample_options=frozenset(["top_p", "min_p"]),
 )
 
 

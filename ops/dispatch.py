@@ -10,6 +10,7 @@ can record a step as a flat list of operations (kernels/record.py).
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
     route              the router's choice of experts
     experts_gate_up, experts_down      the matrix products with the weights of the chosen experts
+    sample             the next token, drawn or the likeliest
 
 An operation asks a backend for a kernel: the backend of its layer, or the argument backend. Without a kernel it calls
 torch_ops.py. backend.py lists the backends, their limits, and how their rounding differs.
@@ -29,7 +30,7 @@ from torch import Tensor
 from config import is_gated
 from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, LayerCache, PositionTables
 from ops import torch_ops
-from ops.backend import Backend
+from ops.backend import CPU, Backend
 
 if TYPE_CHECKING:  # layers.py imports this file
     from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
@@ -210,14 +211,25 @@ def experts_down(
     )
 
 
-def sample(logits: Tensor, temperature: float, backend: Backend) -> Tensor:
-    """Draws a token [B] for every row of float32 logits [B, V], with probabilities softmax(logits / temperature). At
-    temperature 0, the only one that the C++ kernel takes, it is the likeliest token. A row with a logit that is not
-    finite gives -1. engine/sampling.py does the same in PyTorch."""
-    logits, noise = contiguous(logits), None
-    if temperature > 0:
-        noise = torch.empty_like(logits, dtype=torch.float64).exponential_()
-    return backend.ops.sample(logits, noise, temperature)
+def sample(
+    logits: Tensor, temperature: float, backend: Backend, *, top_k: int | None = None, top_p: float | None = None,
+    min_p: float | None = None, uniform: Tensor | None = None, temperatures: Tensor | None = None,
+) -> Tensor:
+    """Draws a token [B] for every row of float32 logits [B, V], as engine/sampling.py: sample does in PyTorch. At
+    temperature 0 it is the likeliest token. A row with a logit that is not finite gives -1.
+
+    top_k, uniform, temperatures: only with a backend that can take them (Backend.can_sample)."""
+    logits, random = contiguous(logits), None
+    if temperature > 0 and backend.name == CPU.name:
+        if uniform is None:
+            uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+        random = contiguous(uniform)
+    elif temperature > 0:
+        random = torch.empty_like(logits, dtype=torch.float64).exponential_()
+    return backend.ops.sample(
+        logits, random, temperature=temperature, temperatures=contiguous(temperatures), top_k=top_k or 0,
+        top_p=1.0 if top_p is None else top_p, min_p=min_p or 0.0,
+    )
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -10,7 +10,8 @@
     kernels/                        test_record, test_kernels_builds
     formats/                        test_quantize
     ops/                            test_kernels, test_triton, test_kernels_builds
-    kernels/csrc/                   test_kernels, test_kernels_attention, test_kernels_experts, test_threads
+    kernels/csrc/                   test_kernels, test_kernels_attention, test_kernels_experts,
+                                    test_kernels_sampling, test_threads
     kernels/triton/                 test_triton, test_triton_launch
     converters/                     test_convert, test_hf_config, test_hf_quantized, test_hf_quantized_broken,
                                     test_lora, test_meta; of GGUF test_convert_gguf, test_gguf_quantized,

@@ -1,4 +1,4 @@
-"""What the tests of the C++ kernels share (test_kernels.py, test_kernels_attention.py, test_kernels_experts.py)."""
+"""What the tests of the C++ kernels share (test_kernels.py and the other test_kernels_*.py)."""
 
 import pytest
 import torch

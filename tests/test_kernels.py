@@ -1,6 +1,6 @@
-"""kernels/csrc/ against ops/torch_ops.py: odd shapes, every format. Here are products, norms, embeddings and the
-likeliest token; test_kernels_attention.py and test_kernels_experts.py have the rest. test_kernels_builds.py runs all of
-them on the code for other CPUs."""
+"""kernels/csrc/ against ops/torch_ops.py: odd shapes, every format. Here are products, norms and
+embeddings; test_kernels_attention.py, test_kernels_experts.py and test_kernels_sampling.py have the rest.
+test_kernels_builds.py runs all of them on the code for other CPUs."""
 
 import copy
 import math
@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-import kernels.build
 import ops
 from config import ACTIVATIONS, is_gated
 from formats import MXFP4, Float8, Int4, Int8, Unquantized
@@ -376,36 +375,3 @@ def test_rms_norm(dtype):
             bounds.check(norm(x, residual), total, bound + bounds.rounding_error(total, dtype))
     with pytest.raises(RuntimeError, match="shape"):
         norm(x[:, :2], residual[:, :1])
-
-
-# ---- The likeliest token --------------------------------------------------------------------------------------------
-
-
-@built
-@pytest.mark.parametrize("vocab_size", [1, 15, 17, 511, 513, 5000, 49152])
-def test_likeliest_token(vocab_size):
-    """As PyTorch's argmax: of tied tokens the first, -1 where a logit is not finite, wherever these are."""
-    assert kernels.build.library()
-    logits = torch.randn(70, vocab_size, generator=torch.Generator().manual_seed(0))
-    for i in range(10):
-        logits[i, [i * vocab_size // 10, -1]] = 9.0  # ties, in two parts of the vocabulary
-    logits[10], logits[11], logits[12] = 0.0, -3e38, -0.0
-    logits[12, -1] = 0.0  # equal to -0.0
-    for i, value in enumerate([torch.nan, torch.inf, -torch.inf] * 3):
-        logits[20 + i, [0, vocab_size // 2, -1][i // 3]] = value
-    expected = logits.argmax(-1)
-    expected[20:29] = -1
-    assert torch.equal(ops.sample(logits, 0.0, ops.CPU), expected)
-    assert torch.equal(ops.sample(logits[:, None].expand(70, 2, vocab_size)[:, -1], 0.0, ops.CPU), expected)
-    for i in (0, 25):
-        assert ops.sample(logits[i : i + 1], 0.0, ops.CPU) == expected[i]
-
-
-@built
-def test_logits_that_the_kernel_does_not_take():
-    assert kernels.build.library()
-    for wrong in (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(3), torch.zeros(0, 3)):
-        with pytest.raises(RuntimeError, match="logits must be float32"):
-            ops.sample(wrong, 0.0, ops.CPU)
-    with pytest.raises(RuntimeError, match="only finds the likeliest"):
-        ops.sample(torch.zeros(2, 3), 0.5, ops.CPU)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
+import ops
 from engine.generation import PlainGenerator
 from engine.runner import ModelRunner
 from engine.sampling import SamplingParams, probabilities, sample, seen_token_mask, store_token_ids
@@ -183,9 +184,16 @@ def test_top_p_compiled():
 def test_options_that_change_nothing_are_off():
     """So sample may use the GPU's kernel, and the scheduler samples such requests together."""
     sampling = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
-    assert sampling == SamplingParams(0.8, repetition_penalty=1.1) and not sampling.has_truncation
+    assert sampling == SamplingParams(0.8, repetition_penalty=1.1) and not sampling.truncation
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
-        assert SamplingParams(0.8, **options).has_truncation
+        assert SamplingParams(0.8, **options).truncation == options
+
+
+def test_no_kernel_draws_with_an_option_that_it_does_not_take():
+    for backend, options in ((ops.CPU, {"top_k", "top_p", "min_p"}), (ops.TRITON, {"top_p", "min_p"})):
+        assert backend.can_sample(options) and not backend.can_sample(options | {"top_n_sigma"})
+    assert ops.CPU.can_sample(has_uniform=True) and not ops.TRITON.can_sample(has_uniform=True)
+    assert not ops.TORCH.can_sample()
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens():

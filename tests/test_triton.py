@@ -244,8 +244,8 @@ def test_router_of_nan(logits, norm_topk_prob):
 def test_sample_of_what_is_not_finite(value):
     logits = torch.randn(2, 3000)
     logits[1, 2500] = value
-    for temperature in (0.0, 1.0):
-        tokens = ops.sample(logits, temperature, ops.TRITON)
+    for temperature, options in ((0.0, {}), (1.0, {}), (1.0, {"top_p": 0.9}), (1.0, {"min_p": 0.1})):
+        tokens = ops.sample(logits, temperature, ops.TRITON, **options)
         assert tokens[0] >= 0 and tokens[1] == -1
 
 

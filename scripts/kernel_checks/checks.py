@@ -40,6 +40,7 @@ from scripts.kernel_checks.exact_results import (
     factor_dtype,
     format_label,
     integers,
+    kept_tokens,
     make_linear,
     make_norm,
     matrix_and_bias,
@@ -364,7 +365,7 @@ def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int
 
 def check_sample(vocab_size: int):
     """Checks that greedy sampling finds the first of the likeliest tokens, or returns -1 if a logit is not finite. With
-    noise, checks the score of the chosen token."""
+    noise, checks the score of the chosen token, the best one of those that top_p and min_p keep."""
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, -1
@@ -372,11 +373,15 @@ def check_sample(vocab_size: int):
     yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
     logits = torch.randn(3, vocab_size)
     noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
-    for temperature in (1e-30, 0.7, 1e30):
-        ours = torch.ops.gptfast_triton.sample(logits, noise, temperature)
+    for temperature, top_p, min_p in product((1e-30, 0.7, 1e30), (1.0, 0.613, 1e-9), (0.0, 0.05)):
+        ours = torch.ops.gptfast_triton.sample(
+            logits, noise, temperature=temperature, temperatures=None, top_k=0, top_p=top_p, min_p=min_p
+        )
         scores = logits - temperature * noise.float().log()
-        chosen, bound = scores.gather(-1, ours[:, None])[:, 0], 4 * U32 * scores.abs().amax(-1)
-        case = f"{vocab_size} tokens at temperature {temperature}"
+        bound = 4 * U32 * scores.abs().amax(-1)
+        scores = scores.masked_fill(~kept_tokens(logits, temperature, top_p=top_p, min_p=min_p), -torch.inf)
+        chosen = scores.gather(-1, ours[:, None])[:, 0]
+        case = f"{vocab_size} tokens, temperature {temperature}, top_p {top_p}, min_p {min_p}"
         yield Comparison("sample", case, chosen, scores.amax(-1), bound)
 
 
