@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kernels.build
 import ops
 from scripts.kernel_checks.exact_results import kept_tokens
 from tests.cpu_kernels import built
