@@ -126,8 +126,8 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
     device. device: where the shard will be."""
     plan, linears, n_ranks = tp_plan(model.config), dict(model.quantizable_linears()), world_size()
     check_device(device)
-    widest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_multiple)
-    check_can_shard(model.config, widest, n_ranks)
+    coarsest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_multiple)
+    check_can_shard(model.config, coarsest, n_ranks)
     shard_tensor = tensor_sharder(model)
     for name, linear in linears.items():
         spec = plan.get(name.rpartition(".")[2])
