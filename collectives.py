@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.record import call_at_graph_break
+from kernels.capture import split_graph_at
 from utils.errors import UsageError
 
 ONE_SHOT_BYTES = 2**18  # up to this size, a one-shot all-reduce over peer memory is faster than NCCL
@@ -34,24 +34,24 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# A CUDA graph contains the collectives of the recorded step. A CPU's tape cannot, so each collective is a graph
-# break (kernels/record.py: call_at_graph_break).
+# A CUDA graph contains the collectives of the captured step. OpLists cannot contain collectives, so a CPU graph is
+# split at each one (kernels/capture.py: split_graph_at).
 
 
 def all_reduce(x: Tensor) -> Tensor:
     """Returns the sum of all ranks' x, on every rank."""
-    return call_at_graph_break(sum_over_ranks, x)
+    return split_graph_at(sum_over_ranks, x)
 
 
 def broadcast(x: Tensor) -> Tensor:
     """Returns rank 0's x, on every rank. Samplers broadcast the tokens, since a program may not have seeded all ranks
     alike."""
-    return x if world_size() == 1 else call_at_graph_break(from_rank_0, x)
+    return x if world_size() == 1 else split_graph_at(from_rank_0, x)
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Concatenates x [..., X] of all ranks: [..., ranks * X]. The caller makes the graph break, since the caller's own
-    operations on the result belong to the same break (tp.py: ParallelLMHead)."""
+    """Concatenates x [..., X] of all ranks: [..., ranks * X]. The caller splits the graph, since the caller's own
+    operations on the result belong between the same two OpLists (tp.py: ParallelLMHead)."""
     by_rank = stack_ranks(x).unflatten(0, (world_size(), -1))  # [ranks, ..., X]
     return by_rank.movedim(0, -2).flatten(-2)
 

@@ -64,7 +64,7 @@ class LLM:
         strings. A second call may start before the first text has ended: every call has its own KV cache.
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}].
-        sampling: fields of SamplingParams. With compile, a GPU records the decode step anew when they change."""
+        sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change."""
         options = {"stop": stop, "sampling": self.sampling.override(sampling)}
         return self.stream(self.build_sequence(prompt, max_new_tokens, self.max_seq_len, **options))
 
@@ -115,7 +115,7 @@ class LLM:
             generator = self.free_generators.pop()
             if generator.runner.sampler.sampling == sampling:
                 return generator
-            kv_cache = generator.runner.kv_cache  # fits any options; a recorded step contains them
+            kv_cache = generator.runner.kv_cache  # fits any options; a captured step contains them
         else:
             kv_cache = KVCache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
         return PlainGenerator(ModelRunner(self.model, kv_cache, sampling, self.compile))

@@ -43,7 +43,7 @@ import ops
 from collectives import all_gather, choose_all_reduce, world_size
 from config import ModelConfig
 from formats import WeightFormat
-from kernels.record import call_at_graph_break
+from kernels.capture import split_graph_at
 from layers import Linear, LinearBase
 from model import Attention, Transformer
 from utils.errors import UsageError
@@ -249,7 +249,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
         if self.get_inputs is not None:
-            x = call_at_graph_break(self.get_inputs, x)
+            x = split_graph_at(self.get_inputs, x)
         y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else ops.add(residual, y, self.backend)
 
@@ -266,7 +266,7 @@ class ParallelLMHead(nn.Module):
         self.linear, self.vocab_size, self.backend = linear, vocab_size, linear.backend
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
-        return call_at_graph_break(self.all_gather, self.linear(x, **kwargs))
+        return split_graph_at(self.all_gather, self.linear(x, **kwargs))
 
     def all_gather(self, logits: Tensor) -> Tensor:
         """Returns the logits of all ranks, without the padding of the last ranks."""

@@ -1,5 +1,5 @@
 """What generate.py does before the first token, besides loading the model: sizes the KV cache, loads the draft model,
-builds the speculative generator, and compiles or records the steps.
+builds the speculative generator, and compiles or captures the steps.
 """
 
 import argparse
@@ -82,8 +82,8 @@ def warn_without_kernels(k: int, model: Transformer):
 def warm_up(
     args: argparse.Namespace, runner: ModelRunner, generator: TokenGenerator, sequences: list[Sequence]
 ) -> dict:
-    """Compiles or records what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
-    records a step at its first use. The first prompt overwrites what the KV caches then hold. Returns compile_seconds,
+    """Compiles or captures what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
+    captures a step at its first use. The first prompt overwrites what the KV caches then hold. Returns compile_seconds,
     a field of --json."""
     start = time.perf_counter()
     if args.compile_prefill:

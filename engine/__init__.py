@@ -10,7 +10,7 @@
     async_engine.py       many callers at once, in asyncio
     chat.py               Conversation: a chat's messages and answers in one KV cache
 
-There are two loops. One text, TokenGenerator: a GPU's recorded step contains the sampler, the next step is queued
+There are two loops. One text, TokenGenerator: a GPU's captured step contains the sampler, the next step is queued
 before the host has seen the token, and speculation may add several tokens per step. Many texts, Scheduler: each text
 has its own sampling options, and ends at any step, when another one begins. So the host waits for the tokens and then
 decides.

@@ -35,7 +35,7 @@ def generate(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens:
 
 def run_steps(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[Tensor]:
     """Runs prefill, then the decode steps. Yields each step's tokens [B] on the device. The next step may overwrite the
-    tokens, which may be a recording's static buffer."""
+    tokens, which may be a static buffer of a captured graph."""
     start_pos = torch.full(prompt.shape[:1], n_cached, device=prompt.device)
     tokens = runner.prefill(prompt, start_pos)
     start_pos = start_pos + prompt.shape[1]
@@ -82,7 +82,7 @@ class TokenGenerator(Protocol):
         token of each sequence, [B], max_new_tokens times."""
 
     def warm_up(self, max_new_tokens: int):
-        """Runs each kind of step once that a text of max_new_tokens may need, so that it is compiled or recorded.
+        """Runs each kind of step once that a text of max_new_tokens may need, so that it is compiled or captured.
         Overwrites the first tokens of the KV cache."""
 
     def accept_counts(self) -> list[int] | None:

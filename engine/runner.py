@@ -7,17 +7,17 @@
 
 There are three kinds of steps:
 
-    prefill         takes a prompt of any length, in chunks, and is never recorded
+    prefill         takes a prompt of any length, in chunks, and is never captured
     decode          takes one token of every sequence
     verification    takes several proposed tokens; speculate.py makes it with build_step
 
 A decode or verification step has one of three modes (choose_mode):
 
     kernels    device    --compile    mode
-    all        CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
-    all        GPU       yes          recorded: a CUDA graph of model and sampler
+    all        CPU       yes or no    captured: a CPU graph of the model; then the sampler, eagerly
+    all        GPU       yes          captured: a CUDA graph of model and sampler
     all        GPU       no           eager
-    not all    any       yes          compiled by torch.compile; without experts, a GPU also records the result
+    not all    any       yes          compiled by torch.compile; without experts, a GPU also captures the result
     not all    any       no           eager
 
 "all": every operation has a kernel for B * T tokens (model.has_kernels_for). An eager step uses the kernels of the
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import collectives
 from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
 from kernels.build import find_compiler
-from kernels.record import call_with_tape_threads, record
+from kernels.capture import call_with_graph_threads, capture
 from kernels.schema import PositionTables
 from model import KVCache, Transformer
 from ops.backend import Backend
@@ -141,7 +141,7 @@ class ModelRunner:
             step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
 
         All arguments are tensors. The step uses the first B sequences of the KV cache. The next call may overwrite the
-        result and the logits that sampler gets: both may be static buffers of a recording. Clone what must last."""
+        result and the logits that sampler gets: both may be static buffers of a graph. Clone what must last."""
         device_type, compile = self.device.type, self.compile
         has_kernels_for = cache(self.model.has_kernels_for)  # the method goes through all modules
         eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler, has_kernels_for)
@@ -161,13 +161,13 @@ class ModelRunner:
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> str:
     """Returns the mode of a step, by the table at the top of this file."""
     if has_kernels and (compile or device_type == "cpu"):
-        return "recorded"
+        return "captured"
     return "compiled" if compile else "eager"
 
 
 @dataclass(frozen=True, eq=False)
 class EagerStep:
-    """A step as plain calls: what the other modes record or compile."""
+    """A step as plain calls: what the other modes capture or compile."""
 
     model: Transformer
     kv_cache: KVCache
@@ -189,23 +189,23 @@ class EagerStep:
 def step_in_mode(eager: EagerStep, mode: str) -> Callable:
     """Returns the step of eager in a mode of the table at the top of this file."""
     match mode, eager.model.device.type:
-        case "recorded", "cpu":
-            return tape_step(eager)
-        case "recorded", "cuda":
-            return record(eager)
+        case "captured", "cpu":
+            return cpu_graph_step(eager)
+        case "captured", "cuda":
+            return capture(eager)
         case "compiled", "cuda" if can_be_one_graph(eager.model):
-            return record(compiled_step(eager))
+            return capture(compiled_step(eager))
         case "compiled", _:
             return compiled_step(eager)
     return eager
 
 
-def tape_step(eager: EagerStep) -> Callable:
-    """A step on a CPU. A tape holds only the operations of kernels/schema.py, and a sampler has others."""
-    tape = record(eager.compute_logits)
+def cpu_graph_step(eager: EagerStep) -> Callable:
+    """A step on a CPU. A CPU graph holds only the operations of kernels/schema.py, and a sampler has others."""
+    graph = capture(eager.compute_logits)
 
     def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        return call_with_tape_threads(eager.sampler, tape(tokens, start_pos), tokens, start_pos, *inputs)
+        return call_with_graph_threads(eager.sampler, graph(tokens, start_pos), tokens, start_pos, *inputs)
 
     return step
 

@@ -134,7 +134,7 @@ def apply_repetition_penalty(
     last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
     seen = seen_token_mask(token_ids, last_positions, logits.shape[-1])
     penalty: float | Tensor = samplings[0].repetition_penalty
-    if len(samplings) > 1:  # only in the scheduler, since a CUDA graph cannot record the copy to the GPU
+    if len(samplings) > 1:  # only in the scheduler, since a CUDA graph cannot hold the copy to the GPU
         penalties = [sampling.repetition_penalty for sampling in samplings]
         penalty = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
     # A penalty above 1 lowers a logit, positive or negative.

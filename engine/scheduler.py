@@ -36,7 +36,7 @@ import collectives
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
-from kernels.record import call_with_tape_threads
+from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer
 from ops.backend import TORCH, Backend
 from text.tokenizer import common_prefix_length
@@ -76,7 +76,7 @@ class Scheduler:
 
         n_slots: the most sequences that run at a time.
         max_seq_len: the most tokens of a sequence, prompt included.
-        compile: record the steps on a GPU, too.
+        compile: capture the steps on a GPU, too.
         chunk_tokens: how many tokens of prompts are computed between two decode steps: one chunk of a long prompt, or
             several short prompts."""
         self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
@@ -206,7 +206,7 @@ class Scheduler:
         logits = self.decode_step(tokens, start_pos)
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
-        return call_with_tape_threads(self.sample_next, range(n), logits, tokens, start_pos)
+        return call_with_graph_threads(self.sample_next, range(n), logits, tokens, start_pos)
 
     def move_decoding_first(self, n: int):
         """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of

@@ -196,7 +196,7 @@ class AcceptanceRate:
 
 def draft_lengths(k: int) -> list[int]:
     """Returns the numbers of tokens that may be proposed: k and a third of k. There are only two, since each number
-    needs its own compiled or recorded step."""
+    needs its own compiled or captured step."""
     return sorted({k, max(1, k // 3)})
 
 

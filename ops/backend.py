@@ -85,8 +85,8 @@ class Backend:
 
     def has_kernels_for(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
         """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size
-        sequences. Then the step can be recorded. A tape holds only kernels, so CPU has a kernel for every operation. A
-        CUDA graph also holds PyTorch's operations, so TRITON has no kernels for embed, activate and add."""
+        sequences. Then the step can be captured. A CPU graph holds only kernels, so CPU has a kernel for every
+        operation. A CUDA graph also holds PyTorch's operations, so TRITON has none for embed, activate and add."""
         has_kernels = batch_size * n_new_tokens <= min(self.max_tokens.values(), default=0)
         return has_kernels and self.find_attention_kernel(batch_size, n_new_tokens, heads_per_kv_head) is not None
 
@@ -125,7 +125,7 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
 
     dtype: of the activations.
     is_quantized: whether any weight is quantized. Then the unquantized ones, such as routers, also stay on the kernels
-    up to MAX_CPU_TOKENS. PyTorch would be faster, but one PyTorch operation would make the whole step unrecordable."""
+    up to MAX_CPU_TOKENS. PyTorch would be faster, but one PyTorch operation would keep the step from being captured."""
     library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(PRODUCTS, library.max_unquantized_tokens(is_bf16))

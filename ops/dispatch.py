@@ -1,5 +1,5 @@
 """The operations that a model is made of. Layers compute by nothing else, so one forward serves every device, and a CPU
-can record a step as a flat list of operations (kernels/record.py).
+can capture a step as lists of operations (kernels/capture.py).
 
     fused_linear       a matrix product with what comes before and after it. Each step but the product is optional:
                        1. RMSNorm of x   2. x W^T   3. bias   4. Epilogue   5. residual
@@ -15,9 +15,9 @@ can record a step as a flat list of operations (kernels/record.py).
 An operation asks a backend for a kernel: the backend of its layer, or the argument backend. Without a kernel it calls
 torch_ops.py. backend.py lists the backends, their limits, and how their rounding differs.
 
-A CUDA graph can hold all operations. A tape cannot hold sample, which takes the logits that the tape computes, nor the
-kernels beside PyTorch's own computation: rope_and_cache, before PyTorch's attention (prefill), and dequantize, before
-PyTorch's matrix product.
+A CUDA graph can hold all operations. Three operations are never captured on a CPU. sample runs after the captured step.
+rope_and_cache and dequantize are called only where PyTorch does the attention or the matmul. That happens in prefill,
+and prefill is not captured.
 """
 
 from __future__ import annotations

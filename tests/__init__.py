@@ -7,7 +7,7 @@
     loading.py                      test_loading
     quantize.py, gptq.py            test_quantize, test_gptq
     tp.py, collectives.py           test_tp
-    kernels/                        test_record, test_kernels_builds
+    kernels/                        test_capture, test_kernels_builds
     formats/                        test_quantize
     ops/                            test_kernels, test_triton, test_kernels_builds
     kernels/csrc/                   test_kernels, test_kernels_attention, test_kernels_experts,

@@ -1,6 +1,6 @@
 // The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Kernels trust addresses and sizes, also when a
-// tape replays them, so tensors are checked here. Each function checks its tensors, allocates the output, and submits
-// the operation (tape.h: submit). kernels/build.py compiles this file, which includes the headers.
+// CPU graph is replayed, so tensors are checked here. Each function checks its tensors, allocates the output, and
+// submits the operation (op_list.h: submit). kernels/build.py compiles this file, which includes the headers.
 //
 //     ops/dispatch.py          describes the operations
 //     kernels/schema.py       has the schemas of the functions
@@ -9,7 +9,7 @@
 //
 //     simd.h           vectors of 16 floats
 //     threads.h        how threads share work, and how many there are
-//     tape.h           operations: executed, recorded or replayed
+//     op_list.h        operations: executed, captured or replayed
 //     weights.h        packed weights and their formats (float8.h: 8-bit floats)
 //     activations.h    prepares the inputs of products
 //     dot.h, amx.h     products of blocks of weights; amx.h is for many tokens (dot_quantized.h, dot_unquantized.h)
@@ -177,7 +177,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
   return out;
 }
 
-// Checks the values of input_order here, and not when a tape is replayed: they are as constant as a weight.
+// Checks the values of input_order here, and not when a CPU graph is replayed: they are as constant as a weight.
 Tensor permute_inputs(Tensor x, Tensor input_order) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {}), n = input_order.numel();
   STD_TORCH_CHECK(input_order.scalar_type() == ScalarType::Int && input_order.is_contiguous() &&

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "tape.h"
+#include "op_list.h"
 
 // Computes tokens [m] from logits [m, n]. Without uniform, takes the likeliest token, of tied tokens the first. With
 // uniform, draws a token by exp(logit / temperature) among those that top_k, top_p and min_p keep. If a logit is not
