@@ -1,4 +1,4 @@
-"""Measure a model's quality: tasks of the lm-evaluation-harness, or the perplexity of a text.
+"""Measures a model's quality: tasks of the lm-evaluation-harness, or the perplexity of a text.
 
     python eval.py --checkpoint_path checkpoints/M/model.pth --tasks hellaswag winogrande --limit 100
     python eval.py --checkpoint_path checkpoints/M/model_int8.pth --text_file book.txt

@@ -232,7 +232,7 @@ class RowParallelLinear(nn.Module):
         x           input_order    inputs of linear
         parallel    no             x
         parallel    yes            all_gather(x), from which linear selects
-        full        no             this rank's slice of x
+        full        no             this rank's shard of x
         full        yes            x, from which linear selects
     """
 
@@ -245,7 +245,7 @@ class RowParallelLinear(nn.Module):
         if input_is_parallel and has_order:
             self.get_inputs = all_gather
         elif not input_is_parallel and not has_order:
-            self.get_inputs = self.slice_inputs
+            self.get_inputs = self.shard_inputs
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
         if self.get_inputs is not None:
@@ -253,7 +253,7 @@ class RowParallelLinear(nn.Module):
         y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else ops.add(residual, y, self.backend)
 
-    def slice_inputs(self, x: Tensor) -> Tensor:
+    def shard_inputs(self, x: Tensor) -> Tensor:
         n = self.linear.in_features
         return x.narrow(-1, dist.get_rank() * n, n).contiguous()
 
