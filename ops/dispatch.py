@@ -30,7 +30,7 @@ from torch import Tensor
 from config import is_gated
 from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, LayerCache, PositionTables
 from ops import torch_ops
-from ops.backend import CPU, Backend
+from ops.backend import CPP_BACKEND, Backend
 
 if TYPE_CHECKING:  # layers.py imports this file
     from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
@@ -220,7 +220,7 @@ def sample(
 
     top_k, uniform, temperatures: only with a backend that can take them (Backend.can_sample)."""
     logits, random = contiguous(logits), None
-    if temperature > 0 and backend.name == CPU.name:
+    if temperature > 0 and backend.name == CPP_BACKEND.name:
         if uniform is None:
             uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
         random = contiguous(uniform)

@@ -283,7 +283,7 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
 
 def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
     norm, (x, residual) = make_norm(dim, dtype), (torch.randn(2, 1, n_tokens, dim) * 3).to(dtype)
-    norm.backend = ops.TRITON
+    norm.backend = ops.TRITON_BACKEND
     y = exact_rms_norm(x, norm)
     error = (dim + 8) * U32 * y.abs()
     yield Comparison("rms_norm", f"{n_tokens}x{dim}", norm(x), y, stored_error(y, error, dtype))
@@ -297,7 +297,7 @@ def check_permute_inputs(dtype: torch.dtype):
     ranks."""
     for n_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
-        y = ops.permute_inputs(x, order.int(), ops.TRITON)
+        y = ops.permute_inputs(x, order.int(), ops.TRITON_BACKEND)
         yield Comparison("permute_inputs", f"{n_tokens}x{k}, {n}", y, x[..., order].double(), torch.zeros(()))
 
 
@@ -354,7 +354,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
 def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, norm_topk_prob: bool):
     logits = torch.randn(1, n_tokens, n_experts + (n_shared_experts > 0)) * 3
     topk_weights, topk_ids = torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
-    our_weights, our_ids = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.TRITON)
+    our_weights, our_ids = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.TRITON_BACKEND)
     case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
     yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)
@@ -369,7 +369,7 @@ def check_sample(vocab_size: int):
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, -1
-    ours = ops.sample(logits, 0.0, ops.TRITON)
+    ours = ops.sample(logits, 0.0, ops.TRITON_BACKEND)
     yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
     logits = torch.randn(3, vocab_size)
     noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
@@ -391,7 +391,7 @@ def check_distribution(operation: str):
     probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 1000
     if operation == "sample":
         logits = (probabilities.log() * temperature).clamp(min=-1e30)
-        tokens = ops.sample(logits.expand(n, 5), temperature, ops.TRITON)
+        tokens = ops.sample(logits.expand(n, 5), temperature, ops.TRITON_BACKEND)
     else:
         n = 100_000
         tokens = multinomial(probabilities.expand(n, 5))
