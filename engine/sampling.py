@@ -151,7 +151,7 @@ def sample(
     uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
     temperatures: one for each sequence, float32 [B, 1] and positive, in place of sampling's; only with uniform."""
     options = {} if sampling.is_greedy else sampling.truncation
-    if backend.can_sample(options, uniform is not None):
+    if backend.supports_sampling(options, uniform is not None):
         return ops.sample(
             logits, sampling.temperature, backend, uniform=uniform, temperatures=temperatures, **options
         )

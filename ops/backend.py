@@ -66,32 +66,28 @@ class Backend:
     sample_options: frozenset[str] = frozenset()
     takes_uniform: bool = False
 
-    @property
-    def ops(self):
-        """The namespace of the kernels, for the operations that PyTorch cannot compute instead."""
-        return getattr(torch.ops, self.namespace)
+    def kernel(
+        self, name: str, n_tokens: int | None = None, n_new_tokens: int = 1, heads_per_kv_head: int = 1
+    ) -> Callable | None:
+        """The kernel of the operation called name, for a step of n_tokens tokens of all sequences. None: plain PyTorch
+        computes the step. Without n_tokens the kernel has no limit, since plain PyTorch cannot compute the operation,
+        such as a look-up in a packed embedding.
 
-    def find_kernel(self, name: str, n_tokens: int) -> Callable | None:
-        """The kernel of the operation called name, for a step of n_tokens tokens. None: plain PyTorch computes it."""
-        if 0 < n_tokens <= self.max_tokens.get(name, 0):
-            return getattr(self.ops, name)
-        return None
+        n_new_tokens, heads_per_kv_head: for attend alone: tokens of each sequence, query heads of a key/value head."""
+        fits_table = n_tokens is None or 0 < n_tokens <= self.max_tokens.get(name, 0)
+        fits_attend = n_new_tokens <= self.max_new_tokens and n_new_tokens * heads_per_kv_head <= self.max_queries
+        return getattr(getattr(torch.ops, self.namespace), name) if fits_table and fits_attend else None
 
-    def find_attention_kernel(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> Callable | None:
-        """find_kernel("attend"), for n_new_tokens tokens in each of batch_size sequences."""
-        if n_new_tokens > self.max_new_tokens or n_new_tokens * heads_per_kv_head > self.max_queries:
-            return None
-        return self.find_kernel("attend", batch_size * n_new_tokens)
-
-    def has_kernels_for(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
+    def supports_step(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
         """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size
         sequences. Then the step can be captured. A CPU graph holds only kernels, so CPP_BACKEND has a kernel for every
         operation. A CUDA graph also holds PyTorch's operations, so TRITON_BACKEND needs none for embed, activate
         and add."""
-        has_kernels = batch_size * n_new_tokens <= min(self.max_tokens.values(), default=0)
-        return has_kernels and self.find_attention_kernel(batch_size, n_new_tokens, heads_per_kv_head) is not None
+        n_tokens = batch_size * n_new_tokens
+        has_kernels = n_tokens <= min(self.max_tokens.values(), default=0)
+        return has_kernels and self.kernel("attend", n_tokens, n_new_tokens, heads_per_kv_head) is not None
 
-    def can_sample(self, options: Iterable[str] = (), has_uniform: bool = False) -> bool:
+    def supports_sampling(self, options: Iterable[str] = (), has_uniform: bool = False) -> bool:
         """Whether there is a kernel of sample, which takes options, and random numbers if has_uniform."""
         takes_all = self.sample_options.issuperset(options) and (self.takes_uniform or not has_uniform)
         return self.namespace is not None and takes_all

@@ -70,7 +70,7 @@ def test_replayed_is_computed(format, dtype, family):
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
         for threads, n_tokens, start_pos in steps:
-            assert model.has_kernels_for(2, n_tokens)
+            assert model.supports_kernels(2, n_tokens)
             torch.set_num_threads(threads)
             tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
             expected = model(tokens, torch.tensor(start_pos), caches[0], tables)
@@ -222,9 +222,9 @@ def test_ctrl_c_leaves_no_kernel_capturing():
 
 
 def test_a_cpu_graph_can_hold_every_operation_of_a_short_step():
-    """Each operation of a CPU graph is in the backend's table, as Backend.has_kernels_for assumes."""
+    """Each operation of a CPU graph is in the backend's table, as Backend.supports_step assumes."""
     assert CAPTURABLE <= ops.CPP_BACKEND.max_tokens.keys()
-    assert all(ops.CPP_BACKEND.find_kernel(name, 1) is not None for name in ops.CPP_BACKEND.max_tokens)
+    assert all(ops.CPP_BACKEND.kernel(name, 1) is not None for name in ops.CPP_BACKEND.max_tokens)
 
 
 @built
