@@ -110,7 +110,7 @@ class Transformer(nn.Module):
             if isinstance(module, LinearBase) and not name.endswith(".router"):
                 yield name, module
 
-    def has_kernels_for(self, batch_size: int, n_new_tokens: int) -> bool:
+    def supports_kernels(self, batch_size: int, n_new_tokens: int) -> bool:
         """Whether there are kernels for all operations of a step with n_new_tokens in each of batch_size sequences,
         all on one backend. Then the step can be captured."""
         matrices = [module for module in self.modules() if isinstance(module, LinearBase)]
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         attention = self.layers[0].attention  # all layers have the same numbers of heads
         heads_per_kv_head = attention.n_heads // attention.n_kv_heads
         all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
-        return all_on_one_backend and backend.has_kernels_for(batch_size, n_new_tokens, heads_per_kv_head)
+        return all_on_one_backend and backend.supports_step(batch_size, n_new_tokens, heads_per_kv_head)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values for one token of one sequence, on this rank."""

@@ -17,7 +17,7 @@ from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeGenerator
 from loading import load
 from model import KVCache, Transformer
-from ops import MAX_CPU_TOKENS, TRITON
+from ops import MAX_CPU_TOKENS, TRITON_BACKEND
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -73,8 +73,8 @@ def build_speculative_generator(
 
 def warn_without_kernels(k: int, model: Transformer):
     """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
-    most = max((i for i in range(1, k + 1) if model.has_kernels_for(1, i + 1)), default=0)
-    if model.lm_head.backend.name == TRITON.name and most < k:
+    most = max((i for i in range(1, k + 1) if model.supports_kernels(1, i + 1)), default=0)
+    if model.lm_head.backend.name == TRITON_BACKEND.name and most < k:
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)
 
 

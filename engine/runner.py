@@ -20,7 +20,7 @@ A decode or verification step has one of three modes (choose_mode):
     not all    any       yes          compiled by torch.compile; without experts, a GPU also captures the result
     not all    any       no           eager
 
-"all": every operation has a kernel for B * T tokens (model.has_kernels_for). An eager step uses the kernels of the
+"all": every operation has a kernel for B * T tokens (model.supports_kernels). An eager step uses the kernels of the
 operations that are within their limit (ops/backend.py). The limits of matrix products:
 
     64 tokens          quantized weights, and all weights on a GPU with matrix units
@@ -127,7 +127,8 @@ class ModelRunner:
         n_cached, offset = int(start_pos.max()), 0
         for chunk in tokens.split(max(1, chunk_tokens // len(tokens)), dim=1):
             model = self.model
-            if self.compiled_model and chunk.numel() >= MIN_COMPILED_TOKENS and not model.has_kernels_for(*chunk.shape):
+            is_long = chunk.numel() >= MIN_COMPILED_TOKENS
+            if self.compiled_model and is_long and not model.supports_kernels(*chunk.shape):
                 model = self.compiled_model
             used_cache = kv_cache.narrow_length(n_cached + offset + chunk.shape[1])
             yield model.compute_hidden(chunk, start_pos + offset, used_cache, self.position_tables)
@@ -143,8 +144,8 @@ class ModelRunner:
         All arguments are tensors. The step uses the first B sequences of the KV cache. The next call may overwrite the
         result and the logits that sampler gets: both may be static buffers of a graph. Clone what must last."""
         device_type, compile = self.device.type, self.compile
-        has_kernels_for = cache(self.model.has_kernels_for)  # the method goes through all modules
-        eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler, has_kernels_for)
+        supports_kernels = cache(self.model.supports_kernels)  # the method goes through all modules
+        eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler, supports_kernels)
         # A mode's step is made when a call first has this mode: importing the compiler takes a second and 150 MB.
         in_mode = cache(partial(step_in_mode, eager))
 
@@ -152,7 +153,7 @@ class ModelRunner:
         # until Python's next garbage collection.
         @torch.inference_mode()
         def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-            mode = choose_mode(has_kernels_for(*tokens.shape), device_type, compile)
+            mode = choose_mode(supports_kernels(*tokens.shape), device_type, compile)
             return in_mode(mode)(tokens, start_pos, *inputs)
 
         return step
@@ -173,14 +174,14 @@ class EagerStep:
     kv_cache: KVCache
     position_tables: list[PositionTables]
     sampler: Callable
-    has_kernels_for: Callable[[int, int], bool]
+    supports_kernels: Callable[[int, int], bool]
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
 
     def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         used_cache = self.kv_cache.narrow_batch(0, len(tokens))
-        if not self.has_kernels_for(*tokens.shape):
+        if not self.supports_kernels(*tokens.shape):
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
         return self.model(tokens, start_pos, used_cache, self.position_tables)

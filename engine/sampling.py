@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import ops
-from ops.backend import TORCH, Backend
+from ops.backend import TORCH_BACKEND, Backend
 from utils.errors import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
@@ -142,7 +142,7 @@ def apply_repetition_penalty(
 
 
 def sample(
-    logits: Tensor, sampling: SamplingParams, backend: Backend = TORCH, uniform: Tensor | None = None,
+    logits: Tensor, sampling: SamplingParams, backend: Backend = TORCH_BACKEND, uniform: Tensor | None = None,
     temperatures: Tensor | None = None,
 ) -> Tensor:
     """float32 logits [B, V] -> token ids [B]. The id is -1 for a sequence whose logits are not finite.
@@ -151,7 +151,7 @@ def sample(
     uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
     temperatures: one for each sequence, float32 [B, 1] and positive, in place of sampling's; only with uniform."""
     options = {} if sampling.is_greedy else sampling.truncation
-    if backend.can_sample(options, uniform is not None):
+    if backend.supports_sampling(options, uniform is not None):
         return ops.sample(
             logits, sampling.temperature, backend, uniform=uniform, temperatures=temperatures, **options
         )

@@ -38,7 +38,7 @@ from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sa
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer
-from ops.backend import TORCH, Backend
+from ops.backend import TORCH_BACKEND, Backend
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
 from utils.machine import free_memory
@@ -82,7 +82,7 @@ class Scheduler:
         self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
         self.kv_cache = KVCache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
-        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.has_kernels_for(n_slots, 1))
+        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.supports_kernels(n_slots, 1))
         self.decode_step = self.runner.build_step()  # gives logits, since every sequence has its own sampling options
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
@@ -261,7 +261,7 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
 
 
-def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH) -> Tensor:
+def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH_BACKEND) -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
     ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: as for sampling.py:
     sample."""

@@ -30,7 +30,7 @@ from engine.runner import ModelRunner, Sampler, check_sampled_ids
 from engine.sampling import SamplingParams, multinomial, probabilities, sample
 from engine.step_bytes import active_weight_bytes
 from model import Transformer
-from ops.backend import TORCH, Backend
+from ops.backend import TORCH_BACKEND, Backend
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights.
@@ -138,7 +138,8 @@ class RejectionSampler(Sampler):
 
 
 def rejection_sample(
-    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: SamplingParams, backend: Backend = TORCH
+    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: SamplingParams,
+    backend: Backend = TORCH_BACKEND,
 ) -> Tensor:
     """Returns a tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. One tensor
     needs only one copy to the host.

@@ -132,7 +132,7 @@ class WeightFormat:
         kernels/triton/formats.py: KERNEL_FORMATS has for the format. None stands for a tensor that is left out."""
         raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method pack_for_triton")
 
-    def fits_kernels(self, in_features: int) -> bool:
+    def supports_kernels(self, in_features: int) -> bool:
         """Whether kernels can read a W with in_features inputs. The default is for quantized formats: the
         kernels read 8 elements at a time."""
         return in_features % 8 == 0
@@ -172,7 +172,7 @@ class Unquantized(WeightFormat):
     def pack_for_triton(self, tensors):
         return tensors
 
-    def fits_kernels(self, in_features):
+    def supports_kernels(self, in_features):
         return True
 
     def dequantize(self, tensors, dtype):

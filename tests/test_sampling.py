@@ -190,10 +190,11 @@ def test_options_that_change_nothing_are_off():
 
 
 def test_no_kernel_draws_with_an_option_that_it_does_not_take():
-    for backend, options in ((ops.CPU, {"top_k", "top_p", "min_p"}), (ops.TRITON, {"top_p", "min_p"})):
-        assert backend.can_sample(options) and not backend.can_sample(options | {"top_n_sigma"})
-    assert ops.CPU.can_sample(has_uniform=True) and not ops.TRITON.can_sample(has_uniform=True)
-    assert not ops.TORCH.can_sample()
+    for backend, options in ((ops.CPP_BACKEND, {"top_k", "top_p", "min_p"}), (ops.TRITON_BACKEND, {"top_p", "min_p"})):
+        assert backend.supports_sampling(options) and not backend.supports_sampling(options | {"top_n_sigma"})
+    assert ops.CPP_BACKEND.supports_sampling(has_uniform=True)
+    assert not ops.TRITON_BACKEND.supports_sampling(has_uniform=True)
+    assert not ops.TORCH_BACKEND.supports_sampling()
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens():

@@ -179,7 +179,7 @@ def sample(
     """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives -1.
 
     random: noise [B, V] of the exponential distribution. Without noise, the ids are those of the likeliest tokens."""
-    assert temperatures is None and top_k == 0  # Backend.can_sample
+    assert temperatures is None and top_k == 0  # Backend.supports_sampling
     batch, vocab_size = logits.shape
     temperature = min(max(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
     truncates = random is not None and (top_p < 1 or min_p > 0)
