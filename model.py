@@ -182,8 +182,8 @@ class TransformerBlock(nn.Module):
             without post-norm    x + f(norm(x))
             with post-norm       x + post(f(norm(x)))
 
-        norm and residual are arguments of a sublayer, since kernels fuse them with matrix products: the norm with the
-        sublayer's first product, the residual with the last one. A post-norm comes after the last product, so the
+        norm and residual are arguments of a sublayer, since kernels fuse norm and residual with matmuls: the norm with
+        the sublayer's first matmul, the residual with the last one. A post-norm comes after the last matmul, so the
         post-norm takes the residual."""
         if self.post_attention_norm is None:
             x = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm, residual=x)
@@ -208,7 +208,7 @@ class Attention(nn.Module):
         p = softmax(softcap(scale * q k^T) + slope * distance + mask)    of all keys in cache and window, and the sinks
         y = residual + o_proj(p v)
 
-    A model has only some of the norms, softcap, slopes, window and sinks. Everything between the products qkv_proj and
+    A model has only some of the norms, softcap, slopes, window and sinks. Everything between the matmuls qkv_proj and
     o_proj is one operation, ops/dispatch.py: attend."""
 
     def __init__(self, config: ModelConfig, layer_idx: int):
@@ -282,8 +282,8 @@ class MoE(nn.Module):
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
-        # Both products take the norm, because the kernels fuse the norm with the product. So plain PyTorch computes the
-        # norm twice, which costs little beside the experts' products.
+        # Both matmuls take the norm, because the kernels fuse the norm with the matmul. So plain PyTorch computes the
+        # norm twice, which costs little beside the experts' matmuls.
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = ops.route(
             logits, self.moe.top_k, self.moe.norm_topk_prob, self.moe.n_shared_experts, self.router.backend
