@@ -39,8 +39,8 @@ class WeightMatrix(nn.Module):
     """A weight W [N, K] of N outputs and K inputs, or a W for each expert [E, N, K].
 
     format: how W is stored (formats/).
-    backend: what computes with W (ops/backend.py). If W is quantized and the backend has kernels, the tensors are in the
-    order of the kernels (is_packed). Otherwise the tensors are as in a checkpoint of this format.
+    backend: what computes with W (ops/backend.py). If W is quantized and the backend has kernels, the tensors are in
+    the order of the kernels (is_packed). Otherwise the tensors are as in a checkpoint of this format.
     is_embedding: whether a step reads only some rows of W."""
 
     is_embedding = False
