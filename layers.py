@@ -4,7 +4,7 @@
     WeightMatrix   what the layers below share: W in some format (formats/), packed for some backend
     LinearBase     what the linear layers share: WeightMatrix with a bias
     Linear         y = x W^T + bias, and what is applied to y
-    ExpertsGateUp, ExpertsDown    products with the W of each expert that the router chose
+    ExpertsGateUp, ExpertsDown    matmuls with the W of each expert that the router chose
     Embedding      a row of W for every token
 
 A forward calls an operation of ops/dispatch.py with the layer itself. The operation runs on the kernels of the layer's
@@ -39,8 +39,8 @@ class WeightMatrix(nn.Module):
     """A weight W [N, K] of N outputs and K inputs, or a W for each expert [E, N, K].
 
     format: how W is stored (formats/).
-    backend: what computes with W (ops/backend.py). W is packed for the backend's kernels. TORCH_BACKEND means that W is
-    stored as in the checkpoint, for plain PyTorch.
+    backend: what computes with W (ops/backend.py). If W is quantized and the backend has kernels, the tensors are in
+    the order of the kernels (is_packed). Otherwise the tensors are as in a checkpoint of this format.
     is_embedding: whether a step reads only some rows of W."""
 
     is_embedding = False
@@ -116,8 +116,9 @@ class Linear(LinearBase):
     """y = epilogue(x W^T + bias).
 
     epilogue: an Epilogue of the constructor's keyword arguments. Its activation stays 0: forward gets the activation.
-    input_order: int32 [K], or None: perm of GPTQ's act-order. W's columns are stored sorted by group, so y = W x[perm].
-    The norm's weight is stored permuted to match.
+    input_order: int32 [K], or None; for checkpoints of GPTQ with act-order. Column i of the stored W belongs to input
+    input_order[i], so forward permutes x first. A fused norm follows the permutation, so the norm's weight is stored
+    permuted, too.
     aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, **epilogue: float):
@@ -143,8 +144,7 @@ class ExpertsGateUp(LinearBase):
     def forward(
         self, x: Tensor, topk_ids: Tensor, norm: RMSNorm | None = None, activation: str | None = None
     ) -> Tensor:
-        """x [B, T, dim], topk_ids [B, T, top_k] -> the product of every token with each of its experts:
-        [B, T, top_k, F]."""
+        """x [B, T, dim], topk_ids [B, T, top_k] -> x W^T for each expert of every token: [B, T, top_k, F]."""
         return ops.experts_gate_up(x, self, topk_ids, norm, activation)
 
 

@@ -19,12 +19,10 @@ import collectives
 import tp
 from checkpoint import read_checkpoint, with_tied_head
 from formats import QuantizationScheme, Tensors
-from model import Transformer, empty_model
+from model import DTYPES, Transformer, empty_model
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UsageError
 from utils.machine import check_memory, drop_pages
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations: those of --precision
 
 
 def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:

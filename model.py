@@ -12,7 +12,6 @@ heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K
 """
 
 import copy
-import math
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +27,7 @@ from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
 from utils.machine import check_memory
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations: those of --precision
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationScheme(UNQUANTIZED)
 
@@ -40,6 +40,10 @@ class Transformer(nn.Module):
         self.config = config
         self.format: WeightFormat = UNQUANTIZED  # of most linear layers
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
+        # For each dtype of activations. Computed here, since a captured step cannot make a tensor (kernels/capture.py).
+        self.embed_scales = {
+            dtype: torch.tensor(config.embed_scale, dtype=dtype, device="cpu").item() for dtype in DTYPES
+        }
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         scale, softcap = config.logit_scale, config.logit_softcap or 0.0
@@ -82,7 +86,7 @@ class Transformer(nn.Module):
     @property
     def embed_scale(self) -> float:
         """config.embed_scale rounded to dtype, as in transformers."""
-        return round_to_dtype(self.config.embed_scale, self.dtype)
+        return self.embed_scales[self.dtype]
 
     def tie_embedding(self):
         """Makes lm_head the embedding, too: one layer under two names."""
@@ -118,7 +122,7 @@ class Transformer(nn.Module):
             matrices.append(self.embed_tokens)
         backend = self.lm_head.backend
         attention = self.layers[0].attention  # all layers have the same numbers of heads
-        heads_per_kv_head = attention.n_heads // attention.n_kv_heads
+        heads_per_kv_head = attention.options.n_heads // attention.n_kv_heads
         all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
         return all_on_one_backend and backend.supports_step(batch_size, n_new_tokens, heads_per_kv_head)
 
@@ -182,8 +186,8 @@ class TransformerBlock(nn.Module):
             without post-norm    x + f(norm(x))
             with post-norm       x + post(f(norm(x)))
 
-        norm and residual are arguments of a sublayer, since kernels fuse them with matrix products: the norm with the
-        sublayer's first product, the residual with the last one. A post-norm comes after the last product, so the
+        norm and residual are arguments of a sublayer, since kernels fuse norm and residual with matmuls: the norm with
+        the sublayer's first matmul, the residual with the last one. A post-norm comes after the last matmul, so the
         post-norm takes the residual."""
         if self.post_attention_norm is None:
             x = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm, residual=x)
@@ -208,23 +212,25 @@ class Attention(nn.Module):
         p = softmax(softcap(scale * q k^T) + slope * distance + mask)    of all keys in cache and window, and the sinks
         y = residual + o_proj(p v)
 
-    A model has only some of the norms, softcap, slopes, window and sinks. Everything between the products qkv_proj and
-    o_proj is one operation, ops/dispatch.py: attend."""
+    A model has only some of the norms, softcap, slopes, window and sinks. Everything between the matmuls qkv_proj and
+    o_proj is one operation, ops/dispatch.py: attend.
+
+    options: the numbers of attend, without tensors."""
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.scale = config.attention_scale or config.head_dim**-0.5
-        self.window = config.window(layer_idx) or 0
-        self.softcap = config.attention_softcap or 0.0
+        self.n_kv_heads, self.head_dim = config.n_kv_heads, config.head_dim
+        scale, softcap = config.attention_scale or config.head_dim**-0.5, config.attention_softcap or 0.0
+        eps = config.norm_eps if config.qk_norm else 0.0
+        self.options = AttentionParams(config.n_heads, scale, config.window(layer_idx) or 0, softcap, eps=eps)
         self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
-            q_heads, k_heads = (self.n_heads, self.n_kv_heads) if config.qk_norm_across_heads else (1, 1)
+            q_heads, k_heads = (config.n_heads, config.n_kv_heads) if config.qk_norm_across_heads else (1, 1)
             self.q_norm = RMSNorm(q_heads * self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(k_heads * self.head_dim, config.norm_eps)
         if config.sinks:
-            self.sinks = nn.Parameter(torch.empty(self.n_heads), requires_grad=False)
-        self.alibi_slopes = alibi_slopes(self.n_heads) if config.alibi else None
+            self.sinks = nn.Parameter(torch.empty(config.n_heads), requires_grad=False)
+        self.alibi_slopes = alibi_slopes(config.n_heads) if config.alibi else None
         qkv_dim, clip = config.q_dim + 2 * config.kv_dim, config.clip_qkv or 0.0
         self.qkv_proj = Linear(config.dim, qkv_dim, config.qkv_bias, clip=clip)
         self.o_proj = Linear(config.q_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
@@ -238,13 +244,12 @@ class Attention(nn.Module):
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
-        """What attend does besides plain attention. Made for each call, since loading and tensor parallelism replace
-        the module's tensors."""
-        params = AttentionParams(self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks)
+        """options with the module's tensors. Loading and tensor parallelism replace the tensors, so options has
+        none."""
+        params = self.options._replace(sinks=self.sinks)
         if self.q_norm is None:
             return params
-        q_norm, k_norm = self.q_norm, self.k_norm
-        return params._replace(q_norm_weight=q_norm.weight, k_norm_weight=k_norm.weight, eps=q_norm.eps)
+        return params._replace(q_norm_weight=self.q_norm.weight, k_norm_weight=self.k_norm.weight)
 
     @property
     def backend(self) -> Backend:
@@ -282,22 +287,14 @@ class MoE(nn.Module):
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
-        # Both products take the norm, because the kernels fuse the norm with the product. So plain PyTorch computes the
-        # norm twice, which costs little beside the experts' products.
+        # Both matmuls take the norm, because the kernels fuse the norm with the matmul. So plain PyTorch computes the
+        # norm twice, which costs little beside the experts' matmuls.
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = ops.route(
             logits, self.moe.top_k, self.moe.norm_topk_prob, self.moe.n_shared_experts, self.router.backend
         )  # [B, T, top_k]
         hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation=self.activation)  # [B, T, top_k, F]
         return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
-
-
-def round_to_dtype(x: float, dtype: torch.dtype) -> float:
-    """Rounds x to the nearest number of dtype, ties to even. x must be in dtype's normal range. Uses no tensor, since a
-    step that is captured may call only the operations of kernels/schema.py."""
-    _, exponent = math.frexp(x)
-    spacing = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # of the numbers that dtype has near x
-    return round(x / spacing) * spacing
 
 
 # ---- KV cache -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ In a schema, the arguments after `*` are passed by name, so that no two numbers 
 several schemas share:
 
     WEIGHT        a weight W [N, K]: WeightArguments
-    EPILOGUE      what follows the product and the bias: Epilogue
+    EPILOGUE      what follows the matmul and the bias: Epilogue
     ATTENTION     AttentionParams
     activation    a value of ACTIVATION_IDS
 
@@ -67,8 +67,8 @@ class AttentionParams(NamedTuple):
 
     def is_sdpa_compatible(self, alibi_slopes: Tensor | None) -> bool:
         """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute it.
-        Norms and RoPE come before the scores. SDPA would ignore a new field silently. So all fields are unpacked, which
-        raises ValueError until the function names the new field."""
+        Norms and RoPE come before the scores. SDPA would ignore a new field silently. Unpacking all fields fails when a
+        field is added, on purpose: whoever adds a field must decide here whether SDPA can compute it."""
         _n_heads, _scale, _window, softcap, _q_norm_weight, _k_norm_weight, _eps, sinks = self
         return not softcap and sinks is None and alibi_slopes is None
 

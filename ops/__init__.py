@@ -3,7 +3,7 @@
 Callers write ops.attend(...). Each file imports only from kernels/ and from the files above it. (From layers.py, which
 imports this package, there are types alone, for annotations.)
 
-    aten.py        products with quantized weights by PyTorch's own kernels, without a C++ compiler
+    aten.py        matmuls with quantized weights by PyTorch's own kernels, without a C++ compiler
     torch_ops.py   every operation in plain PyTorch, for prefill, other devices and --kernels off
     backend.py     the backends: which operations have kernels, and for how many tokens; how rounding differs
     dispatch.py    the operations: attend, fused_linear, ... Each calls a kernel of a backend, or torch_ops.py

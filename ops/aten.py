@@ -1,4 +1,4 @@
-"""Matrix products with 8- and 4-bit weights by PyTorch's own CPU kernels, for machines without a C++ compiler.
+"""Matmuls with 8- and 4-bit weights by PyTorch's own CPU kernels, for machines without a C++ compiler.
 
     weight = pack(linear.format, linear.tensors(), torch.bfloat16)    # None if PyTorch has no kernel for the format
     y = multiply(x, weight)                                           # [M, K] -> [M, N]

@@ -1,19 +1,20 @@
 """The operations that a model is made of. Layers compute by nothing else, so one forward serves every device, and a CPU
 can capture a step as lists of operations (kernels/capture.py).
 
-    fused_linear       a matrix product with what comes before and after it. Each step but the product is optional:
-                       1. RMSNorm of x   2. x W^T   3. bias   4. Epilogue   5. residual
-    rms_norm           a norm that no matrix product follows, and the residual after the norm
+    fused_linear       a matmul with what comes before and after it. Each step but the matmul is optional:
+                       1. RMSNorm of x   2. x W^T   3. bias   4. activation   5. the rest of Epilogue   6. residual
+    rms_norm           a norm that no matmul follows, and the residual after the norm
     permute_inputs     puts x in the order of the columns of a weight
     activate, add      an activation or a residual that fused_linear cannot fuse
     embed              looks tokens up in the embedding
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
+    rope_and_cache     the part of attend before PyTorch's attention: q/k norm, RoPE, cache write
     route              the router's choice of experts
-    experts_gate_up, experts_down      the matrix products with the weights of the chosen experts
+    experts_gate_up, experts_down      the matmuls with the weights of the chosen experts
     sample             the next token, drawn or the likeliest
 
-An operation asks a backend for a kernel: the backend of its layer, or the argument backend. Without a kernel it calls
-torch_ops.py. backend.py lists the backends, their limits, and how their rounding differs.
+An operation asks a backend for a kernel: the backend of its layer, or the argument backend. Without a kernel the
+operation calls torch_ops.py. backend.py lists the backends, their limits, and how their rounding differs.
 
 A CUDA graph can hold all operations. Three operations are never captured on a CPU. sample runs after the captured step.
 rope_and_cache and dequantize are called only where PyTorch does the attention or the matmul. That happens in prefill,
@@ -51,30 +52,18 @@ def fused_linear(
     residual: added last, after linear.epilogue.
     out_dtype: None, which means x.dtype, or torch.float32."""
     kernel = linear.backend.kernel("fused_linear", count_tokens(x))
-    if kernel is None:
-        return unfused_linear(x, linear, norm, residual, activation, out_dtype)
-    fused_activation = activation if supports_fused_activation(activation, linear) else None
-    # A kernel that leaves the activation out must also leave out what follows the activation
-    assert fused_activation == activation or (residual is None and out_dtype is None and linear.epilogue == Epilogue())
-    epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[fused_activation])
-    norm_weight, eps = norm_arguments(norm)
-    y = kernel(
-        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, norm_weight=norm_weight, eps=eps,
-        residual=contiguous(residual), **epilogue._asdict(), float32_out=out_dtype == torch.float32,
-    )
-    return y if fused_activation == activation else activate(y, activation, linear.backend)
-
-
-def unfused_linear(
-    x: Tensor, linear: Linear, norm: RMSNorm | None, residual: Tensor | None, activation: str | None,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
-    """fused_linear step by step, with the product in plain PyTorch."""
-    if norm is not None:
-        x = rms_norm(x, norm)
-    y = torch_ops.multiply_weight(x, linear)
-    if activation:
-        y = activate(y, activation, linear.backend)
+    arguments = linear.kernel_arguments() | {"bias": linear.bias} | norm_arguments(norm)
+    if kernel is not None and supports_fused_activation(activation, linear):
+        epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[activation])
+        return kernel(
+            contiguous(x), **arguments, residual=contiguous(residual), **epilogue._asdict(),
+            float32_out=out_dtype == torch.float32,
+        )
+    if kernel is not None:  # the kernel computes what comes before the activation
+        y = kernel(contiguous(x), **arguments, residual=None, **Epilogue()._asdict(), float32_out=False)
+    else:
+        y = torch_ops.multiply_weight(x if norm is None else rms_norm(x, norm), linear)
+    y = activate(y, activation, linear.backend) if activation else y
     y = torch_ops.apply_epilogue(y, linear.epilogue, out_dtype)
     return y if residual is None else residual + y
 
@@ -188,10 +177,9 @@ def experts_gate_up(
         y = torch_ops.experts_gate_up(x, linear, topk_ids)
         return activate(y, activation, linear.backend) if activation else y
     fused_activation = activation if supports_fused_activation(activation, linear) else None
-    norm_weight, eps = norm_arguments(norm)
     y = kernel(
         contiguous(x), **linear.kernel_arguments(), bias=linear.bias, topk_ids=contiguous(topk_ids),
-        norm_weight=norm_weight, eps=eps, activation=ACTIVATION_IDS[fused_activation],
+        **norm_arguments(norm), activation=ACTIVATION_IDS[fused_activation],
     )
     return y if fused_activation == activation else activate(y, activation, linear.backend)
 
@@ -240,6 +228,6 @@ def count_tokens(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def norm_arguments(norm: RMSNorm | None) -> tuple[Tensor | None, float]:
-    """(norm_weight, eps), as kernels take them."""
-    return (None, 0.0) if norm is None else (norm.weight, norm.eps)
+def norm_arguments(norm: RMSNorm | None) -> dict:
+    """norm as kernels take it, by name."""
+    return {"norm_weight": None, "eps": 0.0} if norm is None else {"norm_weight": norm.weight, "eps": norm.eps}

@@ -49,8 +49,8 @@ def apply_epilogue(y: Tensor, epilogue: Epilogue, out_dtype: torch.dtype | None)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """RMSNorm (arXiv:1910.07467). F.rms_norm computes x / rms(x) in float32 and rounds it to x.dtype. The product with
-    the weight comes after the rounding, as in transformers."""
+    """RMSNorm (arXiv:1910.07467). F.rms_norm computes x / rms(x) in float32 and rounds it to x.dtype. The weight
+    is multiplied after the rounding, as in transformers."""
     y = F.rms_norm(x, x.shape[-1:], eps=eps) * weight
     return y if residual is None else residual + y
 
@@ -223,20 +223,20 @@ def route(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: in
 def experts_gate_up(x: Tensor, linear: ExpertsGateUp, topk_ids: Tensor) -> Tensor:
     """ops/dispatch.py: experts_gate_up without norm and activation, which are calls of their own."""
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
-    y = expert_products(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new_tokens=x.shape[-2])
+    y = expert_matmuls(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new_tokens=x.shape[-2])
     return y.view(*topk_ids.shape, linear.out_features)
 
 
 def experts_down(
     hidden: Tensor, linear: ExpertsDown, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    y = expert_products(hidden.flatten(0, -2), linear, topk_ids.flatten(), n_new_tokens=hidden.shape[-3])
+    y = expert_matmuls(hidden.flatten(0, -2), linear, topk_ids.flatten(), n_new_tokens=hidden.shape[-3])
     y = y.view(*topk_ids.shape, linear.out_features) * topk_weights[..., None].to(y.dtype)
     y = y.sum(-2)
     return y if residual is None else residual + y
 
 
-def expert_products(x: Tensor, linear: LinearBase, expert_ids: Tensor, n_new_tokens: int) -> Tensor:
+def expert_matmuls(x: Tensor, linear: LinearBase, expert_ids: Tensor, n_new_tokens: int) -> Tensor:
     """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. n_new_tokens: of each
     sequence."""
     if not torch.compiler.is_compiling():
@@ -247,7 +247,7 @@ def expert_products(x: Tensor, linear: LinearBase, expert_ids: Tensor, n_new_tok
 
 
 def loop_over_experts(x: Tensor, linear: LinearBase, expert_ids: Tensor) -> Tensor:
-    """One product for each expert that occurs in expert_ids. The host waits for the device to read expert_ids."""
+    """One matmul for each expert that occurs in expert_ids. The host waits for the device to read expert_ids."""
     y = x.new_empty(len(x), linear.out_features)
     for e in expert_ids.unique().tolist():
         rows = torch.where(expert_ids == e)[0]
@@ -258,6 +258,6 @@ def loop_over_experts(x: Tensor, linear: LinearBase, expert_ids: Tensor) -> Tens
 
 def gather_experts(x: Tensor, linear: LinearBase, expert_ids: Tensor) -> Tensor:
     """One matrix for each row, for a compiled decode step, which has few rows. torch.compile fuses look-up,
-    dequantization, product and sum into one loop. Plain PyTorch would copy the weights of the experts."""
+    dequantization and matmul into one loop. Plain PyTorch would copy the weights of the experts."""
     y = (linear.dequantized_weight(x.dtype, expert_ids).float() * x[:, None].float()).sum(-1)
     return (y if linear.bias is None else y + linear.bias[expert_ids].float()).to(x.dtype)

@@ -174,13 +174,16 @@ def test_linear_scale_and_softcap(format, dtype):
                 bounds.check(ours, y, bound + bounds.rounding_error(y, dtype))
 
 
-def test_epilogue_without_kernels():
-    """In plain PyTorch, the activation comes before what scales, caps and clips, and the residual comes last."""
+@pytest.mark.parametrize("n, prepare", [(64, lambda w: w), pytest.param(48, packed, marks=built)])
+def test_epilogue_that_no_kernel_fuses(n, prepare):
+    """In plain PyTorch, and where a kernel leaves the activation out, the activation comes before what scales, caps and
+    clips, and the residual comes last."""
     torch.manual_seed(0)
-    w = make_linear(64, 72, Unquantized(), torch.float32, bias=True, out_scale=0.5, softcap=5.0, clip=4.0)
-    x, residual = torch.randn(1, 3, 72), torch.randn(1, 3, 32)
-    product = x.double() @ w.weight.double().T + w.bias.double()
-    error = bounds.product_error(x, w.weight.double().abs(), product, torch.float32)
+    w = make_linear(n, 72, Unquantized(), torch.float32, bias=True, out_scale=0.5, softcap=5.0, clip=4.0)
+    matrix, bias = w.weight.double(), w.bias.double()
+    w, x, residual = prepare(w), torch.randn(1, 3, 72), torch.randn(1, 3, n // 2)
+    product = x.double() @ matrix.T + bias
+    error = bounds.product_error(x, matrix.abs(), product, torch.float32)
     y, bound = softcap_with_error(*activate_with_error(product, error, "swiglu"), 0.5, 5.0, 4.0)
     total = y + residual.double()
     ours = ops.fused_linear(x, w, residual=residual, activation="swiglu")
