@@ -20,12 +20,8 @@ A decode or verification step has one of three modes (choose_mode):
     not all    any       yes          compiled by torch.compile; without experts, a GPU also records the result
     not all    any       no           eager
 
-"all": every operation has a kernel for B * T tokens (model.has_kernels_for). An eager step uses the kernels of the
-operations that are within their limit (ops/backend.py). The limits of matrix products:
-
-    64 tokens          quantized weights, and all weights on a GPU with matrix units
-    8 to 64 tokens     unquantized weights on a CPU, depending on the CPU's instructions
-    8 tokens           a GPU without matrix units
+"all": every operation has a kernel for B * T tokens (model.has_kernels_for). The limits are Backend.max_tokens of
+ops/backend.py. An eager step uses the kernels of the operations that are within their limit.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -34,7 +30,7 @@ token.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +95,7 @@ class ModelRunner:
         self.position_tables = model.build_position_tables(kv_cache)
         self.sampler = Sampler(sampling, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
-        self.decode = self.build_step(self.sampler)  # tokens [B, 1], start_pos [B] -> the next tokens [B]
+        self.decode_step = self.build_step(self.sampler)
 
     # ---- Prefill. The B sequences are in neighbouring slots of the KV cache, from first_slot on ----
 
@@ -135,27 +131,51 @@ class ModelRunner:
 
     # ---- Decoding and verification ----
 
-    def build_step(self, sampler: Callable = return_logits) -> Callable:
-        """Returns the function of a step: the model, then sampler on the logits.
+    def decode(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B]: see Step."""
+        return self.decode_step(tokens, start_pos)
 
-            step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
+    def build_step(self, sampler: Callable = return_logits) -> "Step":
+        """Returns a step that ends with sampler."""
+        return Step(EagerStep(self.model, self.kv_cache, self.position_tables, sampler), self.compile)
 
-        All arguments are tensors. The step uses the first B sequences of the KV cache. The next call may overwrite the
-        result and the logits that sampler gets: both may be static buffers of a recording. Clone what must last."""
-        device_type, compile = self.device.type, self.compile
-        has_kernels_for = cache(self.model.has_kernels_for)  # the method goes through all modules
-        eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler, has_kernels_for)
-        # A mode's step is made when a call first has this mode: importing the compiler takes a second and 150 MB.
-        in_mode = cache(partial(step_in_mode, eager))
 
-        # No step refers to self, since self refers to decode. Such a cycle would keep an unused KV cache in memory
-        # until Python's next garbage collection.
-        @torch.inference_mode()
-        def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-            mode = choose_mode(has_kernels_for(*tokens.shape), device_type, compile)
-            return in_mode(mode)(tokens, start_pos, *inputs)
+# ---- Steps: Step chooses the mode ------------------------------------------------------------------------------------
 
-        return step
+
+class Step:
+    """A function of tensors: the model, then the sampler on the logits.
+
+        step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
+
+    The step uses the first B sequences of the KV cache. The next call may overwrite the result, and also the logits
+    that the sampler gets: both may be static buffers of a recording. Clone what must last."""
+
+    def __init__(self, eager: "EagerStep", compile: bool):
+        self.eager, self.compile = eager, compile
+        self.by_mode: dict[str, Callable] = {}
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        mode = choose_mode(self.eager.has_kernels_for(*tokens.shape), self.eager.model.device.type, self.compile)
+        if mode not in self.by_mode:  # built at first use: importing Inductor takes a second and 150 MB
+            self.by_mode[mode] = self.build(mode)
+        return self.by_mode[mode](tokens, start_pos, *inputs)
+
+    def build(self, mode: str) -> Callable:
+        """The function must not refer to self: a reference cycle would keep the KV cache of an unused runner in memory
+        until Python's next garbage collection."""
+        eager = self.eager
+        match mode, eager.model.device.type:
+            case "recorded", "cpu":
+                return TapeStep(eager)
+            case "recorded", "cuda":
+                return record(eager)
+            case "compiled", "cuda" if can_be_one_graph(eager.model):
+                return record(CompiledStep(eager))
+            case "compiled", _:
+                return CompiledStep(eager)
+        return eager
 
 
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> str:
@@ -165,15 +185,14 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> str:
     return "compiled" if compile else "eager"
 
 
-@dataclass(frozen=True, eq=False)
 class EagerStep:
-    """A step as plain calls: what the other modes record or compile."""
+    """A step as plain calls. The other modes record or compile these calls."""
 
-    model: Transformer
-    kv_cache: KVCache
-    position_tables: list[PositionTables]
-    sampler: Callable
-    has_kernels_for: Callable[[int, int], bool]
+    def __init__(
+        self, model: Transformer, kv_cache: KVCache, position_tables: list[PositionTables], sampler: Callable
+    ):
+        self.model, self.kv_cache, self.position_tables, self.sampler = model, kv_cache, position_tables, sampler
+        self.has_kernels_for = cache(model.has_kernels_for)  # the method goes through all modules
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
@@ -186,46 +205,32 @@ class EagerStep:
         return self.model(tokens, start_pos, used_cache, self.position_tables)
 
 
-def step_in_mode(eager: EagerStep, mode: str) -> Callable:
-    """Returns the step of eager in a mode of the table at the top of this file."""
-    match mode, eager.model.device.type:
-        case "recorded", "cpu":
-            return tape_step(eager)
-        case "recorded", "cuda":
-            return record(eager)
-        case "compiled", "cuda" if can_be_one_graph(eager.model):
-            return record(compiled_step(eager))
-        case "compiled", _:
-            return compiled_step(eager)
-    return eager
-
-
-def tape_step(eager: EagerStep) -> Callable:
+class TapeStep:
     """A step on a CPU. A tape holds only the operations of kernels/schema.py, and a sampler has others."""
-    tape = record(eager.compute_logits)
 
-    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        return call_with_tape_threads(eager.sampler, tape(tokens, start_pos), tokens, start_pos, *inputs)
+    def __init__(self, eager: EagerStep):
+        self.sampler, self.tape = eager.sampler, record(eager.compute_logits)
 
-    return step
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        return call_with_tape_threads(self.sampler, self.tape(tokens, start_pos), tokens, start_pos, *inputs)
 
 
-def compiled_step(eager: EagerStep) -> Callable:
+class CompiledStep:
     """A step compiled by torch.compile in two pieces: the blocks, of which one compiled block serves all layers, and
     the head with the sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
-    def head(hidden: Tensor, *inputs: Tensor):
-        return eager.sampler(eager.model.compute_logits(hidden), *inputs)
+    def __init__(self, eager: EagerStep):
+        def head(hidden: Tensor, *inputs: Tensor):
+            return eager.sampler(eager.model.compute_logits(hidden), *inputs)
 
-    options = {"fullgraph": can_be_one_graph(eager.model), "dynamic": False}
-    compiled_model, compiled_head = compile_blocks(eager.model, **options), torch.compile(head, **options)
+        options = {"fullgraph": can_be_one_graph(eager.model), "dynamic": False}
+        self.eager, self.head = eager, torch.compile(head, **options)
+        self.model = compile_blocks(eager.model, **options)
 
-    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        used_cache = eager.kv_cache.narrow_batch(0, len(tokens))
-        hidden = compiled_model.compute_hidden(tokens, start_pos, used_cache, eager.position_tables)
-        return compiled_head(hidden, tokens, start_pos, *inputs)
-
-    return step
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        used_cache = self.eager.kv_cache.narrow_batch(0, len(tokens))
+        hidden = self.model.compute_hidden(tokens, start_pos, used_cache, self.eager.position_tables)
+        return self.head(hidden, tokens, start_pos, *inputs)
 
 
 def compile_blocks(model: Transformer, **options) -> Transformer:
