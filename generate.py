@@ -57,7 +57,7 @@ def main():
 
     # LLM (llm.py) has the same parts, but one sequence and no speculation.
     kv_cache = KVCache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
-    runner = ModelRunner(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
+    runner = ModelRunner(model, kv_cache, args.sampling_params, args.compile, args.compile_prefill)
     generator = build_speculative_generator(args, runner, draft) if args.speculative else PlainGenerator(runner)
     stats |= warm_up(args, runner, generator, sequences)
     if args.json:

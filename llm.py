@@ -51,7 +51,7 @@ class LLM:
         max_seq_len: the most tokens of generate's texts and of a conversation. The model's context is a limit, too.
         compile: as --compile of generate.py.
         sampling: fields of SamplingParams, such as temperature. Fields that are given to a method override these."""
-        self.sampling, self.compile = GREEDY.override(sampling), compile
+        self.params, self.compile = GREEDY.override(sampling), compile
         path = ensure_converted(checkpoint_path)
         self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
@@ -65,7 +65,7 @@ class LLM:
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}].
         sampling: fields of SamplingParams. With compile, a GPU records the decode step anew when they change."""
-        options = {"stop": stop, "sampling": self.sampling.override(sampling)}
+        options = {"stop": stop, "params": self.params.override(sampling)}
         return self.stream(self.build_sequence(prompt, max_new_tokens, self.max_seq_len, **options))
 
     def generate_many(
@@ -84,7 +84,7 @@ class LLM:
             raise UsageError("generate_many takes a list of prompts, not one text")
         if parallel < 1:
             raise UsageError(f"parallel must be at least 1, not {parallel}")
-        options = {"stop": stop, "sampling": self.sampling.override(sampling)}
+        options = {"stop": stop, "params": self.params.override(sampling)}
         context, sequences = self.model.config.max_seq_len, []
         for i, prompt in enumerate(prompts):
             try:
@@ -95,7 +95,7 @@ class LLM:
 
     def chat(self, system: str | None = None, **sampling) -> Conversation:
         """Returns a new conversation: see Conversation.answer. system: the system message."""
-        generator, eos_ids = self.take_generator(self.sampling.override(sampling)), self.model.config.eos_ids
+        generator, eos_ids = self.take_generator(self.params.override(sampling)), self.model.config.eos_ids
         return Conversation(self.tokenizer, generator, self.max_seq_len, eos_ids, system)
 
     # ---- What the methods above share ----
@@ -109,19 +109,19 @@ class LLM:
         options["hint"] = hint if max_seq_len < config.max_seq_len else ""
         return build_sequence(prompt, self.tokenizer, config, max_new_tokens, max_seq_len, **options)
 
-    def take_generator(self, sampling: SamplingParams) -> PlainGenerator:
+    def take_generator(self, params: SamplingParams) -> PlainGenerator:
         """Returns a PlainGenerator whose KV cache no text uses."""
         if self.free_generators:
             generator = self.free_generators.pop()
-            if generator.runner.sampler.sampling == sampling:
+            if generator.runner.sampler.params == params:
                 return generator
             kv_cache = generator.runner.kv_cache  # fits any options; a recorded step contains them
         else:
             kv_cache = KVCache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
-        return PlainGenerator(ModelRunner(self.model, kv_cache, sampling, self.compile))
+        return PlainGenerator(ModelRunner(self.model, kv_cache, params, self.compile))
 
     def stream(self, sequence: Sequence) -> Iterator[str]:
-        generator = self.take_generator(sequence.sampling)
+        generator = self.take_generator(sequence.params)
         try:
             for (text,) in stream_texts(generator, [sequence], sequence.prompt_ids):
                 if text:

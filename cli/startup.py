@@ -67,7 +67,7 @@ def build_speculative_generator(
         proposer: Proposer = NgramProposer(args.prompt_lookup, runner.device)
     else:
         draft_cache = KVCache(draft, 1, runner.kv_cache.max_seq_len)
-        proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling, args.compile), runner.model)
+        proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling_params, args.compile), runner.model)
     return SpeculativeGenerator(runner, proposer, args.speculate_k)
 
 

@@ -1,6 +1,6 @@
 """The loop of generation: a prompt to new tokens, with one decode step per token.
 
-    runner = ModelRunner(model, kv_cache, sampling)  # runner.py
+    runner = ModelRunner(model, kv_cache, params)  # runner.py
     for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 

@@ -64,18 +64,18 @@ class Sampler:
     """The end of a step: the logits [B, n, V] after the last n of tokens [B, T] -> the next tokens [B], equal on all
     ranks. speculate.py has two more samplers, for verification and for a draft."""
 
-    sampling: SamplingParams
+    params: SamplingParams
     token_ids: Tensor  # [B, S], of the KV cache
     backend: Backend  # the model's
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         logits = self.penalize(logits, tokens, start_pos)
-        return collectives.broadcast(sample(logits[:, -1], self.sampling, self.backend))
+        return collectives.broadcast(sample(logits[:, -1], self.params, self.backend))
 
     def penalize(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        if self.sampling.needs_token_ids:
+        if self.params.needs_token_ids:
             store_token_ids(self.token_ids, tokens, start_pos)
-        return apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, [self.sampling])
+        return apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, [self.params])
 
 
 def return_logits(logits: Tensor, *_) -> Tensor:
@@ -87,13 +87,13 @@ class ModelRunner:
     """The steps of a model with one KV cache."""
 
     def __init__(
-        self, model: Transformer, kv_cache: KVCache, sampling: SamplingParams = GREEDY, compile: bool = False,
+        self, model: Transformer, kv_cache: KVCache, params: SamplingParams = GREEDY, compile: bool = False,
         compile_prefill: bool = False,
     ):
-        """sampling: of prefill and decode. compile, compile_prefill: as the options of generate.py."""
+        """params: of prefill and decode. compile, compile_prefill: as the options of generate.py."""
         self.model, self.kv_cache, self.compile, self.device = model, kv_cache, compile, model.device
         self.position_tables = model.build_position_tables(kv_cache)
-        self.sampler = Sampler(sampling, kv_cache.token_ids, model.lm_head.backend)
+        self.sampler = Sampler(params, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
 

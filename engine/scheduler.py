@@ -224,8 +224,8 @@ class Scheduler:
         token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
         # No option may need the ids now, but a later prompt with a repetition penalty may copy this slot's prefix.
         store_token_ids(token_ids, tokens, start_pos)
-        samplings = [sequence.sampling for sequence in sequences]
-        scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, samplings)
+        all_params = [sequence.params for sequence in sequences]
+        scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, all_params)
         ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
@@ -267,8 +267,8 @@ def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TO
     sample."""
     groups: dict[SamplingParams, list[int]] = {}
     for i, sequence in enumerate(sequences):
-        sampling = sequence.sampling
-        options = GREEDY if sampling.is_greedy else replace(sampling, temperature=1.0, repetition_penalty=1.0)
+        params = sequence.params
+        options = GREEDY if params.is_greedy else replace(params, temperature=1.0, repetition_penalty=1.0)
         groups.setdefault(options, []).append(i)
     ids = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
     for options, indices in groups.items():
@@ -278,7 +278,7 @@ def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TO
             ids[indices] = sample(rows, options, backend)
             continue
         uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in group])
-        temperatures = logits.new_tensor([[sequence.sampling.temperature] for sequence in group])
+        temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in group])
         ids[indices] = sample(rows, options, uniform=uniform.to(logits.device), temperatures=temperatures)
     return ids
 

@@ -48,7 +48,7 @@ class Sequence:
 
     prompt_ids: list[int]
     max_new_tokens: int
-    sampling: SamplingParams = GREEDY
+    params: SamplingParams = GREEDY
     _: KW_ONLY
     prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages; only for reports
     is_answer: bool = False  # whether the text is a chat's answer, which begins anew, or continues prompt_ids
