@@ -31,7 +31,8 @@ def sampling_field(default: float | None, help: str, allowed: str, is_allowed: C
     """A field of SamplingParams. The command line has an option of the same name, which help describes.
 
     allowed: is_allowed in words, for error messages.
-    no_op: a value that means "off", such as 1 of top_p. It becomes the default, so that the fast kernel samples."""
+    no_op: a value without an effect, such as top_p = 1. The field then gets its default instead of the value, so that
+    `filters` is false and a GPU's kernel samples."""
     return field(default=default, metadata=dict(help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op))
 
 
@@ -90,8 +91,9 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def has_truncation(self) -> bool:
-        """Whether an option excludes tokens. Then no kernel draws, since a kernel draws from the whole vocabulary."""
+    def filters(self) -> bool:
+        """Whether an option (top_k, top_p, min_p) excludes tokens. Then no kernel draws, since a kernel draws from the
+        whole vocabulary."""
         return any(option.default is None and getattr(self, option.name) is not None for option in fields(self))
 
     @property
@@ -122,7 +124,7 @@ def apply_repetition_penalty(
     logits: Tensor, tokens: Tensor, start_pos: Tensor, token_ids: Tensor, all_params: list[SamplingParams]
 ) -> Tensor:
     """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. The penalty
-    is applied here and not in sample, so scheduler.py: sample_each may sample sequences of other penalties together.
+    is applied here and not in sample, so scheduler.py: sample_batch may sample sequences of other penalties together.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
     token_ids [B, S]: of a KVCache; they hold the text and tokens, if an option depends on the text.
@@ -151,7 +153,7 @@ def sample(
     temperatures: one for each sequence, float32 [B, 1] and positive, in place of params's; only with uniform."""
     kernel_can_sample = (
         backend.can_sample(params.is_greedy)
-        and (params.is_greedy or not params.has_truncation)
+        and (params.is_greedy or not params.filters)
         and (params.is_greedy or uniform is None)  # a kernel does not take uniform
     )
     if kernel_can_sample:
@@ -159,7 +161,7 @@ def sample(
     if params.is_greedy:
         tokens = logits.argmax(-1)
     else:
-        probs, ids = truncated_probs(logits, params, temperatures)
+        probs, ids = filtered_probs(logits, params, temperatures)
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.sum(-1).isfinite()
@@ -168,12 +170,12 @@ def sample(
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """Returns the distribution [B, V] from which sample draws. params must not be greedy."""
-    probs, ids = truncated_probs(logits, params)
+    probs, ids = filtered_probs(logits, params)
     probs = probs / probs.sum(-1, keepdim=True)
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
-def truncated_probs(
+def filtered_probs(
     logits: Tensor, params: SamplingParams, temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a

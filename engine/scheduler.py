@@ -53,7 +53,7 @@ class Slot:
     # The tokens whose keys and values are in the slot. The ids stay after the sequence has ended, for a later prompt
     # that begins with the same tokens.
     cached_ids: list[int] = field(default_factory=list)
-    ended_at: int = 0  # the number of the step in which the slot became free; 0: the slot was never used
+    freed_step: int = 0  # the number of the step in which the slot became free; 0: the slot was never used
 
     @property
     def is_prefilling(self) -> bool:
@@ -87,7 +87,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
         self.n_steps = 0
-        self.n_prefilled = 0  # how many tokens of prompts were computed since the last decode step
+        self.prefill_tokens_since_decode = 0  # how many tokens of prompts were computed since the last decode step
 
     def submit(self, sequence: Sequence):
         """Raises UsageError as check does."""
@@ -109,7 +109,7 @@ class Scheduler:
                 self.free(slot)
 
     def free(self, slot: Slot):
-        slot.sequence, slot.ended_at = None, self.n_steps
+        slot.sequence, slot.freed_step = None, self.n_steps
 
     def clear(self, i: int):
         """Forgets what slot i holds, since its keys and values may not be finite. Attention hides a position by
@@ -148,12 +148,12 @@ class Scheduler:
         token. Returns an update for each new token."""
         self.n_steps += 1
         n_decoding = sum(slot.is_decoding for slot in self.slots)
-        if not n_decoding or self.n_prefilled < self.chunk_tokens:
+        if not n_decoding or self.prefill_tokens_since_decode < self.chunk_tokens:
             self.schedule_next()
             for i, slot in enumerate(self.slots):
                 if slot.is_prefilling:
                     return self.prefill(i, self.chunk_tokens if n_decoding else self.max_seq_len)
-        self.n_prefilled = 0
+        self.prefill_tokens_since_decode = 0
         return self.decode(n_decoding) if n_decoding else []
 
     def schedule_next(self):
@@ -172,7 +172,7 @@ class Scheduler:
         if lossless:
             target = max(lossless, key=lambda i: shared[i])
         else:
-            target = min(free_slots, key=lambda i: self.slots[i].ended_at)
+            target = min(free_slots, key=lambda i: self.slots[i].freed_step)
         n = max(shared)
         if shared[target] < n:
             self.kv_cache.copy_sequence(shared.index(n), target, n)
@@ -187,7 +187,7 @@ class Scheduler:
         chunk = prompt_ids[n_cached : n_cached + n]
         tokens = torch.tensor([chunk], device=device)
         start_pos = torch.tensor([n_cached], device=device)
-        self.n_prefilled += len(chunk)
+        self.prefill_tokens_since_decode += len(chunk)
         if n_cached + n < len(prompt_ids):
             self.runner.fill_kv_cache(tokens, start_pos, first_slot=i)
             store_token_ids(self.kv_cache.token_ids[i : i + 1], tokens, start_pos)
@@ -195,7 +195,7 @@ class Scheduler:
             return []
         logits = self.runner.prefill_logits(tokens, start_pos, first_slot=i)
         slot.cached_ids += chunk
-        return self.sample_next(range(i, i + 1), logits, tokens, start_pos)
+        return self.sample_and_append(range(i, i + 1), logits, tokens, start_pos)
 
     def decode(self, n: int) -> list[SequenceUpdate]:
         self.move_decoding_first(n)
@@ -206,7 +206,7 @@ class Scheduler:
         logits = self.decode_step(tokens, start_pos)
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
-        return call_with_tape_threads(self.sample_next, range(n), logits, tokens, start_pos)
+        return call_with_tape_threads(self.sample_and_append, range(n), logits, tokens, start_pos)
 
     def move_decoding_first(self, n: int):
         """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of
@@ -218,7 +218,9 @@ class Scheduler:
             self.kv_cache.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
-    def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[SequenceUpdate]:
+    def sample_and_append(
+        self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor
+    ) -> list[SequenceUpdate]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
         sequences = [self.slots[i].sequence for i in slots]
         token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
@@ -226,7 +228,7 @@ class Scheduler:
         store_token_ids(token_ids, tokens, start_pos)
         all_params = [sequence.params for sequence in sequences]
         scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, all_params)
-        ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
+        ids = collectives.broadcast(sample_batch(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
     def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
@@ -261,7 +263,7 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
 
 
-def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH) -> Tensor:
+def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH) -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
     ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: as for sampling.py:
     sample."""

@@ -271,8 +271,9 @@ class DraftModelProposer:
         self.n_cached = 0  # how many tokens of the text are in the draft's cache
 
     def propose(self, token_ids: list[int], k: int) -> Proposal:
-        # The draft's cache lags by 1 token, or by 2 if all proposals were accepted. Always feed 2, so there is one
-        # shape.
+        # If all k proposals were accepted, the draft has not processed the last two tokens: the last proposal, which no
+        # step took as input, and the model's own token. Otherwise only the last token is new. Always process two
+        # tokens, so that one recorded step with T = 2 serves both cases.
         n_before = len(token_ids) - 2
         n_cached = min(self.n_cached, n_before)
         tokens = torch.tensor([token_ids[n_cached:]], device=self.draft.device).clamp(max=self.last_id)

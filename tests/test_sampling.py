@@ -183,9 +183,9 @@ def test_top_p_compiled():
 def test_options_that_change_nothing_are_off():
     """So sample may use the GPU's kernel, and the scheduler samples such requests together."""
     params = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
-    assert params == SamplingParams(0.8, repetition_penalty=1.1) and not params.has_truncation
+    assert params == SamplingParams(0.8, repetition_penalty=1.1) and not params.filters
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
-        assert SamplingParams(0.8, **options).has_truncation
+        assert SamplingParams(0.8, **options).filters
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens():

@@ -15,7 +15,7 @@ from engine.async_engine import AsyncEngine, GenerationError
 from engine.generation import generate
 from engine.runner import ModelRunner
 from engine.sampling import SamplingParams, sample
-from engine.scheduler import Scheduler, sample_each
+from engine.scheduler import Scheduler, sample_batch
 from engine.sequence import Sequence, build_sequence
 from formats import MXFP4, Float8, Int4, Int8
 from llm import LLM
@@ -149,7 +149,7 @@ def test_random_numbers_are_a_prompts_own(both_models):
 def test_the_likeliest_token_takes_no_random_numbers():
     sequences = [Sequence([1], 1, params) for params in (SamplingParams(), SamplingParams(1.0))]
     states = [sequence.generator.get_state() for sequence in sequences]
-    sample_each(torch.randn(2, 50), sequences)
+    sample_batch(torch.randn(2, 50), sequences)
     is_same = [torch.equal(s.generator.get_state(), state) for s, state in zip(sequences, states, strict=True)]
     assert is_same == [True, False]
 
@@ -228,7 +228,7 @@ def test_sequences_of_different_temperatures_are_sampled_in_one_pass():
 
     def sample_together(rows: list[int]) -> tuple[list[int], int]:
         with CountSoftmax() as count:
-            ids = sample_each(logits[rows], [Sequence([1], 1, all_params[i], seed=i) for i in rows])
+            ids = sample_batch(logits[rows], [Sequence([1], 1, all_params[i], seed=i) for i in rows])
         return ids.tolist(), count.n
 
     alone = []
