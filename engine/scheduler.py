@@ -35,7 +35,7 @@ from torch import Tensor
 import collectives
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
-from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
+from engine.sequence import LogitsProcessor, Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.record import call_with_tape_threads
 from model import KVCache, Transformer
 from ops.backend import TORCH, Backend
@@ -45,6 +45,7 @@ from utils.machine import free_memory
 
 # With small chunks prefill is slow: every chunk reads all weights.
 PREFILL_CHUNK_TOKENS = 512
+EXCLUDED_LOGIT = -1e30  # takes the place of -inf, with which a logits_processor excludes a token
 
 
 @dataclass
@@ -227,8 +228,9 @@ class Scheduler:
         # No option may need the ids now, but a later prompt with a repetition penalty may copy this slot's prefix.
         store_token_ids(token_ids, tokens, start_pos)
         all_params = [sequence.params for sequence in sequences]
-        scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, all_params)
-        ids = collectives.broadcast(sample_batch(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
+        scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, all_params)[:, -1]
+        scores = apply_logits_processors(scores, sequences)
+        ids = collectives.broadcast(sample_batch(scores, sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
     def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
@@ -243,6 +245,34 @@ class Scheduler:
         if sequence.finish_reason:
             self.free(self.slots[i])
         return update
+
+
+class SlotGenerator:
+    """A TokenGenerator (generation.py) in a Scheduler with one slot. In contrast to PlainGenerator, texts may have
+    random numbers of their own and a logits_processor."""
+
+    def __init__(
+        self, scheduler: Scheduler, params: SamplingParams, seed: int | None,
+        logits_processor: LogitsProcessor | None = None,
+    ):
+        """seed: text i, counted from 0, samples with seed + i; None: as for Sequence."""
+        self.scheduler, self.params, self.seed, self.logits_processor = scheduler, params, seed, logits_processor
+
+    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+        """As TokenGenerator.generate. n_cached is not needed: the scheduler finds the prefix that its slot holds."""
+        options = {"seed": self.seed, "logits_processor": self.logits_processor}
+        if self.seed is not None:
+            self.seed += 1  # of the next text
+        sequence = Sequence(token_ids, max_new_tokens, self.params, **options)
+        self.scheduler.submit(sequence)
+        try:
+            while sequence.finish_reason is None:
+                for update in self.scheduler.step():
+                    if sequence.error:
+                        raise UsageError(sequence.error)
+                    yield update.new_ids
+        finally:
+            self.scheduler.cancel(sequence)
 
 
 def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int, compile: bool = False) -> Scheduler:
@@ -261,6 +291,19 @@ def longest_seq_len(model: Transformer, sequences: list[Sequence]) -> int:
 def max_slots(model: Transformer, max_seq_len: int) -> int:
     """Returns how many sequences of max_seq_len tokens fit into the free main memory."""
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
+
+
+def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Applies the logits_processor of each of n sequences to its row of logits [n, V]. Does not change logits, of which
+    compute_logprobs reports the log-probabilities."""
+    if all(sequence.logits_processor is None for sequence in sequences):
+        return logits
+    rows = list(logits.clone())
+    for i, sequence in enumerate(sequences):
+        if sequence.logits_processor is not None:
+            rows[i] = sequence.logits_processor(sequence.prompt_ids + sequence.new_ids, rows[i])
+    # sample takes -inf for an error of the model. A float32 sum of any vocabulary's EXCLUDED_LOGIT is still finite.
+    return torch.stack(rows).clamp(min=EXCLUDED_LOGIT)
 
 
 def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH) -> Tensor:
