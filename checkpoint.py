@@ -1,4 +1,5 @@
-"""model.pth: one file with a model's config and weights. The converters and quantize.py write it, loading.py reads it.
+"""model.pth: one file with a model's config and weights. The converters and quantize.py write the file. loading.py
+makes a model of what read_checkpoint returns.
 
     checkpoint = read_checkpoint(Path("checkpoints/M/model.pth"))
     checkpoint.config, checkpoint.quantization, checkpoint.tensors
@@ -67,14 +68,6 @@ def save_checkpoint(
         delete_if_possible(temporary)
 
 
-def replace_checkpoint(temporary: Path, path: Path):
-    """Renames temporary to path. Raises UsageError if temporary is gone: a later writer of path has deleted it."""
-    try:
-        os.replace(temporary, path)
-    except FileNotFoundError:
-        raise UsageError(f"cannot write {path}: another process has begun to write the same file") from None
-
-
 def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
     """Writes the checkpoint to file, with room for the tensors' bytes but without the bytes. Returns a placeholder for
     each tensor: a fake tensor, which has no data, but knows the offset of the tensor's bytes in the file."""
@@ -102,6 +95,14 @@ def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iter
         file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))  # any dtype, without a copy
     if missing:
         raise UsageError(f"no tensor for {', '.join(list(missing)[:3])}")
+
+
+def replace_checkpoint(temporary: Path, path: Path):
+    """Renames temporary to path. Raises UsageError if temporary is gone: a later writer of path has deleted it."""
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        raise UsageError(f"cannot write {path}: another process has begun to write the same file") from None
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------

@@ -13,61 +13,83 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, wraps
 from itertools import count
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.record import call_at_graph_break
+from kernels.capture import split_graph_at
 from utils.errors import UsageError
 
 ONE_SHOT_BYTES = 2**18  # up to this size, a one-shot all-reduce over peer memory is faster than NCCL
-cpu_seconds = 0.0  # the time so far that this process has spent in collectives between CPUs, except in compiled steps
+# The time so far that this process has spent in collectives between CPUs. Collectives of a compiled step do not count,
+# since torch.compile cannot trace a clock.
+cpu_seconds = 0.0
+c10d = torch.ops._c10d_functional  # PyTorch's functional collectives, since torch.compile can trace them
 
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# A CUDA graph contains the collectives of the recorded step. A CPU's tape cannot, so each collective is a graph
-# break (kernels/record.py: call_at_graph_break).
+# A CUDA graph contains the collectives of the captured step. OpLists cannot contain collectives, so a CPU graph is
+# split at each one (kernels/capture.py: split_graph_at).
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    return call_at_graph_break(partial(collective, "all_reduce", "sum"), x)
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """Concatenates x [..., X] of all ranks: [..., ranks * X]. The caller makes the graph break, since the caller's own
-    operations on the result belong to the same break (tp.py: ParallelLMHead)."""
-    gathered = collective("all_gather_into_tensor", world_size(), x)  # [ranks * ..., X]
-    by_rank = gathered.unflatten(0, (world_size(), -1))  # [ranks, ..., X]
-    return by_rank.movedim(0, -2).flatten(-2)
+    """Returns the sum of all ranks' x, on every rank."""
+    return split_graph_at(sum_over_ranks, x)
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """Returns rank 0's x on every rank. Samplers broadcast the tokens, since a program may not have seeded all ranks
+    """Returns rank 0's x, on every rank. Samplers broadcast the tokens, since a program may not have seeded all ranks
     alike."""
-    return x if world_size() == 1 else call_at_graph_break(partial(collective, "broadcast", 0), x)
+    return x if world_size() == 1 else split_graph_at(from_rank_0, x)
 
 
-def collective(name: str, argument: str | int, x: Tensor) -> Tensor:
-    """Calls one of PyTorch's functional collectives, since torch.compile can trace them."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return functional_collective(name, argument, x)
-    global cpu_seconds
-    start = time.perf_counter()
-    result = functional_collective(name, argument, x)
-    cpu_seconds += time.perf_counter() - start
-    return result
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenates x [..., X] of all ranks: [..., ranks * X]. The caller splits the graph, since the caller's own
+    operations on the result belong between the same two OpLists (tp.py: ParallelLMHead)."""
+    by_rank = stack_ranks(x).unflatten(0, (world_size(), -1))  # [ranks, ..., X]
+    return by_rank.movedim(0, -2).flatten(-2)
 
 
-def functional_collective(name: str, argument: str | int, x: Tensor) -> Tensor:
-    operation = getattr(torch.ops._c10d_functional, name)
-    pending = operation(x.contiguous(), argument, dist.group.WORLD.group_name)
-    return torch.ops._c10d_functional.wait_tensor(pending)
+def timed_on_cpu(collective: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Returns the collective, which now adds the time of each call between CPUs to cpu_seconds."""
+
+    @wraps(collective)
+    def call(x: Tensor) -> Tensor:
+        global cpu_seconds
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return collective(x)
+        start = time.perf_counter()
+        result = collective(x)
+        cpu_seconds += time.perf_counter() - start
+        return result
+
+    return call
+
+
+@timed_on_cpu
+def sum_over_ranks(x: Tensor) -> Tensor:
+    return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group_name()))
+
+
+@timed_on_cpu
+def from_rank_0(x: Tensor) -> Tensor:
+    return c10d.wait_tensor(c10d.broadcast(x.contiguous(), 0, group_name()))
+
+
+@timed_on_cpu
+def stack_ranks(x: Tensor) -> Tensor:
+    """Stacks the first dimension of all ranks' x [N, ...]: [ranks * N, ...]."""
+    return c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), world_size(), group_name()))
+
+
+def group_name() -> str:
+    return dist.group.WORLD.group_name
 
 
 def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
@@ -101,15 +123,15 @@ def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[T
     own buffer, so that CUDA graphs see a fixed address."""
     import torch.distributed._symmetric_memory as symmetric_memory  # imported here, since only several GPUs need it
 
-    group_name = dist.group.WORLD.group_name
+    group = group_name()
     buffer = symmetric_memory.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
-    symmetric_memory.rendezvous(buffer, group_name)
+    symmetric_memory.rendezvous(buffer, group)
     dtype_name = str(dtype).removeprefix("torch.")
 
     @torch.library.custom_op(f"gptfast_tp::one_shot_all_reduce_{dtype_name}", mutates_args=())
     def one_shot(x: Tensor) -> Tensor:
         shared = buffer[: x.numel()].view(x.shape)
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.contiguous(), "sum", group_name)
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.contiguous(), "sum", group)
 
     one_shot.register_fake(torch.empty_like)
     return one_shot

@@ -2,8 +2,8 @@
 
 The converters make a ModelConfig of another project's config, such as config.json (converters/hf_config.py). model.pth
 stores the ModelConfig, and model.py builds the model from it. The default of an option is what most families do, so a
-family states only the options that differ. A value that no model can have raises UsageError: the checks are at the end
-of this file.
+family states only the options that differ. First in this file are the fields, then the dict of model.pth, then the
+checks of the values.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -14,8 +14,6 @@ from utils.errors import UsageError
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2")
 GATED_ACTIVATIONS = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"}
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
-MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not make model.py create millions of modules
-MAX_SIZE = 2**31  # of a dimension, in elements or tokens
 
 
 def is_gated(activation: str) -> bool:
@@ -59,10 +57,6 @@ class MoEConfig:
 
     def __post_init__(self):
         check_moe(self)
-
-
-# Options for which model.pth has 0 where ModelConfig has None, so that all versions of the file have the same values.
-ZERO_IN_FILES = ("attention_softcap", "clip_qkv", "logit_softcap")
 
 
 @dataclass(frozen=True)
@@ -118,6 +112,13 @@ class ModelConfig:
     bos_id: int | None = None  # the token with which a text begins
     eos_ids: tuple[int, ...] = ()  # the tokens that end a text
 
+    def __post_init__(self):
+        check_dimensions(self)
+        check_layers(self)
+        check_options(self)
+        if self.rope_scaling is not None:
+            check_can_scale_rope(self, self.rope_scaling)
+
     @property
     def q_dim(self) -> int:
         """The width of the queries of a token: all heads together."""
@@ -167,10 +168,9 @@ class ModelConfig:
         except (AttributeError, TypeError, KeyError) as e:
             raise UsageError(f"the checkpoint's config does not fit this version ({e}); convert it again") from None
 
-    def __post_init__(self):
-        check_dimensions(self)
-        check_rope(self)
-        check_options(self)
+
+# Options that are 0 in model.pth where ModelConfig has None, so that all versions of the file have the same values.
+ZERO_IN_FILES = ("attention_softcap", "clip_qkv", "logit_softcap")
 
 
 def lists_to_tuples(fields: dict) -> dict:
@@ -179,17 +179,19 @@ def lists_to_tuples(fields: dict) -> dict:
 
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
+# A config comes from a file, which may be broken. Without these checks a wrong value would raise an error far from its
+# cause, or change the text silently.
+
+MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not make model.py create millions of modules
+MAX_SIZE = 2**31  # of a dimension, in elements or tokens
+
 
 def check_dimensions(config: ModelConfig):
+    """Tensors have these dimensions, and kernels compute addresses from them."""
     for name in "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size max_seq_len".split():
         check_size(f"the model's {name}", getattr(config, name))
     if config.sliding_window is not None:
         check_size("sliding_window", config.sliding_window)
-    for name in "norm_eps rope_theta embed_scale residual_scale logit_scale".split():
-        check_positive_number(f"the model's {name}", getattr(config, name))
-    for name in "attention_scale attention_softcap clip_qkv local_rope_theta logit_softcap".split():
-        if getattr(config, name) is not None:
-            check_positive_number(f"the model's {name}", getattr(config, name))
     for what, n in (("layers", config.n_layers), ("heads", config.n_heads)):
         if n > MAX_MODULES:
             raise UsageError(f"{n} {what} are more than any model has")
@@ -197,28 +199,25 @@ def check_dimensions(config: ModelConfig):
         raise UsageError(f"n_heads {config.n_heads} is no multiple of n_kv_heads {config.n_kv_heads}")
     if config.head_dim % 2:
         raise UsageError(f"head_dim {config.head_dim} is odd, and RoPE rotates pairs")
-
-
-def check_rope(config: ModelConfig):
     if config.rotary_dim is not None and (config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim):
         raise UsageError(f"RoPE cannot rotate {config.rotary_dim} of {config.head_dim} elements")
-    scaling = config.rope_scaling
-    if scaling is None:
-        return
-    rotary_dim = config.rotary_dim or config.head_dim
-    n_pairs = rotary_dim // 2
-    if scaling.rope_type == "longrope" and not len(scaling.short_factor) == len(scaling.long_factor) == n_pairs:
-        raise UsageError(f"rope_scaling of type longrope needs {n_pairs} short and long factors")
-    # yarn_ramp would divide by log(theta) = 0, "dynamic" by rotary_dim - 2
-    if (scaling.rope_type == "yarn" and config.rope_theta <= 1) or (scaling.rope_type == "dynamic" and rotary_dim == 2):
-        raise UsageError(f"RoPE with theta {config.rope_theta} and {rotary_dim} elements cannot be scaled")
 
 
-def check_options(config: ModelConfig):
+def check_layers(config: ModelConfig):
+    """The lists are only indexed by layer, so one that is too long would pass unseen."""
     for name in ("layer_has_window", "layer_has_rope"):
         layers = getattr(config, name)
         if layers is not None and len(layers) != config.n_layers:
             raise UsageError(f"{name} is about {len(layers)} layers; the model has {config.n_layers}")
+
+
+def check_options(config: ModelConfig):
+    """A scale of 0 or NaN would ruin the logits, and model.py ignores options that a mixture of experts lacks."""
+    for name in "norm_eps rope_theta embed_scale residual_scale logit_scale".split():
+        check_positive_number(f"the model's {name}", getattr(config, name))
+    for name in "attention_scale attention_softcap clip_qkv local_rope_theta logit_softcap".split():
+        if getattr(config, name) is not None:
+            check_positive_number(f"the model's {name}", getattr(config, name))
     if config.activation not in ACTIVATIONS:
         raise UsageError(f"activation {config.activation!r} is not supported; {', '.join(ACTIVATIONS)} are")
     if config.moe is not None and (config.residual_scale != 1 or config.ffn_bias):
@@ -228,6 +227,7 @@ def check_options(config: ModelConfig):
 
 
 def check_rope_scaling(scaling: RopeScaling):
+    """rope.py divides by most of these numbers."""
     if scaling.rope_type not in ROPE_TYPES:
         raise UsageError(f"rope_scaling of type {scaling.rope_type!r} is not supported; {', '.join(ROPE_TYPES)} are")
     numbers = "factor low_freq_factor high_freq_factor original_max_seq_len attention_factor beta_fast beta_slow"
@@ -237,7 +237,18 @@ def check_rope_scaling(scaling: RopeScaling):
         check_positive_number("a factor of rope_scaling", factor)
 
 
+def check_can_scale_rope(config: ModelConfig, scaling: RopeScaling):
+    """longrope has a factor for each pair of elements; yarn divides by log(rope_theta), dynamic by rotary_dim - 2."""
+    rotary_dim = config.rotary_dim or config.head_dim
+    n_pairs = rotary_dim // 2
+    if scaling.rope_type == "longrope" and not len(scaling.short_factor) == len(scaling.long_factor) == n_pairs:
+        raise UsageError(f"rope_scaling of type longrope needs {n_pairs} short and long factors")
+    if (scaling.rope_type == "yarn" and config.rope_theta <= 1) or (scaling.rope_type == "dynamic" and rotary_dim == 2):
+        raise UsageError(f"RoPE with theta {config.rope_theta} and {rotary_dim} elements cannot be scaled")
+
+
 def check_moe(moe: MoEConfig):
+    """The router takes the top_k largest of n_experts numbers for each token."""
     if type(moe.n_experts) is not int or type(moe.top_k) is not int:
         raise UsageError(f"the numbers of experts must be integers, not {moe.n_experts!r} and {moe.top_k!r}")
     if type(moe.n_shared_experts) is not int or moe.n_shared_experts < 0:
@@ -249,7 +260,7 @@ def check_moe(moe: MoEConfig):
 
 
 def check_size(what: str, value):
-    if type(value) is not int or not 0 < value < MAX_SIZE:
+    if type(value) is not int or not 0 < value < MAX_SIZE:  # True is an int for isinstance
         raise UsageError(f"{what} must be a positive integer, not {value!r}")
 
 

@@ -18,7 +18,7 @@ import ops
 from formats import Tensors, Unquantized, WeightFormat
 from kernels.schema import Epilogue, WeightArguments
 from ops.aten import AtenInt4, AtenInt8
-from ops.backend import TORCH, Backend
+from ops.backend import TORCH_BACKEND, Backend
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.backend: Backend = TORCH
+        self.backend: Backend = TORCH_BACKEND
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -39,7 +39,7 @@ class WeightMatrix(nn.Module):
     """A weight W [N, K] of N outputs and K inputs, or a W for each expert [E, N, K].
 
     format: how W is stored (formats/).
-    backend: what computes with W (ops/backend.py). W is packed for the backend's kernels. TORCH means that W is
+    backend: what computes with W (ops/backend.py). W is packed for the backend's kernels. TORCH_BACKEND means that W is
     stored as in the checkpoint, for plain PyTorch.
     is_embedding: whether a step reads only some rows of W."""
 
@@ -49,7 +49,7 @@ class WeightMatrix(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
         self.format: WeightFormat = Unquantized()
-        self.backend: Backend = TORCH
+        self.backend: Backend = TORCH_BACKEND
         shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.register_buffer("scales", None)
@@ -58,7 +58,7 @@ class WeightMatrix(nn.Module):
     @property
     def is_packed(self) -> bool:
         """Whether the tensors are in the order of the backend's kernels, so that only these can read W."""
-        return self.format.is_quantized and self.backend.name != TORCH.name
+        return self.format.is_quantized and self.backend.name != TORCH_BACKEND.name
 
     def tensors(self) -> Tensors:
         """The tensors that store W, by name: weight and, if the format has them, scales and zeros."""
@@ -101,7 +101,7 @@ class WeightMatrix(nn.Module):
     def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
         arguments = self.kernel_arguments() | tensors
-        return self.backend.ops.dequantize(**arguments, k=self.in_features, dtype=dtype)
+        return self.backend.kernel("dequantize")(**arguments, k=self.in_features, dtype=dtype)
 
 
 class LinearBase(WeightMatrix):

@@ -60,7 +60,7 @@ class LLM:
         options = {"device": pick_device(device), "dtype": dtype, "use_kernels": use_kernels}
         self.model, self.tokenizer = load(self.checkpoint_path, **options)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        # What no text uses now. Their KV caches and recorded steps serve the next texts.
+        # What no text uses now. Their KV caches and captured steps serve the next texts.
         self.free_generators: list[PlainGenerator] = []
         self.free_schedulers: list[Scheduler] = []  # with one slot
 
@@ -74,7 +74,7 @@ class LLM:
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}].
         seed: of the text's own random numbers; None: PyTorch's global ones.
         logits_processor: a function (token ids so far, logits [V]) -> logits [V], called before each token is sampled.
-        sampling: fields of SamplingParams. With compile, a GPU records the decode step anew when they change.
+        sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change.
 
         With seed or logits_processor a GPU waits for the host between two tokens (engine/__init__.py)."""
         options = {"stop": stop, "seed": seed, "logits_processor": logits_processor}
@@ -145,7 +145,7 @@ class LLM:
         generator = self.free_generators.pop()
         if generator.runner.sampler.params == params:
             return generator
-        kv_cache = generator.runner.kv_cache  # fits any params; a recorded step contains them
+        kv_cache = generator.runner.kv_cache  # fits any params; a captured step contains them
         return PlainGenerator(ModelRunner(self.model, kv_cache, params, self.compile))
 
     def take_scheduler(self) -> Scheduler:

@@ -61,15 +61,15 @@ def load_model(
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
     model = empty_model(config, QuantizationScheme.from_dict(quantization))
+
     quantized_names = quantized_tensor_names(model)
     all_tensors = with_tied_head(config, tensors)
     check_tensors(path, model, all_tensors, quantized_names)
     check_input_orders(path, tensors)
+
     n_ranks = collectives.world_size() if sharded else 1
     if use_kernels and device.type == "cpu":  # packing copies all weights
-        itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
-        n_bytes = sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
-        check_memory(n_bytes // n_ranks, f"{path}, in {dtype},")
+        check_memory(loaded_bytes(tensors, dtype, quantized_names) // n_ranks, f"{path}, in {dtype},")
 
     shard_tensor = None
     if n_ranks > 1:
@@ -80,6 +80,7 @@ def load_model(
     if "lm_head.weight" not in moved:
         model.tie_embedding()
     model.eval().requires_grad_(False)
+
     if use_kernels:
         model.pack_weights(is_mmapped=True)
     if n_ranks > 1:
@@ -117,6 +118,12 @@ def check_input_orders(path: Path, tensors: Tensors):
     for name, order in tensors.items():
         if name.endswith(".input_order") and not torch.equal(order.sort().values, torch.arange(len(order)).int()):
             raise UsageError(f"{path}: tensor {name} is no order of the layer's {len(order)} inputs; convert it again")
+
+
+def loaded_bytes(tensors: Tensors, dtype: torch.dtype, quantized_names: set[str]) -> int:
+    """The size of a checkpoint's tensors after move_tensors."""
+    itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
+    return sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
 
 
 def move_tensors(

@@ -110,17 +110,17 @@ class Transformer(nn.Module):
             if isinstance(module, LinearBase) and not name.endswith(".router"):
                 yield name, module
 
-    def has_kernels_for(self, batch_size: int, n_new_tokens: int) -> bool:
+    def supports_kernels(self, batch_size: int, n_new_tokens: int) -> bool:
         """Whether there are kernels for all operations of a step with n_new_tokens in each of batch_size sequences,
-        all on one backend. Then the step can be recorded."""
+        all on one backend. Then the step can be captured."""
         matrices = [module for module in self.modules() if isinstance(module, LinearBase)]
-        if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be recorded
+        if self.embed_tokens.format.is_quantized:  # an unquantized embedding can always be captured
             matrices.append(self.embed_tokens)
         backend = self.lm_head.backend
         attention = self.layers[0].attention  # all layers have the same numbers of heads
         heads_per_kv_head = attention.n_heads // attention.n_kv_heads
         all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
-        return all_on_one_backend and backend.has_kernels_for(batch_size, n_new_tokens, heads_per_kv_head)
+        return all_on_one_backend and backend.supports_step(batch_size, n_new_tokens, heads_per_kv_head)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values for one token of one sequence, on this rank."""
@@ -294,7 +294,7 @@ class MoE(nn.Module):
 
 def round_to_dtype(x: float, dtype: torch.dtype) -> float:
     """Rounds x to the nearest number of dtype, ties to even. x must be in dtype's normal range. Uses no tensor, since a
-    step that is recorded may call only the operations of kernels/schema.py."""
+    step that is captured may call only the operations of kernels/schema.py."""
     _, exponent = math.frexp(x)
     spacing = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # of the numbers that dtype has near x
     return round(x / spacing) * spacing

@@ -12,7 +12,7 @@ routers.
 
 The names are Megatron's, and speak of W^T. tp_plan returns this table. loading.py: load_model takes two steps:
 
-    shard_model           before the tensors are read: shrinks the empty model, and returns shard_tensor, which gives
+    shard_model           before the tensors are read: shards the empty model, and returns shard_tensor, which gives
                           this rank's shard of a tensor of the checkpoint
     insert_collectives    after the weights are packed: wraps o_proj, down_proj and lm_head
 
@@ -43,7 +43,7 @@ import ops
 from collectives import all_gather, choose_all_reduce, world_size
 from config import ModelConfig
 from formats import WeightFormat
-from kernels.record import call_at_graph_break
+from kernels.capture import split_graph_at
 from layers import Linear, LinearBase
 from model import Attention, Transformer
 from utils.errors import UsageError
@@ -56,7 +56,7 @@ class ShardSpec:
     """How a linear layer is sharded."""
 
     style: str  # "column": column-parallel, along the outputs; "row": row-parallel, along the inputs
-    sizes: tuple[int, ...]  # of each matrix that one weight stacks, such as q, k and v; every matrix is cut separately
+    sizes: tuple[int, ...]  # of each matrix that one weight stacks, such as q, k and v; each is sharded separately
     head_size: int = 1  # elements of a head, which stay on one rank; 1: the layer has no heads
 
 
@@ -122,12 +122,13 @@ def check_device(device: torch.device):
 
 
 def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
-    """Shrinks model to this rank's shard. Returns the function that shards the checkpoint's tensors. model: on the meta
-    device. device: where the shard will be."""
+    """Shards model, which is on the meta device. Returns the function that shards the checkpoint's tensors.
+
+    device: where the shard will be."""
     plan, linears, n_ranks = tp_plan(model.config), dict(model.quantizable_linears()), world_size()
     check_device(device)
-    widest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_multiple)
-    check_can_shard(model.config, widest, n_ranks)
+    coarsest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_multiple)
+    check_can_shard(model.config, coarsest, n_ranks)
     shard_tensor = tensor_sharder(model)
     for name, linear in linears.items():
         spec = plan.get(name.rpartition(".")[2])
@@ -137,7 +138,7 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
             linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
         n = sum(shard_range(size, spec.head_size, 0, n_ranks)[1] for size in spec.sizes)  # the same on every rank
         if spec.style == "row":
-            linear.in_features, linear.format = n, linear.format.shard_format(n)
+            linear.in_features, linear.format = n, linear.format.narrow_format(n)
         else:
             linear.out_features = n
     for module in model.modules():
@@ -171,7 +172,6 @@ def tensor_sharder(model: Transformer) -> ShardTensor:
 
 
 def shard_attention(attention: Attention, n_ranks: int):
-    """Reduces attention to the heads of this rank."""
     start, length = shard_range(attention.n_heads, 1, dist.get_rank(), n_ranks)
     attention.n_heads = length
     attention.n_kv_heads = math.ceil(attention.n_kv_heads / n_ranks)
@@ -195,7 +195,7 @@ def shard_row_parallel(tensor: Tensor, tensor_name: str, spec: ShardSpec, format
 
 
 def shard_column_parallel(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
-    """Returns this rank's outputs along dim. Cuts each of the matrices that tensor stacks. Zeros pad a range that
+    """Returns this rank's outputs along dim, of each of the matrices that tensor stacks. Zeros pad a range that
     reaches beyond the end of a matrix."""
     shards = []
     for size, matrix in zip(spec.sizes, tensor.split(spec.sizes, dim), strict=True):
@@ -249,7 +249,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
         if self.get_inputs is not None:
-            x = call_at_graph_break(self.get_inputs, x)
+            x = split_graph_at(self.get_inputs, x)
         y = self.all_reduce(self.linear(x, *args, **kwargs))
         return y if residual is None else ops.add(residual, y, self.backend)
 
@@ -266,7 +266,7 @@ class ParallelLMHead(nn.Module):
         self.linear, self.vocab_size, self.backend = linear, vocab_size, linear.backend
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
-        return call_at_graph_break(self.all_gather, self.linear(x, **kwargs))
+        return split_graph_at(self.all_gather, self.linear(x, **kwargs))
 
     def all_gather(self, logits: Tensor) -> Tensor:
         """Returns the logits of all ranks, without the padding of the last ranks."""

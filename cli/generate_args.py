@@ -71,7 +71,7 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add_sampling_options(parser)
     add_speculation_options(parser)
     add = parser.add_argument
-    help = "compile or, on a GPU, record the decode step; a CPU whose kernels take the step records it anyway"
+    help = "compile or, on a GPU, capture the decode step; a CPU whose kernels take the step captures it anyway"
     add("--compile", action="store_true", help=help)
     add("--compile_prefill", action="store_true", help="compile prefill too")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample (of every rank)")

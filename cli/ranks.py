@@ -93,7 +93,7 @@ def rank_path(path: Path) -> Path:
 def communication_share(step: Callable[[], Tensor]) -> float | None:
     """Returns the fraction of a step's time that this rank spends in collectives, including the wait for other ranks.
     Returns None for a compiled step on a CPU, whose collectives nobody times."""
-    device_type = step().device.type  # the first call may record or compile
+    device_type = step().device.type  # the first call may capture or compile
     if device_type == "cpu":
         before = collectives.cpu_seconds
         seconds = time_steps(step)

@@ -1,5 +1,5 @@
 """What generate.py does before the first token, besides loading the model: sizes the KV cache, loads the draft model,
-builds the loop, and compiles or records the steps.
+builds the loop, and compiles or captures the steps.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from engine.speculate import DraftModelProposer, NgramProposer, Proposer, Specul
 from llm import LLM
 from loading import load
 from model import KVCache, Transformer
-from ops import MAX_CPU_TOKENS, TRITON
+from ops import MAX_CPU_TOKENS, TRITON_BACKEND
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -78,8 +78,8 @@ def build_generator(
 
 def warn_without_kernels(k: int, model: Transformer):
     """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
-    most = max((i for i in range(1, k + 1) if model.has_kernels_for(1, i + 1)), default=0)
-    if model.lm_head.backend.name == TRITON.name and most < k:
+    most = max((i for i in range(1, k + 1) if model.supports_kernels(1, i + 1)), default=0)
+    if model.lm_head.backend.name == TRITON_BACKEND.name and most < k:
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)
 
 
@@ -87,8 +87,8 @@ def warn_without_kernels(k: int, model: Transformer):
 def warm_up(
     args: argparse.Namespace, generator: PlainGenerator | SpeculativeGenerator, sequences: list[Sequence]
 ) -> dict:
-    """Compiles or records what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
-    records a step at its first use. The first prompt overwrites what the KV caches then hold. Returns compile_seconds,
+    """Compiles or captures what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
+    captures a step at its first use. The first prompt overwrites what the KV caches then hold. Returns compile_seconds,
     a field of --json."""
     start = time.perf_counter()
     if args.compile_prefill:

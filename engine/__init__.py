@@ -24,7 +24,7 @@ There are two loops over decode steps, and speculation changes the first:
     speculation (speculate.py)              yes               -
     on a GPU the next step is queued        yes               -
       before the host has the token
-    sampling within a GPU's recorded step   yes               -
+    sampling within a GPU's captured step   yes               -
     random numbers                          PyTorch's         PyTorch's, or of each sequence's seed
     SamplingParams                          one for all       of each sequence
     log-probabilities, logits_processor     -                 yes

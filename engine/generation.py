@@ -34,7 +34,7 @@ def generate(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens:
 
 def run_steps(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[Tensor]:
     """Runs prefill, then the decode steps. Yields each step's tokens [B] on the device. The next step may overwrite the
-    tokens, which may be a recording's static buffer."""
+    tokens, which may be a static buffer of a captured graph."""
     start_pos = torch.full(prompt.shape[:1], n_cached, device=prompt.device)
     tokens = runner.prefill(prompt, start_pos)
     start_pos = start_pos + prompt.shape[1]
@@ -64,7 +64,7 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
         return tokens.tolist
     copy = tokens.to("cpu", non_blocking=True)  # to pinned memory, so the host does not wait here
     is_done = torch.cuda.Event()
-    is_done.record()
+    is_done.capture()
 
     def read() -> list[int]:
         is_done.synchronize()
@@ -107,7 +107,7 @@ class PlainGenerator:
 
     @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
-        """Runs each kind of step once that a text of max_new_tokens may need, to compile or to record the step.
+        """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
         Overwrites the first tokens of the KV cache."""
         zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
         self.runner.decode(zeros, zeros[:, 0])

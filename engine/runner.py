@@ -7,20 +7,20 @@
 
 There are three kinds of steps:
 
-    prefill         takes a prompt of any length, in chunks, and is never recorded
+    prefill         takes a prompt of any length, in chunks, and is never captured
     decode          takes one token of every sequence
     verification    takes several proposed tokens; speculate.py makes it with build_step
 
 A decode or verification step has one of three modes (choose_mode):
 
     kernels    device    --compile    mode
-    all        CPU       yes or no    recorded: a tape of the model; then the sampler, eagerly
-    all        GPU       yes          recorded: a CUDA graph of model and sampler
+    all        CPU       yes or no    captured: a CPU graph of the model; then the sampler, eagerly
+    all        GPU       yes          captured: a CUDA graph of model and sampler
     all        GPU       no           eager
-    not all    any       yes          compiled by torch.compile; without experts, a GPU also records the result
+    not all    any       yes          compiled by torch.compile; without experts, a GPU also captures the result
     not all    any       no           eager
 
-"all": every operation has a kernel for B * T tokens (model.has_kernels_for). The limits are Backend.max_tokens of
+"all": every operation has a kernel for B * T tokens (model.supports_kernels). The limits are Backend.max_tokens of
 ops/backend.py. An eager step uses the kernels of the operations that are within their limit.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import collectives
 from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
 from kernels.build import find_compiler
-from kernels.record import call_with_tape_threads, record
+from kernels.capture import call_with_graph_threads, capture
 from kernels.schema import PositionTables
 from model import KVCache, Transformer
 from ops.backend import Backend
@@ -123,7 +123,8 @@ class ModelRunner:
         n_cached, offset = int(start_pos.max()), 0
         for chunk in tokens.split(max(1, chunk_tokens // len(tokens)), dim=1):
             model = self.model
-            if self.compiled_model and chunk.numel() >= MIN_COMPILED_TOKENS and not model.has_kernels_for(*chunk.shape):
+            is_long = chunk.numel() >= MIN_COMPILED_TOKENS
+            if self.compiled_model and is_long and not model.supports_kernels(*chunk.shape):
                 model = self.compiled_model
             used_cache = kv_cache.narrow_length(n_cached + offset + chunk.shape[1])
             yield model.compute_hidden(chunk, start_pos + offset, used_cache, self.position_tables)
@@ -149,7 +150,7 @@ class Step:
         step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
 
     The step uses the first B sequences of the KV cache. The next call may overwrite the result, and also the logits
-    that the sampler gets: both may be static buffers of a recording. Clone what must last."""
+    that the sampler gets: both may be static buffers of a graph. Clone what must last."""
 
     def __init__(self, eager: "EagerStep", compile: bool):
         self.eager, self.compile = eager, compile
@@ -157,7 +158,7 @@ class Step:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        mode = choose_mode(self.eager.has_kernels_for(*tokens.shape), self.eager.model.device.type, self.compile)
+        mode = choose_mode(self.eager.supports_kernels(*tokens.shape), self.eager.model.device.type, self.compile)
         if mode not in self.by_mode:  # built at first use: importing Inductor takes a second and 150 MB
             self.by_mode[mode] = self.build(mode)
         return self.by_mode[mode](tokens, start_pos, *inputs)
@@ -167,12 +168,12 @@ class Step:
         until Python's next garbage collection."""
         eager = self.eager
         match mode, eager.model.device.type:
-            case "recorded", "cpu":
-                return TapeStep(eager)
-            case "recorded", "cuda":
-                return record(eager)
+            case "captured", "cpu":
+                return CPUGraphStep(eager)
+            case "captured", "cuda":
+                return capture(eager)
             case "compiled", "cuda" if can_be_one_graph(eager.model):
-                return record(CompiledStep(eager))
+                return capture(CompiledStep(eager))
             case "compiled", _:
                 return CompiledStep(eager)
         return eager
@@ -181,38 +182,38 @@ class Step:
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> str:
     """Returns the mode of a step, by the table at the top of this file."""
     if has_kernels and (compile or device_type == "cpu"):
-        return "recorded"
+        return "captured"
     return "compiled" if compile else "eager"
 
 
 class EagerStep:
-    """A step as plain calls. The other modes record or compile these calls."""
+    """A step as plain calls. The other modes capture or compile these calls."""
 
     def __init__(
         self, model: Transformer, kv_cache: KVCache, position_tables: list[PositionTables], sampler: Callable
     ):
         self.model, self.kv_cache, self.position_tables, self.sampler = model, kv_cache, position_tables, sampler
-        self.has_kernels_for = cache(model.has_kernels_for)  # the method goes through all modules
+        self.supports_kernels = cache(model.supports_kernels)  # the method goes through all modules
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
 
     def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         used_cache = self.kv_cache.narrow_batch(0, len(tokens))
-        if not self.has_kernels_for(*tokens.shape):
+        if not self.supports_kernels(*tokens.shape):
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
         return self.model(tokens, start_pos, used_cache, self.position_tables)
 
 
-class TapeStep:
-    """A step on a CPU. A tape holds only the operations of kernels/schema.py, and a sampler has others."""
+class CPUGraphStep:
+    """A step on a CPU. A CPU graph holds only the operations of kernels/schema.py, and a sampler has others."""
 
     def __init__(self, eager: EagerStep):
-        self.sampler, self.tape = eager.sampler, record(eager.compute_logits)
+        self.sampler, self.graph = eager.sampler, capture(eager.compute_logits)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        return call_with_tape_threads(self.sampler, self.tape(tokens, start_pos), tokens, start_pos, *inputs)
+        return call_with_graph_threads(self.sampler, self.graph(tokens, start_pos), tokens, start_pos, *inputs)
 
 
 class CompiledStep:

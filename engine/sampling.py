@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import ops
-from ops.backend import TORCH, Backend
+from ops.backend import TORCH_BACKEND, Backend
 from utils.errors import UsageError
 
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
@@ -32,7 +32,7 @@ def sampling_field(default: float | None, help: str, allowed: str, is_allowed: C
 
     allowed: is_allowed in words, for error messages.
     no_op: a value without an effect, such as top_p = 1. The field then gets its default instead of the value, so that
-    `filters` is false and a GPU's kernel samples."""
+    a kernel samples."""
     return field(default=default, metadata=dict(help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op))
 
 
@@ -91,10 +91,10 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def filters(self) -> bool:
-        """Whether an option (top_k, top_p, min_p) excludes tokens. Then no kernel draws, since a kernel draws from the
-        whole vocabulary."""
-        return any(option.default is None and getattr(self, option.name) is not None for option in fields(self))
+    def filters(self) -> dict[str, float]:
+        """The options that exclude tokens. A kernel draws only if it takes all of them."""
+        names = [option.name for option in fields(self) if option.default is None]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def needs_token_ids(self) -> bool:
@@ -135,7 +135,7 @@ def apply_repetition_penalty(
     last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
     seen = seen_token_mask(token_ids, last_positions, logits.shape[-1])
     penalty: float | Tensor = all_params[0].repetition_penalty
-    if len(all_params) > 1:  # only in the scheduler, since a CUDA graph cannot record the copy to the GPU
+    if len(all_params) > 1:  # only in the scheduler, since a CUDA graph cannot hold the copy to the GPU
         penalties = [params.repetition_penalty for params in all_params]
         penalty = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
     # A penalty above 1 lowers a logit, positive or negative.
@@ -143,21 +143,17 @@ def apply_repetition_penalty(
 
 
 def sample(
-    logits: Tensor, params: SamplingParams, backend: Backend = TORCH, uniform: Tensor | None = None,
+    logits: Tensor, params: SamplingParams, backend: Backend = TORCH_BACKEND, uniform: Tensor | None = None,
     temperatures: Tensor | None = None,
 ) -> Tensor:
     """float32 logits [B, V] -> token ids [B]. The id is -1 for a sequence whose logits are not finite.
 
     backend: the model's; one of its kernels samples if it can.
-    uniform: the random numbers of multinomial; None: PyTorch's generator makes them.
+    uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
     temperatures: one for each sequence, float32 [B, 1] and positive, in place of params's; only with uniform."""
-    kernel_can_sample = (
-        backend.can_sample(params.is_greedy)
-        and (params.is_greedy or not params.filters)
-        and (params.is_greedy or uniform is None)  # a kernel does not take uniform
-    )
-    if kernel_can_sample:
-        return ops.sample(logits, params.temperature, backend)
+    filters = {} if params.is_greedy else params.filters
+    if backend.supports_sampling(filters, uniform is not None):
+        return ops.sample(logits, params.temperature, backend, uniform=uniform, temperatures=temperatures, **filters)
     if params.is_greedy:
         tokens = logits.argmax(-1)
     else:

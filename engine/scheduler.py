@@ -36,9 +36,9 @@ import collectives
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
 from engine.sequence import LogitsProcessor, Logprobs, Sequence, SequenceUpdate, check_length
-from kernels.record import call_with_tape_threads
+from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer
-from ops.backend import TORCH, Backend
+from ops.backend import TORCH_BACKEND, Backend
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
 from utils.machine import free_memory
@@ -77,13 +77,13 @@ class Scheduler:
 
         n_slots: the most sequences that run at a time.
         max_seq_len: the most tokens of a sequence, prompt included.
-        compile: record the steps on a GPU, too.
+        compile: capture the steps on a GPU, too.
         chunk_tokens: how many tokens of prompts are computed between two decode steps: one chunk of a long prompt, or
             several short prompts."""
         self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
         self.kv_cache = KVCache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
-        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.has_kernels_for(n_slots, 1))
+        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.supports_kernels(n_slots, 1))
         self.decode_step = self.runner.build_step()  # gives logits, since every sequence has its own sampling options
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
@@ -207,7 +207,7 @@ class Scheduler:
         logits = self.decode_step(tokens, start_pos)
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
-        return call_with_tape_threads(self.sample_and_append, range(n), logits, tokens, start_pos)
+        return call_with_graph_threads(self.sample_and_append, range(n), logits, tokens, start_pos)
 
     def move_decoding_first(self, n: int):
         """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of
@@ -306,7 +306,7 @@ def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor
     return torch.stack(rows).clamp(min=EXCLUDED_LOGIT)
 
 
-def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH) -> Tensor:
+def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH_BACKEND) -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
     ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: as for sampling.py:
     sample."""
@@ -324,7 +324,7 @@ def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = T
             continue
         uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in group])
         temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in group])
-        ids[indices] = sample(rows, options, uniform=uniform.to(logits.device), temperatures=temperatures)
+        ids[indices] = sample(rows, options, backend, uniform.to(logits.device), temperatures)
     return ids
 
 

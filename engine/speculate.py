@@ -30,7 +30,7 @@ from engine.runner import ModelRunner, Sampler, check_sampled_ids
 from engine.sampling import SamplingParams, multinomial, probabilities, sample
 from engine.step_bytes import active_weight_bytes
 from model import Transformer
-from ops.backend import TORCH, Backend
+from ops.backend import TORCH_BACKEND, Backend
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights.
@@ -138,7 +138,8 @@ class RejectionSampler(Sampler):
 
 
 def rejection_sample(
-    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, params: SamplingParams, backend: Backend = TORCH
+    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, params: SamplingParams,
+    backend: Backend = TORCH_BACKEND,
 ) -> Tensor:
     """Returns a tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. One tensor
     needs only one copy to the host.
@@ -196,7 +197,7 @@ class AcceptanceRate:
 
 def draft_lengths(k: int) -> list[int]:
     """Returns the numbers of tokens that may be proposed: k and a third of k. There are only two, since each number
-    needs its own compiled or recorded step."""
+    needs its own compiled or captured step."""
     return sorted({k, max(1, k // 3)})
 
 
@@ -273,7 +274,7 @@ class DraftModelProposer:
     def propose(self, token_ids: list[int], k: int) -> Proposal:
         # If all k proposals were accepted, the draft has not processed the last two tokens: the last proposal, which no
         # step took as input, and the model's own token. Otherwise only the last token is new. Always process two
-        # tokens, so that one recorded step with T = 2 serves both cases.
+        # tokens, so that one captured step with T = 2 serves both cases.
         n_before = len(token_ids) - 2
         n_cached = min(self.n_cached, n_before)
         tokens = torch.tensor([token_ids[n_cached:]], device=self.draft.device).clamp(max=self.last_id)

@@ -102,7 +102,7 @@ class WeightFormat:
         sizes = self.effective_group_size(in_features), common.effective_group_size(in_features)
         if sizes[0] == sizes[1]:
             return tensors
-        groups = {name: shard_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
+        groups = {name: narrow_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
         return tensors | groups
 
     def narrow_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
@@ -111,9 +111,9 @@ class WeightFormat:
             return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
         if self.group_size is None:
             return tensor
-        return shard_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
+        return narrow_groups(tensor, start, length, self.group_size, self.narrow_format(length).group_size)
 
-    def shard_format(self, length: int) -> "WeightFormat":
+    def narrow_format(self, length: int) -> "WeightFormat":
         """The format of a shard of length inputs. No group of the shard spans two groups of W."""
         return self if self.group_size is None else replace(self, group_size=math.gcd(length, self.group_size))
 
@@ -132,7 +132,7 @@ class WeightFormat:
         kernels/triton/formats.py: KERNEL_FORMATS has for the format. None stands for a tensor that is left out."""
         raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method pack_for_triton")
 
-    def fits_kernels(self, in_features: int) -> bool:
+    def supports_kernels(self, in_features: int) -> bool:
         """Whether kernels can read a W with in_features inputs. The default is for quantized formats: the
         kernels read 8 elements at a time."""
         return in_features % 8 == 0
@@ -172,7 +172,7 @@ class Unquantized(WeightFormat):
     def pack_for_triton(self, tensors):
         return tensors
 
-    def fits_kernels(self, in_features):
+    def supports_kernels(self, in_features):
         return True
 
     def dequantize(self, tensors, dtype):
@@ -186,10 +186,10 @@ def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
     return {name: torch.cat([part[name] for part in parts]).unflatten(0, w.shape[:-1]) for name in parts[0]}
 
 
-def shard_groups(t: Tensor, start: int, length: int, group_size: int, shard_group_size: int) -> Tensor:
+def narrow_groups(t: Tensor, start: int, length: int, group_size: int, new_group_size: int) -> Tensor:
     """Selects scales or zeros t [..., n_groups] for inputs [start, start + length) of W, in shorter groups of
-    shard_group_size: for each short group, the scale or zero of the group of W around it."""
-    first_inputs = range(start, start + length, shard_group_size)
+    new_group_size: for each short group, the scale or zero of the group of W around it."""
+    first_inputs = range(start, start + length, new_group_size)
     return t[..., [i // group_size for i in first_inputs]]
 
 

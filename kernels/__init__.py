@@ -1,7 +1,7 @@
-"""The kernels of the operations in ops/, C++ for CPUs and Triton for GPUs, and the recording of steps made of them.
+"""The kernels of the operations in ops/, C++ for CPUs and Triton for GPUs, and the capture of steps made of them.
 
     schema.py      the arguments of the kernels, one list for C++ and Triton; those that belong together
     build.py       compiles and loads the C++ kernels (csrc/)
     triton/        the Triton kernels; triton/__init__.py lists the files
-    record.py      records a decode step once, and replays the recording
+    capture.py     captures a decode step once as a graph, and replays the graph
 """

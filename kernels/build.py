@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL | None:
     """Loads the kernels as torch.ops.gptfast_cpu. Compiles the kernels first if the cache has no library; several
     processes may compile at once. On failure, prints one line to stderr and returns None.
 
-    The returned library has the functions that record.py calls to record and replay tapes (kernels/csrc/tape.h).
+    The returned library has the functions that capture.py calls to fill and replay OpLists (kernels/csrc/op_list.h).
     """
     check_formats((SOURCES / "weights.h").read_text())
     check_sizes((SOURCES / "weights.h").read_text())
@@ -264,8 +264,8 @@ def load_library(library: Path) -> ctypes.CDLL:
     """Loads the library and declares its functions. Raises OSError if it cannot be loaded."""
     torch.ops.load_library(library)
     functions = ctypes.CDLL(str(library))
-    functions.tape_begin.restype = ctypes.c_void_p
-    functions.tape_replay.argtypes = [ctypes.c_void_p, ctypes.c_bool]
-    functions.tape_replay.restype = ctypes.c_char_p
-    functions.tape_free.argtypes = [ctypes.c_void_p]
+    functions.op_list_begin.restype = ctypes.c_void_p
+    functions.op_list_replay.argtypes = [ctypes.c_void_p, ctypes.c_bool]
+    functions.op_list_replay.restype = ctypes.c_char_p
+    functions.op_list_free.argtypes = [ctypes.c_void_p]
     return functions

@@ -29,7 +29,7 @@ NAMESPACES = CPU_NAMESPACE, TRITON_NAMESPACE = "gptfast_cpu", "gptfast_triton"  
 MAX_CPU_TOKENS = 64
 ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/simd.h: Activation
 GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}
-RECORDABLE: set[str] = set()  # the operations that a tape can hold
+CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
 
 
 class WeightArguments(NamedTuple):
@@ -97,12 +97,12 @@ def as_schema(fields: type[NamedTuple]) -> str:
 WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
 
 
-def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
+def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
     """Decorator: defines the operation of schema, "NAME(arguments) -> results", in each namespace. The decorated
     function is PyTorch's fake (meta) implementation, fake_NAME, which returns an empty result of the right shape and
     dtype. The six arguments of WEIGHT arrive as one, w.
 
-    recordable: whether a tape can hold the operation (record.py)."""
+    capturable: whether a CPU graph can hold the operation (capture.py)."""
     name, arguments, results = schema.partition("(")
 
     def register(fake: Callable) -> Callable:
@@ -110,8 +110,8 @@ def define(schema: str, recordable: bool = True, namespaces: tuple[str, ...] = N
         for namespace in namespaces:
             torch.library.define(f"{namespace}::{name}", arguments + results)
             torch.library.register_fake(f"{namespace}::{name}", gather_weight(fake))
-        if recordable:
-            RECORDABLE.add(name)
+        if capturable:
+            CAPTURABLE.add(name)
         return fake
 
     return register
@@ -181,11 +181,11 @@ def fake_embed(tokens, *, w, k, dtype, **_):
     return w.weight.new_empty(*tokens.shape, k, dtype=dtype)
 
 
-# Comes before attention in PyTorch, which no tape records.
+# Comes before attention in PyTorch, which no CPU graph can hold.
 @define(
     "rope_and_cache(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cos_sin, "
     "int n_heads, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
-    recordable=False, namespaces=(CPU_NAMESPACE,),
+    capturable=False, namespaces=(CPU_NAMESPACE,),
 )
 def fake_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     return qkv.new_empty(*qkv.shape[:-1], n_heads, k_cache.shape[-1])
@@ -221,13 +221,17 @@ def fake_experts_down(hidden, *, w, topk_ids, **_):
     return hidden.new_empty(*topk_ids.shape[:-1], w.n)
 
 
-# Comes before a matrix product in PyTorch, which no tape records.
-@define(f"dequantize(*, {WEIGHT}, int k, ScalarType dtype) -> Tensor", recordable=False)
+# Comes before a matmul in PyTorch, which no CPU graph can hold.
+@define(f"dequantize(*, {WEIGHT}, int k, ScalarType dtype) -> Tensor", capturable=False)
 def fake_dequantize(*, w, k, dtype):
     return w.weight.new_empty(w.n, k, dtype=dtype)
 
 
-# Takes the logits that a tape computes, so it comes after the tape.
-@define("sample(Tensor logits, Tensor? noise, float temperature) -> Tensor", recordable=False)
-def fake_sample(logits, *_):
+# Takes the logits that a CPU graph computes, so it comes after the graph.
+@define(
+    "sample(Tensor logits, Tensor? random, *, float temperature, Tensor? temperatures, int top_k, float top_p, "
+    "float min_p) -> Tensor",
+    capturable=False,
+)
+def fake_sample(logits, random, **_):
     return logits.new_empty(len(logits), dtype=torch.int64)

@@ -12,7 +12,14 @@ imports this package, there are types alone, for annotations.)
 
 # ruff: noqa: F401  (all names are for callers)
 
-from ops.backend import CPU, MAX_CPU_TOKENS, MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS, TORCH, TRITON
+from ops.backend import (
+    CPP_BACKEND,
+    MAX_CPU_TOKENS,
+    MAX_TRITON_NEW_TOKENS,
+    MAX_TRITON_TOKENS,
+    TORCH_BACKEND,
+    TRITON_BACKEND,
+)
 from ops.dispatch import (
     activate,
     add,

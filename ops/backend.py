@@ -1,32 +1,32 @@
-"""The backends. A backend knows for which steps it has kernels, and an operation asks the backend at every step, since
-not every device has kernels, and a kernel for few tokens is slow for many tokens or cannot take them.
+"""The backends: which operations have kernels, and for how many tokens. An operation asks a backend at every step,
+since a kernel for few tokens is slow for many tokens, or cannot take them.
 
-    CPU       C++, kernels/csrc/
-    TRITON    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
-    TORCH     no kernels: plain PyTorch (torch_ops.py), for any device. On a CPU without a C++ compiler, aten.py
-              multiplies some quantized weights by PyTorch's own kernels
+    CPP_BACKEND       C++, kernels/csrc/, for CPUs
+    TRITON_BACKEND    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
+    TORCH_BACKEND     no kernels: plain PyTorch (torch_ops.py), for any device. On a CPU without a C++ compiler, aten.py
+                      multiplies some quantized weights by PyTorch's own kernels
 
-Every layer holds a backend: TORCH, until packing.py packs the weights for another backend. An operation asks the
-layer's backend for a kernel (dispatch.py). A model asks whether there are kernels for all of a step (model.py).
+Every layer holds a backend: TORCH_BACKEND, until packing.py packs the weights for another backend. An operation asks
+the layer's backend for a kernel (dispatch.py). A model asks whether there are kernels for all of a step (model.py).
 
 The backends compute the same functions, but round differently. With activations of 16 bits:
 
-    TORCH     A quantized weight is rounded to 16 bits before the product (but see aten.py), and the result of every
-              step of an operation is rounded.
-    kernels   Most results within an operation stay float32, and the last one is rounded. Exceptions:
-    CPU       A product with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16 with a
-              scale each (kernels/csrc/activations.h: quantize_token). AMX (kernels/csrc/amx.h) and prefill
-              (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds x / rms(x), and
-              then multiplies with its weight, as PyTorch does.
-    TRITON    A fused norm rounds x * weight to 16 bits, and divides by rms(x) after the matrix product
-              (kernels/triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
+    TORCH_BACKEND     A quantized weight is rounded to 16 bits before the matmul (but see aten.py), and the result of
+                      every step of an operation is rounded.
+    kernels           Most results within an operation stay float32, and the last one is rounded. Exceptions:
+    CPP_BACKEND       A matmul with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16
+                      with a scale each (kernels/csrc/activations.h: quantize_token). AMX (kernels/csrc/amx.h) and
+                      prefill (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds
+                      x / rms(x), and then multiplies with its weight, as PyTorch does.
+    TRITON_BACKEND    A fused norm rounds x * weight to 16 bits, and divides by rms(x) after the matmul
+                      (kernels/triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
 
 With activations of 32 bits only the order of sums, the place of the division by rms(x), and the last bits of functions
 such as exp differ. scripts/kernel_checks/ has the bounds of the errors.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,19 +34,19 @@ import torch
 from kernels import build
 from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 
-# The most tokens that a Triton kernel takes, since a program of a product holds the sums of all tokens in registers.
+# The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
 # The tokens of all sequences of a step count together.
 MAX_TRITON_TOKENS = 64
 # A program of Triton's attention holds these in registers:
 MAX_TRITON_NEW_TOKENS = 16  # the new tokens of a sequence
 MAX_TRITON_QUERIES = 64  # the queries of a key/value head
-PRODUCTS = ("fused_linear", "experts_gate_up", "experts_down")
+MATMULS = ("fused_linear", "experts_gate_up", "experts_down")
 
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """CPU, TRITON or TORCH, with the limits of a model, which depend on its weights and on the machine (cpu_backend,
-    triton_backend).
+    """CPP_BACKEND, TRITON_BACKEND or TORCH_BACKEND, with the limits of a model. The limits depend on the weights and on
+    the machine (cpp_backend, triton_backend).
 
     name: "cpu", "triton" or "torch": what the backend is, whatever its limits.
     namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
@@ -54,86 +54,91 @@ class Backend:
     more tokens, and operations that are not in the table.
     max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
     query heads of a key/value head.
-    draws_samples: whether the kernel of sample draws random tokens. Otherwise the kernel finds the likeliest token."""
+    sample_options: the options of engine/sampling.py: SamplingParams that exclude tokens and that the kernel of sample
+    takes.
+    takes_uniform: whether this kernel takes random numbers and temperatures for each sequence."""
 
     name: str
     namespace: str | None = None
     max_tokens: dict[str, float] = field(default_factory=dict)
     max_new_tokens: float = math.inf
     max_queries: float = math.inf
-    draws_samples: bool = False
+    sample_options: frozenset[str] = frozenset()
+    takes_uniform: bool = False
 
-    @property
-    def ops(self):
-        """The namespace of the kernels, for the operations that PyTorch cannot compute instead."""
-        return getattr(torch.ops, self.namespace)
+    def kernel(
+        self, name: str, n_tokens: int | None = None, n_new_tokens: int = 1, heads_per_kv_head: int = 1
+    ) -> Callable | None:
+        """The kernel of the operation called name, for a step of n_tokens tokens of all sequences. None: plain PyTorch
+        computes the step. Without n_tokens the kernel has no limit, since plain PyTorch cannot compute the operation,
+        such as a look-up in a packed embedding.
 
-    def find_kernel(self, name: str, n_tokens: int) -> Callable | None:
-        """The kernel of the operation called name, for a step of n_tokens tokens. None: plain PyTorch computes it."""
-        if 0 < n_tokens <= self.max_tokens.get(name, 0):
-            return getattr(self.ops, name)
-        return None
+        n_new_tokens, heads_per_kv_head: for attend alone: tokens of each sequence, query heads of a key/value head."""
+        fits_table = n_tokens is None or 0 < n_tokens <= self.max_tokens.get(name, 0)
+        fits_attend = n_new_tokens <= self.max_new_tokens and n_new_tokens * heads_per_kv_head <= self.max_queries
+        return getattr(getattr(torch.ops, self.namespace), name) if fits_table and fits_attend else None
 
-    def find_attention_kernel(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> Callable | None:
-        """find_kernel("attend"), for n_new_tokens tokens in each of batch_size sequences."""
-        if n_new_tokens > self.max_new_tokens or n_new_tokens * heads_per_kv_head > self.max_queries:
-            return None
-        return self.find_kernel("attend", batch_size * n_new_tokens)
-
-    def has_kernels_for(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
+    def supports_step(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
         """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size
-        sequences. Then the step can be recorded. A tape holds only kernels, so CPU has a kernel for every operation. A
-        CUDA graph also holds PyTorch's operations, so TRITON has no kernels for embed, activate and add."""
-        has_kernels = batch_size * n_new_tokens <= min(self.max_tokens.values(), default=0)
-        return has_kernels and self.find_attention_kernel(batch_size, n_new_tokens, heads_per_kv_head) is not None
+        sequences. Then the step can be captured. A CPU graph holds only kernels, so CPP_BACKEND has a kernel for every
+        operation. A CUDA graph also holds PyTorch's operations, so TRITON_BACKEND needs none for embed, activate
+        and add."""
+        n_tokens = batch_size * n_new_tokens
+        has_kernels = n_tokens <= min(self.max_tokens.values(), default=0)
+        return has_kernels and self.kernel("attend", n_tokens, n_new_tokens, heads_per_kv_head) is not None
 
-    def can_sample(self, is_greedy: bool) -> bool:
-        """Whether there is a kernel of sample. is_greedy: the likeliest token is wanted, not a random one."""
-        return self.namespace is not None and (is_greedy or self.draws_samples)
+    def supports_sampling(self, options: Iterable[str] = (), has_uniform: bool = False) -> bool:
+        """Whether there is a kernel of sample, which takes options, and random numbers if has_uniform."""
+        takes_all = self.sample_options.issuperset(options) and (self.takes_uniform or not has_uniform)
+        return self.namespace is not None and takes_all
 
     def with_limits(self, **max_tokens: float) -> "Backend":
         """This backend with other limits, by operation."""
         return replace(self, max_tokens=self.max_tokens | max_tokens)
 
 
-TORCH = Backend("torch")
-CPU = Backend(
+TORCH_BACKEND = Backend("torch")
+CPP_BACKEND = Backend(
     "cpu",
     CPU_NAMESPACE,
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
-    dict.fromkeys(["embed", "permute_inputs", "attend", "route", *PRODUCTS], MAX_CPU_TOKENS)
+    dict.fromkeys(["embed", "permute_inputs", "attend", "route", *MATMULS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
+    sample_options=frozenset(["top_k", "top_p", "min_p"]),
+    takes_uniform=True,
 )
-TRITON = Backend(
+TRITON_BACKEND = Backend(
     "triton",
     TRITON_NAMESPACE,
-    dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *PRODUCTS], MAX_TRITON_TOKENS),
+    dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *MATMULS], MAX_TRITON_TOKENS),
     MAX_TRITON_NEW_TOKENS,
     MAX_TRITON_QUERIES,
-    draws_samples=True,
+    sample_options=frozenset(["top_p", "min_p"]),
 )
 
 
-def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
-    """CPU with the limits of a model on this machine.
+def cpp_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
+    """CPP_BACKEND with the limits of a model on this machine.
 
     dtype: of the activations.
     is_quantized: whether any weight is quantized. Then the unquantized ones, such as routers, also stay on the kernels
-    up to MAX_CPU_TOKENS. PyTorch would be faster, but one PyTorch operation would make the whole step unrecordable."""
+    up to MAX_CPU_TOKENS. PyTorch would be faster, but one PyTorch operation would keep the step from being captured."""
     library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
-        limits |= dict.fromkeys(PRODUCTS, library.max_unquantized_tokens(is_bf16))
+        limits |= dict.fromkeys(MATMULS, library.max_unquantized_tokens(is_bf16))
     # Other kernels for a prompt, where they are faster than PyTorch: prefill_*.h of kernels/csrc/
     if library.has_prefill_linear(is_bf16):
         limits["fused_linear"] = math.inf
     if library.has_prefill_attention(is_bf16):
         limits["attend"] = math.inf
-    return CPU.with_limits(**limits)
+    return CPP_BACKEND.with_limits(**limits)
 
 
 def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:
-    """TRITON with the limits of a model whose activations have type dtype, on this device. Without matrix units the
-    products take up to MMA_TOKENS tokens, since PyTorch is faster with more."""
+    """TRITON_BACKEND with the limits of a model whose activations have type dtype, on this device. Without matrix units
+    the matmuls take up to MMA_TOKENS tokens, since PyTorch is faster with more."""
     from kernels.triton.launch import MMA_TOKENS, has_matrix_units  # here, since not every machine has Triton
 
-    return TRITON if has_matrix_units(device, dtype) else TRITON.with_limits(**dict.fromkeys(PRODUCTS, MMA_TOKENS))
+    if has_matrix_units(device, dtype):
+        return TRITON_BACKEND
+    return TRITON_BACKEND.with_limits(**dict.fromkeys(MATMULS, MMA_TOKENS))

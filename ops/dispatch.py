@@ -1,5 +1,5 @@
 """The operations that a model is made of. Layers compute by nothing else, so one forward serves every device, and a CPU
-can record a step as a flat list of operations (kernels/record.py).
+can capture a step as lists of operations (kernels/capture.py).
 
     fused_linear       a matrix product with what comes before and after it. Each step but the product is optional:
                        1. RMSNorm of x   2. x W^T   3. bias   4. Epilogue   5. residual
@@ -10,13 +10,14 @@ can record a step as a flat list of operations (kernels/record.py).
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
     route              the router's choice of experts
     experts_gate_up, experts_down      the matrix products with the weights of the chosen experts
+    sample             the next token, drawn or the likeliest
 
 An operation asks a backend for a kernel: the backend of its layer, or the argument backend. Without a kernel it calls
 torch_ops.py. backend.py lists the backends, their limits, and how their rounding differs.
 
-A CUDA graph can hold all operations. A tape cannot hold sample, which takes the logits that the tape computes, nor the
-kernels beside PyTorch's own computation: rope_and_cache, before PyTorch's attention (prefill), and dequantize, before
-PyTorch's matrix product.
+A CUDA graph can hold all operations. Three operations are never captured on a CPU. sample runs after the captured step.
+rope_and_cache and dequantize are called only where PyTorch does the attention or the matmul. That happens in prefill,
+and prefill is not captured.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from config import is_gated
 from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, LayerCache, PositionTables
 from ops import torch_ops
-from ops.backend import Backend
+from ops.backend import CPP_BACKEND, Backend
 
 if TYPE_CHECKING:  # layers.py imports this file
     from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
@@ -49,10 +50,10 @@ def fused_linear(
     Otherwise the result is activation(x W^T).
     residual: added last, after linear.epilogue.
     out_dtype: None, which means x.dtype, or torch.float32."""
-    kernel = linear.backend.find_kernel("fused_linear", count_tokens(x))
+    kernel = linear.backend.kernel("fused_linear", count_tokens(x))
     if kernel is None:
         return unfused_linear(x, linear, norm, residual, activation, out_dtype)
-    fused_activation = activation if can_fuse(activation, linear) else None
+    fused_activation = activation if supports_fused_activation(activation, linear) else None
     # A kernel that leaves the activation out must also leave out what follows the activation
     assert fused_activation == activation or (residual is None and out_dtype is None and linear.epilogue == Epilogue())
     epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[fused_activation])
@@ -78,7 +79,7 @@ def unfused_linear(
     return y if residual is None else residual + y
 
 
-def can_fuse(activation: str | None, linear: LinearBase) -> bool:
+def supports_fused_activation(activation: str | None, linear: LinearBase) -> bool:
     """Whether a kernel of linear can apply the activation."""
     return not is_gated(activation) or linear.out_features % FUSED_GLU_MULTIPLE == 0
 
@@ -86,7 +87,7 @@ def can_fuse(activation: str | None, linear: LinearBase) -> bool:
 def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
     """Applies an activation. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up [..., F].
     Otherwise it is activation(x), in the shape of x."""
-    kernel = backend.find_kernel("activate", count_tokens(x))
+    kernel = backend.kernel("activate", count_tokens(x))
     if kernel is None:
         return torch_ops.activate(x, activation)
     return kernel(contiguous(x), ACTIVATION_IDS[activation])
@@ -94,7 +95,7 @@ def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
 
 def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
     """x + y, of the same shape."""
-    kernel = backend.find_kernel("add", count_tokens(x))
+    kernel = backend.kernel("add", count_tokens(x))
     if kernel is None:
         return x + y
     return kernel(contiguous(x), contiguous(y))
@@ -102,7 +103,7 @@ def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
 
 def rms_norm(x: Tensor, norm: RMSNorm, residual: Tensor | None = None) -> Tensor:
     """[residual +] x / rms(x) * weight, over the last dimension of x [..., dim]."""
-    kernel = norm.backend.find_kernel("rms_norm", count_tokens(x))
+    kernel = norm.backend.kernel("rms_norm", count_tokens(x))
     if kernel is None:
         return torch_ops.rms_norm(x, norm.weight, norm.eps, residual)
     return kernel(contiguous(x), norm.weight, norm.eps, contiguous(residual))
@@ -111,7 +112,7 @@ def rms_norm(x: Tensor, norm: RMSNorm, residual: Tensor | None = None) -> Tensor
 def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
     """x[..., input_order] for x [..., K] and input_order int32 [N]: [..., N]. N may be less than K: a tensor-parallel
     rank takes only the inputs of its own columns."""
-    kernel = backend.find_kernel("permute_inputs", count_tokens(x))
+    kernel = backend.kernel("permute_inputs", count_tokens(x))
     if kernel is None:
         return torch_ops.permute_inputs(x, input_order)
     return kernel(contiguous(x), input_order)
@@ -119,8 +120,7 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
 
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     """Looks up the rows of tokens [B, T] in table [V, dim], and multiplies them with scale: [B, T, dim] in dtype."""
-    backend = table.backend
-    kernel = backend.ops.embed if table.is_packed else backend.find_kernel("embed", tokens.numel())
+    kernel = table.backend.kernel("embed", None if table.is_packed else tokens.numel())
     if kernel is None:
         return torch_ops.embed(tokens, table, scale, dtype)
     return kernel(contiguous(tokens), **table.kernel_arguments(), k=table.in_features, dtype=dtype, scale=scale)
@@ -133,7 +133,7 @@ def attend(
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
-    kernel = backend.find_attention_kernel(B, T, params.n_heads // cache.k.shape[1])
+    kernel = backend.kernel("attend", B * T, n_new_tokens=T, heads_per_kv_head=params.n_heads // cache.k.shape[1])
     if kernel is None:
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
         q = rope_and_cache(qkv, params, cache, tables.cos_sin, positions, backend)
@@ -149,7 +149,7 @@ def rope_and_cache(
 ) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
     contiguous in each sequence. cos_sin: PositionTables.cos_sin. Returns the queries [B, T, H, D]."""
-    kernel = backend.find_kernel("rope_and_cache", count_tokens(qkv))
+    kernel = backend.kernel("rope_and_cache", count_tokens(qkv))
     if kernel is None:
         return torch_ops.rope_and_cache(qkv, params, cache, cos_sin, positions)
     return kernel(
@@ -168,7 +168,7 @@ def route(
     norm_topk_prob: scales the weights to sum to one.
     n_shared_experts: every token also uses these experts, with ids from E on. Then logits are [..., E + 1], the weight
     of each shared expert is the sigmoid of the last logit, and the results are [..., top_k + n_shared_experts]."""
-    kernel = backend.find_kernel("route", count_tokens(logits))
+    kernel = backend.kernel("route", count_tokens(logits))
     if kernel is None:
         return torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
     return kernel(
@@ -181,13 +181,13 @@ def experts_gate_up(
 ) -> Tensor:
     """Multiplies every token with the gate and up projections of the token's experts: x [B, T, dim],
     topk_ids [B, T, top_k] -> [B, T, top_k, F]. norm and activation are as in fused_linear."""
-    kernel = linear.backend.find_kernel("experts_gate_up", count_tokens(x))
+    kernel = linear.backend.kernel("experts_gate_up", count_tokens(x))
     if kernel is None:
         if norm is not None:
             x = rms_norm(x, norm)
         y = torch_ops.experts_gate_up(x, linear, topk_ids)
         return activate(y, activation, linear.backend) if activation else y
-    fused_activation = activation if can_fuse(activation, linear) else None
+    fused_activation = activation if supports_fused_activation(activation, linear) else None
     norm_weight, eps = norm_arguments(norm)
     y = kernel(
         contiguous(x), **linear.kernel_arguments(), bias=linear.bias, topk_ids=contiguous(topk_ids),
@@ -201,7 +201,7 @@ def experts_down(
 ) -> Tensor:
     """Multiplies hidden [B, T, top_k, F] with the down projections of the experts. Sums the results of the experts of
     each token, weighted with topk_weights [B, T, top_k]: [residual +] [B, T, dim]."""
-    kernel = linear.backend.find_kernel("experts_down", count_tokens(topk_ids))
+    kernel = linear.backend.kernel("experts_down", count_tokens(topk_ids))
     if kernel is None:
         return torch_ops.experts_down(hidden, linear, topk_ids, topk_weights, residual)
     return kernel(
@@ -210,14 +210,25 @@ def experts_down(
     )
 
 
-def sample(logits: Tensor, temperature: float, backend: Backend) -> Tensor:
-    """Draws a token [B] for every row of float32 logits [B, V], with probabilities softmax(logits / temperature). At
-    temperature 0, the only one that the C++ kernel takes, it is the likeliest token. A row with a logit that is not
-    finite gives -1. engine/sampling.py does the same in PyTorch."""
-    logits, noise = contiguous(logits), None
-    if temperature > 0:
-        noise = torch.empty_like(logits, dtype=torch.float64).exponential_()
-    return backend.ops.sample(logits, noise, temperature)
+def sample(
+    logits: Tensor, temperature: float, backend: Backend, *, top_k: int | None = None, top_p: float | None = None,
+    min_p: float | None = None, uniform: Tensor | None = None, temperatures: Tensor | None = None,
+) -> Tensor:
+    """Draws a token [B] for every row of float32 logits [B, V], as engine/sampling.py: sample does in PyTorch. At
+    temperature 0 it is the likeliest token. A row with a logit that is not finite gives -1.
+
+    top_k, uniform, temperatures: only with a backend that can take them (Backend.supports_sampling)."""
+    logits, random = contiguous(logits), None
+    if temperature > 0 and backend.name == CPP_BACKEND.name:
+        if uniform is None:
+            uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+        random = contiguous(uniform)
+    elif temperature > 0:
+        random = torch.empty_like(logits, dtype=torch.float64).exponential_()
+    return backend.kernel("sample")(
+        logits, random, temperature=temperature, temperatures=contiguous(temperatures), top_k=top_k or 0,
+        top_p=1.0 if top_p is None else top_p, min_p=min_p or 0.0,
+    )
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Chooses the backend of a model by its device, and packs the weights for the kernels of the backend.
 
-The backend of a matrix is TORCH until the matrix is packed. It stays TORCH if there are no kernels for the matrix or
-for the device.
+The backend of a matrix is TORCH_BACKEND until the matrix is packed, and afterwards, too, if there are no kernels for
+the matrix or for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from formats.base import QUANTIZE_CHUNK
 from formats.cpu_layouts import CPU_BLOCK_K
 from kernels import build
 from ops import aten
-from ops.backend import TORCH, cpu_backend, triton_backend
+from ops.backend import TORCH_BACKEND, cpp_backend, triton_backend
 from utils.machine import drop_pages, free_memory, use_huge_pages
 
 if TYPE_CHECKING:  # layers.py imports this package
@@ -35,12 +35,12 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
     dtype: the type of the activations.
     is_mmapped: whether the weights are in a memory-mapped file. Then the pages of a weight are released as soon as the
     weight is packed, so that no weight is in memory twice."""
-    matrices = [matrix for matrix in matrices if matrix.backend.name == TORCH.name]
+    matrices = [matrix for matrix in matrices if matrix.backend.name == TORCH_BACKEND.name]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
         has_kernels = build.library() is not None
         if has_kernels:
-            with_kernel = [matrix for matrix in matrices if fits_cpu_kernels(matrix)]
+            with_kernel = [matrix for matrix in matrices if supports_cpp_kernels(matrix)]
         else:
             with_kernel = pack_for_aten(matrices, dtype)
         without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
@@ -54,9 +54,9 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
 def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
     """Packs the weights of matrices into huge pages, one weight behind the other."""
     memory = HugePageArena()
-    backend = cpu_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
+    backend = cpp_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        if not fits_cpu_kernels(matrix):
+        if not supports_cpp_kernels(matrix):
             continue
         matrix.backend = backend
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
@@ -68,12 +68,12 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
                 drop_pages(unpacked[name])
 
 
-def fits_cpu_kernels(matrix: WeightMatrix) -> bool:
+def supports_cpp_kernels(matrix: WeightMatrix) -> bool:
     """Whether the C++ kernels can read matrix. If the kernels round activations to int8, no block of activations may
     span two groups of weights. A block spans two groups only in a shard whose width is an odd multiple of 8."""
     group_size = matrix.format.group_size
     has_whole_blocks = not matrix.format.rounds_activations or group_size is None or group_size % CPU_BLOCK_K == 0
-    return has_whole_blocks and matrix.format.fits_kernels(matrix.in_features)
+    return has_whole_blocks and matrix.format.supports_kernels(matrix.in_features)
 
 
 class HugePageArena:
@@ -107,7 +107,7 @@ def pack_for_aten(matrices: list[WeightMatrix], dtype: torch.dtype) -> list[Weig
 
 def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
     """Replaces the quantized weights of matrices by dequantized weights. Otherwise PyTorch would dequantize every
-    matrix for every token, which takes about twenty times as long as the product. If memory is too small, prints a
+    matrix for every token, which takes about twenty times as long as the matmul. If memory is too small, prints a
     line and changes nothing."""
     n_bytes = sum(m.out_features * m.in_features * (m.n_experts or 1) for m in matrices) * dtype.itemsize
     free = free_memory()
@@ -138,10 +138,10 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
 
 def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
     """Packs the weights of matrices for the Triton kernels. dtype: the type of the activations."""
-    from kernels.triton.formats import has_triton_kernel
+    from kernels.triton.formats import supports_triton_kernels
 
     for matrix in matrices:
-        if has_triton_kernel(matrix):
+        if supports_triton_kernels(matrix):
             for name, packed in matrix.format.pack_for_triton(matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
             matrix.backend = triton_backend(dtype, matrix.weight.device)

@@ -96,7 +96,7 @@ def add_speed(subparsers):
     add("--mode", choices=MODES, help="weights in this format (default: in --precision)")
     with_group_size = ", ".join(mode for mode, format_class in MODES.items() if format_class.has_group_size_option)
     add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help=f"of {with_group_size} (default: %(default)s)")
-    add("--compile", action="store_true", help="compile or record the decode step; a cold start always does")
+    add("--compile", action="store_true", help="compile or capture the decode step; a cold start always does")
     common_args.add_device(parser)
     common_args.add_precision(parser)
     common_args.add_kernels(parser)

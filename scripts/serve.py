@@ -58,7 +58,7 @@ def main():
     add("--api_key", help="refuse requests without the header `Authorization: Bearer API_KEY`")
     add("--parallel", type=int, default=8, help="texts computed at a time (default: %(default)s)")
     add("--max_seq_length", type=int, default=4096, help="most tokens of a prompt and its text (default: %(default)s)")
-    add("--compile", action="store_true", help="record the decode steps on a GPU, too")
+    add("--compile", action="store_true", help="capture the decode steps on a GPU, too")
     common_args.add_device(parser)
     common_args.add_precision(parser)
     common_args.add_threads(parser)

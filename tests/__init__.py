@@ -7,10 +7,11 @@
     loading.py                      test_loading
     quantize.py, gptq.py            test_quantize, test_gptq
     tp.py, collectives.py           test_tp
-    kernels/                        test_record, test_kernels_builds
+    kernels/                        test_capture, test_kernels_builds
     formats/                        test_quantize
     ops/                            test_kernels, test_triton, test_kernels_builds
-    kernels/csrc/                   test_kernels, test_kernels_attention, test_kernels_experts, test_threads
+    kernels/csrc/                   test_kernels, test_kernels_attention, test_kernels_experts,
+                                    test_kernels_sampling, test_threads
     kernels/triton/                 test_triton, test_triton_launch
     converters/                     test_convert, test_hf_config, test_hf_quantized, test_hf_quantized_broken,
                                     test_lora, test_meta; of GGUF test_convert_gguf, test_gguf_quantized,

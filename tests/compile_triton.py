@@ -52,7 +52,7 @@ PREFETCHED_FORMATS = [Unquantized(), Int4(64)]  # not tiled, and tiled
 MANY_TOKENS = [(16, Unquantized()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
 OTHERS = Counter(fused_linear_kernel=3, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=1)
-OTHERS.update(attend_kernel=2, sample_kernel=2, permute_inputs_kernel=1)
+OTHERS.update(attend_kernel=2, sample_kernel=3, truncate_kernel=1, permute_inputs_kernel=1)
 ALL_OTHERS = OTHERS + Counter(fused_linear_kernel=8, moe_combine_kernel=2)
 
 
@@ -171,15 +171,15 @@ def launch_many(dtype: torch.dtype):
 
 def launch_others(dtype: torch.dtype, compiles_all: bool):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
-    norm.backend = ops.TRITON
+    norm.backend = ops.TRITON_BACKEND
     norm(x, x)
-    ops.permute_inputs(x, torch.arange(2048, dtype=torch.int32), ops.TRITON)
+    ops.permute_inputs(x, torch.arange(2048, dtype=torch.int32), ops.TRITON_BACKEND)
     capped = make_linear(256, 2048, Unquantized(), dtype, bias=True, out_scale=0.5, softcap=30.0, clip=8.0)
     ops.pack_for_triton([capped])
     for activation in [name for name in ACTIVATIONS if name != "swiglu"] if compiles_all else ("geglu",):
         ops.fused_linear(x, capped, activation=activation)
-    ops.route(torch.randn(1, 5, 5), 2, True, 1, ops.TRITON)
-    topk_weights, topk_ids = ops.route(torch.randn(1, 5, 4), 2, True, 0, ops.TRITON)
+    ops.route(torch.randn(1, 5, 5), 2, True, 1, ops.TRITON_BACKEND)
+    topk_weights, topk_ids = ops.route(torch.randn(1, 5, 4), 2, True, 0, ops.TRITON_BACKEND)
     for format in (Unquantized(), Int8(), Int4(64)) if compiles_all else (Int4(64),):
         gate_up = make_linear(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
         down = make_linear(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown, bias=True)
@@ -187,16 +187,17 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
         hidden = gate_up(x.expand(1, 5, 2048), topk_ids, norm, "swiglu")
         down(hidden, topk_ids, topk_weights)
     for temperature in (0, 1):
-        ops.sample(torch.randn(1, 5000), temperature, ops.TRITON)
+        ops.sample(torch.randn(1, 5000), temperature, ops.TRITON_BACKEND)
+    ops.sample(torch.randn(1, 5000), 1, ops.TRITON_BACKEND, top_p=0.9)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
     cache, tables = LayerCache(k, v), PositionTables(torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)
-    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, tables, start_pos, 8, ops.TRITON)
+    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, tables, start_pos, 8, ops.TRITON_BACKEND)
     # 64 queries of a key/value head, which is the most. With all options, for each adds to the shared memory or nothing
     norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
     tables = tables._replace(alibi_slopes=torch.zeros(16))
     qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)
-    attend(qkv, cache, tables, start_pos, 16, ops.TRITON, 100, *norms, sinks, softcap=50.0)
+    attend(qkv, cache, tables, start_pos, 16, ops.TRITON_BACKEND, 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):

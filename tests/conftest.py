@@ -16,7 +16,7 @@ pytest.register_assert_rewrite("tests.serving")  # or it would be imported befor
 LONGEST = [
     "test_demo", "test_triton", "test_tp", "test_kernels_builds", "test_robust", "test_add_a_model", "test_speculative",
     "test_generate", "test_readme", "test_kernels_attention", "test_kernels", "test_benchmark", "test_convert",
-    "test_mixtral", "test_record", "test_fuzz", "test_speculative_cli", "test_serve_clients", "test_kernels_experts",
+    "test_mixtral", "test_capture", "test_fuzz", "test_speculative_cli", "test_serve_clients", "test_kernels_experts",
 ]
 
 

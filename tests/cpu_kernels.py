@@ -1,4 +1,4 @@
-"""What the tests of the C++ kernels share (test_kernels.py, test_kernels_attention.py, test_kernels_experts.py)."""
+"""What the tests of the C++ kernels share (test_kernels.py and the other test_kernels_*.py)."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def packed(module):
         if isinstance(layer, LinearBase):
             assert layer.backend.name == "cpu"
             assert layer.backend.max_tokens["fused_linear"] >= 8
-            layer.backend = ops.CPU  # up to MAX_CPU_TOKENS
+            layer.backend = ops.CPP_BACKEND  # up to MAX_CPU_TOKENS
     return module
 
 

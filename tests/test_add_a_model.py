@@ -1,5 +1,5 @@
-"""docs/add_a_model.md: its excerpts stand in the files that they name; its diffs, each applied to a copy of the tree,
-add top_n_sigma and NF4."""
+"""docs/add_a_model.md: excerpts stand in the files that they name; the diffs, each applied to a copy of the tree, add
+top_n_sigma and NF4."""
 
 import os
 import re
@@ -74,8 +74,8 @@ def test_nf4_at_random():
     assert abs(w.mean()) < 0.05 * 600**-0.5 and w.std().item() == pytest.approx(600**-0.5, rel=0.1)
 
 
-def check_products(w, exact, x, weight_error, rounding_error):
-    """A sum of K products in float32, of weights with a relative error, and rounded to 32 or 16 bits."""
+def check_matmuls(w, exact, x, weight_error, rounding_error):
+    """A dot product of length K in float32, of weights with a relative error, and rounded to 32 or 16 bits."""
     assert torch.equal(w.dequantized_weight(torch.float32), exact)
     y, terms = x.double() @ exact.double().T, x.double().abs() @ exact.double().abs().T
     bound = ((x.shape[-1] + 8) * 2**-24 + weight_error) * terms + rounding_error * y.abs() + 2**-25
@@ -91,9 +91,9 @@ def test_nf4_on_a_cpu(dtype):
         exact = w.dequantized_weight(torch.float32)
         ops.pack_weights([w], dtype)
         assert w.backend.name == "cpu"
-        w.backend = ops.CPU
+        w.backend = ops.CPP_BACKEND
         u = torch.finfo(dtype).eps / 2
-        check_products(w, exact, torch.randn(n_tokens, k).to(dtype), u if dtype == torch.bfloat16 else 0, u)
+        check_matmuls(w, exact, torch.randn(n_tokens, k).to(dtype), u if dtype == torch.bfloat16 else 0, u)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +105,7 @@ def test_nf4_on_a_gpu(dtype):
         use_triton(w)
         u = torch.finfo(dtype).eps / 2
         error = 2 * u if dtype == torch.bfloat16 else u
-        check_products(w, exact, torch.randn(n_tokens, k).to(dtype), 0 if dtype == torch.float32 else error, error)
+        check_matmuls(w, exact, torch.randn(n_tokens, k).to(dtype), 0 if dtype == torch.float32 else error, error)
 '''
 # Those of the tree's tests that go through a list of formats, but for those that take minutes
 FORMAT_TESTS = ["tests/test_quantize.py", "tests/test_kernels.py", "tests/test_triton.py::test_every_format_is_checked"]
@@ -141,9 +141,18 @@ def tree(tmp_path):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_diff_finds_its_place(name):
+    """The old lines of each hunk stand in the file once, so git apply finds them, whatever else changes."""
+    for file, hunks in re.findall(r"^--- a/(.*)\n\+\+\+ .*\n((?:[@ +-].*\n)*?)(?=---|\Z)", EXAMPLES[name][0], re.M):
+        for hunk in re.split(r"^@@ .*\n", hunks, flags=re.M)[1:]:
+            old = "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] in " -")
+            assert old and (ROOT / file).read_text().count(f"\n{old}") == 1, f"{file}: {old}"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_diff_does_what_the_page_says(name, tree):
     diff, tests, others = EXAMPLES[name]
-    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tree, check=True)
+    subprocess.run(["git", "apply", "--unidiff-zero", "-"], input=diff, text=True, cwd=tree, check=True)
     (tree / "tests/test_more.py").write_text(tests)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_more.py", *others]
     env = os.environ | {"CXXFLAGS": "-O0"}  # if it compiles the kernels anew, that takes less time so

@@ -96,7 +96,7 @@ def test_the_size_of_a_cache_is_known_before_it_is_allocated(family, both_models
 
 
 def test_a_cache_that_nothing_uses_is_freed_at_once(both_models):
-    """Recorded steps refer to the cache, so none may be part of a reference cycle."""
+    """Captured steps refer to the cache, so none may be part of a reference cycle."""
     model = both_models("llama3")[1]
     kv_cache = KVCache(model, 1, 12)
     runner = ModelRunner(model, kv_cache, SamplingParams())
@@ -127,9 +127,9 @@ def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one():
 def test_modes_of_a_step():
     """By device, and by whether every operation has a kernel: without compile and with it."""
     for device, has_kernels, expected in [
-        ("cpu", True, ["recorded", "recorded"]),
+        ("cpu", True, ["captured", "captured"]),
         ("cpu", False, ["eager", "compiled"]),
-        ("cuda", True, ["eager", "recorded"]),
+        ("cuda", True, ["eager", "captured"]),
         ("cuda", False, ["eager", "compiled"]),
         ("mps", False, ["eager", "compiled"]),
     ]:

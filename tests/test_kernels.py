@@ -1,6 +1,6 @@
-"""kernels/csrc/ against ops/torch_ops.py: odd shapes, every format. Here are products, norms, embeddings and the
-likeliest token; test_kernels_attention.py and test_kernels_experts.py have the rest. test_kernels_builds.py runs all of
-them on the code for other CPUs."""
+"""kernels/csrc/ against ops/torch_ops.py: odd shapes, every format. Here are products, norms and
+embeddings; test_kernels_attention.py, test_kernels_experts.py and test_kernels_sampling.py have the rest.
+test_kernels_builds.py runs all of them on the code for other CPUs."""
 
 import copy
 import math
@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-import kernels.build
 import ops
 from config import ACTIVATIONS, is_gated
 from formats import MXFP4, Float8, Int4, Int8, Unquantized
@@ -32,7 +31,7 @@ from tests.cpu_kernels import as_seen, built, packed, rounds_activations
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 pytestmark = pytest.mark.usefixtures("threads")
 EXACT_IN_BF16 = Unquantized | Int8 | MXFP4  # no scales but powers of two, or only after the sum
-ANY_TOKENS = ops.CPU.with_limits(fused_linear=math.inf)  # the kernel for prompts, too
+ANY_TOKENS = ops.CPP_BACKEND.with_limits(fused_linear=math.inf)  # the kernel for prompts, too
 
 # ---- Products -------------------------------------------------------------------------------------------------------
 
@@ -314,16 +313,16 @@ def test_small_operations(dtype):
     """add and activate are PyTorch's to the last bit, or for the exponential nearly."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
-    assert torch.equal(ops.add(x, y, ops.CPU), x + y)
+    assert torch.equal(ops.add(x, y, ops.CPP_BACKEND), x + y)
     gate_up = torch.randn(2, 3, 74).to(dtype) * 5
     gate_up[..., :4] = torch.tensor([0, -7, 200, -200])  # of gate
     gates = torch.linspace(-20, 20, 20_001).to(dtype)  # where every activation bends, and far beyond
     for t in (gate_up, torch.cat([gates, torch.ones_like(gates)])):
         no_error = torch.zeros(t.shape, dtype=torch.float64)
         for activation in ACTIVATIONS:
-            check_activated(ops.activate(t, activation, ops.CPU), activation, t.double(), no_error, fused=True)
+            check_activated(ops.activate(t, activation, ops.CPP_BACKEND), activation, t.double(), no_error, fused=True)
     for activation in ACTIVATIONS:
-        assert ops.activate(gate_up * torch.nan, activation, ops.CPU).isnan().all()
+        assert ops.activate(gate_up * torch.nan, activation, ops.CPP_BACKEND).isnan().all()
 
 
 @built
@@ -333,11 +332,11 @@ def test_permute_inputs(dtype):
     torch.manual_seed(0)
     for n_tokens, k, n in [(1, 5, 5), (3, 72, 72), (64, 70, 33), (65, 70, 33)]:  # the last in PyTorch
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
-        assert torch.equal(ops.permute_inputs(x, order.int(), ops.CPU), x[..., order])
+        assert torch.equal(ops.permute_inputs(x, order.int(), ops.CPP_BACKEND), x[..., order])
     x = torch.zeros(1, 2, 8).to(dtype)
     for order in (torch.tensor([0, 8]).int(), torch.tensor([-1]).int(), torch.tensor([0, 1]), torch.zeros(1, 2).int()):
         with pytest.raises(RuntimeError, match="input_order"):
-            ops.permute_inputs(x, order, ops.CPU)
+            ops.permute_inputs(x, order, ops.CPP_BACKEND)
 
 
 @built
@@ -364,7 +363,7 @@ def test_rms_norm(dtype):
     torch.manual_seed(0)
     for k in (5, 37, 576):
         norm = make_norm(k, dtype)
-        norm.backend = ops.CPU
+        norm.backend = ops.CPP_BACKEND
         for rows in (1, 3, 8, 17, 65):  # any number
             x, residual = (torch.randn(1, rows, k) * 3).to(dtype), torch.randn(1, rows, k).to(dtype)
             exact = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
@@ -376,36 +375,3 @@ def test_rms_norm(dtype):
             bounds.check(norm(x, residual), total, bound + bounds.rounding_error(total, dtype))
     with pytest.raises(RuntimeError, match="shape"):
         norm(x[:, :2], residual[:, :1])
-
-
-# ---- The likeliest token --------------------------------------------------------------------------------------------
-
-
-@built
-@pytest.mark.parametrize("vocab_size", [1, 15, 17, 511, 513, 5000, 49152])
-def test_likeliest_token(vocab_size):
-    """As PyTorch's argmax: of tied tokens the first, -1 where a logit is not finite, wherever these are."""
-    assert kernels.build.library()
-    logits = torch.randn(70, vocab_size, generator=torch.Generator().manual_seed(0))
-    for i in range(10):
-        logits[i, [i * vocab_size // 10, -1]] = 9.0  # ties, in two parts of the vocabulary
-    logits[10], logits[11], logits[12] = 0.0, -3e38, -0.0
-    logits[12, -1] = 0.0  # equal to -0.0
-    for i, value in enumerate([torch.nan, torch.inf, -torch.inf] * 3):
-        logits[20 + i, [0, vocab_size // 2, -1][i // 3]] = value
-    expected = logits.argmax(-1)
-    expected[20:29] = -1
-    assert torch.equal(ops.sample(logits, 0.0, ops.CPU), expected)
-    assert torch.equal(ops.sample(logits[:, None].expand(70, 2, vocab_size)[:, -1], 0.0, ops.CPU), expected)
-    for i in (0, 25):
-        assert ops.sample(logits[i : i + 1], 0.0, ops.CPU) == expected[i]
-
-
-@built
-def test_logits_that_the_kernel_does_not_take():
-    assert kernels.build.library()
-    for wrong in (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(3), torch.zeros(0, 3)):
-        with pytest.raises(RuntimeError, match="logits must be float32"):
-            ops.sample(wrong, 0.0, ops.CPU)
-    with pytest.raises(RuntimeError, match="only finds the likeliest"):
-        ops.sample(torch.zeros(2, 3), 0.5, ops.CPU)

@@ -30,7 +30,8 @@ from tests.cpu_kernels import built
 from tests.kernel_loader import load_kernels
 from utils.files import ROOT
 
-TESTS = [f"tests/test_kernels{part}.py" for part in ("", "_attention", "_experts")]  # of what the kernels compute
+# of what the kernels compute
+TESTS = [f"tests/test_kernels{part}.py" for part in ("", "_attention", "_experts", "_sampling")]
 CASES = "one_thread and not 4-4-8 and not 2-1-256"
 COMPILING = "compiling kernels/csrc for this machine, once\n"
 VNNI_CASES = "one_thread and (test_linear[ or test_linear_of) and not unquantized and not fp8"

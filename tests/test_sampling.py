@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
+import ops
 from engine.generation import PlainGenerator
 from engine.runner import ModelRunner
 from engine.sampling import SamplingParams, probabilities, sample, seen_token_mask, store_token_ids
@@ -185,7 +186,15 @@ def test_options_that_change_nothing_are_off():
     params = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
     assert params == SamplingParams(0.8, repetition_penalty=1.1) and not params.filters
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
-        assert SamplingParams(0.8, **options).filters
+        assert SamplingParams(0.8, **options).filters == options
+
+
+def test_no_kernel_draws_with_an_option_that_it_does_not_take():
+    for backend, options in ((ops.CPP_BACKEND, {"top_k", "top_p", "min_p"}), (ops.TRITON_BACKEND, {"top_p", "min_p"})):
+        assert backend.supports_sampling(options) and not backend.supports_sampling(options | {"top_n_sigma"})
+    assert ops.CPP_BACKEND.supports_sampling(has_uniform=True)
+    assert not ops.TRITON_BACKEND.supports_sampling(has_uniform=True)
+    assert not ops.TORCH_BACKEND.supports_sampling()
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens():

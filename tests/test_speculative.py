@@ -23,7 +23,7 @@ from engine.speculate import (
 )
 from loading import load_model
 from model import KVCache
-from ops.backend import TORCH
+from ops.backend import TORCH_BACKEND
 from tests.tiny import FAMILIES, call_main, convert, make_hf, to_ours
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ class ToyRunner:
         self.table, self.tokens = table, list(text)
         self.model = torch.nn.LayerNorm(1)  # whose bytes are its cost, as draft and as model
         self.model.config = SimpleNamespace(vocab_size=V, moe=None)
-        self.sampler = Sampler(params, torch.zeros(1, len(text), dtype=torch.long), TORCH)
+        self.sampler = Sampler(params, torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
         self.prefill = self.decode = self.build_step(self.sampler)
 
     def fill_kv_cache(self, tokens, start_pos):

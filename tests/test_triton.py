@@ -233,7 +233,7 @@ def test_a_format_without_a_layout():
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
 def test_router_of_nan(logits, norm_topk_prob):
     """Some experts, none beyond the last and none twice; their weights say that something is wrong."""
-    topk_weights, topk_ids = ops.route(torch.tensor([logits]), 3, norm_topk_prob, 0, ops.TRITON)
+    topk_weights, topk_ids = ops.route(torch.tensor([logits]), 3, norm_topk_prob, 0, ops.TRITON_BACKEND)
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()
 
 
@@ -244,8 +244,8 @@ def test_router_of_nan(logits, norm_topk_prob):
 def test_sample_of_what_is_not_finite(value):
     logits = torch.randn(2, 3000)
     logits[1, 2500] = value
-    for temperature in (0.0, 1.0):
-        tokens = ops.sample(logits, temperature, ops.TRITON)
+    for temperature, options in ((0.0, {}), (1.0, {}), (1.0, {"top_p": 0.9}), (1.0, {"min_p": 0.1})):
+        tokens = ops.sample(logits, temperature, ops.TRITON_BACKEND, **options)
         assert tokens[0] >= 0 and tokens[1] == -1
 
 
@@ -261,7 +261,7 @@ def test_attention_stays_in_the_cache():
         cache[:, :, :4], cache[:, :, 20:] = torch.nan, torch.nan
     before, inside = LayerCache(k.clone(), v.clone()), slice(4, 20)
     start_pos, qkv = torch.tensor([15, 18, 1000, -1, -1000]), torch.randn(5, 1, (4 + 2 * G) * D)
-    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside]), tables, start_pos, 4, ops.TRITON)
+    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside]), tables, start_pos, 4, ops.TRITON_BACKEND)
     assert ours[:3].isfinite().all()
     fits = slice(0, 1)
     cache = LayerCache(before.k[fits, :, inside], before.v[fits, :, inside])
@@ -338,7 +338,7 @@ def test_many_sequences(small_gpu):
 
     expected = step()
     use_triton(model)
-    assert model.has_kernels_for(12, 1) and model.has_kernels_for(64, 1) and not model.has_kernels_for(65, 1)
+    assert model.supports_kernels(12, 1) and model.supports_kernels(64, 1) and not model.supports_kernels(65, 1)
     # 5 products and the head follow each other, as in test_model
     assert (step() - expected).abs().max() <= 6 * 2 * (64 + 8) * U32 * expected.abs().max()
 

@@ -197,7 +197,7 @@ template <typename T> struct EmbedOp {
   }
 };
 
-// Computes out [n, k] = the dequantized weights of packed format F. Prefill calls it, and no tape records it.
+// Computes out [n, k] = the dequantized weights of packed format F. Prefill calls it, and prefill is never captured.
 //
 // Unpacking gives vectors that hold one input of 16 outputs. Transposing 16 such vectors gives vectors that hold 16
 // inputs of one output, which are a piece of a row of out.

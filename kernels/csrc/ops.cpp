@@ -1,6 +1,6 @@
 // The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Kernels trust addresses and sizes, also when a
-// tape replays them, so tensors are checked here. Each function checks its tensors, allocates the output, and submits
-// the operation (tape.h: submit). kernels/build.py compiles this file, which includes the headers.
+// CPU graph is replayed, so tensors are checked here. Each function checks its tensors, allocates the output, and
+// submits the operation (op_list.h: submit). kernels/build.py compiles this file, which includes the headers.
 //
 //     ops/dispatch.py          describes the operations
 //     kernels/schema.py       has the schemas of the functions
@@ -9,7 +9,7 @@
 //
 //     simd.h           vectors of 16 floats
 //     threads.h        how threads share work, and how many there are
-//     tape.h           operations: executed, recorded or replayed
+//     op_list.h        operations: executed, captured or replayed
 //     weights.h        packed weights and their formats (float8.h: 8-bit floats)
 //     activations.h    prepares the inputs of products
 //     dot.h, amx.h     products of blocks of weights; amx.h is for many tokens (dot_quantized.h, dot_unquantized.h)
@@ -177,7 +177,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
   return out;
 }
 
-// Checks the values of input_order here, and not when a tape is replayed: they are as constant as a weight.
+// Checks the values of input_order here, and not when a CPU graph is replayed: they are as constant as a weight.
 Tensor permute_inputs(Tensor x, Tensor input_order) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {}), n = input_order.numel();
   STD_TORCH_CHECK(input_order.scalar_type() == ScalarType::Int && input_order.is_contiguous() &&
@@ -322,13 +322,21 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
   return out;
 }
 
-Tensor sample(Tensor logits, OptTensor noise, double temperature) {
+Tensor sample(Tensor logits, OptTensor random, double temperature, OptTensor temperatures, int64_t top_k, double top_p,
+              double min_p) {
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && logits.dim() == 2 &&
                   logits.numel() > 0, "logits must be float32 [B, V]");
-  STD_TORCH_CHECK(!noise && temperature == 0, "this kernel only finds the likeliest token");
-  Tensor tokens = torch::stable::new_empty(logits, Sizes{logits.size(0)}, ScalarType::Long);
-  submit(SampleOp{.logits = ptr<float>(logits), .m = logits.size(0), .n = logits.size(1),
-                  .tokens = mutable_ptr<int64_t>(tokens)});
+  const int64_t m = logits.size(0);
+  STD_TORCH_CHECK(!random || (random->scalar_type() == ScalarType::Double && random->is_contiguous() &&
+                              random->numel() == m), "random numbers must be float64 [B, 1]");
+  STD_TORCH_CHECK(!temperatures || (temperatures->scalar_type() == ScalarType::Float && temperatures->is_contiguous() &&
+                                    temperatures->numel() == m), "temperatures must be float32 [B, 1]");
+  STD_TORCH_CHECK(random || temperature == 0, "a temperature above 0 needs random numbers");
+  STD_TORCH_CHECK(top_k >= 0 && top_p > 0 && min_p >= 0 && min_p <= 1, "top_k, top_p or min_p is out of range");
+  Tensor tokens = torch::stable::new_empty(logits, Sizes{m}, ScalarType::Long);
+  submit(SampleOp{.logits = ptr<float>(logits), .m = m, .n = logits.size(1), .uniform = ptr<double>(random),
+                  .temperatures = ptr<float>(temperatures), .temperature = float(temperature), .top_k = top_k,
+                  .top_p = top_p, .min_p = float(min_p), .tokens = mutable_ptr<int64_t>(tokens)});
   return tokens;
 }
 

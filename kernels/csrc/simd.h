@@ -248,6 +248,15 @@ inline i32x16 reduce_lanes(i32x16 v, auto op) {
   return op(v, swap_lanes<1>(v));
 }
 
+// Whether any lane of the result of a comparison is true.
+inline bool any_lane(i32x16 is_true) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)is_true, (__m512i)is_true);
+#else
+  return reduce_lanes(is_true, [](i32x16 a, i32x16 b) { return a | b; })[0];
+#endif
+}
+
 // Adding ROUND_TO_INT to x, |x| < 2^22, rounds x to an integer, because the sum has no mantissa bits for a fraction.
 // Subtracting ROUND_TO_INT from the sum gives the integer as a float. Subtracting the bits gives the integer as an int.
 constexpr float ROUND_TO_INT = 12582912.0f;  // 1.5 * 2^23

@@ -1,8 +1,8 @@
 // The threads of a parallel region.
 //
 //     thread_range    how threads share tasks; every operation calls it
-//     Barrier         how threads wait for each other; tape.h has one for each region
-//     ThreadCount     how many threads a region has; tape.h has one for all tapes
+//     Barrier         how threads wait for each other; op_list.h has one for each region
+//     ThreadCount     how many threads a region has; op_list.h has one for all OpLists
 #pragma once
 
 #include <omp.h>
@@ -58,9 +58,9 @@ class Barrier {
   double stalled_seconds() const { return stalled_ns.load(std::memory_order_relaxed) * 1e-9; }
 };
 
-// Decides how many threads a repeated computation uses, such as the replay of a tape. If another program needs a core,
-// the thread on that core stops for milliseconds, and all other threads wait at the next barrier. Then fewer threads
-// are faster.
+// Decides how many threads a repeated computation uses, such as the replay of an OpList. If another program needs a
+// core, the thread on that core stops for milliseconds, and all other threads wait at the next barrier. Then fewer
+// threads are faster.
 //
 //     what happens                          what ThreadCount does
 //     threads stall                         tries fewer threads for some repetitions, and keeps the faster number

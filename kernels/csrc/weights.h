@@ -12,7 +12,7 @@
 #pragma once
 
 #include "float8.h"
-#include "tape.h"
+#include "op_list.h"
 
 constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
 constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most whose sums fit in registers

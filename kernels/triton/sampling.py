@@ -2,9 +2,19 @@
 
     sample    logits and noise -> token ids, registered as torch.ops.gptfast_triton.sample
 
-A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is
-the argmax of logits / T - log E, where E is noise of the exponential distribution, one number for each logit. So the
-kernel needs neither a softmax nor a sum. The kernel takes the argmax of logits - T log E, which also works for T = 0.
+A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is the argmax of logits / T - log E,
+where E is noise of the exponential distribution, one number for each logit. So sample_kernel needs neither a softmax
+nor a sum. sample_kernel takes the argmax of logits - T log E, which also works for T = 0.
+
+top_p and min_p keep the likeliest tokens. The drawn token is the argmax among these. A second kernel finds it without
+sorting, by rejections as in FlashInfer's sampling kernels:
+
+    1. The argmax of all tokens is the candidate.
+    2. The sum of the probabilities of all likelier tokens says whether the candidate is kept. If it is, it is drawn.
+    3. Otherwise no token that is as likely or less is kept. The argmax of the likelier tokens is the next candidate.
+
+With top_p 0.9 the first candidate is kept in nine of ten cases. So all programs share step 2 of the first candidate,
+and one program does the rest.
 """
 
 import torch
@@ -15,13 +25,17 @@ from torch import Tensor
 from kernels.schema import triton_op
 from kernels.triton.launch import pdl_options, pdl_wait, semaphores
 
-BLOCK_V = 2048  # tokens of the vocabulary that a program has
+BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
+TRUNCATE_BLOCK_V, TRUNCATE_WARPS = 8192, 16  # of truncate_kernel, of which one program may go through all tokens
+# A smaller divisor could round to 0, and a larger factor could make scores infinite.
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-30, 1e30
 
 
 @triton.jit
 def sample_kernel(
     logits_ptr, noise_ptr, tokens_ptr,  # [B, V], [B, V], [B]
     block_scores_ptr, block_tokens_ptr, semaphores_ptr,  # [B, N_BLOCKS], [B, N_BLOCKS], [B]
+    block_sums_ptr, sums_ptr,  # [2, B, N_BLOCKS], [2, B], or None
     temperature, V,
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
     N_BLOCKS_PADDED: tl.constexpr,  # N_BLOCKS, padded to a power of two
@@ -29,9 +43,12 @@ def sample_kernel(
 ):
     """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
     The last program of a sequence to finish finds the best token of all blocks. A logit that is not finite gets the
-    score infinity and the token -1, so -1 is the result of the sequence."""
+    score infinity and the token -1, so -1 is the result of the sequence.
+
+    sums: the largest logit of each sequence, and the sum of the weights exp((logit - largest logit) / temperature).
+    block_sums: the same of each block."""
     pdl_wait(USE_PDL, TRIGGER_EARLY)
-    block, sequence = tl.program_id(0), tl.program_id(1)
+    block, sequence, n_blocks_of_all = tl.program_id(0), tl.program_id(1), tl.num_programs(1) * N_BLOCKS
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(logits_ptr + sequence * V + token, mask=token < V, other=-1e38)
     scores = logits
@@ -45,11 +62,25 @@ def sample_kernel(
 
     tl.store(block_scores_ptr + sequence * N_BLOCKS + block, best_score)
     tl.store(block_tokens_ptr + sequence * N_BLOCKS + block, best_token)
+    if block_sums_ptr is not None:
+        largest = tl.max(logits, axis=0)
+        weights = tl.where(token < V, tl.exp((logits - largest) / temperature), 0.0)
+        tl.store(block_sums_ptr + sequence * N_BLOCKS + block, largest)
+        tl.store(block_sums_ptr + n_blocks_of_all + sequence * N_BLOCKS + block, tl.sum(weights, axis=0))
     tl.debug_barrier()  # all threads of the program have stored before the program counts
     if tl.atomic_add(semaphores_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
         tl.store(semaphores_ptr + sequence, 0)
         best_of_all = best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS, N_BLOCKS_PADDED)
         tl.store(tokens_ptr + sequence, best_of_all.to(tl.int64))
+        if block_sums_ptr is not None:
+            index = tl.arange(0, N_BLOCKS_PADDED)
+            row_ptr, mask = block_sums_ptr + sequence * N_BLOCKS + index, index < N_BLOCKS
+            block_largest = tl.load(row_ptr, mask=mask, other=-1e38, cache_modifier=".cg")
+            block_sums = tl.load(row_ptr + n_blocks_of_all, mask=mask, other=0.0, cache_modifier=".cg")
+            row_largest = tl.max(block_largest, axis=0)
+            row_sum = tl.sum(block_sums * tl.exp((block_largest - row_largest) / temperature), axis=0)
+            tl.store(sums_ptr + sequence, row_largest)
+            tl.store(sums_ptr + tl.num_programs(1) + sequence, row_sum)
 
 
 @triton.jit
@@ -63,20 +94,116 @@ def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.co
     return tl.sum(tl.where(block == tl.argmax(scores, axis=0), tokens, 0), axis=0)
 
 
+@triton.jit
+def truncate_kernel(
+    logits_ptr, noise_ptr, tokens_ptr, sums_ptr,  # [B, V], [B, V], [B], [2, B]
+    block_above_ptr, semaphores_ptr,  # [B, N_BLOCKS], [B]
+    temperature, top_p, min_p, V,
+    BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr,
+    USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
+):
+    """Grid: [N_BLOCKS, B]. Comes after sample_kernel, whose tokens are the first candidates, and replaces each by the
+    best of the tokens that top_p and min_p keep. Program (i, b) adds up the weights of the likelier tokens in block i.
+    The last program of a sequence to finish decides, and goes on alone."""
+    pdl_wait(USE_PDL, TRIGGER_EARLY)
+    block, sequence = tl.program_id(0), tl.program_id(1)
+    row_logits_ptr, row_noise_ptr = logits_ptr + sequence * V, noise_ptr + sequence * V
+    candidate = tl.load(tokens_ptr + sequence).to(tl.int32)  # -1 if a logit is not finite
+    threshold = tl.load(row_logits_ptr + tl.maximum(candidate, 0))
+    largest = tl.load(sums_ptr + sequence)
+    enough = tl.load(sums_ptr + tl.num_programs(1) + sequence) * top_p
+
+    token = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    logits = tl.load(row_logits_ptr + token, mask=token < V, other=-float("inf"))
+    weights = tl.where(is_likelier(logits, token, threshold, candidate), tl.exp((logits - largest) / temperature), 0.0)
+    tl.store(block_above_ptr + sequence * N_BLOCKS + block, tl.sum(weights, axis=0))
+    tl.debug_barrier()  # all threads of the program have stored before the program counts
+    if tl.atomic_add(semaphores_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
+        tl.store(semaphores_ptr + sequence, 0)
+        index = tl.arange(0, N_BLOCKS_PADDED)
+        block_above_ptrs = block_above_ptr + sequence * N_BLOCKS + index
+        above = tl.sum(tl.load(block_above_ptrs, mask=index < N_BLOCKS, other=0.0, cache_modifier=".cg"), axis=0)
+        while (candidate >= 0) & is_excluded(above, enough, top_p, tl.exp((threshold - largest) / temperature), min_p):
+            candidate = best_of_likelier(
+                row_logits_ptr, row_noise_ptr, threshold, candidate, temperature, V, BLOCK_V, N_BLOCKS
+            )
+            threshold = tl.load(row_logits_ptr + candidate)
+            sums = tl.zeros((BLOCK_V,), tl.float32)
+            for i in range(N_BLOCKS):
+                token = i * BLOCK_V + tl.arange(0, BLOCK_V)
+                logits = tl.load(row_logits_ptr + token, mask=token < V, other=-float("inf"))
+                weights = tl.exp((logits - largest) / temperature)
+                sums += tl.where(is_likelier(logits, token, threshold, candidate), weights, 0.0)
+            above = tl.sum(sums, axis=0)
+        tl.store(tokens_ptr + sequence, candidate.to(tl.int64))
+
+
+@triton.jit
+def is_likelier(logits, token, threshold, candidate):
+    """Whether each token is likelier than the candidate, whose logit is threshold. Of tied tokens the first one counts
+    as the likeliest."""
+    return (logits > threshold) | ((logits == threshold) & (token < candidate))
+
+
+@triton.jit
+def is_excluded(above, enough, top_p, weight, min_p):
+    """Whether top_p or min_p excludes a token. above is the sum of the weights of all likelier tokens: 0 for the
+    likeliest token, which is never excluded. weight is the token's own. The likeliest has the weight 1."""
+    return (above > 0) & (((above >= enough) & (top_p < 1)) | (weight < min_p))
+
+
+@triton.jit
+def best_of_likelier(
+    row_logits_ptr, row_noise_ptr, threshold, candidate, temperature, V, BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr
+):
+    """Returns the best of the tokens that are likelier than the candidate."""
+    best_scores = tl.full((BLOCK_V,), -float("inf"), tl.float32)
+    best_tokens = tl.zeros((BLOCK_V,), tl.int32)
+    for i in range(N_BLOCKS):
+        token = i * BLOCK_V + tl.arange(0, BLOCK_V)
+        logits = tl.load(row_logits_ptr + token, mask=token < V, other=-float("inf"))
+        noise = tl.load(row_noise_ptr + token, mask=token < V, other=1.0)
+        scores = logits - temperature * tl.log(noise.to(tl.float32))
+        is_better = is_likelier(logits, token, threshold, candidate) & (scores > best_scores)
+        best_scores = tl.where(is_better, scores, best_scores)
+        best_tokens = tl.where(is_better, token, best_tokens)
+    best = tl.argmax(best_scores, axis=0)
+    return tl.sum(tl.where(tl.arange(0, BLOCK_V) == best, best_tokens, 0), axis=0)
+
+
 @triton_op
-def sample(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
-    """Draws token ids [B] by float32 logits [B, V] and noise [B, V] of the exponential distribution. Without noise they
-    are the likeliest tokens. A row whose logits are not all finite gives -1."""
+def sample(
+    logits: Tensor, random: Tensor | None, *, temperature: float, temperatures: None, top_k: int, top_p: float,
+    min_p: float,
+) -> Tensor:
+    """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives -1.
+
+    random: noise [B, V] of the exponential distribution. Without noise, the ids are those of the likeliest tokens."""
+    assert temperatures is None and top_k == 0  # Backend.supports_sampling
     batch, vocab_size = logits.shape
+    temperature = min(max(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
+    truncates = random is not None and (top_p < 1 or min_p > 0)
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
     tokens = logits.new_empty(batch, dtype=torch.int64)
     block_scores = logits.new_empty(batch, n_blocks)
     block_tokens = logits.new_empty(batch, n_blocks, dtype=torch.int32)
+    sums = logits.new_empty(2, batch) if truncates else None
     grid = n_blocks, batch
     sample_kernel[grid](
-        logits_ptr=logits, noise_ptr=noise, tokens_ptr=tokens, block_scores_ptr=block_scores,
-        block_tokens_ptr=block_tokens, semaphores_ptr=semaphores(logits.device, batch), temperature=temperature,
-        V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks),
-        **pdl_options(logits.device, grid),
+        logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, block_scores_ptr=block_scores,
+        block_tokens_ptr=block_tokens, semaphores_ptr=semaphores(logits.device, batch),
+        block_sums_ptr=logits.new_empty(2, batch, n_blocks) if truncates else None, sums_ptr=sums,
+        temperature=temperature, V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks,
+        N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
     )
+    if truncates:
+        n_blocks = triton.cdiv(vocab_size, TRUNCATE_BLOCK_V)
+        grid = n_blocks, batch
+        truncate_kernel[grid](
+            logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, sums_ptr=sums,
+            block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device, batch),
+            temperature=temperature, top_p=top_p, min_p=min_p, V=vocab_size, BLOCK_V=TRUNCATE_BLOCK_V,
+            N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), num_warps=TRUNCATE_WARPS,
+            **pdl_options(logits.device, grid),
+        )
     return tokens

@@ -96,10 +96,10 @@ class Decoder:
         self.kv_cache = KVCache(self.model, 1, self.n_prompt + self.n_new)
 
     def new_runner(self, n_threads: int) -> ModelRunner:
-        """Returns a runner whose decode step has just been recorded."""
+        """Returns a runner whose decode step has just been captured."""
         torch.set_num_threads(n_threads)
         runner = ModelRunner(self.model, self.kv_cache, SAMPLING)
-        time_tokens(self.model, runner, 0, 1, 2)  # records
+        time_tokens(self.model, runner, 0, 1, 2)  # captures
         return runner
 
     def token_times(self, runner: ModelRunner) -> Iterator[float]:

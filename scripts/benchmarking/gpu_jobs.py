@@ -7,7 +7,7 @@
 The table has a row for each model and format, and a column for each engine. A cell has tokens per second, and the share
 of the device's copy bandwidth. The engines are
 
-    ours            the Triton kernels; a step is recorded as one CUDA graph
+    ours            the Triton kernels; a step is captured as one CUDA graph
     plain           --kernels off: torch.compile of F.linear and PyTorch's attention, as in gpt-fast
     transformers    Hugging Face's transformers, with a static cache, compiled; only if the package is installed
 

@@ -174,7 +174,7 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     began = time.perf_counter()
     runner = ModelRunner(model, kv_cache, SAMPLING, compile)
     if compile:
-        time_tokens(model, runner, 0, 1, 3)  # a GPU's graph is recorded at the second step
+        time_tokens(model, runner, 0, 1, 3)  # a GPU's graph is captured at the second step
     compile_seconds = time.perf_counter() - began
     time_tokens(model, runner, 0, n_prompt, n_new)
     peak = peak_memory(device)
@@ -222,7 +222,7 @@ def measure_parallel(model: Transformer, sizes: list[int], n_prompt: int, n_new:
     # The chunk holds all prompts, so that no sequence decodes before all do.
     schedulers = {n: Scheduler(model, n, n_prompt + n_new, compile, chunk_tokens=n * n_prompt) for n in sizes}
     speeds = {n: [] for n in sizes}
-    for i in range(SAMPLES + 1):  # round 0 records and compiles
+    for i in range(SAMPLES + 1):  # round 0 captures and compiles
         for n, scheduler in schedulers.items():
             for _ in range(n):
                 scheduler.submit(Sequence(random_prompt(model, n_prompt)[0].tolist(), n_new))
@@ -259,7 +259,7 @@ def measure_verify(model: Transformer, compile: bool) -> float:
             began = time.perf_counter()
             step(tokens[:, :n], position)[0, -1].item()
             seconds[n].append(time.perf_counter() - began)
-    return median(seconds[5][1:]) / median(seconds[1][1:])  # step 0 compiles or records
+    return median(seconds[5][1:]) / median(seconds[1][1:])  # step 0 compiles or captures
 
 
 def prefill_flops(config: ModelConfig, n: int) -> int:

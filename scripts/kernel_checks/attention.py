@@ -29,7 +29,7 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
             k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
         tables, before = PositionTables(cos_sin, slopes), LayerCache(k.clone(), v.clone())
         view = LayerCache(k[:, :, :length], v[:, :, :length])
-        ours = attend(qkv, view, tables, start_pos, n_heads, ops.TRITON, window, *norms, **arguments)
+        ours = attend(qkv, view, tables, start_pos, n_heads, ops.TRITON_BACKEND, window, *norms, **arguments)
         case = f"{heads}, window {window}, {n_tokens} tokens from {starts} on, options {options}"
         y, error = exact_attention(qkv, before, tables, start_pos, n_heads, window, norms, **arguments)
         yield Comparison("attend", case, ours, y, error)

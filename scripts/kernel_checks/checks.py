@@ -40,6 +40,7 @@ from scripts.kernel_checks.exact_results import (
     factor_dtype,
     format_label,
     integers,
+    kept_tokens,
     make_linear,
     make_norm,
     matrix_and_bias,
@@ -282,7 +283,7 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
 
 def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
     norm, (x, residual) = make_norm(dim, dtype), (torch.randn(2, 1, n_tokens, dim) * 3).to(dtype)
-    norm.backend = ops.TRITON
+    norm.backend = ops.TRITON_BACKEND
     y = exact_rms_norm(x, norm)
     error = (dim + 8) * U32 * y.abs()
     yield Comparison("rms_norm", f"{n_tokens}x{dim}", norm(x), y, stored_error(y, error, dtype))
@@ -296,7 +297,7 @@ def check_permute_inputs(dtype: torch.dtype):
     ranks."""
     for n_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
-        y = ops.permute_inputs(x, order.int(), ops.TRITON)
+        y = ops.permute_inputs(x, order.int(), ops.TRITON_BACKEND)
         yield Comparison("permute_inputs", f"{n_tokens}x{k}, {n}", y, x[..., order].double(), torch.zeros(()))
 
 
@@ -317,7 +318,7 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
         # [B, T, 1, 1, dim] times [B, T, top_k, dim, N]
         y, terms = (t.squeeze(-2) for t in exact_product(x[..., None, None, :], matrix[topk_ids], chosen_bias, norm))
-        by_kernel = w.backend.find_kernel("experts_gate_up", n_tokens) is not None
+        by_kernel = w.backend.kernel("experts_gate_up", n_tokens) is not None
         error = exact_sums_error(terms, dim, format) if by_kernel else pytorch_error(terms, dim, dtype)
         error = error + separate_norm_error(x[..., None, None, :], norm, matrix[topk_ids]).squeeze(-2)
         y, error = exact_stored_activation(y, error, "swiglu", dtype, fused=by_kernel and n % FUSED_GLU_MULTIPLE == 0)
@@ -330,7 +331,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
     w = exact_linear(dim, ffn_dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsDown)
     matrix, bias = matrix_and_bias(w)
     ops.pack_for_triton([w])
-    assert w.backend.name == ("triton" if format.fits_kernels(ffn_dim) else "torch")
+    assert w.backend.name == ("triton" if format.supports_kernels(ffn_dim) else "torch")
     for n_tokens in token_counts:
         topk_weights, topk_ids = torch_ops.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
         hidden = integers(1, n_tokens, TOP_K, ffn_dim, dtype=dtype)
@@ -339,7 +340,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
         # [B, T, top_k, 1, F] times [B, T, top_k, F, N], weighted and summed over top_k
         products = exact_product(hidden[..., None, :], matrix[topk_ids], chosen_bias)
         y, terms = ((t.squeeze(-2) * topk_weights.double()[..., None]).sum(-2) for t in products)
-        by_kernel = w.backend.find_kernel("experts_down", n_tokens) is not None
+        by_kernel = w.backend.kernel("experts_down", n_tokens) is not None
         error = exact_sums_error(terms, ffn_dim, format) if by_kernel else pytorch_error(terms, ffn_dim, dtype)
         case = f"{format_label(format)}, {n_experts} of {dim}x{ffn_dim}, {n_tokens} tokens"
         yield Comparison("experts_down", case, w(hidden, topk_ids, topk_weights), y, stored_error(y, error, dtype))
@@ -353,7 +354,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
 def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, norm_topk_prob: bool):
     logits = torch.randn(1, n_tokens, n_experts + (n_shared_experts > 0)) * 3
     topk_weights, topk_ids = torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
-    our_weights, our_ids = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.TRITON)
+    our_weights, our_ids = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.TRITON_BACKEND)
     case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
     yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)
@@ -364,19 +365,23 @@ def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int
 
 def check_sample(vocab_size: int):
     """Checks that greedy sampling finds the first of the likeliest tokens, or returns -1 if a logit is not finite. With
-    noise, checks the score of the chosen token."""
+    noise, checks the score of the chosen token, the best one of those that top_p and min_p keep."""
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, -1
-    ours = ops.sample(logits, 0.0, ops.TRITON)
+    ours = ops.sample(logits, 0.0, ops.TRITON_BACKEND)
     yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
     logits = torch.randn(3, vocab_size)
     noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
-    for temperature in (1e-30, 0.7, 1e30):
-        ours = torch.ops.gptfast_triton.sample(logits, noise, temperature)
+    for temperature, top_p, min_p in product((1e-30, 0.7, 1e30), (1.0, 0.613, 1e-9), (0.0, 0.05)):
+        ours = torch.ops.gptfast_triton.sample(
+            logits, noise, temperature=temperature, temperatures=None, top_k=0, top_p=top_p, min_p=min_p
+        )
         scores = logits - temperature * noise.float().log()
-        chosen, bound = scores.gather(-1, ours[:, None])[:, 0], 4 * U32 * scores.abs().amax(-1)
-        case = f"{vocab_size} tokens at temperature {temperature}"
+        bound = 4 * U32 * scores.abs().amax(-1)
+        scores = scores.masked_fill(~kept_tokens(logits, temperature, top_p=top_p, min_p=min_p), -torch.inf)
+        chosen = scores.gather(-1, ours[:, None])[:, 0]
+        case = f"{vocab_size} tokens, temperature {temperature}, top_p {top_p}, min_p {min_p}"
         yield Comparison("sample", case, chosen, scores.amax(-1), bound)
 
 
@@ -386,7 +391,7 @@ def check_distribution(operation: str):
     probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 1000
     if operation == "sample":
         logits = (probabilities.log() * temperature).clamp(min=-1e30)
-        tokens = ops.sample(logits.expand(n, 5), temperature, ops.TRITON)
+        tokens = ops.sample(logits.expand(n, 5), temperature, ops.TRITON_BACKEND)
     else:
         n = 100_000
         tokens = multinomial(probabilities.expand(n, 5))

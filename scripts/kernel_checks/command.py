@@ -3,7 +3,7 @@
     python scripts/benchmark.py check --precision bfloat16
 
 checks.py has the checks; tests/test_triton.py runs the same checks in Triton's interpreter. This file also checks
-recorded steps of whole models, since only a GPU can record with Triton kernels.
+captured steps of whole models, since only a GPU can capture Triton kernels.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.checks import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
 from utils.errors import UsageError
 
-RECORDED_MODELS = [  # options of a ModelConfig
+CAPTURED_MODELS = [  # options of a ModelConfig
     {},
     {"moe": MoEConfig(8, 2)},
     {
@@ -75,7 +75,7 @@ def check(args: argparse.Namespace):
     sizes = interpreter_sizes(dtype) if device.type == "cpu" else gpu_sizes(dtype)
     tasks = [partial(run_on_device, device, check) for check in all_checks(dtype, sizes)]
     if device.type == "cuda" and dtype == torch.float32:  # in float32, rounding changes no token
-        tasks += [partial(run, partial(check_recorded_steps, device, options)) for options in RECORDED_MODELS]
+        tasks += [partial(run, partial(check_captured_steps, device, options)) for options in CAPTURED_MODELS]
     total = CheckResult()
     for outcome in run_all(tasks, in_parallel=device.type == "cuda"):
         total.merge(outcome)
@@ -113,8 +113,8 @@ def run(check: Check) -> CheckResult:
     return outcome
 
 
-def check_recorded_steps(device: torch.device, options: dict) -> Iterator[Comparison]:
-    """Compares the greedy tokens of a float32 model, with kernels and recorded steps, to the tokens without both."""
+def check_captured_steps(device: torch.device, options: dict) -> Iterator[Comparison]:
+    """Compares the greedy tokens of a float32 model, with kernels and captured steps, to the tokens without both."""
     config = ModelConfig(512, 4, 8, 2, 64, 1024, 1000, 64, **options)
     tokens = []
     for use_kernels in (True, False):
@@ -125,4 +125,4 @@ def check_recorded_steps(device: torch.device, options: dict) -> Iterator[Compar
         runner = ModelRunner(model, KVCache(model, 1, 64), SamplingParams(), compile=use_kernels)
         prompt = torch.arange(1, 12, device=device)[None]
         tokens.append(torch.tensor(list(generate(runner, prompt, 0, 40))))
-    yield Comparison("recorded_steps", str(options), *tokens, torch.zeros(()))
+    yield Comparison("captured_steps", str(options), *tokens, torch.zeros(()))

@@ -311,3 +311,23 @@ def exact_cache(
     relative = (G * D + 8) * U32 + 4 * bounds.U[qkv.dtype]
     k_error[new] = (relative * new_k.double().abs().amax((1, 2, 3), keepdim=True)).expand(new_k.shape)
     return k, v, k_error
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+
+def kept_tokens(
+    logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> torch.Tensor:
+    """Whether top_k, top_p and min_p keep each token: bool [B, V], found by sorting. Of tied tokens the first ones are
+    kept."""
+    scores, order = ((logits.double() - logits.amax(-1, keepdim=True)) / temperature).sort(descending=True, stable=True)
+    weights, is_kept = scores.exp(), torch.ones_like(order, dtype=torch.bool)
+    if top_k:
+        is_kept[:, top_k:] = False
+        weights[:, top_k:] = 0
+    if top_p < 1:
+        before = weights.cumsum(-1) - weights
+        is_kept &= (before < top_p * weights.sum(-1, keepdim=True)) | (before == 0)
+    is_kept &= weights >= min_p
+    return torch.zeros_like(is_kept).scatter(-1, order, is_kept)

@@ -1,4 +1,4 @@
-"""kernels/record.py: a recorded step gives what the step gives, to the last bit, and nothing is frozen silently."""
+"""kernels/capture.py: a captured step gives what the step gives, to the last bit, and nothing is frozen silently."""
 
 import signal
 import sys
@@ -11,8 +11,8 @@ import kernels.build
 import ops
 from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
-from kernels.record import MAX_CPU_GRAPHS, call_at_graph_break, call_with_tape_threads, record
-from kernels.schema import RECORDABLE, LayerCache, PositionTables
+from kernels.capture import MAX_CPU_GRAPHS, call_with_graph_threads, capture, split_graph_at
+from kernels.schema import CAPTURABLE, LayerCache, PositionTables
 from layers import ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer
 from rope import rope_table
@@ -65,16 +65,16 @@ def test_replayed_is_computed(format, dtype, family):
     model = make_model(format, dtype, **FAMILIES[family])
     caches = [KVCache(model, 2, 40) for _ in range(2)]
     tables = model.build_position_tables(caches[0])
-    recorded = record(lambda tokens, start_pos: model(tokens, start_pos, caches[1], tables))
+    captured = capture(lambda tokens, start_pos: model(tokens, start_pos, caches[1], tables))
     generator = torch.Generator().manual_seed(1)
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
         for threads, n_tokens, start_pos in steps:
-            assert model.has_kernels_for(2, n_tokens)
+            assert model.supports_kernels(2, n_tokens)
             torch.set_num_threads(threads)
             tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
             expected = model(tokens, torch.tensor(start_pos), caches[0], tables)
-            assert torch.equal(recorded(tokens, torch.tensor(start_pos)), expected)
+            assert torch.equal(captured(tokens, torch.tensor(start_pos)), expected)
     torch.set_num_threads(1)
     for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(ours.k, theirs.k) and torch.equal(ours.v, theirs.v)
@@ -82,14 +82,14 @@ def test_replayed_is_computed(format, dtype, family):
 
 @built
 @pytest.mark.parametrize("format", [Unquantized(), Int8()], ids=format_label)
-def test_every_argument_is_recorded(format):
-    """Arguments that no family above has: a replay on other inputs gives what is computed without a tape."""
+def test_every_argument_is_captured(format):
+    """Arguments that no family above has: a replay on other inputs gives what is computed without a graph."""
     torch.manual_seed(0)
     n_heads, n_kv_heads, d, dim, n_experts = 4, 2, 16, 64, 5
     embedding = make_embedding(97, dim, format, torch.float32)
     norm, sinks = make_norm(dim, torch.float32), torch.randn(n_heads)
     q_norm, k_norm = make_norm(n_heads * d, torch.float32), make_norm(n_kv_heads * d, torch.float32)
-    norm.backend = ops.CPU
+    norm.backend = ops.CPP_BACKEND
     config = ModelConfig(dim, 1, n_heads, n_kv_heads, d, 48, 97, 64)
     qkv_proj = make_linear(128, dim, format, torch.float32, clip=2.0)
     head = make_linear(97, dim, format, torch.float32, out_scale=0.1, softcap=5.0)
@@ -103,25 +103,25 @@ def test_every_argument_is_recorded(format):
     def step(tokens, start_pos, cache):
         x = ops.embed(tokens, embedding, 8.0, torch.float32)
         y = attend(
-            qkv_proj(x), cache, tables, start_pos, n_heads, ops.CPU, 0, q_norm, k_norm, sinks, scale=0.3,
+            qkv_proj(x), cache, tables, start_pos, n_heads, ops.CPP_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
             softcap=2.0,
         )
         x = norm(y, residual=x)
-        topk_weights, topk_ids = ops.route(router(x), 2, True, 2, ops.CPU)
+        topk_weights, topk_ids = ops.route(router(x), 2, True, 2, ops.CPP_BACKEND)
         hidden = gate_up(x, topk_ids, activation="clamped_swiglu")
         return head(down(hidden, topk_ids, topk_weights, residual=x), out_dtype=torch.float32)
 
-    recorded = record(lambda tokens, start_pos: step(tokens, start_pos, caches[1]))
+    captured = capture(lambda tokens, start_pos: step(tokens, start_pos, caches[1]))
     with torch.inference_mode():
         for threads, starts in [(1, [0, 0]), (2, [1, 1]), (1, [2, 30])]:
             torch.set_num_threads(threads)
             tokens, start_pos = torch.randint(0, 97, (2, 1)), torch.tensor(starts)
-            assert torch.equal(recorded(tokens, start_pos), step(tokens, start_pos, caches[0]))
+            assert torch.equal(captured(tokens, start_pos), step(tokens, start_pos, caches[0]))
     torch.set_num_threads(1)
 
 
 @built
-def test_recording_computes_nothing_and_results_are_overwritten():
+def test_capture_computes_nothing_and_results_are_overwritten():
     model = make_model(Unquantized(), torch.float32)
     kv_cache = KVCache(model, 1, 8)
     tables, calls = model.build_position_tables(kv_cache), []
@@ -130,52 +130,52 @@ def test_recording_computes_nothing_and_results_are_overwritten():
         calls.append(1)
         return model(tokens, start_pos, kv_cache, tables)
 
-    recorded, position = record(step), torch.zeros(1, dtype=torch.long)
-    first = recorded(torch.tensor([[5]]), position)
+    captured, position = capture(step), torch.zeros(1, dtype=torch.long)
+    first = captured(torch.tensor([[5]]), position)
     before = first.clone()
-    assert recorded(torch.tensor([[6]]), position) is first and not torch.equal(first, before)
-    assert torch.equal(recorded(torch.tensor([[5]]), position), before) and len(calls) == 1
+    assert captured(torch.tensor([[6]]), position) is first and not torch.equal(first, before)
+    assert torch.equal(captured(torch.tensor([[5]]), position), before) and len(calls) == 1
 
 
 @built
-def test_threads_record_at_the_same_time():
-    """A thread records a step of two tapes while another thread records one of two tapes."""
+def test_threads_capture_at_the_same_time():
+    """A thread captures a step of two OpLists while another thread captures one of two OpLists."""
 
     def add_thrice(x):
-        twice = call_at_graph_break(lambda t: t + 0, ops.add(x, x, ops.CPU))
-        return ops.add(twice, x, ops.CPU)
+        twice = split_graph_at(lambda t: t + 0, ops.add(x, x, ops.CPP_BACKEND))
+        return ops.add(twice, x, ops.CPP_BACKEND)
 
     def step(x):
-        twice = ops.add(x, x, ops.CPU)
-        thread = threading.Thread(target=lambda: others.append(record(add_thrice)(y)))
+        twice = ops.add(x, x, ops.CPP_BACKEND)
+        thread = threading.Thread(target=lambda: others.append(capture(add_thrice)(y)))
         thread.start()
         thread.join()
-        return ops.add(call_at_graph_break(lambda t: t * 2, twice), x, ops.CPU)
+        return ops.add(split_graph_at(lambda t: t * 2, twice), x, ops.CPP_BACKEND)
 
     x, y, others = torch.randn(2, 37), torch.randn(5), []
-    assert torch.equal(record(step)(x), x * 4 + x)
+    assert torch.equal(capture(step)(x), x * 4 + x)
     assert torch.equal(others[0], y * 2 + y)
 
 
 @built
-def test_recordings_are_bounded():
-    """The ones used last stay. The others are recorded again."""
+def test_graphs_are_bounded():
+    """The ones used last stay. The others are captured again."""
     shapes = []
 
     def step(x):
         shapes.append(len(x))
-        return ops.add(x, x, ops.CPU)
+        return ops.add(x, x, ops.CPP_BACKEND)
 
-    recorded, n = record(step), MAX_CPU_GRAPHS
+    captured, n = capture(step), MAX_CPU_GRAPHS
     for length in [*range(1, n + 1), 1, n + 1, 1, 2]:
-        assert torch.equal(recorded(torch.ones(length)), torch.full((length,), 2.0))
+        assert torch.equal(captured(torch.ones(length)), torch.full((length,), 2.0))
     assert shapes == [*range(1, n + 2), 2]
 
 
 @built
 @pytest.mark.parametrize("operation", [lambda x: x * 2, lambda x: x.clone(), torch.softmax, lambda x: x.sum().item()])
 def test_what_is_no_operation_raises(operation):
-    """And leaves nothing behind: the next recording works."""
+    """And leaves nothing behind: the next capture works."""
     model = make_model(Unquantized(), torch.float32)
     kv_cache, token, position = KVCache(model, 1, 8), torch.tensor([[5]]), torch.zeros(1, dtype=torch.long)
     tables = model.build_position_tables(kv_cache)
@@ -185,46 +185,46 @@ def test_what_is_no_operation_raises(operation):
         return torch.softmax(logits, -1) if operation is torch.softmax else operation(logits)
 
     with pytest.raises(RuntimeError, match="is no operation of ops/dispatch.py"):
-        record(step)(token, position)
+        capture(step)(token, position)
     with torch.inference_mode():
-        recorded = record(lambda *inputs: model(*inputs, kv_cache, tables)[:, -1].view(-1))  # views may
-        assert torch.equal(recorded(token, position), model(token, position, kv_cache, tables).flatten())
+        captured = capture(lambda *inputs: model(*inputs, kv_cache, tables)[:, -1].view(-1))  # views may
+        assert torch.equal(captured(token, position), model(token, position, kv_cache, tables).flatten())
 
 
 @built
-def test_ctrl_c_leaves_no_kernel_recording():
-    """At any line of record.py: Ctrl-C is not lost, and later kernels compute."""
+def test_ctrl_c_leaves_no_kernel_capturing():
+    """At any line of capture.py: Ctrl-C is not lost, and later kernels compute."""
     x, expected = torch.ones(37), torch.full((37,), 2.0)
     n_left = 0  # calls and returns until Ctrl-C
 
     def step(x):
-        return ops.add(x, x, ops.CPU)
+        return ops.add(x, x, ops.CPP_BACKEND)
 
     def interrupt(frame, event, arg):
         nonlocal n_left
-        if frame.f_code.co_filename == record.__code__.co_filename and event in ("call", "return"):
+        if frame.f_code.co_filename == capture.__code__.co_filename and event in ("call", "return"):
             n_left -= 1
             if n_left == 0:
                 signal.raise_signal(signal.SIGINT)
 
     n_interrupts = 0
-    while n_left <= 0:  # until a recording ends before Ctrl-C
-        n_left, recorded = n_interrupts + 1, record(step)
+    while n_left <= 0:  # until a capture ends before Ctrl-C
+        n_left, captured = n_interrupts + 1, capture(step)
         try:
             sys.setprofile(interrupt)
-            recorded(x)
+            captured(x)
         except KeyboardInterrupt:
             n_interrupts += 1
         finally:
             sys.setprofile(None)
-        assert torch.equal(step(x), expected) and torch.equal(recorded(x), expected)
+        assert torch.equal(step(x), expected) and torch.equal(captured(x), expected)
     assert n_interrupts > 10
 
 
-def test_a_tape_can_hold_every_operation_of_a_short_step():
-    """Each operation of a tape is in the backend's table, as Backend.has_kernels_for assumes."""
-    assert RECORDABLE <= ops.CPU.max_tokens.keys()
-    assert all(ops.CPU.find_kernel(name, 1) is not None for name in ops.CPU.max_tokens)
+def test_a_cpu_graph_can_hold_every_operation_of_a_short_step():
+    """Each operation of a CPU graph is in the backend's table, as Backend.supports_step assumes."""
+    assert CAPTURABLE <= ops.CPP_BACKEND.max_tokens.keys()
+    assert all(ops.CPP_BACKEND.kernel(name, 1) is not None for name in ops.CPP_BACKEND.max_tokens)
 
 
 @built
@@ -232,45 +232,45 @@ def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
     model = make_model(Unquantized(), torch.float32)
     kv_cache = KVCache(model, 1, 4)
     tables = model.build_position_tables(kv_cache)
-    recorded = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, tables))
-    recorded(torch.tensor([[5]]), torch.tensor([3]))
+    captured = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, tables))
+    captured(torch.tensor([[5]]), torch.tensor([3]))
     for token, position, said in [(5, 4, "no room"), (5, -1, "no room"), (97, 0, "vocabulary"), (-1, 0, "vocabulary")]:
         before = kv_cache.layers[0].k.clone()
         with pytest.raises(RuntimeError, match=said):
-            recorded(torch.tensor([[token]]), torch.tensor([position]))
+            captured(torch.tensor([[token]]), torch.tensor([position]))
         assert torch.equal(kv_cache.layers[0].k, before)
 
 
-def test_between_replays_pytorch_takes_the_tapes_threads(monkeypatch):
+def test_between_replays_pytorch_takes_the_graphs_threads(monkeypatch):
     """Afterwards PyTorch has the threads that the user has set, also after an error."""
 
     class Functions:
-        tape_threads = staticmethod(lambda: 2)
+        op_list_threads = staticmethod(lambda: 2)
 
-    monkeypatch.setattr(kernels.record, "tape_functions", Functions)
+    monkeypatch.setattr(kernels.capture, "library", Functions)
     torch.set_num_threads(3)
     try:
-        assert call_with_tape_threads(lambda x: (x, torch.get_num_threads()), 5) == (5, 2)
+        assert call_with_graph_threads(lambda x: (x, torch.get_num_threads()), 5) == (5, 2)
         assert torch.get_num_threads() == 3
         with pytest.raises(ZeroDivisionError):
-            call_with_tape_threads(lambda x: 1 / x, 0)
+            call_with_graph_threads(lambda x: 1 / x, 0)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
 
 
 @built
-def test_a_function_runs_between_two_tapes():
+def test_a_function_runs_between_two_op_lists():
     x, total = torch.zeros(2, 37), []
 
     def double(t):
         total.append(float(t.sum()))
         return t * 2
 
-    step = record(lambda t: ops.add(call_at_graph_break(double, ops.add(t, t, ops.CPU)), t, ops.CPU))
+    step = capture(lambda t: ops.add(split_graph_at(double, ops.add(t, t, ops.CPP_BACKEND)), t, ops.CPP_BACKEND))
     for value in (1.0, 3.0):
         assert torch.equal(step(x + value), x + 5 * value)
-    assert total[-2:] == [148.0, 444.0]  # of what the first tape had just computed
-    assert torch.equal(call_at_graph_break(double, x + 1), x + 2)
+    assert total[-2:] == [148.0, 444.0]  # of what the first OpList had just computed
+    assert torch.equal(split_graph_at(double, x + 1), x + 2)
 
 

@@ -1,34 +1,34 @@
-"""Records a decode step as a graph, and replays the graph for every token. Calling the operations of a step from Python
-takes some milliseconds, about as long as computing the operations of a small model. The graph is a CUDA graph on a GPU,
-and tapes of C++ kernels on a CPU.
+"""Captures a decode step as a graph, and replays the graph for every token. Calling the operations of a step from
+Python takes some milliseconds, about as long as computing the operations of a small model. The graph is a CUDA graph on
+a GPU, and a CPU graph on a CPU: lists of calls of C++ kernels.
 
-    step = record(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, position_tables))
-    logits = step(tokens, start_pos)       # the first call with these shapes records; every later call replays
+    step = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, position_tables))
+    logits = step(tokens, start_pos)       # the first call with these shapes captures; every later call replays
 
 A call copies the arguments into the graph's inputs, and returns the graph's outputs, which the next call overwrites.
 Only the contents of the arguments may change between calls.
 
 Who owns whom:
 
-    record's dict of graphs        one graph for each combination of the arguments' shapes
+    capture's dict of graphs       one graph for each combination of the arguments' shapes
      +- CUDAGraph (CUDA, ROCm)     inputs, outputs, and PyTorch's CUDA graph of everything that step does on the GPU
      +- CPUGraph                   inputs, outputs, the activations between them, and the segments:
-         +- Tape                   a C++ list of kernel calls, with the addresses of tensors (kernels/csrc/tape.h)
-         +- function               Python to call at a graph break, between two tapes
+         +- OpList                 a C++ list of kernel calls, with the addresses of tensors (kernels/csrc/op_list.h)
+         +- function               Python to call between two OpLists (split_graph_at)
 
-How a CPUGraph records and replays:
+How a CPUGraph captures and replays:
 
-    record    step runs once. Each kernel appends itself to the tape and computes nothing. A collective is no kernel, so
-              step passes it to call_at_graph_break, which ends the tape and begins another.
+    capture   step runs once. Each kernel appends itself to the OpList and computes nothing. A collective is no kernel,
+              so step passes the collective to split_graph_at, which ends the OpList and begins another.
 
               embed  fused_linear  attend  ...  fused_linear |   all_reduce   | add  fused_linear  attend  ...
-              [------------------- Tape -------------------] |    function    | [----------- Tape -----------
+              [------------------ OpList ------------------] |    function    | [---------- OpList -----------
 
-    replay    copy the arguments to inputs, call the segments one by one, return outputs. A Tape executes all of its
+    replay    copy the arguments to inputs, call the segments one by one, return outputs. An OpList executes all of its
               kernels in one parallel region.
 
-A tape can hold the operations of kernels/schema.py: RECORDABLE. A CPUGraph raises an error for any other operation,
-which would be computed once, during recording, and never again.
+An OpList can hold the operations of kernels/schema.py: CAPTURABLE. A CPUGraph raises an error for any other operation,
+which would be computed once, during the capture, and never again.
 """
 
 import contextlib
@@ -43,25 +43,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import build
-from kernels.schema import CPU_NAMESPACE, RECORDABLE
+from kernels.schema import CAPTURABLE, CPU_NAMESPACE
 
 # A step keeps this many CPUGraphs, the most recently used ones, since a graph holds the memory of all activations.
-# Recording again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
+# Capturing again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
-tape_functions: ctypes.CDLL | None = None  # the C++ library, once a thread has recorded a tape
+library: ctypes.CDLL | None = None  # the C++ library, once a thread has captured an OpList
 
 
-class Recording(threading.local):
-    """What a thread records. The tape in C++ and TorchDispatchMode belong to one thread, too."""
+class Capturing(threading.local):
+    """What a thread captures. The OpList in C++ and TorchDispatchMode belong to one thread, too."""
 
     graph: "CPUGraph | None" = None
 
 
-recording = Recording()
+capturing = Capturing()
 
 
-def record(step: Callable) -> Callable:
-    """Returns a function that takes step's arguments and returns step's result. The function records a graph for every
+def capture(step: Callable) -> Callable:
+    """Returns a function that takes step's arguments and returns step's result. The function captures a graph for every
     combination of the arguments' shapes, and replays the graph. The arguments are tensors on one device, or None."""
     graphs: dict[tuple, CUDAGraph | CPUGraph] = {}  # by shapes, the most recently used at the end
 
@@ -86,8 +86,8 @@ def record(step: Callable) -> Callable:
 
 @contextlib.contextmanager
 def delay_interrupt() -> Iterator[None]:
-    """Delays Ctrl-C until the end of this context, some milliseconds later. An interrupt while a tape begins or ends
-    would leave the kernels recording. Then a program that goes on, such as a chat, would get results that no kernel has
+    """Delays Ctrl-C until the end of this context, some milliseconds later. An interrupt while an OpList begins or ends
+    would leave the kernels capturing. Then a program that goes on, such as a chat, would get results that no kernel has
     computed."""
     handler, interrupts = signal.getsignal(signal.SIGINT), []
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
@@ -102,22 +102,22 @@ def delay_interrupt() -> Iterator[None]:
         handler(*interrupts[0])
 
 
-def call_at_graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Returns fn(*inputs). While a CPUGraph is recorded, ends the tape and begins another one, so that every replay
-    calls fn between the two tapes. fn must always return the same shape."""
-    if recording.graph is None:
+def split_graph_at(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Returns fn(*inputs). While a CPUGraph is captured, ends the OpList and begins another one, so that every
+    replay calls fn between the two OpLists. fn must always return the same shape."""
+    if capturing.graph is None:
         return fn(*inputs)
-    return recording.graph.break_graph(fn, inputs)
+    return capturing.graph.split(fn, inputs)
 
 
-def call_with_tape_threads(fn: Callable, *args):
-    """Returns fn(*args), computed with as many threads as tapes use. On a busy machine tapes use fewer threads. Further
-    threads of PyTorch would spin for cores that other programs hold."""
+def call_with_graph_threads(fn: Callable, *args):
+    """Returns fn(*args), computed with as many threads as CPU graphs use. On a busy machine CPU graphs use fewer
+    threads. Further threads of PyTorch would spin for cores that other programs hold."""
     n_threads = torch.get_num_threads()
-    n_tape_threads = n_threads if tape_functions is None else tape_functions.tape_threads()
-    if n_tape_threads == n_threads:
+    n_graph_threads = n_threads if library is None else library.op_list_threads()
+    if n_graph_threads == n_threads:
         return fn(*args)
-    torch.set_num_threads(n_tape_threads)
+    torch.set_num_threads(n_graph_threads)
     try:
         return fn(*args)
     finally:
@@ -146,20 +146,20 @@ class CUDAGraph:
 
 
 class CPUGraph(TorchDispatchMode):
-    """What a step does on a CPU: tapes, and functions to call at graph breaks. The constructor records, and a call
-    replays. As a TorchDispatchMode, the graph intercepts every PyTorch operation during recording."""
+    """What a step does on a CPU: OpLists, and functions to call between two OpLists. The constructor captures, and a
+    call replays. As a TorchDispatchMode, the graph intercepts every PyTorch operation during the capture."""
 
     def __init__(self, step: Callable, args: tuple):
         super().__init__()
         self.inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
-        self.segments: list[Callable[[], None]] = []  # tapes and functions, in order of execution
-        self.keepalive = []  # all tensors whose addresses are on a tape
-        self.begin_tape()
+        self.segments: list[Callable[[], None]] = []  # OpLists and functions, in order of execution
+        self.keepalive = []  # all tensors whose addresses are in an OpList
+        self.begin_op_list()
         try:
             with self:  # calls __torch_dispatch__ for every operation
                 self.outputs = step(*self.inputs)
         finally:
-            self.end_tape()
+            self.end_op_list()
         if len(self.segments) == 1:
             self.segments[0].adapt_threads = True
 
@@ -170,11 +170,11 @@ class CPUGraph(TorchDispatchMode):
         return self.outputs
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Lets only the operations of RECORDABLE and views pass. An operation appends itself to the tape."""
+        """Lets only the operations of CAPTURABLE and views pass. An operation appends itself to the OpList."""
         namespace, _, name = func._schema.name.partition("::")
-        is_recordable = namespace == CPU_NAMESPACE and name in RECORDABLE
-        if not is_recordable and not func.is_view:
-            raise RuntimeError(f"{func} is no operation of ops/dispatch.py: it cannot be recorded (kernels/record.py)")
+        is_capturable = namespace == CPU_NAMESPACE and name in CAPTURABLE
+        if not is_capturable and not func.is_view:
+            raise RuntimeError(f"{func} is no operation of ops/dispatch.py: it cannot be captured (kernels/capture.py)")
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.keepalive += [args, kwargs, result]
@@ -185,19 +185,19 @@ class CPUGraph(TorchDispatchMode):
         """Returning True would make PyTorch import Dynamo (1 s, 150 MB), only to skip it."""
         return False
 
-    def begin_tape(self):
-        global tape_functions
-        recording.graph, tape_functions = self, build.library()
-        self.segments.append(Tape(tape_functions))
+    def begin_op_list(self):
+        global library
+        capturing.graph, library = self, build.library()
+        self.segments.append(OpList(library))
 
-    def end_tape(self):
-        recording.graph = None
-        build.library().tape_end()
+    def end_op_list(self):
+        capturing.graph = None
+        build.library().op_list_end()
 
-    def break_graph(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
-        """Ends the tape, adds a segment that calls fn(*inputs), and begins another tape. Returns the tensor that will
-        hold the result of fn."""
-        self.end_tape()
+    def split(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
+        """Ends the OpList, adds a segment that calls fn(*inputs), and begins another OpList. Returns the tensor that
+        will hold the result of fn."""
+        self.end_op_list()
         with torch.utils._python_dispatch._disable_current_modes():
             result = fn(*inputs).clone()  # has the right shape; the values are garbage, since inputs is not computed
 
@@ -206,21 +206,21 @@ class CPUGraph(TorchDispatchMode):
 
         self.keepalive += [inputs, result]
         self.segments.append(call)
-        self.begin_tape()
+        self.begin_op_list()
         return result
 
 
-class Tape:
-    """A tape of kernels/csrc/tape.h. The constructor starts recording; CPUGraph.end_tape stops. A call replays.
+class OpList:
+    """OpList of kernels/csrc/op_list.h. The constructor starts the capture; CPUGraph.end_op_list stops. A call replays.
 
     adapt_threads: whether to use fewer threads while other programs need the cores (kernels/csrc/threads.h)."""
 
     def __init__(self, functions: ctypes.CDLL):
-        self.functions, self.address, self.adapt_threads = functions, functions.tape_begin(), False
-        weakref.finalize(self, functions.tape_free, self.address)
+        self.functions, self.address, self.adapt_threads = functions, functions.op_list_begin(), False
+        weakref.finalize(self, functions.op_list_free, self.address)
 
     def __call__(self):
-        error = self.functions.tape_replay(self.address, self.adapt_threads)
+        error = self.functions.op_list_replay(self.address, self.adapt_threads)
         if error:
             raise RuntimeError(error.decode())
 

@@ -1,19 +1,19 @@
-// Operations and tapes. A small model computes an operation in microseconds, about as long as Python takes to call it.
-// So a CPU replays a recorded list of operations, a tape, as a GPU replays a CUDA graph. Without a tape, a small model
-// ran at 0.4 to 0.7 of the speed (docs/how_it_works.md).
+// Operations and OpLists. A small model computes an operation in microseconds, about as long as Python takes to call
+// it. So a CPU replays a captured list of operations, an OpList, as a GPU replays a CUDA graph. Without OpLists, a
+// small model ran at 0.4 to 0.7 of the speed (docs/how_it_works.md).
 //
 // The threads of an OpenMP parallel region execute an operation together. Each thread computes a range of the tasks.
-// ops.cpp submits every operation that Python calls (submit). What happens next depends on whether a tape is recorded:
+// ops.cpp submits every operation that Python calls (submit). What happens next depends on the state:
 //
-//     no tape     submit executes the operation in a parallel region of its own
-//     recording   submit appends the operation to the tape, with the addresses of inputs and outputs; computes nothing
-//     replay      one parallel region executes all operations of the tape, on the recorded addresses
+//     eager       submit executes the operation in a parallel region of its own
+//     capture     submit appends the operation to the OpList, with the addresses of its tensors; computes nothing
+//     replay      one parallel region executes all operations of the OpList, on the captured addresses
 //
-//     tape_begin   fused_linear(...)  attend(...)  fused_linear(...)  ...  tape_end
+//     op_list_begin   fused_linear(...)  attend(...)  fused_linear(...)  ...  op_list_end
 //
-//     tape_replay  thread 0 | fused_linear: first half  | attend: RoPE | keys | out | fused_linear ...
-//                  thread 1 | fused_linear: second half | attend: RoPE | keys | out | fused_linear ...
-//                                               barrier ^              ^      ^     ^
+//     op_list_replay  thread 0 | fused_linear: first half  | attend: RoPE | keys | out | fused_linear ...
+//                     thread 1 | fused_linear: second half | attend: RoPE | keys | out | fused_linear ...
+//                                                  barrier ^              ^      ^     ^
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -72,7 +72,7 @@ template <typename Op> class OpAdapter : public AnyOp {
 };
 
 using Ops = std::vector<std::unique_ptr<AnyOp>>;
-struct Tape {
+struct OpList {
   Ops ops;
   int n_replays = 0;
   double second_seconds = 0;  // the duration of the second replay; the first replay also waits for new memory
@@ -100,30 +100,30 @@ inline const char* validate(const Ops& ops) {
   return nullptr;
 }
 
-// All tapes use the same number of threads, since changing the number between tapes would cost more than it gains.
+// All OpLists use the same number of threads, since changing the number between OpLists would cost more than it gains.
 inline thread_local ThreadCount thread_count;
 
-// Executes a tape. If the value of an input is wrong, computes nothing and returns the message.
+// Executes an OpList. If the value of an input is wrong, computes nothing and returns the message.
 // adapt_threads: whether to use fewer threads while other programs need the cores. Must be false if functions run
-// between the tapes of a step (kernels/record.py).
-inline const char* replay(Tape& tape, bool adapt_threads) {
+// between the OpLists of a step (kernels/capture.py).
+inline const char* replay(OpList& list, bool adapt_threads) {
   static thread_local double last_end = 0;
-  if (const char* error = validate(tape.ops)) return error;
+  if (const char* error = validate(list.ops)) return error;
   const int most = torch::stable::get_num_threads();
   const double start = now();
-  const double stalled = execute(tape.ops, adapt_threads ? thread_count.next(most, start - last_end) : most);
+  const double stalled = execute(list.ops, adapt_threads ? thread_count.next(most, start - last_end) : most);
   const double end = last_end = now();
-  if (++tape.n_replays == 2) tape.second_seconds = end - start;
-  if (adapt_threads && tape.n_replays > 2) thread_count.add(end, end - start, stalled, tape.second_seconds);
+  if (++list.n_replays == 2) list.second_seconds = end - start;
+  if (adapt_threads && list.n_replays > 2) thread_count.add(end, end - start, stalled, list.second_seconds);
   return nullptr;
 }
 
-inline thread_local Tape* recorded_tape = nullptr;  // the tape that is being recorded, or null
+inline thread_local OpList* captured_list = nullptr;  // what is being captured, or null
 
-// Appends an operation to recorded_tape. If that is null, executes the operation.
+// Appends an operation to captured_list. If that is null, executes the operation.
 inline void submit_op(std::unique_ptr<AnyOp> op) {
-  if (recorded_tape) {
-    recorded_tape->ops.push_back(std::move(op));
+  if (captured_list) {
+    captured_list->ops.push_back(std::move(op));
     return;
   }
   Ops ops;
@@ -136,12 +136,12 @@ template <typename Op> void submit(const Op& op) {
   submit_op(std::make_unique<OpAdapter<Op>>(op));
 }
 
-// kernels/record.py calls these functions. tape_begin starts recording a new tape, and tape_end stops. tape_threads
-// returns the current number of threads. tape_free frees a tape.
+// kernels/capture.py calls these functions. op_list_begin starts to capture a new OpList, and op_list_end stops.
+// op_list_threads returns the current number of threads. op_list_free frees an OpList.
 extern "C" {
-Tape* tape_begin() { return recorded_tape = new Tape; }
-void tape_end() { recorded_tape = nullptr; }
-const char* tape_replay(Tape* tape, bool adapt_threads) { return replay(*tape, adapt_threads); }
-int tape_threads() { return thread_count.next(torch::stable::get_num_threads()); }
-void tape_free(Tape* tape) { delete tape; }
+OpList* op_list_begin() { return captured_list = new OpList; }
+void op_list_end() { captured_list = nullptr; }
+const char* op_list_replay(OpList* list, bool adapt_threads) { return replay(*list, adapt_threads); }
+int op_list_threads() { return thread_count.next(torch::stable::get_num_threads()); }
+void op_list_free(OpList* list) { delete list; }
 }
