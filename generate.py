@@ -25,16 +25,13 @@ from cli.parallel import generate_in_parallel
 from cli.ranks import process_group
 from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
-from cli.startup import build_speculative_generator, describe_ranks, load_draft, required_seq_len, warm_up
+from cli.startup import build_generator, describe_ranks, load_draft, required_seq_len, warm_up
 from cli.terminal import converse
 from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
-from engine.generation import PlainGenerator, TokenGenerator, stream_texts
-from engine.runner import ModelRunner
+from engine.generation import TokenGenerator, stream_texts
 from engine.sequence import Sequence
-from llm import LLM  # noqa: F401  (unused here: programs import LLM from generate, as the README once did)
-from loading import load
-from model import KVCache
+from llm import LLM  # the README once said: from generate import LLM
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
@@ -47,25 +44,23 @@ def main():
     if args.draft_checkpoint_path:
         args.draft_checkpoint_path = ensure_converted(args.draft_checkpoint_path)
     start = time.perf_counter()
-    model, tokenizer = load(args.checkpoint_path, **load_options)
+    llm = LLM(args.checkpoint_path, compile=args.compile, **load_options)
     stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}  # more fields for --json
-    draft = load_draft(args, tokenizer, **load_options) if args.draft_checkpoint_path else None
-    sequences = encode_prompts(prompts, args, tokenizer, model.config)
+    draft = load_draft(args, llm.tokenizer, **load_options) if args.draft_checkpoint_path else None
+    sequences = encode_prompts(prompts, args, llm.tokenizer, llm.model.config)
     if args.parallel:
-        generate_in_parallel(args, model, sequences, stats)
+        generate_in_parallel(args, llm.model, sequences, stats)
         return
 
-    # LLM (llm.py) has the same parts, but one sequence and no speculation.
-    kv_cache = KVCache(model, args.batch_size, required_seq_len(args, sequences, model, draft))
-    runner = ModelRunner(model, kv_cache, args.sampling, args.compile, args.compile_prefill)
-    generator = build_speculative_generator(args, runner, draft) if args.speculative else PlainGenerator(runner)
-    stats |= warm_up(args, runner, generator, sequences)
+    max_seq_len = required_seq_len(args, sequences, llm.model, draft)
+    generator = build_generator(args, llm, max_seq_len, draft)
+    stats |= warm_up(args, generator, sequences)
     if args.json:
-        stats |= describe_ranks(runner)
+        stats |= describe_ranks(generator.runner)
     if args.conversation:
         torch.manual_seed(args.seed)
         options = {"system": args.system, "stop": tuple(args.stop)}
-        chat = Conversation(tokenizer, generator, kv_cache.max_seq_len, model.config.eos_ids, **options)
+        chat = Conversation(llm.tokenizer, generator, max_seq_len, llm.model.config.eos_ids, **options)
         converse(chat, args.max_new_tokens)
         return
     for i, sequence in enumerate(sequences, start=1):
@@ -75,7 +70,8 @@ def main():
             labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]
             with profiled(args.profile if j == args.num_samples else None):
                 samples.append(generate_text(args, sequence, generator, labels))
-        print_result(args, build_result(args, model, kv_cache, samples, generator.accept_counts()) | stats, model)
+        result = build_result(args, llm.model, generator.runner.kv_cache, samples, generator.accept_counts())
+        print_result(args, result | stats, llm.model)
 
 
 def generate_text(

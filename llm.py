@@ -27,8 +27,8 @@ from engine.chat import Conversation
 from engine.generation import PlainGenerator, generate, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling import GREEDY, SamplingParams
-from engine.scheduler import Scheduler, build_scheduler
-from engine.sequence import Sequence, build_sequence
+from engine.scheduler import Scheduler, SlotGenerator, build_scheduler
+from engine.sequence import LogitsProcessor, Sequence, build_sequence
 from loading import load
 from model import KVCache
 from utils.errors import UsageError
@@ -39,64 +39,93 @@ __all__ = ["LLM", "KVCache", "ModelRunner", "SamplingParams", "generate", "load"
 
 class LLM:
     """A model with a tokenizer: text in, text out. The methods raise UsageError when they are called, and not only when
-    the first text is taken."""
+    the first text is taken.
+
+    Sampling draws PyTorch's global random numbers (torch.manual_seed), unless seed is given: then a text has random
+    numbers of its own, and does not depend on other texts. One seed gives one text in generate and generate_many."""
 
     def __init__(
-        self, checkpoint_path: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16,
-        max_seq_len: int = 2048, compile: bool = False, **sampling,
+        self, checkpoint_path: Path | str, device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16, max_seq_len: int = 2048, compile: bool = False, use_kernels: bool = True,
+        **sampling,
     ):
         """checkpoint_path: model.pth; or a model's folder or .gguf, which converters/checkpoint_path.py converts once.
         device: by default the machine's accelerator, or the CPU if there is none.
         dtype: of the activations, and of all weights that are not quantized.
         max_seq_len: the most tokens of generate's texts and of a conversation. The model's context is a limit, too.
-        compile: as --compile of generate.py.
+        compile, use_kernels: as --compile and --kernels of generate.py.
         sampling: fields of SamplingParams, such as temperature. Fields that are given to a method override these."""
-        self.sampling, self.compile = GREEDY.override(sampling), compile
-        path = ensure_converted(checkpoint_path)
-        self.model, self.tokenizer = load(path, device=pick_device(device), dtype=dtype)
+        self.params, self.compile = GREEDY.override(sampling), compile
+        self.checkpoint_path = ensure_converted(checkpoint_path)
+        options = {"device": pick_device(device), "dtype": dtype, "use_kernels": use_kernels}
+        self.model, self.tokenizer = load(self.checkpoint_path, **options)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        self.free_generators: list[PlainGenerator] = []  # generators that no text uses now
+        # What no text uses now. Their KV caches and captured steps serve the next texts.
+        self.free_generators: list[PlainGenerator] = []
+        self.free_schedulers: list[Scheduler] = []  # with one slot
 
     def generate(
-        self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), **sampling
+        self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), seed: int | None = None,
+        logits_processor: LogitsProcessor | None = None, **sampling,
     ) -> Iterator[str]:
         """Returns an iterator of the text that follows prompt, piece by piece, up to an end token or one of the stop
         strings. A second call may start before the first text has ended: every call has its own KV cache.
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}].
-        sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change."""
-        options = {"stop": stop, "sampling": self.sampling.override(sampling)}
+        seed: of the text's own random numbers; None: PyTorch's global ones.
+        logits_processor: a function (token ids so far, logits [V]) -> logits [V], called before each token is sampled.
+        sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change.
+
+        With seed or logits_processor a GPU waits for the host between two tokens (engine/__init__.py)."""
+        options = {"stop": stop, "seed": seed, "logits_processor": logits_processor}
+        options["params"] = self.params.override(sampling)
         return self.stream(self.build_sequence(prompt, max_new_tokens, self.max_seq_len, **options))
 
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
-        stop: tuple[str, ...] = (), seed: int = 0, **sampling,
+        stop: tuple[str, ...] = (), seed: int | None = None, logits_processor: LogitsProcessor | None = None,
+        **sampling,
     ) -> Iterator[tuple[int, str]]:
         """Returns an iterator of (number, continuation) for each prompt, in the order of prompts. Only the model's
         context limits the length of a prompt.
 
         prompts: each is a text, or a chat's messages [{"role": ..., "content": ...}].
         parallel: the most prompts that are computed at a time.
-        stop: strings that end a continuation. The continuation does not contain them.
         seed: prompt i samples with seed + i.
-        sampling: fields of SamplingParams."""
+        stop, logits_processor, sampling: as for generate."""
         if isinstance(prompts, str):
             raise UsageError("generate_many takes a list of prompts, not one text")
         if parallel < 1:
             raise UsageError(f"parallel must be at least 1, not {parallel}")
-        options = {"stop": stop, "sampling": self.sampling.override(sampling)}
+        options = {"stop": stop, "logits_processor": logits_processor, "params": self.params.override(sampling)}
         context, sequences = self.model.config.max_seq_len, []
         for i, prompt in enumerate(prompts):
+            options["seed"] = None if seed is None else seed + i
             try:
-                sequences.append(self.build_sequence(prompt, max_new_tokens, context, seed=seed + i, **options))
+                sequences.append(self.build_sequence(prompt, max_new_tokens, context, **options))
             except UsageError as e:
                 raise UsageError(f"prompt {i}: {e}") from None
         return continuations(build_scheduler(self.model, sequences, parallel, self.compile), sequences)
 
-    def chat(self, system: str | None = None, **sampling) -> Conversation:
-        """Returns a new conversation: see Conversation.answer. system: the system message."""
-        generator, eos_ids = self.take_generator(self.sampling.override(sampling)), self.model.config.eos_ids
-        return Conversation(self.tokenizer, generator, self.max_seq_len, eos_ids, system)
+    def chat(self, system: str | None = None, seed: int | None = None, **sampling) -> Conversation:
+        """Returns a new conversation: see Conversation.answer. The conversation keeps its KV cache until the
+        conversation itself is deleted.
+
+        system: the system message.
+        seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i.
+        sampling: as for generate."""
+        params = self.params.override(sampling)
+        generator = self.take_generator(params) if seed is None else SlotGenerator(self.take_scheduler(), params, seed)
+        return Conversation(self.tokenizer, generator, self.max_seq_len, self.model.config.eos_ids, system)
+
+    def build_generator(
+        self, params: SamplingParams, batch_size: int = 1, max_seq_len: int | None = None, compile_prefill: bool = False
+    ) -> PlainGenerator:
+        """Returns a loop with a KV cache of its own, for token ids in and out: see PlainGenerator.
+
+        max_seq_len: the most tokens of a sequence; None: the LLM's max_seq_len."""
+        kv_cache = KVCache(self.model, batch_size, max_seq_len or self.max_seq_len)
+        return PlainGenerator(ModelRunner(self.model, kv_cache, params, self.compile, compile_prefill))
 
     # ---- What the methods above share ----
 
@@ -109,25 +138,35 @@ class LLM:
         options["hint"] = hint if max_seq_len < config.max_seq_len else ""
         return build_sequence(prompt, self.tokenizer, config, max_new_tokens, max_seq_len, **options)
 
-    def take_generator(self, sampling: SamplingParams) -> PlainGenerator:
+    def take_generator(self, params: SamplingParams) -> PlainGenerator:
         """Returns a PlainGenerator whose KV cache no text uses."""
-        if self.free_generators:
-            generator = self.free_generators.pop()
-            if generator.runner.sampler.sampling == sampling:
-                return generator
-            kv_cache = generator.runner.kv_cache  # fits any options; a captured step contains them
-        else:
-            kv_cache = KVCache(self.model, batch_size=1, max_seq_len=self.max_seq_len)
-        return PlainGenerator(ModelRunner(self.model, kv_cache, sampling, self.compile))
+        if not self.free_generators:
+            return self.build_generator(params)
+        generator = self.free_generators.pop()
+        if generator.runner.sampler.params == params:
+            return generator
+        kv_cache = generator.runner.kv_cache  # fits any params; a captured step contains them
+        return PlainGenerator(ModelRunner(self.model, kv_cache, params, self.compile))
+
+    def take_scheduler(self) -> Scheduler:
+        """Returns a Scheduler with one slot, which no text uses."""
+        if self.free_schedulers:
+            return self.free_schedulers.pop()
+        return Scheduler(self.model, 1, self.max_seq_len, self.compile)
 
     def stream(self, sequence: Sequence) -> Iterator[str]:
-        generator = self.take_generator(sequence.sampling)
+        if sequence.seed is None and sequence.logits_processor is None:
+            owner, free = self.take_generator(sequence.params), self.free_generators
+            generator = owner
+        else:
+            owner, free = self.take_scheduler(), self.free_schedulers
+            generator = SlotGenerator(owner, sequence.params, sequence.seed, sequence.logits_processor)
         try:
             for (text,) in stream_texts(generator, [sequence], sequence.prompt_ids):
                 if text:
                     yield text
         finally:
-            self.free_generators.append(generator)
+            free.append(owner)
 
 
 def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:

@@ -36,9 +36,9 @@ DEFAULT_SPECULATE_K = {"draft": 5, "lookup": 7}
 def parse_args(doc: str) -> argparse.Namespace:
     """Returns the options of the command line, with three more fields:
 
-        conversation    whether messages are read from standard input
-        speculative     whether steps verify proposed tokens
-        sampling        temperature, top_k and so on as a SamplingParams
+        conversation       whether messages are read from standard input
+        speculative        whether steps verify proposed tokens
+        sampling_params    temperature, top_k and so on as a SamplingParams
 
     In a conversation without --max_new_tokens, only the context limits an answer: max_new_tokens is sys.maxsize. Raises
     UsageError for invalid values and for options that exclude each other. doc: the script's docstring, for --help."""
@@ -55,7 +55,7 @@ def parse_args(doc: str) -> argparse.Namespace:
     check_speculation(args)
     check_parallel(args)
     check_environment(args)
-    args.sampling = build_sampling(args)
+    args.sampling_params = build_sampling_params(args)
     if args.logprobs is not None and args.parallel is None:
         args.parallel = 1  # only the scheduler reports log-probabilities
     if args.speculate_k is None:
@@ -196,7 +196,7 @@ def can_be_written(path: Path) -> bool:
     return path.absolute().parent.is_dir() and (path.is_file() or not path.exists())
 
 
-def build_sampling(args: argparse.Namespace) -> SamplingParams:
+def build_sampling_params(args: argparse.Namespace) -> SamplingParams:
     try:
         return SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     except UsageError as e:
@@ -224,7 +224,8 @@ def encode_prompts(
     be continued, for example because it exceeds the context. With --parallel, the prompt's Sequence has an error
     instead, unless no prompt can be continued."""
     eos_ids = () if args.ignore_eos else config.eos_ids
-    options = {"sampling": args.sampling, "stop": tuple(args.stop), "n_logprobs": args.logprobs, "eos_ids": eos_ids}
+    options = {"params": args.sampling_params, "stop": tuple(args.stop), "n_logprobs": args.logprobs}
+    options["eos_ids"] = eos_ids
     if args.prompt_tokens:
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()

@@ -1,5 +1,5 @@
 """What generate.py does before the first token, besides loading the model: sizes the KV cache, loads the draft model,
-builds the speculative generator, and compiles or captures the steps.
+builds the loop, and compiles or captures the steps.
 """
 
 import argparse
@@ -11,10 +11,11 @@ import torch
 
 import collectives
 from cli.ranks import communication_share
-from engine.generation import TokenGenerator
+from engine.generation import PlainGenerator
 from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeGenerator
+from llm import LLM
 from loading import load
 from model import KVCache, Transformer
 from ops import MAX_CPU_TOKENS, TRITON_BACKEND
@@ -58,16 +59,20 @@ def required_seq_len(
     return longest + args.max_new_tokens
 
 
-def build_speculative_generator(
-    args: argparse.Namespace, runner: ModelRunner, draft: Transformer | None
-) -> SpeculativeGenerator:
-    """Returns a SpeculativeGenerator. The draft model proposes tokens, or prompt lookup if draft is None."""
+def build_generator(
+    args: argparse.Namespace, llm: LLM, max_seq_len: int, draft: Transformer | None
+) -> PlainGenerator | SpeculativeGenerator:
+    """Returns the loop. With speculation the draft model proposes tokens, or prompt lookup if draft is None."""
+    plain = llm.build_generator(args.sampling_params, args.batch_size, max_seq_len, args.compile_prefill)
+    if not args.speculative:
+        return plain
+    runner = plain.runner
     warn_without_kernels(args.speculate_k, runner.model)
     if draft is None:
         proposer: Proposer = NgramProposer(args.prompt_lookup, runner.device)
     else:
-        draft_cache = KVCache(draft, 1, runner.kv_cache.max_seq_len)
-        proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling, args.compile), runner.model)
+        draft_cache = KVCache(draft, 1, max_seq_len)
+        proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling_params, args.compile), runner.model)
     return SpeculativeGenerator(runner, proposer, args.speculate_k)
 
 
@@ -80,7 +85,7 @@ def warn_without_kernels(k: int, model: Transformer):
 
 @torch.inference_mode()
 def warm_up(
-    args: argparse.Namespace, runner: ModelRunner, generator: TokenGenerator, sequences: list[Sequence]
+    args: argparse.Namespace, generator: PlainGenerator | SpeculativeGenerator, sequences: list[Sequence]
 ) -> dict:
     """Compiles or captures what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
     captures a step at its first use. The first prompt overwrites what the KV caches then hold. Returns compile_seconds,
@@ -89,6 +94,7 @@ def warm_up(
     if args.compile_prefill:
         # The length of a conversation's first prompt is unknown. Take a length beyond the kernels', which is compiled.
         n_prompt_tokens = len(sequences[0].prompt_ids) if sequences else MAX_CPU_TOKENS + 1
+        runner = generator.runner
         prompt = torch.zeros(args.batch_size, n_prompt_tokens, dtype=torch.long, device=runner.device)
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
         runner.prefill(prompt, prompt[:, 0] + 1)

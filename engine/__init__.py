@@ -10,8 +10,27 @@
     async_engine.py       many callers at once, in asyncio
     chat.py               Conversation: a chat's messages and answers in one KV cache
 
-There are two loops. One text, TokenGenerator: a GPU's captured step contains the sampler, the next step is queued
-before the host has seen the token, and speculation may add several tokens per step. Many texts, Scheduler: each text
-has its own sampling options, and ends at any step, when another one begins. So the host waits for the tokens and then
-decides.
+There are two loops over decode steps, and speculation changes the first:
+
+                                            TokenGenerator    Scheduler
+                                            one prompt        many prompts
+
+    used by  LLM.generate, LLM.chat         without seed      with seed or logits_processor
+             LLM.generate_many              -                 yes
+             generate.py                    yes               with --parallel or --logprobs
+             scripts/serve.py, eval.py      -                 yes
+
+    a batch of samples of one prompt        yes               as several sequences
+    speculation (speculate.py)              yes               -
+    on a GPU the next step is queued        yes               -
+      before the host has the token
+    sampling within a GPU's captured step   yes               -
+    random numbers                          PyTorch's         PyTorch's, or of each sequence's seed
+    SamplingParams                          one for all       of each sequence
+    log-probabilities, logits_processor     -                 yes
+    prefix caching                          in a chat         between all prompts
+    logits that are not finite              end all           end one sequence
+
+In a Scheduler each sequence ends at any step, when another one begins. So the host waits for the tokens of a step and
+then decides.
 """

@@ -1,12 +1,11 @@
 """The loop of generation: a prompt to new tokens, with one decode step per token.
 
-    runner = ModelRunner(model, kv_cache, sampling)  # runner.py
+    runner = ModelRunner(model, kv_cache, params)  # runner.py
     for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-generate is the loop. A TokenGenerator is a loop bound to a runner: this loop, or speculate.py's. scheduler.py has a
-third loop, since its sequences begin and end at different times. stream_texts goes from a TokenGenerator's tokens to
-text.
+generate is the loop. A TokenGenerator is a loop bound to a model: this loop, speculate.py's or scheduler.py's.
+engine/__init__.py compares the loops. stream_texts goes from a TokenGenerator's tokens to text.
 
 Shapes: B sequences, T new tokens per sequence.
 """
@@ -65,7 +64,7 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
         return tokens.tolist
     copy = tokens.to("cpu", non_blocking=True)  # to pinned memory, so the host does not wait here
     is_done = torch.cuda.Event()
-    is_done.record()
+    is_done.capture()
 
     def read() -> list[int]:
         is_done.synchronize()
@@ -75,18 +74,12 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
 
 
 class TokenGenerator(Protocol):
-    """A loop that continues one text: PlainGenerator, or SpeculativeGenerator of speculate.py."""
+    """A loop that continues one text: PlainGenerator, SpeculativeGenerator of speculate.py, or SlotGenerator of
+    scheduler.py."""
 
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         """Continues token_ids, of which the first n_cached are in the KV cache, in each of B sequences. Yields the next
         token of each sequence, [B], max_new_tokens times."""
-
-    def warm_up(self, max_new_tokens: int):
-        """Runs each kind of step once that a text of max_new_tokens may need, so that it is compiled or captured.
-        Overwrites the first tokens of the KV cache."""
-
-    def accept_counts(self) -> list[int] | None:
-        """Returns how many steps of the last text accepted 0, 1 ... k proposed tokens. None: nothing proposes."""
 
 
 def stream_texts(
@@ -114,8 +107,11 @@ class PlainGenerator:
 
     @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
+        """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
+        Overwrites the first tokens of the KV cache."""
         zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
         self.runner.decode(zeros, zeros[:, 0])
 
-    def accept_counts(self) -> None:
+    def accept_counts(self) -> list[int] | None:
+        """Returns how many steps of the last text accepted 0, 1 ... k proposed tokens. None: nothing proposes."""
         return None

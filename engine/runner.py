@@ -20,12 +20,8 @@ A decode or verification step has one of three modes (choose_mode):
     not all    any       yes          compiled by torch.compile; without experts, a GPU also captures the result
     not all    any       no           eager
 
-"all": every operation has a kernel for B * T tokens (model.supports_kernels). An eager step uses the kernels of the
-operations that are within their limit (ops/backend.py). The limits of matrix products:
-
-    64 tokens          quantized weights, and all weights on a GPU with matrix units
-    8 to 64 tokens     unquantized weights on a CPU, depending on the CPU's instructions
-    8 tokens           a GPU without matrix units
+"all": every operation has a kernel for B * T tokens (model.supports_kernels). The limits are Backend.max_tokens of
+ops/backend.py. An eager step uses the kernels of the operations that are within their limit.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -34,7 +30,7 @@ token.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -68,18 +64,18 @@ class Sampler:
     """The end of a step: the logits [B, n, V] after the last n of tokens [B, T] -> the next tokens [B], equal on all
     ranks. speculate.py has two more samplers, for verification and for a draft."""
 
-    sampling: SamplingParams
+    params: SamplingParams
     token_ids: Tensor  # [B, S], of the KV cache
     backend: Backend  # the model's
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         logits = self.penalize(logits, tokens, start_pos)
-        return collectives.broadcast(sample(logits[:, -1], self.sampling, self.backend))
+        return collectives.broadcast(sample(logits[:, -1], self.params, self.backend))
 
     def penalize(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        if self.sampling.needs_token_ids:
+        if self.params.needs_token_ids:
             store_token_ids(self.token_ids, tokens, start_pos)
-        return apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, [self.sampling])
+        return apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, [self.params])
 
 
 def return_logits(logits: Tensor, *_) -> Tensor:
@@ -91,15 +87,15 @@ class ModelRunner:
     """The steps of a model with one KV cache."""
 
     def __init__(
-        self, model: Transformer, kv_cache: KVCache, sampling: SamplingParams = GREEDY, compile: bool = False,
+        self, model: Transformer, kv_cache: KVCache, params: SamplingParams = GREEDY, compile: bool = False,
         compile_prefill: bool = False,
     ):
-        """sampling: of prefill and decode. compile, compile_prefill: as the options of generate.py."""
+        """params: of prefill and decode. compile, compile_prefill: as the options of generate.py."""
         self.model, self.kv_cache, self.compile, self.device = model, kv_cache, compile, model.device
         self.position_tables = model.build_position_tables(kv_cache)
-        self.sampler = Sampler(sampling, kv_cache.token_ids, model.lm_head.backend)
+        self.sampler = Sampler(params, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
-        self.decode = self.build_step(self.sampler)  # tokens [B, 1], start_pos [B] -> the next tokens [B]
+        self.decode_step = self.build_step(self.sampler)
 
     # ---- Prefill. The B sequences are in neighbouring slots of the KV cache, from first_slot on ----
 
@@ -136,27 +132,51 @@ class ModelRunner:
 
     # ---- Decoding and verification ----
 
-    def build_step(self, sampler: Callable = return_logits) -> Callable:
-        """Returns the function of a step: the model, then sampler on the logits.
+    def decode(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
+        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B]: see Step."""
+        return self.decode_step(tokens, start_pos)
 
-            step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
+    def build_step(self, sampler: Callable = return_logits) -> "Step":
+        """Returns a step that ends with sampler."""
+        return Step(EagerStep(self.model, self.kv_cache, self.position_tables, sampler), self.compile)
 
-        All arguments are tensors. The step uses the first B sequences of the KV cache. The next call may overwrite the
-        result and the logits that sampler gets: both may be static buffers of a graph. Clone what must last."""
-        device_type, compile = self.device.type, self.compile
-        supports_kernels = cache(self.model.supports_kernels)  # the method goes through all modules
-        eager = EagerStep(self.model, self.kv_cache, self.position_tables, sampler, supports_kernels)
-        # A mode's step is made when a call first has this mode: importing the compiler takes a second and 150 MB.
-        in_mode = cache(partial(step_in_mode, eager))
 
-        # No step refers to self, since self refers to decode. Such a cycle would keep an unused KV cache in memory
-        # until Python's next garbage collection.
-        @torch.inference_mode()
-        def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-            mode = choose_mode(supports_kernels(*tokens.shape), device_type, compile)
-            return in_mode(mode)(tokens, start_pos, *inputs)
+# ---- Steps: Step chooses the mode ------------------------------------------------------------------------------------
 
-        return step
+
+class Step:
+    """A function of tensors: the model, then the sampler on the logits.
+
+        step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
+
+    The step uses the first B sequences of the KV cache. The next call may overwrite the result, and also the logits
+    that the sampler gets: both may be static buffers of a graph. Clone what must last."""
+
+    def __init__(self, eager: "EagerStep", compile: bool):
+        self.eager, self.compile = eager, compile
+        self.by_mode: dict[str, Callable] = {}
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        mode = choose_mode(self.eager.supports_kernels(*tokens.shape), self.eager.model.device.type, self.compile)
+        if mode not in self.by_mode:  # built at first use: importing Inductor takes a second and 150 MB
+            self.by_mode[mode] = self.build(mode)
+        return self.by_mode[mode](tokens, start_pos, *inputs)
+
+    def build(self, mode: str) -> Callable:
+        """The function must not refer to self: a reference cycle would keep the KV cache of an unused runner in memory
+        until Python's next garbage collection."""
+        eager = self.eager
+        match mode, eager.model.device.type:
+            case "captured", "cpu":
+                return CPUGraphStep(eager)
+            case "captured", "cuda":
+                return capture(eager)
+            case "compiled", "cuda" if can_be_one_graph(eager.model):
+                return capture(CompiledStep(eager))
+            case "compiled", _:
+                return CompiledStep(eager)
+        return eager
 
 
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> str:
@@ -166,15 +186,14 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> str:
     return "compiled" if compile else "eager"
 
 
-@dataclass(frozen=True, eq=False)
 class EagerStep:
-    """A step as plain calls: what the other modes capture or compile."""
+    """A step as plain calls. The other modes capture or compile these calls."""
 
-    model: Transformer
-    kv_cache: KVCache
-    position_tables: list[PositionTables]
-    sampler: Callable
-    supports_kernels: Callable[[int, int], bool]
+    def __init__(
+        self, model: Transformer, kv_cache: KVCache, position_tables: list[PositionTables], sampler: Callable
+    ):
+        self.model, self.kv_cache, self.position_tables, self.sampler = model, kv_cache, position_tables, sampler
+        self.supports_kernels = cache(model.supports_kernels)  # the method goes through all modules
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
@@ -187,46 +206,32 @@ class EagerStep:
         return self.model(tokens, start_pos, used_cache, self.position_tables)
 
 
-def step_in_mode(eager: EagerStep, mode: str) -> Callable:
-    """Returns the step of eager in a mode of the table at the top of this file."""
-    match mode, eager.model.device.type:
-        case "captured", "cpu":
-            return cpu_graph_step(eager)
-        case "captured", "cuda":
-            return capture(eager)
-        case "compiled", "cuda" if can_be_one_graph(eager.model):
-            return capture(compiled_step(eager))
-        case "compiled", _:
-            return compiled_step(eager)
-    return eager
-
-
-def cpu_graph_step(eager: EagerStep) -> Callable:
+class CPUGraphStep:
     """A step on a CPU. A CPU graph holds only the operations of kernels/schema.py, and a sampler has others."""
-    graph = capture(eager.compute_logits)
 
-    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        return call_with_graph_threads(eager.sampler, graph(tokens, start_pos), tokens, start_pos, *inputs)
+    def __init__(self, eager: EagerStep):
+        self.sampler, self.graph = eager.sampler, capture(eager.compute_logits)
 
-    return step
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        return call_with_graph_threads(self.sampler, self.graph(tokens, start_pos), tokens, start_pos, *inputs)
 
 
-def compiled_step(eager: EagerStep) -> Callable:
+class CompiledStep:
     """A step compiled by torch.compile in two pieces: the blocks, of which one compiled block serves all layers, and
     the head with the sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
-    def head(hidden: Tensor, *inputs: Tensor):
-        return eager.sampler(eager.model.compute_logits(hidden), *inputs)
+    def __init__(self, eager: EagerStep):
+        def head(hidden: Tensor, *inputs: Tensor):
+            return eager.sampler(eager.model.compute_logits(hidden), *inputs)
 
-    options = {"fullgraph": can_be_one_graph(eager.model), "dynamic": False}
-    compiled_model, compiled_head = compile_blocks(eager.model, **options), torch.compile(head, **options)
+        options = {"fullgraph": can_be_one_graph(eager.model), "dynamic": False}
+        self.eager, self.head = eager, torch.compile(head, **options)
+        self.model = compile_blocks(eager.model, **options)
 
-    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        used_cache = eager.kv_cache.narrow_batch(0, len(tokens))
-        hidden = compiled_model.compute_hidden(tokens, start_pos, used_cache, eager.position_tables)
-        return compiled_head(hidden, tokens, start_pos, *inputs)
-
-    return step
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+        used_cache = self.eager.kv_cache.narrow_batch(0, len(tokens))
+        hidden = self.model.compute_hidden(tokens, start_pos, used_cache, self.eager.position_tables)
+        return self.head(hidden, tokens, start_pos, *inputs)
 
 
 def compile_blocks(model: Transformer, **options) -> Transformer:

@@ -31,7 +31,8 @@ def sampling_field(default: float | None, help: str, allowed: str, is_allowed: C
     """A field of SamplingParams. The command line has an option of the same name, which help describes.
 
     allowed: is_allowed in words, for error messages.
-    no_op: a value that means "off", such as 1 of top_p. It becomes the default, so that the fast kernel samples."""
+    no_op: a value without an effect, such as top_p = 1. The field then gets its default instead of the value, so that
+    a kernel samples."""
     return field(default=default, metadata=dict(help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op))
 
 
@@ -90,7 +91,7 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def truncation(self) -> dict[str, float]:
+    def filters(self) -> dict[str, float]:
         """The options that exclude tokens. A kernel draws only if it takes all of them."""
         names = [option.name for option in fields(self) if option.default is None]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -120,81 +121,79 @@ def seen_token_mask(token_ids: Tensor, last_positions: Tensor, vocab_size: int) 
 
 
 def apply_repetition_penalty(
-    logits: Tensor, tokens: Tensor, start_pos: Tensor, token_ids: Tensor, samplings: list[SamplingParams]
+    logits: Tensor, tokens: Tensor, start_pos: Tensor, token_ids: Tensor, all_params: list[SamplingParams]
 ) -> Tensor:
     """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. The penalty
-    is applied here and not in sample, so scheduler.py: sample_each may sample sequences of other penalties together.
+    is applied here and not in sample, so scheduler.py: sample_batch may sample sequences of other penalties together.
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
     token_ids [B, S]: of a KVCache; they hold the text and tokens, if an option depends on the text.
-    samplings: one for each sequence, or one for all."""
-    if not any(sampling.needs_token_ids for sampling in samplings):
+    all_params: one for each sequence, or one for all."""
+    if not any(params.needs_token_ids for params in all_params):
         return logits
     n = logits.shape[1]
     last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
     seen = seen_token_mask(token_ids, last_positions, logits.shape[-1])
-    penalty: float | Tensor = samplings[0].repetition_penalty
-    if len(samplings) > 1:  # only in the scheduler, since a CUDA graph cannot hold the copy to the GPU
-        penalties = [sampling.repetition_penalty for sampling in samplings]
+    penalty: float | Tensor = all_params[0].repetition_penalty
+    if len(all_params) > 1:  # only in the scheduler, since a CUDA graph cannot hold the copy to the GPU
+        penalties = [params.repetition_penalty for params in all_params]
         penalty = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
     # A penalty above 1 lowers a logit, positive or negative.
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(
-    logits: Tensor, sampling: SamplingParams, backend: Backend = TORCH_BACKEND, uniform: Tensor | None = None,
+    logits: Tensor, params: SamplingParams, backend: Backend = TORCH_BACKEND, uniform: Tensor | None = None,
     temperatures: Tensor | None = None,
 ) -> Tensor:
     """float32 logits [B, V] -> token ids [B]. The id is -1 for a sequence whose logits are not finite.
 
     backend: the model's; one of its kernels samples if it can.
     uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
-    temperatures: one for each sequence, float32 [B, 1] and positive, in place of sampling's; only with uniform."""
-    options = {} if sampling.is_greedy else sampling.truncation
-    if backend.supports_sampling(options, uniform is not None):
-        return ops.sample(
-            logits, sampling.temperature, backend, uniform=uniform, temperatures=temperatures, **options
-        )
-    if sampling.is_greedy:
+    temperatures: one for each sequence, float32 [B, 1] and positive, in place of params's; only with uniform."""
+    filters = {} if params.is_greedy else params.filters
+    if backend.supports_sampling(filters, uniform is not None):
+        return ops.sample(logits, params.temperature, backend, uniform=uniform, temperatures=temperatures, **filters)
+    if params.is_greedy:
         tokens = logits.argmax(-1)
     else:
-        probs, ids = truncated_probs(logits, sampling, temperatures)
+        probs, ids = filtered_probs(logits, params, temperatures)
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.sum(-1).isfinite()
     return torch.where(is_finite, tokens, -1)
 
 
-def probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Returns the distribution [B, V] from which sample draws. sampling must not be greedy."""
-    probs, ids = truncated_probs(logits, sampling)
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Returns the distribution [B, V] from which sample draws. params must not be greedy."""
+    probs, ids = filtered_probs(logits, params)
     probs = probs / probs.sum(-1, keepdim=True)
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
-def truncated_probs(
-    logits: Tensor, sampling: SamplingParams, temperatures: Tensor | None = None
+def filtered_probs(
+    logits: Tensor, params: SamplingParams, temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
     sequence need not sum to one. If ids is None, C is V, and the tokens are in the order of their ids."""
-    temperature: float | Tensor = max(sampling.temperature, SMALLEST_TEMPERATURE)
+    temperature: float | Tensor = max(params.temperature, SMALLEST_TEMPERATURE)
     if temperatures is not None:
         temperature = temperatures.clamp(min=SMALLEST_TEMPERATURE)
     # Subtracting the maximum makes the largest score 0 and all others negative. So with a small temperature no score
     # overflows to +inf, and the probabilities of the negative scores underflow to 0.
     scores = (logits - logits.amax(-1, keepdim=True)) / temperature
-    has_top_k = sampling.top_k is not None and sampling.top_k < scores.shape[-1]
+    has_top_k = params.top_k is not None and params.top_k < scores.shape[-1]
     ids = None
     if has_top_k:
-        scores, ids = scores.topk(sampling.top_k)  # the likeliest first
+        scores, ids = scores.topk(params.top_k)  # the likeliest first
     probs = scores.softmax(-1)
-    if sampling.top_p is not None:
+    if params.top_p is not None:
         if not has_top_k:
-            probs, ids = sort_for_top_p(probs, sampling.top_p)
+            probs, ids = sort_for_top_p(probs, params.top_p)
         before = F.pad(probs.cumsum(-1)[:, :-1], (1, 0))  # the summed probability of all likelier tokens
-        probs = probs.masked_fill(before >= sampling.top_p, 0)
-    if sampling.min_p is not None:
-        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
+        probs = probs.masked_fill(before >= params.top_p, 0)
+    if params.min_p is not None:
+        probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0)
     return probs, ids
 
 

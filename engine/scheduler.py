@@ -35,7 +35,7 @@ from torch import Tensor
 import collectives
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
-from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
+from engine.sequence import LogitsProcessor, Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer
 from ops.backend import TORCH_BACKEND, Backend
@@ -45,6 +45,7 @@ from utils.machine import free_memory
 
 # With small chunks prefill is slow: every chunk reads all weights.
 PREFILL_CHUNK_TOKENS = 512
+EXCLUDED_LOGIT = -1e30  # takes the place of -inf, with which a logits_processor excludes a token
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Slot:
     # The tokens whose keys and values are in the slot. The ids stay after the sequence has ended, for a later prompt
     # that begins with the same tokens.
     cached_ids: list[int] = field(default_factory=list)
-    ended_at: int = 0  # the number of the step in which the slot became free; 0: the slot was never used
+    freed_step: int = 0  # the number of the step in which the slot became free; 0: the slot was never used
 
     @property
     def is_prefilling(self) -> bool:
@@ -87,7 +88,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
         self.n_steps = 0
-        self.n_prefilled = 0  # how many tokens of prompts were computed since the last decode step
+        self.prefill_tokens_since_decode = 0  # how many tokens of prompts were computed since the last decode step
 
     def submit(self, sequence: Sequence):
         """Raises UsageError as check does."""
@@ -109,7 +110,7 @@ class Scheduler:
                 self.free(slot)
 
     def free(self, slot: Slot):
-        slot.sequence, slot.ended_at = None, self.n_steps
+        slot.sequence, slot.freed_step = None, self.n_steps
 
     def clear(self, i: int):
         """Forgets what slot i holds, since its keys and values may not be finite. Attention hides a position by
@@ -148,12 +149,12 @@ class Scheduler:
         token. Returns an update for each new token."""
         self.n_steps += 1
         n_decoding = sum(slot.is_decoding for slot in self.slots)
-        if not n_decoding or self.n_prefilled < self.chunk_tokens:
+        if not n_decoding or self.prefill_tokens_since_decode < self.chunk_tokens:
             self.schedule_next()
             for i, slot in enumerate(self.slots):
                 if slot.is_prefilling:
                     return self.prefill(i, self.chunk_tokens if n_decoding else self.max_seq_len)
-        self.n_prefilled = 0
+        self.prefill_tokens_since_decode = 0
         return self.decode(n_decoding) if n_decoding else []
 
     def schedule_next(self):
@@ -172,7 +173,7 @@ class Scheduler:
         if lossless:
             target = max(lossless, key=lambda i: shared[i])
         else:
-            target = min(free_slots, key=lambda i: self.slots[i].ended_at)
+            target = min(free_slots, key=lambda i: self.slots[i].freed_step)
         n = max(shared)
         if shared[target] < n:
             self.kv_cache.copy_sequence(shared.index(n), target, n)
@@ -187,7 +188,7 @@ class Scheduler:
         chunk = prompt_ids[n_cached : n_cached + n]
         tokens = torch.tensor([chunk], device=device)
         start_pos = torch.tensor([n_cached], device=device)
-        self.n_prefilled += len(chunk)
+        self.prefill_tokens_since_decode += len(chunk)
         if n_cached + n < len(prompt_ids):
             self.runner.fill_kv_cache(tokens, start_pos, first_slot=i)
             store_token_ids(self.kv_cache.token_ids[i : i + 1], tokens, start_pos)
@@ -195,7 +196,7 @@ class Scheduler:
             return []
         logits = self.runner.prefill_logits(tokens, start_pos, first_slot=i)
         slot.cached_ids += chunk
-        return self.sample_next(range(i, i + 1), logits, tokens, start_pos)
+        return self.sample_and_append(range(i, i + 1), logits, tokens, start_pos)
 
     def decode(self, n: int) -> list[SequenceUpdate]:
         self.move_decoding_first(n)
@@ -206,7 +207,7 @@ class Scheduler:
         logits = self.decode_step(tokens, start_pos)
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
-        return call_with_graph_threads(self.sample_next, range(n), logits, tokens, start_pos)
+        return call_with_graph_threads(self.sample_and_append, range(n), logits, tokens, start_pos)
 
     def move_decoding_first(self, n: int):
         """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of
@@ -218,15 +219,18 @@ class Scheduler:
             self.kv_cache.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
-    def sample_next(self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> list[SequenceUpdate]:
+    def sample_and_append(
+        self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor
+    ) -> list[SequenceUpdate]:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
         sequences = [self.slots[i].sequence for i in slots]
         token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
         # No option may need the ids now, but a later prompt with a repetition penalty may copy this slot's prefix.
         store_token_ids(token_ids, tokens, start_pos)
-        samplings = [sequence.sampling for sequence in sequences]
-        scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, samplings)
-        ids = collectives.broadcast(sample_each(scores[:, -1], sequences, self.model.lm_head.backend)).tolist()
+        all_params = [sequence.params for sequence in sequences]
+        scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, all_params)[:, -1]
+        scores = apply_logits_processors(scores, sequences)
+        ids = collectives.broadcast(sample_batch(scores, sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
     def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
@@ -241,6 +245,34 @@ class Scheduler:
         if sequence.finish_reason:
             self.free(self.slots[i])
         return update
+
+
+class SlotGenerator:
+    """A TokenGenerator (generation.py) in a Scheduler with one slot. In contrast to PlainGenerator, texts may have
+    random numbers of their own and a logits_processor."""
+
+    def __init__(
+        self, scheduler: Scheduler, params: SamplingParams, seed: int | None,
+        logits_processor: LogitsProcessor | None = None,
+    ):
+        """seed: text i, counted from 0, samples with seed + i; None: as for Sequence."""
+        self.scheduler, self.params, self.seed, self.logits_processor = scheduler, params, seed, logits_processor
+
+    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+        """As TokenGenerator.generate. n_cached is not needed: the scheduler finds the prefix that its slot holds."""
+        options = {"seed": self.seed, "logits_processor": self.logits_processor}
+        if self.seed is not None:
+            self.seed += 1  # of the next text
+        sequence = Sequence(token_ids, max_new_tokens, self.params, **options)
+        self.scheduler.submit(sequence)
+        try:
+            while sequence.finish_reason is None:
+                for update in self.scheduler.step():
+                    if sequence.error:
+                        raise UsageError(sequence.error)
+                    yield update.new_ids
+        finally:
+            self.scheduler.cancel(sequence)
 
 
 def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int, compile: bool = False) -> Scheduler:
@@ -261,14 +293,27 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
 
 
-def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH_BACKEND) -> Tensor:
+def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Applies the logits_processor of each of n sequences to its row of logits [n, V]. Does not change logits, of which
+    compute_logprobs reports the log-probabilities."""
+    if all(sequence.logits_processor is None for sequence in sequences):
+        return logits
+    rows = list(logits.clone())
+    for i, sequence in enumerate(sequences):
+        if sequence.logits_processor is not None:
+            rows[i] = sequence.logits_processor(sequence.prompt_ids + sequence.new_ids, rows[i])
+    # sample takes -inf for an error of the model. A float32 sum of any vocabulary's EXCLUDED_LOGIT is still finite.
+    return torch.stack(rows).clamp(min=EXCLUDED_LOGIT)
+
+
+def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH_BACKEND) -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
     ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: as for sampling.py:
     sample."""
     groups: dict[SamplingParams, list[int]] = {}
     for i, sequence in enumerate(sequences):
-        sampling = sequence.sampling
-        options = GREEDY if sampling.is_greedy else replace(sampling, temperature=1.0, repetition_penalty=1.0)
+        params = sequence.params
+        options = GREEDY if params.is_greedy else replace(params, temperature=1.0, repetition_penalty=1.0)
         groups.setdefault(options, []).append(i)
     ids = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
     for options, indices in groups.items():
@@ -278,7 +323,7 @@ def sample_each(logits: Tensor, sequences: list[Sequence], backend: Backend = TO
             ids[indices] = sample(rows, options, backend)
             continue
         uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in group])
-        temperatures = logits.new_tensor([[sequence.sampling.temperature] for sequence in group])
+        temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in group])
         ids[indices] = sample(rows, options, backend, uniform.to(logits.device), temperatures)
     return ids
 

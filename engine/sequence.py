@@ -9,12 +9,13 @@ Where a sequence ends is decided here, in append, and nowhere else.
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from config import ModelConfig
 from engine.sampling import GREEDY, SamplingParams
@@ -22,6 +23,10 @@ from text.chat_template import check_unicode, read_message
 from text.length import exceeds
 from text.tokenizer import IncrementalDetokenizer, Tokenizer
 from utils.errors import UsageError
+
+# (ids of the prompt and of the new tokens so far, logits [V]) -> logits [V], from which the next token is sampled. -inf
+# excludes a token.
+LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
 
 class Logprobs(NamedTuple):
@@ -48,14 +53,16 @@ class Sequence:
 
     prompt_ids: list[int]
     max_new_tokens: int
-    sampling: SamplingParams = GREEDY
+    params: SamplingParams = GREEDY
     _: KW_ONLY
     prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages; only for reports
     is_answer: bool = False  # whether the text is a chat's answer, which begins anew, or continues prompt_ids
     tokenizer: Tokenizer | None = None  # None: the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
-    seed: int = 0  # of the random numbers with which a Scheduler samples
+    # Only a Scheduler uses the next three.
+    seed: int | None = None  # of the sequence's own random numbers; None: PyTorch's global generator
+    logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
     n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
     # Whether text holds back what max_new_tokens cuts: an incomplete character, or what may become a stop string. More
     # tokens after resume complete the character. If nothing is held back, U+FFFD stands for an incomplete character.
@@ -78,6 +85,8 @@ class Sequence:
 
     @cached_property
     def generator(self) -> torch.Generator:
+        if self.seed is None:
+            return torch.default_generator
         return torch.Generator().manual_seed(self.seed % 2**64)  # a user's seed + i may need more bits
 
     def append(self, token: int, logprobs: Logprobs | None = None) -> SequenceUpdate:

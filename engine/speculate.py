@@ -65,7 +65,7 @@ class SpeculativeGenerator:
         """k: the most tokens to propose at a time."""
         self.runner, self.proposer, self.k, self.device = runner, proposer, k, runner.device
         sampler = runner.sampler
-        self.verify_step = runner.build_step(RejectionSampler(sampler.sampling, sampler.token_ids, sampler.backend))
+        self.verify_step = runner.build_step(RejectionSampler(sampler.params, sampler.token_ids, sampler.backend))
         self.verify_cost = estimate_verify_cost(runner.model)  # of one proposed token
         # How many tokens each step of the last text gave; step 0 is prefill. A step gives at least one token. Of the
         # last step, only the tokens count that the caller took.
@@ -133,12 +133,12 @@ class RejectionSampler(Sampler):
         self, logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
     ) -> Tensor:
         logits = self.penalize(logits, tokens, start_pos)[0]
-        result = rejection_sample(logits, draft_tokens, draft_probs, self.sampling, self.backend)
+        result = rejection_sample(logits, draft_tokens, draft_probs, self.params, self.backend)
         return collectives.broadcast(result)
 
 
 def rejection_sample(
-    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, sampling: SamplingParams,
+    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, params: SamplingParams,
     backend: Backend = TORCH_BACKEND,
 ) -> Tensor:
     """Returns a tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. One tensor
@@ -149,10 +149,10 @@ def rejection_sample(
     backend: as for sampling.py: sample."""
     if draft_probs is None:
         # The model samples a token at each position, and accepts a proposed token that equals the sampled token.
-        tokens = sample(logits, sampling, backend)
+        tokens = sample(logits, params, backend)
         n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
         return torch.cat([n_accepted, tokens])
-    probs = probabilities(logits, sampling)  # [k + 1, V]
+    probs = probabilities(logits, params)  # [k + 1, V]
     draft_probs = F.pad(draft_probs, (0, probs.shape[1] - draft_probs.shape[1], 0, 1))  # [k + 1, V]
     # Accept each token with probability min(1, p / q). The first rejected token ends the accepted prefix.
     p = probs[:-1].gather(1, draft_tokens[:, None])[:, 0]
@@ -265,15 +265,16 @@ class DraftModelProposer:
 
     def __init__(self, draft: ModelRunner, model: Transformer):
         """draft: samples with the options of the model's runner."""
-        sampler = DraftSampler(draft.sampler.sampling, draft.sampler.backend, model.config.vocab_size)
+        sampler = DraftSampler(draft.sampler.params, draft.sampler.backend, model.config.vocab_size)
         self.draft, self.draft_step = draft, draft.build_step(sampler)
         self.last_id = draft.model.config.vocab_size - 1  # the model's vocabulary may be larger
         self.cost = active_weight_bytes(draft.model) / active_weight_bytes(model)
         self.n_cached = 0  # how many tokens of the text are in the draft's cache
 
     def propose(self, token_ids: list[int], k: int) -> Proposal:
-        # The draft's cache lags by 1 token, or by 2 if all proposals were accepted. Always feed 2, so there is one
-        # shape.
+        # If all k proposals were accepted, the draft has not processed the last two tokens: the last proposal, which no
+        # step took as input, and the model's own token. Otherwise only the last token is new. Always process two
+        # tokens, so that one captured step with T = 2 serves both cases.
         n_before = len(token_ids) - 2
         n_cached = min(self.n_cached, n_before)
         tokens = torch.tensor([token_ids[n_cached:]], device=self.draft.device).clamp(max=self.last_id)
@@ -303,13 +304,13 @@ class DraftSampler:
     The repetition penalty is left out. The output stays exact, since verification applies the penalty. But fewer of the
     draft's tokens are accepted."""
 
-    sampling: SamplingParams
+    params: SamplingParams
     backend: Backend  # the draft's
     vocab_size: int  # the model's; the draft may pad the same vocabulary to a larger size
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, -1, : self.vocab_size]
-        if self.sampling.is_greedy:
-            return collectives.broadcast(sample(logits, self.sampling, self.backend).clamp(min=0)), None
-        probs = probabilities(logits, self.sampling)
+        if self.params.is_greedy:
+            return collectives.broadcast(sample(logits, self.params, self.backend).clamp(min=0)), None
+        probs = probabilities(logits, self.params)
         return collectives.broadcast(multinomial(probs)), probs

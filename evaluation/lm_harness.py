@@ -200,4 +200,4 @@ def read_options(kwargs: dict) -> dict:
     max_new_tokens = next((int(kwargs[name]) for name in names if kwargs.get(name) is not None), 256)
     until = kwargs.get("until") or []
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-    return {"sampling": SamplingParams.from_options(sampling), "max_new_tokens": max_new_tokens, "stop": stop}
+    return {"params": SamplingParams.from_options(sampling), "max_new_tokens": max_new_tokens, "stop": stop}

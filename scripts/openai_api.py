@@ -52,10 +52,10 @@ def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: S
         n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if read_boolean(body, "logprobs") else None
     else:
         n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
-    sampling, stop = read_sampling(body), read_stop(body)
+    params, stop = read_sampling_params(body), read_stop(body)
     options = {"tokenizer": tokenizer, "eos_ids": eos_ids, "is_answer": is_chat, "n_logprobs": n_logprobs}
     ids = [prompt for prompt in prompts for _ in range(n)]
-    return [Sequence(ids[i], max_tokens, sampling, stop=stop, seed=seed + i, **options) for i in range(len(ids))]
+    return [Sequence(ids[i], max_tokens, params, stop=stop, seed=seed + i, **options) for i in range(len(ids))]
 
 
 def encode_prompts(prompts, is_chat: bool, tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
@@ -73,14 +73,14 @@ def encode_prompts(prompts, is_chat: bool, tokenizer: Tokenizer, max_seq_len: in
     return ids
 
 
-def read_sampling(body: dict) -> SamplingParams:
+def read_sampling_params(body: dict) -> SamplingParams:
     """Reads the sampling options. The names temperature and top_p are OpenAI's. The names of the other fields of
     SamplingParams are vLLM's."""
-    sampling = SamplingParams.from_options({"temperature": 1.0} | body)  # OpenAI's default
-    require(sampling.temperature <= 2, "temperature must be at most 2")
+    params = SamplingParams.from_options({"temperature": 1.0} | body)  # OpenAI's default
+    require(params.temperature <= 2, "temperature must be at most 2")
     # A penalty beyond these bounds could make logits infinite, which would be an error of the server.
-    require(0.01 <= sampling.repetition_penalty <= 100, "repetition_penalty must be 0.01 to 100")
-    return sampling
+    require(0.01 <= params.repetition_penalty <= 100, "repetition_penalty must be 0.01 to 100")
+    return params
 
 
 def read_stop(body: dict) -> tuple[str, ...]:

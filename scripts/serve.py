@@ -26,10 +26,9 @@ if __name__ == "__main__":
 
 from cli import common_args
 from cli.script import exit_with_error, run_script
-from converters.checkpoint_path import ensure_converted
 from engine.async_engine import AsyncEngine, GenerationError
 from engine.scheduler import Scheduler
-from loading import load
+from llm import LLM
 from scripts.openai_api import Reply, require
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
@@ -68,12 +67,9 @@ def main():
     require("" not in (args.host, args.api_key), "--host and --api_key must not be empty: it would let in everybody")
     common_args.set_threads(args.threads)
     listener = listen(args.host, args.port)
-    load_options = common_args.load_options(args)
-    checkpoint_path = ensure_converted(args.checkpoint_path)
-    model, tokenizer = load(checkpoint_path, **load_options)
-    max_seq_len = min(args.max_seq_length, model.config.max_seq_len)
-    engine = AsyncEngine(Scheduler(model, args.parallel, max_seq_len, args.compile))
-    server = Server(engine, tokenizer, checkpoint_path.absolute().parent.name, args.api_key)
+    llm = LLM(args.checkpoint_path, max_seq_len=args.max_seq_length, **common_args.load_options(args))
+    engine = AsyncEngine(Scheduler(llm.model, args.parallel, llm.max_seq_len, args.compile))
+    server = Server(engine, llm.tokenizer, llm.checkpoint_path.absolute().parent.name, args.api_key)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)
     server.run([listener])

@@ -37,7 +37,7 @@ def test_top_n_sigma():
 
 def test_top_n_sigma_option():
     def options():
-        assert parse_args("").sampling == SamplingParams(0.8, top_n_sigma=0.3)
+        assert parse_args("").sampling_params == SamplingParams(0.8, top_n_sigma=0.3)
 
     call_main(options, "--top_n_sigma", "0.3", "--checkpoint_path", "model.pth")
 '''

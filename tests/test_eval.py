@@ -181,13 +181,13 @@ def test_requests_of_many_kinds_are_compiled_once(tmp_path):
 
 def test_options_of_requests():
     greedy, read_options = SamplingParams(temperature=0.0), lm_harness.read_options
-    assert read_options({}) == {"sampling": greedy, "max_new_tokens": 256, "stop": ()}
+    assert read_options({}) == {"params": greedy, "max_new_tokens": 256, "stop": ()}
     cold = {"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 1}
-    assert read_options(cold) == {"sampling": greedy, "max_new_tokens": 5, "stop": ("\n",)}
+    assert read_options(cold) == {"params": greedy, "max_new_tokens": 5, "stop": ("\n",)}
     hot = {"do_sample": True, "top_k": 3}
-    assert read_options(hot) == {"sampling": SamplingParams(1.0, top_k=3), "max_new_tokens": 256, "stop": ()}
+    assert read_options(hot) == {"params": SamplingParams(1.0, top_k=3), "max_new_tokens": 256, "stop": ()}
     options = {"temperature": 0.5, "min_p": 0.1, "repetition_penalty": 1.2}
-    assert read_options(options)["sampling"] == SamplingParams(0.5, min_p=0.1, repetition_penalty=1.2)
+    assert read_options(options)["params"] == SamplingParams(0.5, min_p=0.1, repetition_penalty=1.2)
 
 
 @pytest.fixture

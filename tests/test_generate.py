@@ -28,9 +28,9 @@ def new_tokens(runner, prompt: torch.Tensor, n: int, start: int = 0) -> torch.Te
     return torch.tensor(list(generate(runner, prompt, start, n))).T
 
 
-def fresh_runner(model, rows: int, length: int, sampling: SamplingParams = GREEDY):
+def fresh_runner(model, rows: int, length: int, params: SamplingParams = GREEDY):
     """With a new, empty cache."""
-    return ModelRunner(model, KVCache(model, rows, length), sampling)
+    return ModelRunner(model, KVCache(model, rows, length), params)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -129,6 +130,54 @@ def test_sampling_options_of_a_call(chat_model):
     assert many == [(0, expected[0])] and many != list(hot.generate_many(["Hello"], max_new_tokens=20))
     answers = ["".join(llm.chat(**options).answer("Hi", 20)) for llm, options in ((greedy, {}), (hot, {"top_k": 1}))]
     assert answers[0] == answers[1]
+
+
+def test_seeds(chat_model):
+    """A text with a seed depends neither on other texts nor on PyTorch's generator, which it leaves alone."""
+    llm = LLM(chat_model / "model.pth", device="cpu", temperature=2.0)
+    torch.manual_seed(5)
+    expected = ["".join(llm.generate("Hello", 20, seed=seed)) for seed in (7, 8, 9)]
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    assert len(set(expected)) == 3
+    pieces = [llm.generate("Hello", 20, seed=seed) for seed in (7, 8)]
+    in_turns = list(zip_longest(*pieces, fillvalue=""))
+    assert ["".join(parts) for parts in zip(*in_turns, strict=True)] == expected[:2]
+    next(llm.generate("Hello", 20, seed=1))  # and the rest is never taken
+    for parallel in (1, 2, 3):
+        many = llm.generate_many(["Hello"] * 3, parallel, max_new_tokens=20, seed=7)
+        assert list(many) == list(enumerate(expected))
+    chats = [llm.chat(seed=3) for _ in range(2)]
+    first, second = (["".join(chat.answer(message, 12)) for message in ("Hi", "Oh")] for chat in chats)
+    assert first == second
+
+    def unseeded() -> list:
+        torch.manual_seed(0)
+        return ["".join(llm.generate("Hello", 20)), *llm.generate_many(["Hello"], max_new_tokens=20)]
+
+    assert unseeded() == unseeded()
+
+
+def test_logits_processor(chat_model):
+    """It sees the ids of prompt and text, its -inf excludes tokens, and it affects no other text."""
+    llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
+    free, prompt_ids, seen = "".join(llm.generate("Hello", 12)), llm.tokenizer.encode("Hello"), []
+    allowed = llm.tokenizer.encode("ab", bos=False)
+
+    def alternate(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        seen.append(token_ids)
+        others = torch.ones_like(logits, dtype=torch.bool)
+        others[allowed[len(seen) % 2 - 1]] = False
+        return logits.masked_fill(others, -torch.inf)
+
+    for options in ({}, {"temperature": 2.0}, {"temperature": 0.5, "top_p": 0.9, "seed": 1}):
+        seen.clear()
+        assert "".join(llm.generate("Hello", 6, logits_processor=alternate, **options)) == "ababab"
+        new_ids = (allowed * 3)[:5]
+        assert seen == [prompt_ids + new_ids[:n] for n in range(6)]
+    assert "".join(llm.generate("Hello", 12, logits_processor=lambda ids, logits: logits)) == free
+    many = llm.generate_many(["Hello", "Hello"], max_new_tokens=12, logits_processor=lambda ids, logits: -logits)
+    texts = [text for _, text in many]
+    assert texts[0] == texts[1] != free == "".join(llm.generate("Hello", 12))
 
 
 IMPORTS = """

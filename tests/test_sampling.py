@@ -18,14 +18,14 @@ from model import KVCache
 from utils.errors import UsageError
 
 
-def expected_distribution(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
+def expected_distribution(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
     """The probabilities of one row, the slow and plain way."""
-    weights = np.exp(logits.double().numpy() / sampling.temperature)
-    ranked = sorted(range(len(weights)), key=lambda i: -weights[i])[: sampling.top_k]
-    if sampling.top_p is not None:
+    weights = np.exp(logits.double().numpy() / params.temperature)
+    ranked = sorted(range(len(weights)), key=lambda i: -weights[i])[: params.top_k]
+    if params.top_p is not None:
         total, kept = sum(weights[i] for i in ranked), []
         for i in ranked:
-            if sum(weights[j] for j in kept) / total >= sampling.top_p:
+            if sum(weights[j] for j in kept) / total >= params.top_p:
                 break
             kept.append(i)
         ranked = kept
@@ -35,7 +35,7 @@ def expected_distribution(logits: torch.Tensor, sampling: SamplingParams) -> np.
 
 
 @pytest.mark.parametrize(
-    "sampling, compiled",
+    "params, compiled",
     [
         (SamplingParams(1.0), False),
         (SamplingParams(0.5), False),
@@ -50,15 +50,15 @@ def expected_distribution(logits: torch.Tensor, sampling: SamplingParams) -> np.
     ],
     ids=str,
 )
-def test_samples_have_the_filtered_distribution(sampling, compiled):
+def test_samples_have_the_filtered_distribution(params, compiled):
     logits = torch.linspace(-2, 2, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(3))]
-    expected = expected_distribution(logits, sampling)
+    expected = expected_distribution(logits, params)
     draw = torch.compile(sample, fullgraph=True) if compiled else sample
     n = 100_000
     drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        drawn.append(draw(logits.expand(n, 12), sampling))
+        drawn.append(draw(logits.expand(n, 12), params))
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2]) == (expected.max() == 1)
     shares = torch.bincount(drawn[0], minlength=12).numpy() / n
@@ -76,29 +76,29 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_distribution_equals_transformers(sampling):
+@pytest.mark.parametrize("params", SAMPLINGS, ids=str)
+def test_distribution_equals_transformers(params):
     logits = 3 * torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
-    expected = hf.TemperatureLogitsWarper(sampling.temperature)(None, logits)
+    expected = hf.TemperatureLogitsWarper(params.temperature)(None, logits)
     for value, warper in [
-        (sampling.top_k, hf.TopKLogitsWarper),
-        (sampling.top_p, hf.TopPLogitsWarper),
-        (sampling.min_p, hf.MinPLogitsWarper),
+        (params.top_k, hf.TopKLogitsWarper),
+        (params.top_p, hf.TopPLogitsWarper),
+        (params.min_p, hf.MinPLogitsWarper),
     ]:
         expected = expected if value is None else warper(value)(None, expected)
-    torch.testing.assert_close(probabilities(logits, sampling), expected.softmax(-1))
+    torch.testing.assert_close(probabilities(logits, params), expected.softmax(-1))
 
 
 def test_repetition_penalty_equals_transformers(both_models):
     """Of prompt and output; plain, speculative, and beside prompts without it."""
     theirs, ours = both_models("llama3", True)
     prompt = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(2))
-    n, sampling = 24, SamplingParams(repetition_penalty=1.3)
+    n, params = 24, SamplingParams(repetition_penalty=1.3)
     options = dict(do_sample=False, max_new_tokens=n, min_new_tokens=n, repetition_penalty=1.3, eos_token_id=96)
     expected = theirs.generate(prompt, **options)[0, 40:].tolist()
 
     kv_cache, ids = KVCache(ours, 1, 64), prompt[0].tolist()
-    runner = ModelRunner(ours, kv_cache, sampling)
+    runner = ModelRunner(ours, kv_cache, params)
     generator = PlainGenerator(runner)
     assert [i for (i,) in generator.generate(ids, 0, n)] == expected
     rest = generator.generate(ids + expected[:5], 44, n - 5)  # as a conversation goes on
@@ -108,7 +108,7 @@ def test_repetition_penalty_equals_transformers(both_models):
     assert [i for (i,) in lookup.generate(ids, 0, n)] == expected
 
     for order in ([0, 1, 2], [2, 0, 1]):  # the second time, penalized moves to the slot of short
-        plain, penalized, short = Sequence(ids, n), Sequence(ids, n, sampling), Sequence(ids[:7], 3, sampling)
+        plain, penalized, short = Sequence(ids, n), Sequence(ids, n, params), Sequence(ids[:7], 3, params)
         scheduler = Scheduler(ours, 3, 64)
         for i in order:
             scheduler.submit([plain, penalized, short][i])
@@ -183,10 +183,10 @@ def test_top_p_compiled():
 
 def test_options_that_change_nothing_are_off():
     """So sample may use the GPU's kernel, and the scheduler samples such requests together."""
-    sampling = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
-    assert sampling == SamplingParams(0.8, repetition_penalty=1.1) and not sampling.truncation
+    params = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
+    assert params == SamplingParams(0.8, repetition_penalty=1.1) and not params.filters
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
-        assert SamplingParams(0.8, **options).truncation == options
+        assert SamplingParams(0.8, **options).filters == options
 
 
 def test_no_kernel_draws_with_an_option_that_it_does_not_take():
@@ -206,19 +206,19 @@ ONE_TOKEN = [SamplingParams(1.0, top_k=1), SamplingParams(1.0, top_p=1e-9), Samp
 ONE_TOKEN.append(SamplingParams(1e-300))
 
 
-@pytest.mark.parametrize("sampling", ONE_TOKEN, ids=str)
-def test_nothing_left_but_the_likeliest(sampling):
+@pytest.mark.parametrize("params", ONE_TOKEN, ids=str)
+def test_nothing_left_but_the_likeliest(params):
     logits = torch.randn(500, 97, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(sample(logits, sampling), logits.argmax(-1))
+    assert torch.equal(sample(logits, params), logits.argmax(-1))
 
 
 @pytest.mark.parametrize(
-    "sampling", [SamplingParams(), SamplingParams(1.0), SamplingParams(0.8, top_k=5, top_p=0.9)], ids=str
+    "params", [SamplingParams(), SamplingParams(1.0), SamplingParams(0.8, top_k=5, top_p=0.9)], ids=str
 )
-def test_rows_that_are_not_finite(sampling):
+def test_rows_that_are_not_finite(params):
     logits = torch.randn(500, 97, generator=torch.Generator().manual_seed(0))
     logits[1, 5], logits[2, 6], logits[3, 0] = torch.nan, torch.inf, -torch.inf
-    assert (sample(logits, sampling) == -1).nonzero().flatten().tolist() == [1, 2, 3]
+    assert (sample(logits, params) == -1).nonzero().flatten().tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

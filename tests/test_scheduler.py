@@ -15,7 +15,7 @@ from engine.async_engine import AsyncEngine, GenerationError
 from engine.generation import generate
 from engine.runner import ModelRunner
 from engine.sampling import SamplingParams, sample
-from engine.scheduler import Scheduler, sample_each
+from engine.scheduler import Scheduler, sample_batch
 from engine.sequence import Sequence, build_sequence
 from formats import MXFP4, Float8, Int4, Int8
 from llm import LLM
@@ -131,25 +131,25 @@ def test_end_tokens_and_cancelled_sequences_leave_the_others_alone(both_models):
 def test_random_numbers_are_a_prompts_own(both_models):
     """A prompt's text depends on its seed, not on its row or on what runs beside it."""
     _, model = both_models("llama3", True)
-    prompts, sampling = make_prompts(6), SamplingParams(temperature=1.0, top_p=0.9)
+    prompts, params = make_prompts(6), SamplingParams(temperature=1.0, top_p=0.9)
 
     def sample(n_rows: int, order: list[int]) -> dict[int, list[int]]:
-        sequences = [Sequence(prompts[i], 8, sampling, seed=i) for i in order]
+        sequences = [Sequence(prompts[i], 8, params, seed=i) for i in order]
         return dict(zip(order, run(Scheduler(model, n_rows, 48), sequences), strict=True))
 
     first = sample(3, [0, 1, 2, 3, 4, 5, 6, 7])
     assert first == sample(8, [5, 4, 7, 6, 0, 1, 3, 2]) and first[0] != first[6]  # the same prompt, another seed
     (greedy, sampled) = run(
         Scheduler(model, 2, 48),
-        [Sequence(prompts[1], 8), Sequence(prompts[1], 8, sampling, seed=1)],  # each with options of its own
+        [Sequence(prompts[1], 8), Sequence(prompts[1], 8, params, seed=1)],  # each with options of its own
     )
     assert sampled == first[1] and greedy == run_alone(model, prompts[1], 8)
 
 
 def test_the_likeliest_token_takes_no_random_numbers():
-    sequences = [Sequence([1], 1, sampling) for sampling in (SamplingParams(), SamplingParams(1.0))]
+    sequences = [Sequence([1], 1, params, seed=0) for params in (SamplingParams(), SamplingParams(1.0))]
     states = [sequence.generator.get_state() for sequence in sequences]
-    sample_each(torch.randn(2, 50), sequences)
+    sample_batch(torch.randn(2, 50), sequences)
     is_same = [torch.equal(s.generator.get_state(), state) for s, state in zip(sequences, states, strict=True)]
     assert is_same == [True, False]
 
@@ -224,17 +224,17 @@ class CountSoftmax(TorchDispatchMode):
 def test_sequences_of_different_temperatures_are_sampled_in_one_pass():
     """As each alone. Other options make groups."""
     logits = torch.randn(16, 300, generator=torch.Generator().manual_seed(0))
-    samplings = [SamplingParams(0.1 * i, top_k=20 if i > 8 else None, repetition_penalty=1 + i / 9) for i in range(16)]
+    all_params = [SamplingParams(0.1 * i, top_k=20 if i > 8 else None, repetition_penalty=1 + i / 9) for i in range(16)]
 
     def sample_together(rows: list[int]) -> tuple[list[int], int]:
         with CountSoftmax() as count:
-            ids = sample_each(logits[rows], [Sequence([1], 1, samplings[i], seed=i) for i in rows])
+            ids = sample_batch(logits[rows], [Sequence([1], 1, all_params[i], seed=i) for i in rows])
         return ids.tolist(), count.n
 
     alone = []
-    for i, sampling in enumerate(samplings):
+    for i, params in enumerate(all_params):
         uniform = torch.rand(1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        alone += sample(logits[i : i + 1], sampling, uniform=uniform).tolist()
+        alone += sample(logits[i : i + 1], params, uniform=uniform).tolist()
     assert sample_together(list(range(16))) == (alone, 2)  # greedy without a softmax; with top_k; without
     assert sample_together([15, 0, 3, 12]) == ([alone[i] for i in (15, 0, 3, 12)], 2)
     assert sample_together([5, 4]) == ([alone[5], alone[4]], 1)
@@ -285,8 +285,8 @@ def test_logprobs(both_models):
     _, model = both_models("llama3", True)
     prompts = make_prompts(2)
     scheduler = Scheduler(model, 2, 48)
-    for prompt, sampling in zip(prompts, (SamplingParams(), SamplingParams(1.5, top_k=3)), strict=False):
-        scheduler.submit(Sequence(prompt, 5, sampling, n_logprobs=4))
+    for prompt, params in zip(prompts, (SamplingParams(), SamplingParams(1.5, top_k=3)), strict=False):
+        scheduler.submit(Sequence(prompt, 5, params, n_logprobs=4))
     found = [[], []]
     while scheduler.has_work():
         for update in scheduler.step():

@@ -122,8 +122,8 @@ def toy_logits(seed: int, never: int | None = None) -> torch.Tensor:
     return table
 
 
-def toy_probs(table: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    return probabilities(table.flatten(0, 1), sampling).view_as(table)
+def toy_probs(table: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    return probabilities(table.flatten(0, 1), params).view_as(table)
 
 
 class ToyRunner:
@@ -131,11 +131,11 @@ class ToyRunner:
 
     device = CPU
 
-    def __init__(self, table: torch.Tensor, sampling: SamplingParams, text: list[int]):
+    def __init__(self, table: torch.Tensor, params: SamplingParams, text: list[int]):
         self.table, self.tokens = table, list(text)
         self.model = torch.nn.LayerNorm(1)  # whose bytes are its cost, as draft and as model
         self.model.config = SimpleNamespace(vocab_size=V, moe=None)
-        self.sampler = Sampler(sampling, torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
+        self.sampler = Sampler(params, torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
         self.prefill = self.decode = self.build_step(self.sampler)
 
     def fill_kv_cache(self, tokens, start_pos):
@@ -152,7 +152,7 @@ class ToyRunner:
 
 
 @pytest.mark.parametrize(
-    ("draft", "sampling", "samples"),
+    ("draft", "params", "samples"),
     [
         ("random", SamplingParams(0.8), 8000),
         ("random", SamplingParams(1.3, top_k=3), 4000),
@@ -162,17 +162,17 @@ class ToyRunner:
     ],
     ids=str,
 )
-def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
+def test_sampled_tokens_have_the_models_distribution(draft, params, samples):
     """The first three tokens, against the chain rule, by a chi-square test."""
     text = [*torch.randint(V, (60,), generator=torch.Generator().manual_seed(0)).tolist(), 0, 1]
     table = toy_logits(1)
     if draft == "lookup":
         proposer = NgramProposer(3, CPU)
     else:
-        runner = ToyRunner(toy_logits(2, never=3 if draft == "never" else None), sampling, text)
+        runner = ToyRunner(toy_logits(2, never=3 if draft == "never" else None), params, text)
         proposer = DraftModelProposer(runner, runner.model)
         proposer.cost = 0.0
-    generator = SpeculativeGenerator(ToyRunner(table, sampling, text), proposer, k=2)
+    generator = SpeculativeGenerator(ToyRunner(table, params, text), proposer, k=2)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
@@ -181,7 +181,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, sampling, samples):
         n_speculated += len(generator.step_sizes) < 3
     assert n_speculated > samples // 20  # speculation took part
 
-    probs = probabilities(table.flatten(0, 1), sampling).view_as(table)
+    probs = probabilities(table.flatten(0, 1), params).view_as(table)
     p = torch.zeros(V, V, V)
     for a, b in itertools.product(range(V), repeat=2):
         p[a, b] = probs[0, 1, a] * probs[1, a, b] * probs[a, b]
@@ -196,12 +196,12 @@ def test_rejection_sampling_keeps_what_both_agree_on():
     logits = torch.full((3, V), -30.0)
     logits[[0, 1, 2], [4, 2, 1]] = 30.0
     draft_probs = logits[:2].softmax(-1)
-    for sampling in (GREEDY, SamplingParams(1.0)):
-        q = None if sampling is GREEDY else draft_probs
+    for params in (GREEDY, SamplingParams(1.0)):
+        q = None if params is GREEDY else draft_probs
         swapped = None if q is None else q[:, [0, 1, 3, 2, 4]]
-        assert rejection_sample(logits, torch.tensor([4, 2]), q, sampling).tolist() == [2, 4, 2, 1]
-        assert rejection_sample(logits, torch.tensor([4, 3]), swapped, sampling).tolist()[:3] == [1, 4, 2]
-        bad = rejection_sample(logits * torch.nan, torch.tensor([4, 2]), q, sampling)
+        assert rejection_sample(logits, torch.tensor([4, 2]), q, params).tolist() == [2, 4, 2, 1]
+        assert rejection_sample(logits, torch.tensor([4, 3]), swapped, params).tolist()[:3] == [1, 4, 2]
+        bad = rejection_sample(logits * torch.nan, torch.tensor([4, 2]), q, params)
         assert bad[0] == 0 and bad[1] == -1
 
 

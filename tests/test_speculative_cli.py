@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import generate
+import llm
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.startup import warn_without_kernels
@@ -71,7 +72,7 @@ def test_an_end_token_in_a_step_ends_it(folders, capsys, monkeypatch):
     folder = folders[0]
     flags = ["--prompt=AB", "--temperature=0", "--precision=float32", "--max_new_tokens=100", "--json"]
     tokens = json.loads(run_main(capsys, monkeypatch, folder, *flags).out)["tokens"][0]
-    load = generate.load
+    load = llm.load
 
     def with_end(end: int):
         def loaded(*args, **options):
@@ -83,7 +84,7 @@ def test_an_end_token_in_a_step_ends_it(folders, capsys, monkeypatch):
 
     ends = sorted(set(tokens), key=tokens.index)[1:8]
     for end in ends:
-        monkeypatch.setattr(generate, "load", with_end(end))
+        monkeypatch.setattr(llm, "load", with_end(end))
         monkeypatch.setattr(speculate_module, "estimate_verify_cost", lambda model: -1.0)
         way = ["--draft_checkpoint_path", str(folder / "model.pth"), "--speculate_k=7"]
         result = json.loads(run_main(capsys, monkeypatch, folder, *flags, *way).out)

@@ -168,8 +168,8 @@ def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
     return model(tokens, start_pos, kv_cache, model.build_position_tables(kv_cache))
 
 
-def tokens_of(model: Transformer, prompt: Tensor, sampling=SamplingParams(), compile=False) -> list[list[int]]:  # noqa: B008
-    runner = ModelRunner(model, KVCache(model, N_ROWS, N_PROMPT + N_NEW), sampling, compile)
+def tokens_of(model: Transformer, prompt: Tensor, params=SamplingParams(), compile=False) -> list[list[int]]:  # noqa: B008
+    runner = ModelRunner(model, KVCache(model, N_ROWS, N_PROMPT + N_NEW), params, compile)
     return list(generation.generate(runner, prompt, 0, N_NEW))
 
 
