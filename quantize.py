@@ -220,7 +220,7 @@ def write_quantized(
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
     for name, w in weights.items():
-        for tensor_name, t in format.empty(w.shape, w.dtype, "meta").items():
+        for tensor_name, t in format.allocate(w.shape, w.dtype, "meta").items():
             shapes[f"{name}.{tensor_name}"] = (tuple(t.shape), t.dtype)
 
     def all_tensors() -> Iterator[tuple[str, Tensor]]:

@@ -109,8 +109,8 @@ class TargetWeight:
             formats = [GroupedInt8(group_size, torch.float16), SMALLER_INT8, SMALLEST_INT8, INT4]
             if types & {GGMLType.MXFP4, *FLOATS}:
                 formats.insert(0, Unquantized())
-        empty = {format: format.empty(self.stacked.shape, self.stacked.dtype, "meta") for format in formats}
-        self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in empty.items()}
+        tensors_of = {format: format.allocate(self.stacked.shape, self.stacked.dtype, "meta") for format in formats}
+        self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in tensors_of.items()}
         self.formats = formats[:1]
         for format in formats[1:]:  # with few inputs, larger groups save nothing
             if self.n_bytes[format] < self.n_bytes[self.formats[-1]]:

@@ -84,7 +84,7 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
     warn_dequantized(stacks, tensors)
     shapes = {}
     for name, stack in stacks.items():
-        for tensor_name, t in stack.format.empty(stack.shape, stack.dtype, "meta").items():
+        for tensor_name, t in stack.format.allocate(stack.shape, stack.dtype, "meta").items():
             shapes[stored_name(name, tensor_name)] = (tuple(t.shape), t.dtype)
         if stack.input_order is not None:
             shapes[stored_name(name, "input_order")] = (tuple(stack.input_order.shape), torch.int32)
@@ -240,7 +240,7 @@ def stack_tensors(stacks: dict[str, StackedTensor], read: TensorReader) -> Itera
     """Yields (name, tensor) for every tensor of our checkpoint. Only one weight is in memory at a time. Checks that all
     numbers are finite."""
     for name, stack in stacks.items():
-        ours = stack.format.empty(stack.shape, stack.dtype, "cpu")
+        ours = stack.format.allocate(stack.shape, stack.dtype, "cpu")
         start = 0
         for part_name in stack.part_names:
             weight = read(part_name)

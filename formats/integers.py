@@ -28,7 +28,7 @@ class Int8(WeightFormat):
         matches = quantization.get("mode") == cls.mode and not quantization.keys() & {"groupsize", "scale_dtype"}
         return cls() if matches else None
 
-    def empty(self, shape, dtype, device):
+    def allocate(self, shape, dtype, device):
         return {
             "weight": torch.empty(shape, dtype=torch.int8, device=device),
             "scales": torch.empty(shape[:-1], dtype=torch.float32, device=device),
@@ -77,14 +77,9 @@ class AffineFormat(WeightFormat):
         matches = quantization.get("mode") == cls.mode and group_size in cls.group_sizes
         return cls(group_size, getattr(torch, scale_dtype)) if matches and scale_dtype in SCALE_DTYPES else None
 
-    def empty(self, shape, dtype, device):
-        *outputs, k = shape
-        n_groups = math.ceil(k / self.group_size)
-        return {
-            "weight": torch.empty((*outputs, k // self.elements_per_byte), dtype=torch.uint8, device=device),
-            "scales": torch.empty((*outputs, n_groups), dtype=self.scale_dtype, device=device),
-            "zeros": torch.empty((*outputs, n_groups), dtype=torch.uint8, device=device),
-        }
+    @property
+    def dtypes(self):
+        return {"weight": torch.uint8, "scales": self.scale_dtype, "zeros": torch.uint8}
 
     def pack_q(self, q: Tensor) -> Tensor:
         """Packs q [..., N, K] uint8 to the tensor "weight"."""
@@ -133,8 +128,7 @@ class Int4(AffineFormat):
     def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
         """The tensors for groups [N, n_groups, group_size] of rows of k elements. The last group may have padding."""
         q = round_int4(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
-        weight = self.pack_q(q.to(torch.uint8).flatten(-2)[:, :k])
-        return {"weight": weight, "scales": scales, "zeros": zeros}
+        return {"weight": self.pack_q(join_groups(q.to(torch.uint8), k)), "scales": scales, "zeros": zeros}
 
     def fill_randomly(self, tensors, std):
         tensors["weight"].random_(0, 256)  # two q a byte; the standard deviation of q is 4.6
@@ -187,7 +181,7 @@ class GroupedInt8(AffineFormat):
         zeros = zeros.round().clamp(0, 255)
         q = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 255)
         return {
-            "weight": self.pack_q(q.to(torch.uint8).flatten(-2)[:, : w.shape[-1]]),
+            "weight": self.pack_q(join_groups(q.to(torch.uint8), w.shape[-1])),
             "scales": scales,
             "zeros": zeros.to(torch.uint8),
         }
@@ -212,6 +206,11 @@ def split_groups(w: Tensor, group_size: int) -> Tensor:
     if missing:
         w = torch.cat([w, w[..., -1:].expand(*w.shape[:-1], missing)], dim=-1)
     return w.unflatten(-1, (-1, group_size))
+
+
+def join_groups(groups: Tensor, k: int) -> Tensor:
+    """The inverse of split_groups: [..., n_groups, group_size] -> [..., K], without the padding."""
+    return groups.flatten(-2)[..., :k]
 
 
 def choose_range(groups: Tensor, max_q: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
     w[7] = 0
     w[8] = w[8].abs() + 5  # all on one side of zero
     tensors = format.quantize(w)
-    assert shapes_of(tensors) == shapes_of(format.empty(w.shape, w.dtype, "cpu"))
+    assert shapes_of(tensors) == shapes_of(format.allocate(w.shape, w.dtype, "cpu"))
     error = (format.dequantize(tensors, torch.float32) - w).abs()
     assert not error[7].any()
     if isinstance(format, Int8):
@@ -126,7 +126,7 @@ def test_a_shard_means_its_part_of_the_weight(format, start, length):
     w = random_matrix(6, 160)
     tensors, narrow_format = format.quantize(w), format.narrow_format(length)
     shard = {name: format.narrow_inputs(name, t, start, length) for name, t in tensors.items()}
-    assert shapes_of(shard) == shapes_of(narrow_format.empty(torch.Size((6, length)), w.dtype, "cpu"))
+    assert shapes_of(shard) == shapes_of(narrow_format.allocate(torch.Size((6, length)), w.dtype, "cpu"))
     expected = format.dequantize(tensors, torch.float32)[:, start : start + length]
     assert torch.equal(narrow_format.dequantize(shard, torch.float32), expected)
 
@@ -179,7 +179,7 @@ def test_floats_are_rounded_to_the_nearest_the_format_has(format):
     w[8] *= 1e-30
     w[9] *= torch.logspace(-30, 30, 96)
     tensors = format.quantize(w)
-    assert shapes_of(tensors) == shapes_of(format.empty(w.shape, w.dtype, "cpu"))
+    assert shapes_of(tensors) == shapes_of(format.allocate(w.shape, w.dtype, "cpu"))
     error = (format.dequantize(tensors, torch.float32) - w).abs()
     assert not error[7].any()
     if isinstance(format, MXFP4):
