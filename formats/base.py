@@ -29,7 +29,7 @@ class WeightFormat:
         to_dict()    stands for the object in model.pth; from_dict is the inverse
     """
 
-    format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: Formats; __init__.py sets format_id
+    format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: Formats
     mode: str | None = None  # None: not quantized
     is_cli_mode = True  # whether --mode offers the class
     has_group_size_option = False  # whether --groupsize chooses the group size
@@ -151,6 +151,7 @@ class Unquantized(WeightFormat):
     format has no kernels on this device (ops/packing.py: dequantize_weights)."""
 
     dequantized_from: str | None = field(default=None, repr=False)
+    format_id = 0
     is_cli_mode = False
     group_size = None
 

@@ -19,6 +19,7 @@ class Float8(WeightFormat):
     output share a scale. With None all inputs of an output share a scale."""
 
     group_size: int | None = None
+    format_id = 4
     mode = "fp8"
     dtypes = {"weight": torch.float8_e4m3fn, "scales": torch.float32}
     group_sizes = GROUP_SIZES
@@ -69,6 +70,7 @@ class MXFP4(WeightFormat):
     scale is a power of two, stored as an exponent (OCP Microscaling Formats, version 1.0)."""
 
     group_size: int = 32  # smaller in a shard that cuts through a group
+    format_id = 5
     mode = name = "mxfp4"
     dtypes = {"weight": torch.uint8, "scales": torch.uint8}
     elements_per_byte = 2

@@ -19,6 +19,7 @@ SCALE_DTYPES = ("bfloat16", "float16")  # that Int4 and GroupedInt8 may have
 class Int8(WeightFormat):
     """Symmetric, with one scale for each output. quantize.py makes q from -127 to 127."""
 
+    format_id = 1
     mode = "int8"
     group_size = None
     rounds_activations = True
@@ -109,6 +110,7 @@ class AffineFormat(WeightFormat):
 class Int4(AffineFormat):
     """q from 0 to 15. A zero point is a multiple of 1/16."""
 
+    format_id = 2
     mode = "int4"
     has_group_size_option = True
     group_sizes = GROUP_SIZES
@@ -155,6 +157,7 @@ class Int4(AffineFormat):
 class GroupedInt8(AffineFormat):
     """q from 0 to 255. A zero point is an integer from 0 to 255."""
 
+    format_id = 3
     mode = "int8-grouped"
     is_cli_mode = False
     group_sizes = (16, *GROUP_SIZES)

@@ -146,6 +146,10 @@ def test_a_header_names_its_format(format):
     assert QuantizationScheme.from_dict({"mode": "int8", "layers": {"a": format.to_dict()}}).of_layer("a") == parsed
 
 
+def test_a_format_id_is_a_position_in_the_table():
+    assert [format_class.format_id for format_class in formats.FORMATS] == list(range(len(formats.FORMATS)))
+
+
 def test_a_mode_names_one_class():
     assert len({format_class.mode for format_class in formats.FORMATS}) == len(formats.FORMATS)
     assert format_from_dict({"mode": "int8", "groupsize": 16}) == GroupedInt8(16)  # as earlier versions wrote it
