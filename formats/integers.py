@@ -58,7 +58,7 @@ class Int8(WeightFormat):
 
 
 @dataclass(frozen=True)
-class AffineFormat(WeightFormat):
+class GroupwiseAsymmetric(WeightFormat):
     """What Int4 and GroupedInt8 have in common: w = (q - zero) * scale, with q >= 0. Every group_size inputs of an
     output share a scale and a zero point. The last group may be shorter."""
 
@@ -99,15 +99,15 @@ class AffineFormat(WeightFormat):
         return ((q - zeros) * scales).to(dtype)
 
     def common_format(self, other):
-        """Two AffineFormats with one scale_dtype have a common format. Zero points of other projects are integers, so
-        GroupedInt8 can hold Int4."""
-        if not isinstance(other, AffineFormat) or other.scale_dtype != self.scale_dtype:
+        """Int4 and GroupedInt8 with one scale_dtype have a common format: zero points of other projects are integers,
+        so GroupedInt8 can hold Int4."""
+        if not isinstance(other, GroupwiseAsymmetric) or other.scale_dtype != self.scale_dtype:
             return None
         format_class = type(self) if type(self) is type(other) else GroupedInt8
         return format_class(math.gcd(self.group_size, other.group_size), self.scale_dtype)
 
 
-class Int4(AffineFormat):
+class Int4(GroupwiseAsymmetric):
     """q from 0 to 15. A zero point is a multiple of 1/16."""
 
     format_id = 2
@@ -154,7 +154,7 @@ class Int4(AffineFormat):
         return unpack_nibbles(weight)
 
 
-class GroupedInt8(AffineFormat):
+class GroupedInt8(GroupwiseAsymmetric):
     """q from 0 to 255. A zero point is an integer from 0 to 255."""
 
     format_id = 3

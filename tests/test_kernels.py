@@ -11,7 +11,7 @@ import torch
 import ops
 from config import ACTIVATIONS, is_gated
 from formats import MXFP4, Float8, Int4, Int8, Unquantized
-from formats.integers import AffineFormat
+from formats.integers import GroupwiseAsymmetric
 from kernels.build import library
 from kernels.schema import Epilogue
 from layers import ExpertsDown
@@ -263,7 +263,7 @@ def test_extremes(format):
         w = make_linear(32, 64, format, dtype)
         if isinstance(format, Int8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
-        elif isinstance(format, AffineFormat):
+        elif isinstance(format, GroupwiseAsymmetric):
             w.weight[:8], w.weight[8:16], w.scales[16:20], w.zeros[20:24], w.zeros[24:28] = 255, 0, 0, 255, 0
         elif isinstance(format, Float8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = 448, -448, 0
