@@ -30,7 +30,7 @@ from converters.canonical_checkpoint import (
 )
 from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
 from formats import Unquantized, WeightFormat
-from model import empty_model
+from model import meta_model
 from utils.errors import UsageError
 from utils.files import delete_if_possible, replace_file
 
@@ -149,7 +149,7 @@ def write_folder(folder: Path, checkpoint: CanonicalCheckpoint, announce: Announ
 def plan_stacks(config: ModelConfig, tensors: StateDict) -> dict[str, StackedTensor]:
     """Plans every tensor of our checkpoint."""
     try:
-        model = empty_model(config.with_layers(1))  # the shapes are the same in every layer
+        model = meta_model(config.with_layers(1))  # the shapes are the same in every layer
     except RuntimeError as e:
         raise UsageError(f"no model has the sizes of this config: {str(e).splitlines()[0]}") from None
     one_layer = model.state_dict()

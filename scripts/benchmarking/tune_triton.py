@@ -18,7 +18,7 @@ from config import ModelConfig, is_gated
 from formats import WeightFormat
 from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_info, table_key
 from layers import Linear, RMSNorm
-from model import empty_model
+from model import meta_model
 from scripts.benchmarking.speed import fill_randomly, random_linear
 from utils.files import replace_file
 
@@ -32,7 +32,7 @@ CANDIDATES = [
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """Tunes every matrix product of a model whose linear layers have format. This takes some minutes."""
-    linears = empty_model(config.with_layers(1)).quantizable_linears()
+    linears = meta_model(config.with_layers(1)).quantizable_linears()
     has_gate = is_gated(config.activation)
     for n, k, gated in {
         (w.out_features, w.in_features, has_gate and name.endswith("gate_up_proj")) for name, w in linears
