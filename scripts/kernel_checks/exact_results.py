@@ -20,7 +20,7 @@ import ops
 from formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
 from formats.integers import GroupwiseAsymmetric
 from kernels.schema import AttentionParams, LayerCache, PositionTables
-from layers import Embedding, Linear, LinearBase, RMSNorm
+from layers import Linear, LinearBase, RMSNorm
 from ops import torch_ops
 from ops.backend import Backend
 from scripts.kernel_checks import error_bounds as bounds
@@ -80,11 +80,6 @@ def make_linear(
     if bias:
         w.set_tensor("bias", torch.randn(w.bias.shape).to(dtype))
     return set_weight(w, w.weight.data.to(dtype), format)
-
-
-def make_embedding(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
-    """Makes a random Embedding, not packed for the kernels."""
-    return set_weight(Embedding(n, k), torch.randn(n, k).to(dtype), format)
 
 
 def set_weight(matrix, w: torch.Tensor, format):
