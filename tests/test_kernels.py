@@ -1,4 +1,4 @@
-"""kernels/csrc/ against ops/torch_ops.py: odd shapes, every format. Here are products, norms and
+"""kernels/csrc/ against ops/torch_ops.py: odd shapes, every format. Here are matmuls, norms and
 embeddings; test_kernels_attention.py, test_kernels_experts.py and test_kernels_sampling.py have the rest.
 test_kernels_builds.py runs all of them on the code for other CPUs."""
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("threads")
 EXACT_IN_BF16 = Unquantized | Int8 | MXFP4  # no scales but powers of two, or only after the sum
 ANY_TOKENS = ops.CPP_BACKEND.with_limits(fused_linear=math.inf)  # the kernel for prompts, too
 
-# ---- Products -------------------------------------------------------------------------------------------------------
+# ---- Matmuls --------------------------------------------------------------------------------------------------------
 
 
 @built
@@ -217,7 +217,7 @@ def test_softcap_of_extremes():
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("rows", [0, 1, 5, 64, 65])
 def test_linear_near_its_reference(format, rows):
-    """Within the rounding of activations of the weight-only product, whichever path the number of rows takes."""
+    """Within the rounding of activations of the weight-only matmul, whichever path the number of rows takes."""
     for dtype in DTYPES:
         torch.manual_seed(0)
         plain = make_linear(96, 200, format, dtype)

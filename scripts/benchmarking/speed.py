@@ -264,7 +264,7 @@ def measure_verify(model: Transformer, compile: bool) -> float:
 
 def prefill_flops(config: ModelConfig, n: int) -> int:
     """Returns the floating-point operations of a prefill of n tokens: of all matrices in the layers (only active
-    experts), of both products of attention, and of the head for one token."""
+    experts), of both matmuls of attention, and of the head for one token."""
     n_experts, top_k = (config.moe.n_experts, config.moe.top_k) if config.moe else (0, 1)
     ffn = (sum(config.gate_up_dims) + config.ffn_dim) * top_k
     matrices = config.dim * (2 * config.q_dim + 2 * config.kv_dim + n_experts + ffn)

@@ -214,7 +214,7 @@ def exact_stored_activation(
     x: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ops/dispatch.py: activate of x, and the error after storing in dtype. If the activation is not fused with
-    the matrix product x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
+    the matmul's result x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
     if not fused:
         error = stored_error(x, error, dtype)
     y, error = activate_with_error(x, error, activation)
@@ -227,7 +227,7 @@ def softcap_error(softcap: float) -> float:
 
 
 def pytorch_error(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the error of a product by PyTorch's operations. Factors, product and every later result are rounded."""
+    """Returns the error of a matmul by PyTorch's operations. Factors, product and every later result are rounded."""
     return ((k + 8) * U32 + 8 * bounds.U[dtype]) * terms
 
 
