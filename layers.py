@@ -74,7 +74,7 @@ class WeightMatrix(nn.Module):
 
     def set_format(self, format: WeightFormat):
         """Changes the format of W, and replaces the tensors by uninitialized tensors of the new format."""
-        for name, tensor in format.empty(self.weight.shape, self.weight.dtype, self.weight.device).items():
+        for name, tensor in format.allocate(self.weight.shape, self.weight.dtype, self.weight.device).items():
             self.set_tensor(name, tensor)
         self.format = format
 

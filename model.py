@@ -144,7 +144,7 @@ class Transformer(nn.Module):
         return tables
 
 
-def empty_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZED) -> Transformer:
+def meta_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZED) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
     quantized only if formats names the embedding. Raises UsageError if formats names a layer that the model does not
     have, or gives an input_order to a layer that cannot have one."""

@@ -45,7 +45,7 @@ from formats import Int4, Tensors, WeightFormat
 from formats.base import in_chunks
 from formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from loading import load
-from model import empty_model
+from model import meta_model
 from utils.errors import UsageError
 from utils.files import read_text
 from utils.machine import drop_pages, pick_device
@@ -194,7 +194,7 @@ def main():
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the weights to quantize, by the name of the layer. tensors: the contents of the checkpoint at path. The
     weight of a tied head is the embedding."""
-    shapes = {name: linear.weight.shape for name, linear in empty_model(config).quantizable_linears()}
+    shapes = {name: linear.weight.shape for name, linear in meta_model(config).quantizable_linears()}
     tensors = with_tied_head(config, tensors)
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}
     for name, shape in shapes.items():
@@ -220,7 +220,7 @@ def write_quantized(
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
     for name, w in weights.items():
-        for tensor_name, t in format.empty(w.shape, w.dtype, "meta").items():
+        for tensor_name, t in format.allocate(w.shape, w.dtype, "meta").items():
             shapes[f"{name}.{tensor_name}"] = (tuple(t.shape), t.dtype)
 
     def all_tensors() -> Iterator[tuple[str, Tensor]]:

@@ -1,9 +1,5 @@
-"""Converts other projects' files to model.pth. Read one of these first, from top to bottom: convert_folder.py or
-convert_gguf.py. scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and checkpoint_path.py call them.
-
-    checkpoint_path.py     finds or makes the model.pth of --checkpoint_path, which may name a folder or a .gguf
-    convert_folder.py      converts a folder of Hugging Face's or Meta's files, or with one of tinyllamas
-    convert_gguf.py        converts a GGUF
+"""Converts other projects' files to model.pth. The entry points are convert_folder.py and convert_gguf.py, which
+scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and checkpoint_path.py call.
 
 Every format is converted in two steps. First, a reader makes a CanonicalCheckpoint: a config, and tensors with
 canonical names and layout, whose data is not read yet. Then write_model reads, stacks and writes the tensors one by
@@ -14,20 +10,33 @@ one.
     Meta, tinyllamas    meta.py               meta.py           meta.py             meta_tokenizer.py
     GGUF                gguf_file.py          gguf_config.py    convert_gguf.py     gguf_tokenizer.py
 
-    canonical_checkpoint.py     what the readers make: canonical names, and CanonicalCheckpoint
-    write_model.py              the last step of every format: stacks tensors, and writes model.pth
-    quantized_weight.py         a weight that stays quantized: renamed, split and reordered like a tensor
-    hf_quantized.py             finds the quantized weights of a Hugging Face checkpoint; these files unpack them:
-      hf_quantized_integers.py    GPTQ, AWQ, compressed-tensors
-      hf_quantized_floats.py      FP8, MXFP4
-    gguf_quantized.py           --keep: a GGUF's quantized weights stay quantized
-      gguf_blocks.py              decodes a GGUF's blocks
-    lora.py                     --lora: merges an adapter into Hugging Face's weights
-    source_files.py             finds and records the files from which a model.pth is made
+The files, in the order in which to read them. The first group is enough for an
+unquantized folder of Hugging Face's:
 
-    families.py            the table of families, for all formats; some columns are functions of these files:
-      family_config.py       what only one family's config.json has
-      family_tensors.py      names and layouts of tensors that only one family has
+    checkpoint_path.py            finds or makes the model.pth of --checkpoint_path, a folder or a .gguf
+    convert_folder.py             converts a folder of Hugging Face's or Meta's files, or with one of tinyllamas
+    canonical_checkpoint.py       what the readers make: canonical names, and CanonicalCheckpoint
+    families.py                   the table of families, for all formats; some columns are functions of two files:
+      family_config.py              what only one family's config.json has
+      family_tensors.py             names and layouts of tensors that only one family has
+    hf_config.py, hf_tensors.py   the reader for Hugging Face
+    write_model.py                the last step of every format: stacks tensors, and writes model.pth
+    source_files.py               finds and records the files from which a model.pth is made
+
+    quantized_weight.py           a weight that stays quantized: renamed, split and reordered like a tensor
+    hf_quantized.py               finds the quantized weights of a Hugging Face checkpoint; two files unpack them:
+      hf_quantized_integers.py      GPTQ, AWQ, compressed-tensors
+      hf_quantized_floats.py        FP8, MXFP4
+    lora.py                       --lora: merges an adapter into Hugging Face's weights
+
+    meta.py, meta_tokenizer.py    the reader for Meta's files and for tinyllamas
+
+    convert_gguf.py               converts a GGUF: the reader of the tensors
+    gguf_file.py                  opens a GGUF
+    gguf_config.py                the reader of the config
+    gguf_tokenizer.py             the reader of the tokenizer
+    gguf_quantized.py             --keep: a GGUF's quantized weights stay quantized
+      gguf_blocks.py                decodes a GGUF's blocks
 
 Where to add something new:
 

@@ -75,8 +75,8 @@ class Family:
 
     # Everything else that changes the maths. The fields of ModelConfig are set in this order, and later ones win:
     # config.json over defaults, both after rename_fields; then config_overrides; then read_overrides. A field of
-    # HF_NEUTRAL_VALUES (hf_config.py) with another value is refused, unless it is one of allowed_fields.
-    allowed_fields: tuple[str, ...] = ()  # fields of HF_NEUTRAL_VALUES that may have any value
+    # HF_NO_OP_VALUES (hf_config.py) with another value is refused, unless it is one of supported_fields.
+    supported_fields: tuple[str, ...] = ()  # fields of HF_NO_OP_VALUES that may have any value
     config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig with one value for the whole family
     read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
 
@@ -175,7 +175,7 @@ FAMILIES = {
     "GemmaForCausalLM": Family(
         "gemma",
         GEMMA | dict(num_key_value_heads=16),
-        allowed_fields=("hidden_act",),
+        supported_fields=("hidden_act",),
         read_overrides=gemma,
         norm_offset=1.0,
     ),
@@ -187,7 +187,7 @@ FAMILIES = {
         ),
         sliding_layers="layer_types",
         default_layer_types=partial(full_attention_every, 2),
-        allowed_fields=("hidden_act", *SOFTCAPS),
+        supported_fields=("hidden_act", *SOFTCAPS),
         read_overrides=gemma2,
         renames=GEMMA_NORMS_TO_CANONICAL,
         norm_offset=1.0,
@@ -200,7 +200,7 @@ FAMILIES = {
         ),
         sliding_layers="layer_types",
         default_layer_types=gemma3_layer_types,
-        allowed_fields=("hidden_act", *SOFTCAPS),
+        supported_fields=("hidden_act", *SOFTCAPS),
         config_overrides=dict(qk_norm=True),
         read_overrides=gemma3,
         renames=GEMMA_NORMS_TO_CANONICAL,
@@ -214,7 +214,7 @@ FAMILIES = {
         ),
         rename_fields=rename_phi3,
         sliding_layers="all",
-        allowed_fields=("partial_rotary_factor",),
+        supported_fields=("partial_rotary_factor",),
     ),
     "Olmo2ForCausalLM": Family("olmo2", OLMO, config_overrides=OLMO_NORMS, renames=GEMMA_NORMS_TO_CANONICAL),
     "Olmo3ForCausalLM": Family(
@@ -239,20 +239,20 @@ FAMILIES = {
     "GraniteForCausalLM": Family(
         "granite",
         dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2) | dict.fromkeys(MULTIPLIERS, 1.0),
-        allowed_fields=MULTIPLIERS,
+        supported_fields=MULTIPLIERS,
         read_overrides=granite,
     ),
     "GlmForCausalLM": Family(
         "glm",
         GLM,
-        allowed_fields=("partial_rotary_factor",),
+        supported_fields=("partial_rotary_factor",),
         config_overrides=dict(o_proj_bias=False),
         interleaved_rope=True,
     ),
     "Glm4ForCausalLM": Family(
         "glm4",
         GLM,
-        allowed_fields=("partial_rotary_factor",),
+        supported_fields=("partial_rotary_factor",),
         config_overrides=dict(o_proj_bias=False, post_norm=True),
         renames=GLM4_NORMS_TO_CANONICAL,
         interleaved_rope=True,
@@ -298,7 +298,7 @@ FAMILIES = {
         ),
         n_experts_fields=("num_experts",),
         norm_topk_prob=False,
-        allowed_fields=("hidden_act",),
+        supported_fields=("hidden_act",),
         read_overrides=grok,
         renames=GROK_TO_CANONICAL,
     ),
@@ -309,7 +309,7 @@ FAMILIES = {
         ffn_dim_field="ffn_hidden_size",
         n_experts_fields=("num_experts",),
         norm_topk_prob=None,
-        allowed_fields=("clip_qkv",),
+        supported_fields=("clip_qkv",),
         read_overrides=dbrx,
         renames=DBRX_TO_CANONICAL,
         split_experts=split_dbrx_experts,
@@ -321,7 +321,7 @@ FAMILIES = {
             max_position_embeddings=4096, bos_token_id=128000, eos_token_id=128001, rms_norm_eps=1e-5,
             hidden_act="relu2",
         ),
-        allowed_fields=("hidden_act",),
+        supported_fields=("hidden_act",),
         read_overrides=arcee,
     ),
     "NemotronForCausalLM": Family(
@@ -330,7 +330,7 @@ FAMILIES = {
             max_position_embeddings=4096, bos_token_id=2, eos_token_id=3, norm_eps=1e-5, partial_rotary_factor=0.5,
             hidden_act="relu2",
         ),
-        allowed_fields=("hidden_act", "partial_rotary_factor"),
+        supported_fields=("hidden_act", "partial_rotary_factor"),
         read_overrides=nemotron,
         norm_offset=1.0,
         layer_norm=True,
@@ -343,7 +343,7 @@ FAMILIES = {
             norm_epsilon=1e-5, use_bias=True, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
         ),
         sliding_layers="all",
-        allowed_fields=("hidden_act",),
+        supported_fields=("hidden_act",),
         read_overrides=starcoder2,
         renames=STARCODER2_TO_CANONICAL,
         layer_norm=True,

@@ -42,7 +42,7 @@ GGUF_FIELDS = REQUIRED_FIELDS | {
     "logit_scale": "logits_scaling",
 }
 # Fields that change the maths in a way that model.py does not implement -> the values that change nothing
-GGUF_NEUTRAL_VALUES = {
+GGUF_NO_OP_VALUES = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
@@ -201,8 +201,8 @@ def gguf_to_config_json(metadata: dict, tensors: dict[str, GGUFTensor]) -> dict:
 
 
 def check_fields(fields: dict, name: str):
-    for key, neutral in GGUF_NEUTRAL_VALUES.items():
-        if key in fields and fields[key] not in neutral:
+    for key, no_op in GGUF_NO_OP_VALUES.items():
+        if key in fields and fields[key] not in no_op:
             raise UsageError(f"{name}.{key} = {fields[key]!r} is not supported")
     for key in REQUIRED_FIELDS:
         if key not in fields:

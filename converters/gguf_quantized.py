@@ -33,7 +33,7 @@ from converters.quantized_weight import QuantizedWeight, check_finite_scales
 from converters.write_model import StackedTensor, check_finite_tensor
 from formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
 from formats.base import QUANTIZE_CHUNK
-from formats.integers import AffineFormat
+from formats.integers import GroupwiseAsymmetric
 from utils.errors import UsageError
 
 SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of the GGUF's tensors
@@ -50,7 +50,7 @@ LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group siz
 
 
 def keeps_q(block_type: BlockType, format: WeightFormat) -> bool:
-    if not isinstance(format, AffineFormat):
+    if not isinstance(format, GroupwiseAsymmetric):
         return False
     return block_type.bits * format.elements_per_byte <= 8 and block_type.group_size % format.group_size == 0
 
@@ -109,8 +109,8 @@ class TargetWeight:
             formats = [GroupedInt8(group_size, torch.float16), SMALLER_INT8, SMALLEST_INT8, INT4]
             if types & {GGMLType.MXFP4, *FLOATS}:
                 formats.insert(0, Unquantized())
-        empty = {format: format.empty(self.stacked.shape, self.stacked.dtype, "meta") for format in formats}
-        self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in empty.items()}
+        tensors_of = {format: format.allocate(self.stacked.shape, self.stacked.dtype, "meta") for format in formats}
+        self.n_bytes = {format: sum(t.nbytes for t in tensors.values()) for format, tensors in tensors_of.items()}
         self.formats = formats[:1]
         for format in formats[1:]:  # with few inputs, larger groups save nothing
             if self.n_bytes[format] < self.n_bytes[self.formats[-1]]:

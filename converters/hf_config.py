@@ -49,9 +49,9 @@ def find_family(hf_config: dict) -> Family:
 
 # ---- What is not supported ------------------------------------------------------------------------------------------
 
-# Fields that change the maths -> the neutral values, which change nothing. null and false are neutral, too. Any other
-# value is refused, unless the family has the field in allowed_fields.
-HF_NEUTRAL_VALUES = {
+# Fields that change the maths -> the no-op values, which change nothing. null and false are no-ops, too. Any other
+# value is refused, unless the family has the field in supported_fields.
+HF_NO_OP_VALUES = {
     "hidden_act": SILU_NAMES,
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
@@ -86,11 +86,11 @@ UNSUPPORTED_PARTS = {
 }
 
 
-def check_neutral_values(fields: dict, family: Family):
-    if "hidden_act" not in family.allowed_fields and fields.get("hidden_act", "silu") is None:
+def check_no_op_values(fields: dict, family: Family):
+    if "hidden_act" not in family.supported_fields and fields.get("hidden_act", "silu") is None:
         raise UsageError("config.json: hidden_act is null; it must name the activation, such as 'silu'")
-    for name, neutral in HF_NEUTRAL_VALUES.items():
-        if name not in family.allowed_fields and fields.get(name) not in (None, False, *neutral):
+    for name, no_op in HF_NO_OP_VALUES.items():
+        if name not in family.supported_fields and fields.get(name) not in (None, False, *no_op):
             raise UsageError(f"config.json: {name} = {fields[name]!r} is not supported")
 
 
@@ -120,7 +120,7 @@ def unsupported_part(hf_config: dict) -> str | None:
 def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelConfig:
     hf_config = family.rename_fields(hf_config)
     hf_config = family.defaults | replace_rope_parameters(hf_config)
-    check_neutral_values(hf_config, family)
+    check_no_op_values(hf_config, family)
     check_layer_types(hf_config)
     fields = read_sizes(hf_config, family)
     fields["moe"] = read_moe(hf_config, family)
@@ -239,7 +239,7 @@ def read_sliding_window(hf_config: dict, family: Family) -> dict:
 def read_rope(hf_config: dict, family: Family) -> dict:
     """Reads ModelConfig's fields of RoPE. Also returns max_seq_len if RoPE's scaling makes the context longer."""
     rope, sliding_rope = collect_rope_fields(hf_config, family)
-    check_neutral_values(rope, family)
+    check_no_op_values(rope, family)
     theta, scaling = rope["rope_theta"], read_rope_scaling(rope, hf_config)
     fields = {"rope_theta": theta, "rope_scaling": scaling}
     if sliding_rope is not None:

@@ -30,7 +30,7 @@ from converters.canonical_checkpoint import (
 )
 from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
 from formats import Unquantized, WeightFormat
-from model import empty_model
+from model import meta_model
 from utils.errors import UsageError
 from utils.files import delete_if_possible, replace_file
 
@@ -84,7 +84,7 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
     warn_dequantized(stacks, tensors)
     shapes = {}
     for name, stack in stacks.items():
-        for tensor_name, t in stack.format.empty(stack.shape, stack.dtype, "meta").items():
+        for tensor_name, t in stack.format.allocate(stack.shape, stack.dtype, "meta").items():
             shapes[stored_name(name, tensor_name)] = (tuple(t.shape), t.dtype)
         if stack.input_order is not None:
             shapes[stored_name(name, "input_order")] = (tuple(stack.input_order.shape), torch.int32)
@@ -149,7 +149,7 @@ def write_folder(folder: Path, checkpoint: CanonicalCheckpoint, announce: Announ
 def plan_stacks(config: ModelConfig, tensors: StateDict) -> dict[str, StackedTensor]:
     """Plans every tensor of our checkpoint."""
     try:
-        model = empty_model(config.with_layers(1))  # the shapes are the same in every layer
+        model = meta_model(config.with_layers(1))  # the shapes are the same in every layer
     except RuntimeError as e:
         raise UsageError(f"no model has the sizes of this config: {str(e).splitlines()[0]}") from None
     one_layer = model.state_dict()
@@ -240,7 +240,7 @@ def stack_tensors(stacks: dict[str, StackedTensor], read: TensorReader) -> Itera
     """Yields (name, tensor) for every tensor of our checkpoint. Only one weight is in memory at a time. Checks that all
     numbers are finite."""
     for name, stack in stacks.items():
-        ours = stack.format.empty(stack.shape, stack.dtype, "cpu")
+        ours = stack.format.allocate(stack.shape, stack.dtype, "cpu")
         start = 0
         for part_name in stack.part_names:
             weight = read(part_name)

@@ -45,10 +45,8 @@ __all__ = [
     "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
-# kernels/csrc/weights.h: Formats has the same order. kernels/build.py: check_formats makes sure
+# By format_id; kernels/csrc/weights.h: Formats has the same order. kernels/build.py: check_formats makes sure
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
-for i, format_class in enumerate(FORMATS):
-    format_class.format_id = i
 MODES = {format_class.mode: format_class for format_class in FORMATS if format_class.is_cli_mode}  # by --mode
 
 

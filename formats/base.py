@@ -29,12 +29,13 @@ class WeightFormat:
         to_dict()    stands for the object in model.pth; from_dict is the inverse
     """
 
-    format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: Formats; __init__.py sets format_id
+    format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: Formats
     mode: str | None = None  # None: not quantized
     is_cli_mode = True  # whether --mode offers the class
     has_group_size_option = False  # whether --groupsize chooses the group size
     group_sizes: tuple[int, ...] = ()  # that model.pth may have; empty if the class has one group size or none
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
+    dtypes: dict[str, torch.dtype]  # of the tensors of a checkpoint, for the default of allocate
     elements_per_byte = 1  # of "weight"
     input_multiple = 1  # K must be a multiple of this number
     # Whether C++ rounds 16-bit activations to int8 (kernels/csrc/weights.h: INT8_ACTIVATIONS)
@@ -71,9 +72,13 @@ class WeightFormat:
         """Formats of this class, with which the tests try the class and its kernels."""
         return [cls()]
 
-    def empty(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
-        """Uninitialized tensors of a checkpoint, for W [..., N, K] of this shape; dtype is that of Unquantized."""
-        raise NotImplementedError
+    def allocate(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
+        """Uninitialized tensors of a checkpoint, for W [..., N, K] of this shape; dtype is that of Unquantized. The
+        default is for formats with groups: scales and zeros have one element for each group."""
+        *outputs, k = shape
+        n_groups = math.ceil(k / self.effective_group_size(k))
+        sizes = {name: n_groups for name in self.dtypes} | {"weight": k // self.elements_per_byte}
+        return {name: torch.empty((*outputs, sizes[name]), dtype=t, device=device) for name, t in self.dtypes.items()}
 
     def quantize(self, w: Tensor) -> Tensors:
         """The tensors of a checkpoint for w [..., N, K]: each element is rounded to the nearest value of the format."""
@@ -146,6 +151,7 @@ class Unquantized(WeightFormat):
     format has no kernels on this device (ops/packing.py: dequantize_weights)."""
 
     dequantized_from: str | None = field(default=None, repr=False)
+    format_id = 0
     is_cli_mode = False
     group_size = None
 
@@ -157,7 +163,7 @@ class Unquantized(WeightFormat):
     def from_dict(cls, quantization):
         return None  # model.pth has no entry for Unquantized
 
-    def empty(self, shape, dtype, device):
+    def allocate(self, shape, dtype, device):
         return {"weight": torch.empty(shape, dtype=dtype, device=device)}
 
     def quantize(self, w):

@@ -9,7 +9,7 @@ from torch import Tensor
 from formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
 from formats.cpu_layouts import pair_rows, to_blocks, words_to_blocks
 from formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
-from formats.integers import GROUP_SIZES, split_groups
+from formats.integers import GROUP_SIZES, join_groups, split_groups
 from formats.triton_layouts import by_column, pack_tiles, pack_words
 
 
@@ -19,7 +19,9 @@ class Float8(WeightFormat):
     output share a scale. With None all inputs of an output share a scale."""
 
     group_size: int | None = None
+    format_id = 4
     mode = "fp8"
+    dtypes = {"weight": torch.float8_e4m3fn, "scales": torch.float32}
     group_sizes = GROUP_SIZES
 
     @classmethod
@@ -33,19 +35,11 @@ class Float8(WeightFormat):
             return cls(group_size)
         return None
 
-    def empty(self, shape, dtype, device):
-        *outputs, k = shape
-        n_groups = math.ceil(k / self.effective_group_size(k))
-        return {
-            "weight": torch.empty(shape, dtype=torch.float8_e4m3fn, device=device),
-            "scales": torch.empty((*outputs, n_groups), dtype=torch.float32, device=device),
-        }
-
     def quantize_rows(self, w: Tensor) -> Tensors:
         k = w.shape[-1]
         groups = split_groups(w.float(), self.effective_group_size(k))
         scales = (groups.abs().amax(-1) / FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-        q = (groups / scales[..., None]).flatten(-2)[:, :k]
+        q = join_groups(groups / scales[..., None], k)
         return {"weight": q.to(torch.float8_e4m3fn), "scales": scales}
 
     def dequantize(self, tensors, dtype):
@@ -76,7 +70,9 @@ class MXFP4(WeightFormat):
     scale is a power of two, stored as an exponent (OCP Microscaling Formats, version 1.0)."""
 
     group_size: int = 32  # smaller in a shard that cuts through a group
+    format_id = 5
     mode = name = "mxfp4"
+    dtypes = {"weight": torch.uint8, "scales": torch.uint8}
     elements_per_byte = 2
     rounds_activations = True
     input_multiple = 32
@@ -85,16 +81,9 @@ class MXFP4(WeightFormat):
     def to_dict(self):
         return {"mode": self.mode}  # without a group size, which is always 32
 
-    def empty(self, shape, dtype, device):
-        *outputs, k = shape
-        return {
-            "weight": torch.empty((*outputs, k // 2), dtype=torch.uint8, device=device),
-            "scales": torch.empty((*outputs, math.ceil(k / self.group_size)), dtype=torch.uint8, device=device),
-        }
-
     def quantize_rows(self, w: Tensor) -> Tensors:
         q, scales = round_mxfp4(split_groups(w.float(), self.group_size))
-        return {"weight": pack_nibbles(q.flatten(-2)[:, : w.shape[-1]]), "scales": scales}
+        return {"weight": pack_nibbles(join_groups(q, w.shape[-1])), "scales": scales}
 
     def dequantize(self, tensors, dtype):
         q = unpack_nibbles(tensors["weight"])

@@ -19,6 +19,7 @@ SCALE_DTYPES = ("bfloat16", "float16")  # that Int4 and GroupedInt8 may have
 class Int8(WeightFormat):
     """Symmetric, with one scale for each output. quantize.py makes q from -127 to 127."""
 
+    format_id = 1
     mode = "int8"
     group_size = None
     rounds_activations = True
@@ -28,7 +29,7 @@ class Int8(WeightFormat):
         matches = quantization.get("mode") == cls.mode and not quantization.keys() & {"groupsize", "scale_dtype"}
         return cls() if matches else None
 
-    def empty(self, shape, dtype, device):
+    def allocate(self, shape, dtype, device):
         return {
             "weight": torch.empty(shape, dtype=torch.int8, device=device),
             "scales": torch.empty(shape[:-1], dtype=torch.float32, device=device),
@@ -57,7 +58,7 @@ class Int8(WeightFormat):
 
 
 @dataclass(frozen=True)
-class AffineFormat(WeightFormat):
+class GroupwiseAsymmetric(WeightFormat):
     """What Int4 and GroupedInt8 have in common: w = (q - zero) * scale, with q >= 0. Every group_size inputs of an
     output share a scale and a zero point. The last group may be shorter."""
 
@@ -77,14 +78,9 @@ class AffineFormat(WeightFormat):
         matches = quantization.get("mode") == cls.mode and group_size in cls.group_sizes
         return cls(group_size, getattr(torch, scale_dtype)) if matches and scale_dtype in SCALE_DTYPES else None
 
-    def empty(self, shape, dtype, device):
-        *outputs, k = shape
-        n_groups = math.ceil(k / self.group_size)
-        return {
-            "weight": torch.empty((*outputs, k // self.elements_per_byte), dtype=torch.uint8, device=device),
-            "scales": torch.empty((*outputs, n_groups), dtype=self.scale_dtype, device=device),
-            "zeros": torch.empty((*outputs, n_groups), dtype=torch.uint8, device=device),
-        }
+    @property
+    def dtypes(self):
+        return {"weight": torch.uint8, "scales": self.scale_dtype, "zeros": torch.uint8}
 
     def pack_q(self, q: Tensor) -> Tensor:
         """Packs q [..., N, K] uint8 to the tensor "weight"."""
@@ -103,17 +99,18 @@ class AffineFormat(WeightFormat):
         return ((q - zeros) * scales).to(dtype)
 
     def common_format(self, other):
-        """Two AffineFormats with one scale_dtype have a common format. Zero points of other projects are integers, so
-        GroupedInt8 can hold Int4."""
-        if not isinstance(other, AffineFormat) or other.scale_dtype != self.scale_dtype:
+        """Int4 and GroupedInt8 with one scale_dtype have a common format: zero points of other projects are integers,
+        so GroupedInt8 can hold Int4."""
+        if not isinstance(other, GroupwiseAsymmetric) or other.scale_dtype != self.scale_dtype:
             return None
         format_class = type(self) if type(self) is type(other) else GroupedInt8
         return format_class(math.gcd(self.group_size, other.group_size), self.scale_dtype)
 
 
-class Int4(AffineFormat):
+class Int4(GroupwiseAsymmetric):
     """q from 0 to 15. A zero point is a multiple of 1/16."""
 
+    format_id = 2
     mode = "int4"
     has_group_size_option = True
     group_sizes = GROUP_SIZES
@@ -133,8 +130,7 @@ class Int4(AffineFormat):
     def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
         """The tensors for groups [N, n_groups, group_size] of rows of k elements. The last group may have padding."""
         q = round_int4(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
-        weight = self.pack_q(q.to(torch.uint8).flatten(-2)[:, :k])
-        return {"weight": weight, "scales": scales, "zeros": zeros}
+        return {"weight": self.pack_q(join_groups(q.to(torch.uint8), k)), "scales": scales, "zeros": zeros}
 
     def fill_randomly(self, tensors, std):
         tensors["weight"].random_(0, 256)  # two q a byte; the standard deviation of q is 4.6
@@ -158,9 +154,10 @@ class Int4(AffineFormat):
         return unpack_nibbles(weight)
 
 
-class GroupedInt8(AffineFormat):
+class GroupedInt8(GroupwiseAsymmetric):
     """q from 0 to 255. A zero point is an integer from 0 to 255."""
 
+    format_id = 3
     mode = "int8-grouped"
     is_cli_mode = False
     group_sizes = (16, *GROUP_SIZES)
@@ -187,7 +184,7 @@ class GroupedInt8(AffineFormat):
         zeros = zeros.round().clamp(0, 255)
         q = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 255)
         return {
-            "weight": self.pack_q(q.to(torch.uint8).flatten(-2)[:, : w.shape[-1]]),
+            "weight": self.pack_q(join_groups(q.to(torch.uint8), w.shape[-1])),
             "scales": scales,
             "zeros": zeros.to(torch.uint8),
         }
@@ -212,6 +209,11 @@ def split_groups(w: Tensor, group_size: int) -> Tensor:
     if missing:
         w = torch.cat([w, w[..., -1:].expand(*w.shape[:-1], missing)], dim=-1)
     return w.unflatten(-1, (-1, group_size))
+
+
+def join_groups(groups: Tensor, k: int) -> Tensor:
+    """The inverse of split_groups: [..., n_groups, group_size] -> [..., K], without the padding."""
+    return groups.flatten(-2)[..., :k]
 
 
 def choose_range(groups: Tensor, max_q: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

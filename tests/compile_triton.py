@@ -7,7 +7,7 @@ A kernel must fit the GPU's shared memory and use its matrix units, if Triton ca
 A second or two for each kernel add up. So all kernels are compiled for one GPU of each kind: without matrix units
 (Turing), with NVIDIA's (Ampere), and with AMD's (CDNA 3). For the others every function of a kernel is compiled once.
 
-Hopper's products differ from Ampere's before their loop: they overlap with the previous kernel and prefetch W, which
+Hopper's matmuls differ from Ampere's before their loop: they overlap with the previous kernel and prefetch W, which
 works in one way for tiled formats and in another for the rest. So for Hopper there is one format of each kind.
 """
 
@@ -69,7 +69,7 @@ class Gpu:
 
     @property
     def formats(self) -> list[WeightFormat]:
-        """Of the products."""
+        """Of the matmuls."""
         if self.has_larger_tiles:
             return TILED_FORMATS
         if self.has_pdl and self.has_matrix_units:
@@ -78,7 +78,7 @@ class Gpu:
 
     @property
     def has_larger_tiles(self) -> bool:
-        """The GPU is another one of the list but for the tile sizes of products."""
+        """The GPU is another one of the list but for the tile sizes of matmuls."""
         return self.num_sms == 1
 
     @property

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 import kernels.build
 import ops
 from formats.cpu_layouts import CPU_BLOCK_K
-from layers import LinearBase, WeightMatrix
+from layers import Embedding, LinearBase, WeightMatrix
+from scripts.kernel_checks.error_bounds import U
+from scripts.kernel_checks.exact_results import set_weight
 
 built = pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
 
@@ -24,6 +26,18 @@ def threads(request, library):
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+def make_embedding(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
+    """Makes a random Embedding, not packed for the kernels."""
+    return set_weight(Embedding(n, k), torch.randn(n, k).to(dtype), format)
+
+
+def step_of(x: torch.Tensor, quantized: bool) -> float:
+    """Returns the largest distance between neighbouring values that an element of x can have: in the type of x or, if
+    quantized, in 8 bits with a scale for 16 elements."""
+    largest = x.double().abs().max().item()
+    return largest / 127 if quantized else 2 * U[x.dtype] * largest
 
 
 def packed(module):

@@ -15,7 +15,7 @@ from checkpoint import read_checkpoint
 from converters.write_model import NORM_BEFORE
 from formats import QuantizationScheme
 from layers import Linear
-from model import empty_model
+from model import meta_model
 from tests.tiny import FAMILIES, convert, make_hf
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -194,7 +194,7 @@ def dequantized(path: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, the quantized weights dequantized, float32. Inputs with an order of their own are
     put back into the model's."""
     config, quantization, tensors = read_checkpoint(path)
-    for name, linear in empty_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears():
+    for name, linear in meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears():
         if linear.format.is_quantized:
             parts = {kind: tensors.pop(f"{name}.{kind}") for kind in linear.tensors()}
             tensors[f"{name}.weight"] = linear.format.dequantize(parts, torch.float32)
@@ -226,7 +226,7 @@ def check_weights(path: Path, reference: Path, is_exact: bool):
 def formats_of(path: Path) -> dict[str, str | None]:
     """The names of the formats of layer 0's linear layers and of the head."""
     config, quantization, _ = read_checkpoint(path)
-    linears = empty_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears()
+    linears = meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears()
     return {name.split(".")[-1]: linear.format.name for name, linear in linears if "layers.1." not in name}
 
 

@@ -20,7 +20,7 @@ from checkpoint import Checkpoint
 from converters.hf_config import config_from_hf
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized
 from loading import load_model, quantized_tensor_names
-from model import empty_model
+from model import meta_model
 from scripts import benchmark
 from scripts.benchmarking import gpu_jobs, real_models
 from scripts.benchmarking import speed as benchmark_speed
@@ -93,8 +93,8 @@ def test_random_weights_keep_the_size_of_activations(format):
 def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
-    empty = empty_model(config, QuantizationScheme(format))
-    needed, quantized_names = empty.state_dict(), quantized_tensor_names(empty)
+    on_meta = meta_model(config, QuantizationScheme(format))
+    needed, quantized_names = on_meta.state_dict(), quantized_tensor_names(on_meta)
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     dtypes = {name: t.dtype if name in quantized_names else torch.float16 for name, t in needed.items()}
     assert held == {name: (t.shape, dtypes[name]) for name, t in needed.items()}

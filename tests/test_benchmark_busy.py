@@ -45,8 +45,8 @@ def test_report(tmp_path, capsys):
 def test_rounds(monkeypatch):
     """The first warms up, and of the others medians count."""
     speeds, args = iter([100.0, 1.0, 5.0, 3.0]), SimpleNamespace(busy=3)
-    monkeypatch.setattr(busy, "second_decoder", lambda *arguments: contextlib.nullcontext())
-    monkeypatch.setattr(busy, "Decoder", lambda *arguments: None)
+    monkeypatch.setattr(busy, "second_process", lambda *arguments: contextlib.nullcontext())
+    monkeypatch.setattr(busy, "TimedModel", lambda *arguments: None)
     monkeypatch.setattr(busy, "measure_round", lambda *arguments: {"speed": next(speeds)})
     r = busy.measure_busy(args, None, None)
     assert r["speed"] == 3 and [row["speed"] for row in r["rounds"]] == [1, 5, 3]
@@ -63,7 +63,7 @@ def test_other_processes_end_with_the_benchmark():
     with pytest.raises(KeyboardInterrupt), busy.busy_process() as process:
         raise KeyboardInterrupt
     assert process.returncode is not None
-    with pytest.raises(UsageError), busy.second_decoder(1, None, None, None):
+    with pytest.raises(UsageError), busy.second_process(1, None, None, None):
         assert len(multiprocessing.active_children()) == 1
         raise UsageError("wrong")
     assert not multiprocessing.active_children()
@@ -113,7 +113,7 @@ def too_large(monkeypatch):
     def raise_error(*arguments):
         raise OutOfMemoryError("the model takes 9 GB")
 
-    monkeypatch.setattr(busy, "Decoder", raise_error)
+    monkeypatch.setattr(busy, "TimedModel", raise_error)
 
 
 def test_second_decode_that_fails(too_large, second):

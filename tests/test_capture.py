@@ -19,12 +19,11 @@ from rope import rope_table
 from scripts.kernel_checks.exact_results import (
     attend,
     format_label,
-    make_embedding,
     make_linear,
     make_norm,
     set_weight,
 )
-from tests.cpu_kernels import built, packed
+from tests.cpu_kernels import built, make_embedding, packed
 
 pytestmark = pytest.mark.usefixtures("library")
 FAMILIES = {

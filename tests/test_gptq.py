@@ -21,7 +21,7 @@ def test_gptq_keeps_a_layers_outputs_closer_than_rounding(k, group_size, act_ord
 
     x, w, format = inputs(3), random_matrix(96, k), Int4(group_size)
     tensors = gptq.gptq_quantize(w, x.T @ x, gptq.GPTQConfig(group_size, damp=0.01, block_size=48, act_order=act_order))
-    assert shapes_of(tensors) == shapes_of(format.empty(w.shape, w.dtype, "cpu"))
+    assert shapes_of(tensors) == shapes_of(format.allocate(w.shape, w.dtype, "cpu"))
     fresh = inputs(5)
     ours, plain = (
         (fresh @ (matrix - w).T).square().sum() for matrix in (format.dequantize(tensors, w.dtype), rounded(format, w))

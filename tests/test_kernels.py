@@ -1,4 +1,4 @@
-"""kernels/csrc/ against ops/torch_ops.py: odd shapes, every format. Here are products, norms and
+"""kernels/csrc/ against ops/torch_ops.py: odd shapes, every format. Here are matmuls, norms and
 embeddings; test_kernels_attention.py, test_kernels_experts.py and test_kernels_sampling.py have the rest.
 test_kernels_builds.py runs all of them on the code for other CPUs."""
 
@@ -11,7 +11,7 @@ import torch
 import ops
 from config import ACTIVATIONS, is_gated
 from formats import MXFP4, Float8, Int4, Int8, Unquantized
-from formats.integers import AffineFormat
+from formats.integers import GroupwiseAsymmetric
 from kernels.build import library
 from kernels.schema import Epilogue
 from layers import ExpertsDown
@@ -22,18 +22,17 @@ from scripts.kernel_checks.exact_results import (
     DTYPES,
     activate_with_error,
     format_label,
-    make_embedding,
     make_linear,
     make_norm,
 )
-from tests.cpu_kernels import as_seen, built, packed, rounds_activations
+from tests.cpu_kernels import as_seen, built, make_embedding, packed, rounds_activations, step_of
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 pytestmark = pytest.mark.usefixtures("threads")
 EXACT_IN_BF16 = Unquantized | Int8 | MXFP4  # no scales but powers of two, or only after the sum
 ANY_TOKENS = ops.CPP_BACKEND.with_limits(fused_linear=math.inf)  # the kernel for prompts, too
 
-# ---- Products -------------------------------------------------------------------------------------------------------
+# ---- Matmuls --------------------------------------------------------------------------------------------------------
 
 
 @built
@@ -52,7 +51,7 @@ def test_linear(format, dtype):
             normed = torch_ops.rms_norm(x, norm.weight, norm.eps)
             seen = as_seen(normed, format)
             y = seen.double() @ matrix.T + bias
-            step = bounds.step_of(normed, quantized=seen is not normed) + bounds.step_of(normed, quantized=False)
+            step = step_of(normed, quantized=seen is not normed) + step_of(normed, quantized=False)
             wide_bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
             bounds.check(ops.fused_linear(x, w, norm, out_dtype=torch.float32), y, wide_bound)
             bounds.check(ops.fused_linear(x, w, norm), y, wide_bound + bounds.rounding_error(y, dtype))
@@ -89,8 +88,8 @@ def test_linear_of_many_tokens(format, dtype):
                 rounds_weights = on_amx and tokens > 8 or tokens > 64
                 seen = normed if rounds_weights else as_seen(normed, format)
                 y = seen.double() @ matrix.T + bias
-                step = bounds.step_of(normed.nan_to_num(), quantized=seen is not normed)
-                step += bounds.step_of(normed.nan_to_num(), quantized=False)
+                step = step_of(normed.nan_to_num(), quantized=seen is not normed)
+                step += step_of(normed.nan_to_num(), quantized=False)
                 bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
                 if rounds_weights and not isinstance(format, EXACT_IN_BF16):
                     bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
@@ -124,7 +123,7 @@ def test_linear_of_a_prompt(format):
         x, residual = torch.randn(tokens, k).bfloat16(), torch.randn(tokens, n).bfloat16()
         normed = torch_ops.rms_norm(x, norm.weight, norm.eps)
         y = normed.double() @ matrix.T + w.bias.double()
-        step = 2 * bounds.step_of(normed, quantized=False)
+        step = 2 * step_of(normed, quantized=False)
         bound = bounds.product_error(normed, magnitude, y, torch.float32, step)
         if not isinstance(format, EXACT_IN_BF16):
             bound = bound + bounds.U[torch.bfloat16] * (normed.double().abs() @ matrix.abs().T)
@@ -161,7 +160,7 @@ def test_linear_scale_and_softcap(format, dtype):
             x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
             seen = as_seen(x, format)
             product = seen.double() @ matrix.T + w.bias.double()
-            step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
+            step = step_of(x, quantized=True) if seen is not x else 0.0
             error = bounds.product_error(seen, magnitude, product, torch.float32, step)
             y, bound = softcap_with_error(product, error, scale, softcap, clip)
             bounds.check(ops.fused_linear(x, w, out_dtype=torch.float32), y, bound)
@@ -221,7 +220,7 @@ def test_softcap_of_extremes():
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("rows", [0, 1, 5, 64, 65])
 def test_linear_near_its_reference(format, rows):
-    """Within the rounding of activations of the weight-only product, whichever path the number of rows takes."""
+    """Within the rounding of activations of the weight-only matmul, whichever path the number of rows takes."""
     for dtype in DTYPES:
         torch.manual_seed(0)
         plain = make_linear(96, 200, format, dtype)
@@ -266,7 +265,7 @@ def test_extremes(format):
         w = make_linear(32, 64, format, dtype)
         if isinstance(format, Int8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
-        elif isinstance(format, AffineFormat):
+        elif isinstance(format, GroupwiseAsymmetric):
             w.weight[:8], w.weight[8:16], w.scales[16:20], w.zeros[20:24], w.zeros[24:28] = 255, 0, 0, 255, 0
         elif isinstance(format, Float8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = 448, -448, 0
@@ -278,7 +277,7 @@ def test_extremes(format):
         seen = as_seen(x, format)
         packed(w)
         y = seen.double() @ matrix.T
-        step = bounds.step_of(x, quantized=True) if seen is not x else 0.0
+        step = step_of(x, quantized=True) if seen is not x else 0.0
         bounds.check(ops.fused_linear(x, w), y, bounds.product_error(seen, magnitude, y, dtype, step))
         assert not ops.fused_linear(torch.zeros(1, 64, dtype=dtype), w).any()
         for bad in (torch.nan, torch.inf, -torch.inf):

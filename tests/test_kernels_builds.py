@@ -18,7 +18,7 @@ import kernels.build
 import ops
 from formats import Int4, Int8
 from formats.cpu_layouts import CPU_BLOCK_N
-from formats.integers import split_groups
+from formats.integers import join_groups, split_groups
 from kernels.triton import heads
 from kernels.triton.elements import magic_number
 from layers import ExpertsDown
@@ -225,7 +225,7 @@ def largest_weights(format, exact: torch.Tensor) -> torch.Tensor:
         return exact.abs()
     groups = split_groups(exact, format.group_size)
     spans = groups.amax(-1, keepdim=True).clamp(min=0) - groups.amin(-1, keepdim=True).clamp(max=0)
-    return spans.expand_as(groups).flatten(-2)[:, : exact.shape[1]]
+    return join_groups(spans.expand_as(groups), exact.shape[1])
 
 
 def test_every_check_says_what_is_wrong():

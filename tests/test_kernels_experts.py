@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("threads")
 
 
 def check_near(ours: torch.Tensor, expected: torch.Tensor, format):
-    """Two products deep: a few roundings of the type, and where activations are quantized, of theirs to 8 bits (half a
+    """Two matmuls deep: a few roundings of the type, and where activations are quantized, of theirs to 8 bits (half a
     step of 1/127 of a group's largest, some three times the others: 0.7 % of an activation, twice)."""
     error = (ours.double() - expected.double()).norm() / expected.double().norm()
     assert error < (3e-2 if rounds_activations(format, ours.dtype) else 16 * bounds.U[ours.dtype])

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
-from model import KVCache, empty_model
+from model import KVCache, meta_model
 from rope import rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES, forward
 from utils.errors import UsageError
@@ -57,7 +57,7 @@ def test_embedding_scale_is_rounded(dtype):
     for scale in scales:
         config = ModelConfig(16, 1, 1, 1, 16, 16, 97, 64, embed_scale=scale)
         rounded = torch.tensor(scale, dtype=dtype).item()
-        assert empty_model(config).to(dtype).embed_scale == rounded
+        assert meta_model(config).to(dtype).embed_scale == rounded
 
 
 WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt-oss", "starcoder2"]

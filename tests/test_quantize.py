@@ -15,7 +15,7 @@ from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized, format_from_dict
 from formats.float_bits import E2M1_VALUES, round_mxfp4
-from formats.integers import AffineFormat, split_groups
+from formats.integers import GroupwiseAsymmetric, split_groups
 from loading import load_model
 from model import KVCache
 from scripts.kernel_checks import exact_results
@@ -43,7 +43,7 @@ FORMATS = {format.name: format for format in QUANTIZED if is_made(format)}
 FORMATS |= {"int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32)}
 IMPORTED = {repr(format): format for format in [*QUANTIZED, Int4(64, torch.float16)] if not is_made(format)}
 EVERY = FORMATS | IMPORTED
-INTEGERS = {name: format for name, format in EVERY.items() if isinstance(format, Int8 | AffineFormat)}
+INTEGERS = {name: format for name, format in EVERY.items() if isinstance(format, Int8 | GroupwiseAsymmetric)}
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 10
 FLOAT_ERROR = 1e-5  # of a few float32 operations, relative to their result
 
@@ -95,7 +95,7 @@ def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
     w[7] = 0
     w[8] = w[8].abs() + 5  # all on one side of zero
     tensors = format.quantize(w)
-    assert shapes_of(tensors) == shapes_of(format.empty(w.shape, w.dtype, "cpu"))
+    assert shapes_of(tensors) == shapes_of(format.allocate(w.shape, w.dtype, "cpu"))
     error = (format.dequantize(tensors, torch.float32) - w).abs()
     assert not error[7].any()
     if isinstance(format, Int8):
@@ -126,7 +126,7 @@ def test_a_shard_means_its_part_of_the_weight(format, start, length):
     w = random_matrix(6, 160)
     tensors, narrow_format = format.quantize(w), format.narrow_format(length)
     shard = {name: format.narrow_inputs(name, t, start, length) for name, t in tensors.items()}
-    assert shapes_of(shard) == shapes_of(narrow_format.empty(torch.Size((6, length)), w.dtype, "cpu"))
+    assert shapes_of(shard) == shapes_of(narrow_format.allocate(torch.Size((6, length)), w.dtype, "cpu"))
     expected = format.dequantize(tensors, torch.float32)[:, start : start + length]
     assert torch.equal(narrow_format.dequantize(shard, torch.float32), expected)
 
@@ -144,6 +144,10 @@ def test_a_header_names_its_format(format):
     parsed = format_from_dict(format.to_dict())
     assert parsed.to_dict() == format.to_dict() and parsed.name == format.name
     assert QuantizationScheme.from_dict({"mode": "int8", "layers": {"a": format.to_dict()}}).of_layer("a") == parsed
+
+
+def test_a_format_id_is_a_position_in_the_table():
+    assert [format_class.format_id for format_class in formats.FORMATS] == list(range(len(formats.FORMATS)))
 
 
 def test_a_mode_names_one_class():
@@ -179,7 +183,7 @@ def test_floats_are_rounded_to_the_nearest_the_format_has(format):
     w[8] *= 1e-30
     w[9] *= torch.logspace(-30, 30, 96)
     tensors = format.quantize(w)
-    assert shapes_of(tensors) == shapes_of(format.empty(w.shape, w.dtype, "cpu"))
+    assert shapes_of(tensors) == shapes_of(format.allocate(w.shape, w.dtype, "cpu"))
     error = (format.dequantize(tensors, torch.float32) - w).abs()
     assert not error[7].any()
     if isinstance(format, MXFP4):

@@ -189,8 +189,8 @@ def test_lack_of_memory_is_one_line(big, tmp_path, command):
 
 @pytest.mark.parametrize(("word", "lengths", "first"), [("word ", 20, 100), ("a ", 110, 200)])
 def test_many_prompts_take_no_more_memory_than_the_first(small, tmp_path, word, lengths, first):
-    """Of few lengths, and of every length that the model has room for. The caches of compiled products hold all of
-    them: the heap grows by some megabytes, and at some time stops, when products are compiled again and again."""
+    """Of few lengths, and of every length that the model has room for. The caches of compiled matmuls hold all of
+    them: the heap grows by some megabytes, and at some time stops, when matmuls are compiled again and again."""
     (tmp_path / "prompts").write_text("".join(f"{word * (i * 37 % lengths)}{i % 10}\n" for i in range(500)))
     env = ONE_THREAD | dict.fromkeys(MATMUL_CACHES, "1024")
     command = [sys.executable, ROOT / "generate.py", "--checkpoint_path", small / "model.pth", "--device=cpu"]

@@ -78,7 +78,7 @@ def fast_interpreter():
 
 @pytest.fixture
 def small_gpu(monkeypatch):
-    """As if there were two multiprocessors, so that even small products have programs of several tiles of W."""
+    """As if there were two multiprocessors, so that even small matmuls have programs of several tiles of W."""
     monkeypatch.setattr(launch, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
     monkeypatch.setattr(attention, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
 
@@ -98,13 +98,13 @@ def test_check(name, small_gpu):
         bounds.check(comparison.ours, comparison.exact, comparison.bound)
 
 
-# ---- Products -------------------------------------------------------------------------------------------------------
+# ---- Matmuls --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", [Unquantized(), Int8(), Int4(32)], ids=format_label)
 @pytest.mark.parametrize("rows", [*range(10), 64, 65])
 def test_rows(format, rows):
-    """0 to 64, and a 65th that goes to the matrix product."""
+    """0 to 64, and a 65th that goes to the matmul of many tokens."""
     torch.manual_seed(0)
     w = exact_linear(12, 64, format, torch.float32)
     matrix, x = w.dequantized_weight(torch.float32).double(), integers(rows, 64, dtype=torch.float32)
@@ -314,13 +314,13 @@ def test_model(family, format, small_gpu):
             w.set_tensor(name, tensor)
     expected = logits_of(model, prompt)
     ours = logits_of(use_triton(model), prompt)
-    # 5 products in each layer and the head follow each other. Each adds what a sum of 64 terms may lose, on either side
+    # 5 matmuls in each layer and the head follow each other. Each adds what a sum of 64 terms may lose, on either side
     assert (ours - expected).abs().max() <= 11 * 2 * (64 + 8) * U32 * expected.abs().max()
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
 
 
 def test_many_sequences(small_gpu):
-    """Twelve sequences, each at its own position: every product, the attention and the norms are kernels."""
+    """Twelve sequences, each at its own position: every matmul, the attention and the norms are kernels."""
     model, start_pos = tiny_model("llama3", n_layers=1), torch.arange(12) * 5
     for _, w in model.quantizable_linears():
         tensors = Int8().quantize(w.weight.data)
@@ -339,7 +339,7 @@ def test_many_sequences(small_gpu):
     expected = step()
     use_triton(model)
     assert model.supports_kernels(12, 1) and model.supports_kernels(64, 1) and not model.supports_kernels(65, 1)
-    # 5 products and the head follow each other, as in test_model
+    # 5 matmuls and the head follow each other, as in test_model
     assert (step() - expected).abs().max() <= 6 * 2 * (64 + 8) * U32 * expected.abs().max()
 
 

@@ -1,4 +1,4 @@
-"""The tile sizes of products on a GPU, guessed and tuned, against measurements of an H100."""
+"""The tile sizes of matmuls on a GPU, guessed and tuned, against measurements of an H100."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def measured_name(tiles: launch.TileConfig) -> str:
 
 
 def test_guess_is_near_the_best(monkeypatch):
-    """No product takes 10 % longer than with the best tile sizes that were measured."""
+    """No matmul takes 10 % longer than with the best tile sizes that were measured."""
     gpu = launch.Gpu(N_PROCESSORS, min_block_m=8, has_pdl=True, tuned={})
     n_checked = 0
     for key, product in PRODUCTS.items():
@@ -42,7 +42,7 @@ def test_guess_is_near_the_best(monkeypatch):
 
 
 def test_measured_tiles_are_used(monkeypatch):
-    """tuned.json has the best tile sizes of each product, or some with less shared memory and 1 % more time."""
+    """tuned.json has the best tile sizes of each matmul, or some with less shared memory and 1 % more time."""
     table = json.loads(launch.TUNED.read_text())[MEASURED["device"]]
     assert len(table) == len(PRODUCTS)
     gpu = launch.Gpu(N_PROCESSORS, min_block_m=8, has_pdl=True, tuned=table)

@@ -32,7 +32,7 @@ from engine import generation  # noqa: E402
 from engine.runner import ModelRunner  # noqa: E402
 from engine.sampling import SamplingParams  # noqa: E402
 from formats import QuantizationScheme  # noqa: E402
-from model import KVCache, Transformer, empty_model  # noqa: E402
+from model import KVCache, Transformer, meta_model  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)
 CASES = {
@@ -227,7 +227,7 @@ def bytes_read(path: Path) -> dict:
     """What is read of the file for this rank's part, how much that must be, and the size of all that is cut."""
     config, quantization, tensors = read_checkpoint(path)
     tensors = with_tied_head(config, tensors)
-    model = empty_model(config, QuantizationScheme.from_dict(quantization))
+    model = meta_model(config, QuantizationScheme.from_dict(quantization))
     shard_tensor = tp.tensor_sharder(model)
     with BytesRead(tensors.values()) as read:
         parts = {name: shard_tensor(name, t) for name, t in tensors.items()}

@@ -50,21 +50,21 @@ def measure_busy(args: argparse.Namespace, config: ModelConfig, format: WeightFo
     """Returns the rounds, medians over the rounds, and a description of the machine. args: the options of
     benchmark.py."""
     n_threads, machine = torch.get_num_threads(), describe_machine()
-    with second_decoder(n_threads, args, config, format) as second:
-        decoder = Decoder(args, config, format)
-        rounds = [measure_round(decoder, second, n_threads) for _ in range(1 + args.busy)]
+    with second_process(n_threads, args, config, format) as second:
+        timed_model = TimedModel(args, config, format)
+        rounds = [measure_round(timed_model, second, n_threads) for _ in range(1 + args.busy)]
     del rounds[0]  # the warm-up
     medians = {name: median(row[name] for row in rounds) for name in rounds[0]}
     return machine | medians | {"rounds": rounds}
 
 
-def measure_round(decoder: "Decoder", second: Connection, n_threads: int) -> dict[str, float]:
-    alone = tokens_per_sec(decoder.time_text(n_threads))
+def measure_round(timed_model: "TimedModel", second: Connection, n_threads: int) -> dict[str, float]:
+    alone = tokens_per_sec(timed_model.time_text(n_threads))
     with busy_process():
-        beside_busy = tokens_per_sec(decoder.time_text(n_threads))
-        one_thread = tokens_per_sec(decoder.time_text(1))
+        beside_busy = tokens_per_sec(timed_model.time_text(n_threads))
+        one_thread = tokens_per_sec(timed_model.time_text(1))
     ask(second, "decode")
-    times = decoder.time_text(n_threads)
+    times = timed_model.time_text(n_threads)
     their_times = ask(second, "stop")
     first_of_two = tokens_per_sec(times)
     n_theirs = sum(times[0] < t <= times[-1] for t in their_times)  # their tokens while both decoded
@@ -85,7 +85,7 @@ def tokens_per_sec(times: list[float]) -> float:
     return (len(times) - 1) / (times[-1] - times[0])
 
 
-class Decoder:
+class TimedModel:
     """A model with random weights that decodes one text after the other."""
 
     def __init__(self, args: argparse.Namespace, config: ModelConfig, format: WeightFormat):
@@ -126,7 +126,7 @@ def busy_process() -> Iterator[subprocess.Popen]:
 
 
 @contextlib.contextmanager
-def second_decoder(*arguments) -> Iterator[Connection]:
+def second_process(*arguments) -> Iterator[Connection]:
     """Runs serve_decode_requests(connection, *arguments) in a process within this context: see ask."""
     spawn = multiprocessing.get_context("spawn")
     connection, their_end = spawn.Pipe()
@@ -160,13 +160,13 @@ def serve_decode_requests(connection: Connection, n_threads: int, *arguments):
     """Answers the requests of ask: the main loop of the second process."""
     tqdm.set_lock(threading.RLock())  # tqdm's default lock outlives a process that is killed
     try:
-        decoder = Decoder(*arguments)
+        timed_model = TimedModel(*arguments)
         while True:
             connection.recv()  # "decode"
-            runner, times = decoder.new_runner(n_threads), []
+            runner, times = timed_model.new_runner(n_threads), []
             connection.send(None)
             while not connection.poll():
-                for now in decoder.token_times(runner):
+                for now in timed_model.token_times(runner):
                     times.append(now)
                     if connection.poll():
                         break

@@ -24,7 +24,7 @@ from checkpoint import read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.checkpoint_path import ensure_converted
-from model import empty_model
+from model import meta_model
 from quantize import GROUP_SIZE_MODES, QUANTIZERS
 from scripts import tables
 from utils.errors import UsageError
@@ -111,7 +111,7 @@ def bits_per_weight(file: Path) -> float:
     config, _, tensors = read_checkpoint(file)
     tensors = with_tied_head(config, tensors)
     n_bytes = n_weights = 0
-    for layer, linear in empty_model(config).quantizable_linears():
+    for layer, linear in meta_model(config).quantizable_linears():
         n_weights += linear.weight.numel()
         names = [f"{layer}.{name}" for name in ("weight", "scales", "zeros")]
         n_bytes += sum(tensors[name].nbytes for name in names if name in tensors)

@@ -30,7 +30,7 @@ from engine.sequence import Sequence
 from engine.step_bytes import active_weight_bytes, step_bytes
 from formats import Tensors, Unquantized, WeightFormat
 from layers import Embedding, Linear, LinearBase, RMSNorm
-from model import KVCache, Transformer, empty_model
+from model import KVCache, Transformer, meta_model
 from utils.errors import UsageError
 from utils.files import read_json
 from utils.machine import cpu_name, peak_memory, read_bandwidth, synchronize
@@ -74,7 +74,7 @@ def find_config(name: str) -> ModelConfig:
 
 def random_model(config: ModelConfig, format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Transformer:
     """Makes a model whose linear layers have format, as a checkpoint stores it: not packed for the kernels."""
-    model = empty_model(config).to(dtype)
+    model = meta_model(config).to(dtype)
     for _, linear in model.quantizable_linears():
         linear.set_format(format)
     if config.tie_embeddings and format == Unquantized():  # quantize.py gives a quantized head its own weight
@@ -264,7 +264,7 @@ def measure_verify(model: Transformer, compile: bool) -> float:
 
 def prefill_flops(config: ModelConfig, n: int) -> int:
     """Returns the floating-point operations of a prefill of n tokens: of all matrices in the layers (only active
-    experts), of both products of attention, and of the head for one token."""
+    experts), of both matmuls of attention, and of the head for one token."""
     n_experts, top_k = (config.moe.n_experts, config.moe.top_k) if config.moe else (0, 1)
     ffn = (sum(config.gate_up_dims) + config.ffn_dim) * top_k
     matrices = config.dim * (2 * config.q_dim + 2 * config.kv_dim + n_experts + ffn)

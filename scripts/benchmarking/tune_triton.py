@@ -1,4 +1,4 @@
-"""Finds the fastest tile sizes for a model's matrix products on this GPU, for --tune of benchmark.py.
+"""Finds the fastest tile sizes for a model's matmuls on this GPU, for --tune of benchmark.py.
 
     python scripts/benchmark.py --config Llama-3.1-8B --mode int4 --compile --tune
 
@@ -18,7 +18,7 @@ from config import ModelConfig, is_gated
 from formats import WeightFormat
 from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_info, table_key
 from layers import Linear, RMSNorm
-from model import empty_model
+from model import meta_model
 from scripts.benchmarking.speed import fill_randomly, random_linear
 from utils.files import replace_file
 
@@ -31,8 +31,8 @@ CANDIDATES = [
 
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
-    """Tunes every matrix product of a model whose linear layers have format. This takes some minutes."""
-    linears = empty_model(config.with_layers(1)).quantizable_linears()
+    """Tunes every matmul of a model whose linear layers have format. This takes some minutes."""
+    linears = meta_model(config.with_layers(1)).quantizable_linears()
     has_gate = is_gated(config.activation)
     for n, k, gated in {
         (w.out_features, w.in_features, has_gate and name.endswith("gate_up_proj")) for name, w in linears
@@ -42,7 +42,7 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
 
 def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torch.device):
     """Writes the fastest tile sizes for W [n, k] into tuned.json. Only tile sizes that also run with MMA_TOKENS tokens
-    count. gated: whether W stacks gate and up projection, and the product ends with the activation."""
+    count. gated: whether W stacks gate and up projection, and the matmul ends with the activation."""
     weights = make_weights(n, k, format, device)
     x = torch.randn(1, MMA_TOKENS, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_info(x.device).tuned  # where choose_tiles looks first
@@ -83,7 +83,7 @@ def make_weights(n: int, k: int, format: WeightFormat, device: torch.device) -> 
 
 @torch.inference_mode()
 def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
-    """Returns how many microseconds the product of x with one of weights takes on the device."""
+    """Returns how many microseconds the matmul of x with one of weights takes on the device."""
     norm = RMSNorm(x.shape[-1], eps=1e-5).to(x.device, x.dtype)
     fill_randomly(norm)
 

@@ -160,11 +160,11 @@ def name_of(check: Check) -> str:
     return f"{check.func.__name__}({', '.join(str(argument) for argument in check.args)})"
 
 
-# ---- Products --------------------------------------------------------------------------------------------------------
+# ---- Matmuls ---------------------------------------------------------------------------------------------------------
 
 
 def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Checks a product of exact data, where even the smallest mistake shows."""
+    """Checks a matmul of exact data, where even the smallest mistake shows."""
     n, k, has_bias, token_counts = size
     w, norm = exact_linear(n, k, format, dtype, bias=has_bias), exact_norm(k, dtype)
     matrix, bias = matrix_and_bias(w)
@@ -187,7 +187,7 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Checks a product of random data, where sums and products with the norm's weight are rounded, and Int4's magic
+    """Checks a matmul of random data, where sums and products with the norm's weight are rounded, and Int4's magic
     bias costs bits."""
     n, k, n_tokens = size
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
@@ -212,7 +212,7 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
     """Returns an additional error of x [B, T, ..., K] times matrix [..., N, K], or 0 for up to MMA_TOKENS tokens. With
-    more tokens the norm has its own kernel. That kernel rounds the normed x, so the product's data are not exact."""
+    more tokens the norm has its own kernel. That kernel rounds the normed x, so the matmul's data are not exact."""
     normed = exact_rms_norm(x, norm)
     error = stored_error(normed, 2 * (x.shape[-1] + 8) * U32 * normed.abs(), x.dtype) @ matrix.abs().mT
     from kernels.triton.launch import MMA_TOKENS  # here, since Triton is installed only where there is a GPU
@@ -305,7 +305,7 @@ def check_permute_inputs(dtype: torch.dtype):
 
 
 def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Checks products with the gate and up projections of experts. Several tokens use one expert. PyTorch computes the
+    """Checks matmuls with the gate and up projections of experts. Several tokens use one expert. PyTorch computes the
     sizes that kernels do not support."""
     n_experts, dim, ffn_dim, has_bias, token_counts = size
     n, norm = 2 * ffn_dim, exact_norm(dim, dtype)

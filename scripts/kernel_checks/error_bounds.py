@@ -52,13 +52,6 @@ def rounding_error(y: Tensor, dtype: torch.dtype) -> Tensor:
     return U[dtype] * y.double().abs() + SMALLEST[dtype]
 
 
-def step_of(x: Tensor, quantized: bool) -> float:
-    """Returns the largest distance between neighbouring values that an element of x can have: in the type of x or, if
-    quantized, in 8 bits with a scale for 16 elements."""
-    largest = x.double().abs().max().item()
-    return largest / 127 if quantized else 2 * U[x.dtype] * largest
-
-
 def check(ours: Tensor, exact: Tensor, bound: Tensor):
     assert ours.shape == exact.shape
     error = (ours.double() - exact.double()).abs()

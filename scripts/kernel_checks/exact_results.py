@@ -18,9 +18,9 @@ import torch
 import formats
 import ops
 from formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
-from formats.integers import AffineFormat
+from formats.integers import GroupwiseAsymmetric
 from kernels.schema import AttentionParams, LayerCache, PositionTables
-from layers import Embedding, Linear, LinearBase, RMSNorm
+from layers import Linear, LinearBase, RMSNorm
 from ops import torch_ops
 from ops.backend import Backend
 from scripts.kernel_checks import error_bounds as bounds
@@ -80,11 +80,6 @@ def make_linear(
     if bias:
         w.set_tensor("bias", torch.randn(w.bias.shape).to(dtype))
     return set_weight(w, w.weight.data.to(dtype), format)
-
-
-def make_embedding(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
-    """Makes a random Embedding, not packed for the kernels."""
-    return set_weight(Embedding(n, k), torch.randn(n, k).to(dtype), format)
 
 
 def set_weight(matrix, w: torch.Tensor, format):
@@ -154,7 +149,7 @@ def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
     sums of slices are scaled and added up, and a few roundings (1 / rms, bias, residual) follow. If a format's numbers
     are no integers of a few bits, every term may be rounded: float8's range is wider than the 24 bits of a float32.
     terms: the sum of all magnitudes."""
-    has_exact_sums = isinstance(format, Unquantized | Int8 | AffineFormat | MXFP4)
+    has_exact_sums = isinstance(format, Unquantized | Int8 | GroupwiseAsymmetric | MXFP4)
     n_sums = (0 if format.group_size is None else k / 16) if has_exact_sums else k
     return (n_sums + 12) * U32 * terms
 
@@ -219,7 +214,7 @@ def exact_stored_activation(
     x: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ops/dispatch.py: activate of x, and the error after storing in dtype. If the activation is not fused with
-    the matrix product x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
+    the matmul's result x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
     if not fused:
         error = stored_error(x, error, dtype)
     y, error = activate_with_error(x, error, activation)
@@ -232,7 +227,7 @@ def softcap_error(softcap: float) -> float:
 
 
 def pytorch_error(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the error of a product by PyTorch's operations. Factors, product and every later result are rounded."""
+    """Returns the error of a matmul by PyTorch's operations. Factors, product and every later result are rounded."""
     return ((k + 8) * U32 + 8 * bounds.U[dtype]) * terms
 
 
