@@ -159,20 +159,20 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }
   int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv() + head % heads_per_kv(); }
 
-  // The memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and their softmaxes.
+  // Scratch memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and softmax states.
   struct Shared {
-    float* partial;    // [batch, n_kv_heads, max_splits, queries_per_kv, head_dim]
-    T* q;              // [batch, n_tokens, n_heads, head_dim]
-    Softmax* softmax;  // [batch, n_kv_heads, max_splits, queries_per_kv]
+    float* partial;         // [batch, n_kv_heads, max_splits, queries_per_kv, head_dim]
+    T* q;                   // [batch, n_tokens, n_heads, head_dim]
+    SoftmaxState* softmax;  // [batch, n_kv_heads, max_splits, queries_per_kv]
   };
   int64_t n_queries() const { return batch * n_tokens * n_heads; }
   size_t shared_bytes() const {
-    return n_queries() * (max_splits() * (head_dim * sizeof(float) + sizeof(Softmax)) + head_dim * sizeof(T));
+    return n_queries() * (max_splits() * (head_dim * sizeof(float) + sizeof(SoftmaxState)) + head_dim * sizeof(T));
   }
   Shared partition(char* memory) const {
     float* partial = reinterpret_cast<float*>(memory);
     T* q = reinterpret_cast<T*>(partial + n_queries() * max_splits() * head_dim);
-    return {partial, q, reinterpret_cast<Softmax*>(q + n_queries() * head_dim)};
+    return {partial, q, reinterpret_cast<SoftmaxState*>(q + n_queries() * head_dim)};
   }
 
   void execute(char* memory, Barrier& barrier) const {

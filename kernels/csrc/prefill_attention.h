@@ -104,7 +104,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   struct Buffers {
     VnniPair *q, *k, *v;  // [rows, query_pairs], [query_pairs, KEY_TILE], [KEY_TILE / VNNI_SIZE, width]
     float* acc;           // [rows, width]
-    Softmax* softmax;     // [rows]
+    SoftmaxState* softmax;     // [rows]
   };
 
   void attend_block(const T* q, int64_t b, int64_t kv_head, int64_t block) const {
@@ -134,7 +134,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     const int64_t q_size = n_rows * query_pairs(), k_size = query_pairs() * KEY_TILE;
     VnniPair* q = pairs.at_least<VnniPair>(q_size + k_size + KEY_TILE / VNNI_SIZE<T> * width());
     return {q, q + q_size, q + q_size + k_size, floats.at_least<float>(n_rows * width()),
-            softmax.at_least<Softmax>(n_rows)};
+            softmax.at_least<SoftmaxState>(n_rows)};
   }
 
   int64_t token(const Rows& rows, int64_t row) const { return rows.first_token + row / heads_per_kv(); }
@@ -177,7 +177,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     }
     // All rows at each step, since the steps of a single row wait for each other.
     float* const acc = buffers.acc + row * width();
-    Softmax* const softmax = buffers.softmax + row;
+    SoftmaxState* const softmax = buffers.softmax + row;
     const float exponent_scale = this->exponent_scale(rows);
     for (int64_t r = 0; r < MR; r++)
       if (visible[r].begin < visible[r].end) raise_maximum(scores[r], exponent_scale, softmax[r], acc + r * width());
@@ -193,7 +193,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   }
 
   // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * exponent_scale is the exponent
-  // of a softmax with base 2. Softmax::m_i is the maximum of these exponents.
+  // of a softmax with base 2. SoftmaxState::m_i is the maximum of these exponents.
   float exponent_scale(const Rows& rows) const { return LOG2_E * (rows.is_scale_only ? this->scale : 1.0f); }
 
   void finish_row(const Rows& rows, int64_t row, int64_t key, float* scores) const {
@@ -212,7 +212,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   }
 
   // If the scores raise the maximum m_i, rescales l_i and acc.
-  void raise_maximum(const float* scores, float exponent_scale, Softmax& softmax, float* acc) const {
+  void raise_maximum(const float* scores, float exponent_scale, SoftmaxState& softmax, float* acc) const {
     const float m_i = largest_score(scores) * exponent_scale;
     if (m_i <= softmax.m_i) return;
     const float alpha = exp2_vec(f32x16{} + (softmax.m_i - m_i))[0];
