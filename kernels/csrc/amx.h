@@ -9,7 +9,7 @@
 // rounded to bf16, as in prefill. Activations are not quantized.
 //
 //     for each tile of 32 inputs of a block:
-//         decode the weights                                                       1 tile register
+//         dequantize the weights                                                   1 tile register
 //         for each of up to 4 tiles of 16 tokens:  sums += activations * weights   3 tile registers, and 4 of sums
 //         at the end of a group, if SCALE_AFTER_SUM:  out += scale * sums; sums = 0
 #pragma once

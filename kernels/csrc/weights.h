@@ -68,7 +68,7 @@ struct Weights {
 
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
-// The struct of a format says how the loops of dot_quantized.h, bf16_weights.h and linear.h decode the weights. A new
+// The struct of a format says how the loops of dot_quantized.h, bf16_weights.h and linear.h unpack the weights. A new
 // format needs
 //
 //     ELEMENTS_PER_WORD   elements of a word
@@ -77,7 +77,7 @@ struct Weights {
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
 // and an entry in Formats. Then the loops for any format can read the new format. To add faster loops for one format,
-// overload run_loop (dot.h) or specialize WordDecoder (bf16_weights.h).
+// overload run_loop (dot.h) or specialize WordDequantizer (bf16_weights.h).
 
 // The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
 // (q - zero) * scale, or for (q - zero) * scale * output_scale if the format has HAS_OUTPUT_SCALES.
