@@ -66,12 +66,12 @@ void run_loop(Float8, const Weights& w, const int64_t* blocks, const MBlock& m_b
 // multiply for M tokens, M <= BLOCK_M. T is the type that the activations had before preparation.
 template <int M, typename T>
 void multiply_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const MBlock& m_block,
-                        const PreparedToken* tokens, f32x16* const* out) {
+                        const ActRow* tokens, f32x16* const* out) {
   dispatch_format(w.format, [&]<typename F>(F format) {
-    const Prepared<F, T>* typed[M];
-    for (int m = 0; m < M; m++) typed[m] = static_cast<const Prepared<F, T>*>(tokens[m]);
+    const ActElement<F, T>* typed[M];
+    for (int m = 0; m < M; m++) typed[m] = static_cast<const ActElement<F, T>*>(tokens[m]);
     // Two blocks in step share the loads of the activations. With up to 5 tokens, reading memory in order is faster.
-    constexpr bool IS_BF16_FLOAT8 = std::is_same_v<F, Float8> && std::is_same_v<Prepared<F, T>, bf16>;
+    constexpr bool IS_BF16_FLOAT8 = std::is_same_v<F, Float8> && std::is_same_v<ActElement<F, T>, bf16>;
     if constexpr (HAS_WIDE_REGISTERS && ((M > 2 && ROUNDS_TO_INT8<F, T>) || (M > 4 && IS_BF16_FLOAT8)))
       if (n_blocks == 2 && (M > 5 || m_block.count > 1)) return run_loop<M, 2>(format, w, blocks, m_block, typed, out);
     for (int64_t b = 0; b < n_blocks; b++) run_loop<M, 1>(format, w, blocks + b, m_block, typed, out + b);
@@ -92,7 +92,7 @@ template <typename T> int64_t most_tokens(const Weights& w, int64_t m) {
 
 // Computes out[b][i] = tokens[i] * (block blocks[b] of w)^T for tokens [m] and 1 or 2 blocks.
 template <typename T>
-void multiply(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const PreparedToken* tokens,
+void multiply(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const ActRow* tokens,
               BlockSums* out) {
   static constexpr auto by_tokens = functions_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
   const int64_t n_in_step = n_blocks == 2 && blocks[1] == blocks[0] + 1 ? 2 : 1;

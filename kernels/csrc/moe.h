@@ -39,15 +39,15 @@ template <typename T> struct ExpertsGateUpOp {
   Activation activation;  // as in FusedLinearOp
   T* hidden;
 
-  InputPreparer<T> preparer() const { return {x, m, w, norm_weight, eps}; }
-  size_t shared_bytes() const { return preparer().shared_bytes(); }
+  Prologue<T> prologue() const { return {x, m, w, norm_weight, eps}; }
+  size_t shared_bytes() const { return prologue().shared_bytes(); }
 
   // A task is a block of outputs of a batch. The threads share the tasks.
   void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = divide_up(n_out, BLOCK_N);
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    PreparedToken tokens[MAX_CPU_TOKENS], batch_tokens[MAX_CPU_TOKENS];
-    preparer().prepare(shared, barrier, tokens);
+    ActRow tokens[MAX_CPU_TOKENS], batch_tokens[MAX_CPU_TOKENS];
+    prologue().run(shared, barrier, tokens);
     BlockSums sums[2];
     const Range range = thread_range(n_blocks * batches.size());
     for (int64_t task = range.begin; task < range.end; task++) {
@@ -77,22 +77,22 @@ template <typename T> struct ExpertsDownOp {
   const T* residual;  // [m, n] or null
   T* out;
 
-  InputPreparer<T> preparer() const { return {hidden, m * top_k, w, nullptr, 0}; }
-  size_t shared_bytes() const { return preparer().shared_bytes(); }
+  Prologue<T> prologue() const { return {hidden, m * top_k, w, nullptr, 0}; }
+  size_t shared_bytes() const { return prologue().shared_bytes(); }
 
   // The threads share the blocks of outputs. One thread sums the products of a block over all experts.
   void execute(char* shared, Barrier& barrier) const {
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    std::vector<PreparedToken> prepared(m * top_k);  // a row of hidden for each pair
-    preparer().prepare(shared, barrier, prepared.data());
-    PreparedToken batch_rows[MAX_CPU_TOKENS];
+    std::vector<ActRow> rows(m * top_k);  // a row of hidden for each pair
+    prologue().run(shared, barrier, rows.data());
+    ActRow batch_rows[MAX_CPU_TOKENS];
     BlockSums sums[2], total;  // multiply fills sums[0] alone
     const Range range = thread_range(w.n_blocks());
     for (int64_t block = range.begin; block < range.end; block++) {
       std::fill_n(total, m, f32x16{});
       for (const auto& [expert, pairs] : batches) {
         const int64_t n_pairs = pairs.size();
-        for (int64_t i = 0; i < n_pairs; i++) batch_rows[i] = prepared[pairs[i]];
+        for (int64_t i = 0; i < n_pairs; i++) batch_rows[i] = rows[pairs[i]];
         multiply<T>(n_pairs, w.expert(expert), &block, 1, batch_rows, sums);
         const T* expert_bias = bias ? bias + expert * w.n : nullptr;
         for (int64_t i = 0; i < n_pairs; i++) {

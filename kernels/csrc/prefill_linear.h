@@ -39,12 +39,12 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   // With a gated activation, half of a task's blocks are of the gate projection, and half of the up projection.
   int64_t out_blocks_per_task() const { return is_gated(activation) ? 2 : 4; }
 
-  // The scratch memory that all threads share holds norm(x) as pairs [n_panels, padded_m, PANEL_PAIRS], padded with zeros.
+  // The scratch memory that all threads share: norm(x) as pairs [n_panels, padded_m, PANEL_PAIRS], padded with zeros.
   size_t shared_bytes() const { return n_panels() * padded_m() * PANEL_PAIRS * sizeof(VnniPair); }
 
   void execute(char* shared, Barrier& barrier) const {
     VnniPair* x_pairs = reinterpret_cast<VnniPair*>(shared);
-    prepare_inputs(x_pairs);
+    run_prologue(x_pairs);
     barrier.wait();
     const int64_t n_threads = omp_get_num_threads(), n_columns = divide_up(n_out_blocks(), out_blocks_per_task());
     const int64_t n_token_blocks = std::clamp(divide_up(TASKS_PER_THREAD * n_threads, n_columns),
@@ -56,7 +56,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     }
   }
 
-  void prepare_inputs(VnniPair* x_pairs) const {
+  void run_prologue(VnniPair* x_pairs) const {
     const Range range = thread_range(padded_m());
     for (int64_t token = range.begin; token < range.end; token++) {
       const bf16* from = x + token * w.k;
