@@ -1,5 +1,5 @@
-// The prologue of a matmul: norms the activations, and then quantizes, converts or copies them into tiles (Prologue). The
-// operations with a matmul (linear.h, moe.h) run the prologue first, and pass the result to dot.h or amx.h.
+// The prologue of a matmul: norms the activations, and then quantizes, converts or copies them into tiles (Prologue).
+// The operations with a matmul (linear.h, moe.h) run the prologue first, and pass the result to dot.h or amx.h.
 #pragma once
 
 #include <cmath>
@@ -98,8 +98,8 @@ template <typename F, typename T>
 using ActElement =
     std::conditional_t<ROUNDS_TO_INT8<F, T>, ActGroup, std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
 
-// The address of a token after the prologue. The compiler does not know the format F, so it does not know the type of the
-// token. matmul_by_format (dot.h) casts the address to const ActElement<F, T>*.
+// The address of a token after the prologue. The type is void, since the format F is known only at run time.
+// matmul_by_format (dot.h) casts the address to const ActElement<F, T>*.
 using ActRow = const void*;
 
 // The prologue of x [m, k] W^T. If norm_weight [k] is not null, applies RMSNorm first.
@@ -128,13 +128,13 @@ template <typename T> struct Prologue {
   }
   int64_t bytes() const { return padded_m() * token_bytes(); }
 
-  // Whether the threads share the tokens. With few tokens, each thread runs the prologue of all tokens in scratch memory
-  // of its own, which is cheaper than a barrier.
+  // Whether the threads share the tokens. With few tokens, each thread runs the prologue of all tokens in its own
+  // scratch memory, which is cheaper than a barrier.
   bool is_shared() const { return m > BLOCK_M && token_bytes() > 0; }
   size_t shared_bytes() const { return is_shared() ? bytes() : 0; }
 
-  // Writes the addresses of the results to tokens [m]. With for_amx, returns the address of the tiles, and does not write
-  // tokens. The results stay valid until this thread calls run again or, if is_shared, until the operation ends.
+  // Writes the addresses of the results to tokens [m]. With for_amx, writes no tokens, and returns the address of the
+  // tiles. The results stay valid until this thread calls run again or, if is_shared, until the operation ends.
   const char* run(char* shared, Barrier& barrier, ActRow* tokens) const {
     static thread_local Scratch scratch;
     char* memory = is_shared() ? shared : scratch.at_least<char>(bytes());

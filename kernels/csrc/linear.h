@@ -40,7 +40,7 @@ template <typename T> struct FusedLinearOp {
       n_blocks = gated ? 1 : std::min<int64_t>(2, range.end - block);  // blocks of outputs
       const int64_t blocks[] = {block, gated ? block + n_out / BLOCK_N : block + 1};
       if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, tiles, sums);
-      else multiply<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, sums);
+      else matmul<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, sums);
       for (int64_t token = 0; token < m; token++)
         for (int64_t b = 0; b < n_blocks; b++) epilogue(sums, token, b, blocks, n_out);
     }

@@ -52,7 +52,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     const int64_t block_tokens = round_up(divide_up(m, n_token_blocks), MR);
     for (int64_t i = omp_get_thread_num(); i < n_columns * n_token_blocks; i += n_threads) {
       const int64_t begin = i % n_token_blocks * block_tokens, end = std::min(m, begin + block_tokens);
-      if (begin < end) multiply_task(x_pairs, i / n_token_blocks * out_blocks_per_task(), {begin, end});
+      if (begin < end) matmul_task(x_pairs, i / n_token_blocks * out_blocks_per_task(), {begin, end});
     }
   }
 
@@ -72,7 +72,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   }
 
   // Computes the outputs of out_blocks_per_task() blocks, from first_block on, for the tokens [begin, end).
-  void multiply_task(const VnniPair* x_pairs, int64_t first_block, Range tokens) const {
+  void matmul_task(const VnniPair* x_pairs, int64_t first_block, Range tokens) const {
     int64_t blocks[4];  // of W. Beyond the last block, the last one is multiplied again, and its outputs are not stored
     for (int64_t i = 0; i < 4; i++) {
       const int64_t out_block = first_block + (is_gated(activation) ? i / 2 : i);
@@ -94,7 +94,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
           dequantize_panel<F>(tiles[i], blocks[i], begin, end,
                               reinterpret_cast<i32x16*>(panel + i * PANEL_PAIRS * BLOCK_N));
         const VnniPair* x = x_pairs + (begin / PANEL_K * padded_m() + tokens.begin) * PANEL_PAIRS;
-        multiply_panel(x, panel, round_up(end - begin, TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
+        matmul_panel(x, panel, round_up(end - begin, TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
       }
     });
     for (int64_t token = tokens.begin; token < tokens.end; token += MR, acc += MR * NR)
@@ -112,11 +112,11 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     }
   }
 
-  static void multiply_panel(const VnniPair* x, const VnniPair* panel, int64_t n_pairs, bool accumulates,
+  static void matmul_panel(const VnniPair* x, const VnniPair* panel, int64_t n_pairs, bool accumulates,
                              int64_t n_tokens, float* acc) {
     for (int64_t token = 0; token < n_tokens; token += MR, x += MR * PANEL_PAIRS, acc += MR * NR) {
-      const auto multiply = accumulates ? microkernel<bf16, true> : microkernel<bf16, false>;
-      multiply(x, PANEL_PAIRS, panel, BLOCK_N, PANEL_PAIRS * BLOCK_N, n_pairs, acc, NR);
+      const auto gemm = accumulates ? microkernel<bf16, true> : microkernel<bf16, false>;
+      gemm(x, PANEL_PAIRS, panel, BLOCK_N, PANEL_PAIRS * BLOCK_N, n_pairs, acc, NR);
     }
   }
 

@@ -85,8 +85,8 @@ struct ScalesAndZeros { f32x16 scales, zeros; };
 
 // A format derives from these defaults.
 struct FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = false;  // whether the product rounds 16-bit activations to int8
-  static constexpr bool BF16_ACTIVATIONS = false;  // whether the product takes bf16 activations without conversion
+  static constexpr bool INT8_ACTIVATIONS = false;  // whether the matmul rounds 16-bit activations to int8
+  static constexpr bool BF16_ACTIVATIONS = false;  // whether the matmul takes bf16 activations without conversion
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // from this number of tokens amx.h is faster than dot.h
   static constexpr bool HAS_ZEROS = false;                // whether there is a tensor of zero points
   static constexpr bool HAS_OUTPUT_SCALES = false;        // whether each output has one more scale
@@ -143,7 +143,7 @@ struct Float8 : FormatDefaults {
   }
 };
 
-// 4-bit floats, e2m1. Twice an e2m1 number is an integer from -12 to 12. The products use the integer q = 12 + 2 * e2m1
+// 4-bit floats, e2m1. Twice an e2m1 number is an integer from -12 to 12. The matmul uses the integer q = 12 + 2 * e2m1
 // from 0 to 24, with the zero point 12 and half the scale.
 struct MXFP4 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true;
