@@ -37,7 +37,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class ScoreMod(NamedTuple):
-    """The score_mod of FlexAttention: how q k^T becomes the scores of a softmax with base 2. None leaves the step out."""
+    """The score_mod of FlexAttention: how q k^T becomes the scores of a base-2 softmax. None leaves the step out."""
 
     scale: tl.tensor
     softcap: tl.tensor | None

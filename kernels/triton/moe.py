@@ -1,10 +1,10 @@
-"""A mixture of experts in a decode step on a GPU, in Triton: the router's choice, and the products of the experts.
+"""A mixture of experts in a decode step on a GPU, in Triton: the router's choice, and the experts' matmuls.
 
     route              chooses the experts of each token: softmax and top_k of the router's logits
     experts_gate_up    multiplies every token with the gate and up projections of the token's experts
     experts_down       multiplies the results with the down projections, and sums them with the router's weights
 
-They implement torch.ops.gptfast_triton.* (kernels/schema.py). Both products are the kernel of linear.py, with topk_ids.
+They implement torch.ops.gptfast_triton.* (kernels/schema.py). Both matmuls are the kernel of linear.py, with topk_ids.
 """
 
 import triton
