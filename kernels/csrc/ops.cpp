@@ -363,7 +363,19 @@ int max_unquantized_tokens(int is_bf16) {
 // has AMX, PyTorch uses it, and the two were not compared.
 int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
-// The tests call it.
+
+// The rest is for the tests. These functions return what Python says, too: a format's 8 / bits and rounds_activations
+// (formats/), and an activation's is_gated (config.py).
+int format_elements_per_byte(int id) {
+  return dispatch_format(id, []<typename F>(F) {
+    if constexpr (std::is_same_v<F, Unquantized>) return 1;
+    else return F::ELEMENTS_PER_WORD / 4;
+  });
+}
+int format_rounds_activations(int id) {
+  return dispatch_format(id, []<typename F>(F) { return F::INT8_ACTIVATIONS; });
+}
+int activation_is_gated(int id) { return is_gated(Activation{id}); }
 int has_amx_bf16() { return has_amx(); }
 }
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import AttentionParams, triton_op
+from kernels.schema import AttentionParams, fake_attend, triton_op
 from kernels.triton.epilogue import apply_softcap
 from kernels.triton.heads import (
     HeadLayout,
@@ -278,7 +278,7 @@ def attend(
     n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
     n_queries = batch * n_tokens * n_heads
-    out = qkv.new_empty(batch, n_tokens, n_heads * head_dim)
+    out = fake_attend(qkv, start_pos, k_cache, v_cache, n_heads=n_heads)
     partial_out = partial_ml = None
     if n_splits > 1:
         partial_out = qkv.new_empty(n_queries, n_splits, head_dim, dtype=torch.float32)

@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import ACTIVATION_IDS, GATED_IDS, WeightArguments, output_width, triton_op
+from kernels.schema import (
+    ACTIVATION_IDS,
+    GATED_IDS,
+    WeightArguments,
+    fake_permute_inputs,
+    fake_rms_norm,
+    output_width,
+    triton_op,
+)
 from kernels.triton.elements import magic_number
 from kernels.triton.epilogue import EpilogueOperands, epilogue
 from kernels.triton.formats import kernel_format
@@ -321,7 +329,7 @@ def rms_norm_kernel(
 @triton_op
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
     """Computes [residual +] x / rms(x) * weight over the last dimension."""
-    y, dim = torch.empty_like(x), x.shape[-1]
+    y, dim = fake_rms_norm(x), x.shape[-1]
     grid = (x.numel() // dim,)
     rms_norm_kernel[grid](
         x, weight, residual, y, eps, DIM=dim,
@@ -356,7 +364,7 @@ def permute_inputs_kernel(
 def permute_inputs(x: Tensor, input_order: Tensor) -> Tensor:
     """Returns x[..., input_order], for x [..., K] and input_order int32 [N]: [..., N]."""
     k, n = x.shape[-1], len(input_order)
-    y, block = x.new_empty(*x.shape[:-1], n), min(1024, triton.next_power_of_2(n))
+    y, block = fake_permute_inputs(x, input_order), min(1024, triton.next_power_of_2(n))
     grid = x.numel() // k, triton.cdiv(n, block)
     permute_inputs_kernel[grid](x, input_order, y, K=k, N=n, BLOCK=block, **pdl_options(x.device, grid))
     return y
