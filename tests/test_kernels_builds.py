@@ -16,7 +16,8 @@ import torch
 
 import kernels.build
 import ops
-from formats import Int4, Int8
+from config import ACTIVATIONS, is_gated
+from formats import FORMATS, Int4, Int8
 from formats.cpu_layouts import CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
 from kernels.triton import heads
@@ -60,6 +61,16 @@ def test_both_sizes_are_one(name, ours):
     kernels.build.check_sizes(weights_h)
     with pytest.raises(ImportError, match=f"{name} is 32; .*: .* is {ours}"):
         kernels.build.check_sizes(weights_h.replace(f"{name} = {ours};", f"{name} = 32;"))
+
+
+@built
+def test_formats_and_activations_are_the_same_in_both_languages():
+    library = kernels.build.library()
+    for i, format_class in enumerate(FORMATS):
+        assert library.format_elements_per_byte(i) == format_class.elements_per_byte
+        assert library.format_rounds_activations(i) == format_class.rounds_activations
+    for i, activation in enumerate(ACTIVATIONS, 1):
+        assert library.activation_is_gated(i) == is_gated(activation)
 
 
 @built

@@ -1,5 +1,5 @@
-// Prepares the activations of a product: norms, and then quantizes, converts or copies into tiles (InputPreparer). The
-// operations that multiply with weights (linear.h, moe.h) prepare x first, and pass the result to dot.h or amx.h.
+// The prologue of a matmul: norms the activations, and then quantizes, converts or copies them into tiles (Prologue).
+// The operations with a matmul (linear.h, moe.h) run the prologue first, and pass the result to dot.h or amx.h.
 #pragma once
 
 #include <cmath>
@@ -58,11 +58,11 @@ struct ActGroup {
   int8_t q[ACT_GROUP];
 };
 
-// Whether activations of type T are quantized for a product with weights of format F. Float32 activations (--precision
+// Whether activations of type T are quantized for a matmul with weights of format F. Float32 activations (--precision
 // float32) are never quantized.
 template <typename F, typename T> constexpr bool ROUNDS_TO_INT8 = F::INT8_ACTIVATIONS && !std::is_same_v<T, float>;
 
-// Whether activations of type T become float for a product with weights of format F.
+// Whether activations of type T become float for a matmul with weights of format F.
 template <typename F, typename T>
 constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Unquantized> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
                                  !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
@@ -90,20 +90,20 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
   }
 }
 
-// ---- The input of a product -----------------------------------------------------------------------------------------
+// ---- The prologue ---------------------------------------------------------------------------------------------------
 
-// The element type of a prepared token, which dot.h multiplies with weights of format F. A prepared token is an array:
-// ActGroup [k / ACT_GROUP], float [k] or T [k].
+// What dot.h multiplies with weights of format F, after the prologue. A token is ActGroup [k / ACT_GROUP], float [k] or
+// T [k].
 template <typename F, typename T>
-using Prepared =
+using ActElement =
     std::conditional_t<ROUNDS_TO_INT8<F, T>, ActGroup, std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
 
-// The address of a prepared token. The format F is unknown at compile time, and so is the type of the token.
-// multiply_by_format (dot.h) casts the address to const Prepared<F, T>*.
-using PreparedToken = const void*;
+// The address of a token after the prologue. The type is void, since the format F is known only at run time.
+// matmul_by_format (dot.h) casts the address to const ActElement<F, T>*.
+using ActRow = const void*;
 
-// Prepares the activations x [m, k] of a product with w. If norm_weight [k] is not null, applies RMSNorm first.
-template <typename T> struct InputPreparer {
+// The prologue of x [m, k] W^T. If norm_weight [k] is not null, applies RMSNorm first.
+template <typename T> struct Prologue {
   const T* x;
   int64_t m;
   const Weights& w;
@@ -120,7 +120,7 @@ template <typename T> struct InputPreparer {
   int64_t padded_m() const { return for_amx ? round_up(m, TILE_M) : m; }
   int64_t padded_k() const { return round_up(w.k, TILE_K); }
 
-  // Returns the bytes of a prepared token. 0 means that the product can read x itself.
+  // Returns the bytes of a token after the prologue. 0 means that the matmul reads x itself.
   int64_t token_bytes() const {
     if (is_quantized()) return padded_k() / ACT_GROUP * sizeof(ActGroup);
     if (is_widened()) return padded_k() * sizeof(float);
@@ -128,26 +128,25 @@ template <typename T> struct InputPreparer {
   }
   int64_t bytes() const { return padded_m() * token_bytes(); }
 
-  // Whether the threads share the work. For few tokens, each thread prepares all tokens in memory of its own, which is
-  // cheaper than a barrier.
+  // Whether the threads share the tokens. With few tokens, each thread runs the prologue of all tokens in its own
+  // scratch memory, which is cheaper than a barrier.
   bool is_shared() const { return m > BLOCK_M && token_bytes() > 0; }
   size_t shared_bytes() const { return is_shared() ? bytes() : 0; }
 
-  // Prepares x and writes the addresses of the prepared tokens to tokens [m]. With for_amx, tokens is not written, and
-  // the returned address is that of the tiles. The prepared data stay valid until this thread calls prepare again or,
-  // if is_shared, until the operation ends.
-  const char* prepare(char* shared, Barrier& barrier, PreparedToken* tokens) const {
+  // Writes the addresses of the results to tokens [m]. With for_amx, writes no tokens, and returns the address of the
+  // tiles. The results stay valid until this thread calls run again or, if is_shared, until the operation ends.
+  const char* run(char* shared, Barrier& barrier, ActRow* tokens) const {
     static thread_local Scratch scratch;
     char* memory = is_shared() ? shared : scratch.at_least<char>(bytes());
     const Range range = is_shared() ? thread_range(m) : Range{0, m};
-    for (int64_t i = range.begin; i < range.end; i++) prepare_token(i, memory);
+    for (int64_t i = range.begin; i < range.end; i++) run_token(i, memory);
     for (int64_t i = 0; i < m && !for_amx; i++)
-      tokens[i] = token_bytes() ? static_cast<PreparedToken>(memory + i * token_bytes()) : x + i * w.k;
+      tokens[i] = token_bytes() ? static_cast<ActRow>(memory + i * token_bytes()) : x + i * w.k;
     if (is_shared()) barrier.wait();
     return memory;
   }
 
-  void prepare_token(int64_t i, char* memory) const {
+  void run_token(int64_t i, char* memory) const {
     static thread_local Scratch scratch;
     char* out = memory + i * token_bytes();
     const T* token = x + i * w.k;

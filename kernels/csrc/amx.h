@@ -1,5 +1,5 @@
-// Products of blocks of weights with the bf16 activations of many tokens, on Intel's matrix unit AMX. FusedLinearOp
-// (linear.h) calls it in place of dot.h if uses_amx.
+// The matmul of the bf16 activations of many tokens with blocks of weights, on Intel's matrix unit AMX. FusedLinearOp
+// (linear.h) calls dot_amx in place of matmul (dot.h) if uses_amx.
 //
 // A tile register has 16 rows of 64 bytes. One instruction multiplies two tiles of bf16 and adds to a tile of float:
 //
@@ -9,7 +9,7 @@
 // rounded to bf16, as in prefill. Activations are not quantized.
 //
 //     for each tile of 32 inputs of a block:
-//         decode the weights                                                       1 tile register
+//         dequantize the weights                                                   1 tile register
 //         for each of up to 4 tiles of 16 tokens:  sums += activations * weights   3 tile registers, and 4 of sums
 //         at the end of a group, if SCALE_AFTER_SUM:  out += scale * sums; sums = 0
 #pragma once
@@ -30,7 +30,7 @@ inline bool has_amx() {
   return is_permitted;
 }
 
-// Whether AMX computes the product of w with m tokens' activations of type T.
+// Whether AMX computes the matmul of m tokens of type T with w.
 template <typename T> bool uses_amx(const Weights& w, int64_t m) {
   return dispatch_format(w.format, [&]<typename F>(F) {
     // dot_amx scales sums of whole tiles, so no tile may span two groups of inputs.
@@ -55,7 +55,7 @@ class TileRegisters {
   ~TileRegisters() { _tile_release(); }
 };
 
-// ---- The product ----------------------------------------------------------------------------------------------------
+// ---- The matmul -----------------------------------------------------------------------------------------------------
 
 // Computes out [16 N, BLOCK_N] = activations [16 N, k] * (a block of w)^T. tiles are the activations, [k / TILE_K, N]
 // tiles. The numbers of tile registers are part of the instructions: 0-3 hold sums, 4-6 activations, 7 weights.
@@ -108,7 +108,7 @@ static_assert(MAX_CPU_TOKENS == 4 * TILE_M);
 template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
     dot_amx<F, 1>, dot_amx<F, 2>, dot_amx<F, 3>, dot_amx<F, 4>};
 
-// Computes what multiply in dot.h computes, from activations in tiles.
+// Computes what matmul in dot.h computes, from activations in tiles.
 inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const char* tiles,
                     BlockSums* out) {
   dispatch_format(w.format, [&]<typename F>(F) {

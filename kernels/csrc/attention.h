@@ -48,44 +48,45 @@ template <typename T> inline void prefetch_vector(const T* x, int64_t d) {
   for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) prefetch_l2(x + i);
 }
 
-// How a product q . k becomes a score: softcap(scale * product) + slope * distance. The slope is ALiBi's. The distance
-// is the position of the key minus that of the query. Every option but scale has a default that changes nothing.
-struct ScoreOptions {
+// The score_mod of FlexAttention: a score is softcap(scale * (q . k)) + slope * distance. The slope is ALiBi's, and
+// distance is the position of the key minus the position of the query. Every member but scale has a default that
+// changes nothing.
+struct ScoreMod {
   float scale, softcap = 0, slope = 0;
-  bool operator==(const ScoreOptions&) const = default;
-  // Whether a score is scale * product. == compares all members, so a new option needs no line here.
-  bool is_scale_only() const { return *this == ScoreOptions{scale}; }
+  bool operator==(const ScoreMod&) const = default;
+  // Whether a score is scale * (q . k). == compares all members, so a new member needs no line here.
+  bool is_scale_only() const { return *this == ScoreMod{scale}; }
 };
-inline f32x16 finish_scores(f32x16 products, const ScoreOptions& options, f32x16 distance) {
-  f32x16 scores = products * options.scale;
-  if (options.softcap) scores = apply_softcap(scores, options.softcap);
-  return scores + options.slope * distance;
+inline f32x16 apply_score_mod(f32x16 qk, const ScoreMod& mod, f32x16 distance) {
+  f32x16 scores = qk * mod.scale;
+  if (mod.softcap) scores = apply_softcap(scores, mod.softcap);
+  return scores + mod.slope * distance;
 }
 
 // Computes the scores [n] of q [d] and k [n, d], 16 keys at a time, and returns the largest score. Scores beyond n, up
 // to a multiple of 16, become -infinity. distance is that of the first key. If next is not null, also prefetches the
 // values next [n / stride, d]: one value for every stride keys.
 template <int64_t D, typename T>
-float score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreOptions& options, int64_t distance,
+float score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreMod& mod, int64_t distance,
                  float* scores, const T* next, int64_t stride) {
   f32x16 max = f32x16{} + NEGATIVE_INFINITY;
   for (int64_t s = 0; s < n; s += LANES) {
     for (int64_t r = divide_up(s, stride); next && r * stride < std::min(s + LANES, n); r++)
       prefetch_vector(next + r * d, d);
-    f32x16 products = {};
+    f32x16 qk = {};
     if constexpr (D > 0) {
       f32x16 sums[LANES];
       for (int64_t r = 0; r < LANES; r++) sums[r] = dot_head<D>(q, k + std::min(s + r, n - 1) * D);
-      products = transpose_reduce_add(sums);
+      qk = transpose_reduce_add(sums);
     } else {
       for (int64_t r = 0; r < std::min(LANES, n - s); r++) {
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < d; i++) sum += to_float(q[i]) * to_float(k[(s + r) * d + i]);
-        products[r] = sum;
+        qk[r] = sum;
       }
     }
-    f32x16 score = finish_scores(products, options, IOTA + float(distance + s));
+    f32x16 score = apply_score_mod(qk, mod, IOTA + float(distance + s));
     score = mask_lanes(score, n - s, NEGATIVE_INFINITY);
     max = max_vec(score, max);
     store_vec(score, scores + s);
@@ -142,13 +143,14 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   T* out;                     // [batch, n_tokens, n_heads, head_dim]
 
   int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
-  ScoreOptions score_options(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
+  ScoreMod score_mod(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
   float sink(int64_t head) const { return sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY; }
   // The first key that the token at a position sees.
   int64_t first_key_of(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
   // The first key that a new token of sequence b sees.
   int64_t first_key(int64_t b) const { return first_key_of(start_pos[b]); }
-  // The keys of a split. Partial outputs take tokens x splits, so with more tokens the splits are longer and fewer.
+  // The keys of a split. The scratch memory for partial outputs grows with tokens times splits. To bound the memory, a
+  // step with more tokens has longer and fewer splits.
   int64_t split_len() const { return SPLIT_LEN * divide_up(batch * n_tokens, TOKEN_BLOCK); }
   int64_t count_splits(int64_t n_keys) const { return divide_up(n_keys, split_len()); }
   int64_t n_splits(int64_t b) const { return count_splits(start_pos[b] + n_tokens - first_key(b)); }
@@ -159,20 +161,20 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }
   int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv() + head % heads_per_kv(); }
 
-  // The memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and their softmaxes.
+  // Scratch memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and softmax states.
   struct Shared {
-    float* partial;    // [batch, n_kv_heads, max_splits, queries_per_kv, head_dim]
-    T* q;              // [batch, n_tokens, n_heads, head_dim]
-    Softmax* softmax;  // [batch, n_kv_heads, max_splits, queries_per_kv]
+    float* partial;         // [batch, n_kv_heads, max_splits, queries_per_kv, head_dim]
+    T* q;                   // [batch, n_tokens, n_heads, head_dim]
+    SoftmaxState* softmax;  // [batch, n_kv_heads, max_splits, queries_per_kv]
   };
   int64_t n_queries() const { return batch * n_tokens * n_heads; }
   size_t shared_bytes() const {
-    return n_queries() * (max_splits() * (head_dim * sizeof(float) + sizeof(Softmax)) + head_dim * sizeof(T));
+    return n_queries() * (max_splits() * (head_dim * sizeof(float) + sizeof(SoftmaxState)) + head_dim * sizeof(T));
   }
   Shared partition(char* memory) const {
     float* partial = reinterpret_cast<float*>(memory);
     T* q = reinterpret_cast<T*>(partial + n_queries() * max_splits() * head_dim);
-    return {partial, q, reinterpret_cast<Softmax*>(q + n_queries() * head_dim)};
+    return {partial, q, reinterpret_cast<SoftmaxState*>(q + n_queries() * head_dim)};
   }
 
   void execute(char* memory, Barrier& barrier) const {
@@ -288,9 +290,8 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     for (int64_t i = 0; i < queries.count; i++) {
       float* s = scores + i * split_len();
       const T* next = is_first ? v + n * i / queries.count * d : nullptr;  // each query prefetches n / count values
-      const ScoreOptions options = score_options(queries.first_head + i);
-      const float m_i =
-          LOG2_E * score_keys<D>(q + i * d, k, n, d, options, begin - position, s, next, queries.count);
+      const ScoreMod mod = score_mod(queries.first_head + i);
+      const float m_i = LOG2_E * score_keys<D>(q + i * d, k, n, d, mod, begin - position, s, next, queries.count);
       const float l_i = exponentiate(s, n, LOG2_E, m_i, [&](f32x16 p, int64_t key) { store_vec(p, s + key); });
       shared.softmax[queries.index + i] = {m_i, l_i};
     }

@@ -1,7 +1,7 @@
-// Weights of any format as bf16, in tiles of 32 inputs and 16 outputs. amx.h and prefill_linear.h multiply them.
+// Weights of any format as bf16, in tiles of 32 inputs and 16 outputs, which amx.h and prefill_linear.h multiply.
 //
-//     WordDecoder    packed words of one format to rows of a tile
-//     WeightTiles    a block of weights as tiles
+//     WordDequantizer    packed words of one format to rows of a tile
+//     WeightTiles        a block of weights as tiles
 #pragma once
 
 #include "activations.h"
@@ -13,20 +13,21 @@ inline i32x16 bf16_pairs(f32x16 a, f32x16 b) { return (i32x16)(((u32x16)a >> 16)
 // Adds half a unit in the last place of bf16. Truncating the result to bf16 then rounds v to nearest.
 inline f32x16 add_half_ulp(f32x16 v) { return (f32x16)((u32x16)v + 0x8000); }
 
-// Decodes packed words of format F to rows of a tile of weights.
+// Dequantizes packed words of format F to rows of a tile of weights.
 //
-//     set_group(w, i)        loads the scales and zeros of group i, which the next words belong to
-//     decode(words, rows)    16 words -> ELEMENTS_PER_WORD / 2 rows. Row i has elements 2 i and 2 i + 1 of each output,
-//                            which is the VNNI layout that AMX and vdpbf16ps read
+//     set_group(w, i)            loads the scales and zeros of group i, which the next words belong to
+//     dequantize(words, rows)    16 words -> ELEMENTS_PER_WORD / 2 rows. Row i has elements 2 i and 2 i + 1 of each
+//                                output, which is the VNNI layout that AMX and vdpbf16ps read
 //
-// The caller applies the scales that this struct leaves out: output_scales, and the group's if SCALE_AFTER_SUM.
+// amx.h and prefill_linear.h apply the scales that WordDequantizer leaves out: output_scales, and with SCALE_AFTER_SUM
+// the scales of groups.
 //
-// The template decodes any format. Specializations for single formats follow, which are faster.
-template <typename F> struct WordDecoder {
+// The template dequantizes any format. Specializations for single formats follow, which are faster.
+template <typename F> struct WordDequantizer {
   ScalesAndZeros group = {};
 
   void set_group(const Weights& w, int64_t i) { group = F::scales_and_zeros(w, i); }
-  void decode(i32x16 words, i32x16* rows) const {
+  void dequantize(i32x16 words, i32x16* rows) const {
     const auto weight = [&](int j) {
       return add_half_ulp((as_float(F::element(words, j)) - group.zeros) * group.scales);
     };
@@ -34,9 +35,9 @@ template <typename F> struct WordDecoder {
   }
 };
 
-template <> struct WordDecoder<Int8> {
+template <> struct WordDequantizer<Int8> {
   void set_group(const Weights&, int64_t) {}
-  void decode(i32x16 words, i32x16* rows) const {
+  void dequantize(i32x16 words, i32x16* rows) const {
     words ^= 0x80808080;  // q + 128 becomes q
     const auto q = [&](int j) { return as_float(words << (24 - 8 * j) >> 24); };
     rows[0] = bf16_pairs(q(0), q(1)), rows[1] = bf16_pairs(q(2), q(3));
@@ -58,7 +59,7 @@ template <int BIT, int SIZE> struct ElementAt {
   }
 };
 
-template <> struct WordDecoder<Int4> {
+template <> struct WordDequantizer<Int4> {
   ElementAt<12, 4> low;  // the lower half of a byte in bits 12 to 19
   ElementAt<16, 4> high;
 
@@ -66,7 +67,7 @@ template <> struct WordDecoder<Int4> {
     const ScalesAndZeros group = Int4::scales_and_zeros(w, i);
     low.set(group), high.set(group);
   }
-  void decode(i32x16 words, i32x16* rows) const {
+  void dequantize(i32x16 words, i32x16* rows) const {
     const i32x16 byte[] = {words << 12, words << 4, words >> 4, words >> 12};  // moves byte j to bits 12 to 19
     for (int i = 0; i < 2; i++) {
       rows[i] = bf16_pairs(low(byte[2 * i]), low(byte[2 * i + 1]));
@@ -75,29 +76,29 @@ template <> struct WordDecoder<Int4> {
   }
 };
 
-template <> struct WordDecoder<GroupedInt8> {
+template <> struct WordDequantizer<GroupedInt8> {
   ElementAt<15, 8> byte;
 
   void set_group(const Weights& w, int64_t i) { byte.set(GroupedInt8::scales_and_zeros(w, i)); }
-  void decode(i32x16 words, i32x16* rows) const {
+  void dequantize(i32x16 words, i32x16* rows) const {
     rows[0] = bf16_pairs(byte(words << 15), byte(words << 7));
     rows[1] = bf16_pairs(byte(words >> 1), byte(words >> 9));
   }
 };
 
-template <> struct WordDecoder<Float8> {
+template <> struct WordDequantizer<Float8> {
   void set_group(const Weights&, int64_t) {}
-  void decode(i32x16 words, i32x16* rows) const {
+  void dequantize(i32x16 words, i32x16* rows) const {
     const auto [inputs01, inputs23] = float8_to_bf16(words);
     rows[0] = inputs01, rows[1] = inputs23;
   }
 };
 
-template <> struct WordDecoder<MXFP4> {
+template <> struct WordDequantizer<MXFP4> {
   f32x16 scale = {};
 
   void set_group(const Weights& w, int64_t i) { scale = MXFP4::scales(w, i); }
-  void decode(i32x16 words, i32x16* rows) const {
+  void dequantize(i32x16 words, i32x16* rows) const {
     const f32x16 values = load_vec(MXFP4::VALUES.data());
     const auto element = [&](int shift) { return lookup(values, words >> shift) * scale; };
     for (int i = 0; i < 2; i++) {
@@ -113,17 +114,17 @@ template <typename F> class WeightTiles {
   const Weights& w;
   const char* data;
   int64_t next_group, next_group_begin = 0;  // an index of scales, and an index of inputs
-  WordDecoder<F> decoder;
+  WordDequantizer<F> dequantizer;
 
  public:
   WeightTiles(const Weights& w, int64_t block) : w(w), data(w.block_data(block)), next_group(block * w.n_groups) {}
 
   void read(int64_t begin, int64_t end, i32x16* rows) {
     for (int64_t k = begin; k < end; k += F::ELEMENTS_PER_WORD, rows += F::ELEMENTS_PER_WORD / 2, data += 64) {
-      if (k == next_group_begin) decoder.set_group(w, next_group++), next_group_begin += w.group_size;
+      if (k == next_group_begin) dequantizer.set_group(w, next_group++), next_group_begin += w.group_size;
       prefetch_l2(data + PREFETCH);  // and not to L1, which holds tiles
       prefetch_l1(data + 512);
-      decoder.decode(load<i32x16>(data), rows);
+      dequantizer.dequantize(load<i32x16>(data), rows);
     }
   }
 };

@@ -33,8 +33,8 @@ inline void dot4(i32x16& acc, i32x16 w, i32x16 x) {
   const __m256i *v = reinterpret_cast<const __m256i*>(&w), *b = reinterpret_cast<const __m256i*>(&x);
   for (int h = 0; h < 2; h++) a[h] = _mm256_dpbusd_avx_epi32(a[h], v[h], b[h]);
 #elif defined(__AVX2__)
-  // maddubs adds two products in 16 bits and saturates. With 4 bits of w the sum always fits, so the lower and the
-  // upper 4 bits are multiplied separately.
+  // maddubs adds w * x of two bytes in 16 bits, and saturates. With 4 bits of w the sum always fits, so the lower and
+  // the upper 4 bits of w are multiplied separately.
   const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), b = *reinterpret_cast<const __m256i*>(&x);
   __m256i* a = reinterpret_cast<__m256i*>(&acc);
   const __m256i* v = reinterpret_cast<const __m256i*>(&w);
@@ -70,7 +70,7 @@ template <typename F> UnpackedWeights unpack_weights(const char* words) {
   return unpacked;
 }
 
-// Returns the products of the weights of 16 outputs with a ActGroup, without its scale.
+// Returns the dot products of the weights of 16 outputs with x.q, without the scale of x.
 inline i32x16 dot_block(const UnpackedWeights& weights, const ActGroup& x) {
   i32x16 acc = {};
   for (int j = 0; j < N_QUADS; j++) dot4(acc, weights.quads[j], broadcast4(x.q + 4 * j));
@@ -165,7 +165,7 @@ inline i32x16 broadcast2(const bf16* x) { return i32x16{} + load<int32_t>(x); }
 inline f32x16 broadcast2(const float* x) { return (f32x16)(i64x8{} + load<int64_t>(x)); }
 
 // acc[lane] += w[lane][0] * x[lane][0] + w[lane][1] * x[lane][1]. Each lane of w and x holds two bf16.
-inline void add_bf16_products(f32x16& acc, i32x16 w, i32x16 x) {
+inline void dot2(f32x16& acc, i32x16 w, i32x16 x) {
 #if defined(__AVX512BF16__)
   acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
 #else
@@ -181,8 +181,8 @@ inline f32x16 add_pairs(f32x16 a, f32x16 b) {
 
 // Multiplies Float8 weights with M tokens. X is bf16 or float. Scales the sum of each group of inputs.
 //
-// Independent sums along k, UNROLL * SUMS for each token, hide the latency of the additions. Floats need two for the
-// two lanes of a pair. With many tokens, one sum of bf16 products is enough.
+// Independent sums along k, UNROLL * SUMS for each token, hide the latency of the additions. Floats need two sums for
+// the two lanes of a pair. bf16 with many tokens needs only one.
 template <int M, int BLOCKS, typename X>
 void dot_float8(const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
                 f32x16* const* out) {
@@ -209,8 +209,8 @@ void dot_float8(const Weights& w, const int64_t* blocks, const MBlock& m_block, 
           const auto x01 = broadcast2(tokens[m] + i), x23 = broadcast2(tokens[m] + i + 2);
           for (int b = 0; b < BLOCKS; b++) {
             if constexpr (IS_BF16) {
-              add_bf16_products(acc[b][m][u][0], weights[b].inputs01, x01);
-              add_bf16_products(acc[b][m][u][SUMS - 1], weights[b].inputs23, x23);
+              dot2(acc[b][m][u][0], weights[b].inputs01, x01);
+              dot2(acc[b][m][u][SUMS - 1], weights[b].inputs23, x23);
             } else {
               for (int h = 0; h < 2; h++) {
                 acc[b][m][u][h] += weights[b].inputs01[h] * x01;

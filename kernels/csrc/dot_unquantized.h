@@ -4,13 +4,13 @@
 #include "activations.h"
 #include "prefetch.h"
 
-// Multiplies 64 bytes of a and b element by element, and adds the products to acc. The caller sums all lanes of acc, so
-// a product may go to any lane.
-template <typename T> inline void multiply_add(f32x16& acc, const T* a, const T* b) {
+// Adds the dot product of 64 bytes of a and b to acc. The dot product is the sum of all lanes: dot_unquantized adds up
+// the lanes of acc after the loop.
+template <typename T> inline void dot64(f32x16& acc, const T* a, const T* b) {
   for (size_t i = 0; i < 64 / sizeof(T); i += LANES) acc += load_vec(a + i) * load_vec(b + i);
 }
 #if defined(__AVX512BF16__)
-inline void multiply_add(f32x16& acc, const bf16* a, const bf16* b) {
+inline void dot64(f32x16& acc, const bf16* a, const bf16* b) {
   acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, load<__m512bh>(a), load<__m512bh>(b));
 }
 #endif
@@ -68,7 +68,7 @@ void dot_unquantized(const Weights& w, int64_t block, const MBlock& m_block, con
       for (int j = 0; j < R; j++) {
         if constexpr (R == 1) prefetch(w.block_data(block), (r * k + i) * sizeof(T));
         else prefetch_l1(weight[j] + ahead);
-        for (int m = 0; m < M; m++) multiply_add(acc[m][j][u], weight[j] + i, x[m] + i);
+        for (int m = 0; m < M; m++) dot64(acc[m][j][u], weight[j] + i, x[m] + i);
       }
     };
     int64_t i = 0;

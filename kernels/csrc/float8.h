@@ -23,8 +23,8 @@
 
 #include "simd.h"
 
-// Whether the product of bf16 activations is computed in bf16. The CPU must have instructions for bf16 products and for
-// float8_to_bf16. Otherwise activations become float.
+// Whether a matmul of Float8 weights with bf16 activations is computed in bf16: if the CPU has the instructions of
+// dot2 (dot_quantized.h) and of float8_to_bf16. Otherwise activations become float.
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 constexpr bool HAS_FLOAT8_BF16 = true;
 #else

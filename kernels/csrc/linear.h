@@ -22,16 +22,16 @@ template <typename T> struct FusedLinearOp {
   int64_t n_out() const { return is_gated(activation) ? w.n / 2 : w.n; }
   int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
   bool is_on_amx() const { return uses_amx<T>(w, m); }
-  InputPreparer<T> preparer() const { return {x, m, w, norm_weight, eps, is_on_amx()}; }
-  size_t shared_bytes() const { return preparer().shared_bytes(); }
+  Prologue<T> prologue() const { return {x, m, w, norm_weight, eps, is_on_amx()}; }
+  size_t shared_bytes() const { return prologue().shared_bytes(); }
 
   // The threads share the blocks of outputs. Each iteration multiplies up to two blocks of W. With a gated activation,
   // the two are a block of the gate projection and a block of the up projection, for the same outputs.
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = this->n_out();
-    PreparedToken tokens[MAX_CPU_TOKENS];
-    const char* tiles = preparer().prepare(shared, barrier, tokens);
+    ActRow tokens[MAX_CPU_TOKENS];
+    const char* tiles = prologue().run(shared, barrier, tokens);
     const Range range = thread_range(n_out_blocks());
     BlockSums sums[2];
     std::optional<TileRegisters> tile_registers;
@@ -40,7 +40,7 @@ template <typename T> struct FusedLinearOp {
       n_blocks = gated ? 1 : std::min<int64_t>(2, range.end - block);  // blocks of outputs
       const int64_t blocks[] = {block, gated ? block + n_out / BLOCK_N : block + 1};
       if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, tiles, sums);
-      else multiply<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, sums);
+      else matmul<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, sums);
       for (int64_t token = 0; token < m; token++)
         for (int64_t b = 0; b < n_blocks; b++) epilogue(sums, token, b, blocks, n_out);
     }

@@ -1,10 +1,10 @@
-// The microkernel of a prefill's products, with BLIS's names: c [MR, NR] = a [MR, n] b [n, NR].
+// The GEMM microkernel of prefill, with BLIS's names: c [MR, NR] = a [MR, n] b [n, NR].
 //
 // An element of a or b is a VnniPair, 32 bits: two bf16 that are neighbours along n. The instruction vdpbf16ps of
-// AVX512-BF16 multiplies the pairs of 16 lanes and adds both products of a pair. On other CPUs, and for other types, an
+// AVX512-BF16 computes the dot product of two pairs in each of 16 lanes. On other CPUs, and for other types, an
 // element is a float. Prefill attention and prefill linear layers (prefill_attention.h, prefill_linear.h) multiply
 //
-//     product    a [MR, n]                     b [n, NR]
+//     GEMM       a [MR, n]                     b [n, NR]
 //     q k^T      queries, pairs of head_dim    packed keys: row i has pair i of each key
 //     p v        pairs of keys                 packed values: row j has the pair (v[2j], v[2j + 1]) of each column
 //     x W^T      tokens, pairs of inputs       weights: row i has pair i of each output
@@ -30,7 +30,7 @@ template <typename T> constexpr int64_t VNNI_SIZE = 1;
 #endif
 
 // acc[lane] += the dot product of pair a and pair b[lane].
-template <typename T> inline void add_product(f32x16& acc, VnniPair a, const VnniPair* b) {
+template <typename T> inline void dot_pairs(f32x16& acc, VnniPair a, const VnniPair* b) {
 #if defined(__AVX512BF16__)
   if constexpr (VNNI_SIZE<T> == 2) {
     acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a), load<__m512bh>(b));
@@ -56,7 +56,7 @@ inline void microkernel(const VnniPair* a, int64_t a_stride, const VnniPair* b, 
     for_each_vec([&](f32x16& sum, int r, int v) { sum = load<f32x16>(c + r * c_stride + v * LANES); });
   for (int64_t i = 0; i < n; i++)
     for_each_vec([&](f32x16& sum, int r, int v) {
-      add_product<T>(sum, a[r * a_stride + i], b + i * b_stride + v * b_column_stride);
+      dot_pairs<T>(sum, a[r * a_stride + i], b + i * b_stride + v * b_column_stride);
     });
   for_each_vec([&](f32x16& sum, int r, int v) { store_vec(sum, c + r * c_stride + v * LANES); });
 }

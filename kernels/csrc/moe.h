@@ -1,5 +1,6 @@
 // The operations of a mixture of experts: route, experts_gate_up and experts_down, in order of execution. route chooses
-// the experts of each token; the two products multiply with the weights of the chosen experts. ops.cpp submits them.
+// the experts of each token; the other two multiply with the weights of the chosen experts. ops.cpp submits the
+// operations.
 #pragma once
 
 #include "dot.h"
@@ -39,15 +40,15 @@ template <typename T> struct ExpertsGateUpOp {
   Activation activation;  // as in FusedLinearOp
   T* hidden;
 
-  InputPreparer<T> preparer() const { return {x, m, w, norm_weight, eps}; }
-  size_t shared_bytes() const { return preparer().shared_bytes(); }
+  Prologue<T> prologue() const { return {x, m, w, norm_weight, eps}; }
+  size_t shared_bytes() const { return prologue().shared_bytes(); }
 
   // A task is a block of outputs of a batch. The threads share the tasks.
   void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = divide_up(n_out, BLOCK_N);
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    PreparedToken tokens[MAX_CPU_TOKENS], batch_tokens[MAX_CPU_TOKENS];
-    preparer().prepare(shared, barrier, tokens);
+    ActRow tokens[MAX_CPU_TOKENS], batch_tokens[MAX_CPU_TOKENS];
+    prologue().run(shared, barrier, tokens);
     BlockSums sums[2];
     const Range range = thread_range(n_blocks * batches.size());
     for (int64_t task = range.begin; task < range.end; task++) {
@@ -55,7 +56,7 @@ template <typename T> struct ExpertsGateUpOp {
       const int64_t block = task % n_blocks, n_pairs = pairs.size();
       const int64_t blocks[] = {block, block + n_blocks};  // gate, up
       for (int64_t i = 0; i < n_pairs; i++) batch_tokens[i] = tokens[pairs[i] / top_k];
-      multiply<T>(n_pairs, w.expert(expert), blocks, is_gated(activation) ? 2 : 1, batch_tokens, sums);
+      matmul<T>(n_pairs, w.expert(expert), blocks, is_gated(activation) ? 2 : 1, batch_tokens, sums);
       const T* expert_bias = bias ? bias + expert * w.n : nullptr;
       for (int64_t i = 0; i < n_pairs; i++) {
         const f32x16 v = add_bias_and_activate(sums, i, 0, blocks, expert_bias, w.n, activation);
@@ -77,23 +78,23 @@ template <typename T> struct ExpertsDownOp {
   const T* residual;  // [m, n] or null
   T* out;
 
-  InputPreparer<T> preparer() const { return {hidden, m * top_k, w, nullptr, 0}; }
-  size_t shared_bytes() const { return preparer().shared_bytes(); }
+  Prologue<T> prologue() const { return {hidden, m * top_k, w, nullptr, 0}; }
+  size_t shared_bytes() const { return prologue().shared_bytes(); }
 
-  // The threads share the blocks of outputs. One thread sums the products of a block over all experts.
+  // The threads share the blocks of outputs. One thread sums the outputs of a block over all experts.
   void execute(char* shared, Barrier& barrier) const {
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    std::vector<PreparedToken> prepared(m * top_k);  // a row of hidden for each pair
-    preparer().prepare(shared, barrier, prepared.data());
-    PreparedToken batch_rows[MAX_CPU_TOKENS];
-    BlockSums sums[2], total;  // multiply fills sums[0] alone
+    std::vector<ActRow> rows(m * top_k);  // a row of hidden for each pair
+    prologue().run(shared, barrier, rows.data());
+    ActRow batch_rows[MAX_CPU_TOKENS];
+    BlockSums sums[2], total;  // matmul fills sums[0] alone
     const Range range = thread_range(w.n_blocks());
     for (int64_t block = range.begin; block < range.end; block++) {
       std::fill_n(total, m, f32x16{});
       for (const auto& [expert, pairs] : batches) {
         const int64_t n_pairs = pairs.size();
-        for (int64_t i = 0; i < n_pairs; i++) batch_rows[i] = prepared[pairs[i]];
-        multiply<T>(n_pairs, w.expert(expert), &block, 1, batch_rows, sums);
+        for (int64_t i = 0; i < n_pairs; i++) batch_rows[i] = rows[pairs[i]];
+        matmul<T>(n_pairs, w.expert(expert), &block, 1, batch_rows, sums);
         const T* expert_bias = bias ? bias + expert * w.n : nullptr;
         for (int64_t i = 0; i < n_pairs; i++) {
           const int64_t pair = pairs[i];

@@ -11,8 +11,8 @@
 //     threads.h        how threads share work, and how many there are
 //     op_list.h        operations: executed, captured or replayed
 //     weights.h        packed weights and their formats (float8.h: 8-bit floats)
-//     activations.h    prepares the inputs of products
-//     dot.h, amx.h     products of blocks of weights; amx.h is for many tokens (dot_quantized.h, dot_unquantized.h)
+//     activations.h    the prologue of matmuls: norm, quantization
+//     dot.h, amx.h     the matmul with blocks of weights; amx.h is for many tokens (dot_quantized.h, dot_unquantized.h)
 //     linear.h, moe.h, rope_and_cache.h, attention.h, sampling.h    the operations; softmax.h: attention's softmax
 //     prefill_linear.h, prefill_attention.h                         the operations for many tokens; microkernel.h
 
@@ -363,7 +363,19 @@ int max_unquantized_tokens(int is_bf16) {
 // has AMX, PyTorch uses it, and the two were not compared.
 int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
-// The tests call it.
+
+// The rest is for the tests. These functions return what Python says, too: a format's 8 / bits and rounds_activations
+// (formats/), and an activation's is_gated (config.py).
+int format_elements_per_byte(int id) {
+  return dispatch_format(id, []<typename F>(F) {
+    if constexpr (std::is_same_v<F, Unquantized>) return 1;
+    else return F::ELEMENTS_PER_WORD / 4;
+  });
+}
+int format_rounds_activations(int id) {
+  return dispatch_format(id, []<typename F>(F) { return F::INT8_ACTIVATIONS; });
+}
+int activation_is_gated(int id) { return is_gated(Activation{id}); }
 int has_amx_bf16() { return has_amx(); }
 }
 

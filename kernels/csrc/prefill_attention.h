@@ -98,13 +98,13 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   // beyond n_rows complete the last MR.
   struct Rows {
     int64_t b, kv_head, first_token, n_rows;
-    bool is_scale_only;  // whether the scores of all rows are scale * product
+    bool is_scale_only;  // whether the scores of all rows are scale * (q . k)
   };
-  // Memory of a thread.
+  // Scratch memory of a thread.
   struct Buffers {
-    VnniPair *q, *k, *v;  // [rows, query_pairs], [query_pairs, KEY_TILE], [KEY_TILE / VNNI_SIZE, width]
-    float* acc;           // [rows, width]
-    Softmax* softmax;     // [rows]
+    VnniPair *q, *k, *v;    // [rows, query_pairs], [query_pairs, KEY_TILE], [KEY_TILE / VNNI_SIZE, width]
+    float* acc;             // [rows, width]
+    SoftmaxState* softmax;  // [rows]
   };
 
   void attend_block(const T* q, int64_t b, int64_t kv_head, int64_t block) const {
@@ -134,7 +134,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     const int64_t q_size = n_rows * query_pairs(), k_size = query_pairs() * KEY_TILE;
     VnniPair* q = pairs.at_least<VnniPair>(q_size + k_size + KEY_TILE / VNNI_SIZE<T> * width());
     return {q, q + q_size, q + q_size + k_size, floats.at_least<float>(n_rows * width()),
-            softmax.at_least<Softmax>(n_rows)};
+            softmax.at_least<SoftmaxState>(n_rows)};
   }
 
   int64_t token(const Rows& rows, int64_t row) const { return rows.first_token + row / heads_per_kv(); }
@@ -154,7 +154,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   bool is_scale_only(int64_t kv_head) const {
     for (int64_t h = 0; h < heads_per_kv(); h++)
-      if (!this->score_options(kv_head * heads_per_kv() + h).is_scale_only()) return false;
+      if (!this->score_mod(kv_head * heads_per_kv() + h).is_scale_only()) return false;
     return true;
   }
 
@@ -172,12 +172,12 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
     microkernel<T, false>(buffers.q + row * query_pairs(), query_pairs(), buffers.k, KEY_TILE, LANES,
                           query_pairs(), scores[0], KEY_TILE);
     for (int64_t r = 0; r < MR; r++) {
-      if (!rows.is_scale_only) finish_row(rows, row + r, key, scores[r]);
+      if (!rows.is_scale_only) modify_scores(rows, row + r, key, scores[r]);
       if (visible[r].begin > 0 || visible[r].end < KEY_TILE) mask_row(visible[r], scores[r]);
     }
     // All rows at each step, since the steps of a single row wait for each other.
     float* const acc = buffers.acc + row * width();
-    Softmax* const softmax = buffers.softmax + row;
+    SoftmaxState* const softmax = buffers.softmax + row;
     const float exponent_scale = this->exponent_scale(rows);
     for (int64_t r = 0; r < MR; r++)
       if (visible[r].begin < visible[r].end) raise_maximum(scores[r], exponent_scale, softmax[r], acc + r * width());
@@ -192,15 +192,15 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
                            KEY_TILE / VNNI_SIZE<T>, acc + column, width());
   }
 
-  // Scores [KEY_TILE] are products q k^T, or what finish_row makes of them. score * exponent_scale is the exponent
-  // of a softmax with base 2. Softmax::m_i is the maximum of these exponents.
+  // Scores [KEY_TILE] are q k^T, or what modify_scores makes of q k^T. score * exponent_scale is the exponent of a
+  // softmax with base 2. SoftmaxState::m_i is the maximum of these exponents.
   float exponent_scale(const Rows& rows) const { return LOG2_E * (rows.is_scale_only ? this->scale : 1.0f); }
 
-  void finish_row(const Rows& rows, int64_t row, int64_t key, float* scores) const {
-    const ScoreOptions options = this->score_options(head(rows, std::min(row, rows.n_rows - 1)));
+  void modify_scores(const Rows& rows, int64_t row, int64_t key, float* scores) const {
+    const ScoreMod mod = this->score_mod(head(rows, std::min(row, rows.n_rows - 1)));
     const float distance = key - position(rows, row);  // of the tile's first key
     for (int64_t i = 0; i < KEY_TILE; i += LANES)
-      store_vec(finish_scores(load_vec(scores + i), options, IOTA + (distance + i)), scores + i);
+      store_vec(apply_score_mod(load_vec(scores + i), mod, IOTA + (distance + i)), scores + i);
   }
 
   static void mask_row(Range visible, float* scores) {
@@ -212,7 +212,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   }
 
   // If the scores raise the maximum m_i, rescales l_i and acc.
-  void raise_maximum(const float* scores, float exponent_scale, Softmax& softmax, float* acc) const {
+  void raise_maximum(const float* scores, float exponent_scale, SoftmaxState& softmax, float* acc) const {
     const float m_i = largest_score(scores) * exponent_scale;
     if (m_i <= softmax.m_i) return;
     const float alpha = exp2_vec(f32x16{} + (softmax.m_i - m_i))[0];

@@ -1,13 +1,13 @@
 // The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill.
 //
 //     task     a block of tokens, and NR outputs
-//     panel    PANEL_K inputs of the task's weights, decoded to bf16 once for all tokens of the task
+//     panel    PANEL_K inputs of the task's weights, dequantized to bf16 once for all tokens of the task
 //
 //     for each panel:
 //         for MR tokens at a time:  acc [MR, NR] += x [MR, PANEL_K] panel
 //     out = epilogue(acc)
 //
-// A panel stays in the L1 cache while the tokens pass by. PyTorch would dequantize a whole matrix to memory first.
+// A panel stays in the L1 cache for all tokens of the task. PyTorch would dequantize a whole matrix to memory first.
 // Quantized weights are rounded to bf16, as PyTorch's would be. Activations are not quantized.
 #pragma once
 
@@ -30,20 +30,21 @@ template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t f
 
 struct PrefillLinearOp : FusedLinearOp<bf16> {
   static constexpr int64_t PANEL_K = 256, PANEL_PAIRS = PANEL_K / 2, PANEL_BYTES = PANEL_K * sizeof(bf16);
-  static constexpr int64_t MIN_BLOCK_TOKENS = 96, MAX_BLOCK_TOKENS = 516;  // decoding takes a few % of MIN's products
-  static constexpr int64_t TASKS_PER_THREAD = 8;                           // 8 share out evenly
+  // With 96 tokens, dequantization takes a few percent of the time of the matmul; with fewer tokens it would take more.
+  static constexpr int64_t MIN_BLOCK_TOKENS = 96, MAX_BLOCK_TOKENS = 516;
+  static constexpr int64_t TASKS_PER_THREAD = 8;  // enough that no thread ends much later than the others
 
   int64_t n_panels() const { return divide_up(w.k, PANEL_K); }
   int64_t padded_m() const { return round_up(m, MR); }
   // With a gated activation, half of a task's blocks are of the gate projection, and half of the up projection.
   int64_t out_blocks_per_task() const { return is_gated(activation) ? 2 : 4; }
 
-  // The memory that all threads share holds norm(x) as pairs [n_panels, padded_m, PANEL_PAIRS], padded with zeros.
+  // The scratch memory that all threads share: norm(x) as pairs [n_panels, padded_m, PANEL_PAIRS], padded with zeros.
   size_t shared_bytes() const { return n_panels() * padded_m() * PANEL_PAIRS * sizeof(VnniPair); }
 
   void execute(char* shared, Barrier& barrier) const {
     VnniPair* x_pairs = reinterpret_cast<VnniPair*>(shared);
-    prepare_inputs(x_pairs);
+    run_prologue(x_pairs);
     barrier.wait();
     const int64_t n_threads = omp_get_num_threads(), n_columns = divide_up(n_out_blocks(), out_blocks_per_task());
     const int64_t n_token_blocks = std::clamp(divide_up(TASKS_PER_THREAD * n_threads, n_columns),
@@ -51,11 +52,11 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     const int64_t block_tokens = round_up(divide_up(m, n_token_blocks), MR);
     for (int64_t i = omp_get_thread_num(); i < n_columns * n_token_blocks; i += n_threads) {
       const int64_t begin = i % n_token_blocks * block_tokens, end = std::min(m, begin + block_tokens);
-      if (begin < end) multiply_task(x_pairs, i / n_token_blocks * out_blocks_per_task(), {begin, end});
+      if (begin < end) matmul_task(x_pairs, i / n_token_blocks * out_blocks_per_task(), {begin, end});
     }
   }
 
-  void prepare_inputs(VnniPair* x_pairs) const {
+  void run_prologue(VnniPair* x_pairs) const {
     const Range range = thread_range(padded_m());
     for (int64_t token = range.begin; token < range.end; token++) {
       const bf16* from = x + token * w.k;
@@ -71,7 +72,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   }
 
   // Computes the outputs of out_blocks_per_task() blocks, from first_block on, for the tokens [begin, end).
-  void multiply_task(const VnniPair* x_pairs, int64_t first_block, Range tokens) const {
+  void matmul_task(const VnniPair* x_pairs, int64_t first_block, Range tokens) const {
     int64_t blocks[4];  // of W. Beyond the last block, the last one is multiplied again, and its outputs are not stored
     for (int64_t i = 0; i < 4; i++) {
       const int64_t out_block = first_block + (is_gated(activation) ? i / 2 : i);
@@ -90,18 +91,19 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
       for (int64_t begin = 0; begin < w.k; begin += PANEL_K) {
         const int64_t end = std::min(w.k, begin + PANEL_K);
         for (int64_t i = 0; i < 4; i++)
-          decode<F>(tiles[i], blocks[i], begin, end, reinterpret_cast<i32x16*>(panel + i * PANEL_PAIRS * BLOCK_N));
+          dequantize_panel<F>(tiles[i], blocks[i], begin, end,
+                              reinterpret_cast<i32x16*>(panel + i * PANEL_PAIRS * BLOCK_N));
         const VnniPair* x = x_pairs + (begin / PANEL_K * padded_m() + tokens.begin) * PANEL_PAIRS;
-        multiply_panel(x, panel, round_up(end - begin, TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
+        matmul_panel(x, panel, round_up(end - begin, TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
       }
     });
     for (int64_t token = tokens.begin; token < tokens.end; token += MR, acc += MR * NR)
       store_outputs(acc, first_block, blocks, {token, std::min(token + MR, tokens.end)});
   }
 
-  // Decodes the inputs [begin, end) of a block to panel [pairs, 16].
+  // Dequantizes the inputs [begin, end) of a block to panel [pairs, 16].
   template <typename F>
-  void decode(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, i32x16* panel) const {
+  void dequantize_panel(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, i32x16* panel) const {
     for (int64_t k = begin; k < end; k += TILE_K, panel += TILE_K / 2) {
       const int64_t tile_end = std::min(end, k + TILE_K);
       if (tile_end < k + TILE_K) std::fill_n(panel, TILE_K / 2, i32x16{});
@@ -110,11 +112,11 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     }
   }
 
-  static void multiply_panel(const VnniPair* x, const VnniPair* panel, int64_t n_pairs, bool accumulates,
+  static void matmul_panel(const VnniPair* x, const VnniPair* panel, int64_t n_pairs, bool accumulates,
                              int64_t n_tokens, float* acc) {
     for (int64_t token = 0; token < n_tokens; token += MR, x += MR * PANEL_PAIRS, acc += MR * NR) {
-      const auto multiply = accumulates ? microkernel<bf16, true> : microkernel<bf16, false>;
-      multiply(x, PANEL_PAIRS, panel, BLOCK_N, PANEL_PAIRS * BLOCK_N, n_pairs, acc, NR);
+      const auto gemm = accumulates ? microkernel<bf16, true> : microkernel<bf16, false>;
+      gemm(x, PANEL_PAIRS, panel, BLOCK_N, PANEL_PAIRS * BLOCK_N, n_pairs, acc, NR);
     }
   }
 

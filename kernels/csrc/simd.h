@@ -359,7 +359,7 @@ inline bool is_gated(Activation activation) {
 inline f32x16 gelu_tanh(f32x16 x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
 
 // Computes activation(gate) * up, as ops/torch_ops.py does. If the activation is not gated, computes
-// activation(gate): then gate is the product with the up projection, and up is not used.
+// activation(gate): then gate is the output of the up projection, and up is not used.
 inline f32x16 activate_vec(f32x16 gate, f32x16 up, Activation activation) {
   switch (activation) {
     case Activation::NONE: return gate;

@@ -12,7 +12,7 @@ constexpr float LOG2_E = 1.44269504f;
 
 // The state of a softmax over some keys, with FlashAttention's names: m_i is the maximum of the exponents
 // score * log2(e), and l_i is the sum of p.
-struct Softmax { float m_i, l_i; };
+struct SoftmaxState { float m_i, l_i; };
 
 // Computes p = 2^(score * exponent_scale - m_i) for scores [n], 16 at a time: store(p, i) gets those of scores i to
 // i + 15. Returns the sum of p. Scores beyond n, up to a multiple of 16, must be -infinity.
@@ -35,7 +35,7 @@ inline float exponentiate(const float* scores, int64_t n, float exponent_scale, 
 //     alpha_s    =  2^(m_s - m_i)
 //     l_i        =  the sum of alpha_s * l_s, and of 2^(sink * log2(e) - m_i)
 //     weights_s  =  alpha_s / l_i
-inline void merge_splits(const Softmax* splits, int64_t n, int64_t stride, float sink, float* weights) {
+inline void merge_splits(const SoftmaxState* splits, int64_t n, int64_t stride, float sink, float* weights) {
   float m_i = sink * LOG2_E;
   for (int64_t s = 0; s < n; s++) m_i = std::max(m_i, splits[s * stride].m_i);
   float l_i = std::exp2(sink * LOG2_E - m_i);

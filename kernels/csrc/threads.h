@@ -77,8 +77,8 @@ class Barrier {
 //     first program                          trial   trial           trial      patience 2, 4, 8
 //     second program, starts in 5                            trial   trial      patience 2, 4
 //
-// Different computations may take turns, such as decoding and verifying. To make their times comparable, each time is
-// divided by the time that the same computation took once.
+// Graphs of different length may take turns: in speculative decoding, the graphs of the draft and of the model. To make
+// times comparable, the time of a repetition is divided by the time that the second replay of the same graph took.
 class ThreadCount {
   static constexpr double WINDOW_SECONDS = 0.03;  // repetitions are timed for at least this long before a decision
   static constexpr int MIN_TIMED = 2;             // and at least this many repetitions

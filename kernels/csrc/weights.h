@@ -68,7 +68,7 @@ struct Weights {
 
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
-// The struct of a format says how the loops of dot_quantized.h, bf16_weights.h and linear.h decode the weights. A new
+// The struct of a format says how the loops of dot_quantized.h, bf16_weights.h and linear.h unpack the weights. A new
 // format needs
 //
 //     ELEMENTS_PER_WORD   elements of a word
@@ -77,7 +77,7 @@ struct Weights {
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
 // and an entry in Formats. Then the loops for any format can read the new format. To add faster loops for one format,
-// overload run_loop (dot.h) or specialize WordDecoder (bf16_weights.h).
+// overload run_loop (dot.h) or specialize WordDequantizer (bf16_weights.h).
 
 // The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
 // (q - zero) * scale, or for (q - zero) * scale * output_scale if the format has HAS_OUTPUT_SCALES.
@@ -85,8 +85,8 @@ struct ScalesAndZeros { f32x16 scales, zeros; };
 
 // A format derives from these defaults.
 struct FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = false;  // whether the product rounds 16-bit activations to int8
-  static constexpr bool BF16_ACTIVATIONS = false;  // whether the product takes bf16 activations without conversion
+  static constexpr bool INT8_ACTIVATIONS = false;  // whether the matmul rounds 16-bit activations to int8
+  static constexpr bool BF16_ACTIVATIONS = false;  // whether the matmul takes bf16 activations without conversion
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // from this number of tokens amx.h is faster than dot.h
   static constexpr bool HAS_ZEROS = false;                // whether there is a tensor of zero points
   static constexpr bool HAS_OUTPUT_SCALES = false;        // whether each output has one more scale
@@ -143,7 +143,7 @@ struct Float8 : FormatDefaults {
   }
 };
 
-// 4-bit floats, e2m1. Twice an e2m1 number is an integer from -12 to 12. The products use the integer q = 12 + 2 * e2m1
+// 4-bit floats, e2m1. Twice an e2m1 number is an integer from -12 to 12. The matmul uses the integer q = 12 + 2 * e2m1
 // from 0 to 24, with the zero point 12 and half the scale.
 struct MXFP4 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true;

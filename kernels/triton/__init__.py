@@ -1,17 +1,18 @@
 """The Triton kernels: the operations of a decode step on a GPU. In the order in which to read them:
 
-    linear.py       fused_linear: the product of a few tokens and a weight; rms_norm and permute_inputs
+    linear.py       fused_linear: the matmul of a few tokens with a weight; rms_norm and permute_inputs
     formats.py      for each weight format, how fused_linear multiplies and how W is dequantized; dequantize and embed
-    epilogue.py     what follows the product in fused_linear: bias, activation, softcap, residual
+    epilogue.py     the epilogue of fused_linear: bias, activation, softcap, residual
     weights.py      where the elements of W are stored, and how a program loads a part of W
     elements.py     converts stored elements and scales to floats
-    launch.py       what the GPU can do, the tile sizes of a product (tuned.json), kernels that overlap
+    launch.py       what the GPU can do, the tile sizes of a matmul (tuned.json), kernels that overlap
     moe.py          a mixture of experts: route, experts_gate_up, experts_down
     attention.py    attend; heads.py: loads, norm and RoPE of the new tokens
     sampling.py     sample
 
 linear, formats, moe, attention and sampling register their operations as torch.ops.gptfast_triton.* when they are
-imported (kernels/schema.py). In these files `import triton` is the library.
+imported (kernels/schema.py). They allocate their results by schema.py's fake_NAME. In these files `import triton` is
+the library.
 
 A weight of int4 takes this way. It is packed once, when the model is loaded:
 
@@ -20,11 +21,11 @@ A weight of int4 takes this way. It is packed once, when the model is loaded:
 Then, in every decode step:
 
     linear.py: fused_linear             looks up KERNEL_FORMATS, chooses the tile sizes, launches the kernel
-    linear.py: fused_linear_kernel      the loop over K; in each step it calls MULTIPLY, which is multiply_int4
-    formats.py: multiply_int4           acc += scale * (q x - zero * sum of x), by calling
+    linear.py: fused_linear_kernel      the loop over K; in each step it calls DOT, which is dot_int4
+    formats.py: dot_int4                acc += scale * (q x - zero * sum of x), by calling
         weights.py: load_tiles              words of 8 elements
-        elements.py: tiles_to_floats        words to the left factor of the product, by int4_pair
+        elements.py: tiles_to_floats        words to the left operand of tl.dot, by int4_pair
         weights.py: load_slice_scales       words of a scale and a zero point
         elements.py: unpack_scale_words     words to scales and zero points
-        formats.py: product_with_zeros      the products of the matrix unit, tl.dot
+        formats.py: dot_with_zeros          tl.dot on the tensor cores
 """

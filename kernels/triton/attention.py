@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import AttentionParams, triton_op
+from kernels.schema import AttentionParams, fake_attend, triton_op
 from kernels.triton.epilogue import apply_softcap
 from kernels.triton.heads import (
     HeadLayout,
@@ -36,11 +36,11 @@ from kernels.triton.launch import dot_dtype, gpu_info, pdl_options, pdl_wait, se
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-class ScoreOptions(NamedTuple):
-    """How scores become the logits of the softmax. None means that the step is left out."""
+class ScoreMod(NamedTuple):
+    """The score_mod of FlexAttention: how q k^T becomes the scores of a base-2 softmax. None leaves the step out."""
 
-    qk_scale: tl.tensor
-    qk_softcap: tl.tensor | None
+    scale: tl.tensor
+    softcap: tl.tensor | None
     slope: tl.tensor | None  # [BLOCK_M], ALiBi: slope * distance is added
 
 
@@ -93,12 +93,12 @@ def attend_kernel(
     has_sink = q.mask & (split == TILE.N_SPLITS - 1)  # the sink counts once, in the last split
     m_i, l_i = initial_softmax(sinks_ptr, q.head, has_sink, TILE.BLOCK_M)
     acc = tl.full([TILE.BLOCK_M, HEADS.BLOCK_D], 0.0, tl.float32)
-    options = ScoreOptions(qk_scale, qk_softcap, load_slopes(alibi_slopes_ptr, q.head, q.mask))
+    score_mod = ScoreMod(qk_scale, qk_softcap, load_slopes(alibi_slopes_ptr, q.head, q.mask))
 
     # Loop over the cached tokens of the split
     begin, end = split_bounds(start, S, split, WINDOW, TILE.N_SPLITS, TILE.BLOCK_N)
     m_i, l_i, acc = attend_to_split(
-        q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + q.token, q.mask, options,
+        q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + q.token, q.mask, score_mod,
         HEADS.D, WINDOW, TILE.BLOCK_N,
     )
 
@@ -109,7 +109,7 @@ def attend_kernel(
             HEADS, DTYPE,
         )
         mask_k = k.mask & is_inside(start + k.token, S)
-        m_i, l_i, acc = attend_to_new(q_lo, q_hi, k_lo, k_hi, v, q, k.token, mask_k, options, m_i, l_i, acc, WINDOW)
+        m_i, l_i, acc = attend_to_new(q_lo, q_hi, k_lo, k_hi, v, q, k.token, mask_k, score_mod, m_i, l_i, acc, WINDOW)
         store_halves(k_cache_ptr, (start + k.token) * HEADS.D, k_lo, k_hi, mask_k, HEADS.D)
         store_vectors(v_cache_ptr, (start + k.token) * HEADS.D, v, mask_k, HEADS.D)
 
@@ -163,7 +163,7 @@ def load_slopes(alibi_slopes_ptr, head, mask):
 
 @triton.jit
 def attend_to_split(
-    q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, options,
+    q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, score_mod,
     D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Adds the cached tokens [begin, end) to the softmax of the queries at position [BLOCK_M]."""
@@ -175,34 +175,34 @@ def attend_to_split(
         if WINDOW:
             mask &= key[None, :] > position[:, None] - WINDOW
         distance = key[None, :] - position[:, None]
-        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i, l_i, acc)
+        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, score_mod, distance, m_i, l_i, acc)
     return m_i, l_i, acc
 
 
 @triton.jit
-def attend_to_new(q_lo, q_hi, k_lo, k_hi, v, q, key, mask_k, options, m_i, l_i, acc, WINDOW: tl.constexpr):
+def attend_to_new(q_lo, q_hi, k_lo, k_hi, v, q, key, mask_k, score_mod, m_i, l_i, acc, WINDOW: tl.constexpr):
     """Adds the new tokens key [BLOCK_T] to the softmax of the queries q. A query sees no later token."""
     mask = mask_k[None, :] & q.mask[:, None] & (key[None, :] <= q.token[:, None])
     if WINDOW:
         mask &= key[None, :] > q.token[:, None] - WINDOW
     distance = key[None, :] - q.token[:, None]
-    return online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i, l_i, acc)
+    return online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, score_mod, distance, m_i, l_i, acc)
 
 
 @triton.jit
-def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, options, distance, m_i, l_i, acc):
+def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, score_mod, distance, m_i, l_i, acc):
     """Adds keys [N, D] and values v [N, D] to the softmax of queries [M, D]: to m_i [M], l_i [M] and acc [M, D].
 
     mask [M, N]: whether a query sees a key.
     distance [M, N]: the position of the key minus the position of the query.
-    Keys, values and p are rounded to the type of q, since both factors of a product must have one type."""
+    Keys, values and p are rounded to the type of q, since both operands of tl.dot must have one type."""
     k_lo, k_hi, v = k_lo.to(q_lo.dtype), k_hi.to(q_lo.dtype), v.to(q_lo.dtype)
     qk = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q_hi, tl.trans(k_hi), input_precision="ieee")
-    qk *= options.qk_scale
-    if options.qk_softcap is not None:
-        qk = apply_softcap(qk, options.qk_softcap)
-    if options.slope is not None:
-        qk += options.slope[:, None] * distance
+    qk *= score_mod.scale
+    if score_mod.softcap is not None:
+        qk = apply_softcap(qk, score_mod.softcap)
+    if score_mod.slope is not None:
+        qk += score_mod.slope[:, None] * distance
     qk = tl.where(mask, qk, -float("inf"))
     m_new = tl.maximum(m_i, tl.max(qk, axis=1))
     p = tl.exp2(qk - m_new[:, None])
@@ -278,7 +278,7 @@ def attend(
     n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
     n_queries = batch * n_tokens * n_heads
-    out = qkv.new_empty(batch, n_tokens, n_heads * head_dim)
+    out = fake_attend(qkv, start_pos, k_cache, v_cache, n_heads=n_heads)
     partial_out = partial_ml = None
     if n_splits > 1:
         partial_out = qkv.new_empty(n_queries, n_splits, head_dim, dtype=torch.float32)

@@ -38,7 +38,7 @@ SIGN_MASK = tl.constexpr(-0x7FFF8000)  # the signs of two 16-bit floats, 0x80008
 def tiles_to_floats(
     words, magic_number, DECODE: tl.constexpr, TILES_N: tl.constexpr, SLICE_K: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Decodes the words [TILES_N * TILES_K, 128] of TILES_N rows of TILES_K tiles to the left factor of tl.dot, in
+    """Decodes the words [TILES_N * TILES_K, 128] of TILES_N rows of TILES_K tiles to the left operand of tl.dot, in
     slices of SLICE_K columns: [64 TILES_K / SLICE_K, 16 TILES_N, SLICE_K]. formats/triton_layouts.py draws a
     tile.
 

@@ -1,4 +1,4 @@
-"""What follows the product in fused_linear_kernel (linear.py), in the order that ops/dispatch.py gives.
+"""The epilogue of fused_linear_kernel (linear.py): the steps after the matmul, in the order of ops/dispatch.py.
 
     epilogue         bias, activation, out_scale, softcap, clip and residual
     activate         the activations

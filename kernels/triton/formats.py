@@ -2,17 +2,17 @@
 
 A format is a line in KERNEL_FORMATS (below) and two functions, which are compiled into the kernels:
 
-    multiply_...      acc + W x for the columns [k, k + BLOCK_K) of one step of fused_linear's loop
+    dot_...           acc + W x for the columns [k, k + BLOCK_K) of one step of fused_linear's loop
     dequantize_...    a tile [TILE_N, TILE_K] of W in float32
 
-The arguments of multiply_... are
+The arguments of dot_... are
 
     acc         [K_SLICES, BLOCK_N, BLOCK_M], a sum for each slice
     x           [K_SLICES, SLICE_K, BLOCK_M]
     w           the weights of the program, a ProgramWeights (weights.py)
     k_starts    [K_SLICES], the first column of each slice
 
-linear.py calls multiply_..., dequantize_kernel and embed_kernel call dequantize_.... Both load with weights.py, and
+linear.py calls dot_..., dequantize_kernel and embed_kernel call dequantize_.... Both load with weights.py, and
 convert what is loaded to floats with elements.py.
 
 formats/__init__.py has the table of all formats: the tensors of a checkpoint, and their meaning.
@@ -31,7 +31,7 @@ from torch import Tensor
 from triton import JITFunction
 
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.schema import WeightArguments, triton_op
+from kernels.schema import WeightArguments, fake_dequantize, fake_embed, triton_op
 from kernels.triton.elements import (
     decode_e8m0,
     e2m1_bias_factor,
@@ -57,12 +57,12 @@ if TYPE_CHECKING:  # layers.py imports kernels
 
 # ---- Unquantized and Int8 --------------------------------------------------------------------------------------------
 #
-# All multiply_... have the same arguments, and all dequantize_... have the same arguments. A function ignores the
+# All dot_... have the same arguments, and all dequantize_... have the same arguments. A function ignores the
 # arguments that its format does not need.
 
 
 @triton.jit
-def multiply_unquantized_or_int8(
+def dot_unquantized_or_int8(
     acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr
 ):
     elements = load_rows(w, k_starts, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
@@ -79,10 +79,10 @@ def dequantize_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, 
 
 
 @triton.jit
-def multiply_grouped_int8(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
+def dot_grouped_int8(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     q = load_rows(w, k_starts, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
     scale, zero = unpack_scale_words(load_slice_scales(w, k_starts, K, GROUP_SIZE))
-    return acc + product_with_zeros(q.to(x.dtype), x, scale, zero - 128)
+    return acc + dot_with_zeros(q.to(x.dtype), x, scale, zero - 128)
 
 
 @triton.jit
@@ -93,15 +93,15 @@ def dequantize_grouped_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, m
 
 
 @triton.jit
-def product_with_zeros(q, x, scale, zero):
+def dot_with_zeros(q, x, scale, zero):
     """Computes ((q - zero) * scale) x, slice by slice: q [K_SLICES, BLOCK_N, SLICE_K] times x [K_SLICES, SLICE_K,
     BLOCK_M] is [K_SLICES, BLOCK_N, BLOCK_M]. All columns of a slice share scale and zero [K_SLICES, BLOCK_N, 1], so
 
         sum of (q - zero) * scale * x  =  scale * (sum of q * x  -  zero * sum of x)
 
-    The sum of x is a product with ones, since the matrix unit has time to spare and leaves the sum in the layout of the
-    other product. tl.full would get another register layout than q, and Triton would then convert x twice. Built with
-    tl.join, as q is, `ones` gets q's layout, so x is loaded once for both products."""
+    The sum of x is tl.dot(ones, x), since tensor cores have time to spare and leave the sum in the layout of the other
+    tl.dot. tl.full would get another register layout than q, and Triton would then convert x twice. Built with
+    tl.join, as q is, `ones` gets q's layout, so x is loaded once for both."""
     half = tl.full([q.shape[0], q.shape[1], q.shape[2] // 2], 1.0, q.dtype)
     ones = tl.reshape(tl.join(half, half), q.shape)
     sum_x = tl.dot(ones, x, input_precision="ieee")  # equal in all rows
@@ -112,7 +112,7 @@ def product_with_zeros(q, x, scale, zero):
 
 
 @triton.jit
-def multiply_float8(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
+def dot_float8(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_rows(w, k_starts // 4, K // 4, x.shape[1] // 4)  # [K_SLICES, BLOCK_N, SLICE_K / 4]
     elements = e4m3_to_floats(words, x.dtype)  # [K_SLICES, BLOCK_N, SLICE_K]
     if GROUP_SIZE >= K:
@@ -134,11 +134,11 @@ def dequantize_float8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N
 
 
 @triton.jit
-def multiply_int4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
+def dot_int4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
     scale, zero = unpack_scale_words(load_slice_scales(w, k_starts, K, GROUP_SIZE))
     q = tiles_to_floats(words, w.magic_number, int4_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
-    return acc + product_with_zeros(q, x, scale, zero * 0.0625 + magic_bias(x.dtype))
+    return acc + dot_with_zeros(q, x, scale, zero * 0.0625 + magic_bias(x.dtype))
 
 
 @triton.jit
@@ -160,7 +160,7 @@ def dequantize_tile(w_ptr, tile_n, tile_k, K, DECODE: tl.constexpr):
 
 
 @triton.jit
-def multiply_mxfp4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
+def dot_mxfp4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
     scale = decode_e8m0(load_slice_scales(w, k_starts, K, GROUP_SIZE))
     q = tiles_to_floats(words, w.magic_number, e2m1_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
@@ -189,12 +189,12 @@ class KernelFormat(NamedTuple):
     """A weight format for the kernels. A scale is applied in one of two ways:
 
         channel scale    one float32 for an output: multiplies the output after the loop over K
-        slice scale      any other scale: multiplies the sum of a slice, in multiply. A slice lies in one group"""
+        slice scale      any other scale: multiplies the sum of a slice, in dot_.... A slice lies in one group"""
 
     format_class: type[WeightFormat]
     is_tiled: bool  # the layout of W: tiles of words of 8 elements, or rows of elements or words (weights.py)
     scales: Scales
-    multiply: JITFunction
+    dot: JITFunction
     dequantize: JITFunction | None  # None: W is not quantized
 
     @property
@@ -212,7 +212,7 @@ class KernelFormat(NamedTuple):
         return self.scales is Scales.FLOAT32 and group_size >= k
 
     def has_slice_scales(self, group_size: int, k: int) -> bool:
-        """Returns whether multiply applies the scales, to the sum of each slice."""
+        """Returns whether dot_... applies the scales, to the sum of each slice."""
         return self.scales is not Scales.NONE and not self.has_channel_scales(group_size, k)
 
     def stride(self, weight: Tensor) -> int:
@@ -220,13 +220,13 @@ class KernelFormat(NamedTuple):
         return weight.stride(-3) // TILE_N.value if self.is_tiled else weight.stride(-2)
 
 
-KERNEL_FORMATS = [  # format_class, is_tiled, scales, multiply, dequantize
-    KernelFormat(Unquantized, False, Scales.NONE, multiply_unquantized_or_int8, None),
-    KernelFormat(Int8, False, Scales.FLOAT32, multiply_unquantized_or_int8, dequantize_int8),
-    KernelFormat(Int4, True, Scales.WITH_ZEROS, multiply_int4, dequantize_int4),
-    KernelFormat(GroupedInt8, False, Scales.WITH_ZEROS, multiply_grouped_int8, dequantize_grouped_int8),
-    KernelFormat(Float8, False, Scales.FLOAT32, multiply_float8, dequantize_float8),
-    KernelFormat(MXFP4, True, Scales.E8M0, multiply_mxfp4, dequantize_mxfp4),
+KERNEL_FORMATS = [  # format_class, is_tiled, scales, dot, dequantize
+    KernelFormat(Unquantized, False, Scales.NONE, dot_unquantized_or_int8, None),
+    KernelFormat(Int8, False, Scales.FLOAT32, dot_unquantized_or_int8, dequantize_int8),
+    KernelFormat(Int4, True, Scales.WITH_ZEROS, dot_int4, dequantize_int4),
+    KernelFormat(GroupedInt8, False, Scales.WITH_ZEROS, dot_grouped_int8, dequantize_grouped_int8),
+    KernelFormat(Float8, False, Scales.FLOAT32, dot_float8, dequantize_float8),
+    KernelFormat(MXFP4, True, Scales.E8M0, dot_mxfp4, dequantize_mxfp4),
 ]
 BY_ID = {format.format_class.format_id: format for format in KERNEL_FORMATS}
 
@@ -269,7 +269,7 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, DEQUANTIZE: tl
 @triton_op
 def dequantize(*, w: WeightArguments, k: int, dtype: torch.dtype) -> Tensor:
     """Dequantizes a packed weight to W [n, k]."""
-    y = w.weight.new_empty(w.n, k, dtype=dtype)
+    y = fake_dequantize(w=w, k=k, dtype=dtype)
     grid = triton.cdiv(w.n, TILE_N.value), triton.cdiv(k, TILE_K.value)
     dequantize_kernel[grid](
         w.weight, w.scales, y, N=w.n, K=k, GROUP_SIZE=w.group_size, DEQUANTIZE=kernel_format(w.format_id).dequantize
@@ -295,7 +295,7 @@ def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, 
 @triton_op
 def embed(tokens: Tensor, *, w: WeightArguments, k: int, dtype: torch.dtype, scale: float) -> Tensor:
     """Dequantizes the rows of W [n, k] at tokens [...], and multiplies them with scale: [..., k]."""
-    y = w.weight.new_empty(*tokens.shape, k, dtype=dtype)
+    y = fake_embed(tokens, w=w, k=k, dtype=dtype)
     grid = tokens.numel(), triton.cdiv(k, TILE_K.value)
     if tokens.numel():
         embed_kernel[grid](

@@ -2,13 +2,13 @@
 programs share the GPU (tile sizes), and how long the GPU idles between two kernels (kernels that overlap).
 
     gpu_info                    what the GPU can do
-    has_matrix_units, min_block_m, dot_dtype    what a product needs to know, by device and by type of x
+    has_matrix_units, min_block_m, dot_dtype    what a matmul needs to know, by device and by type of x
     pdl_options                 arguments for the launch of a kernel that may overlap with the previous kernel
     pdl_wait                    the first call in every kernel
     semaphores                  by which a program knows that all other programs of the kernel are done
     choose_tiles                the tile sizes of y = x W^T: from tuned.json or by a rule
 
-tuned.json beside this file has the fastest tile sizes that were measured, by GPU and product.
+tuned.json beside this file has the fastest tile sizes that were measured, by GPU and matmul.
 scripts/benchmark.py --tune writes tuned.json.
 
 Kernels that overlap. On NVIDIA's Hopper and later GPUs, a kernel may start while the previous kernel still runs. CUDA
@@ -29,7 +29,7 @@ too.
 A executes gdc_launch_dependents as early as possible without letting B occupy multiprocessors that A still needs:
 
     a kernel with at most one program per multiprocessor    at once (TRIGGER_EARLY)
-    a product with more programs                            after the loop over K, when all programs are nearly done
+    a matmul with more programs                             after the loop over K, when all programs are nearly done
     any other kernel                                        never, so the next kernel starts when this kernel ends
 
 Why not always at once? If A has several waves of programs, B's programs would take over the multiprocessors that become
@@ -85,18 +85,18 @@ def gpu_info(device: torch.device) -> Gpu:
 
 
 def has_matrix_units(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether products with x in dtype use matrix units. In float32 they do not, since matrix units would round
+    """Returns whether matmuls with x in dtype use matrix units. In float32 they do not, since matrix units would round
     x to fewer bits."""
     return dtype != torch.float32 and gpu_info(device).min_block_m > 1
 
 
 def min_block_m(x: Tensor) -> int:
-    """Returns the smallest BLOCK_M of a product with x."""
+    """Returns the smallest BLOCK_M of a matmul with x."""
     return gpu_info(x.device).min_block_m if has_matrix_units(x.device, x.dtype) else 1
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
-    """Returns the type of both factors of products with x. Triton's interpreter, which runs on a CPU, cannot compute
+    """Returns the type of both operands of tl.dot with x. Triton's interpreter, which runs on a CPU, cannot compute
     in bfloat16."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return tl.float32
@@ -138,7 +138,7 @@ def all_semaphores(device: torch.device) -> Tensor:
     return torch.zeros(N_SEMAPHORES, dtype=torch.int32, device=device)
 
 
-# ---- The tile sizes of a product ------------------------------------------------------------------------------------
+# ---- The tile sizes of a matmul -------------------------------------------------------------------------------------
 
 
 class TileConfig(NamedTuple):
@@ -160,7 +160,7 @@ class TileConfig(NamedTuple):
 
 
 def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> str:
-    """Returns the name in tuned.json of a product with W [n, k]."""
+    """Returns the name in tuned.json of a matmul with W [n, k]."""
     key = f"{kernel_format(format_id).name}, {n} x {k}"
     if group_size < min(64, k):  # small groups make narrow slices, which have tile sizes of their own
         key += f", g{group_size}"
@@ -169,7 +169,8 @@ def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> s
 
 def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int, n_tokens: int = 1) -> TileConfig:
     """Returns the tile sizes for x [..., K] and W [n, K]: those of tuned.json, or a guess. A guess takes at most 99 KB
-    of shared memory per program, and 64 KB on a GPU whose min_block_m is not 8.
+    of shared memory per program, and 64 KB if min_block_m is not 8: AMD's MI300 and NVIDIA's Turing have no
+    more.
 
     gated: W is a gate projection above an up projection. A program needs 16 rows of each.
     n_tokens: not taken from x, since x of experts_down has a vector for each pair of a token and an expert."""
@@ -221,7 +222,7 @@ def guess_many_tokens(
     bytes.
 
     The registers of a warp bound the tile. A warp has block_n * block_m sums for each slice, and with slice scales
-    twice as many: a product is scaled before it is added to the sums. In a step a warp executes at most 64
+    twice as many: the result of tl.dot is scaled before it is added to the sums. In a step a warp executes at most 64
     instructions of the matrix unit, 128 with zero points."""
     format = kernel_format(format_id)
     has_slice_scales = format.has_slice_scales(group_size, k)

@@ -1,8 +1,8 @@
-"""Products of a few tokens and a weight in any format, in Triton. A decode step on a GPU mostly waits for weights, so
-each is read once for all tokens, and what comes before and after a product is computed with it.
+"""The matmul of a few tokens with a weight in any format, in Triton. A decode step on a GPU is memory-bound, so weights
+are read once for all tokens, and the norm before the matmul (prologue) and the steps after it (epilogue) are fused.
 
-    fused_linear    y = x W^T, and what comes before and after the product, in the order that ops/dispatch.py gives
-    rms_norm        a norm that no product follows
+    fused_linear    y = x W^T with prologue and epilogue, in the order that ops/dispatch.py gives
+    rms_norm        a norm that no matmul follows
     permute_inputs  puts x in the order of the columns of W
 
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). formats.py has what depends on the format of W.
@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import ACTIVATION_IDS, GATED_IDS, WeightArguments, output_width, triton_op
+from kernels.schema import (
+    ACTIVATION_IDS,
+    GATED_IDS,
+    WeightArguments,
+    fake_permute_inputs,
+    fake_rms_norm,
+    output_width,
+    triton_op,
+)
 from kernels.triton.elements import magic_number
 from kernels.triton.epilogue import EpilogueOperands, epilogue
 from kernels.triton.formats import kernel_format
@@ -60,7 +68,7 @@ ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
 #    outputs +---------+---------+---------+       +---------+
 #                        of W
 #
-# W is the left factor. An instruction of NVIDIA's matrix unit, mma.m16n8k16, multiplies [16, 16] with [16, 8]: 16
+# W is the left operand. An instruction of NVIDIA's matrix unit, mma.m16n8k16, multiplies [16, 16] with [16, 8]: 16
 # outputs with 8 tokens. So 8 tokens cost as much as one.
 #
 # Each warp takes some of the slices (CUTLASS's sliced-K). The sums of the slices are added up after the loop.
@@ -89,10 +97,10 @@ def fused_linear_kernel(
     magic_number,  # see elements.py: int4_pair
     N, n_many_tokens, N_FEW_TOKENS: tl.constexpr,
     K: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
-    MULTIPLY: tl.constexpr, LAYOUT: tl.constexpr,  # formats.py: KernelFormat; weights.py: WeightLayout
+    DOT: tl.constexpr, LAYOUT: tl.constexpr,  # formats.py: KernelFormat; weights.py: WeightLayout
     TILE: tl.constexpr,  # weights.py: ProgramTile
     ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr,
-    DTYPE: tl.constexpr,  # the type of both factors of the products
+    DTYPE: tl.constexpr,  # the type of both operands of tl.dot
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
 ):
     """Computes y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 if IS_GATED. None as an argument means
@@ -145,7 +153,7 @@ def fused_linear_kernel(
         x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_FEW_TOKENS, K, DTYPE)
         if norm_weight_ptr is not None:
             squares = add_squares(squares, x_ptr, offs_k, N_FEW_TOKENS, K)
-        acc = MULTIPLY(acc, x, w, k, k_starts, K, LAYOUT.GROUP_SIZE, TILE.BLOCK_OUT)
+        acc = DOT(acc, x, w, k, k_starts, K, LAYOUT.GROUP_SIZE, TILE.BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -279,7 +287,7 @@ def fused_linear(
         eps=eps, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None,
         magic_number=magic_number(x.dtype),
         N=n, n_many_tokens=None if has_few_tokens else n_tokens, N_FEW_TOKENS=n_tokens if has_few_tokens else None,
-        K=k, TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens, MULTIPLY=format.multiply,
+        K=k, TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens, DOT=format.dot,
         LAYOUT=WeightLayout(
             format.is_tiled, format.stride(w.weight), group_size, format.has_channel_scales(group_size, k)
         ),
@@ -321,7 +329,7 @@ def rms_norm_kernel(
 @triton_op
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
     """Computes [residual +] x / rms(x) * weight over the last dimension."""
-    y, dim = torch.empty_like(x), x.shape[-1]
+    y, dim = fake_rms_norm(x), x.shape[-1]
     grid = (x.numel() // dim,)
     rms_norm_kernel[grid](
         x, weight, residual, y, eps, DIM=dim,
@@ -356,7 +364,7 @@ def permute_inputs_kernel(
 def permute_inputs(x: Tensor, input_order: Tensor) -> Tensor:
     """Returns x[..., input_order], for x [..., K] and input_order int32 [N]: [..., N]."""
     k, n = x.shape[-1], len(input_order)
-    y, block = x.new_empty(*x.shape[:-1], n), min(1024, triton.next_power_of_2(n))
+    y, block = fake_permute_inputs(x, input_order), min(1024, triton.next_power_of_2(n))
     grid = x.numel() // k, triton.cdiv(n, block)
     permute_inputs_kernel[grid](x, input_order, y, K=k, N=n, BLOCK=block, **pdl_options(x.device, grid))
     return y

@@ -1,17 +1,17 @@
-"""A mixture of experts in a decode step on a GPU, in Triton: the router's choice, and the products of the experts.
+"""A mixture of experts in a decode step on a GPU, in Triton: the router's choice, and the experts' matmuls.
 
     route              chooses the experts of each token: softmax and top_k of the router's logits
     experts_gate_up    multiplies every token with the gate and up projections of the token's experts
     experts_down       multiplies the results with the down projections, and sums them with the router's weights
 
-They implement torch.ops.gptfast_triton.* (kernels/schema.py). Both products are the kernel of linear.py, with topk_ids.
+They implement torch.ops.gptfast_triton.* (kernels/schema.py). Both matmuls are the kernel of linear.py, with topk_ids.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import WeightArguments, fake_route, triton_op
+from kernels.schema import WeightArguments, fake_experts_down, fake_route, triton_op
 from kernels.triton.launch import pdl_options, pdl_wait
 from kernels.triton.linear import fused_linear
 
@@ -87,7 +87,7 @@ def experts_down(
     """Multiplies hidden [..., top_k, F] with the experts topk_ids [..., top_k] of W [E, n, F], and adds bias [E, n].
     Sums the results over top_k, weighted with topk_weights [..., top_k]: [residual +] [..., n]."""
     y = fused_linear(hidden, w=w, bias=bias, float32_out=True, topk_ids=topk_ids)
-    out = hidden.new_empty(*topk_ids.shape[:-1], w.n)
+    out = fake_experts_down(hidden, w=w, topk_ids=topk_ids)
     grid = triton.cdiv(w.n, 512), out.numel() // w.n
     moe_combine_kernel[grid](
         y, topk_weights, residual, out, N=w.n, TOP_K=topk_ids.shape[-1], BLOCK=512, **pdl_options(out.device, grid)
@@ -99,7 +99,7 @@ def experts_down(
 def route(logits: Tensor, *, top_k: int, norm_topk_prob: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
     """Returns (topk_weights, topk_ids) for float32 logits [..., E], or [..., E + 1] with shared experts. Both are
     [..., top_k + n_shared_experts]. norm_topk_prob: the weights of the top_k experts are scaled to sum to one."""
-    topk_weights, topk_ids = fake_route(logits, top_k=top_k, n_shared_experts=n_shared_experts)  # allocates both
+    topk_weights, topk_ids = fake_route(logits, top_k=top_k, n_shared_experts=n_shared_experts)
     n_logits = logits.shape[-1]
     grid = (logits.numel() // n_logits,)
     route_kernel[grid](

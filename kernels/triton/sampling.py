@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import triton_op
+from kernels.schema import fake_sample, triton_op
 from kernels.triton.launch import pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
@@ -184,7 +184,7 @@ def sample(
     temperature = min(max(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
     truncates = random is not None and (top_p < 1 or min_p > 0)
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
-    tokens = logits.new_empty(batch, dtype=torch.int64)
+    tokens = fake_sample(logits, random)
     block_scores = logits.new_empty(batch, n_blocks)
     block_tokens = logits.new_empty(batch, n_blocks, dtype=torch.int32)
     sums = logits.new_empty(2, batch) if truncates else None

@@ -35,7 +35,7 @@ class WeightLayout(NamedTuple):
 
 
 class ProgramTile(NamedTuple):
-    """The sizes of a program's products (drawn in linear.py), derived from launch.py: TileConfig."""
+    """The tile sizes of a program (drawn in linear.py), derived from launch.py: TileConfig."""
 
     BLOCK_M: int
     BLOCK_N: int
