@@ -169,8 +169,7 @@ def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> s
 
 def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int, n_tokens: int = 1) -> TileConfig:
     """Returns the tile sizes for x [..., K] and W [n, K]: those of tuned.json, or a guess. A guess takes at most 99 KB
-    of shared memory per program, and 64 KB if min_block_m is not 8: AMD's MI300 and NVIDIA's Turing have no
-    more.
+    of shared memory per program, or 64 KB if min_block_m is not 8: AMD's MI300 and NVIDIA's Turing have no more.
 
     gated: W is a gate projection above an up projection. A program needs 16 rows of each.
     n_tokens: not taken from x, since x of experts_down has a vector for each pair of a token and an expert."""
