@@ -64,7 +64,7 @@ def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
         return tokens.tolist
     copy = tokens.to("cpu", non_blocking=True)  # to pinned memory, so the host does not wait here
     is_done = torch.cuda.Event()
-    is_done.capture()
+    is_done.record()
 
     def read() -> list[int]:
         is_done.synchronize()

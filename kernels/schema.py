@@ -9,6 +9,7 @@ several schemas share:
     WEIGHT        a weight W [N, K]: WeightArguments
     EPILOGUE      what follows the matmul and the bias: Epilogue
     ATTENTION     AttentionParams
+    FILTERS       which tokens sample may draw: Filters
     activation    a value of ACTIVATION_IDS
 
 LayerCache and PositionTables are tensors of attention that belong together.
@@ -73,6 +74,14 @@ class AttentionParams(NamedTuple):
         return not softcap and sinks is None and alibi_slopes is None
 
 
+class Filters(NamedTuple):
+    """Which tokens sample may draw (engine/sampling.py: SamplingParams). The default of a field excludes none."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
 class LayerCache(NamedTuple):
     """The keys and values of earlier tokens, in a layer."""
 
@@ -94,7 +103,8 @@ def as_schema(fields: type[NamedTuple]) -> str:
     return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
 
 
-WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
+WEIGHT, EPILOGUE = as_schema(WeightArguments), as_schema(Epilogue)
+ATTENTION, FILTERS = as_schema(AttentionParams), as_schema(Filters)
 
 
 def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
@@ -229,8 +239,7 @@ def fake_dequantize(*, w, k, dtype):
 
 # Takes the logits that a CPU graph computes, so it comes after the graph.
 @define(
-    "sample(Tensor logits, Tensor? random, *, float temperature, Tensor? temperatures, int top_k, float top_p, "
-    "float min_p) -> Tensor",
+    f"sample(Tensor logits, Tensor? random, *, float temperature, Tensor? temperatures, {FILTERS}) -> Tensor",
     capturable=False,
 )
 def fake_sample(logits, random, **_):

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kernels import build
-from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
+from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE, Filters
 
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
 # The tokens of all sequences of a step count together.
@@ -54,8 +54,7 @@ class Backend:
     more tokens, and operations that are not in the table.
     max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
     query heads of a key/value head.
-    sample_options: the options of engine/sampling.py: SamplingParams that exclude tokens and that the kernel of sample
-    takes.
+    filters: the fields of kernels/schema.py: Filters that the kernel of sample takes.
     takes_uniform: whether this kernel takes random numbers and temperatures for each sequence."""
 
     name: str
@@ -63,7 +62,7 @@ class Backend:
     max_tokens: dict[str, float] = field(default_factory=dict)
     max_new_tokens: float = math.inf
     max_queries: float = math.inf
-    sample_options: frozenset[str] = frozenset()
+    filters: frozenset[str] = frozenset()
     takes_uniform: bool = False
 
     def kernel(
@@ -87,9 +86,9 @@ class Backend:
         has_kernels = n_tokens <= min(self.max_tokens.values(), default=0)
         return has_kernels and self.kernel("attend", n_tokens, n_new_tokens, heads_per_kv_head) is not None
 
-    def supports_sampling(self, options: Iterable[str] = (), has_uniform: bool = False) -> bool:
-        """Whether there is a kernel of sample, which takes options, and random numbers if has_uniform."""
-        takes_all = self.sample_options.issuperset(options) and (self.takes_uniform or not has_uniform)
+    def supports_sampling(self, filters: Iterable[str] = (), has_uniform: bool = False) -> bool:
+        """Whether there is a kernel of sample that takes these filters, and random numbers if has_uniform."""
+        takes_all = self.filters.issuperset(filters) and (self.takes_uniform or not has_uniform)
         return self.namespace is not None and takes_all
 
     def with_limits(self, **max_tokens: float) -> "Backend":
@@ -104,7 +103,7 @@ CPP_BACKEND = Backend(
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *MATMULS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
-    sample_options=frozenset(["top_k", "top_p", "min_p"]),
+    filters=frozenset(Filters._fields),
     takes_uniform=True,
 )
 TRITON_BACKEND = Backend(
@@ -113,7 +112,7 @@ TRITON_BACKEND = Backend(
     dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *MATMULS], MAX_TRITON_TOKENS),
     MAX_TRITON_NEW_TOKENS,
     MAX_TRITON_QUERIES,
-    sample_options=frozenset(["top_p", "min_p"]),
+    filters=frozenset(["top_p", "min_p"]),
 )
 
 

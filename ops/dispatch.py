@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from config import is_gated
-from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, LayerCache, PositionTables
+from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, Filters, LayerCache, PositionTables
 from ops import torch_ops
 from ops.backend import CPP_BACKEND, Backend
 
@@ -199,13 +199,14 @@ def experts_down(
 
 
 def sample(
-    logits: Tensor, temperature: float, backend: Backend, *, top_k: int | None = None, top_p: float | None = None,
-    min_p: float | None = None, uniform: Tensor | None = None, temperatures: Tensor | None = None,
+    logits: Tensor, temperature: float, backend: Backend, *, uniform: Tensor | None = None,
+    temperatures: Tensor | None = None, **filters: float,
 ) -> Tensor:
     """Draws a token [B] for every row of float32 logits [B, V], as engine/sampling.py: sample does in PyTorch. At
     temperature 0 it is the likeliest token. A row with a logit that is not finite gives -1.
 
-    top_k, uniform, temperatures: only with a backend that can take them (Backend.supports_sampling)."""
+    filters: fields of kernels/schema.py: Filters.
+    filters, uniform, temperatures: only with a backend that can take them (Backend.supports_sampling)."""
     logits, random = contiguous(logits), None
     if temperature > 0 and backend.name == CPP_BACKEND.name:
         if uniform is None:
@@ -214,8 +215,7 @@ def sample(
     elif temperature > 0:
         random = torch.empty_like(logits, dtype=torch.float64).exponential_()
     return backend.kernel("sample")(
-        logits, random, temperature=temperature, temperatures=contiguous(temperatures), top_k=top_k or 0,
-        top_p=1.0 if top_p is None else top_p, min_p=min_p or 0.0,
+        logits, random, temperature=temperature, temperatures=contiguous(temperatures), **Filters(**filters)._asdict()
     )
 
 

@@ -3,12 +3,14 @@
 import gc
 import weakref
 from functools import partial
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 
 from engine import runner as runner_module
-from engine.generation import generate, one_ahead
+from engine.generation import copy_to_host_async, generate, one_ahead
 from engine.runner import ModelRunner, choose_mode
 from engine.sampling import SamplingParams
 from kernels import build
@@ -108,6 +110,18 @@ def test_a_cache_that_nothing_uses_is_freed_at_once(both_models):
         assert is_alive() is None
     finally:
         gc.enable()
+
+
+def test_tokens_of_a_gpu_are_read_after_the_copys_event(monkeypatch):
+    """An Event has only the methods of torch.cuda.Event, and its copy is complete once synchronize returns."""
+    copy, calls = torch.zeros(2, dtype=torch.long), []
+    event = create_autospec(torch.cuda.Event, instance=True)
+    event.record.side_effect = lambda: calls.append("record")
+    event.synchronize.side_effect = lambda: (calls.append("synchronize"), copy.copy_(torch.tensor([5, 6])))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    tokens = SimpleNamespace(is_cuda=True, to=lambda device, non_blocking: copy)
+    read = copy_to_host_async(tokens)
+    assert calls == ["record"] and read() == [5, 6] and calls == ["record", "synchronize"]
 
 
 def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one():
