@@ -64,7 +64,7 @@ def main():
         converse(chat, args.max_new_tokens)
         return
     for i, sequence in enumerate(sequences, start=1):
-        torch.manual_seed(sequence.seed)  # as with --parallel: a text does not depend on the prompts before
+        torch.manual_seed(sequence.seed % 2**64)  # as with --parallel: a text does not depend on the prompts before
         samples = []
         for j in range(1, args.num_samples + 1):
             labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]

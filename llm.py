@@ -42,7 +42,8 @@ class LLM:
     the first text is taken.
 
     Sampling draws PyTorch's global random numbers (torch.manual_seed), unless seed is given: then a text has random
-    numbers of its own, and does not depend on other texts. One seed gives one text in generate and generate_many."""
+    numbers of its own. One seed gives one text in generate and generate_many. (In 16 bits, prompts of
+    generate_many that share a prefix may round differently.)"""
 
     def __init__(
         self, checkpoint_path: Path | str, device: torch.device | str | None = None,
@@ -151,7 +152,9 @@ class LLM:
     def take_scheduler(self) -> Scheduler:
         """Returns a Scheduler with one slot, which no text uses."""
         if self.free_schedulers:
-            return self.free_schedulers.pop()
+            scheduler = self.free_schedulers.pop()
+            scheduler.slots[0].cached_ids = []  # a cached prefix could change the text, by the rounding of 16 bits
+            return scheduler
         return Scheduler(self.model, 1, self.max_seq_len, self.compile)
 
     def stream(self, sequence: Sequence) -> Iterator[str]:

@@ -57,9 +57,8 @@ def one_ahead(reads: Iterator[Callable]) -> Iterator[Callable]:
 
 
 def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
-    """Starts to copy tokens [B] to the host. Returns a function that waits for the copy and returns the tokens. The
-    function does not wait for steps that are queued after the copy. The copy is complete before these steps begin, so
-    they may overwrite tokens."""
+    """Starts to copy tokens [B] to the host. Returns a function that waits for the copy and returns the tokens. Steps
+    that are queued later run after the copy, so they may overwrite tokens."""
     if not tokens.is_cuda:
         return tokens.tolist
     copy = tokens.to("cpu", non_blocking=True)  # to pinned memory, so the host does not wait here

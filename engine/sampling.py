@@ -20,6 +20,7 @@ import ops
 from ops.backend import TORCH_BACKEND, Backend
 from utils.errors import UsageError
 
+INTEGER_LIMIT = 2**63  # kernels take integers of 64 bits
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
 # On a CPU sort_for_top_p searches for the likely tokens, so that it need not sort the whole vocabulary.
 SMALL_VOCABULARY = 1000  # with this many tokens or fewer, sorting is faster than searching
@@ -67,6 +68,8 @@ class SamplingParams:
             if not isinstance(value, int if is_integer else int | float) or isinstance(value, bool):
                 kind = "an integer" if is_integer else "a number"
                 raise UsageError(f"{option.name} must be {kind}, not {value!r:.80}")
+            if isinstance(value, int) and value >= INTEGER_LIMIT:
+                raise UsageError(f"{option.name} is too large")
             if not option.metadata["is_allowed"](value):
                 raise UsageError(f"{option.name} must be {option.metadata['allowed']}, not {value}")
             if value == option.metadata["no_op"]:
@@ -124,7 +127,7 @@ def apply_repetition_penalty(
     logits: Tensor, tokens: Tensor, start_pos: Tensor, token_ids: Tensor, all_params: list[SamplingParams]
 ) -> Tensor:
     """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. The penalty
-    is applied here and not in sample, so scheduler.py: sample_batch may sample sequences of other penalties together.
+    is no part of sample, so one call of sample serves sequences with different penalties (scheduler.py: sample_batch).
 
     logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
     token_ids [B, S]: of a KVCache; they hold the text and tokens, if an option depends on the text.

@@ -20,7 +20,8 @@ slot (prefix caching):
 
 While sequences decode, a prompt is computed in chunks, so that a long prompt does not stall them (chunked prefill).
 
-Each sequence has its own random numbers, so that its text does not depend on the other sequences. With RoPE of type
+Each sequence has its own random numbers, so that its text does not depend on the other sequences, except that a copied
+prefix may round differently in 16 bits. With RoPE of type
 dynamic or longrope the text depends on max_seq_len, as with every KV cache.
 """
 
@@ -301,7 +302,12 @@ def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor
     rows = list(logits.clone())
     for i, sequence in enumerate(sequences):
         if sequence.logits_processor is not None:
-            rows[i] = sequence.logits_processor(sequence.prompt_ids + sequence.new_ids, rows[i])
+            row = sequence.logits_processor(sequence.prompt_ids + sequence.new_ids, rows[i])
+            if not isinstance(row, Tensor) or row.shape != rows[i].shape or not row.is_floating_point():
+                raise UsageError("logits_processor must return a tensor of floats, of the shape of its logits")
+            if row.isnan().any() or row.max().isinf():
+                raise UsageError("logits_processor returned NaN or infinity, or excluded every token")
+            rows[i] = row.to(logits)
     # sample takes -inf for an error of the model. A float32 sum of any vocabulary's EXCLUDED_LOGIT is still finite.
     return torch.stack(rows).clamp(min=EXCLUDED_LOGIT)
 

@@ -64,8 +64,8 @@ class Sequence:
     seed: int | None = None  # of the sequence's own random numbers; None: PyTorch's global generator
     logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
     n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
-    # Whether text holds back what max_new_tokens cuts: an incomplete character, or what may become a stop string. More
-    # tokens after resume complete the character. If nothing is held back, U+FFFD stands for an incomplete character.
+    # At max_new_tokens, True keeps back an incomplete character, or the possible start of a stop string, for resume.
+    # False gives all of the text, with U+FFFD for an incomplete character.
     hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
@@ -77,6 +77,8 @@ class Sequence:
     token_times: list[float] = field(default_factory=list, init=False)  # when each new token arrived
 
     def __post_init__(self):
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise UsageError(f"seed must be an integer, not {self.seed!r:.80}")
         self.detokenizer = None
         if self.tokenizer is not None:
             # A tokenizer may drop the space at the beginning of a text, but not between a prompt and its continuation.

@@ -35,8 +35,8 @@ from ops.backend import TORCH_BACKEND, Backend
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights.
 VERIFY_COST = 0.1
-# The factors by which AcceptanceRate's counts decay. A step without a proposal decays the counts, too, so that
-# proposing is tried again later.
+# AcceptanceRate's counts decay at every step, by these factors. Steps without a proposal decay them, too: some time
+# after bad proposals, the rate is near its first value again, and proposing is tried again.
 EMA_DECAY = 0.9  # a step that verifies tokens
 IDLE_DECAY = 0.97  # a step without a proposal
 PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5  # the counts before the first step
@@ -272,9 +272,8 @@ class DraftModelProposer:
         self.n_cached = 0  # how many tokens of the text are in the draft's cache
 
     def propose(self, token_ids: list[int], k: int) -> Proposal:
-        # If all k proposals were accepted, the draft has not processed the last two tokens: the last proposal, which no
-        # step took as input, and the model's own token. Otherwise only the last token is new. Always process two
-        # tokens, so that one captured step with T = 2 serves both cases.
+        # The draft has not processed the last token. If all k proposals were accepted, the draft has not processed the
+        # last proposal either. Always process two tokens, so that one captured step with T = 2 serves both cases.
         n_before = len(token_ids) - 2
         n_cached = min(self.n_cached, n_before)
         tokens = torch.tensor([token_ids[n_cached:]], device=self.draft.device).clamp(max=self.last_id)

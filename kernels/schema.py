@@ -68,8 +68,8 @@ class AttentionParams(NamedTuple):
 
     def is_sdpa_compatible(self, alibi_slopes: Tensor | None) -> bool:
         """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute it.
-        Norms and RoPE come before the scores. SDPA would ignore a new field silently. Unpacking all fields fails when a
-        field is added, on purpose: whoever adds a field must decide here whether SDPA can compute it."""
+        Norms and RoPE come before the scores. SDPA would ignore a new field silently. So the next line
+        names every field, and a new field breaks it: decide here whether SDPA can compute the new field."""
         _n_heads, _scale, _window, softcap, _q_norm_weight, _k_norm_weight, _eps, sinks = self
         return not softcap and sinks is None and alibi_slopes is None
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kernels import build
-from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE, Filters
+from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
 # The tokens of all sequences of a step count together.
@@ -50,8 +50,8 @@ class Backend:
 
     name: "cpu", "triton" or "torch": what the backend is, whatever its limits.
     namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
-    max_tokens: operation -> the most tokens of a step for which the kernel is called. Plain PyTorch computes steps of
-    more tokens, and operations that are not in the table.
+    max_tokens: operation -> the largest step that the kernel takes, in tokens. Plain PyTorch computes larger steps, and
+    operations without an entry.
     max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
     query heads of a key/value head.
     filters: the fields of kernels/schema.py: Filters that the kernel of sample takes.
@@ -80,8 +80,8 @@ class Backend:
     def supports_step(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
         """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size
         sequences. Then the step can be captured. A CPU graph holds only kernels, so CPP_BACKEND has a kernel for every
-        operation. A CUDA graph also holds PyTorch's operations, so TRITON_BACKEND needs none for embed, activate
-        and add."""
+        operation. A CUDA graph also holds PyTorch's operations, so TRITON_BACKEND has no kernels for embed,
+        activate and add."""
         n_tokens = batch_size * n_new_tokens
         has_kernels = n_tokens <= min(self.max_tokens.values(), default=0)
         return has_kernels and self.kernel("attend", n_tokens, n_new_tokens, heads_per_kv_head) is not None
@@ -103,7 +103,7 @@ CPP_BACKEND = Backend(
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *MATMULS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
-    filters=frozenset(Filters._fields),
+    filters=frozenset(["top_k", "top_p", "min_p"]),
     takes_uniform=True,
 )
 TRITON_BACKEND = Backend(

@@ -157,6 +157,20 @@ def test_seeds(chat_model):
     assert unseeded() == unseeded()
 
 
+@pytest.mark.parametrize("result", [
+    lambda logits: logits[:10], lambda logits: logits[None], lambda logits: None, lambda logits: logits.long(),
+    lambda logits: logits * torch.nan, lambda logits: logits - torch.inf,
+])
+def test_a_logits_processor_that_is_wrong(chat_model, result):
+    llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
+    with pytest.raises(UsageError, match="logits_processor"):
+        "".join(llm.generate("Hello", 6, logits_processor=lambda ids, logits: result(logits)))
+    half = llm.generate("Hello", 6, logits_processor=lambda ids, logits: logits.bfloat16())
+    assert len("".join(half)) > 0
+    with pytest.raises(UsageError, match="seed must be an integer"):
+        llm.generate("Hello", 6, seed=1.5)
+
+
 def test_logits_processor(chat_model):
     """It sees the ids of prompt and text, its -inf excludes tokens, and it affects no other text."""
     llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)

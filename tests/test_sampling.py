@@ -189,6 +189,14 @@ def test_options_that_change_nothing_are_off():
         assert SamplingParams(0.8, **options).filters == options
 
 
+@pytest.mark.parametrize("option", ["temperature", "top_k", "repetition_penalty"])
+def test_numbers_beyond_64_bits_are_refused(option):
+    for value in (2**63, 10**400):
+        with pytest.raises(UsageError, match=f"{option} is too large"):
+            SamplingParams(**{option: value})
+    assert SamplingParams(top_k=2**63 - 1).top_k == 2**63 - 1
+
+
 def test_no_kernel_draws_with_an_option_that_it_does_not_take():
     for backend, options in ((ops.CPP_BACKEND, {"top_k", "top_p", "min_p"}), (ops.TRITON_BACKEND, {"top_p", "min_p"})):
         assert backend.supports_sampling(options) and not backend.supports_sampling(options | {"top_n_sigma"})

@@ -29,8 +29,8 @@ template <int M, int BLOCKS> class Prefetcher {
   static constexpr bool IS_ONLY = M <= 2;  // one or two tokens are the only m-block
   int64_t distance;   // in bytes, from the first weights of a block to the weights that are prefetched with them
   int64_t step = 64;  // how many bytes to prefetch for 64 bytes read
-  // The blocks of a step are read side by side, but one lies after the other in memory. From offset jump_from on,
-  // offset + distance is beyond the end of the block, and the next weights to read are jump_bytes further.
+  // Two blocks that are read side by side lie one after the other in memory. In the last `distance` bytes of a block,
+  // from offset jump_from on, the address would be in the other block. So jump_bytes skip the other block.
   int64_t jump_from, jump_bytes;
 
  public:

@@ -108,8 +108,9 @@ def fused_linear_kernel(
 
     Grid: [N / BLOCK_N]. Program i computes outputs [i * BLOCK_OUT, (i + 1) * BLOCK_OUT) of all tokens.
 
-    Grid with topk_ids: [N / BLOCK_N, M * TOP_K]. Axis 1 is the (token, expert) pairs. The first pair of an expert
-    computes all pairs of that expert, so the expert is read once. The programs of its other pairs return at once.
+    Grid with topk_ids: [N / BLOCK_N, M * TOP_K]. Axis 1 is the (token, expert) pairs. The program of an
+    expert's first pair computes all pairs of the expert, and the programs of the other pairs return at once. So each
+    expert is read once.
 
     N_FEW_TOKENS: the number of tokens up to MMA_TOKENS, else None. There is a kernel for each number.
     n_many_tokens: the number of tokens above MMA_TOKENS, else None. There is a kernel for each BLOCK_M."""
