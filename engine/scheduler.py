@@ -305,7 +305,7 @@ def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor
             row = sequence.logits_processor(sequence.prompt_ids + sequence.new_ids, rows[i])
             if not isinstance(row, Tensor) or row.shape != rows[i].shape or not row.is_floating_point():
                 raise UsageError("logits_processor must return a tensor of floats, of the shape of its logits")
-            if row.isnan().any() or row.max().isinf():
+            if not row.max().isfinite():  # NaN if any is NaN
                 raise UsageError("logits_processor returned NaN or infinity, or excluded every token")
             rows[i] = row.to(logits)
     # sample takes -inf for an error of the model. A float32 sum of any vocabulary's EXCLUDED_LOGIT is still finite.
