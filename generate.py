@@ -25,11 +25,11 @@ from cli.parallel import generate_in_parallel
 from cli.ranks import process_group
 from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
-from cli.startup import build_generator, describe_ranks, load_draft, required_seq_len, warm_up
+from cli.startup import build_loop, describe_ranks, load_draft, required_seq_len, warm_up
 from cli.terminal import converse
 from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
-from engine.generation import TokenGenerator, stream_texts
+from engine.generation import DecodeLoop, stream_texts
 from engine.sequence import Sequence
 from llm import LLM  # the README once said: from generate import LLM
 
@@ -53,14 +53,14 @@ def main():
         return
 
     max_seq_len = required_seq_len(args, sequences, llm.model, draft)
-    generator = build_generator(args, llm, max_seq_len, draft)
-    stats |= warm_up(args, generator, sequences)
+    loop = build_loop(args, llm, max_seq_len, draft)
+    stats |= warm_up(args, loop, sequences)
     if args.json:
-        stats |= describe_ranks(generator.runner)
+        stats |= describe_ranks(loop.runner)
     if args.conversation:
         torch.manual_seed(args.seed)
         options = {"system": args.system, "stop": tuple(args.stop)}
-        chat = Conversation(llm.tokenizer, generator, max_seq_len, llm.model.config.eos_ids, **options)
+        chat = Conversation(llm.tokenizer, loop, max_seq_len, llm.model.config.eos_ids, **options)
         converse(chat, args.max_new_tokens)
         return
     for i, sequence in enumerate(sequences, start=1):
@@ -69,20 +69,20 @@ def main():
         for j in range(1, args.num_samples + 1):
             labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]
             with profiled(args.profile if j == args.num_samples else None):
-                samples.append(generate_text(args, sequence, generator, labels))
-        result = build_result(args, llm.model, generator.runner.kv_cache, samples, generator.accept_counts())
+                samples.append(generate_text(args, sequence, loop, labels))
+        result = build_result(args, llm.model, loop.runner.kv_cache, samples, loop.accept_counts())
         print_result(args, result | stats, llm.model)
 
 
 def generate_text(
-    args: argparse.Namespace, prompt: Sequence, generator: TokenGenerator, labels: list
+    args: argparse.Namespace, prompt: Sequence, loop: DecodeLoop, labels: list
 ) -> list[Sequence]:
     """Continues prompt in a batch of args.batch_size sequences. Without --json, prints the first text while it is
     generated, and then the others. labels: as for print_label."""
     batch = [replace(prompt) for _ in range(args.batch_size)]
     if not args.json:
         print_label([*labels, ("sequence", 1, len(batch))])
-    for texts in stream_texts(generator, batch, prompt.prompt_ids):
+    for texts in stream_texts(loop, batch, prompt.prompt_ids):
         if not args.json:
             print(texts[0], end="", flush=True)
     if not args.json:

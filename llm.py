@@ -24,10 +24,10 @@ import torch
 
 from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
-from engine.generation import PlainGenerator, generate, stream_texts
+from engine.generation import PlainLoop, generate, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling import GREEDY, SamplingParams
-from engine.scheduler import Scheduler, SlotGenerator, build_scheduler
+from engine.scheduler import Scheduler, SlotLoop, build_scheduler
 from engine.sequence import LogitsProcessor, Sequence, build_sequence
 from loading import load
 from model import KVCache
@@ -62,7 +62,7 @@ class LLM:
         self.model, self.tokenizer = load(self.checkpoint_path, **options)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         # What no text uses now. Their KV caches and captured steps serve the next texts.
-        self.free_generators: list[PlainGenerator] = []
+        self.free_loops: list[PlainLoop] = []
         self.free_schedulers: list[Scheduler] = []  # with one slot
 
     def generate(
@@ -116,17 +116,17 @@ class LLM:
         seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i.
         sampling: as for generate."""
         params = self.params.override(sampling)
-        generator = self.take_generator(params) if seed is None else SlotGenerator(self.take_scheduler(), params, seed)
-        return Conversation(self.tokenizer, generator, self.max_seq_len, self.model.config.eos_ids, system)
+        loop = self.take_loop(params) if seed is None else SlotLoop(self.take_scheduler(), params, seed)
+        return Conversation(self.tokenizer, loop, self.max_seq_len, self.model.config.eos_ids, system)
 
-    def build_generator(
+    def build_loop(
         self, params: SamplingParams, batch_size: int = 1, max_seq_len: int | None = None, compile_prefill: bool = False
-    ) -> PlainGenerator:
-        """Returns a loop with a KV cache of its own, for token ids in and out: see PlainGenerator.
+    ) -> PlainLoop:
+        """Returns a loop with a KV cache of its own, for token ids in and out: see PlainLoop.
 
         max_seq_len: the most tokens of a sequence; None: the LLM's max_seq_len."""
         kv_cache = KVCache(self.model, batch_size, max_seq_len or self.max_seq_len)
-        return PlainGenerator(ModelRunner(self.model, kv_cache, params, self.compile, compile_prefill))
+        return PlainLoop(ModelRunner(self.model, kv_cache, params, self.compile, compile_prefill))
 
     # ---- What the methods above share ----
 
@@ -139,15 +139,15 @@ class LLM:
         options["hint"] = hint if max_seq_len < config.max_seq_len else ""
         return build_sequence(prompt, self.tokenizer, config, max_new_tokens, max_seq_len, **options)
 
-    def take_generator(self, params: SamplingParams) -> PlainGenerator:
-        """Returns a PlainGenerator whose KV cache no text uses."""
-        if not self.free_generators:
-            return self.build_generator(params)
-        generator = self.free_generators.pop()
-        if generator.runner.sampler.params == params:
-            return generator
-        kv_cache = generator.runner.kv_cache  # fits any params; a captured step contains them
-        return PlainGenerator(ModelRunner(self.model, kv_cache, params, self.compile))
+    def take_loop(self, params: SamplingParams) -> PlainLoop:
+        """Returns a PlainLoop whose KV cache no text uses."""
+        if not self.free_loops:
+            return self.build_loop(params)
+        loop = self.free_loops.pop()
+        if loop.runner.sampler.params == params:
+            return loop
+        kv_cache = loop.runner.kv_cache  # fits any params; a captured step contains them
+        return PlainLoop(ModelRunner(self.model, kv_cache, params, self.compile))
 
     def take_scheduler(self) -> Scheduler:
         """Returns a Scheduler with one slot, which no text uses."""
@@ -158,18 +158,20 @@ class LLM:
         return Scheduler(self.model, 1, self.max_seq_len, self.compile)
 
     def stream(self, sequence: Sequence) -> Iterator[str]:
-        if sequence.seed is None and sequence.logits_processor is None:
-            owner, free = self.take_generator(sequence.params), self.free_generators
-            generator = owner
+        is_plain = sequence.seed is None and sequence.logits_processor is None
+        if is_plain:
+            loop = self.take_loop(sequence.params)
         else:
-            owner, free = self.take_scheduler(), self.free_schedulers
-            generator = SlotGenerator(owner, sequence.params, sequence.seed, sequence.logits_processor)
+            loop = SlotLoop(self.take_scheduler(), sequence.params, sequence.seed, sequence.logits_processor)
         try:
-            for (text,) in stream_texts(generator, [sequence], sequence.prompt_ids):
+            for (text,) in stream_texts(loop, [sequence], sequence.prompt_ids):
                 if text:
                     yield text
         finally:
-            free.append(owner)
+            if is_plain:
+                self.free_loops.append(loop)
+            else:
+                self.free_schedulers.append(loop.scheduler)
 
 
 def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:

@@ -11,10 +11,10 @@ import torch
 
 import collectives
 from cli.ranks import communication_share
-from engine.generation import PlainGenerator
+from engine.generation import PlainLoop
 from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
-from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeGenerator
+from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeLoop
 from llm import LLM
 from loading import load
 from model import KVCache, Transformer
@@ -59,11 +59,11 @@ def required_seq_len(
     return longest + args.max_new_tokens
 
 
-def build_generator(
+def build_loop(
     args: argparse.Namespace, llm: LLM, max_seq_len: int, draft: Transformer | None
-) -> PlainGenerator | SpeculativeGenerator:
+) -> PlainLoop | SpeculativeLoop:
     """Returns the loop. With speculation the draft model proposes tokens, or prompt lookup if draft is None."""
-    plain = llm.build_generator(args.sampling_params, args.batch_size, max_seq_len, args.compile_prefill)
+    plain = llm.build_loop(args.sampling_params, args.batch_size, max_seq_len, args.compile_prefill)
     if not args.speculative:
         return plain
     runner = plain.runner
@@ -73,7 +73,7 @@ def build_generator(
     else:
         draft_cache = KVCache(draft, 1, max_seq_len)
         proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling_params, args.compile), runner.model)
-    return SpeculativeGenerator(runner, proposer, args.speculate_k)
+    return SpeculativeLoop(runner, proposer, args.speculate_k)
 
 
 def warn_without_kernels(k: int, model: Transformer):
@@ -85,7 +85,7 @@ def warn_without_kernels(k: int, model: Transformer):
 
 @torch.inference_mode()
 def warm_up(
-    args: argparse.Namespace, generator: PlainGenerator | SpeculativeGenerator, sequences: list[Sequence]
+    args: argparse.Namespace, loop: PlainLoop | SpeculativeLoop, sequences: list[Sequence]
 ) -> dict:
     """Compiles or captures what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
     captures a step at its first use. The first prompt overwrites what the KV caches then hold. Returns compile_seconds,
@@ -94,12 +94,12 @@ def warm_up(
     if args.compile_prefill:
         # The length of a conversation's first prompt is unknown. Take a length beyond the kernels', which is compiled.
         n_prompt_tokens = len(sequences[0].prompt_ids) if sequences else MAX_CPU_TOKENS + 1
-        runner = generator.runner
+        runner = loop.runner
         prompt = torch.zeros(args.batch_size, n_prompt_tokens, dtype=torch.long, device=runner.device)
         # At position 0, T would equal S, and torch.compile would specialize on T = S. So start at position 1.
         runner.prefill(prompt, prompt[:, 0] + 1)
     if args.compile:
-        generator.warm_up(args.max_new_tokens)
+        loop.warm_up(args.max_new_tokens)
     return {"compile_seconds": time.perf_counter() - start}
 
 

@@ -10,10 +10,11 @@
     async_engine.py       many callers at once, in asyncio
     chat.py               Conversation: a chat's messages and answers in one KV cache
 
-There are two loops over decode steps, and speculation changes the first:
+Two loops run decode steps. PlainLoop (generation.py) and SpeculativeLoop (speculate.py) continue one prompt. The
+Scheduler (scheduler.py) runs many prompts. SlotLoop is a Scheduler with one slot, used in the place of a PlainLoop:
 
-                                            TokenGenerator    Scheduler
-                                            one prompt        many prompts
+                                            PlainLoop,        Scheduler,
+                                            SpeculativeLoop   SlotLoop
 
     used by  LLM.generate, LLM.chat         without seed      with seed or logits_processor
              LLM.generate_many              -                 yes
@@ -21,8 +22,8 @@ There are two loops over decode steps, and speculation changes the first:
              scripts/serve.py, eval.py      -                 yes
 
     a batch of samples of one prompt        yes               as several sequences
-    speculation (speculate.py)              yes               -
-    on a GPU the next step is queued        yes               -
+    speculation                             yes               -
+    on a GPU the next step is queued        PlainLoop         -
       before the host has the token
     sampling within a GPU's captured step   yes               -
     random numbers                          PyTorch's         PyTorch's, or of each sequence's seed
@@ -31,6 +32,6 @@ There are two loops over decode steps, and speculation changes the first:
     prefix caching                          in a chat         between all prompts
     logits that are not finite              end all           end one sequence
 
-In a Scheduler each sequence ends at any step, when another one begins. So the host waits for the tokens of a step and
-then decides.
+A sequence of a Scheduler may end at any step, and then another sequence takes the slot. So the host waits for the
+tokens of each step.
 """

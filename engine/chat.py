@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
-from engine.generation import TokenGenerator, stream_texts
+from engine.generation import DecodeLoop, stream_texts
 from engine.sequence import Sequence, check_max_new_tokens
 from text.chat_template import check_unicode, read_message
 from text.length import exceeds
@@ -33,15 +33,15 @@ class ContextFull(UsageError):
 
 class Conversation:
     def __init__(
-        self, tokenizer: Tokenizer, generator: TokenGenerator, max_seq_len: int, eos_ids: Collection[int],
+        self, tokenizer: Tokenizer, loop: DecodeLoop, max_seq_len: int, eos_ids: Collection[int],
         system: str | None = None, stop: tuple[str, ...] = (),
     ):
         """Raises UsageError if the checkpoint has no chat template, or if the template refuses a system message.
 
-        max_seq_len: how many tokens the KV cache of generator holds.
+        max_seq_len: how many tokens the KV cache of loop holds.
         system: the system message.
         stop: strings that end an answer. The answer does not contain them."""
-        self.tokenizer, self.generator = tokenizer, generator
+        self.tokenizer, self.loop = tokenizer, loop
         self.max_seq_len, self.eos_ids, self.stop = max_seq_len, eos_ids, stop
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
         self.n_dropped = 0  # how many messages were dropped to make room for the last answer
@@ -129,7 +129,7 @@ class Conversation:
         answer = self.messages[-1]
         self.finish_reason = "interrupted"  # overwritten below unless the caller stops early
         try:
-            for (piece,) in stream_texts(self.generator, [sequence], ids, n_cached):
+            for (piece,) in stream_texts(self.loop, [sequence], ids, n_cached):
                 # The newest token is not in the cache: the model takes that token as input only in the next step.
                 self.cached_ids += not_cached
                 not_cached = sequence.new_ids[-1:]

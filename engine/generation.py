@@ -4,13 +4,13 @@
     for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-generate is the loop. A TokenGenerator is a loop bound to a model: this loop, speculate.py's or scheduler.py's.
-engine/__init__.py compares the loops. stream_texts goes from a TokenGenerator's tokens to text.
+generate is the loop. A DecodeLoop is a loop bound to a model: this loop, speculate.py's or scheduler.py's.
+engine/__init__.py compares the loops. stream_texts goes from a DecodeLoop's tokens to text.
 
 Shapes: B sequences, T new tokens per sequence.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,11 +25,11 @@ def generate(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens:
     """Yields the next token of each sequence, max_new_tokens times. The KV cache already holds n_cached tokens before
     prompt [B, T]. The cache must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits
     are not finite."""
-    reads = map(copy_to_host_async, run_steps(runner, prompt, n_cached, max_new_tokens))
-    # On a GPU the next step is queued before the host waits for the tokens of this step. Then the GPU computes while
-    # the host handles the tokens. A CPU would compute the next step at once, and in vain if the caller stops here.
-    for read_ids in one_ahead(reads) if prompt.is_cuda else reads:
-        yield check_sampled_ids(read_ids())
+    steps = run_steps(runner, prompt, n_cached, max_new_tokens)
+    if prompt.is_cuda:
+        steps = read_one_step_later(steps)
+    for tokens in steps:
+        yield check_sampled_ids(tokens.tolist())
 
 
 def run_steps(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[Tensor]:
@@ -47,34 +47,33 @@ def run_steps(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens
         yield tokens
 
 
-def one_ahead(reads: Iterator[Callable]) -> Iterator[Callable]:
-    """Yields the items of reads. Takes each item before the previous item is yielded."""
-    read = next(reads)
-    for next_read in reads:
-        yield read
-        read = next_read
-    yield read
+def read_one_step_later(steps: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yields the tokens of every step on the host. On a GPU, step i + 1 is queued before the host waits for the tokens
+    of step i, so the GPU computes while the host handles tokens. On a CPU step i + 1 would only delay the tokens."""
+    copy = HostCopy(next(steps))
+    for tokens in steps:
+        next_copy = HostCopy(tokens)
+        yield copy.wait()
+        copy = next_copy
+    yield copy.wait()
 
 
-def copy_to_host_async(tokens: Tensor) -> Callable[[], list[int]]:
-    """Starts to copy tokens [B] to the host. Returns a function that waits for the copy and returns the tokens. Steps
-    that are queued later run after the copy, so they may overwrite tokens."""
-    if not tokens.is_cuda:
-        return tokens.tolist
-    copy = tokens.to("cpu", non_blocking=True)  # to pinned memory, so the host does not wait here
-    is_done = torch.cuda.Event()
-    is_done.record()
+class HostCopy:
+    """A copy of a GPU's tokens [B] to the host, which the constructor only starts. Steps that are queued later run
+    after the copy, so they may overwrite tokens."""
 
-    def read() -> list[int]:
-        is_done.synchronize()
-        return copy.tolist()
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens.to("cpu", non_blocking=True)  # to pinned memory, so the host does not wait here
+        self.is_done = torch.cuda.Event()
+        self.is_done.record()
 
-    return read
+    def wait(self) -> Tensor:
+        self.is_done.synchronize()
+        return self.tokens
 
 
-class TokenGenerator(Protocol):
-    """A loop that continues one text: PlainGenerator, SpeculativeGenerator of speculate.py, or SlotGenerator of
-    scheduler.py."""
+class DecodeLoop(Protocol):
+    """A loop that continues one text: PlainLoop, SpeculativeLoop of speculate.py, or SlotLoop of scheduler.py."""
 
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         """Continues token_ids, of which the first n_cached are in the KV cache, in each of B sequences. Yields the next
@@ -82,21 +81,21 @@ class TokenGenerator(Protocol):
 
 
 def stream_texts(
-    generator: TokenGenerator, batch: list[Sequence], token_ids: list[int], n_cached: int = 0
+    loop: DecodeLoop, batch: list[Sequence], token_ids: list[int], n_cached: int = 0
 ) -> Iterator[list[str]]:
     """Continues token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have ended.
     Yields the new text of each sequence after every token. The sequences are samples of one prompt, with one limit of
     new tokens."""
     max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
-    for ids in generator.generate(token_ids, n_cached, max_new_tokens):
+    for ids in loop.generate(token_ids, n_cached, max_new_tokens):
         yield [sequence.append(token).text for sequence, token in zip(batch, ids, strict=True)]
         if all(sequence.finish_reason for sequence in batch):
             break
 
 
 @dataclass(frozen=True)
-class PlainGenerator:
-    """A TokenGenerator with a decode step for every token."""
+class PlainLoop:
+    """A DecodeLoop with a decode step for every token."""
 
     runner: ModelRunner
 

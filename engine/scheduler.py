@@ -248,8 +248,8 @@ class Scheduler:
         return update
 
 
-class SlotGenerator:
-    """A TokenGenerator (generation.py) in a Scheduler with one slot. In contrast to PlainGenerator, texts may have
+class SlotLoop:
+    """A DecodeLoop (generation.py) in a Scheduler with one slot. In contrast to PlainLoop, texts may have
     random numbers of their own and a logits_processor."""
 
     def __init__(
@@ -260,7 +260,7 @@ class SlotGenerator:
         self.scheduler, self.params, self.seed, self.logits_processor = scheduler, params, seed, logits_processor
 
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-        """As TokenGenerator.generate. n_cached is not needed: the scheduler finds the prefix that its slot holds."""
+        """As DecodeLoop.generate. n_cached is not needed: the scheduler finds the prefix that its slot holds."""
         options = {"seed": self.seed, "logits_processor": self.logits_processor}
         if self.seed is not None:
             self.seed += 1  # of the next text

@@ -1,8 +1,8 @@
 """Speculative decoding: a cheap proposer guesses the next few tokens, and the model verifies all of them in one step.
 
     proposer = NgramProposer(max_ngram=3, device=device)
-    generator = SpeculativeGenerator(runner, proposer, k=5)
-    for (token,) in generator.generate(token_ids, n_cached=0, max_new_tokens=100): ...
+    loop = SpeculativeLoop(runner, proposer, k=5)
+    for (token,) in loop.generate(token_ids, n_cached=0, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
 one. The model accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling makes the
@@ -11,7 +11,7 @@ distribution of the output exactly that of plain decoding (arXiv:2211.17192).
     NgramProposer         searches the text for its last few tokens, and proposes the tokens that followed them there
     DraftModelProposer    proposes the tokens that a smaller model samples
 
-Read SpeculativeGenerator.generate first: this loop takes the place of generation.py: generate. rejection_sample decides
+Read SpeculativeLoop.generate first: this loop takes the place of generation.py: generate. rejection_sample decides
 which tokens are accepted. A cost is a time; the unit is one decode step of the model.
 
 Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
@@ -58,8 +58,8 @@ class Proposer(Protocol):
         """Tells the proposer that the next text may differ from the previous text after the first n tokens."""
 
 
-class SpeculativeGenerator:
-    """A TokenGenerator (generation.py) that verifies what proposer proposes."""
+class SpeculativeLoop:
+    """A DecodeLoop (generation.py) that verifies what proposer proposes."""
 
     def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
         """k: the most tokens to propose at a time."""
@@ -73,7 +73,7 @@ class SpeculativeGenerator:
 
     @torch.inference_mode()
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-        """Yields the new tokens one by one, each as [1]: see TokenGenerator."""
+        """Yields the new tokens one by one, each as [1]: see DecodeLoop."""
         self.step_sizes.clear()
         token_ids, n_left = list(token_ids), max_new_tokens
         acceptance = AcceptanceRate()

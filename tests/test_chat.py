@@ -128,8 +128,8 @@ def test_an_interrupted_answer_stays(chat_model):
     """The next answer is that of a model which has seen only the tokens before the interrupt."""
     model, tokenizer = load(chat_model / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
-    generator = generation.PlainGenerator(ModelRunner(model, kv_cache))
-    conversation = Conversation(tokenizer, generator, CONTEXT, model.config.eos_ids)
+    loop = generation.PlainLoop(ModelRunner(model, kv_cache))
+    conversation = Conversation(tokenizer, loop, CONTEXT, model.config.eos_ids)
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)
     pieces.close()

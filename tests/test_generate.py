@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import runner as runner_module
-from engine.generation import copy_to_host_async, generate, one_ahead
+from engine.generation import generate, read_one_step_later
 from engine.runner import ModelRunner, choose_mode
 from engine.sampling import SamplingParams
 from kernels import build
@@ -112,30 +112,33 @@ def test_a_cache_that_nothing_uses_is_freed_at_once(both_models):
         gc.enable()
 
 
-def test_tokens_of_a_gpu_are_read_after_the_copys_event(monkeypatch):
-    """An Event has only the methods of torch.cuda.Event, and its copy is complete once synchronize returns."""
-    copy, calls = torch.zeros(2, dtype=torch.long), []
-    event = create_autospec(torch.cuda.Event, instance=True)
-    event.record.side_effect = lambda: calls.append("record")
-    event.synchronize.side_effect = lambda: (calls.append("synchronize"), copy.copy_(torch.tensor([5, 6])))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    tokens = SimpleNamespace(is_cuda=True, to=lambda device, non_blocking: copy)
-    read = copy_to_host_async(tokens)
-    assert calls == ["record"] and read() == [5, 6] and calls == ["record", "synchronize"]
+@pytest.mark.parametrize("n", [1, 3])
+def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one(n, monkeypatch):
+    """An Event has only the methods of torch.cuda.Event. A copy has its tokens once the Event is complete."""
+    calls, copies, event_class = [], [], torch.cuda.Event
 
+    def new_event():
+        event, i = create_autospec(event_class, instance=True), len(copies) - 1
+        event.record.side_effect = lambda: calls.append(f"record {i}")
+        event.synchronize.side_effect = lambda: (calls.append(f"wait {i}"), copies[i].fill_(i))
+        return event
 
-def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one():
-    events = []
+    def to_host(device, non_blocking):
+        copies.append(torch.full((2,), -7))
+        return copies[-1]
 
-    def queue(n: int):
+    def run_steps():
         for i in range(n):
-            events.append(f"queue {i}")
-            yield lambda i=i: events.append(f"wait {i}")
+            calls.append(f"queue {i}")
+            yield SimpleNamespace(to=to_host)
 
-    for n in (1, 3):
-        for read in one_ahead(queue(n)):
-            read()
-    assert events == ["queue 0", "wait 0", "queue 0", "queue 1", "wait 0", "queue 2", "wait 1", "wait 2"]
+    monkeypatch.setattr(torch.cuda, "Event", new_event)
+    tokens = [tokens.tolist() for tokens in read_one_step_later(run_steps())]
+    assert tokens == [[i, i] for i in range(n)]
+    expected = ["queue 0", "record 0"]
+    for i in range(1, n):
+        expected += [f"queue {i}", f"record {i}", f"wait {i - 1}"]
+    assert calls == [*expected, f"wait {n - 1}"]
 
 
 def test_modes_of_a_step():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.chat import Conversation
-from engine.generation import PlainGenerator
+from engine.generation import PlainLoop
 from engine.sampling import SamplingParams
 from llm import LLM, KVCache, ModelRunner, generate, load
 from tests.tiny import PACKAGES
@@ -40,8 +40,8 @@ def test_conversation(chat_model, cli):
     kv_cache, other_kv_cache = (KVCache(model, 1, 160) for _ in range(2))
     runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_runner, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
-    generator = PlainGenerator(runner)
-    conversation = Conversation(tokenizer, generator, kv_cache.max_seq_len, model.config.eos_ids)
+    loop = PlainLoop(runner)
+    conversation = Conversation(tokenizer, loop, kv_cache.max_seq_len, model.config.eos_ids)
     answers, other_ids = [], []
     for message in ("Hi", "how are you?"):
         other_ids += next(other) + next(other)
@@ -119,7 +119,7 @@ def test_sampling_options_of_a_call(chat_model):
         assert (text(hot, temperature=0), text(greedy, temperature=5)) == expected
         assert (text(greedy), text(hot)) == expected
     assert text(hot, top_k=1) == expected[0] and text(greedy, temperature=5, top_k=None) != expected[1]
-    assert len(greedy.free_generators) == 1
+    assert len(greedy.free_loops) == 1
 
     pieces = greedy.generate("Hello", max_new_tokens=20)
     first = next(pieces)

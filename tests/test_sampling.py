@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 import ops
-from engine.generation import PlainGenerator
+from engine.generation import PlainLoop
 from engine.runner import ModelRunner
 from engine.sampling import SamplingParams, probabilities, sample, seen_token_mask, store_token_ids
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
-from engine.speculate import NgramProposer, SpeculativeGenerator
+from engine.speculate import NgramProposer, SpeculativeLoop
 from model import KVCache
 from utils.errors import UsageError
 
@@ -99,12 +99,12 @@ def test_repetition_penalty_equals_transformers(both_models):
 
     kv_cache, ids = KVCache(ours, 1, 64), prompt[0].tolist()
     runner = ModelRunner(ours, kv_cache, params)
-    generator = PlainGenerator(runner)
-    assert [i for (i,) in generator.generate(ids, 0, n)] == expected
-    rest = generator.generate(ids + expected[:5], 44, n - 5)  # as a conversation goes on
+    loop = PlainLoop(runner)
+    assert [i for (i,) in loop.generate(ids, 0, n)] == expected
+    rest = loop.generate(ids + expected[:5], 44, n - 5)  # as a conversation goes on
     assert [i for (i,) in rest] == expected[5:]
 
-    lookup = SpeculativeGenerator(runner, NgramProposer(2, torch.device("cpu")), k=4)
+    lookup = SpeculativeLoop(runner, NgramProposer(2, torch.device("cpu")), k=4)
     assert [i for (i,) in lookup.generate(ids, 0, n)] == expected
 
     for order in ([0, 1, 2], [2, 0, 1]):  # the second time, penalized moves to the slot of short

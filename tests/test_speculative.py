@@ -15,7 +15,7 @@ from engine.sampling import SamplingParams, probabilities
 from engine.speculate import (
     DraftModelProposer,
     NgramProposer,
-    SpeculativeGenerator,
+    SpeculativeLoop,
     best_draft_length,
     draft_lengths,
     estimate_verify_cost,
@@ -33,14 +33,14 @@ TEXT = torch.randint(3, 97, (20,), generator=torch.Generator().manual_seed(1)).t
 TEXT = TEXT + TEXT[:12]  # something to look up
 
 
-def generator_of(model, draft, length: int, k: int, compile: bool = False) -> SpeculativeGenerator:
+def loop_of(model, draft, length: int, k: int, compile: bool = False) -> SpeculativeLoop:
     """As in generate.py, with caches of this length. Proposals cost nothing here, so every step has one."""
     if draft is None:
         proposer = NgramProposer(3, CPU)
     else:
         proposer = DraftModelProposer(ModelRunner(draft, KVCache(draft, 1, length), GREEDY, compile), model)
         proposer.cost = 0.0
-    return SpeculativeGenerator(ModelRunner(model, KVCache(model, 1, length), GREEDY, compile), proposer, k)
+    return SpeculativeLoop(ModelRunner(model, KVCache(model, 1, length), GREEDY, compile), proposer, k)
 
 
 def plain(model, text: list[int], n: int) -> list[int]:
@@ -79,12 +79,12 @@ def test_greedy_tokens_are_the_models_own(family, name, both_models, drafts):
     model, draft = both_models(family)[1], drafts(family, name)
     expected = plain(model, TEXT, 40)
     for k in range(1, 9) if family == "llama3" else (1, 4, 8):
-        generator = generator_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
-        generator.verify_cost = 0.1
-        assert flat(generator.generate(TEXT, 0, 40)) == expected
-        sizes = generator.step_sizes
+        loop = loop_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
+        loop.verify_cost = 0.1
+        assert flat(loop.generate(TEXT, 0, 40)) == expected
+        sizes = loop.step_sizes
         assert sum(sizes) == 40 and max(sizes) <= k + 1
-        assert generator.accept_counts() == [sizes[1:].count(n + 1) for n in range(k + 1)]
+        assert loop.accept_counts() == [sizes[1:].count(n + 1) for n in range(k + 1)]
         if name == "itself":
             assert sizes[1:-1].count(k + 1) >= (39 // (k + 1)) - 1
 
@@ -93,20 +93,20 @@ def test_greedy_tokens_are_the_models_own(family, name, both_models, drafts):
 def test_a_text_goes_on_where_the_cache_ends(name, both_models, drafts):
     """As in a conversation: the second text shares a beginning with the first one and its answer."""
     model, draft = both_models("llama3")[1], drafts("llama3", name)
-    generator = generator_of(model, draft, 160, 4)
-    answer = flat(generator.generate(TEXT, 0, 21))
+    loop = loop_of(model, draft, 160, 4)
+    answer = flat(loop.generate(TEXT, 0, 21))
     for kept in (20, 7, 0):
         text = TEXT + answer[:kept] + TEXT[5:15]
-        assert flat(generator.generate(text, len(TEXT) + kept, 20)) == plain(model, text, 20)
-        flat(generator.generate(TEXT, len(TEXT) - 1, 21))
+        assert flat(loop.generate(text, len(TEXT) + kept, 20)) == plain(model, text, 20)
+        flat(loop.generate(TEXT, len(TEXT) - 1, 21))
 
 
 @pytest.mark.parametrize("family, use_kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
 def test_compiled(family, use_kernels, k, both_models):
     """With kernels only a verification of 11 tokens is compiled, which are too many for the kernels."""
     model = both_models(family, use_kernels)[1]
-    generator = generator_of(model, None, len(TEXT) + 20, k, compile=True)
-    assert flat(generator.generate(TEXT, 0, 20)) == plain(model, TEXT, 20)
+    loop = loop_of(model, None, len(TEXT) + 20, k, compile=True)
+    assert flat(loop.generate(TEXT, 0, 20)) == plain(model, TEXT, 20)
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------------------
@@ -172,13 +172,13 @@ def test_sampled_tokens_have_the_models_distribution(draft, params, samples):
         runner = ToyRunner(toy_logits(2, never=3 if draft == "never" else None), params, text)
         proposer = DraftModelProposer(runner, runner.model)
         proposer.cost = 0.0
-    generator = SpeculativeGenerator(ToyRunner(table, params, text), proposer, k=2)
+    loop = SpeculativeLoop(ToyRunner(table, params, text), proposer, k=2)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
     for _ in range(samples):
-        counts[tuple(flat(generator.generate(text, 0, 3)))] += 1
-        n_speculated += len(generator.step_sizes) < 3
+        counts[tuple(flat(loop.generate(text, 0, 3)))] += 1
+        n_speculated += len(loop.step_sizes) < 3
     assert n_speculated > samples // 20  # speculation took part
 
     probs = probabilities(table.flatten(0, 1), params).view_as(table)
