@@ -47,7 +47,7 @@ def make_model(config_name: str | None, gguf_file: Path | None, path: Path):
     """Writes bfloat16 weights to path: random weights for config_name, or the weights of gguf_file. Raises UsageError
     for a model that llama.cpp cannot run."""
     if gguf_file:
-        from scripts.convert_gguf import convert_gguf
+        from converters.convert_gguf import convert_gguf
 
         convert_gguf(gguf_file, path.parent, torch.bfloat16)
         config = read_checkpoint(path.with_name("model.pth").rename(path)).config
