@@ -53,7 +53,7 @@ TABLES = {  # name -> columns: (header, template of a cell, which a row's values
         ("change", "{percent:+.1f} %"),
         ("decode, tokens/s", "{decode_tokens_per_sec:.0f}"),
     ],
-    "steps": [
+    "whole_texts": [
         ("", "{model}, {weights}"),
         ("decode, tokens/s", "{tokens_per_sec:.0f}"),
         ("share of the card's copy bandwidth", "{share_of_copy:.0%}"),
@@ -61,7 +61,7 @@ TABLES = {  # name -> columns: (header, template of a cell, which a row's values
         ("5-token / 1-token step", "{verify_5_over_1:.2f}"),
         ("original gpt-fast, tokens/s", "{gpt_fast}"),
     ],
-    "overlap": [
+    "captured_steps": [
         ("", "{model}, {weights}"),
         ("one step, tokens/s", "{tokens_per_sec:,.0f}"),
         ("share of the card's copy bandwidth", "{share_of_copy:.0%}"),
@@ -127,7 +127,7 @@ def rows(name: str, result: dict) -> list[dict]:
                 row | {"mode": mode, "file_mb": row["file_bytes"] / 1e6, "percent": 100 * row["perplexity_change"]}
                 for mode, row in result["modes"].items()
             ]
-        case "steps" | "overlap":
+        case "whole_texts" | "captured_steps":
             return [row | {"gpt_fast": number_or_nothing(row["gpt_fast_tokens_per_sec"])} for row in result["rows"]]
         case "speculation":
             proposer = Path(result["draft"]).stem
