@@ -105,7 +105,7 @@ def second():
 
 def test_second_decode_ends_with_the_benchmark(second):
     """The pipe ends even if the benchmark is killed while the process decodes."""
-    assert busy.ask(second, "decode") is None
+    assert busy.send_request(second, "decode") is None
 
 
 @pytest.fixture
@@ -119,11 +119,11 @@ def too_large(monkeypatch):
 def test_second_decode_that_fails(too_large, second):
     """Its error is the benchmark's, so one line."""
     with pytest.raises(OutOfMemoryError, match="the model takes 9 GB"):
-        busy.ask(second, "decode")
+        busy.send_request(second, "decode")
 
 
 def test_second_decode_that_is_killed():
     connection, their_end = multiprocessing.Pipe()
     their_end.close()
     with pytest.raises(OutOfMemoryError, match="the process of the second decode was killed"):
-        busy.ask(connection, "decode")
+        busy.send_request(connection, "decode")

@@ -63,9 +63,9 @@ def measure_round(timed_model: "TimedModel", second: Connection, n_threads: int)
     with busy_process():
         beside_busy = tokens_per_sec(timed_model.time_text(n_threads))
         one_thread = tokens_per_sec(timed_model.time_text(1))
-    ask(second, "decode")
+    send_request(second, "decode")
     times = timed_model.time_text(n_threads)
-    their_times = ask(second, "stop")
+    their_times = send_request(second, "stop")
     first_of_two = tokens_per_sec(times)
     n_theirs = sum(times[0] < t <= times[-1] for t in their_times)  # their tokens while both decoded
     second_of_two = n_theirs / (times[-1] - times[0])
@@ -127,7 +127,7 @@ def busy_process() -> Iterator[subprocess.Popen]:
 
 @contextlib.contextmanager
 def second_process(*arguments) -> Iterator[Connection]:
-    """Runs serve_decode_requests(connection, *arguments) in a process within this context: see ask."""
+    """Runs serve_decode_requests(connection, *arguments) in a process within this context: see send_request."""
     spawn = multiprocessing.get_context("spawn")
     connection, their_end = spawn.Pipe()
     process = spawn.Process(target=serve_decode_requests, args=(their_end, *arguments), daemon=True)
@@ -142,12 +142,13 @@ def second_process(*arguments) -> Iterator[Connection]:
         process.join()
 
 
-def ask(second: Connection, word: str) -> list[float] | None:
-    """Sends a word to the second process and returns the answer. At "decode" the process begins to decode, and answers
-    None. At "stop" the process stops decoding, and answers the times of all tokens. An exception in the process is
-    raised here."""
+def send_request(second: Connection, request: str) -> list[float] | None:
+    """Sends a request to the second process and returns the answer. An exception in the process is raised here.
+
+        "decode"    begins to decode; answer: None
+        "stop"      stops decoding; answer: the times of all tokens"""
     try:
-        second.send(word)
+        second.send(request)
         answer = second.recv()
     except (EOFError, ConnectionError):
         raise OutOfMemoryError("the process of the second decode was killed") from None
@@ -157,7 +158,7 @@ def ask(second: Connection, word: str) -> list[float] | None:
 
 
 def serve_decode_requests(connection: Connection, n_threads: int, *arguments):
-    """Answers the requests of ask: the main loop of the second process."""
+    """Answers what send_request sends: the main loop of the second process."""
     tqdm.set_lock(threading.RLock())  # tqdm's default lock outlives a process that is killed
     try:
         timed_model = TimedModel(*arguments)
