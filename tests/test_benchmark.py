@@ -208,7 +208,7 @@ def test_jobs_are_processes(config_json, monkeypatch):
 def test_table_of_jobs():
     ours = {"decode_tokens_per_sec": 150.0, "decode_share_of_copy": 0.9, "verify_5_over_1": 1.05}
     jobs = {"check float16": {}, "ours Llama-3.1-8B bf16": ours, "plain Llama-3.1-8B bf16": {"error": "out of time"}}
-    head, line = gpu_jobs.table(jobs).splitlines()
+    head, line = gpu_jobs.engines_table(jobs).splitlines()
     assert len(head) == len(line)
     assert line.split() == ["Llama-3.1-8B", "bf16", "150.0", "90%", "-", "-", "1.05", "0"]
 

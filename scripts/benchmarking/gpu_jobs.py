@@ -55,7 +55,7 @@ def gpu(args: argparse.Namespace):
             results[job] = outcome
             print(f"[{end - time.monotonic():4.0f} s left] {job}: {json.dumps(outcome)[:1500]}", flush=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\n{table(results)}")
+    print(f"\n{engines_table(results)}")
     print(json.dumps(report))
 
 
@@ -95,7 +95,7 @@ def start(arguments: list[str], end: float) -> dict:
         return {"error": f"exit {process.returncode}: {process.stderr[-600:]}"}
 
 
-def table(jobs: dict[str, dict]) -> str:
+def engines_table(jobs: dict[str, dict]) -> str:
     """Returns the table of the module's docstring. jobs: the results by the job's name."""
     lines = [f"{'':22}{'ours':>16}{'plain':>16}{'transformers':>16}{'verify 5':>10}{'prefill 2048':>14}"]
     for job, ours in jobs.items():
