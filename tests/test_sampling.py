@@ -1,6 +1,5 @@
 """sample(): tokens of the distribution that temperature, top_k and top_p leave, and of no other."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,23 +14,14 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
 from model import KVCache
+from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
 
 
-def expected_distribution(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
-    """The probabilities of one row, the slow and plain way."""
-    weights = np.exp(logits.double().numpy() / params.temperature)
-    ranked = sorted(range(len(weights)), key=lambda i: -weights[i])[: params.top_k]
-    if params.top_p is not None:
-        total, kept = sum(weights[i] for i in ranked), []
-        for i in ranked:
-            if sum(weights[j] for j in kept) / total >= params.top_p:
-                break
-            kept.append(i)
-        ranked = kept
-    probs = np.zeros(len(weights))
-    probs[ranked] = weights[ranked] / weights[ranked].sum()
-    return probs
+def expected_distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Returns the probabilities [B, V] of the tokens that remain, found by sorting."""
+    is_kept = kept_tokens(logits, params.temperature, params.top_k or 0, params.top_p or 1.0)
+    return (logits.double() / params.temperature).masked_fill(~is_kept, -torch.inf).softmax(-1)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +42,7 @@ def expected_distribution(logits: torch.Tensor, params: SamplingParams) -> np.nd
 )
 def test_samples_have_the_filtered_distribution(params, compiled):
     logits = torch.linspace(-2, 2, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(3))]
-    expected = expected_distribution(logits, params)
+    expected = expected_distribution(logits[None], params)[0]
     draw = torch.compile(sample, fullgraph=True) if compiled else sample
     n = 100_000
     drawn = []
@@ -61,9 +51,9 @@ def test_samples_have_the_filtered_distribution(params, compiled):
         drawn.append(draw(logits.expand(n, 12), params))
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2]) == (expected.max() == 1)
-    shares = torch.bincount(drawn[0], minlength=12).numpy() / n
+    shares = torch.bincount(drawn[0], minlength=12) / n
     assert ((shares > 0) == (expected > 0)).all()
-    four_deviations = 4 * np.sqrt(expected * (1 - expected) / n)
+    four_deviations = 4 * (expected * (1 - expected) / n).sqrt()
     assert (abs(shares - expected) <= four_deviations).all()
 
 
@@ -155,7 +145,8 @@ def test_a_caches_tokens_are_the_texts(both_models, data):
 
 
 def sorted_distribution(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """What top_p means, the slow and plain way."""
+    """Returns the probabilities that top_p leaves, found by sorting. All sums are float32, as in probabilities: with
+    float64, as in kept_tokens, other tokens would be left where the sum is close to top_p."""
     probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = torch.nn.functional.pad(probs.cumsum(-1)[:, :-1], (1, 0))
     kept = probs.masked_fill(before >= top_p, 0)
