@@ -1,8 +1,8 @@
-"""Small checkpoints whose tokens are bytes, and generate.py called on them as its user would.
+"""Small checkpoints whose tokens are bytes, and calls of generate.py on them, as from a command line.
 
-    recall_model    knows some texts by heart
-    chat_model      has random weights, attention and a chat template
-    cli             calls generate.py in this process
+recall_model    has learned some texts by heart
+chat_model      has random weights, attention and a chat template
+cli             calls generate.py in this process
 """
 
 import io
@@ -46,8 +46,9 @@ SIZES = {
 
 @pytest.fixture(scope="session")
 def recall_model(tmp_path_factory) -> Path:
-    """The folder of a model that knows RECALLED_TEXTS by heart. After one of a to h, any of a to h is as likely. A text
-    ends with END or ".", which config.json names, or with "!", which generation_config.json names."""
+    """Returns the folder of a model that knows RECALLED_TEXTS by heart. After one of the letters a to h, every letter
+    from a to h is equally likely. A text ends with END or ".", which config.json names, or with "!", which
+    generation_config.json names."""
     hf = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": VOCAB_SIZE,
@@ -78,7 +79,7 @@ def chat_model(tmp_path_factory) -> Path:
 
 
 def random_folder(folder: Path, **config) -> Path:
-    """A random model that answers in capitals, and a chat template."""
+    """Returns the folder of a random model that answers in capitals, with a chat template."""
     config = ModelConfig(**SIZES, **config)
     torch.manual_seed(0)
     tensors = {}
@@ -99,7 +100,7 @@ def zero_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def write_folder(folder: Path, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Path:
-    """model.pth, and a tokenizer whose ids are bytes, decoded as Llama-2's are."""
+    """Writes model.pth, and a tokenizer whose ids are bytes, decoded as by Llama-2's tokenizer."""
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     checkpoint.save_checkpoint(folder / "model.pth", config, shapes, tensors.items())
     tok = tokenizers.Tokenizer(tokenizers.models.BPE({f"<0x{b:02X}>": b for b in range(256)}, [], byte_fallback=True))
@@ -114,7 +115,7 @@ def write_folder(folder: Path, config: ModelConfig, tensors: dict[str, torch.Ten
 
 
 def set_up(monkeypatch, model: Path, args, stdin: str | bytes = ""):
-    """What generate.main finds: its arguments and its standard input."""
+    """Sets the arguments and the standard input that generate.main reads."""
     monkeypatch.setattr(sys, "argv", ["generate.py", f"--checkpoint_path={model}", "--device=cpu", *args])
     stdin = stdin if isinstance(stdin, bytes) else stdin.encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
@@ -122,7 +123,7 @@ def set_up(monkeypatch, model: Path, args, stdin: str | bytes = ""):
 
 @pytest.fixture(name="cli")
 def call_cli(monkeypatch, capsys):
-    """(folder, arguments) -> what generate.py prints on stdout."""
+    """Returns a function (folder, arguments) that runs generate.py and returns its stdout."""
 
     def call(folder: Path, *args: str, stdin: str = "") -> str:
         set_up(monkeypatch, folder / "model.pth", args, stdin)
@@ -135,7 +136,7 @@ def call_cli(monkeypatch, capsys):
 
 @pytest.fixture
 def ask(request):
-    """(folder, arguments) -> the object that --json prints for each prompt."""
+    """Returns a function (folder, arguments) that runs generate.py --json and returns the object of each prompt."""
     call = request.getfixturevalue("cli")
 
     def no_number(constant):

@@ -1,14 +1,16 @@
-"""Compiles every Triton kernel for GPUs that need not be at hand, down to machine code.
+"""Compiles every Triton kernel to machine code, for GPUs that this machine need not have.
 
     python -m tests.compile_triton
 
-A kernel must fit the GPU's shared memory and use its matrix units, if Triton can use them there.
+A kernel must fit the GPU's shared memory, and must use its matrix units if Triton can use them on that GPU.
 
-A second or two for each kernel add up. So all kernels are compiled for one GPU of each kind: without matrix units
-(Turing), with NVIDIA's (Ampere), and with AMD's (CDNA 3). For the others every function of a kernel is compiled once.
+A kernel takes a second or two. To save time, all kernels are compiled for one GPU of each kind: without matrix units
+(Turing), with NVIDIA's (Ampere), and with AMD's (CDNA 3). For the other GPUs every function of a kernel is compiled
+once.
 
-Hopper's matmuls differ from Ampere's before their loop: they overlap with the previous kernel and prefetch W, which
-works in one way for tiled formats and in another for the rest. So for Hopper there is one format of each kind.
+Hopper's matmuls differ from Ampere's before their loop: they overlap with the previous kernel and prefetch W. The
+prefetch has one form for tiled formats and another for all other formats. So for Hopper one format of each kind is
+compiled.
 """
 
 import multiprocessing
@@ -69,7 +71,7 @@ class Gpu:
 
     @property
     def formats(self) -> list[WeightFormat]:
-        """Of the matmuls."""
+        """The formats whose matmuls are compiled for the GPU."""
         if self.has_larger_tiles:
             return TILED_FORMATS
         if self.has_pdl and self.has_matrix_units:
@@ -78,7 +80,7 @@ class Gpu:
 
     @property
     def has_larger_tiles(self) -> bool:
-        """The GPU is another one of the list but for the tile sizes of matmuls."""
+        """Whether the GPU differs from another GPU of the list only in the tile sizes of matmuls."""
         return self.num_sms == 1
 
     @property
@@ -98,7 +100,7 @@ GPUS = [
 
 
 class Compiler:
-    """Stands in for JITFunction.run: compiles for gpu what would have been launched."""
+    """Stands in for JITFunction.run. Compiles a kernel for gpu, and does not launch it."""
 
     def __init__(self, gpu: Gpu):
         self.gpu = gpu
@@ -122,7 +124,7 @@ class Compiler:
 
 
 def specialize(kernel: JITFunction, values: dict) -> tuple[dict, dict, dict]:
-    """The types, constants and divisibility by 16 that Triton takes arguments for when it launches a kernel."""
+    """Returns the types, constants and divisibility by 16 that Triton derives from the arguments of a launch."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
@@ -139,7 +141,8 @@ def specialize(kernel: JITFunction, values: dict) -> tuple[dict, dict, dict]:
 
 
 def launch_products(gpu: Gpu) -> Counter:
-    """As decode steps of one token and of eight do. Returns how often each kernel must have been launched."""
+    """Launches the matmuls of decode steps of one token and of eight. Returns the expected number of launches of each
+    kernel."""
     dtype, launches = gpu.dtype, Counter()
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     for format in gpu.formats:
@@ -161,7 +164,7 @@ def launch_products(gpu: Gpu) -> Counter:
 
 
 def launch_many(dtype: torch.dtype):
-    """As decode steps of many sequences do."""
+    """Launches the matmuls of decode steps of many sequences."""
     norm = make_norm(2048, dtype)
     for n_tokens, format in MANY_TOKENS:
         w, x = make_linear(256, 2048, format, dtype), torch.zeros(1, n_tokens, 2048, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A compiler that takes no time, for tests of how kernels are built and cached: it copies the library that is there."""
+"""A C++ compiler that takes no time, for tests of how kernels are built and cached: it copies a library that exists."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ done
 
 
 def write_compiler(script: Path) -> str:
-    """Writes the compiler, a script for $CXX. Returns its path."""
+    """Writes the compiler, a script for $CXX. Returns the script's path."""
     assert build.library()
     name = build.library_name(build.find_compiler())
     library = next(folder / name for folder in build.cache_folders() if (folder / name).exists())

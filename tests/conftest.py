@@ -21,7 +21,8 @@ LONGEST = [
 
 
 def pytest_configure(config: pytest.Config):
-    """Loads fixtures.py, but not in the process of pytest-xdist that only hands out tests: the imports take seconds."""
+    """Loads fixtures.py, except in the process of pytest-xdist that only hands out tests, because the imports take
+    seconds."""
     if not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("tests.fixtures")
 

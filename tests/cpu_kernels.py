@@ -1,4 +1,4 @@
-"""What the tests of the C++ kernels share (test_kernels.py and the other test_kernels_*.py)."""
+"""Helpers and fixtures of the tests of the C++ kernels: test_kernels.py and the other test_kernels_*.py."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def step_of(x: torch.Tensor, quantized: bool) -> float:
 
 
 def packed(module):
-    """module on the kernels, for as many tokens as these can take."""
+    """Returns module with the C++ kernels as its backend, for as many tokens as the kernels can take."""
     layers = [layer for layer in module.modules() if isinstance(layer, WeightMatrix)]
     ops.pack_weights(layers, torch.float32)
     for layer in layers:

@@ -1,4 +1,5 @@
-"""What several test files share: each family's two models, made once. conftest.py loads this."""
+"""Fixtures of several test files, such as both models of each family, which are made once. conftest.py loads this
+file."""
 
 import functools
 
@@ -14,7 +15,7 @@ torch.set_num_threads(1)  # models this small only wait for a second one
 
 @pytest.fixture(scope="session")
 def both_models():
-    """family -> (transformers' model, the same in ours, with kernels or in plain PyTorch), float32."""
+    """Returns a function: family -> (transformers' model, our model with kernels or in plain PyTorch), float32."""
 
     @functools.cache
     def make(family: str, use_kernels: bool = True):

@@ -63,7 +63,7 @@ def finish(process: multiprocessing.Process) -> int:
 
 def stop(sig: int, command: str, args: list, err: Path) -> Iterator[int]:
     """Runs the command twice to measure its time. Then runs the command again and again, and sends sig a little later
-    each time, until the command ends before the signal. Yields the exit status of every run but the first."""
+    each time, until a run ends before its signal. Yields the exit status of every run but the first."""
     seconds = []
     for _ in range(2):
         began = time.perf_counter()

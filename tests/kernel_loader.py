@@ -14,7 +14,7 @@ CONTEXT.set_forkserver_preload([__name__])
 
 
 def load_kernels(env: dict[str, str], err: Path) -> bool:
-    """Loads the kernels in a process with the environment variables env, beside the test's own. stderr goes to the file
+    """Loads the kernels in a process whose environment is the test's with the variables env. stderr goes to the file
     err. Returns whether the kernels are loaded."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=load, args=(env, err, sender))

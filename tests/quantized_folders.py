@@ -1,4 +1,5 @@
-"""Tiny quantized checkpoints as other projects write them, which CASES lists, and what their weights must be."""
+"""Tiny quantized checkpoints, in the formats that other projects write, with the values of their weights. CASES lists
+them."""
 
 import json
 import math
@@ -27,7 +28,7 @@ IS_LINEAR = re.compile(r"\.layers\.\d+\..*(_proj|\.w[123])\.weight$")
 
 @dataclass
 class Rounded:
-    """w = (q - zero) * scale, rounded here: q [N, K], scales and zeros [N, n_groups], g_idx [K]."""
+    """A rounded weight, w = (q - zero) * scale: q [N, K], scales and zeros [N, n_groups], g_idx [K]."""
 
     q: Tensor
     scales: Tensor
@@ -133,7 +134,8 @@ def int_quantized(
 def float8(
     name: str, w: Tensor, rows: int | None, columns: int | None, kind: str, scale_dtype=torch.float32, dims: int = 2
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One scale for each block of rows x columns. None: all of them. dims: of the scales. ModelOpt's have 4."""
+    """Rounds w to float8, with one scale for each block of rows x columns (None: all of them). dims: of the scales,
+    which ModelOpt stores with 4 dimensions."""
     n, k = w.shape
     is_one = rows is columns is None
     rows, columns = rows or n, columns or k
@@ -159,8 +161,8 @@ def compressed(format: str, weights: dict) -> dict:
 
 
 def write_quantized(folder: Path, family: str, config: dict, quantize: Callable, is_linear: re.Pattern = IS_LINEAR):
-    """Writes a tiny model with each linear layer of its blocks quantized. Returns transformers' model with the weights
-    that the formats' projects would compute with, float32. quantize(name, w) -> (tensors, w dequantized)."""
+    """Writes a tiny model in which each linear layer of the blocks is quantized. quantize(name, w) -> (tensors, w
+    dequantized). Returns transformers' model with the dequantized weights, float32."""
     theirs = make_hf(family, **sizes_of(family))
     folder.mkdir(parents=True)
     theirs.save_pretrained(folder)
@@ -191,8 +193,8 @@ def set_quantization(folder: Path, config: dict):
 
 
 def dequantized(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, the quantized weights dequantized, float32. Inputs with an order of their own are
-    put back into the model's."""
+    """Returns every tensor of a checkpoint in float32, quantized weights dequantized. The inputs of a layer with an
+    input_order are put back into the model's order."""
     config, quantization, tensors = read_checkpoint(path)
     for name, linear in meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears():
         if linear.format.is_quantized:
@@ -209,13 +211,13 @@ def dequantized(path: Path) -> dict[str, Tensor]:
 
 
 def half_step(w: Tensor) -> Tensor:
-    """Half the distance of two bfloat16 numbers around w: they have 8 bits of mantissa."""
+    """Returns half the distance between two neighbouring bfloat16 numbers near w: bfloat16 has 8 bits of mantissa."""
     _, exponent = w.frexp()
     return torch.ldexp(torch.full_like(w, 0.5), exponent - 8)
 
 
 def check_weights(path: Path, reference: Path, is_exact: bool):
-    """Whether every weight is the reference's, or within half a step of bfloat16 of it."""
+    """Checks that every weight is the reference's, or within half a step of bfloat16 of it."""
     ours, theirs = dequantized(path), dequantized(convert(reference))
     assert ours.keys() == theirs.keys()
     for name, w in theirs.items():
@@ -224,7 +226,7 @@ def check_weights(path: Path, reference: Path, is_exact: bool):
 
 
 def formats_of(path: Path) -> dict[str, str | None]:
-    """The names of the formats of layer 0's linear layers and of the head."""
+    """Returns the names of the formats of layer 0's linear layers and of the head."""
     config, quantization, _ = read_checkpoint(path)
     linears = meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears()
     return {name.split(".")[-1]: linear.format.name for name, linear in linears if "layers.1." not in name}
@@ -264,7 +266,7 @@ def float_case(
 
 
 def auto_round_case(packed_like: tuple, **fields):
-    """AutoRound packs weights like other projects."""
+    """Returns a case of AutoRound, which packs weights like packed_like, a case of another project."""
     family, name, config, quantize = packed_like
     config = {field: value for field, value in config.items() if field in ("bits", "group_size", "sym")}
     config |= {"quant_method": "auto-round", "data_type": "int", "extra_config": {"lm_head": {"bits": 16}}}
@@ -272,7 +274,7 @@ def auto_round_case(packed_like: tuple, **fields):
 
 
 def modelopt_case(family: str, name: str, algorithm: str, rows: int | None, columns: int | None, **how):
-    """ModelOpt's config_groups say nothing that quant_algo does not."""
+    """ModelOpt's config_groups repeat what quant_algo says."""
     scheme = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}
     config = {"quant_method": "modelopt", "quant_algo": algorithm, "config_groups": {"group_0": scheme}}
 

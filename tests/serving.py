@@ -1,6 +1,6 @@
-"""Two tiny models served in threads of the test's process, so that tests see what the engine holds; and clients.
+"""Two tiny models behind servers in threads of the test's process, and clients. So tests can look into the engine.
 
-Test files of scripts/serve.py name this in pytest_plugins.
+Test files of scripts/serve.py name this file in pytest_plugins.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ SECONDS = 60  # a request that takes longer hangs
 
 @pytest.fixture(scope="module")
 def no_proxy():
-    """The clients ask the servers and no proxy."""
+    """Makes clients connect to the servers directly, and not through a proxy."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("no_proxy", "*")
         yield
@@ -70,7 +70,7 @@ def recall_server(recall_model, no_proxy):
 
 
 def client_of(server, api_key: str = "none") -> openai.OpenAI:
-    """OpenAI's client."""
+    """Returns OpenAI's client of a server."""
     return openai.OpenAI(base_url=url_of(server), api_key=api_key, max_retries=0, timeout=SECONDS)
 
 
@@ -80,7 +80,7 @@ def url_of(server) -> str:
 
 @pytest.fixture(scope="module")
 def chat(chat_server):
-    """client.chat.completions.create of the server with a chat template."""
+    """Returns client.chat.completions.create of the server with a chat template."""
     with client_of(chat_server) as client:
         yield client.chat.completions.create
 

@@ -1,5 +1,7 @@
-"""docs/add_a_model.md: excerpts stand in the files that they name; the diffs, each applied to a copy of the tree, add
-top_n_sigma and NF4."""
+"""docs/add_a_model.md is right: its excerpts are in the files that it names, and its diffs apply and work.
+
+Each diff is applied to a copy of the tree.
+"""
 
 import os
 import re
@@ -122,7 +124,7 @@ def test_every_block_is_checked():
 
 @pytest.mark.parametrize("file, excerpt", EXCERPTS, ids=[file for file, _ in EXCERPTS])
 def test_excerpts_are_the_code(file, excerpt):
-    """Whole lines, and in the file's order. Where the page has "...", the file has more."""
+    """An excerpt has whole lines of the file, in the file's order. "..." stands for lines that are left out."""
     code, start = "\n" + (ROOT / file).read_text(), 0
     for piece in excerpt.split("...\n"):
         found = code.find("\n" + piece, start)
@@ -132,7 +134,7 @@ def test_excerpts_are_the_code(file, excerpt):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the sources."""
+    """Returns a copy of the sources."""
     for name in (*PACKAGES, "scripts", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
@@ -142,7 +144,7 @@ def tree(tmp_path):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_diff_finds_its_place(name):
-    """The old lines of each hunk stand in the file once, so git apply finds them, whatever else changes."""
+    """The old lines of each hunk are in the file exactly once, so git apply finds them after other changes, too."""
     for file, hunks in re.findall(r"^--- a/(.*)\n\+\+\+ .*\n((?:[@ +-].*\n)*?)(?=---|\Z)", EXAMPLES[name][0], re.M):
         for hunk in re.split(r"^@@ .*\n", hunks, flags=re.M)[1:]:
             old = "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] in " -")

@@ -1,5 +1,5 @@
-"""The benchmark's shapes are the published ones, what it says of bytes agrees with the config alone, and its commands
-do what they say, as far as a CPU can tell."""
+"""benchmark.py has the published shapes, computes bytes as the config does, and its commands do what their help says,
+as far as a CPU can show."""
 
 import contextlib
 import importlib
@@ -63,7 +63,7 @@ def config_json(tmp_path):
 
 
 def report(capsys, *arguments) -> dict:
-    """The JSON that benchmark.py prints last."""
+    """Returns the JSON that benchmark.py prints last."""
     call_main(benchmark.main, *arguments)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -81,7 +81,7 @@ def test_shapes_have_the_published_number_of_parameters():
 
 @pytest.mark.parametrize("format", [Unquantized(), Int8(), Int4(32), GroupedInt8(32), Float8(), Float8(128), MXFP4()])
 def test_random_weights_keep_the_size_of_activations(format):
-    """Mean 0 and variance 1 / inputs, whatever they are stored as."""
+    """Random weights have mean 0 and variance 1 / inputs in every format."""
     w = benchmark_speed.random_linear((200, 600), format, CPU, torch.bfloat16).dequantized_weight(torch.float32).float()
     assert w.shape == (200, 600)
     assert abs(w.mean().item()) < 0.05 * 600**-0.5
@@ -171,7 +171,7 @@ def test_mistakes(flags, words):
 
 
 def test_commands(capsys):
-    """Help lists them all; what is no command is not taken for one."""
+    """--help lists all commands, and an unknown command is refused."""
     for arguments, status in (("--help", 0), ("quantisation", 2), ("gpu --config x", 2)):
         with pytest.raises(SystemExit) as exit:
             call_main(benchmark.main, *arguments.split())
@@ -185,7 +185,7 @@ def test_commands(capsys):
 
 
 def test_jobs_have_commands():
-    """Every job's arguments parse, for a shape that there is."""
+    """The arguments of every job parse, and name a known shape."""
     jobs = gpu_jobs.all_jobs(tune=True)
     for arguments in jobs.values():
         args = benchmark.build_parser().parse_args(arguments)
@@ -214,7 +214,7 @@ def test_table_of_jobs():
 
 
 def test_tune(tmp_path, monkeypatch):
-    """The fastest tile sizes that also work with 8 tokens are written down and used; times are made up here."""
+    """--tune writes and uses the fastest tile sizes that also run with 8 tokens. The times are made up."""
     from kernels.triton import launch
     from scripts.benchmarking import tune_triton
 
@@ -249,7 +249,7 @@ def test_tune(tmp_path, monkeypatch):
 
 
 def few_checks(dtype, sizes):
-    """Of two operations, and one that has a mistake in its arguments."""
+    """Returns checks of two operations, and one check with a mistake in its arguments."""
     all_checks = checks.all_checks(dtype, sizes)
     rms_norms = [check for check in all_checks if check.func is checks.check_rms_norm]
     linear = partial(checks.check_linear, dtype, Unquantized(), (64, 72, True, (1,)))
@@ -257,7 +257,7 @@ def few_checks(dtype, sizes):
 
 
 def test_check(monkeypatch, capsys):
-    """In Triton's interpreter, a few of the checks, which test_triton.py runs all."""
+    """The command "check" passes in Triton's interpreter. Only a few checks run here, and all in test_triton.py."""
     monkeypatch.setattr(check_command, "all_checks", lambda dtype, sizes: few_checks(dtype, sizes)[:-1])
     result = report(capsys, "check", "--device", "cpu", "--precision", "bfloat16")
     assert result["failed"] == {}
@@ -266,7 +266,7 @@ def test_check(monkeypatch, capsys):
 
 
 def test_check_that_fails(monkeypatch, capsys):
-    """A wrong kernel, and one that raises, end with status 1; the other checks go on."""
+    """A wrong kernel, or one that raises, gives exit status 1, and the other checks go on."""
     rms_norm = ops.rms_norm
     monkeypatch.setattr(check_command, "all_checks", few_checks)
     monkeypatch.setattr(ops, "rms_norm", lambda *arguments: rms_norm(*arguments) * 1.1)
@@ -304,7 +304,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def calls_here(monkeypatch):
-    """real_models.script_output in this process, which is faster, and one round."""
+    """Replaces real_models.script_output by calls in this process, which are faster, and takes one round."""
 
     def call_here(script: str, *arguments) -> str:
         main = importlib.import_module(Path(script).stem).main
@@ -317,7 +317,7 @@ def calls_here(monkeypatch):
 
 
 def committed(name: str) -> dict:
-    """The measurement in benchmarks/ of SmolLM2-135M, of whichever machine."""
+    """Returns the measurement of SmolLM2-135M in benchmarks/, of whichever machine."""
     [path] = (ROOT / "benchmarks").glob(f"cpu_*_SmolLM2-135M_{name}.json")
     return json.loads(path.read_text())
 
@@ -331,7 +331,7 @@ def test_calls_are_processes(tmp_path, monkeypatch):
 
 
 def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):
-    """Of three modes; the result has what the committed ones have."""
+    """The result of three modes has the fields of the committed measurement."""
     modes = {name: real_models.QUANTIZE_FLAGS[name] for name in ("16 bits", "int8", "int4 g32")}
     monkeypatch.setattr(real_models, "QUANTIZE_FLAGS", modes)
     text, out = tmp_path / "text", tmp_path / "out.json"

@@ -1,4 +1,4 @@
-"""benchmark.py --busy reports what it says, and leaves no process behind. Speeds are not looked at."""
+"""benchmark.py --busy reports consistent numbers, and leaves no process behind. Speeds are not checked."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512)
 
 
 def test_report(tmp_path, capsys):
-    """The table, and the JSON: numbers of one round are their own medians, and ratios and sums are theirs."""
+    """In the table and in the JSON, the medians of one round are its numbers, and ratios and sums fit them."""
     save_random_checkpoint(tmp_path / "model.pth", TINY, torch.float32)
     flags = "--json --device cpu --mode int4 --max_new_tokens 20 --busy 1".split()
     call_main(benchmark.main, "--config", tmp_path / "model.pth", *flags)
@@ -43,7 +43,7 @@ def test_report(tmp_path, capsys):
 
 
 def test_rounds(monkeypatch):
-    """The first warms up, and of the others medians count."""
+    """The first round is a warm-up, and the result has the medians of the other rounds."""
     speeds, args = iter([100.0, 1.0, 5.0, 3.0]), SimpleNamespace(busy=3)
     monkeypatch.setattr(busy, "second_process", lambda *arguments: contextlib.nullcontext())
     monkeypatch.setattr(busy, "TimedModel", lambda *arguments: None)
@@ -59,7 +59,7 @@ def test_busy_is_for_cpus(monkeypatch):
 
 
 def test_other_processes_end_with_the_benchmark():
-    """After Ctrl-C or an error, also while the second one still imports."""
+    """After Ctrl-C or an error all processes have ended, even if the second one was still importing modules."""
     with pytest.raises(KeyboardInterrupt), busy.busy_process() as process:
         raise KeyboardInterrupt
     assert process.returncode is not None
@@ -73,7 +73,7 @@ SECOND = SimpleNamespace(precision="float32", kernels="off", prompt_tokens=2, ma
 
 
 def test_second_decode():
-    """The process decodes text after text until it is told to stop, and ends when the pipe does."""
+    """The second process decodes text after text until it gets "stop", and ends with the pipe."""
     words, sent = iter(["decode", "stop"]), []
 
     def recv() -> str:
@@ -92,7 +92,7 @@ def test_second_decode():
 
 @pytest.fixture
 def second():
-    """The connection to serve_decode_requests, which a thread of this process does."""
+    """Returns the connection to serve_decode_requests in a thread of this process."""
     connection, their_end = multiprocessing.Pipe()
     arguments = their_end, 1, SECOND, TINY, Unquantized()
     thread = threading.Thread(target=busy.serve_decode_requests, args=arguments)
@@ -104,7 +104,7 @@ def second():
 
 
 def test_second_decode_ends_with_the_benchmark(second):
-    """The pipe ends even if the benchmark is killed while the process decodes."""
+    """If the benchmark is killed while the second process decodes, the pipe ends and so does the process."""
     assert busy.send_request(second, "decode") is None
 
 
@@ -117,7 +117,7 @@ def too_large(monkeypatch):
 
 
 def test_second_decode_that_fails(too_large, second):
-    """Its error is the benchmark's, so one line."""
+    """An error in the second process becomes the benchmark's error, so the user sees one line."""
     with pytest.raises(OutOfMemoryError, match="the model takes 9 GB"):
         busy.send_request(second, "decode")
 

@@ -1,4 +1,5 @@
-"""kernels/capture.py: a captured step gives what the step gives, to the last bit, and nothing is frozen silently."""
+"""kernels/capture.py: a replay gives the step's result to the last bit, and a computation that a graph cannot hold
+raises."""
 
 import signal
 import sys
@@ -60,7 +61,8 @@ def make_model(format, dtype: torch.dtype, act_order: bool = False, **config) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", [Unquantized(), Int8(), Int4(32), Float8()], ids=format_label)
 def test_replayed_is_computed(format, dtype, family):
-    """With one thread or two, for steps of one token and of several, at any start_pos, one shape after the other."""
+    """A replay equals the computed step, with one thread or two, for one token and for several, at any start_pos, and
+    when shapes alternate."""
     model = make_model(format, dtype, **FAMILIES[family])
     caches = [KVCache(model, 2, 40) for _ in range(2)]
     tables = model.build_position_tables(caches[0])
@@ -82,7 +84,7 @@ def test_replayed_is_computed(format, dtype, family):
 @built
 @pytest.mark.parametrize("format", [Unquantized(), Int8()], ids=format_label)
 def test_every_argument_is_captured(format):
-    """Arguments that no family above has: a replay on other inputs gives what is computed without a graph."""
+    """A replay on other inputs equals the computed step, with the arguments that no family above uses."""
     torch.manual_seed(0)
     n_heads, n_kv_heads, d, dim, n_experts = 4, 2, 16, 64, 5
     embedding = make_embedding(97, dim, format, torch.float32)
@@ -138,7 +140,7 @@ def test_capture_computes_nothing_and_results_are_overwritten():
 
 @built
 def test_threads_capture_at_the_same_time():
-    """A thread captures a step of two OpLists while another thread captures one of two OpLists."""
+    """Two threads can capture at the same time, each a step of two OpLists."""
 
     def add_thrice(x):
         twice = split_graph_at(lambda t: t + 0, ops.add(x, x, ops.CPP_BACKEND))
@@ -158,7 +160,7 @@ def test_threads_capture_at_the_same_time():
 
 @built
 def test_graphs_are_bounded():
-    """The ones used last stay. The others are captured again."""
+    """Only the most recently used graphs are kept. A step whose graph was dropped is captured again."""
     shapes = []
 
     def step(x):
@@ -174,7 +176,7 @@ def test_graphs_are_bounded():
 @built
 @pytest.mark.parametrize("operation", [lambda x: x * 2, lambda x: x.clone(), torch.softmax, lambda x: x.sum().item()])
 def test_what_is_no_operation_raises(operation):
-    """And leaves nothing behind: the next capture works."""
+    """An operation that an OpList cannot hold raises, and the next capture works."""
     model = make_model(Unquantized(), torch.float32)
     kv_cache, token, position = KVCache(model, 1, 8), torch.tensor([[5]]), torch.zeros(1, dtype=torch.long)
     tables = model.build_position_tables(kv_cache)
@@ -192,7 +194,7 @@ def test_what_is_no_operation_raises(operation):
 
 @built
 def test_ctrl_c_leaves_no_kernel_capturing():
-    """At any line of capture.py: Ctrl-C is not lost, and later kernels compute."""
+    """After Ctrl-C at any line of capture.py, KeyboardInterrupt is raised, and later kernels compute."""
     x, expected = torch.ones(37), torch.full((37,), 2.0)
     n_left = 0  # calls and returns until Ctrl-C
 
@@ -241,7 +243,8 @@ def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
 
 
 def test_between_replays_pytorch_takes_the_graphs_threads(monkeypatch):
-    """Afterwards PyTorch has the threads that the user has set, also after an error."""
+    """PyTorch computes with the graph's threads between replays, and with the user's number of threads afterwards, also
+    after an error."""
 
     class Functions:
         op_list_threads = staticmethod(lambda: 2)

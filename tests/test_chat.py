@@ -1,4 +1,4 @@
-"""Conversations: every answer is what a model says that has heard nothing before, though much is left in the cache."""
+"""A conversation gives the same answers with its KV cache as with an empty one."""
 
 import os
 import sys
@@ -35,7 +35,7 @@ def model_of(path: Path) -> Transformer:
 
 
 def fresh_answer(folder: Path, messages: list[dict], n: int = 12) -> tuple[list[int], list[int]]:
-    """(the prompt's ids, the ids of the answer, up to n) with an empty cache."""
+    """Returns the prompt's ids, and the ids of the answer, up to n, computed with an empty cache."""
     ids = load_tokenizer(folder).encode_chat(messages)
     return ids, fresh_tokens(folder, ids, n)
 
@@ -48,7 +48,7 @@ def fresh_tokens(folder: Path, ids: list[int], n: int) -> list[int]:
 
 
 def expected_conversation(folder: Path, lines: list[str], system: str | None = None):
-    """For each line (ids of the whole prompt, ids of the answer, its text)."""
+    """Returns for each line: the ids of the whole prompt, the ids of the answer, the answer's text."""
     messages, turns = [{"role": "system", "content": system}] if system else [], []
     for line in lines:
         messages.append({"role": "user", "content": line})
@@ -61,7 +61,8 @@ def expected_conversation(folder: Path, lines: list[str], system: str | None = N
 
 @pytest.fixture
 def fed(monkeypatch):
-    """How many tokens each prefill feeds; set fed.interrupt to have Ctrl-C come at that prefill."""
+    """Records how many tokens each prefill computes. fed.interrupt: the number of the prefill that Ctrl-C
+    interrupts."""
 
     class Fed(list):
         interrupt = None
@@ -82,7 +83,7 @@ def fed(monkeypatch):
 @pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | lower")])
 @pytest.mark.parametrize("args", [["--chat"], ["--interactive", "--system=Be brief"]])
 def test_conversation_is_a_fresh_prefill(chat_model, cli, fed, tmp_path, args, template):
-    """What the template repeats of earlier messages is not fed again."""
+    """An answer equals one with an empty cache, and prefill computes only tokens that are not in the cache."""
     for name in ("model.pth", "tokenizer.json"):
         (tmp_path / name).symlink_to(chat_model / name)
     (tmp_path / "chat_template.jinja").write_text(template)
@@ -96,7 +97,8 @@ def test_conversation_is_a_fresh_prefill(chat_model, cli, fed, tmp_path, args, t
 
 
 def test_compiled_conversation(chat_model, cli, monkeypatch):
-    """Everything is compiled once. test_generate.py tests the compiled code, so here Inductor is left out."""
+    """All turns of a conversation share compiled code. Inductor is left out, since test_generate.py tests the compiled
+    code."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -125,7 +127,7 @@ def test_conversation_survives_an_interrupt(chat_model, cli, fed):
 
 
 def test_an_interrupted_answer_stays(chat_model):
-    """The next answer is that of a model which has seen only the tokens before the interrupt."""
+    """After Ctrl-C, the next answer equals one with an empty cache and only the tokens before the interrupt."""
     model, tokenizer = load(chat_model / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
     loop = generation.PlainLoop(ModelRunner(model, kv_cache))
@@ -147,7 +149,7 @@ def conversation(chat_model) -> Conversation:
 
 
 def test_the_oldest_messages_are_forgotten(chat_model, conversation, fed):
-    """As few as possible. The next answer is that of a model which has never seen the forgotten messages."""
+    """As few messages as possible are forgotten. The next answer equals one without the forgotten messages."""
     n_dropped, cached = [], []
     for i in range(12):
         before, question = conversation.to_list(), {"role": "user", "content": f"{i} " * (i + 1)}
@@ -169,7 +171,7 @@ def test_the_oldest_messages_are_forgotten(chat_model, conversation, fed):
 
 
 def test_an_answer_goes_on(chat_model, conversation):
-    """With the tokens of an answer without a pause, also after older messages had to be forgotten."""
+    """A continued answer has the tokens of an uninterrupted one, even if older messages had to be forgotten."""
     question = {"role": "user", "content": "Hi"}
     _, expected = fresh_answer(chat_model, [*conversation.system, question])
     heard = "".join(conversation.answer("Hi", 5))
@@ -209,7 +211,7 @@ def test_what_cannot_go_on(conversation):
 
 
 def test_notes(chat_model, monkeypatch, capsys):
-    """What is said beside the answers, of which there are four."""
+    """stderr has all notes, in order, and stdout has only the four answers."""
     said = f"/what\n/help\nHi\n/DROP\n{'x' * 200}\n{'x' * 155}\nHi\n/reset\n"
     said += "/drop\n/drop it\n/save\n//drop it\n/drop\n/etc/motd\n"
     set_up(monkeypatch, chat_model / "model.pth", ["--chat", *GREEDY], said)
@@ -257,8 +259,9 @@ def test_stdin_that_is_not_text(chat_model, monkeypatch, capsys, errors):
 
 @pytest.fixture(scope="module")
 def fine_tune(tmp_path_factory) -> Path:
-    """The folder of a fine-tune on ChatML. Its config names the base model's end token. It has more tokens than its
-    tokenizer. After a line break it says "<think>a</think>B<|im_end|>", with a token before B that has no text."""
+    """Returns the folder of a model that was fine-tuned on ChatML. Its config names the base model's end token. The
+    model has more tokens than its tokenizer. After a line break it generates "<think>a</think>B<|im_end|>", with a
+    token before B that has no text."""
     size = 448
     hf = {
         "architectures": ["LlamaForCausalLM"],
@@ -287,7 +290,7 @@ def fine_tune(tmp_path_factory) -> Path:
     "args", [["--chat", "--prompt=Hi"], ["--prompt=<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"]]
 )
 def test_a_fine_tune_ends_its_turn(fine_tune, cli, ask, args):
-    """In a chat, and in a prompt that holds the template's special tokens."""
+    """A turn ends at <|im_end|>, in a chat and in a prompt that contains the template's special tokens."""
     tokenizer = load_tokenizer(fine_tune)
     (r,) = ask(fine_tune, *args, *GREEDY, "--batch_size=2")
     assert r["prompt_tokens"] == len(tokenizer.encode_chat([{"role": "user", "content": "Hi"}]))
@@ -297,7 +300,7 @@ def test_a_fine_tune_ends_its_turn(fine_tune, cli, ask, args):
 
 
 def test_thoughts_are_shown_but_forgotten(fine_tune, cli):
-    """The template leaves them out of earlier answers."""
+    """Thoughts are printed, but are not part of later prompts, because the template leaves them out."""
     assert cli(fine_tune, "--chat", *GREEDY, stdin="Hi\nHo\n") == "<think>a</think>B\n" * 2
     conversation = LLM(fine_tune / "model.pth", "cpu", torch.float32).chat()
     for message in ("Hi", "Ho"):

@@ -1,4 +1,4 @@
-"""checkpoint.py: files are whole or not there, and those of earlier versions load."""
+"""checkpoint.py: a file is complete or absent, and files of earlier versions load."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ def save(path: Path, tensors):
 
 
 def test_what_is_saved_is_read(tmp_path):
-    """Of every dtype and layout."""
+    """Tensors of every dtype and layout are read as they were saved."""
     path, quantization = tmp_path / "model.pth", {"mode": "int4", "groupsize": 32}
     tensors = {
         "int": torch.arange(6, dtype=torch.uint8).view(2, 3),
@@ -66,7 +66,7 @@ def test_wrong_tensors_leave_the_old_file(tmp_path):
 
 
 def test_a_killed_process_leaves_the_old_file(tmp_path):
-    """The next process removes the temporary file."""
+    """A killed save leaves the old file and a temporary file, which the next save removes."""
     path = tmp_path / "model.pth"
     path.write_text("old")
 
@@ -106,7 +106,7 @@ def test_no_place_to_write(tmp_path):
 
 
 def test_a_read_only_folder(tmp_path, monkeypatch):
-    """Files can neither be written nor deleted, not even missing files. The message names the first error."""
+    """In a read-only folder nothing can be written or deleted, and the message names the first error."""
 
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

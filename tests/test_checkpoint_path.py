@@ -1,4 +1,5 @@
-"""--checkpoint_path may be a model's folder or a .gguf: it is converted at the first start, and found at the next."""
+"""--checkpoint_path takes a model's folder or a .gguf: the first start converts it, and later starts find the
+result."""
 
 import json
 import os
@@ -63,7 +64,7 @@ def test_mistakes_are_found_before_the_conversion(folder, assert_refused):
 
 
 def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
-    """Whatever their times say, which a copy may keep or not. What was quantized stays."""
+    """Replaced files are converted again, whatever their times. Quantized files stay."""
     model, weights = ensure_converted(folder), folder / "model.safetensors"
     call_main(quantize.main, "--checkpoint_path", model)
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
@@ -87,7 +88,8 @@ def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
 
 
 def test_a_quantized_file_of_replaced_sources_is_stale(folder):
-    """Also if the file is newer than the sources, and the only model in the folder."""
+    """A quantized file is not used after its sources were replaced, even if the file is newer than they are and the
+    only model in the folder."""
     model, quantized, weights = ensure_converted(folder), folder / "model_int8.pth", folder / "model.safetensors"
     call_main(quantize.main, "--checkpoint_path", model)
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
@@ -104,7 +106,8 @@ def test_a_quantized_file_of_replaced_sources_is_stale(folder):
 
 @pytest.mark.parametrize("broken", ["", "{}", "[]", '{"stale models": []}'])
 def test_after_a_broken_record_every_other_model_is_stale(broken, folder):
-    """Only the record says from which files a model was made."""
+    """Without a valid record no converted model is used, because only the record names the files a model was made
+    from."""
     model, quantized, record = ensure_converted(folder), folder / "model_int8.pth", folder / "model.sources.json"
     call_main(quantize.main, "--checkpoint_path", model)
     record.write_text(broken)
@@ -114,7 +117,7 @@ def test_after_a_broken_record_every_other_model_is_stale(broken, folder):
 
 
 def test_a_record_that_cannot_be_written_is_as_it_was(folder, monkeypatch):
-    """Then the model is converted again at the next start."""
+    """If the record cannot be written, the old record stays, and the next start converts again."""
     record, weights = folder / "model.sources.json", folder / "model.safetensors"
     before = ensure_converted(folder) and record.read_bytes()
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
@@ -148,7 +151,7 @@ def test_every_command_takes_a_folder(folder, capsys):
 
 
 def test_files_that_hold_no_weights(folder, tmp_path):
-    """A trainer leaves other files of these names, and settings may change after weights."""
+    """A trainer's other files are not taken for weights. Of two models of the same weights, the newer one is used."""
     model = ensure_converted(folder)
     for name in ("training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(b"not weights")
@@ -170,7 +173,8 @@ def test_metas_folder(tmp_path, capsys):
 
 
 def test_a_folder_around_the_models(folder, tmp_path):
-    """Such as the repository whose files of Meta's lie in "original", and the hub's cache, which has "snapshots"."""
+    """A folder that contains the model's folder works, such as a repository with Meta's files in "original", and the
+    hub's cache with its "snapshots"."""
     for outer in (tmp_path / "repository/original", tmp_path / "cache/snapshots/1f2e"):
         shutil.copytree(folder, outer)
         top = tmp_path / outer.relative_to(tmp_path).parts[0]
@@ -181,7 +185,8 @@ def test_a_folder_around_the_models(folder, tmp_path):
 
 
 def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
-    """To a folder of its own, since another model's may have the file's name."""
+    """A GGUF is converted to a folder beside it, named after the file. A folder with only one GGUF stands for that
+    GGUF."""
     file = write_gguf(tmp_path / "tiny.Q8_0.gguf", make_llama(vocab_size=4), "Q8_0")
     model = tmp_path / "tiny.Q8_0-gguf/model.pth"
     call_main(generate.main, "--checkpoint_path", file, *RUN, "--prompt", "ab")
@@ -211,7 +216,7 @@ def test_a_split_gguf_is_one_model(tmp_path, capsys):
 
 
 def test_quantized_weights_are_found_again(mxfp4, tmp_path, capsys):  # noqa: F811
-    """Under the name of their format; also with an adapter merged into the others."""
+    """A quantized result is found under its format's name, also after an adapter was merged."""
     folder, _, theirs = mxfp4
     assert ensure_converted(folder) == ensure_converted(folder) == folder / "model_mxfp4.pth"
     assert capsys.readouterr().err.count("Converting") == 1
@@ -227,7 +232,7 @@ def test_quantized_weights_are_found_again(mxfp4, tmp_path, capsys):  # noqa: F8
 
 
 def test_a_folder_without_sources(folder):
-    """Only the converted model is left."""
+    """A folder with only the converted model works."""
     convert(folder)
     (folder / "model.safetensors").unlink()
     make_older(folder / "model.pth", 3600)
@@ -250,7 +255,7 @@ def test_an_adapters_folder(folder, tmp_path, capsys):
     assert ensure_converted(lora) == lora / "model.pth" and "Converting" not in capsys.readouterr().err
 
     def must_be_merged_again(file: Path):
-        """After file was replaced, whatever its time."""
+        """Gives file an older time, and checks that the adapter must be merged again."""
         make_older(file, 3600)
         with pytest.raises(UsageError, match="holds an adapter, not a model"):
             ensure_converted(lora)

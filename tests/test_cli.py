@@ -1,5 +1,5 @@
-"""generate.py as its user meets it: what --json says, what is printed and when, and that the same comes out however it
-is asked for. Mistakes are in test_mistakes.py, conversations in test_chat.py."""
+"""generate.py as a command: the fields of --json, the output and its order, and the same text for the same options.
+test_mistakes.py has wrong options, test_chat.py conversations."""
 
 import io
 import json
@@ -156,7 +156,8 @@ def test_compiled_is_eager(chat_model, ask):
 
 @pytest.mark.parametrize("prompt, status", [("S", 0), ("", 2)])
 def test_process(recall_model, prompt, status):
-    """As a process of its own: stdout holds the one object or nothing, stderr nothing or the one line."""
+    """In a process of its own, generate.py prints the one JSON object or nothing to stdout, and nothing or one line to
+    stderr."""
     python = [sys.executable, "-I"] if status == 0 else [sys.executable]  # -I: without the script's folder in its path
     command = [*python, ROOT / "generate.py", f"--checkpoint_path={recall_model / 'model.pth'}", "--device=cpu"]
     done = subprocess.run([*command, f"--prompt={prompt}", "--json"], capture_output=True, text=True)
@@ -200,7 +201,7 @@ def test_an_error_for_lack_of_memory_ends_with_what_helps(
 
 @pytest.mark.parametrize("caches_hold_it", [False, True])
 def test_the_summary_names_the_share_of_what_memory_gives(recall_model, monkeypatch, capsys, caches_hold_it):
-    """Unless the model is in the processor's caches, which say nothing about memory."""
+    """The summary names the share of memory's bandwidth, unless the model fits in the processor's caches."""
     monkeypatch.setattr(machine, "cache_bytes", lambda: 2**20 if caches_hold_it else 0)
     set_up(monkeypatch, recall_model / "model.pth", ["--prompt=a", "--max_new_tokens=4", "--ignore_eos"])
     run_script(generate.main)

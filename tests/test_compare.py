@@ -1,4 +1,5 @@
-"""compare_llama_cpp.py gives both sides the same weights and judges its rounds as it says; without llama.cpp here."""
+"""compare_llama_cpp.py gives both sides the same weights and computes its medians and ratios correctly. Runs without
+llama.cpp."""
 
 import shutil
 import sys
@@ -38,7 +39,7 @@ VARIANTS = {
 
 @pytest.fixture(params=VARIANTS)
 def model(request, tmp_path):
-    """(config, weights) of a checkpoint bf16.pth in tmp_path, and BF16.gguf made of it."""
+    """Returns (config, weights) of a checkpoint bf16.pth in tmp_path, and of BF16.gguf, which is made of it."""
     config = replace(TINY, **VARIANTS[request.param])
     meta = checkpoint_tensors(random_model(config, Unquantized(), torch.device("meta"), torch.bfloat16))
     weights = {name: torch.randn(t.shape).bfloat16() for name, t in meta.items()}
@@ -74,7 +75,7 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
 
 @pytest.mark.parametrize(("family", "tokens_read"), [("gemma3", (6 + 7 + 8 + 61 * 9) / 64), ("qwen3-moe", 5 + 32.5)])
 def test_a_gguf_of_any_architecture(family, tokens_read, tmp_path, monkeypatch):
-    """With what copies files in the place of llama.cpp."""
+    """A GGUF of another architecture is compared, too. A function that copies files stands in for llama.cpp."""
     theirs = make_hf(family, hidden_size=64, intermediate_size=96, max_position_embeddings=512)
     files = compare_files.files_in(tmp_path) | {"file": write_gguf(tmp_path / "m.gguf", theirs)}
     compare_files.make_model(None, files["file"], files["bf16"])
@@ -109,7 +110,7 @@ def test_a_gguf_of_any_architecture(family, tokens_read, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model", ["plain"], indirect=True)
 def test_rounds(model, tmp_path, monkeypatch):
-    """With our own side in both places: llama.cpp is not here."""
+    """measure returns a row for each round. Our own side stands in for llama.cpp."""
     monkeypatch.setitem(compare_speed.LOADERS, "theirs", compare_speed.load_ours)
     compare_files.make_ours(tmp_path)
     files = {"file": tmp_path / "bf16.pth", "int4.g32": tmp_path / "int4.g32.pth"}
@@ -133,7 +134,7 @@ def test_rounds(model, tmp_path, monkeypatch):
 
 
 def test_medians_over_rounds():
-    """The ratio is the median of the rounds' ratios, 2, 1 and 3, and not that of the medians, which are equal."""
+    """The ratio is the median of the rounds' ratios 2, 1 and 3, and not the ratio of the medians, which are equal."""
     sizes = {name: 10**6 for pair in compare.PAIRS for name in pair}
     rounds = []
     for ours, theirs in ((10, 5), (20, 20), (60, 20)):

@@ -1,4 +1,5 @@
-"""convert_hf_checkpoint.py: every spelling of a checkpoint gives the same model.pth, and what is broken gives none."""
+"""convert_hf_checkpoint.py: every spelling of a checkpoint gives the same model.pth, and a broken checkpoint gives
+none."""
 
 import json
 import math
@@ -26,7 +27,7 @@ from utils.files import ROOT
 
 
 def hub_config(config: dict) -> dict:
-    """A transformers-5 config.json as older versions wrote it to the hub."""
+    """Returns a transformers-5 config.json in the form that older versions wrote to the hub."""
     if config["model_type"] == "dbrx":  # its attn_config has the rest
         return {name: x for name, x in config.items() if name not in ("rope_parameters", "num_key_value_heads")}
     rope = config.pop("rope_parameters")
@@ -56,7 +57,7 @@ def hub_config(config: dict) -> dict:
 
 
 def write_shards(folder: Path, stem: str, tensors: dict, save):
-    """Two files and their index. The tensors are in reverse order, which must not matter."""
+    """Writes two files and their index. The tensors are in reverse order, which must not matter."""
     name, kind = stem.rsplit(".", 1)
     halves = [dict(list(tensors.items())[::-1][k::2]) for k in range(2)]
     files = [f"{name}-0000{k + 1}-of-00002.{kind}" for k in range(2)]
@@ -124,7 +125,7 @@ def test_config_defaults_are_transformers(model_type, changes):
 
 @pytest.fixture
 def llama(tmp_path):
-    """A folder with a tiny checkpoint and an older model.pth, and its tensors."""
+    """Returns a folder with a tiny checkpoint and an older model.pth, and the checkpoint's tensors."""
     make_hf("llama2").save_pretrained(tmp_path)
     (tmp_path / "model.pth").write_text("old")
     return tmp_path, {name: t.clone() for name, t in load_file(tmp_path / "model.safetensors").items()}
@@ -181,7 +182,7 @@ MISSING = [
 
 @pytest.mark.parametrize("family, theirs, reported", MISSING)
 def test_a_tensor_that_a_layer_lacks(family, theirs, reported, tmp_path):
-    """Or whose shape is another."""
+    """A tensor that one layer lacks, or that has another shape, is named."""
     make_hf(family).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     (name,) = (n for n in tensors if re.fullmatch(rf"\w+\.(layers|blocks)\.1\.{theirs}(\.weight)?", n))
@@ -193,7 +194,7 @@ def test_a_tensor_that_a_layer_lacks(family, theirs, reported, tmp_path):
 
 
 def test_a_head_that_differs_from_the_embedding_is_kept(llama):
-    """As in transformers, although config.json calls the head tied."""
+    """A head that differs from the embedding is kept, although config.json calls the head tied, as in transformers."""
     folder, tensors = llama
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -208,7 +209,7 @@ def test_a_head_that_differs_from_the_embedding_is_kept(llama):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_tensors_that_are_not_finite_are_named(llama, bad):
-    """Anywhere in a tensor, also in one that is stacked with others."""
+    """A number that is not finite is found anywhere in a tensor, also in a tensor that is stacked with others."""
     folder, tensors = llama
     for name in ("model.norm.weight", "model.layers.2.self_attn.v_proj.weight", "model.embed_tokens.weight"):
         changed = tensors[name].clone()
@@ -251,7 +252,7 @@ def test_pointers_of_git_lfs_are_called_so(llama, name):
 
 
 def test_a_tensor_in_two_files(llama):
-    """The index says which one counts. Without a word from the index nobody knows."""
+    """The index decides which of two files counts. A tensor in two files that the index does not name is refused."""
     folder, tensors = llama
     right = read_checkpoint(convert(folder))[2]["norm.weight"]
     (folder / "model.safetensors").unlink()
@@ -373,7 +374,8 @@ for folder in sys.argv[2:]:
 
 
 def test_memory_is_one_tensor(tmp_path, llama):
-    """Anonymous memory, that is: mapped pages of the files are the kernel's to drop."""
+    """A conversion needs anonymous memory for one tensor. (Mapped pages of files can be dropped, so they do not
+    count.)"""
     dim, ffn, layers = 512, 2048, 7  # 120 MB; the largest of our tensors, gate_up_proj, is 8 MB
     sizes = {"hidden_size": dim, "intermediate_size": ffn, "num_hidden_layers": layers, "num_key_value_heads": 4}
     shapes = {"model.embed_tokens": (97, dim), "lm_head": (97, dim), "model.norm": (dim,)}
@@ -460,7 +462,7 @@ def test_the_bias_of_every_norm_is_needed(family, tmp_path):
     ("family", "changes"), [("nemotron", {"mlp_bias": True, "attention_bias": True}), ("starcoder2", {})]
 )
 def test_biases_are_those_of_the_config(family, changes, tmp_path):
-    """Beside the biases of norms: none is made up, and none is taken that config.json denies."""
+    """Besides the norms' biases, no bias is made up, and a bias that config.json denies is refused."""
     make_hf(family, **changes).save_pretrained(tmp_path)
     tensors, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
     names = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]

@@ -1,4 +1,4 @@
-"""convert_gguf.py: every type and kind of GGUF gives transformers' logits; what is broken is refused."""
+"""convert_gguf.py: every type and kind of GGUF gives transformers' logits, and a broken GGUF is refused."""
 
 import copy
 import shutil
@@ -78,14 +78,15 @@ def test_every_architecture_gives_transformers_logits(family, changes, tmp_path)
 
 @pytest.mark.parametrize(("family", "qtype"), [("gpt-oss", "MXFP4"), ("phi3", "Q4_0"), ("glm4", "Q8_0")])
 def test_quantized_tensors_of_several_matrices_are_split(family, qtype, tmp_path):
-    """Of a tensor that holds several: all experts', or gate and up."""
+    """A quantized tensor of several matrices, all experts' or gate and up, is split."""
     theirs = make_hf(family, hidden_size=64, intermediate_size=64)
     convert_gguf(write_gguf(tmp_path / "m.gguf", theirs, qtype), tmp_path, torch.float32)
     same_logits(tmp_path / "model.pth", theirs)
 
 
 def test_what_metadata_lack(tmp_path):
-    """Published sizes of Gemma 2 and 3, whose 27B divide their scores by the square root of 144 and 168."""
+    """Options that the metadata lack follow from the published sizes: Gemma 2 27B and Gemma 3 27B divide their scores
+    by the square roots of 144 and 168."""
     for name, sizes, query_dim in [
         ("gemma2", (26, 2304, 8, 256), 256),
         ("gemma2", (42, 3584, 16, 256), 256),
@@ -125,7 +126,7 @@ def test_parts(assert_refused, tmp_path):
 
 @pytest.mark.parametrize("missing", [False, True])
 def test_what_is_needed_is_said(missing, tmp_path):
-    """A file, not a folder; and the gguf package, which requirements.txt does not name. Also under python -I."""
+    """A folder in place of a file, and a missing gguf package, are refused in one line, also under python -I."""
     code = f"""
 import runpy, sys
 if {missing}:
@@ -148,7 +149,8 @@ def llama():
 
 @pytest.fixture
 def assert_refused(tmp_path):
-    """(file, match) -> its conversion fails in one line that matches, and writes nothing."""
+    """Returns a function (file, match) that checks that the conversion fails in one line that matches, and writes
+    nothing."""
 
     def check(file: Path, match: str):
         with pytest.raises(UsageError, match=match) as e:

@@ -1,4 +1,4 @@
-"""download.py and prepare.sh against a small server that plays the hub's API."""
+"""download.py and prepare.sh download the right files, from a small server with the hub's API."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def url(tmp_path_factory):
 
 @pytest.fixture
 def run_download(url, tmp_path, monkeypatch, capsys):
-    """Runs download.py against the server, in tmp_path: (exit status, stderr's lines)."""
+    """Returns a function that runs download.py against the server, in tmp_path: (exit status, stderr's lines)."""
     use_hub(monkeypatch, url)
     monkeypatch.chdir(tmp_path)
 

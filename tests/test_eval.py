@@ -1,4 +1,4 @@
-"""eval.py: transformers' perplexity, and what lm_eval's own Hugging Face model class answers on the same weights."""
+"""eval.py gives transformers' perplexity, and the answers of lm_eval's own Hugging Face class for the same weights."""
 
 import functools
 import json
@@ -41,7 +41,8 @@ TASKS = {
 
 @pytest.fixture(scope="module", params=[False, True], ids=["", "bos"])
 def folder(request, tmp_path_factory):
-    """A model with a context of 256, its tokenizer (with a beginning-of-sequence token or without) and local tasks."""
+    """Returns the folder of a model with a context of 256, its tokenizer (with or without a beginning-of-sequence
+    token) and local tasks."""
     folder = tmp_path_factory.mktemp("model")
     write_folder("llama3", folder)
     if request.param:
@@ -65,13 +66,13 @@ def write_tasks(folder):
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
-    """lm_eval writes down every package that is installed, which takes longer than its tasks here."""
+    """Stops lm_eval from listing every installed package, which takes longer than its tasks here."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    """(model, tokenizer)"""
+    """Returns our (model, tokenizer)."""
     return load_model(folder / "model.pth", "cpu", torch.float32), load_tokenizer(folder)
 
 
@@ -85,7 +86,7 @@ def run_eval(monkeypatch, capsys, folder, *args: str) -> str:
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    """transformers' (model, tokenizer)"""
+    """Returns transformers' (model, tokenizer)."""
     return hf.AutoModelForCausalLM.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
 
 
@@ -125,7 +126,7 @@ def test_score_does_not_depend_on_the_batch(ours):
 
 @pytest.fixture(scope="module")
 def lm_evals_own(folder):
-    """lm_eval's class for transformers' models."""
+    """Returns lm_eval's class for transformers' models."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
@@ -169,7 +170,7 @@ def test_generation_stops_where_it_should(ours):
 
 
 def test_requests_of_many_kinds_are_compiled_once(tmp_path):
-    """PyTorch gives up after eight times."""
+    """With --compile, requests of ten lengths give the same texts. PyTorch would give up after eight compilations."""
     write_folder("llama3", tmp_path)
     model, tokenizer = load_model(convert(tmp_path), "cpu", torch.float32, use_kernels=False), load_tokenizer(tmp_path)
     requests = [SimpleNamespace(args=("a" * n, {"max_gen_toks": n})) for n in range(3, 13)]
@@ -192,7 +193,7 @@ def test_options_of_requests():
 
 @pytest.fixture
 def few_tasks(monkeypatch):
-    """Without lm_eval's own 13,000."""
+    """Limits lm_eval to the local tasks, without its own 13,000."""
     from lm_eval import tasks
 
     monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))

@@ -1,5 +1,7 @@
-"""The examples of docstrings: indented blocks of Python that call something. Those of RUN run on a tiny model. Of the
-others, every function, method and attribute exists, and the arguments fit. Commands have only options of their script.
+"""The examples in docstrings are right. Those of RUN run on a tiny model. In all others, every function, method and
+attribute exists, and the arguments fit. Commands have only options of their script.
+
+An example is an indented block of Python that calls something.
 """
 
 import ast
@@ -37,8 +39,8 @@ FOLDERS = ("checkpoints/M", "checkpoints/SmolLM2-135M-Instruct", "checkpoints/me
 
 
 def docstrings(path: Path) -> list[str]:
-    """The docstrings of a file, without the indentation of their code. ast would also remove that of an example if the
-    docstring is one line and the example."""
+    """Returns the docstrings of a file, with the indentation of their code. (ast would also remove the indentation of
+    an example, if the docstring is one line and the example.)"""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
     found = [node for node in nodes if ast.get_docstring(node) is not None]
@@ -83,7 +85,7 @@ def load_module(file: str):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """The paths that examples name. Each of FOLDERS has a converted model."""
+    """Makes the paths that examples name. Each of FOLDERS has a converted model."""
     tree = tmp_path_factory.mktemp("tree")
     for folder in FOLDERS:
         write_folder("llama2", tree / folder, max_position_embeddings=2048)
@@ -94,7 +96,7 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def given(tree) -> dict:
-    """The names that examples use without a definition or an import."""
+    """Returns the names that examples use without a definition or an import."""
     model, tokenizer = load(tree / "checkpoints/M/model.pth", device="cpu")
     kv_cache, ids = KVCache(model, batch_size=1, max_seq_len=300), tokenizer.encode("Once upon a time")
     runner = ModelRunner(model, kv_cache)
@@ -124,7 +126,8 @@ def test_example_runs(file, example, tree, given, monkeypatch):
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, list]:
-    """name -> what has this name: functions and classes of the project, members of its classes and of some others."""
+    """Returns name -> the functions and classes of the project with this name, and the members of its classes and of
+    some others."""
     found: dict[str, list] = {}
     for name in re.findall(r"\bself\.(\w+)", " ".join(path.read_text() for path in sources())):
         found[name] = []
@@ -150,7 +153,8 @@ def test_example_fits(file, example, known):
 
 
 def takes(function, node: ast.Call) -> bool:
-    """Whether function, or a method without its self, takes the arguments of node. The argument ... stands for any."""
+    """Returns whether function, or a method without its self, takes the arguments of node. The argument ... stands for
+    any."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # not callable, or written in C

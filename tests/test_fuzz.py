@@ -1,7 +1,8 @@
-"""Broken files: whatever config.json, index.json, safetensors, GGUF, model.pth or the tokenizer's files hold, a command
-works or ends with one line and exit status 2: no traceback, no hang, no crash, no memory taken on a header's word.
+"""A broken file of any kind gives a working command, or one line and exit status 2: no traceback, no hang, no crash,
+and no memory as large as a header claims. The files are config.json, index.json, safetensors, GGUF, model.pth and the
+tokenizer's.
 
-Each example is a folder given to a process of its own (worker.py), which runs the real commands with bounded memory.
+Each example is a folder. A process of its own (worker.py) runs the real commands on it, with bounded memory.
 """
 
 import copy
@@ -40,12 +41,12 @@ FAMILY = st.sampled_from(["llama3", "mixtral"])
 
 
 class Commands:
-    """The worker, started again after it has died or hung."""
+    """A worker process, which is started again after it has died or hung."""
 
     process = None
 
     def __call__(self, *args) -> int:
-        """Runs a command; it must work or fail in one line. Returns its exit status."""
+        """Runs a command, which must work or fail in one line. Returns its exit status."""
         if self.process is None:
             self.start()
         self.process.stdin.write(json.dumps([str(a) for a in args]) + "\n")
@@ -82,7 +83,7 @@ def commands():
 
 
 def converts(commands, folder: Path) -> int:
-    """Converts folder; what comes of it must run."""
+    """Converts folder, and checks that the result runs."""
     status = commands("convert", "--checkpoint_dir", folder)
     if status == 0:
         generates(commands, folder / "model.pth")
@@ -99,7 +100,7 @@ def generates(commands, path: Path, *args) -> int:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A folder of folders that work, and of files to break."""
+    """Returns a folder of folders that work, and of files to break."""
     root = tmp_path_factory.mktemp("good")
     for family in ("llama3", "mixtral"):
         make_folder(family, root / family)
@@ -124,7 +125,7 @@ MODEL_FILES = ["model.pth", "model_int8.pth", "model_int4.g32.pth", "model_forma
 
 
 def make_folder(family: str, folder: Path):
-    """A Hugging Face folder, with MODEL_FILES made of it."""
+    """Makes a Hugging Face folder, and MODEL_FILES of it."""
     make_hf(family, vocab_size=1000, hidden_size=64, intermediate_size=96).save_pretrained(folder)
     train("llama3").save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATES["chatml"]}
@@ -153,7 +154,8 @@ def sentencepiece_model() -> bytes:
 
 @pytest.fixture
 def broken(good, tmp_path):
-    """(a folder of good, {name: content, or None for no such file}) -> a folder with these and links to the rest."""
+    """Returns a function (a folder of good, {name: content, or None for no such file}) that makes a folder with these
+    files and links to the others."""
 
     def make(folder: str, files: dict[str, bytes | None]) -> Path:
         shutil.rmtree(tmp_path)
@@ -197,7 +199,7 @@ ODD_TENSORS = st.sampled_from(
 
 
 def places_in(document) -> list[tuple]:
-    """(container, key) of every value in a JSON document; of a container's no more than 200."""
+    """Returns (container, key) of every value in a JSON document, with at most 200 of one container."""
     places, to_do = [], [document]
     while to_do:
         node = to_do.pop()
@@ -209,7 +211,7 @@ def places_in(document) -> list[tuple]:
 
 @st.composite
 def mutated(draw, document):
-    """document (JSON) with a few values replaced, removed, renamed, swapped or doubled."""
+    """Returns a JSON document with a few values replaced, removed, renamed, swapped or doubled."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
         places = places_in(document)
@@ -231,7 +233,8 @@ def mutated(draw, document):
 
 @st.composite
 def corrupted(draw, data: bytes, start: int = 0, stop: int | None = None):
-    """data with a few bytes between start and stop (from the end if negative) overwritten, removed or put in."""
+    """Returns data with a few bytes between start and stop (from the end if negative) overwritten, removed or
+    inserted."""
     stop = len(data) if stop is None else stop
     for _ in range(draw(st.integers(1, 3))):
         i = draw(st.integers(start, stop) if start >= 0 else st.integers(len(data) + start, len(data)))
@@ -256,7 +259,7 @@ def dumps(document) -> bytes:
 
 
 def broken_json(text: bytes):
-    """A JSON file with other values in it, or with other bytes."""
+    """Returns a JSON file with other values, or with other bytes."""
     return mutated(json.loads(text)).map(dumps) | corrupted(text)
 
 

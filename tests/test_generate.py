@@ -1,4 +1,4 @@
-"""generate() and its steps: transformers' tokens, however the prompt is cut, batched, cached or compiled."""
+"""generate() gives transformers' tokens, whether the prompt is cut into chunks, batched, cached or compiled."""
 
 import gc
 import weakref
@@ -26,12 +26,12 @@ def prompt_of(rows: int, length: int) -> torch.Tensor:
 
 
 def new_tokens(runner, prompt: torch.Tensor, n: int, start: int = 0) -> torch.Tensor:
-    """[B, n]"""
+    """Returns the new tokens, [B, n]."""
     return torch.tensor(list(generate(runner, prompt, start, n))).T
 
 
 def fresh_runner(model, rows: int, length: int, params: SamplingParams = GREEDY):
-    """With a new, empty cache."""
+    """Returns a ModelRunner with an empty KV cache."""
     return ModelRunner(model, KVCache(model, rows, length), params)
 
 
@@ -98,7 +98,7 @@ def test_the_size_of_a_cache_is_known_before_it_is_allocated(family, both_models
 
 
 def test_a_cache_that_nothing_uses_is_freed_at_once(both_models):
-    """Captured steps refer to the cache, so none may be part of a reference cycle."""
+    """No KV cache is part of a reference cycle, although captured steps refer to it."""
     model = both_models("llama3")[1]
     kv_cache = KVCache(model, 1, 12)
     runner = ModelRunner(model, kv_cache, SamplingParams())
@@ -114,7 +114,8 @@ def test_a_cache_that_nothing_uses_is_freed_at_once(both_models):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one(n, monkeypatch):
-    """An Event has only the methods of torch.cuda.Event. A copy has its tokens once the Event is complete."""
+    """The class Event has only the methods of torch.cuda.Event. Tokens are in the host's copy once its Event is
+    complete."""
     calls, copies, event_class = [], [], torch.cuda.Event
 
     def new_event():
@@ -142,7 +143,7 @@ def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one(n, mon
 
 
 def test_modes_of_a_step():
-    """By device, and by whether every operation has a kernel: without compile and with it."""
+    """A step is captured, compiled or plain, as the table of engine/runner.py says, for each device."""
     for device, has_kernels, expected in [
         ("cpu", True, ["captured", "captured"]),
         ("cpu", False, ["eager", "compiled"]),
@@ -167,7 +168,7 @@ def test_conversation_continues_from_the_cache(family, both_models):
 
 @pytest.mark.parametrize("family", SOME)
 def test_two_caches_of_one_model(family, both_models):
-    """Their steps may take turns."""
+    """The steps of two caches can take turns."""
     ours, prompts = both_models(family)[1], [prompt_of(1, 12), prompt_of(1, 30)]
     alone = [new_tokens(fresh_runner(ours, 1, 60), prompt, 20)[0].tolist() for prompt in prompts]
     turns = [generate(fresh_runner(ours, 1, 60), prompt, 0, 20) for prompt in prompts]
@@ -196,8 +197,8 @@ def test_prefill_in_chunks_is_prefill(family, chunk, both_models, monkeypatch):
 
 
 def check_compiled(ours, rows: int, warm, cases, **compile):
-    """Compiled steps give the eager ones' tokens and, after the calls in warm, compile nothing more for cases: both
-    lists of (start, prompt tokens, new tokens). Returns dynamo's counters."""
+    """Checks that compiled steps give the eager steps' tokens. After the calls of warm, nothing more is compiled for
+    cases. Both are lists of (start, prompt tokens, new tokens). Returns dynamo's counters."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager_cache, cache = KVCache(ours, rows, 64), KVCache(ours, rows, 64)
@@ -217,7 +218,7 @@ def check_compiled(ours, rows: int, warm, cases, **compile):
 
 @pytest.fixture
 def without_inductor(monkeypatch):
-    """torch.compile captures graphs and guards them, but lets PyTorch run them: what takes long is left out."""
+    """Lets torch.compile capture and guard graphs, but run them with PyTorch, without Inductor, which takes long."""
 
     torch_compile = torch.compile
 
@@ -242,7 +243,7 @@ def test_compiled_decode(family, use_kernels, rows, both_models, without_inducto
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral", "qwen3"])
 def test_kernels_compile(family, both_models):
-    """torch.compile of a whole model that is made of kernels: no graph break, the same logits."""
+    """torch.compile of a model with kernels has no graph break, and gives the same logits."""
     ours = both_models(family)[1]
     # One family goes all the way to machine code. The others show that their calls are captured without a break.
     step = torch.compile(ours, fullgraph=True, backend="inductor" if family == "qwen3" else "aot_eager")
@@ -267,7 +268,7 @@ def test_compiled_prefill(family, both_models, monkeypatch, without_inductor):
 
 
 def test_compiled_prefill_with_kernels(both_models, monkeypatch, without_inductor):
-    """Chunks of more tokens than a step can have, on the kernels for prompts where the CPU has them."""
+    """A compiled prefill uses the kernels for prompts, if the CPU has them: its chunks have more tokens than a step."""
     without_inductor()
     monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 40)  # of two sequences
     cases = [(0, 37, 9), (29, 34, 1), (0, 63, 1)]

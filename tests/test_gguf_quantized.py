@@ -1,4 +1,5 @@
-"""convert_gguf.py --keep: what a GGUF stores quantized stays so, as close as the formats allow, and no larger."""
+"""convert_gguf.py --keep: quantized weights stay quantized, as exact as the formats allow, and the file grows
+little."""
 
 import re
 from collections import Counter
@@ -56,7 +57,7 @@ def theirs_of(rows: torch.Tensor, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_codes_are_kept(name):
-    """Blocks mean what the gguf package says, and our formats come as close as they can."""
+    """Blocks have the values that the gguf package computes, and our formats come as close to them as they can."""
     rows = random_rows(name)
     rows[0] = 0  # scales and minima of 0
     if name in ("Q4_1", "Q5_1"):  # a group of one number
@@ -79,14 +80,15 @@ def test_codes_are_kept(name):
 
 
 def test_mxfp4_is_kept():
-    """Every code with every scale that float32 holds."""
+    """Every code of MXFP4 is kept, with every scale that float32 can hold."""
     rows = torch.randint(0, 256, (250, 2 * 17), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     rows[:, ::17] = torch.arange(250, dtype=torch.uint8)[:, None]
     assert torch.equal(MXFP4().dequantize(decode_mxfp4(rows), torch.float32), theirs_of(rows, "MXFP4"))
 
 
 def test_groups_far_from_zero_are_rounded_again():
-    """Int4 and GroupedInt8 have 0 among their numbers, or nearly. A group far from it has no zero that fits."""
+    """A group whose values are all far from 0 is rounded again, because Int4 and GroupedInt8 have no zero point for
+    it."""
     rows = random_rows("Q4_1", n=4, k=64)
     rows[0, 2:4] = torch.tensor([2.0], dtype=torch.float16).view(torch.uint8)  # a minimum of some 200 steps
     groups, expected = decode_rows(rows, GGMLType.Q4_1), theirs_of(rows, "Q4_1")
@@ -112,7 +114,8 @@ def test_groups_far_from_zero_are_rounded_again():
     ],
 )
 def test_what_is_rounded_again_says_so(name, format, largest):
-    """The error of rounding to steps of a 254th, or a 15th, of the range of a group's codes: a step over root 12."""
+    """The reported error is that of rounding to a 254th, or a 15th, of the range of a group's codes: a step divided by
+    the root of 12."""
     groups = decode_rows(random_rows(name), GGMLType[name])
     tensors, is_kept = convert_groups(groups, format)
     deviation = RoundingErrors()
@@ -122,7 +125,7 @@ def test_what_is_rounded_again_says_so(name, format, largest):
 
 
 def make_stack(name: str, **parts: tuple[str, int, int]) -> TargetWeight:
-    """parts: types, outputs and inputs of what it stacks. They have no numbers."""
+    """Makes a stack of parts, which have types, outputs and inputs, but no numbers."""
     shapes = [(GGMLType[kind], gguf.quant_shape_to_byte_shape((n, k), GGMLType[kind])) for kind, n, k in parts.values()]
     stored = [GGUFTensor(kind, np.broadcast_to(np.uint8(0), shape)) for kind, shape in shapes]
     shape = torch.Size([sum(part.shape()[0] for part in stored), stored[0].shape()[1]])
@@ -134,8 +137,8 @@ def size_limit(stacks: list[TargetWeight]) -> float:
 
 
 def test_which_weights_are_rounded_again():
-    """Sizes of Llama-3.1-8B. Of Q4_K_M only value projections lose their 6 bits. Of Q5_K_M most weights become 4 bits.
-    The result takes at most 1.1 times the GGUF."""
+    """With Llama-3.1-8B's sizes, only value projections of Q4_K_M lose their 6 bits, and most weights of Q5_K_M become
+    4 bits. The result takes at most 1.1 times the GGUF's size."""
     stack = make_stack
     for default in ("Q4_K", "Q5_K"):
         stacks = [stack("embed_tokens", w=(default, 128256, 4096)), stack("lm_head", w=("Q6_K", 128256, 4096))]
@@ -168,8 +171,8 @@ SMALL_MODELS = {
 
 @pytest.mark.parametrize("name", SMALL_MODELS)
 def test_a_tied_head_keeps_its_bits(name):
-    """A Q4_0 file holds it in Q6_K. 8 bits without groups fit in the limit, if a few of the layers' weights, which have
-    4 bits, are rounded to 4 bits in larger groups."""
+    """A tied head in Q6_K, as in a Q4_0 file, becomes 8 bits without groups. To stay within the size limit, a few of
+    the layers' 4-bit weights get larger groups."""
     n_layers, dim, n_q, n_k, n_ff, vocab_size, head_type, head_format, most_rounded = SMALL_MODELS[name]
     head, layers = make_stack("embed_tokens", w=(head_type, vocab_size, dim)), []
     for i in range(n_layers):
@@ -190,7 +193,8 @@ def test_a_tied_head_keeps_its_bits(name):
 
 
 def test_formats_that_save_nothing():
-    """Of 32 inputs a group of 128 has no fewer scales than one of 32, and a float32 takes more than a float16."""
+    """A format is not chosen if it saves nothing: with 32 inputs, groups of 128 have as many scales as groups of 32,
+    and a float32 is larger than a float16."""
     stack = make_stack("lm_head", w=("Q8_0", 64, 32))
     assert stack.formats == [INT8_G32, INT4]
     choose_formats([stack], stack.n_bytes[INT4])
@@ -198,7 +202,7 @@ def test_formats_that_save_nothing():
 
 
 def test_no_bits_are_lost_in_vain():
-    """If the size limit is out of reach, weights of 8 bits stay so."""
+    """If even 4 bits would exceed the size limit, weights of 8 bits stay 8 bits."""
     stack = make_stack("lm_head", w=("Q8_0", 64, 32))
     choose_formats([stack], 0)
     assert stack.format == INT8_G32
@@ -242,7 +246,8 @@ MIXTURES = {
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_files(name, tmp_path, capsys):
-    """Weights against the same file in float32; logits against that model with our weights, dequantized."""
+    """The weights are close to those of the same file in float32. The logits are those of transformers' model with our
+    weights, dequantized."""
     family, sizes, default, others, formats, said, error = MIXTURES[name]
     theirs = make_llama(**sizes) if family == "llama" else make_hf(family, **sizes)
     file = write_gguf(tmp_path / "m.gguf", theirs, default, others=others)
@@ -280,7 +285,7 @@ def test_files(name, tmp_path, capsys):
 
 
 def test_broken_and_unknown_types_are_refused(tmp_path):
-    """In one line, and nothing is written."""
+    """Broken and unknown types are refused in one line, and nothing is written."""
     theirs, file, out = make_llama(**SMALL), tmp_path / "m.gguf", tmp_path / "out"
     write_gguf(file, theirs, "Q8_0", others={"layers.1.mlp.down": "Q4_1"})
     good = file.read_bytes()

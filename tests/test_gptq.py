@@ -1,4 +1,4 @@
-"""gptq.py: what it makes of weights and the inputs that it has seen."""
+"""gptq.py rounds weights so that a layer's outputs change less than by rounding to nearest."""
 
 
 import pytest
@@ -16,7 +16,7 @@ from tests.tiny import forward, make_hf, to_ours
 @pytest.mark.parametrize("k, group_size", [(128, 32), (200, 64)])
 def test_gptq_keeps_a_layers_outputs_closer_than_rounding(k, group_size, act_order):
     def inputs(seed: int) -> torch.Tensor:
-        """Correlated: all lie near the same 24 directions."""
+        """Makes correlated inputs, near the same 24 directions."""
         return random_matrix(1000, 24, seed) @ random_matrix(24, k, 2) + 0.1 * random_matrix(1000, k, seed + 1)
 
     x, w, format = inputs(3), random_matrix(96, k), Int4(group_size)
@@ -45,7 +45,8 @@ def test_gptq_of_experts_is_gptq_of_each_and_rounds_the_unseen():
 
 
 def test_calibration_runs_the_model():
-    """Every layer with its own RoPE and window: of weights that rounding does not change, the outputs are the same."""
+    """Calibration computes the model's outputs, with each layer's own RoPE and window: weights that rounding does not
+    change give the same outputs."""
     model = to_ours(make_hf("gemma3"), use_kernels=False)
     rounded = Int4(32)
     for _, linear in model.quantizable_linears():
@@ -65,7 +66,7 @@ def test_calibration_runs_the_model():
 
 
 def test_gptq_of_inputs_that_are_all_zero(capsys):
-    """Such inputs do not say which columns matter, so weights are rounded to nearest."""
+    """Inputs that are all zero do not say which columns matter, so weights are rounded to nearest."""
     torch.manual_seed(0)
     linear = Linear(64, 16)
     linear.weight.normal_()

@@ -1,4 +1,4 @@
-"""Families that transformers does not have, Grok-1 and Baichuan, against plain PyTorch after their descriptions."""
+"""Grok-1 and Baichuan, which transformers does not have, against plain PyTorch written after their descriptions."""
 
 import json
 import math
@@ -78,8 +78,9 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def slopes(n_heads: int) -> torch.Tensor:
-    """ALiBi's: for a power of two n the geometric sequence that begins with 2^(-8 / n), which is its ratio, too. For
-    other numbers that of the power below, and then every second one of the power above."""
+    """Returns ALiBi's slopes. For a power of two n they are the geometric sequence whose first number and ratio are
+    2^(-8 / n). For any other n they are those of the power of two below n, followed by every second one of the power
+    above n."""
 
     def sequence(n: int) -> list[float]:
         return [(2 ** (-8 / n)) ** (i + 1) for i in range(n)]
@@ -156,7 +157,7 @@ CASES = {  # name: (config.json, what makes the tensors of it, what gives the lo
 
 
 def write_folder(name: str, folder: Path) -> Path:
-    """Writes the checkpoint of this name as the hub holds them, and converts it."""
+    """Writes the checkpoint of this name as on the hub, and converts it."""
     hf, make_tensors, _ = CASES[name]
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf))
@@ -171,8 +172,9 @@ def reference_of(name: str):
 
 @torch.inference_mode()
 def logits_in_parts(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Of tokens [2, 20] in one batch: a chunk, a token, a chunk. The second row goes back to position 5 after the first
-    chunk, so that the rows' start_pos differ, and comes to the 14th token: [20 + 14, V]."""
+    """Returns the logits [20 + 14, V] of tokens [2, 20], computed in one batch: a chunk, a token, a chunk. After the
+    first chunk the second row goes back to position 5, so that the rows' start_pos differ, and ends at the 14th token.
+    """
     kv_cache, logits, starts = KVCache(model, 2, 20), torch.empty(2, 20, model.config.vocab_size), [0, 0]
     for n in (11, 1, 8):
         rows = torch.stack([row[start : start + n] for row, start in zip(tokens, starts, strict=True)])
@@ -200,7 +202,7 @@ def test_logits_and_tokens(name, use_kernels, tmp_path):
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["baichuan 13B", "dbrx"])
 def test_quantized(name, mode, tmp_path):
-    """ALiBi and clipping: the kernels give what PyTorch gives with the same quantized weights."""
+    """With quantized weights, ALiBi and clipping, the kernels give PyTorch's logits."""
     if name == "dbrx":
         make_hf(name).save_pretrained(tmp_path)
         path = convert(tmp_path)

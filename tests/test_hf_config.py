@@ -1,4 +1,4 @@
-"""config.json and tensors that differ from what transformers writes: read as transformers reads them, or refused."""
+"""config.json and tensors that differ from transformers' own output are read as transformers reads them, or refused."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.tiny import assert_refused, convert, make_hf, same_logits
 
 @pytest.fixture
 def llama(tmp_path) -> Path:
-    """A folder with a tiny checkpoint."""
+    """Returns a folder with a tiny checkpoint."""
     make_hf("llama2").save_pretrained(tmp_path)
     return tmp_path
 
@@ -30,7 +30,7 @@ def same_as_transformers(folder: Path):
 
 
 def change_tensors(folder: Path, change):
-    """change(tensors) gives the new ones."""
+    """Replaces the tensors of a checkpoint by change(tensors)."""
     tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
     save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
 
@@ -68,13 +68,13 @@ def test_config_means_what_it_means_to_transformers(family, changes, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["gemma", "gemma3", "dbrx", "nemotron", "starcoder2"])
 def test_conversion_computes_in_float32(family, dtype, tmp_path):
-    """Sums with weights of 16 bits are not rounded."""
+    """Sums with 16-bit weights are not rounded to 16 bits."""
     make_hf(family).to(dtype).save_pretrained(tmp_path)
     same_as_transformers(tmp_path)
 
 
 def test_an_architecture_with_code_of_its_own_is_refused(llama):
-    """Though its model_type is known."""
+    """An architecture with code of its own is refused, even if its model_type is known."""
     change_config(llama, {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}})
     assert_refused(llama, "architecture 'Mine' is not one of LlamaForCausalLM, ")
     change_config(llama, {"architectures": ["LlamaForCausalLM"]})

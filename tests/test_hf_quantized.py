@@ -1,4 +1,4 @@
-"""Quantized Hugging Face checkpoints keep their values."""
+"""Quantized Hugging Face checkpoints keep their values when they are converted."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def test_values_are_kept(case, tmp_path):
 
 
 def test_version_of_gptq(tmp_path):
-    """The zero points of symmetric weights tell the version, whatever config.json says."""
+    """The zero points of symmetric weights decide the version of GPTQ, and config.json does not."""
     for version in (1, 2):
         family, _, config, quantize = gptq_case("llama2", "int4.g32", version)
         for label in ({"checkpoint_format": "gptq"}, {"checkpoint_format": "gptq_v2"}):
@@ -51,7 +51,8 @@ def test_version_of_gptq(tmp_path):
 
 
 def test_version_of_gptq_in_other_places(tmp_path):
-    """Asymmetric zero points of 4 bits tell the version, too. Those of 8 bits do not, so all labels are read."""
+    """Asymmetric zero points of 4 bits decide the version of GPTQ, too. Those of 8 bits do not, so all labels are
+    read."""
     for bits in (4, 8):
         family, _, config, quantize = gptq_case("llama2", "", version=2, bits=bits, symmetric=False)
         version = {"checkpoint_format": config.pop("checkpoint_format")}
@@ -72,7 +73,7 @@ OLDER_FILES = [("gptq", "quantize_config.json"), ("awq", "quant_config.json"), (
 
 @pytest.mark.parametrize("case, file", OLDER_FILES)
 def test_the_files_of_older_programs(case, file, tmp_path):
-    """AutoGPTQ, AutoAWQ and ModelOpt left config.json as it was."""
+    """The config files of AutoGPTQ, AutoAWQ and ModelOpt are read, if config.json has no quantization_config."""
     folder = tmp_path / "m"
     family, _, config, quantize = CASES[case]
     write_quantized(folder, family, None, quantize)
@@ -94,7 +95,8 @@ def test_the_files_of_older_programs(case, file, tmp_path):
 
 
 def test_only_biases_of_zeros_may_be_left_over(tmp_path):
-    """AutoGPTQ writes them for layers that have no bias. Those that the family has stay, and others are refused."""
+    """Biases of zeros that AutoGPTQ writes for layers without a bias are left out. Biases that the family has stay, and
+    all others are refused."""
     family, name, config, quantize = gptq_case("qwen2", "int4.g32")
 
     def write(folder: Path, value: float):
@@ -112,7 +114,8 @@ def test_only_biases_of_zeros_may_be_left_over(tmp_path):
 
 
 def test_zero_points_of_zero_minus_one(tmp_path):
-    """Such a zero point borrows from the next one in its word. Groups whose weights are all positive have one."""
+    """A zero point of -1, which borrows from the next one in its word, is read correctly. A group of positive weights
+    has one."""
     _, _, config, quantize = gptq_case("llama2", "int4.g32", symmetric=False)
 
     def quantize_positive(name: str, w: Tensor):
@@ -141,7 +144,7 @@ ACT_ORDER_CASES = {
 
 @pytest.mark.parametrize("case", ACT_ORDER_CASES, ids=str)
 def test_act_order_keeps_values_and_formats(case, tmp_path, capsys):
-    """Every layer stays quantized and keeps its values; of one family the head is quantized, too."""
+    """With act-order every layer stays quantized and keeps its values. For one family the head is quantized, too."""
     family, bits, group_size = case
     ordered, is_linear = ACT_ORDER_CASES[case], IS_LINEAR
     how = {"bits": bits, "group_size": group_size, "symmetric": family == "olmo2", "act_order": 1}
@@ -170,7 +173,7 @@ def test_act_order_keeps_values_and_formats(case, tmp_path, capsys):
 
 @pytest.mark.parametrize("family", ["llama-bias", "mixtral", "qwen2-moe"])
 def test_act_order_that_is_not_shared(family, tmp_path, capsys):
-    """Layers that are one matrix here and have several orders become 16 bits, and so do gate and up of experts."""
+    """Layers with several orders that are stacked into one matrix become 16 bits, and so do gate and up of experts."""
     _, _, config, _ = gptq_case(family, "", group_size=64, symmetric=False)
     how = {"bits": 4, "group_size": 64, "symmetric": False}
 
@@ -195,7 +198,7 @@ def test_act_order_that_is_not_shared(family, tmp_path, capsys):
 
 
 def sort_feed_forward(folder: Path):
-    """Puts the neurons of the reference's feed-forwards in the order of down_proj's groups."""
+    """Sorts the neurons of the reference's feed-forwards in the order of down_proj's groups."""
     stored, file = load_file(folder / "model.safetensors"), folder / "reference/model.safetensors"
     dense = load_file(file)
     for name, g_idx in stored.items():
@@ -213,14 +216,14 @@ def sort_feed_forward(folder: Path):
 
 
 def test_layer_norms_need_16_bits(tmp_path):
-    """Conversion centers outputs and computes with weights."""
+    """A quantized checkpoint of a family with LayerNorms is refused, because their conversion changes the weights."""
     _, _, config, quantize = gptq_case("nemotron", "", bits=4, group_size=32)
     write_quantized(tmp_path / "m", "nemotron", config, quantize)
     assert_refused(tmp_path / "m", "is quantized, and this family's conversion changes it: take 16-bit weights")
 
 
 def test_groups_without_a_format(tmp_path, capsys):
-    """If nothing can stay quantized the file is one of 16 bits, and a line says so."""
+    """If no weight can stay quantized, the file has 16 bits, and a line says so."""
     *_, config, quantize = gptq_case("llama2", "", group_size=24)
     write_quantized(tmp_path / "m", "llama2", config, quantize)
     capsys.readouterr()
@@ -229,7 +232,7 @@ def test_groups_without_a_format(tmp_path, capsys):
 
 
 def test_stacked_weights_get_a_format_that_holds_all_values(tmp_path, capsys):
-    """Stacked weights get a format that holds all their values: smaller groups, more bits or, at worst, 16 bits."""
+    """The format has smaller groups, more bits or, at worst, 16 bits."""
     how = {"symmetric": False, "bits": 4, "group_size": 64}
     changes = {"v_proj": {"group_size": 32}, "gate_proj": {"bits": 8}, "down_proj": {"bits": 8, "group_size": -1}}
 
@@ -254,7 +257,7 @@ def test_stacked_weights_get_a_format_that_holds_all_values(tmp_path, capsys):
 
 
 def test_a_stack_with_16_bits_has_their_dtype(tmp_path):
-    """q of float16 above k and v that are quantized."""
+    """A stack of a float16 q and quantized k and v becomes float16."""
     _, _, config, quantize_4 = gptq_case("llama2", "")
 
     def quantize(name: str, w: Tensor):
@@ -267,7 +270,7 @@ def test_a_stack_with_16_bits_has_their_dtype(tmp_path):
 
 
 def test_four_bits_in_groups_of_16(tmp_path):
-    """Int4 cannot hold such zero points; GroupedInt8 holds them exactly."""
+    """GroupedInt8 holds 4-bit weights in groups of 16 exactly, with zero points that Int4 cannot hold."""
     family, _, config, quantize = packed_case("llama2", "", 4, 16, False)
     write_quantized(tmp_path / "m", family, config, quantize)
     path = convert(tmp_path / "m")
@@ -276,7 +279,7 @@ def test_four_bits_in_groups_of_16(tmp_path):
 
 
 def test_config_groups_that_differ(tmp_path):
-    """A target that names layers counts more than their type. The head may be quantized, too."""
+    """A target that names layers has precedence over one that names their type. The head may be quantized, too."""
     _, _, four_bits, quantize_4 = packed_case("", "", 4, 32, False)
     _, _, eight_bits, quantize_8 = packed_case("", "", 8, -1, True)
     _, _, float8_bits, quantize_float8 = CASES["float channel"]
@@ -301,8 +304,9 @@ def test_config_groups_that_differ(tmp_path):
 
 
 def test_the_target_that_counts(tmp_path):
-    """compressed-tensors' order is: a name, the alphabetically first regular expression, a type. The bits of the other
-    schemes would contradict the tensors. weight_g_idx of -1 everywhere means no order of inputs."""
+    """Of several targets, compressed-tensors takes a name first, then the alphabetically first regular expression, then
+    a type. The bits of the other schemes would contradict the tensors. A weight_g_idx of only -1 means no order of
+    inputs."""
     family, _, config, _ = packed_case("qwen3", "", 4, 32, False)
     four = config["config_groups"]["group_0"]["weights"] | {"actorder": "dynamic"}
     targets_of = {
@@ -343,13 +347,15 @@ def test_a_quantized_router_becomes_16_bits(tmp_path, capsys):
 
 
 def test_a_single_word_in_a_row():
-    """As with zero points of up to 8 outputs. PyTorch calls a single word contiguous whatever its stride."""
+    """A row of a single word, such as zero points of up to 8 outputs, is read. PyTorch calls it contiguous, whatever
+    its stride."""
     words = torch.tensor([[0x76543210, 1]], dtype=torch.int32).T
     assert unpack_words(words, 4).tolist() == [list(range(8)), [1, *[0] * 7]]
 
 
 def test_only_the_kv_cache_is_quantized(tmp_path):
-    """compressed-tensors then says dense. The scales are left out: here the KV cache keeps 16 bits."""
+    """With the format "dense" only the KV cache is quantized. Its scales are left out, since our KV cache has 16
+    bits."""
     make_hf("llama2").save_pretrained(tmp_path)
     expected = read_checkpoint(convert(tmp_path))[2]
     tensors = load_file(tmp_path / "model.safetensors")
@@ -363,7 +369,8 @@ def test_only_the_kv_cache_is_quantized(tmp_path):
 
 
 def test_dense_weights_are_rounded_once(tmp_path):
-    """Float32 scales that become float16 in our formats are not rounded where a weight becomes dense."""
+    """A weight that is dequantized is computed with float32 scales, although our formats would round the scales to
+    float16."""
     how = {"bits": 4, "symmetric": True, "scale_dtype": torch.float32}
     family, _, config, _ = packed_case("llama2", "", group_size=32, **how)
     eight = {"num_bits": 8, "type": "float", "strategy": "channel"}
@@ -381,7 +388,7 @@ def test_dense_weights_are_rounded_once(tmp_path):
 
 
 def test_scales_of_32_bits(tmp_path, capsys):
-    """Scales become float16. If a scale is too small for float16, the weight becomes 16 bits."""
+    """Float32 scales become float16. If a scale is too small for float16, the weight becomes 16 bits."""
     how = {"bits": 4, "group_size": 32, "symmetric": True, "scale_dtype": torch.float32}
     family, _, config, _ = packed_case("llama2", "int4.g32", **how)
 

@@ -1,4 +1,4 @@
-"""Quantized Hugging Face checkpoints that are broken, or of unknown methods, are refused."""
+"""Quantized Hugging Face checkpoints that are broken, or whose method is unknown, are refused."""
 
 import math
 from collections.abc import Callable
@@ -42,20 +42,22 @@ def test_unsupported_methods_are_named(tmp_path):
 
 
 def transform_at(*locations: str) -> dict:
-    """The transform_config of compressed-tensors with Hadamard rotations at these locations."""
+    """Returns compressed-tensors' transform_config with Hadamard rotations at these locations."""
     places = [{"targets": ["Linear"], "location": location, "inverse": False} for location in locations]
     return {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": places}}}}
 
 
 def broken_checkpoint(folder: Path, case: str) -> Callable:
-    """Writes one of CASES to folder. Returns the function that checks that changed tensors or config are refused."""
+    """Writes one of CASES to folder. Returns a function that checks that changed tensors or a changed config is
+    refused."""
     family, _, config, quantize = CASES[case]
     write_quantized(folder, family, config, quantize)
     (folder / "model_old.pth").write_text("old")
     tensors = load_file(folder / "model.safetensors")
 
     def refuse(match: str, changes: dict | None = None, config_changes: dict | None = None):
-        """changes: of the tensors of layer 1's k_proj: a function of one, a new one or, to remove it, None."""
+        """changes: name -> a function of the tensor, a new tensor, or None to remove it, for the tensors of layer 1's
+        k_proj."""
         changed = dict(tensors)
         for kind, tensor in (changes or {}).items():
             name = f"model.layers.1.self_attn.k_proj.{kind}"
@@ -148,7 +150,8 @@ def test_broken_awq_and_packed(tmp_path):
 
 
 def test_broken_auto_round(tmp_path):
-    """extra_config has names of layers and regular expressions, each for the whole name."""
+    """Broken names in extra_config are refused. A name is a layer's name, or a regular expression for the whole
+    name."""
     refuse = broken_checkpoint(tmp_path / "m", "auto-round")
     k_proj = "model.layers.1.self_attn.k_proj"
     refuse("says that '-:.*' .dynamic. is not quantized; .*k_proj", None, {"extra_config": {k_proj: {"bits": 16}}})

@@ -1,6 +1,8 @@
-"""kernels/csrc/ against ops/torch_ops.py: odd shapes, every format. Here are matmuls, norms and
-embeddings; test_kernels_attention.py, test_kernels_experts.py and test_kernels_sampling.py have the rest.
-test_kernels_builds.py runs all of them on the code for other CPUs."""
+"""The C++ kernels for matmuls, norms and embeddings against ops/torch_ops.py, in odd shapes and every format.
+
+test_kernels_attention.py, test_kernels_experts.py and test_kernels_sampling.py test the other kernels.
+test_kernels_builds.py runs all these tests on the code for other CPUs.
+"""
 
 import copy
 import math
@@ -69,8 +71,8 @@ def test_linear(format, dtype):
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_many_tokens(format, dtype):
-    """In several blocks of tokens; on AMX, if the CPU has it; and as in a prefill. The last two do not round bfloat16
-    activations, but weights whose scales are those of groups."""
+    """Matmuls of several blocks of tokens, on AMX if the CPU has it, and as in a prefill. AMX and prefill do not round
+    bfloat16 activations, but weights with a scale for each group."""
     torch.manual_seed(0)
     is_bf16 = dtype == torch.bfloat16
     on_amx, has_prefill = is_bf16 and library().has_amx_bf16(), library().has_prefill_linear(is_bf16)
@@ -112,7 +114,8 @@ def test_linear_of_many_tokens(format, dtype):
 @built
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 def test_linear_of_a_prompt(format):
-    """Several panels of inputs, several tasks, and a last task of fewer outputs or tokens (csrc/prefill_linear.h)."""
+    """Matmuls with several panels of inputs, several tasks, and a last task of fewer outputs or tokens
+    (csrc/prefill_linear.h)."""
     if not library().has_prefill_linear(True):
         pytest.skip("this CPU has no instructions for bf16, or AMX")
     torch.manual_seed(0)
@@ -135,7 +138,7 @@ def test_linear_of_a_prompt(format):
 
 
 def check_activated(ours: torch.Tensor, activation: str, x: torch.Tensor, error: torch.Tensor, fused: bool):
-    """ours is ops.activate of an x that is off by no more than error."""
+    """Checks that ours is ops.activate of x, for an x with an error of at most error."""
     if not fused:  # then x is rounded before
         error = error + bounds.rounding_error(x.abs() + error, ours.dtype)
     y, bound = activate_with_error(x, error, activation)
@@ -146,8 +149,8 @@ def check_activated(ours: torch.Tensor, activation: str, x: torch.Tensor, error:
 @pytest.mark.parametrize("format", [Unquantized(), Int4(32)], ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_scale_and_softcap(format, dtype):
-    """After bias and activation, before the residual: of results that softcap leaves alone, bends, and cuts off; and
-    clip after them."""
+    """Scale, softcap and clip follow bias and activation and precede the residual. The results lie where softcap is
+    nearly linear, where it bends, and where it is flat."""
     torch.manual_seed(0)
     for n, k, scale, softcap, clip in [
         (33, 72, 0.25, 0.0, 0.0), (64, 72, 0.03, 5.0, 0.0), (33, 72, 1.0, 5.0, 0.0), (64, 8, 1e-3, 30.0, 0.0),
@@ -175,8 +178,8 @@ def test_linear_scale_and_softcap(format, dtype):
 
 @pytest.mark.parametrize("n, prepare", [(64, lambda w: w), pytest.param(48, packed, marks=built)])
 def test_epilogue_that_no_kernel_fuses(n, prepare):
-    """In plain PyTorch, and where a kernel leaves the activation out, the activation comes before what scales, caps and
-    clips, and the residual comes last."""
+    """The order is activation, scale, softcap, clip, residual, also in plain PyTorch and where no kernel fuses the
+    activation."""
     torch.manual_seed(0)
     w = make_linear(n, 72, Unquantized(), torch.float32, bias=True, out_scale=0.5, softcap=5.0, clip=4.0)
     matrix, bias = w.weight.double(), w.bias.double()
@@ -192,8 +195,8 @@ def test_epilogue_that_no_kernel_fuses(n, prepare):
 def softcap_with_error(
     y: torch.Tensor, error: torch.Tensor, scale: float, softcap: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y * scale, capped and clipped, and how far it may be off if y is off by no more than error. No slope of cap's is
-    above 1."""
+    """Returns y * scale, capped and clipped, and the error of the result. error: of y. No slope of the softcap exceeds
+    1."""
     y = y * scale
     if softcap:
         y = torch_ops.apply_softcap(y, softcap)
@@ -204,7 +207,7 @@ def softcap_with_error(
 
 @built
 def test_softcap_of_extremes():
-    """Close to zero, a cap or clip changes nothing; infinity it cuts off; and NaN stays NaN."""
+    """Softcap and clip leave numbers near zero unchanged, limit infinity, and keep NaN."""
     w = packed(make_linear(16, 16, Unquantized(), torch.float32, softcap=30.0))
     w.weight.data = torch.eye(16)
     x = torch.tensor([1e-30, -1e-6, 1e-3, 17.0, -20.0, 1e4, -1e30, 3e38] * 2)[None]
@@ -220,7 +223,7 @@ def test_softcap_of_extremes():
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("rows", [0, 1, 5, 64, 65])
 def test_linear_near_its_reference(format, rows):
-    """Within the rounding of activations of the weight-only matmul, whichever path the number of rows takes."""
+    """The result differs from the weight-only matmul only by the rounding of activations, for every number of rows."""
     for dtype in DTYPES:
         torch.manual_seed(0)
         plain = make_linear(96, 200, format, dtype)
@@ -260,7 +263,8 @@ def test_dequantize_packed(format, dtype):
 @built
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 def test_extremes(format):
-    """Weights and scales at the ends of their ranges, and activations that are not finite."""
+    """Weights and scales at the ends of their ranges are exact enough, and activations that are not finite give results
+    that are not."""
     for dtype in DTYPES:
         w = make_linear(32, 64, format, dtype)
         if isinstance(format, Int8):
@@ -291,7 +295,7 @@ def test_extremes(format):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_value_of_8_and_4_bits(dtype):
-    """Exactly, as a matrix and as a product with one-hot vectors, of few tokens and of many."""
+    """Every value is exact, dequantized and as a product with one-hot vectors, of few tokens and of many."""
     bytes_of_w = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(1, 2)  # [N, K] of Float8, [N, K / 2] of MXFP4
     float8 = torch.where(bytes_of_w % 128 == 127, 0, bytes_of_w).view(torch.float8_e4m3fn)  # but no NaN
     ones = torch.full((16, 1), 127, dtype=torch.uint8)
@@ -312,7 +316,7 @@ def test_every_value_of_8_and_4_bits(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_operations(dtype):
-    """add and activate are PyTorch's to the last bit, or for the exponential nearly."""
+    """add and activate equal PyTorch's to the last bit, or nearly if they compute an exponential."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
     assert torch.equal(ops.add(x, y, ops.CPP_BACKEND), x + y)
@@ -330,7 +334,7 @@ def test_small_operations(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_permute_inputs(dtype):
-    """To the last bit: all inputs in another order, and some of them, as a rank of several gathers."""
+    """permute_inputs is exact: for all inputs in another order, and for some of the inputs, which a rank gathers."""
     torch.manual_seed(0)
     for n_tokens, k, n in [(1, 5, 5), (3, 72, 72), (64, 70, 33), (65, 70, 33)]:  # the last in PyTorch
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
@@ -344,7 +348,7 @@ def test_permute_inputs(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embed(dtype):
-    """To the last bit PyTorch's, for any number of tokens, also where a row's last group is short."""
+    """embed equals PyTorch's to the last bit, for any number of tokens, also if the last group of a row is short."""
     torch.manual_seed(0)
     for format in CPU_FORMATS:
         for k in (37,) if isinstance(format, Unquantized) else (64, 72):

@@ -1,4 +1,4 @@
-"""Attention of kernels/csrc/ and of PyTorch against the exact result."""
+"""Attention in C++ and in PyTorch against attention in float64."""
 
 import math
 
@@ -25,8 +25,8 @@ ANY_TOKENS = ops.CPP_BACKEND.with_limits(attend=math.inf)  # kernels for prompts
 
 
 def check_attention(starts, n_tokens, n_heads, cache: LayerCache, tables, window, norms, **options):
-    """Of n_tokens new tokens in each sequence, at the positions starts. The cache holds NaN where nothing has been
-    written yet; afterwards the new tokens' keys and values are where they belong, and nothing else has changed."""
+    """Checks attention of n_tokens new tokens in each sequence, at the positions starts. The cache holds NaN where
+    nothing has been written yet. Afterwards it has the new tokens' keys and values, and nothing else has changed."""
     (_, n_kv_heads, _, d), dtype = cache.k.shape, cache.k.dtype
     start_pos = torch.tensor(starts)
     qkv = torch.randn(len(starts), n_tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
@@ -40,7 +40,7 @@ def check_attention(starts, n_tokens, n_heads, cache: LayerCache, tables, window
 
 
 def make_cache(starts, n_kv_heads, length, d, dtype) -> LayerCache:
-    """starts: the tokens that each sequence has."""
+    """Makes a cache. starts: how many tokens each sequence has."""
     k, v = torch.randn(2, len(starts), n_kv_heads, length, d).to(dtype).unbind()
     for b, start in enumerate(starts):
         k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
@@ -52,7 +52,7 @@ def make_cache(starts, n_kv_heads, length, d, dtype) -> LayerCache:
 @pytest.mark.parametrize("window", [0, 7, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(n_heads, n_kv_heads, d, window, dtype):
-    """Rows at positions of their own, in a cache that holds NaN where nothing has been written yet."""
+    """Sequences have different positions, in a cache that holds NaN where nothing has been written yet."""
     torch.manual_seed(0)
     config = ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024)
     tables = PositionTables(rope_table(config, 640))
@@ -67,7 +67,7 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
 @pytest.mark.parametrize("n_heads, n_kv_heads, d", [(9, 3, 64), (2, 1, 256), (6, 2, 40)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
-    """In one sequence or in many, and with longer splits than few tokens have."""
+    """Attention of more tokens, in one sequence or in many, with longer splits than few tokens have."""
     torch.manual_seed(0)
     tables = PositionTables(rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 4096), 1410))
     for window, tokens, starts in [
@@ -82,7 +82,8 @@ def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
 @pytest.mark.parametrize("norm", ["no norm", "norm of heads", "norm of all heads"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
-    """Each alone and together, and with ALiBi. sinks: far below the scores, among them, and far above."""
+    """Sinks, scale and softcap, each alone and together, and with ALiBi. Sinks lie far below the scores, among them,
+    and far above."""
     torch.manual_seed(0)
     cos_sin = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 640)
     widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]
@@ -104,7 +105,7 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
 @pytest.mark.parametrize("norm", ["no norm", "norm of heads", "norm of all heads"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, monkeypatch):
-    """Of more tokens than a step has: the kernel rope_and_cache and PyTorch's attention together."""
+    """The kernel rope_and_cache and PyTorch's attention together, for more tokens than a step has."""
     torch.manual_seed(0)
     monkeypatch.setattr(torch_ops, "EAGER_QUERIES", 30)
     tables = PositionTables(rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180))
@@ -127,7 +128,7 @@ def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, m
 @pytest.mark.parametrize("n_heads, n_kv_heads, d", [(4, 4, 8), (9, 3, 64), (8, 1, 128), (2, 1, 256), (6, 2, 40)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype):
-    """Of more tokens than a step has."""
+    """The kernel for prefill, for more tokens than a step has."""
     torch.manual_seed(0)
     cos_sin = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 400)
     slopes, sinks = torch.tensor(alibi_slopes(n_heads)), (torch.randn(n_heads) * 4 + 2).to(dtype)
@@ -144,7 +145,7 @@ def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_reference(dtype):
-    """The PyTorch version against the same exact result, also of more tokens than the kernels take."""
+    """PyTorch's attention against the same exact result, also for more tokens than the kernels take."""
     torch.manual_seed(0)
     tables = PositionTables(rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64))
     for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 0), (20, [0, 0], 6), (20, [44, 3], 9), (64, [0], 100)]:
@@ -175,7 +176,7 @@ def test_attention_reference_sinks_scale_softcap():
 
 @built
 def test_what_does_not_fit_is_refused():
-    """An error, not a write beyond the cache."""
+    """New tokens beyond the cache raise an error, and nothing is written."""
     cos_sin, weight = rope_table(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64), 8), torch.zeros(1, 2, 8, 16)
     cache, tables = LayerCache(weight, weight.clone()), PositionTables(cos_sin)
     for rows, tokens, start_pos in [(2, 1, [0]), (1, 1, [8]), (1, 1, [-1]), (1, 2, [7]), (1, 1, [0, 1]), (1, 65, [0])]:

@@ -1,4 +1,5 @@
-"""How kernels/csrc/ is built, cached and loaded; what it computes on other CPUs; what runs without it."""
+"""The C++ kernels are built, cached and loaded correctly, compute correctly on other CPUs, and are not needed to
+run."""
 
 import os
 import re
@@ -76,10 +77,12 @@ def test_formats_and_activations_are_the_same_in_both_languages():
 @built
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v3 -mavxvnni", "x86-64"])
 def test_without_this_cpus_instructions(march):
-    """The same tests, on the code for CPUs with AVX2 alone, for those of any kind, and for those that have AVX2 and
-    AVX-VNNI, which only the products of bytes use. Of the sizes of heads, which differ in no instruction, there are
-    those that the code names, 64 and 128, and one other. How the threads share the work is the same code everywhere.
-    -O1 takes less time to compile, and with -O0 all tests would take longer."""
+    """The kernels' tests pass on the code for CPUs with only AVX2, for CPUs of any kind, and for CPUs with AVX2 and
+    AVX-VNNI, which only products of bytes use.
+
+    To save time, the sizes of heads are those that the code names, 64 and 128, and one other, since all sizes use the
+    same instructions. The code that shares work among threads is the same everywhere, and is not tested again. -O1
+    compiles faster than -O3, and with -O0 the tests would take longer."""
     if os.environ.get("CXXFLAGS") or os.uname().machine != "x86_64":
         return
     needs_vnni = "avxvnni" in march
@@ -95,7 +98,7 @@ def test_without_this_cpus_instructions(march):
 
 
 def build_in_a_process(expected: bool, **env: str) -> str:
-    """Loads the kernels in a process of its own, with this environment. Returns what it says on stderr."""
+    """Loads the kernels in a process with this environment. Returns its stderr."""
     with tempfile.NamedTemporaryFile("r") as err:
         is_loaded = load_kernels(env, Path(err.name))
         said = err.read()
@@ -104,8 +107,8 @@ def build_in_a_process(expected: bool, **env: str) -> str:
 
 
 def test_builds(tmp_path, monkeypatch):
-    """Several processes that build at once all get the library. A broken one is built again. Once it is built, it needs
-    no compiler, whichever made it; but it is for these flags."""
+    """Several processes that build at the same time all get the library. A broken library is built again. A library
+    needs no compiler once it is built, but is used only with the flags it was built with."""
     script = write_compiler(tmp_path / "compiler")
     cxx = f"{script} -O0"  # a command with an argument
     env = {"XDG_CACHE_HOME": str(tmp_path), "CXX": cxx, "CXXFLAGS": "-O0", "TMPDIR": str(tmp_path)}
@@ -145,8 +148,9 @@ def test_a_folder_from_which_nothing_is_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_the_compiler_ends_with_the_process(sig, tmp_path):
-    """And with it what it has started, as g++ starts cc1plus. A command that a shell runs in the background ignores
-    SIGINT, and so do its children, until they choose a handler of their own."""
+    """After Ctrl-C the compiler ends, with the processes that it has started, as g++ starts cc1plus.
+
+    A command in a shell's background ignores SIGINT, and so do its children, until they set a handler of their own."""
     script, pid = tmp_path / "compiler", tmp_path / "pid"
     script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] && exit\nsleep 20 &\necho $! >{pid}\nwait\n')
     script.chmod(0o755)
@@ -174,7 +178,7 @@ def test_the_compiler_ends_with_the_process(sig, tmp_path):
 
 @pytest.mark.parametrize("compiler", ["false", "script"])
 def test_no_compiler(compiler, tmp_path):
-    """One line, and everything runs on PyTorch."""
+    """Without a compiler, one line says so, and everything runs on PyTorch."""
     (tmp_path / "script").write_text("no program")
     (tmp_path / "script").chmod(0o755)
     cxx = "false" if compiler == "false" else str(tmp_path / "script")
@@ -184,7 +188,7 @@ def test_no_compiler(compiler, tmp_path):
 
 
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
-    """To the last bit what PyTorch makes of the quantized ones; the format keeps its name."""
+    """Weights are dequantized to the same bits as by PyTorch, and the format keeps its name."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
     monkeypatch.setattr(packing, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
@@ -205,7 +209,8 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
 
 
 def test_pytorchs_kernels_without_a_compiler(monkeypatch):
-    """For 8- and 4-bit weights of linear layers with 16-bit activations. All other weights are dequantized."""
+    """PyTorch's own kernels multiply int8 and int4 weights of linear layers with 16-bit activations. All other weights
+    are dequantized."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
     monkeypatch.setattr(aten, "PACK_ROWS", 128)
     for dtype in (torch.bfloat16, torch.float16):
@@ -230,8 +235,8 @@ def test_pytorchs_kernels_without_a_compiler(monkeypatch):
 
 
 def largest_weights(format, exact: torch.Tensor) -> torch.Tensor:
-    """[N, K]: what every weight is at most, in its row or group; PyTorch's int4 kernel adds and subtracts numbers of
-    this size."""
+    """Returns the bound [N, K] of each weight's magnitude in its row or group. PyTorch's int4 kernel adds and subtracts
+    numbers of this size."""
     if isinstance(format, Int8):
         return exact.abs()
     groups = split_groups(exact, format.group_size)
@@ -240,7 +245,7 @@ def largest_weights(format, exact: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_check_says_what_is_wrong():
-    """In C++, with four words or more; or with the message of validate."""
+    """Every check in C++ has a message of four words or more, or the message of validate."""
     code = "".join(path.read_text() for path in kernels.build.SOURCES.iterdir())
     checks = [text.partition(");")[0] for text in code.split("STD_TORCH_CHECK(")[1:]]
     bare = [check for check in checks if not re.search(r'"(\S+ ){3,}\S+"$', check)]
@@ -248,7 +253,7 @@ def test_every_check_says_what_is_wrong():
 
 
 def test_sizes_are_the_same_in_all_languages():
-    """Numbers that Python, C++ and Triton each have to know."""
+    """Numbers that Python, C++ and Triton each define are equal."""
     code = (kernels.build.SOURCES / "weights.h").read_text()
     sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
     assert sizes["BLOCK_N"] == CPU_BLOCK_N and dispatch.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N

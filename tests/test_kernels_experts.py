@@ -1,4 +1,4 @@
-"""Feed-forward layers, experts and their router in kernels/csrc/ against ops/torch_ops.py."""
+"""The C++ kernels for feed-forwards, experts and their router against ops/torch_ops.py."""
 
 import pytest
 import torch
@@ -22,8 +22,9 @@ pytestmark = pytest.mark.usefixtures("threads")
 
 
 def check_near(ours: torch.Tensor, expected: torch.Tensor, format):
-    """Two matmuls deep: a few roundings of the type, and where activations are quantized, of theirs to 8 bits (half a
-    step of 1/127 of a group's largest, some three times the others: 0.7 % of an activation, twice)."""
+    """Checks a result that is two matmuls deep. The bound is a few roundings of the type and, if activations are
+    quantized, their rounding to 8 bits: half a step of 1/127 of a group's largest, which is about three times the
+    others, so 0.7 % of an activation, twice."""
     error = (ours.double() - expected.double()).norm() / expected.double().norm()
     assert error < (3e-2 if rounds_activations(format, ours.dtype) else 16 * bounds.U[ours.dtype])
 
@@ -107,6 +108,6 @@ def test_route_to_shared_experts(norm_topk_prob):
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
 def test_router_of_nan(logits, norm_topk_prob):
-    """Some experts, none beyond the last and none twice; their weights say that something is wrong."""
+    """With NaN logits the router returns valid, different experts, and weights that are not finite."""
     topk_weights, topk_ids = ops.route(torch.tensor([logits]), 3, norm_topk_prob, 0, ops.CPP_BACKEND)
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()

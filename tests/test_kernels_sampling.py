@@ -1,4 +1,4 @@
-"""kernels/csrc/sampling.h: the likeliest token, and tokens of the distribution that top_k, top_p and min_p leave."""
+"""kernels/csrc/sampling.h: the likeliest token, and draws from the distribution that top_k, top_p and min_p leave."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("threads")
 @built
 @pytest.mark.parametrize("vocab_size", [1, 15, 17, 511, 513, 5000, 49152])
 def test_likeliest_token(vocab_size):
-    """As PyTorch's argmax: of tied tokens the first, -1 where a logit is not finite, wherever these are."""
+    """The likeliest token is PyTorch's argmax, the first one of tied tokens, or -1 if any logit is not finite."""
     assert kernels.build.library()
     logits = torch.randn(70, vocab_size, generator=torch.Generator().manual_seed(0))
     for i in range(10):
@@ -57,8 +57,9 @@ TRUNCATIONS += [{"min_p": 0.3}, {"min_p": 1.0}, {"top_k": 50, "top_p": 0.9}, {"t
 @pytest.mark.parametrize("vocab_size", [1, 2, 15, 17, 300, 5000])
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
 def test_drawn_tokens(vocab_size, truncation):
-    """Of few likely tokens, of many, of ties, of which the first ones are kept, and of extreme logits. n evenly spaced
-    random numbers draw a token of probability p n p times, but for one at each end of its interval."""
+    """Draws follow the distribution, for few likely tokens, many, ties, of which the first ones are kept, and extreme
+    logits. n evenly spaced random numbers draw a token of probability p n p times, give or take one at each end of its
+    interval."""
     assert kernels.build.library()
     n, noise = 500, 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n

@@ -1,4 +1,4 @@
-"""The project as a library: it gives what the commands give, and importing it leaves the process as it was."""
+"""The project as a library gives the commands' results, and an import changes nothing in the process."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from utils.files import ROOT
 
 
 def test_text(chat_model, ask):
-    """As generate.py --prompt generates it."""
+    """The functions of the library generate the text of generate.py --prompt."""
     model, tokenizer = load(str(chat_model / "model.pth"), device="cpu", dtype=torch.bfloat16)
     kv_cache = KVCache(model, batch_size=1, max_seq_len=100)
     runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
@@ -35,7 +35,7 @@ def test_text(chat_model, ask):
 
 
 def test_conversation(chat_model, cli):
-    """As generate.py --chat leads it. Another cache of the same model does not notice."""
+    """Conversation gives the answers of generate.py --chat. Another cache of the same model does not change."""
     model, tokenizer = load(chat_model / "model.pth")
     kv_cache, other_kv_cache = (KVCache(model, 1, 160) for _ in range(2))
     runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
@@ -53,7 +53,7 @@ def test_conversation(chat_model, cli):
 
 
 def test_llm(chat_model, cli):
-    """Says what generate.py says, up to an end token, also when a text comes between the turns of a conversation."""
+    """LLM gives generate.py's texts, up to an end token, also when a text comes between the turns of a conversation."""
     llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
     flags = ["--temperature=0", "--max_new_tokens=12"]
     text = cli(chat_model, "--prompt=Hello", *flags).removesuffix("\n")
@@ -106,7 +106,7 @@ def test_llm(chat_model, cli):
 
 
 def test_sampling_options_of_a_call(chat_model):
-    """They replace the LLM's for one call, also while a text with other options is generated."""
+    """Options of a call replace the LLM's for that call, also while a text with other options is generated."""
     greedy, hot = (LLM(chat_model / "model.pth", device="cpu", temperature=t, top_k=20) for t in (0, 5.0))
 
     def text(llm: LLM, **sampling) -> str:
@@ -133,7 +133,8 @@ def test_sampling_options_of_a_call(chat_model):
 
 
 def test_seeds(chat_model):
-    """A text with a seed depends neither on other texts nor on PyTorch's generator, which it leaves alone."""
+    """A text with a seed depends neither on other texts nor on PyTorch's generator, and does not change the
+    generator."""
     llm = LLM(chat_model / "model.pth", device="cpu", temperature=2.0)
     torch.manual_seed(5)
     expected = ["".join(llm.generate("Hello", 20, seed=seed)) for seed in (7, 8, 9)]
@@ -172,7 +173,7 @@ def test_a_logits_processor_that_is_wrong(chat_model, result):
 
 
 def test_logits_processor(chat_model):
-    """It sees the ids of prompt and text, its -inf excludes tokens, and it affects no other text."""
+    """A logits_processor gets the ids of prompt and text, excludes tokens with -inf, and affects no other text."""
     llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
     free, prompt_ids, seen = "".join(llm.generate("Hello", 12)), llm.tokenizer.encode("Hello"), []
     allowed = llm.tokenizer.encode("ab", bos=False)
@@ -243,7 +244,8 @@ for name in sys.argv[1:]:
 
 
 def test_requirements_are_enough():
-    """All commands begin without the packages of requirements-dev.txt, but those that need them by their nature."""
+    """All commands start without the packages of requirements-dev.txt, except commands that are made for these
+    packages."""
     need_more = {"convert_gguf", "serve", "tiny_model"}
     names = [path.stem for path in ROOT.glob("*.py")]
     names += [f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py") if path.stem not in need_more]
@@ -278,14 +280,15 @@ print(next(text))
 
 
 def test_a_text_may_stay_unfinished(chat_model):
-    """At the end of the program, too, where PyTorch's own functions are gone."""
+    """A text that is never finished raises nothing, even at the end of the program, when PyTorch's functions are
+    gone."""
     command = [sys.executable, "-c", UNFINISHED, chat_model / "model.pth"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
 def test_a_notebook_goes_on(chat_model):
-    """After %run generate.py Ctrl-C does what it did before, and a fork can generate, too."""
+    """After %run generate.py, Ctrl-C does what it did before, and a fork can generate, too."""
     flags = ["--prompt=Hello", "--temperature=0", "--max_new_tokens=12"]
     flags.append(f"--checkpoint_path={chat_model / 'model.pth'}")
     env = os.environ | {"OMP_NUM_THREADS": "2"}

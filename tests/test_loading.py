@@ -1,5 +1,5 @@
-"""load_model: which tensors a checkpoint must have, and which parameters are one. load: which tokens end a text, and
-which the tokenizer may have beside the model's."""
+"""load_model requires the right tensors and shares tied parameters. load finds the end tokens, and checks the tokenizer
+against the model."""
 
 import json
 
@@ -19,7 +19,7 @@ from utils.errors import UsageError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model whose embedding is its head too, in 32, 8 and 4 bits."""
+    """Returns the folder of a model with a tied head, in 32, 8 and 4 bits."""
     folder = random_folder(tmp_path_factory.mktemp("tied"), max_seq_len=64, tie_embeddings=True)
     for mode in ("int8", "int4"):
         call_main(quantize.main, "--checkpoint_path", folder / "model.pth", "--mode", mode)
@@ -56,7 +56,7 @@ def test_a_head_of_its_own_counts(folder, tmp_path):
 
 
 def test_layers_in_other_formats(folder, tmp_path):
-    """A file may say the format of each layer. The head that is left in 16 bits is tied."""
+    """A file may give each layer a format of its own. A head that stays in 16 bits is tied."""
     config, quantization, tensors = read_checkpoint(folder / "model_int8.pth")
     original = read_checkpoint(folder / "model.pth")[2]
     others = {
@@ -95,7 +95,7 @@ def test_layers_in_other_formats(folder, tmp_path):
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
-    """Everywhere the logits of the dequantized weights. Once in memory if it is the head, too."""
+    """A quantized embedding gives the logits of the dequantized weights, and a tied one is in memory once."""
     (quantized,) = folder.glob(f"model_{mode}*.pth")
     path, tokens = quantize_embedding(quantized, tmp_path / "model.pth", is_tied), torch.arange(80).view(2, 40)
     models = {
@@ -147,7 +147,8 @@ def act_order(folder):
 
 
 def test_orders_of_inputs(act_order, monkeypatch):
-    """On the kernels, without, and dequantized: the logits of a model whose weights' columns are put back."""
+    """Layers with an input_order give the logits of a model with reordered columns: with kernels, without kernels, and
+    dequantized."""
     models = {
         "kernels": load_model(act_order, dtype=torch.float32),
         "PyTorch": load_model(act_order, dtype=torch.float32, use_kernels=False),
@@ -223,7 +224,7 @@ BOT = 259  # <|bot|>
     ],
 )
 def test_end_tokens(tmp_path, settings, expected):
-    """The end tokens of the config, of the tokenizer and of the template, each once."""
+    """The end tokens are those of the config, of the tokenizer and of the template, each once."""
     folder = random_folder(tmp_path, max_seq_len=64)
     rewrite_config(folder / "model.pth", eos_ids=(0, ord(".")))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -238,7 +239,8 @@ def rewrite_config(path, **fields):
 
 @pytest.mark.parametrize("special", [True, False])
 def test_more_tokens_than_the_embedding_has(tmp_path, special):
-    """Special tokens that the model lacks are text. Others are refused, in one line."""
+    """Special tokens beyond the embedding are encoded as text. Other tokens beyond the embedding are refused, in one
+    line."""
     folder = random_folder(tmp_path, max_seq_len=64)
     tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tok.add_tokens([tokenizers.AddedToken("<image>", special=special)])

@@ -1,5 +1,5 @@
-"""Meta's format: each generation and any number of shards give transformers' logits; Llama 3's tokenizer.model gives
-tiktoken's tokens; what is broken is refused."""
+"""Meta's format: each generation, in any number of shards, gives transformers' logits, Llama 3's tokenizer.model gives
+tiktoken's tokens, and a broken checkpoint is refused."""
 
 import base64
 import json
@@ -39,7 +39,8 @@ def meta_tensors(model) -> dict[str, torch.Tensor]:
 
 
 def write_meta(folder: Path, model, params: dict, n_shards: int = 1, cuts_rows: bool = True):
-    """consolidated.*.pth and params.json. cuts_rows: of the embedding, as Llama 3 does; Llama 2 cuts its columns."""
+    """Writes consolidated.*.pth and params.json. cuts_rows: whether shards have rows of the embedding, as in Llama 3,
+    or columns, as in Llama 2."""
     tensors = meta_tensors(model)
     for i in range(n_shards):
         shard = {}
@@ -95,8 +96,8 @@ def test_logits(generation, tmp_path, capsys):
 
 
 def test_versions_that_look_like_others():
-    """hidden_dim may stand beside use_scaled_rope. Llama 1's 65B has Llama 2's norm_eps; Llama 2's 70B has as many
-    layers."""
+    """The version is right if hidden_dim stands beside use_scaled_rope, for Llama 1's 65B with Llama 2's norm_eps, and
+    for Llama 2's 70B with as many layers."""
     assert infer_llama_version(PARAMS | SCALED | {"hidden_dim": 80}, False) == ("Llama 3.1", 131072, 8.0)
     large = {"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5}
     assert infer_llama_version(large, False) == ("Llama 1", 2048, 0)
@@ -104,7 +105,8 @@ def test_versions_that_look_like_others():
 
 
 def test_what_params_may_say(tmp_path, capsys):
-    """max_seq_len; another name of the file; a tied head that is left out."""
+    """max_seq_len of params.json is the context. The weights' file may have another name, and a tied head may be left
+    out."""
     model = make_hf("llama2", num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5)
     write_meta(tmp_path, model, PARAMS | {"max_seq_len": 77, "vocab_size": 97, "moe": None})
     tensors = torch.load(tmp_path / "consolidated.00.pth")
@@ -120,7 +122,7 @@ def test_what_params_may_say(tmp_path, capsys):
 
 
 def make_ranks() -> dict[bytes, int]:
-    """A small vocabulary: bytes, trained pairs, and last a word to which no pairs lead."""
+    """Makes a small vocabulary: bytes, trained pairs, and at the end a word that no pairs lead to."""
     byte_of = byte_level_alphabet()
     vocab = train_byte_level("llama3").get_vocab()
     pieces = sorted(vocab, key=vocab.get)
@@ -133,7 +135,8 @@ def write_tiktoken(path: Path, ranks: dict[bytes, int]):
 
 
 def reference_ids(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """What tiktoken makes of a word, literally: joins the pair of the lowest rank, the first one of several."""
+    """Encodes a word by tiktoken's definition: joins the pair with the lowest rank, the first one if there are
+    several."""
     if word in ranks:
         return [ranks[word]]
     parts = [bytes([byte]) for byte in word]
@@ -147,7 +150,7 @@ def reference_ids(word: bytes, ranks: dict[bytes, int]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory) -> tuple[Path, dict[bytes, int]]:
-    """A converted folder of Llama 3.1 with a small tokenizer.model, and its ranks."""
+    """Returns a converted folder of Llama 3.1 with a small tokenizer.model, and its ranks."""
     folder, ranks = tmp_path_factory.mktemp("llama3"), make_ranks()
     model = make_hf("llama2", num_key_value_heads=2, vocab_size=len(ranks) + 16)
     write_meta(folder, model, PARAMS | SCALED)
@@ -201,7 +204,7 @@ def test_llama_3_0_has_other_special_tokens(tmp_path):
 
 
 def test_sentencepiece_stays_as_it_is(tmp_path):
-    """Meta's download puts it above the model's folder."""
+    """A sentencepiece tokenizer.model is copied, also from the folder above, where Meta's download puts it."""
     data = (Path(mistral_common.__file__).parent / "data" / MISTRAL["v1"]).read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(data)
     folder = tmp_path / "7B"
@@ -216,7 +219,7 @@ def test_sentencepiece_stays_as_it_is(tmp_path):
 
 @pytest.fixture
 def meta(tmp_path) -> Path:
-    """A folder of two shards, and an older model.pth."""
+    """Returns a folder of two shards and an older model.pth."""
     write_meta(tmp_path, make_hf("llama2", num_key_value_heads=2, vocab_size=96), PARAMS, n_shards=2)
     (tmp_path / "model.pth").write_text("old")
     return tmp_path

@@ -1,4 +1,5 @@
-"""mixtral-moe/: its scripts on a tiny random Mixtral, its page's arithmetic, and the memory of long prompts."""
+"""mixtral-moe/: the scripts run on a tiny random Mixtral, the page's arithmetic is right, and long prompts take little
+memory."""
 
 import json
 import os
@@ -25,8 +26,10 @@ README = (ROOT / "mixtral-moe/README.md").read_text()
 
 
 def test_flow(tmp_path, monkeypatch, capsys):
-    """Prepared, then run in each format, as the page has it; two processes say what one says. Only these are started
-    by the script itself. What the other scripts call runs here, for torch takes seconds to load."""
+    """The scripts prepare a model and run it in each format, as on the page, and two processes give the text of one.
+
+    Only the two processes are started by the script. The calls of the other scripts run in this process, because torch
+    takes seconds to load."""
     copy_of_scripts(tmp_path)
     monkeypatch.chdir(tmp_path)
 
@@ -75,7 +78,8 @@ def test_arithmetic_of_the_page(row):
 
 
 def test_prefill_memory_grows_with_the_tokens(tmp_path):
-    """Not with tokens times experts times weights: to gather the two experts of a chunk's tokens takes 1.6 GB."""
+    """Memory does not grow with tokens times experts times weights: gathering the two experts of each token of a chunk
+    would take 1.6 GB."""
     write_folder("mixtral", tmp_path)
     sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=1, max_position_embeddings=4096)
     make_hf("mixtral", vocab_size=320, bos_token_id=256, eos_token_id=257, **sizes).save_pretrained(tmp_path)

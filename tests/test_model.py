@@ -1,4 +1,5 @@
-"""Every family gives Hugging Face transformers' logits, in float32, however the tokens are fed; config.json is read."""
+"""Every family gives transformers' logits in float32, in chunks, batches and single tokens, and its config.json is
+read."""
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def test_logits_equal_transformers(family, use_kernels, both_models):
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_have_positions_of_their_own(family, use_kernels, both_models):
-    """Rows that begin at different start_pos give what each gives alone; also many tokens, and too many for kernels."""
+    """Rows with different start_pos give the logits that each gives alone, also for more tokens than the kernels
+    take."""
     _, ours = both_models(family, use_kernels)
     tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(1))
     together, starts = KVCache(ours, 2, 64), torch.tensor([30, 7])
@@ -51,7 +53,7 @@ def test_rows_have_positions_of_their_own(family, use_kernels, both_models):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_embedding_scale_is_rounded(dtype):
-    """To the dtype of the activations, half to even, in every model, however it was made."""
+    """The scale of the embedding is rounded to the activations' dtype, half to even, however the model was made."""
     ties = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 2 - 2**-9]  # halfway between neighbours
     scales = [1.0, 0.5, 12.0, 0.022, 78.38367176906169, *ties, *(dim**0.5 for dim in range(60, 6000, 77))]
     for scale in scales:
@@ -66,7 +68,7 @@ WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", WITH_WINDOWS)
 def test_prompts_longer_than_every_window(family, use_kernels, both_models):
-    """In one chunk, into a cache that the prompt fills, or into a larger cache."""
+    """A prompt longer than every window is right in one chunk, in a cache of its length and in a larger cache."""
     theirs, ours = both_models(family, use_kernels)
     n = ours.config.sliding_window + 30
     tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
@@ -85,7 +87,8 @@ def test_prompts_longer_than_every_window(family, use_kernels, both_models):
     [("phi4-mini", 16), ("phi4-mini", 17), ("dynamic", 256), ("dynamic", 257), ("dynamic", 400)],
 )
 def test_rope_that_depends_on_the_length(family, n, both_models):
-    """Both sides of the context that a model was trained for. Ours goes by the cache, transformers by the tokens."""
+    """RoPE is right below and above the trained context. It depends on the cache's length here, and on the tokens in
+    transformers."""
     theirs, ours = both_models(family, False)
     tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -131,7 +134,7 @@ def test_rope_tables_equal_transformers(rope):
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GptOssForCausalLM"])
 def test_yarn_stretches_the_context(architecture):
-    """Qwen's pages say to add rope_scaling alone. It replaces what a family has without it."""
+    """rope_scaling alone stretches the context, as Qwen's pages say. It replaces the family's own scaling."""
     sizes = SIZES | {"max_position_embeddings": 64, "architectures": [architecture]}
     config = config_from_hf(sizes | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
     assert config.max_seq_len == 256 and config.rope_scaling.original_max_seq_len == 64
@@ -297,7 +300,7 @@ def test_other_architectures_are_named(architecture, fields, message):
 
 
 def paths_of(config: dict):
-    """The paths to all of its values, those in objects too."""
+    """Returns the paths to all values of an object, also in objects within it."""
     for name, value in config.items():
         yield (name,)
         if isinstance(value, dict):
@@ -323,6 +326,6 @@ def test_odd_values_are_read_or_refused(odd):
 
 
 def test_every_architecture_is_tested():
-    """tests/tiny.py has all that transformers has."""
+    """tests/tiny.py has every architecture that transformers has."""
     tested = {config_class.model_type for config_class, _ in FAMILIES.values()}
     assert {model_type for model_type in MODEL_TYPES if model_type in hf.CONFIG_MAPPING} == tested

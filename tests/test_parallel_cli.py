@@ -1,4 +1,4 @@
-"""--parallel and --prompt_file of generate.py: what is printed, what ends one prompt, and what ends the command."""
+"""generate.py --parallel and --prompt_file: the output, errors of one prompt, and errors that end the command."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from loading import load
 
 @pytest.fixture
 def mistake(cli, capsys):
-    """(folder, arguments) -> the one line in which generate.py says what is wrong with them."""
+    """Returns a function (folder, arguments) that returns the line in which generate.py refuses the arguments."""
 
     def call(*args) -> str:
         with pytest.raises(SystemExit) as e:
@@ -41,7 +41,7 @@ def test_parallel_on_the_command_line(recall_model, ask, cli, tmp_path):
 
 
 def test_each_prompt_can_be_sampled_again_alone(recall_model, ask, tmp_path):
-    """With the seed that --json reports."""
+    """The seed that --json reports gives the same text again, alone."""
     (tmp_path / "prompts").write_text("a\nb\na\n")
     flags = ["--max_new_tokens=20", "--ignore_eos", "--temperature=1"]
     together = ask(recall_model, f"--prompt_file={tmp_path / 'prompts'}", "--parallel=2", *flags)
@@ -61,7 +61,7 @@ TOO_LONG = {  # a prompt that cannot be completed -> why
 
 
 def test_a_seed_gives_the_same_texts_in_parallel(chat_model, ask, tmp_path):
-    """On a CPU, where both ways draw from generators of one kind."""
+    """On a CPU --seed gives the same texts with and without --parallel, because both use generators of one kind."""
     (tmp_path / "prompts").write_text("Hello\nHello\nHi\n")
     flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=12", "--ignore_eos", "--temperature=1.5"]
     options = ([], ["--parallel=2"], ["--logprobs=0"])
@@ -84,7 +84,7 @@ def test_a_prompt_beyond_the_context_does_not_stop_the_others(prompt, recall_mod
 
 
 def test_a_prompt_that_is_refused_takes_no_memory(recall_model):
-    """The slots are as long as the other prompts need."""
+    """A refused prompt does not make the slots longer than the other prompts need."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     options = {"tokenizer": tokenizer, "eos_ids": model.config.eos_ids}
     sequences = [Sequence(tokenizer.encode(text), 5, **options) for text in ("0", "5" * 300, "S")]
@@ -102,7 +102,8 @@ def test_a_mistake_in_every_prompt_is_one_line(recall_model, mistake, capsys, tm
 
 
 def test_a_prompt_is_the_same_wherever_it_stands(recall_model, ask, tmp_path):
-    """Spaces belong to it, also in the last line. Line breaks and empty lines at the end of the file do not."""
+    """A prompt keeps its spaces, also in the last line. Line breaks and empty lines at the end of the file do not
+    count."""
     for end in ("", "\n", "\r\n", "\n\n  \n"):
         (tmp_path / "prompts").write_bytes(f"0 \r\n1\r\n0 {end}".encode())
         found = ask(recall_model, f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=1", "--parallel=2")
@@ -110,7 +111,7 @@ def test_a_prompt_is_the_same_wherever_it_stands(recall_model, ask, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_complete(recall_model, capsys, monkeypatch):
-    """At any moment, also while results are printed: each complete result is printed once."""
+    """After Ctrl-C at any moment, each complete result is printed exactly once."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     args = argparse.Namespace(parallel=3, compile=False, json=False)
     interrupted_at = 0

@@ -1,4 +1,5 @@
-"""quantize.py: what the formats hold, the files, the models they load as, and every way to ask wrongly."""
+"""quantize.py: each format rounds to the nearest value, its file loads as the model it describes, and mistakes are
+refused."""
 
 import copy
 import resource
@@ -34,7 +35,7 @@ class Int4HQQ(Int4):
 
 
 def is_made(format) -> bool:
-    """Whether quantize.py makes files of the format. The converters alone make the other formats."""
+    """Returns whether quantize.py makes files of the format. Only the converters make the others."""
     return format.is_cli_mode and format == type(format).from_options(format.group_size)
 
 
@@ -50,7 +51,7 @@ FLOAT_ERROR = 1e-5  # of a few float32 operations, relative to their result
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """family -> a folder with its model.pth and tokenizer."""
+    """Returns a function: family -> a folder with its model.pth and tokenizer."""
     made = {}
 
     def make(family: str):
@@ -73,7 +74,7 @@ def random_matrix(n: int, k: int, seed: int = 0) -> torch.Tensor:
 
 
 def rounded(format, w: torch.Tensor) -> torch.Tensor:
-    """What w becomes in format."""
+    """Returns w quantized and dequantized."""
     return format.dequantize(format.quantize(w), torch.float32)
 
 
@@ -83,7 +84,7 @@ def shapes_of(tensors: dict) -> dict:
 
 @torch.inference_mode()
 def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Of tokens [B, T]: [B, T, V]."""
+    """Returns the logits [B, T, V] of tokens [B, T]."""
     start_pos = torch.zeros(len(tokens), dtype=torch.long)
     return forward(model, tokens, start_pos, KVCache(model, *tokens.shape))
 
@@ -115,7 +116,7 @@ def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_stored_weights_quantize_to_themselves(format):
-    """Exactly, since the largest and the smallest weight give the same range again."""
+    """Dequantized weights quantize to the same codes, since their smallest and largest weight give the same range."""
     w = rounded(format, random_matrix(20, 96))
     assert torch.equal(rounded(format, w), w)
 
@@ -132,7 +133,7 @@ def test_a_shard_means_its_part_of_the_weight(format, start, length):
 
 
 def test_every_format_is_tested():
-    """In Python, and in the C++ kernels, which have a number for each format."""
+    """Every format is in the lists of the tests, and its format_id is its place in FORMATS."""
     for tested in ([Unquantized(), *EVERY.values()], exact_results.CPU_FORMATS):
         assert {type(format) for format in tested} >= set(formats.FORMATS)
     assert [format_class.format_id for format_class in formats.FORMATS] == list(range(len(formats.FORMATS)))
@@ -197,7 +198,7 @@ def test_floats_are_rounded_to_the_nearest_the_format_has(format):
 
 
 def test_ties_and_exponents_of_mxfp4():
-    """Ties go to the even mantissa. The exponent is the standard's or the next, whichever has the smaller error."""
+    """Ties go to the even mantissa. The exponent is the standard's or the next one, whichever has the smaller error."""
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
     even = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0])
     w = torch.cat([ties, -ties, 4 * torch.ones(16)])[None]
@@ -257,7 +258,8 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
 
 
 def test_hessians_are_of_what_each_linear_gets(folder):
-    """An expert gets the tokens that the router sends to it."""
+    """The Hessian of a layer is that of its own inputs. An expert's inputs are the tokens that the router sends to
+    it."""
     model = load_model(folder("qwen3-moe") / "model.pth", "cpu", torch.float32, use_kernels=False)
     tokens = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
     layer, kv_cache = model.layers[0], KVCache(model, 1, 12)
@@ -370,7 +372,7 @@ def test_formats_of_four_bits_take_inputs_in_eights_or_32s():
 
 
 def test_what_a_checkpoint_says_of_its_format_is_read():
-    """Existing files have these words, so the words must not change."""
+    """The words in the header of existing files are read, so the words must not change."""
     for format, quantization in [
         (Int8(), {"mode": "int8"}),
         (Int4(64), {"mode": "int4", "groupsize": 64}),

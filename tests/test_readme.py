@@ -1,9 +1,9 @@
-"""What the pages say is so: their commands and the Python example run on tiny random checkpoints, their tables are what
-scripts/tables.py makes of benchmarks/*.json, and the files, functions and messages that they name exist. Docstrings and
-comments are held to the same: what they name exists.
+"""The pages are right. Their commands and the Python example run on tiny random checkpoints, their tables are those
+that scripts/tables.py makes of benchmarks/*.json, and the files, functions and messages that they name exist. What
+docstrings and comments name exists, too.
 
-The commands' mains are called in this process, for torch takes seconds to load; only torchrun starts others. A shell
-script runs with a python3 that writes down how it was called, and these calls are made here too.
+The mains of the commands are called in this process, because torch takes seconds to load; only torchrun starts others.
+A shell script runs with a python3 that records its arguments, and this process makes the recorded calls.
 """
 
 import ast
@@ -58,7 +58,7 @@ echo >>"$CALLS"
 
 
 def copy_of_scripts(tree: Path) -> Path:
-    """Links to the scripts in tree, and a python3 in tree/bin that only takes notes."""
+    """Makes links to the scripts in tree, and a python3 in tree/bin that only records its arguments."""
     for name in [*(path.name for path in ROOT.glob("*.py")), *PACKAGES, "scripts", "mixtral-moe", "tests"]:
         os.symlink(ROOT / name, tree / name)
     (tree / "bin").mkdir()
@@ -69,7 +69,7 @@ def copy_of_scripts(tree: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """copy_of_scripts with a tiny model as checkpoints/M."""
+    """Returns copy_of_scripts with a tiny model as checkpoints/M."""
     tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
     write_folder("llama3", tree / "checkpoints/M")
     convert(tree / "checkpoints/M")
@@ -102,7 +102,7 @@ def run_torchrun(command: str):
 
 
 def calls_of_script(command: str, tree: Path) -> list[list[str]]:
-    """The arguments with which a shell script calls Python."""
+    """Returns the arguments with which a shell script calls Python."""
     log = tree / "calls"
     log.write_text("")
     env = os.environ | {"TINY": "1", "CALLS": str(log), "PATH": f"{tree}/bin:{os.environ['PATH']}"}
@@ -112,7 +112,7 @@ def calls_of_script(command: str, tree: Path) -> list[list[str]]:
 
 
 def run_python(arguments: list[str], less: dict[str, list[str]] = LESS):
-    """What python with these arguments does, and with those that less adds."""
+    """Calls the main of the script in arguments, with the arguments that less adds."""
     names = [Path(word).name for word in arguments]
     name = next(name for name in names if name in MAINS)  # a launcher may stand before it
     call_main(MAINS[name], *arguments[names.index(name) + 1 :], *less.get(name, []))
@@ -139,7 +139,7 @@ def test_tables():
 
 
 def test_messages():
-    """Each message of the README's last table stands in the code, where it may be cut by a value."""
+    """Each message of the README's last table is in the code, where a value may interrupt it."""
     code = " ".join(path.read_text() for path in sources())
     rows = README.read_text().partition("## When it says")[2].splitlines()
     messages = re.findall(r"`([^`]+)`", "\n".join(row.split("|")[1] for row in rows if row.startswith("| `")))
@@ -151,7 +151,7 @@ def test_messages():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_names_exists(page):
-    """Links; files; and `FILE: NAME ...`, names that stand in that file."""
+    """The targets of links exist, and so do files, and in `FILE: NAME ...` the names in that file."""
     text = page.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert (page.parent / target).exists(), target
@@ -166,8 +166,8 @@ def test_what_a_page_names_exists(page):
 
 
 def test_what_comments_name_exists():
-    """In docstrings and comments, also of C++: files; FILE: NAME and NAME (FILE), names that stand in that file. In
-    Python also every word_with_underscores, which must be somewhere in the code. (In C++ formulas have such words.) In
+    """What docstrings and comments name exists, also in C++: files, and in FILE: NAME and NAME (FILE) the names in that
+    file. In Python every word_with_underscores must be somewhere in the code. (In C++ formulas have such words.) In
     NAME (FILE), a NAME has underscores or capitals within, to tell it from other words."""
     comments, code = {}, [path.read_text() for path in (ROOT / "tests").glob("*.py")]
     for path in [*sources(), *(ROOT / "kernels/csrc").iterdir()]:
@@ -211,7 +211,7 @@ def test_sizes_of_the_code():
 
 
 def test_index_of_tests():
-    """tests/__init__.py has every test file, and every file and folder of the project."""
+    """tests/__init__.py lists every test file, and every file and folder of the project."""
     index = (ROOT / "tests/__init__.py").read_text()
     assert set(re.findall(r"\btest_\w+", index)) == {path.stem for path in (ROOT / "tests").glob("test_*.py")}
     listed = {part for row in re.findall(r"^    (\S.*?)  ", index, re.M) for part in row.split(", ")}
@@ -220,7 +220,7 @@ def test_index_of_tests():
 
 
 def split_comments(text: str) -> tuple[str, str]:
-    """(docstrings and comments, everything else) of a Python file, each on one line."""
+    """Returns (docstrings and comments, everything else) of a Python file, each on one line."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
     docstring_lines = {node.body[0].lineno for node in nodes if ast.get_docstring(node) is not None}
@@ -233,14 +233,14 @@ def split_comments(text: str) -> tuple[str, str]:
 
 
 def split_cpp_comments(text: str) -> tuple[str, str]:
-    """split_comments of a C++ file."""
+    """Returns the same for a C++ file."""
     parts = [line.partition("//") for line in text.splitlines()]
     return " ".join(comment.strip() for _, _, comment in parts), " ".join(code for code, _, _ in parts)
 
 
 def test_imports_go_one_way():
-    """Each file of how_it_works.md's list imports from those above it alone, and so does each file of some folders.
-    What only type checkers import does not count."""
+    """Each file imports only from files above it in the list of how_it_works.md. In some folders, the same holds for
+    the list of __init__.py. Imports for type checkers do not count."""
     text = (ROOT / "docs/how_it_works.md").read_text()
     names = [Path(name).stem for name in re.findall(r"^    (\w+(?:\.py|/)) ", text, re.M)]
     assert names[0] == "utils" and names[-1] == "generate"
@@ -262,7 +262,7 @@ def test_imports_go_one_way():
 
 
 def nodes_that_run(node: ast.AST) -> list[ast.AST]:
-    """node and all nodes in it, without those of `if TYPE_CHECKING:`."""
+    """Returns node and all nodes in it, except those of `if TYPE_CHECKING:`."""
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         return [found for child in node.orelse for found in nodes_that_run(child)]
     return [node, *(found for child in ast.iter_child_nodes(node) for found in nodes_that_run(child))]

@@ -1,4 +1,4 @@
-"""sample(): tokens of the distribution that temperature, top_k and top_p leave, and of no other."""
+"""sample draws tokens of exactly the distribution that temperature, top_k, top_p and min_p leave."""
 
 import pytest
 import torch
@@ -80,7 +80,8 @@ def test_distribution_equals_transformers(params):
 
 
 def test_repetition_penalty_equals_transformers(both_models):
-    """Of prompt and output; plain, speculative, and beside prompts without it."""
+    """The penalty counts prompt and output, in plain and in speculative decoding, and beside prompts without a
+    penalty."""
     theirs, ours = both_models("llama3", True)
     prompt = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(2))
     n, params = 24, SamplingParams(repetition_penalty=1.3)
@@ -110,7 +111,8 @@ def test_repetition_penalty_equals_transformers(both_models):
 @settings(deadline=None)
 @given(st.data())
 def test_a_caches_tokens_are_the_texts(both_models, data):
-    """Ids and keys, whatever is stored, copied, swapped, or stored again from an earlier position on."""
+    """The ids and keys in a cache are the text's, after they are stored, copied, swapped, and stored again from an
+    earlier position on."""
     n_texts, length, vocab_size = 3, 12, 9
     kv_cache, texts = KVCache(both_models("llama3")[1], n_texts, length), [[] for _ in range(n_texts)]
     for _ in range(data.draw(st.integers(1, 8))):
@@ -156,7 +158,7 @@ def sorted_distribution(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 @pytest.mark.parametrize("vocab_size", [12, 1280, 5000])  # the last is no multiple of CHUNK
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999, 1 - 1e-7])
 def test_top_p_is_what_sorting_would_leave(vocab_size, top_p):
-    """Of few likely tokens, of many, and of ties, of which the first ones are kept."""
+    """The logits have few likely tokens, many, and ties, of which the first ones are kept."""
     noise = 3 * torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
     for logits in (noise, 3 * noise, noise.round(), (noise > 2).float(), torch.zeros(3, vocab_size)):
         expected = sorted_distribution(logits, top_p)
@@ -166,14 +168,15 @@ def test_top_p_is_what_sorting_would_leave(vocab_size, top_p):
 
 
 def test_top_p_compiled():
-    """On a GPU, where the host must not wait, and when compiled, it sorts; here, too."""
+    """A compiled sampler, which sorts as on a GPU because the host must not wait, gives the same distribution."""
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
     ours = torch.compile(probabilities, fullgraph=True)(logits, SamplingParams(1.0, top_p=0.7))
     torch.testing.assert_close(ours, sorted_distribution(logits, 0.7))
 
 
 def test_options_that_change_nothing_are_off():
-    """So sample may use the GPU's kernel, and the scheduler samples such requests together."""
+    """Options that change nothing equal the defaults, so sample can use the GPU's kernel, and the scheduler samples
+    such sequences together."""
     params = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
     assert params == SamplingParams(0.8, repetition_penalty=1.1) and not params.filters
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):

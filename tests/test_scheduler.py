@@ -1,4 +1,4 @@
-"""Many prompts at once: each gets what it gets alone, and nothing is computed twice or in vain."""
+"""Scheduler: each of many prompts gets the text that it gets alone, and no token is computed twice or in vain."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,8 @@ FAMILIES = ["llama3", "mixtral", "gemma3", "qwen2-moe", "gpt-oss"]
 
 
 def make_prompts(n: int) -> list[list[int]]:
-    """Of many lengths, some longer than a window. Some begin alike, one is the beginning of another, two are equal."""
+    """Returns prompts of many lengths, some longer than a window. Some have a common beginning, one is the beginning of
+    another, and two are equal."""
     rng = random.Random(0)
     shared = [rng.randrange(97) for _ in range(25)]
     prompts = []
@@ -45,7 +46,7 @@ def run_alone(model: Transformer, prompt: list[int], n: int) -> list[int]:
 
 
 def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[int]]:
-    """The new tokens of each sequence."""
+    """Returns the new tokens of each sequence."""
     tokens = {sequence: [] for sequence in sequences}
     for sequence in sequences:
         scheduler.submit(sequence)
@@ -58,7 +59,7 @@ def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def count_computed(model: Transformer) -> Iterator[list[int]]:
-    """How many tokens each forward has computed."""
+    """Yields a list of how many tokens each forward has computed."""
     n_computed = []
     hook = model.layers[0].register_forward_hook(lambda layer, args, y: n_computed.append(y.shape[0] * y.shape[1]))
     try:
@@ -82,8 +83,8 @@ def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, both_models):
 
 
 def test_a_conversation_that_has_moved_goes_on(both_models):
-    """While a sequence is decoded it moves to the slot of one that has ended, and grows there. Its old slot has only
-    what it had when it moved."""
+    """A conversation goes on after its sequence moved to another slot. The old slot holds only the tokens before the
+    move."""
     _, model = both_models("llama3", True)
     short, moving, other = [1, 2, 3], [4, 5, 6, 7], [9, 8, 7, 6]
     scheduler = Scheduler(model, 2, 48)
@@ -129,7 +130,7 @@ def test_end_tokens_and_cancelled_sequences_leave_the_others_alone(both_models):
 
 
 def test_random_numbers_are_a_prompts_own(both_models):
-    """A prompt's text depends on its seed, not on its row or on what runs beside it."""
+    """A prompt's text depends on its seed, not on its row or on other prompts."""
     _, model = both_models("llama3", True)
     prompts, params = make_prompts(6), SamplingParams(temperature=1.0, top_p=0.9)
 
@@ -170,7 +171,8 @@ def test_a_text_stays_for_later_prompts_as_long_as_another_slot_is_older(both_mo
     texts = [list(range(start, start + 20)) for start in (0, 20, 40, 60)]
 
     def n_prefilled(*prompts: list[int], n: int = 1) -> int:
-        """Of each prompt, n new tokens are computed: the first one by its prefill."""
+        """Computes n new tokens for each prompt, the first one by the prompt's prefill. Returns how many tokens all
+        prefills computed."""
         with count_computed(model) as n_computed:
             run(scheduler, [Sequence(prompt, n) for prompt in prompts])
         return sum(n_computed) - len(prompts) * (n - 1)
@@ -184,7 +186,7 @@ def test_a_text_stays_for_later_prompts_as_long_as_another_slot_is_older(both_mo
 
 
 def test_moving_a_sequence_loses_no_text(both_models):
-    """A sequence that moves to the slot of one that has ended changes places with that one's text."""
+    """A sequence that moves to the slot of an ended one swaps places with that sequence's text."""
     _, model = both_models("llama3", False)
     scheduler = Scheduler(model, 2, 64)
     first, second = list(range(20)), list(range(30, 50))
@@ -222,7 +224,7 @@ class CountSoftmax(TorchDispatchMode):
 
 
 def test_sequences_of_different_temperatures_are_sampled_in_one_pass():
-    """As each alone. Other options make groups."""
+    """Each sequence is sampled as it is alone. Sequences that differ in other options are sampled in groups."""
     logits = torch.randn(16, 300, generator=torch.Generator().manual_seed(0))
     all_params = [SamplingParams(0.1 * i, top_k=20 if i > 8 else None, repetition_penalty=1 + i / 9) for i in range(16)]
 
@@ -242,7 +244,7 @@ def test_sequences_of_different_temperatures_are_sampled_in_one_pass():
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 def test_logits_that_are_not_finite_end_one_sequence(use_kernels):
-    """The others, and those that follow in its slot, get what they get alone."""
+    """Other sequences, and the next ones in the same slot, get the tokens that they get alone."""
     model = to_ours(make_hf("llama3", tie_word_embeddings=False), use_kernels)
     prompts = make_prompts(6)
     expected = [run_alone(model, prompt, 8) for prompt in prompts]
@@ -261,7 +263,8 @@ def test_logits_that_are_not_finite_end_one_sequence(use_kernels):
 
 
 def test_a_prompt_that_is_cancelled_leaves_no_nan():
-    """Though no logits of its have been seen, and attention in plain PyTorch multiplies with hidden values."""
+    """NaN in the slot of a cancelled prompt does not reach the next one, although no logits of the prompt were checked,
+    and although PyTorch's attention multiplies with masked values."""
     model = to_ours(make_hf("llama3", tie_word_embeddings=False), use_kernels=False)
     prompts, expected = [[1, 2, 3], [4, 5]], [run_alone(model, [1, 2, 3], 30), run_alone(model, [4, 5], 5)]
     unused = max({*range(97)}.difference(*prompts, *expected))
@@ -281,7 +284,7 @@ def test_a_prompt_that_is_cancelled_leaves_no_nan():
 
 
 def test_logprobs(both_models):
-    """Those of one forward over prompt and answer, whatever the sampling."""
+    """Log-probabilities are those of one forward over prompt and answer, for every sampling."""
     _, model = both_models("llama3", True)
     prompts = make_prompts(2)
     scheduler = Scheduler(model, 2, 48)
@@ -343,7 +346,7 @@ def test_generate_many(recall_model):
 
 
 def test_callers_in_asyncio(recall_model):
-    """Each gets its text, though one stops early and a step fails. All slots are free in the end."""
+    """Each caller gets its text, although one stops early and a step fails. In the end all slots are free."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     engine = AsyncEngine(scheduler := Scheduler(model, 2, 64))
 
@@ -402,7 +405,7 @@ def test_logits_that_are_not_finite_are_one_callers_error(recall_model):
 
 
 def test_interrupt_keeps_what_is_complete(recall_model):
-    """Prompts that end while an earlier one is running come after Ctrl-C, which still ends the program."""
+    """After Ctrl-C, results that wait for an earlier prompt are yielded, and then KeyboardInterrupt is raised."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     scheduler = Scheduler(model, 3, 64)
     sequences = [build_sequence(text, tokenizer, model.config, 50) for text in ("0", "S", "P")]
@@ -424,7 +427,7 @@ def test_interrupt_keeps_what_is_complete(recall_model):
 @settings(deadline=None)
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_finder(text, stop, data):
-    """Whatever the pieces, the text ends before the stop text that is complete first."""
+    """For any division into pieces, the text ends before the stop string that is complete first."""
     finder, found, start = StopStringFinder(stop), "", 0
     while start < len(text):
         end = data.draw(st.integers(start + 1, len(text)))

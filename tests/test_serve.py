@@ -1,4 +1,4 @@
-"""What scripts/serve.py answers to OpenAI's client: the texts and log-probabilities of generate.py."""
+"""scripts/serve.py answers OpenAI's client with the texts and log-probabilities of generate.py."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -149,7 +149,7 @@ def test_a_stop_text_ends_one_of_several_texts(complete_recall):
 
 
 def score(server, ids: list[int], n_prompt: int) -> torch.Tensor:
-    """The log-probabilities [n, V] after each of ids but the last, from those after the prompt on."""
+    """Returns the log-probabilities [n, V] after each of ids from the end of the prompt on, but not after the last."""
     with torch.inference_mode():
         kv_cache = KVCache(server.model, 1, len(ids))
         logits = forward(server.model, torch.tensor([ids[:-1]]), torch.tensor([0]), kv_cache)
@@ -192,7 +192,7 @@ def test_logprobs_of_a_completion(stream, complete, chat_server):
 
 
 def test_pieces_of_logprobs(complete_recall, recall_server):
-    """Whatever a token is, its name is its own: a part of a character, a special token."""
+    """Each token has a name of its own, also if it is a part of a character or a special token."""
     found = complete_recall(prompt="S", logprobs=20, max_tokens=9).choices[0].logprobs
     assert found.tokens == [*(f"\\x{byte:02x}" for byte in "🙂".encode()), "E", "</s>"]
     assert all(len(top) in (20, 21) for top in found.top_logprobs)

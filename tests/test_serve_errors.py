@@ -1,4 +1,5 @@
-"""What scripts/serve.py answers to wrong requests, to those who send anything, and to a wrong command line."""
+"""scripts/serve.py refuses wrong requests, and answers requests of any content. Mistakes on its command line are one
+line."""
 
 import json
 import socket
@@ -109,7 +110,7 @@ def test_a_request_may_have_so_many_bytes(chat_server, monkeypatch):
 
 
 def test_a_request_may_take_so_long_to_arrive(chat_server, monkeypatch):
-    """A client that stops sending does not keep the server from ending."""
+    """A client that stops sending gets an error after a while, and does not keep the server from ending."""
     monkeypatch.setattr(serve, "MAX_BODY_SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", chat_server.port), timeout=SECONDS) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
@@ -118,7 +119,7 @@ def test_a_request_may_take_so_long_to_arrive(chat_server, monkeypatch):
 
 
 def test_what_fails_in_the_completer_fails_alone(complete, chat, chat_server, monkeypatch):
-    """Those who are waiting get an error, the next ones are served."""
+    """After an error in the completer, waiting requests get an error, and the next ones are served."""
 
     def fail():
         raise RuntimeError("the logits are not finite")
@@ -161,7 +162,7 @@ JSON = st.recursive(
 
 
 def objects(*values) -> st.SearchStrategy:
-    """Requests whose fields have one of these values."""
+    """A strategy for requests whose fields have these values."""
     prompts, options = ({name: st.sampled_from(v) for name, v in d.items()} for d in (PROMPTS, VALID))
     for name in (prompts | options) if values else ():
         (prompts if name in prompts else options)[name] |= st.one_of(*values)

@@ -1,4 +1,4 @@
-"""Speculative decoding says what the model alone would say: the same tokens, or tokens of the same distribution."""
+"""Speculative decoding gives the model's own greedy tokens, and samples from the model's own distribution."""
 
 import itertools
 from functools import cache
@@ -34,7 +34,7 @@ TEXT = TEXT + TEXT[:12]  # something to look up
 
 
 def loop_of(model, draft, length: int, k: int, compile: bool = False) -> SpeculativeLoop:
-    """As in generate.py, with caches of this length. Proposals cost nothing here, so every step has one."""
+    """Returns generate.py's loop, with caches of this length. Proposals cost nothing here, so every step has some."""
     if draft is None:
         proposer = NgramProposer(3, CPU)
     else:
@@ -44,7 +44,7 @@ def loop_of(model, draft, length: int, k: int, compile: bool = False) -> Specula
 
 
 def plain(model, text: list[int], n: int) -> list[int]:
-    """What the model says alone."""
+    """Returns the model's tokens without speculation."""
     runner = ModelRunner(model, KVCache(model, 1, len(text) + n), GREEDY)
     return [i for (i,) in generate(runner, torch.tensor([text]), 0, n)]
 
@@ -55,7 +55,7 @@ def flat(tokens) -> list[int]:
 
 @pytest.fixture(scope="module")
 def drafts(both_models, tmp_path_factory):
-    """(family, name) -> draft."""
+    """Returns a function: (family, name) -> draft."""
 
     @cache
     def make(family: str, name: str):
@@ -91,7 +91,7 @@ def test_greedy_tokens_are_the_models_own(family, name, both_models, drafts):
 
 @pytest.mark.parametrize("name", ["lookup", "int4"])
 def test_a_text_goes_on_where_the_cache_ends(name, both_models, drafts):
-    """As in a conversation: the second text shares a beginning with the first one and its answer."""
+    """A text is right if it begins with a part of the text and answer in the cache, as in a conversation."""
     model, draft = both_models("llama3")[1], drafts("llama3", name)
     loop = loop_of(model, draft, 160, 4)
     answer = flat(loop.generate(TEXT, 0, 21))
@@ -103,7 +103,7 @@ def test_a_text_goes_on_where_the_cache_ends(name, both_models, drafts):
 
 @pytest.mark.parametrize("family, use_kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
 def test_compiled(family, use_kernels, k, both_models):
-    """With kernels only a verification of 11 tokens is compiled, which are too many for the kernels."""
+    """With kernels, only a verification of 11 tokens is compiled, which is more than the kernels take."""
     model = both_models(family, use_kernels)[1]
     loop = loop_of(model, None, len(TEXT) + 20, k, compile=True)
     assert flat(loop.generate(TEXT, 0, 20)) == plain(model, TEXT, 20)
@@ -115,7 +115,7 @@ V = 5
 
 
 def toy_logits(seed: int, never: int | None = None) -> torch.Tensor:
-    """A model as a table: float32 logits that depend on the last two tokens, [V, V, V]."""
+    """Returns float32 logits [V, V, V] that depend on the last two tokens: a model that is a table."""
     table = torch.randn(V, V, V, generator=torch.Generator().manual_seed(seed))
     if never is not None:
         table[..., never] = -1e4  # with probability 0, in float32
@@ -127,7 +127,7 @@ def toy_probs(table: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 class ToyRunner:
-    """A ModelRunner whose model is a table, and whose cache is the tokens of the text."""
+    """A ModelRunner whose model is a table, and whose cache holds the text's tokens."""
 
     device = CPU
 
@@ -163,7 +163,7 @@ class ToyRunner:
     ids=str,
 )
 def test_sampled_tokens_have_the_models_distribution(draft, params, samples):
-    """The first three tokens, against the chain rule, by a chi-square test."""
+    """The first three tokens have the model's probabilities, by the chain rule and a chi-square test."""
     text = [*torch.randint(V, (60,), generator=torch.Generator().manual_seed(0)).tolist(), 0, 1]
     table = toy_logits(1)
     if draft == "lookup":

@@ -27,7 +27,7 @@ from utils.files import ROOT
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A model that answers in capitals, and one that has another vocabulary."""
+    """Returns the folders of a model that answers in capitals, and of one with another vocabulary."""
     model = random_folder(tmp_path_factory.mktemp("model"), max_seq_len=128)
     other = random_folder(tmp_path_factory.mktemp("other"), max_seq_len=128)
     data = json.loads((other / "tokenizer.json").read_text())
@@ -104,7 +104,7 @@ def test_conversation(way, folders, capsys, monkeypatch):
 
 
 def short_draft(folder) -> list[str]:
-    """The flags for a draft of a context of 32."""
+    """Returns the flags of a draft with a context of 32 tokens."""
     config, _, tensors = read_checkpoint(folder / "model.pth")
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     save_checkpoint(folder / "short.pth", replace(config, max_seq_len=32), shapes, tensors.items())
@@ -149,8 +149,8 @@ def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """The project, with one of the two tiny models that the scripts take with TINY=1. They make the one that is not
-    there."""
+    """Returns a copy of the project with one of the two tiny models that the scripts use with TINY=1. The scripts make
+    the other one."""
     tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
     target = tree / "checkpoints/tiny/target"
     write_folder("llama2", target)
@@ -160,7 +160,8 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("setup", ["7B_int4", "34B_bf16", "70B_int4", "tp_70B_bf16"])
 def test_script(setup, tree, monkeypatch, capsys):
-    """What the script calls runs here, for torch takes seconds to load; only ranks are started by the script itself."""
+    """The Python calls of a script run in this process, because torch takes seconds to load. Only ranks are started by
+    the script itself."""
     monkeypatch.chdir(tree)
     command = f"scripts/speculate.sh {setup} --max_new_tokens=8 --device=cpu --json --ignore_eos"
     if setup.startswith("tp"):

@@ -1,5 +1,5 @@
-"""Conversations on a terminal: editing, history, pasted text, Ctrl-C. And through a pipe: what is written to files, and
-that nothing is lost without a word. What the model gets to hear is seen in what /save writes.
+"""Conversations on a terminal: editing, history, pasted text and Ctrl-C. And through a pipe: files and lost lines. The
+messages that the model gets are those that /save writes.
 
 The terminals are pseudo-terminals of forks of this process.
 """
@@ -32,7 +32,7 @@ PROMPT = ">\b\x1b[2C"  # an empty prompt, as prompt_toolkit draws it when it rea
 
 @pytest.fixture(scope="module")
 def counter(recall_model, tmp_path_factory) -> Path:
-    """The folder of recall_model, with a context of 8192 tokens and a chat template."""
+    """Returns the folder of recall_model, with a context of 8192 tokens and a chat template."""
     folder = tmp_path_factory.mktemp("counter")
     (folder / "tokenizer.json").symlink_to(recall_model / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -43,7 +43,7 @@ def counter(recall_model, tmp_path_factory) -> Path:
 
 
 class Terminal:
-    """generate.py --chat on a terminal."""
+    """Runs generate.py --chat on a terminal."""
 
     def __init__(self, folder: Path, *args: str, without: str | None = None):
         """without: a module that cannot be imported."""
@@ -68,7 +68,8 @@ class Terminal:
         return 0
 
     def wait(self, text: str) -> str:
-        """Waits until text is shown. Returns all up to it, without what moves the cursor and chooses colours."""
+        """Waits until text is shown. Returns everything shown up to text, without the codes for colours and the
+        cursor."""
         end = time.monotonic() + 60
         while text not in self.shown:
             assert select.select([self.fd], [], [], end - time.monotonic())[0], self.shown
@@ -77,14 +78,14 @@ class Terminal:
         return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", before)
 
     def type(self, keys: str, until: str = PROMPT) -> str:
-        """Types keys. Returns what is shown until that text."""
+        """Types keys. Returns everything shown up to text."""
         data = keys.encode()
         while data:  # the terminal takes some thousand bytes at a time
             data = data[os.write(self.fd, data[:1024]) :]
         return self.wait(until)
 
     def end(self, key: str) -> int:
-        """Types key, which ends it. Returns the exit status."""
+        """Types key, which ends the program. Returns the exit status."""
         os.write(self.fd, key.encode())
         try:
             while os.read(self.fd, 2**16):
@@ -136,7 +137,7 @@ def test_an_empty_line_ends_with_ctrl_c(counter, tmp_path):
 
 
 def type_during_answer(terminal: Terminal, keys: str):
-    """Types keys during an endless answer, and stops it. What is shown is only the answer."""
+    """Types keys during an endless answer, and stops the answer. Only the answer is shown."""
     terminal.wait("1234567890")
     os.write(terminal.fd, keys.encode())
     time.sleep(0.1)  # a terminal that echoes does so at once
@@ -145,7 +146,8 @@ def type_during_answer(terminal: Terminal, keys: str):
 
 
 def test_typing_during_an_answer(counter, tmp_path):
-    """What is typed is the beginning of the next message. Whole lines are messages; what is pasted stays one."""
+    """Keys typed during an answer begin the next message. Whole lines become messages, and a pasted text stays one
+    message."""
     terminal, file = Terminal(counter, "--temperature=0"), tmp_path / "file"
     terminal.wait(PROMPT)
     os.write(terminal.fd, b"0\r")
@@ -179,14 +181,15 @@ def test_terminal_without_prompt_toolkit(counter, tmp_path):
 
 
 def test_continue(counter, cli):
-    """A character that was cut is shown when it is whole."""
+    """A character that is cut at the end of an answer is shown when /continue completes it."""
     said = "0\n/continue\nS\n/Continue\n/continue\n0\n//save 0\n"
     out = cli(counter, "--chat", "--temperature=0", "--max_new_tokens=2", stdin=said)
     assert out.splitlines() == ["12", "34", "", "🙂", "E", "12", "12"]
 
 
 def test_stop_strings(counter, cli):
-    """A stop string ends an answer, also across tokens, and is not shown. A held-back beginning of one is not lost."""
+    """A stop string ends an answer, also across tokens, and is not shown. The beginning of a stop string is shown if
+    the answer ends otherwise."""
     said = "0\n/continue\n/continue\n7\n"
     out = cli(counter, "--chat", "--temperature=0", "--max_new_tokens=2", "--stop=456", "--stop=23x", stdin=said)
     assert out.splitlines() == ["1", "23", "", "89"]
@@ -210,7 +213,7 @@ BAD_FILES += ['[{"role": "system", "content": "\\ud800"}]', "[" * 10**5]
 
 
 def test_bad_files(counter, monkeypatch, capsys, tmp_path):
-    """Each gets a line, and nothing is lost, neither the conversation nor the file."""
+    """Each bad file gives one line, and neither the conversation nor the file changes."""
     files = [tmp_path / str(i) for i in range(len(BAD_FILES))]
     for file, text in zip(files, BAD_FILES, strict=True):
         file.write_text(text)
@@ -230,7 +233,7 @@ def test_bad_files(counter, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("is_open", [False, True])
 def test_lines_that_are_not_read(counter, monkeypatch, capsys, is_open):
-    """Are counted, without waiting for whoever may write more."""
+    """Lines that are not read are counted, without waiting for more input."""
 
     def fail(self, message, max_new_tokens):
         raise MemoryError

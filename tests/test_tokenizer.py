@@ -1,8 +1,5 @@
-"""text/tokenizer.py against transformers, sentencepiece and Mistral's reference encoder; special tokens in prompts and
-in messages; end tokens; streaming. The tokenizers are trained here, or come with mistral_common.
-
-    pytest tests/test_tokenizer.py
-"""
+"""text/tokenizer.py against transformers, sentencepiece and Mistral's reference encoder: ids, special tokens in prompts
+and messages, end tokens, streaming. The tokenizers are trained here, or come with mistral_common."""
 
 import copy
 import json
@@ -27,14 +24,14 @@ from utils.errors import UsageError
 
 
 def replace(tokenizer, **fields):
-    """A copy of tokenizer with other fields or methods."""
+    """Returns a copy of tokenizer with other fields or methods."""
     changed = copy.copy(tokenizer)
     vars(changed).update(fields)
     return changed
 
 
 def ids_with_one_bos(theirs, text: str) -> list[int]:
-    """transformers' ids of text, without the second bos that a text gets that begins with one."""
+    """Returns transformers' ids of text. A text that begins with a bos gets a second one, which is removed."""
     ids = theirs(text).input_ids
     return ids[1:] if text.startswith("<s>") and ids[:2] == 2 * [theirs.bos_token_id] else ids
 
@@ -48,7 +45,7 @@ KINDS = ["llama2", "llama2-prepend", "llama3", "qwen2"]
 
 @pytest.fixture(scope="module", params=KINDS)
 def both_tokenizers(request, tmp_path_factory):
-    """(ours, transformers') of one tokenizer.json."""
+    """Returns (ours, transformers') of one tokenizer.json."""
     tok, folder = train(request.param), tmp_path_factory.mktemp("json")
     if request.param != "qwen2":
         tok.post_processor = bos_processor(tok, "<s> $A")
@@ -97,7 +94,7 @@ def test_messages_make_no_special_tokens(both_tokenizers, name):
 @given(st.lists(st.sampled_from(["<|im_", "end|>", "<|im_end|>", "<", "</s>", " ", "\n", "a", "😀"])).map("".join))
 @settings(database=None, deadline=None)
 def test_message_is_its_own_text(byte_level, text):
-    """Between the template's tokens a message, whatever it holds, is text."""
+    """A message is encoded as text, whatever it contains, between the template's special tokens."""
     user, special = byte_level.encode_parts(["user\n" + text]), byte_level.special_token_ids
     newline, header = byte_level.encode("\n", bos=False), byte_level.encode("assistant\n", bos=False)
     start, end = special["<|im_start|>"], special["<|im_end|>"]
@@ -116,7 +113,7 @@ def byte_level(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=MISTRAL)
 def mistral(request, tmp_path_factory):
-    """(ours, sentencepiece's, version) of one tokenizer.model, with the template that its checkpoints carry."""
+    """Returns (ours, sentencepiece's, version) of one tokenizer.model, with the template of its checkpoints."""
     end = " [/INST]" if request.param == "v1" else "[/INST]"
     template = TEMPLATES["mistral"].replace(" [/INST]", end)
     folder = write(tmp_path_factory.mktemp("model"), {"chat_template": template}, request.param)
@@ -150,7 +147,8 @@ def test_chat_like_mistrals_reference(mistral):
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("form", ["decoder", "added_tokens.json"])
 def test_tokenizer_model_like_transformers(tmp_path, legacy, form):
-    """Tokens that tokenizer.model does not have, and the space that older tokenizers put after a special token."""
+    """Tokens that tokenizer.model lacks, and the space that older tokenizers put after a special token, are
+    transformers'."""
     added = {"<|im_start|>": 32000, "<|im_end|>": 32001, "<think>": 32002}
     config = {"legacy": legacy, "add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}
     config["chat_template"] = TEMPLATES["chatml"] + "{{ eos_token }}"
@@ -181,8 +179,9 @@ def test_tokenizer_model_like_transformers(tmp_path, legacy, form):
 @pytest.mark.parametrize("form", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
 @pytest.mark.parametrize("add_bos", [None, True, False])
 def test_json_bos(tmp_path, form, add_bos):
-    """The file decides, as in transformers, and not the settings; a prompt doesn't end in eos; a template decides for
-    itself. A token that the settings name is special, whatever the file says."""
+    """As in transformers, tokenizer.json decides whether a prompt begins with bos, and not the settings. A prompt does
+    not end in eos. A chat template decides for itself. A token that the settings name is special, whatever
+    tokenizer.json says."""
     tok = train("llama3")
     tok.add_tokens([AddedToken("<end>", special=False, normalized=False)])
     tok.post_processor = bos_processor(tok, form)
@@ -224,7 +223,7 @@ def check_stream(tokenizer, ids):
 
 
 def check_text(tokenizer, text, expected):
-    """Streams a text whole, and in two halves wherever it can be cut between characters."""
+    """Streams a text as a whole, and in two halves for every cut between two characters."""
     ids = tokenizer.encode_parts([text])
     assert "".join(check_stream(tokenizer, ids)) == expected
     for k in range(len(ids)):
@@ -240,7 +239,8 @@ def test_stream_of_text(byte_level, mistral, text):
 
 
 def check_ids(tokenizer, ids, silent, reference):
-    """Ids that no text has, and some that no token has. What torn bytes become differs, except at byte level."""
+    """Streams ids that no text has, and some that no token has. Broken bytes are replaced differently by different
+    tokenizers, except at byte level."""
     text = "".join(check_stream(tokenizer, ids))
     silent = {*silent, *tokenizer.special_token_ids.values(), *range(tokenizer.vocab_size, 601)}
     expected = reference([i for i in ids if i not in silent])
@@ -392,7 +392,8 @@ def test_end_of_turn(byte_level, template, expected):
 
 
 def test_a_text_that_may_fit_is_not_too_long(byte_level, tmp_path):
-    """White space that a special token swallows, or unknown characters, which are one token, may have any length."""
+    """White space that a special token absorbs, and unknown characters, which are one token, are allowed in any
+    length."""
     assert exceeds(byte_level, "ab " * 500, 40) and not exceeds(byte_level, "ab " * 20, 40)
     tok = tokenizers.Tokenizer(models.BPE({"<unk>": 0, "a": 1, " ": 2}, [], unk_token="<unk>", fuse_unk=True))
     tok.add_special_tokens([AddedToken("<mask>", lstrip=True), "<s>"])
@@ -408,7 +409,8 @@ def test_a_text_that_may_fit_is_not_too_long(byte_level, tmp_path):
 
 
 def test_only_the_beginning_of_a_long_prompt_is_encoded(byte_level):
-    """Whatever it consists of: words, special tokens, long tokens, or many messages of a chat."""
+    """A prompt that is too long is refused after its beginning, also if it has words, special tokens, long tokens, or
+    many messages."""
     ours, n_tokens, lengths = replace(byte_level, chat_template=TEMPLATES["chatml"]), 40, []
 
     def encode_parts(parts):

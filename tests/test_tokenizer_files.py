@@ -1,8 +1,5 @@
-"""text/tokenizer_files.py against transformers: special and added tokens that only the files beside the tokenizer name,
-and tokenizers without tokenizer.json or without a decoder.
-
-    pytest tests/test_tokenizer_files.py
-"""
+"""text/tokenizer_files.py against transformers: special and added tokens that are only in the files beside the
+tokenizer, and tokenizers without tokenizer.json or without a decoder."""
 
 import json
 
@@ -19,8 +16,8 @@ START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
 
 
 def files_beside(n: int, rstrip: bool) -> dict[str, dict[str, dict]]:
-    """Ways to give a tokenizer of n tokens three further tokens, of which two are special: files by name. rstrip: END
-    swallows the white space behind it."""
+    """Returns files by name, for each way to add three tokens, two of them special, to a tokenizer of n tokens. rstrip:
+    whether END absorbs the white space behind it."""
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
     decoder = {
         n: flags | {"content": START, "special": True},
@@ -138,7 +135,7 @@ def test_broken_files(tmp_path, name, data, says):
 
 
 def test_template_sources(tmp_path):
-    """The file beats the settings; of several named ones default is taken."""
+    """A template in a file has precedence over one in the settings. Of several named templates, "default" is used."""
     write(tmp_path, {"chat_template": [{"name": "rag", "template": "x"}, {"name": "default", "template": "y"}]}, "v1")
     assert load_tokenizer(tmp_path).chat_template == "y"
     (tmp_path / "chat_template.jinja").write_text("z")

@@ -1,7 +1,5 @@
-"""Several ranks compute what one process computes. Few jobs with many cases each: starting the processes takes longest.
-
-tp_ranks.py is what torchrun runs.
-"""
+"""Several ranks compute the same as one process. To save time, few jobs have many cases each. tp_ranks.py is the
+program of a rank."""
 
 import json
 import math
@@ -47,7 +45,7 @@ def torchrun_command(n: int, *command) -> list[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A folder with a checkpoint for every case and one with a tokenizer, whose model ends often."""
+    """Returns a folder with a checkpoint for every case, and one with a tokenizer, whose model often ends."""
     folder = tmp_path_factory.mktemp("tp")
     for name, (family, sizes, mode, _) in CASES.items():
         if family == "baichuan 13B":
@@ -78,7 +76,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def jobs(files) -> dict[int, Job]:
-    """n -> the job of n ranks, in which rank 1 dies when all is done."""
+    """Returns n -> the finished job of n ranks. At its end rank 1 dies."""
     results = {}
     for n in (2, 4):
         out = files / f"{n}.json"

@@ -1,7 +1,7 @@
-"""The Triton kernels against exact results, in Triton's interpreter (conftest.py turns it on); and compiled for GPUs.
+"""The Triton kernels against exact results, in Triton's interpreter (conftest.py turns it on), and compiled for GPUs.
 
-scripts/kernel_checks/checks.py has the cases that a GPU is checked with, too. Here are besides: what cannot differ
-there, what is not a result, and whole models.
+scripts/kernel_checks/checks.py has the checks that run on a GPU, too. This file adds whole models, properties that are
+no results, and results that cannot differ on a GPU.
 """
 
 import functools
@@ -78,7 +78,8 @@ def fast_interpreter():
 
 @pytest.fixture
 def small_gpu(monkeypatch):
-    """As if there were two multiprocessors, so that even small matmuls have programs of several tiles of W."""
+    """Pretends that the GPU has two multiprocessors, so that programs compute several tiles of W even in small
+    matmuls."""
     monkeypatch.setattr(launch, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
     monkeypatch.setattr(attention, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
 
@@ -92,7 +93,7 @@ CHECKS = {  # one that does not depend on dtype is here once
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_check(name, small_gpu):
-    """What is checked on a GPU, too, in smaller sizes."""
+    """The checks of a GPU pass in the interpreter, in smaller sizes."""
     torch.manual_seed(0)
     for comparison in CHECKS[name]():
         bounds.check(comparison.ours, comparison.exact, comparison.bound)
@@ -104,7 +105,7 @@ def test_check(name, small_gpu):
 @pytest.mark.parametrize("format", [Unquantized(), Int8(), Int4(32)], ids=format_label)
 @pytest.mark.parametrize("rows", [*range(10), 64, 65])
 def test_rows(format, rows):
-    """0 to 64, and a 65th that goes to the matmul of many tokens."""
+    """Matmuls of 0 to 64 rows are right, and of 65, which PyTorch multiplies."""
     torch.manual_seed(0)
     w = exact_linear(12, 64, format, torch.float32)
     matrix, x = w.dequantized_weight(torch.float32).double(), integers(rows, 64, dtype=torch.float32)
@@ -118,7 +119,8 @@ def test_rows(format, rows):
 
 @pytest.mark.parametrize("format", QUANTIZED, ids=format_label)
 def test_extremes(format):
-    """Weights, scales and zeros at the ends of their ranges; activations that are huge, tiny or not finite."""
+    """Weights, scales and zeros at the ends of their ranges, and activations that are huge, tiny or not finite, give
+    exact results."""
     torch.manual_seed(0)
     w = make_linear(32, 64, format, torch.float32)
     w.weight[:8], w.weight[8:16], w.scales[16:20] = (-128, 127, 0) if isinstance(format, Int8) else (255, 0, 0)
@@ -153,7 +155,7 @@ def test_dequantize_packed(format, n_experts):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_element(dtype):
-    """Of 4 and 8 bits, also subnormal ones, without an error: as a product with 1 and zeros, and dequantized."""
+    """Every element of 4 and 8 bits, also subnormal ones, is exact: dequantized, and as a product with 1 and zeros."""
     byte = torch.arange(256, dtype=torch.uint8)
     floats = byte.where(byte % 128 != 127, 0).view(torch.float8_e4m3fn)  # without NaN
     elements = {Float8(): floats, GroupedInt8(32): byte, MXFP4(): byte, Int4(32): byte}
@@ -170,7 +172,7 @@ def test_every_element(dtype):
 
 @pytest.mark.parametrize("shape", [(16, 64), (5, 8), (33, 200), (2, 16, 72)])
 def test_int4_tiles(shape):
-    """Every element is where the drawing in triton_layouts.py has it; the rest is zeros."""
+    """Every element is at its place in the drawing of triton_layouts.py, and everything else is zero."""
     q = torch.randint(16, shape, dtype=torch.uint8)
     n, k = shape[-2:]
     tiles = pack_tiles(q)
@@ -186,18 +188,18 @@ def test_int4_tiles(shape):
 
 
 def test_every_format_is_checked():
-    """A format of the kernels has its checks, and what is checked goes through the kernels."""
+    """Every format with kernels has checks, and the checks call the kernels."""
     assert {type(format) for format in TRITON_FORMATS} == {format.format_class for format in KERNEL_FORMATS}
 
 
 class Unknown(Int4):
-    """A format that the kernels do not know."""
+    """A format without kernels."""
 
     format_id = 99
 
 
 def test_unknown_format():
-    """The format stays in PyTorch. A kernel that gets the format raises an error."""
+    """A format without kernels stays in PyTorch. A kernel that gets it raises an error."""
     w = make_linear(16, 64, Int4(32), torch.float32)
     w.format = Unknown(32)
     ops.pack_for_triton([w])
@@ -210,7 +212,7 @@ def test_unknown_format():
 
 
 def test_a_format_without_a_layout():
-    """An error that names what is missing. The formats of the kernels have what it names."""
+    """A format without pack_for_triton gives an error that names the method. Formats with kernels have the method."""
 
     @dataclass(frozen=True)
     class NoLayout(WeightFormat):
@@ -232,7 +234,7 @@ def test_a_format_without_a_layout():
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
 def test_router_of_nan(logits, norm_topk_prob):
-    """Some experts, none beyond the last and none twice; their weights say that something is wrong."""
+    """With NaN logits the router returns valid, different experts, and weights that are not finite."""
     topk_weights, topk_ids = ops.route(torch.tensor([logits]), 3, norm_topk_prob, 0, ops.TRITON_BACKEND)
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()
 
@@ -253,7 +255,7 @@ def test_sample_of_what_is_not_finite(value):
 
 
 def test_attention_stays_in_the_cache():
-    """Nothing before the first position or beyond the last is written or looked at; what fits is right."""
+    """Positions before 0 or beyond the cache are neither read nor written, and the others are right."""
     torch.manual_seed(0)
     tables, G, D = PositionTables(rope_table(ModelConfig(64, 1, 4, 2, 16, 64, 64, 64), 16)), 2, 16
     k, v = torch.randn(2, 5, G, 24, D).unbind()
@@ -276,7 +278,7 @@ def test_attention_stays_in_the_cache():
 
 
 def tiny_model(family: str, n_layers: int):
-    """Smaller than tests/tiny.py's, since the interpreter is slow."""
+    """Returns a model smaller than those of tests/tiny.py, since the interpreter is slow."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 40, "num_hidden_layers": n_layers}
     if family == "mixtral":
         sizes["num_local_experts"] = 4
@@ -286,7 +288,7 @@ def tiny_model(family: str, n_layers: int):
 
 
 def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
-    """Of a prompt's many tokens at once, of two one by one, and of four at once."""
+    """Returns the logits of a prompt's many tokens together, then of two single tokens, then of four together."""
     kv_cache, start, logits = KVCache(model, 1, 200), 0, []
     tables = model.build_position_tables(kv_cache)
     with torch.inference_mode():
@@ -303,7 +305,8 @@ def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
     ids=format_label,
 )
 def test_model(family, format, small_gpu):
-    """The whole model: float32 logits as without kernels, so the same greedy tokens. Qwen3's inputs have orders."""
+    """A whole model gives PyTorch's float32 logits, and so the same greedy tokens. Qwen3's layers have an
+    input_order."""
     model, prompt = tiny_model(family, n_layers=2), torch.arange(3, 27)
     for _, w in model.quantizable_linears():
         if family == "qwen3":
@@ -320,7 +323,7 @@ def test_model(family, format, small_gpu):
 
 
 def test_many_sequences(small_gpu):
-    """Twelve sequences, each at its own position: every matmul, the attention and the norms are kernels."""
+    """With twelve sequences at different positions, kernels compute every matmul, attention and norm."""
     model, start_pos = tiny_model("llama3", n_layers=1), torch.arange(12) * 5
     for _, w in model.quantizable_linears():
         tensors = Int8().quantize(w.weight.data)
@@ -344,7 +347,7 @@ def test_many_sequences(small_gpu):
 
 
 def test_without_matrix_units(monkeypatch):
-    """The kernels take few tokens in float32, and on a GPU whose matrix units Triton does not use."""
+    """In float32, and on a GPU whose matrix units Triton does not use, the kernels take few tokens."""
     for dtype, min_block_m, most in [(torch.bfloat16, 8, 64), (torch.float32, 8, 8), (torch.float16, 1, 8)]:
         monkeypatch.setattr(launch, "gpu_info", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
@@ -353,7 +356,7 @@ def test_without_matrix_units(monkeypatch):
 
 
 def test_torch_compile(small_gpu):
-    """A step in one graph, whose calls write into the caches that it is given."""
+    """torch.compile makes one graph of a step, whose calls write to the caches that it gets."""
     model, prompt = use_triton(tiny_model("qwen3-moe", n_layers=1)), torch.arange(3, 27)
     expected = logits_of(model, prompt)
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -365,7 +368,7 @@ def test_torch_compile(small_gpu):
 
 
 def test_compiles_for_gpus():
-    """Every kernel, for NVIDIA's Turing, Ampere and Hopper and for AMD's CDNA 3 and RDNA 3, down to machine code."""
+    """Every kernel compiles to machine code for NVIDIA's Turing, Ampere and Hopper, and for AMD's CDNA 3 and RDNA 3."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.compile_triton"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -136,7 +136,7 @@ FAMILIES = {  # name: (transformers' config, what it changes in SIZES)
 
 
 def make_hf(family: str, **sizes):
-    """transformers' model of a family, float32."""
+    """Returns transformers' model of a family, float32."""
     torch.manual_seed(0)
     config_class, changes = FAMILIES[family]
     config = config_class(**SIZES | changes | sizes)
@@ -151,13 +151,13 @@ def make_hf(family: str, **sizes):
 
 
 def convert(folder: Path) -> Path:
-    """Makes model.pth of a Hugging Face folder, in it, or the quantized file that the folder becomes."""
+    """Converts a Hugging Face folder. Returns the file: model.pth, or the quantized file."""
     return convert_folder(folder)
 
 
 def assert_refused(folder: Path, match: str, lora: Path | None = None):
-    """convert_folder refuses folder, or a LoRA adapter for it, in one line that matches, and leaves the folders as they
-    were."""
+    """Checks that convert_folder refuses folder, or a LoRA adapter for folder, with one line that matches, and leaves
+    the folders as they were."""
     folders = [folder] if lora is None else [folder, lora]
     before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
     with pytest.raises(UsageError, match=match) as e:
@@ -215,7 +215,7 @@ def write_earlier_version(path: Path, version: int):
 
 
 def to_ours(theirs, use_kernels: bool = True):
-    """transformers' model as ours, float32."""
+    """Converts transformers' model to ours, float32."""
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32, use_kernels)
@@ -226,7 +226,7 @@ def forward(model, tokens: torch.Tensor, start_pos: torch.Tensor, kv_cache: KVCa
 
 
 def same_logits(path: Path, theirs, atol: float = 1e-4, use_kernels: bool = True):
-    """The model in path, float32, gives transformers' logits."""
+    """Checks that the model in path, in float32, gives transformers' logits."""
     ours = load_model(path, torch.device("cpu"), torch.float32, use_kernels)
     tokens = torch.randint(0, theirs.config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -235,15 +235,15 @@ def same_logits(path: Path, theirs, atol: float = 1e-4, use_kernels: bool = True
 
 
 def write_folder(family: str, folder: Path, **sizes):
-    """A checkpoint as the hub holds them, with a tokenizer of bytes, <s> and </s>, and a chat template."""
+    """Writes a checkpoint as on the hub, with a chat template and a tokenizer of bytes, <s> and </s>."""
     defaults = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 256, "eos_token_id": 257}
     make_hf(family, **defaults | sizes).save_pretrained(folder)
     write_tokenizer(folder)
 
 
 def quantize_embedding(source: Path, target: Path, is_tied: bool = True) -> Path:
-    """Writes to target what source holds, a quantized checkpoint of a model whose embedding is its head, with the
-    head's quantized tensors as the embedding. is_tied: they are in the file once."""
+    """Copies source, a quantized checkpoint of a model whose embedding is its head, to target, with the head's
+    quantized tensors as the embedding. is_tied: the file has these tensors once."""
     config, quantization, tensors = read_checkpoint(source)
     head = {name: t for name, t in tensors.items() if name.startswith("lm_head.")}
     others = {name: t for name, t in tensors.items() if not name.startswith(("lm_head.", "embed_tokens."))}
@@ -255,8 +255,8 @@ def quantize_embedding(source: Path, target: Path, is_tied: bool = True) -> Path
 
 
 def give_input_orders(source: Path, target: Path):
-    """Writes to target what source holds, a quantized checkpoint, with every linear layer's columns said to be in some
-    order. That is another model, but one like GPTQ's act-order makes."""
+    """Copies source, a quantized checkpoint, to target, and gives every linear layer a random order of inputs. The
+    result is another model, with orders like those of GPTQ's act-order."""
     config, quantization, tensors = read_checkpoint(source)
     generator = torch.Generator().manual_seed(0)
     linears = dict(meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears())

@@ -1,4 +1,4 @@
-"""Tiny GGUF files, as llama.cpp's converter writes them."""
+"""Tiny GGUF files, in the form that llama.cpp's converter writes."""
 
 import re
 import struct
@@ -27,7 +27,7 @@ BPE = {  # the smallest vocabulary
 
 
 def make_llama(config_class=hf.LlamaConfig, **changes):
-    """transformers' model, of sizes that every quantized type can hold."""
+    """Returns transformers' model, in sizes that every quantized type can hold."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "initializer_range": 0.05}
     torch.manual_seed(0)
     config = config_class(**SIZES | sizes | changes)
@@ -38,8 +38,8 @@ def write_gguf(
     path: Path, theirs=None, qtype: str = "F32", meta: dict = BPE, tensors_per_part: int = 0,
     others: dict[str, str] | None = None,
 ) -> Path:
-    """theirs, transformers' model, as a GGUF; its weights become what the stored ones stand for. tensors_per_part: if
-    not 0, it is split into several files. others: the types of matrices whose names hold a key, instead of qtype."""
+    """Writes theirs, transformers' model, as a GGUF, and gives theirs the dequantized weights. tensors_per_part: if not
+    0, the GGUF is split into several files. others: types for matrices whose names contain a key, in place of qtype."""
     writer = gguf.GGUFWriter(path, architecture(theirs), split_max_tensors=tensors_per_part)
     if theirs is not None:
         add_config(writer, theirs)
@@ -154,8 +154,8 @@ def add_tensors(writer: gguf.GGUFWriter, theirs, default_type: str, others: dict
 
 
 def random_blocks(qtype: gguf.GGMLQuantizationType, shape: tuple[int, ...], rng) -> np.ndarray:
-    """Weights of some 0.05 in random bytes. The floats are the scales of blocks. Where these have a minimum, too, it is
-    some of their codes away from 0, but not more than there are."""
+    """Returns random bytes that stand for weights of about 0.05. The floats among them are the scales of blocks. If
+    blocks have a minimum, too, the minimum is at most as many codes away from 0 as there are codes."""
     blocks = rng.integers(0, 256, gguf.quant_shape_to_byte_shape(shape, qtype), dtype=np.uint8)
     blocks = blocks.reshape(-1, gguf.GGML_QUANT_SIZES[qtype][1])
     floats = {  # where they are, and how large
@@ -172,8 +172,8 @@ def random_blocks(qtype: gguf.GGMLQuantizationType, shape: tuple[int, ...], rng)
 
 
 def unfused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """state with three tensors for a layer's experts, of which transformers makes two, and their biases; they share
-    their memory. gpt-oss's are transposed, the rows of gate and up in turn."""
+    """Returns state with three tensors for a layer's experts where transformers has two, and their biases, in the same
+    memory. gpt-oss's tensors are transposed, and its rows of gate and up alternate."""
     state = {name + ".weight" if name.endswith("sinks") else name: t for name, t in state.items()}
     is_transposed = any(name.endswith("gate_up_proj_bias") for name in state)
     for name in [name for name in state if "experts." in name]:
@@ -190,7 +190,7 @@ def unfused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def in_meta_order(weight, n_heads: int):
-    """Rows of Q or K from Hugging Face's order to Meta's, as Meta's and llama.cpp's own tools permute them."""
+    """Permutes the rows of Q or K from Hugging Face's order to Meta's, as Meta's and llama.cpp's own tools do."""
     return weight.reshape(n_heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -198,7 +198,7 @@ def in_meta_order(weight, n_heads: int):
 
 
 def gguf_bytes(meta: dict, tensors: dict) -> bytes:
-    """A GGUF file of gguf_file.StoredTensors; of a value that it cannot hold, nothing."""
+    """Returns the bytes of a GGUF file of gguf_file.StoredTensors. A value that a GGUF cannot hold has no bytes."""
     fields = []
     for name, value in meta.items():
         kind, content = gguf_value(value)
@@ -219,7 +219,7 @@ def gguf_string(text: str) -> bytes:
 
 
 def gguf_value(value) -> tuple[int, bytes]:
-    """(type, bytes) of a metadata field."""
+    """Returns (type, bytes) of a metadata field."""
     if isinstance(value, list):
         elements = [gguf_value(element) for element in value]
         kind = elements[0][0] if elements else gguf.GGUFValueType.UINT32

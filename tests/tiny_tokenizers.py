@@ -1,4 +1,4 @@
-"""Tokenizers of all styles, trained on a few lines, and those of Mistral, which come with mistral_common."""
+"""Tokenizers of all styles, trained on a few lines, and Mistral's tokenizers, which are part of mistral_common."""
 
 import json
 import shutil
@@ -63,7 +63,8 @@ def write(folder: Path, config: dict, model: str | None = None) -> Path:
 
 
 def train(kind: str) -> tokenizers.Tokenizer:
-    """A tokenizer of about 500 pieces in the style of Llama-2's (two forms), Llama-3's or Qwen2's tokenizer.json."""
+    """Trains a tokenizer of about 500 pieces, in the style of the tokenizer.json of Llama-2 (two forms), Llama-3 or
+    Qwen2."""
     tok = train_byte_level(kind) if kind in ("llama3", "qwen2") else train_with_byte_fallback(kind)
     flags = {s: {"rstrip": s == "<|assistant|>", "normalized": False, "special": True} for s in SPECIAL}
     tok.add_special_tokens([AddedToken(s, **flags[s]) for s in SPECIAL])
@@ -106,7 +107,7 @@ def train_with_byte_fallback(kind: str) -> tokenizers.Tokenizer:
 
 
 def conversations(text: str):
-    """Two conversations in which text is said."""
+    """Returns two conversations that contain text."""
     user = [{"role": "user", "content": text}]
     yield user
     yield [{"role": "system", "content": text}, *user, {"role": "assistant", "content": text}, *user]

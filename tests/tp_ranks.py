@@ -1,10 +1,9 @@
-"""What torchrun starts in test_tp.py: a rank of a job that compares and then dies, or waits for Ctrl-C.
+"""A rank that torchrun starts in test_tp.py: it compares and then dies, or waits for Ctrl-C.
 
     torchrun --standalone --nproc_per_node=2 tests/tp_ranks.py compare FOLDER RESULTS.json
     torchrun --standalone --nproc_per_node=2 tests/tp_ranks.py wait
 
-FOLDER holds a checkpoint for each of CASES and one with a tokenizer, "whole". It also has what the tests run alone, for
-comparison.
+FOLDER holds a checkpoint for each of CASES, a checkpoint with a tokenizer ("whole"), and the results of one process.
 """
 
 import contextlib
@@ -93,7 +92,7 @@ CPU = torch.device("cpu")
 
 
 def run_command(main, arguments: list, stdin: str | None = None) -> str:
-    """What main prints."""
+    """Returns the stdout of main."""
     out = io.StringIO()
     sys.argv[1:], sys.stdin = map(str, arguments), io.TextIOWrapper(io.BytesIO((stdin or "").encode()))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
@@ -102,7 +101,7 @@ def run_command(main, arguments: list, stdin: str | None = None) -> str:
 
 
 def run_commands(folder: Path) -> dict[str, str]:
-    """What COMMANDS print, and a perplexity."""
+    """Returns the stdout of each of COMMANDS, and a perplexity."""
     path, results = folder / "whole/model.pth", {}
     files = {"PROFILE": folder / "trace.json", "DRAFT": path, "UNCONVERTED": folder / "unconverted"}
     common = ["--checkpoint_path", path, "--precision", "float32", "--device", "cpu"]
@@ -116,7 +115,7 @@ def run_commands(folder: Path) -> dict[str, str]:
 
 
 def compare(folder: Path) -> dict:
-    """For every case how far the logits of all ranks are from one process's, whether the tokens are the same, ..."""
+    """Returns for each case how far all ranks' logits are from one process's, and whether the tokens are the same."""
     results = {}
     for name, (_, _, _, sizes) in CASES.items():
         if collectives.world_size() in sizes:
@@ -130,7 +129,7 @@ def compare(folder: Path) -> dict:
 @torch.inference_mode()
 def compare_case(path: Path, is_compiled: bool) -> dict:
     """Returns on rank 0 how all ranks compare with one process, which is rank 0 alone, and {} on other ranks.
-    is_compiled: ranks that run without kernels, through torch.compile, must say the same tokens, too."""
+    is_compiled: ranks without kernels, through torch.compile, must give the same tokens, too."""
     one, ours = load(path, torch.float32, sharded=False), load(path, torch.float32)
     prompt = make_prompt()
     all_logits = collectives.gather_objects(logits_of(ours, prompt))
@@ -178,8 +177,9 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
 
 
 def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor, of_ranks: list[Tensor]) -> dict[str, float]:
-    """How far the logits of decode steps are from exact's: one process's with kernels and without, and of_ranks, which
-    has every rank's. The median over tokens, since a rounding error can send a few tokens to another expert."""
+    """Returns how far the logits of decode steps are from the logits of exact: for one process with kernels, one
+    without, and for of_ranks, the logits of all ranks. Each is a median over tokens, since a rounding error can send a
+    few tokens to another expert."""
     expected = decoded_logits(exact, tokens)
 
     def error(logits: Tensor) -> float:
@@ -193,7 +193,7 @@ def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor, of_ranks:
 
 
 def decoded_logits(model: Transformer, tokens: Tensor) -> Tensor:
-    """The logits of tokens [B, T], decoded one by one."""
+    """Returns the logits of tokens [B, T], decoded one by one."""
     kv_cache, logits = KVCache(model, *tokens.shape), []
     tables = model.build_position_tables(kv_cache)
     for i, token in enumerate(tokens.split(1, dim=1)):
@@ -202,7 +202,7 @@ def decoded_logits(model: Transformer, tokens: Tensor) -> Tensor:
 
 
 class BytesRead(TorchDispatchMode):
-    """Counts the bytes that operations copy out of some tensors."""
+    """Counts the bytes that operations copy from some tensors."""
 
     def __init__(self, tensors):
         super().__init__()
@@ -210,7 +210,7 @@ class BytesRead(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: PyTorch would import its compiler to see to it, which takes longer than a case."""
+        """Returns False, so that PyTorch does not import its compiler, which takes longer than a case."""
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -224,7 +224,8 @@ class BytesRead(TorchDispatchMode):
 
 
 def bytes_read(path: Path) -> dict:
-    """What is read of the file for this rank's part, how much that must be, and the size of all that is cut."""
+    """Returns the bytes that this rank reads of the file, the bytes that the rank needs, and the bytes of all sharded
+    tensors."""
     config, quantization, tensors = read_checkpoint(path)
     tensors = with_tied_head(config, tensors)
     model = meta_model(config, QuantizationScheme.from_dict(quantization))

@@ -1,7 +1,7 @@
-"""Runs the commands of this project one after the other, in a process that test_fuzz.py starts.
+"""Runs the project's commands one after the other, in a process that test_fuzz.py starts.
 
-Every line on stdin is a command with its arguments, in JSON. The answer on stdout is a line with the command's exit
-status, or null after a traceback. The commands' own stdout is dropped.
+Each line on stdin is a command with its arguments, in JSON. For each, a line on stdout has the command's exit status,
+or null after a traceback. The commands' own stdout is dropped.
 """
 
 import contextlib
