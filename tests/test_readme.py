@@ -36,8 +36,10 @@ COMMANDS = [
     for line in page.read_text().splitlines()
     if re.match(r"    (\w+=\S+ )*(python|torchrun|\./)", line)
 ]
-ELSEWHERE = ["demo.sh", "download.py", "convert_gguf.py", "compare_llama_cpp.py"]  # each has a test file of its own,
-ELSEWHERE += ["benchmark.py quantization", "benchmark.py speculation", "--busy"]  # these test_benchmark*.py
+ELSEWHERE = [  # commands that have test files of their own
+    "demo.sh", "download.py", "convert_gguf.py", "compare_llama_cpp.py", "serve.py", "benchmark.py quantization",
+    "benchmark.py speculation", "--busy",
+]
 MAINS = {
     "convert_hf_checkpoint.py": convert_hf_checkpoint.main,
     "quantize.py": quantize.main,
@@ -139,9 +141,9 @@ def test_tables():
 
 
 def test_messages():
-    """Each message of the README's last table is in the code, where a value may interrupt it."""
+    """Each message of the last table of docs/platforms.md is in the code, where a value may interrupt it."""
     code = " ".join(path.read_text() for path in sources())
-    rows = README.read_text().partition("## When it says")[2].splitlines()
+    rows = (ROOT / "docs/platforms.md").read_text().partition("## When it says")[2].splitlines()
     messages = re.findall(r"`([^`]+)`", "\n".join(row.split("|")[1] for row in rows if row.startswith("| `")))
     assert len(messages) > 5
     for message in messages:
@@ -199,13 +201,15 @@ def test_sizes_of_the_code():
     groups = [("kernels", "ops", "formats"), ("converters",), ("scripts",)]
     parts = [[path for path in code if path.relative_to(ROOT).parts[0] in group] for group in groups]
     rest = [path for path in code if not any(path in part for part in parts)]
+    tests = [path for path in (ROOT / "tests").iterdir() if path.suffix in (".py", ".cpp")]
     said = re.search(
-        r"token, in ([\d,]+) lines. All code is ([\d,]+) lines, without the tests:\n"
-        r"kernels, operations and weight formats ([\d,]+), converters ([\d,]+), scripts ([\d,]+), "
-        r"everything else ([\d,]+)\.", text,
+        r"files of ([\d,]+) lines .* code is ([\d,]+) lines of Python and C\+\+: kernels, operations and weight "
+        r"formats ([\d,]+), converters ([\d,]+), scripts ([\d,]+), everything else ([\d,]+)\. "
+        r"The tests are ([\d,]+) more",
+        " ".join(text.split()),
     )
     assert len(spine) == 8
-    for number, paths in zip(said.groups(), [spine, code, *parts, rest], strict=True):
+    for number, paths in zip(said.groups(), [spine, code, *parts, rest, tests], strict=True):
         n_lines = sum(len(path.read_text().splitlines()) for path in paths)
         assert int(number.replace(",", "")) == pytest.approx(n_lines, rel=0.05), [path.name for path in paths]
 
