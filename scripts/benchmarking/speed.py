@@ -153,7 +153,6 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
     if device.type == "cuda":
         copy = copy_bandwidth()
         result |= {"copy_gb_per_sec": copy / 1e9, "decode_share_of_copy": result["decode_gb_per_sec"] * 1e9 / copy}
-        result["profile_us"] = profile_step(model)
     return result
 
 
@@ -280,17 +279,3 @@ def copy_bandwidth() -> float:
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
     timer = Timer("target.copy_(source)", globals={"source": source, "target": torch.empty_like(source)})
     return 2 * source.nbytes / timer.blocked_autorange().median
-
-
-@torch.inference_mode()
-def profile_step(model: Transformer) -> dict[str, float]:
-    """Returns the microseconds of the kernels that take longest in a decode step, by name and number of calls. The step
-    is not compiled, since the profile of a compiled step names only one graph."""
-    runner = ModelRunner(model, KVCache(model, 1, 256), SAMPLING)
-    token, position = torch.ones(1, 1, dtype=torch.long, device="cuda"), torch.tensor([100], device="cuda")
-    runner.decode(token, position)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        runner.decode(token, position)
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda e: e.device_time_total, reverse=True)
-    return {f"{e.key[:60]} x{e.count}": round(e.device_time_total, 1) for e in events[:12]}
