@@ -39,7 +39,7 @@ def is_made(format) -> bool:
     return format.is_cli_mode and format == type(format).from_options(format.group_size)
 
 
-QUANTIZED = [format for format in exact_results.EXAMPLES if format.is_quantized]
+QUANTIZED = [format for format in exact_results.CPU_FORMATS if format.is_quantized]
 FORMATS = {format.name: format for format in QUANTIZED if is_made(format)}
 FORMATS |= {"int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32)}
 IMPORTED = {repr(format): format for format in [*QUANTIZED, Int4(64, torch.float16)] if not is_made(format)}

@@ -86,7 +86,7 @@ def random_model(config: ModelConfig, format: WeightFormat, device: torch.device
 
 
 def random_linear(shape: tuple[int, int], format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Linear:
-    """Makes a linear layer. shape: of the weight, [N, K]."""
+    """Makes a linear layer of random codes, as random_model does. shape: of the weight, [N, K]."""
     out_features, in_features = shape
     with torch.device("meta"):
         linear = Linear(in_features, out_features).to(dtype)

@@ -28,11 +28,10 @@ from scripts.kernel_checks import error_bounds as bounds
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = FORMATS[1:]
-EXAMPLES = [format for format_class in formats.FORMATS for format in format_class.examples()]
-CPU_FORMATS = EXAMPLES
+CPU_FORMATS = [format for format_class in formats.FORMATS for format in format_class.examples()]
 TRITON_FORMATS = [*FORMATS, Int4(32, torch.float16)]
 TRITON_FORMATS += [  # a format with a method pack_for_triton has kernels
-    format for format in EXAMPLES
+    format for format in CPU_FORMATS
     if format not in FORMATS and type(format).pack_for_triton is not WeightFormat.pack_for_triton
 ]
 U32 = bounds.U[torch.float32]
@@ -74,7 +73,7 @@ def format_label(value) -> str:
 def make_linear(
     n: int, k: int, format, dtype: torch.dtype, bias: bool = False, kind: type[LinearBase] = Linear, **options
 ):
-    """Makes a random layer of class kind, not packed for the kernels."""
+    """Makes a layer of class kind, not packed for the kernels. Random weights are quantized as by quantize.py."""
     w = kind(k, n, bias, **options)
     torch.nn.init.normal_(w.weight)
     if bias:
