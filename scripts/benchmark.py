@@ -7,7 +7,7 @@
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
     python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
 
-These lines name no command, which means the command "speed". Two commands are for GPUs:
+Without the name of a command, benchmark.py runs the command "speed". Two commands are for GPUs:
 
     python scripts/benchmark.py check --precision bfloat16      # every kernel against PyTorch
     python scripts/benchmark.py gpu --minutes 9                 # checks, then a table of models, formats and engines
@@ -122,12 +122,12 @@ def add_gpu_commands(subparsers):
     add = parser.add_argument
     add("--tune", action="store_true", help="tune the launches of our kernels for each model first")
     add("--only", default="", metavar="TEXT", help="only jobs whose name contains TEXT")
-    add("--minutes", type=float, default=9, help="no job goes on beyond these (default: %(default)s)")
+    add("--minutes", type=float, default=9, help="stop all jobs after these minutes (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON (default: %(default)s)")
 
     parser = add_command(subparsers, gpu_jobs.transformers)
     add = parser.add_argument
-    add("--config", required=True, help="as of speed, of a Llama")
+    add("--config", required=True, help="as for the command speed, but only a Llama")
 
 
 def add_checkpoint_commands(subparsers):
@@ -135,7 +135,7 @@ def add_checkpoint_commands(subparsers):
     add = parser.add_argument
     common_args.add_checkpoint_path(parser, help="a model.pth, not quantized")
     add("--text_file", type=Path, required=True, help="the text to predict")
-    add("--calibration_text", type=Path, required=True, help="int4-gptq's, another text")
+    add("--calibration_text", type=Path, required=True, help="another text, for int4-gptq")
     add("--json_file", type=Path, help="where the result goes too")
 
     parser = add_command(subparsers, real_models.speculation)

@@ -27,8 +27,9 @@ from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from utils.errors import UsageError
 
 SETTINGS = {"config.json", "generation_config.json", "quantize_config.json", "quant_config.json", *TOKENIZER_FILES}
-# A file -> a pattern of the weights' files of a repository that has this file or its index.json. The first row that
-# applies counts. consolidated*.safetensors is left out: it holds a second copy of the weights, under other names.
+# file -> pattern: for a repository with the file, or the file's index.json, the weights are what matches the pattern.
+# The first row that applies counts. consolidated*.safetensors is left out: a second copy of the weights, under other
+# names.
 WEIGHTS = {
     "model.safetensors": r"(?!consolidated)[^/]+\.safetensors",
     "pytorch_model.bin": r"pytorch_model[^/]*\.bin",

@@ -1,4 +1,4 @@
-"""The tests. Which files hold which part of the project:
+"""The tests. These test files test the parts of the project:
 
     model.py, layers.py, rope.py    test_model (every family), test_grok_and_baichuan, test_mixtral, test_mxfp4
     config.py                       test_hf_config
@@ -27,25 +27,25 @@
     the pages, examples             test_readme, test_add_a_model, test_examples
     everything at once              test_robust (no memory, kill -9, Ctrl-C), test_fuzz (broken files)
 
-What the tests share:
+Helpers and fixtures of several test files:
 
     tests/tiny.py                 tiny random checkpoints of every family, made with transformers
     tests/tiny_gguf.py            tiny GGUF files
     tests/tiny_tokenizers.py      tokenizers of all styles
     tests/quantized_folders.py    tiny quantized checkpoints, as other projects write them
     tests/byte_models.py          small models whose tokens are bytes, and generate.py called on them
-    tests/hub.py                  a server that plays the Hugging Face hub
+    tests/hub.py                  a server with the API of the Hugging Face hub
     tests/serving.py              two tiny models behind scripts/serve.py, and clients
-    tests/fixtures.py             each family's two models; conftest.py loads the file
+    tests/fixtures.py             both models of each family; conftest.py loads the file
     tests/conftest.py             which test files come first
-    tests/cpu_kernels.py          what the tests of the C++ kernels share
+    tests/cpu_kernels.py          helpers and fixtures of the tests of the C++ kernels
     tests/compile_triton.py       compiles the Triton kernels for GPUs that are not here
     tests/compiler.py             a C++ compiler that takes no time
-    tests/forks.py                commands in forks of the test's process, to stop them or to give them little memory
+    tests/forks.py                runs commands in forks of the test's process, stopped or with little memory
     tests/kernel_loader.py        loads the C++ kernels in processes of their own, for test_kernels_builds
     tests/worker.py               runs commands in one process, for test_fuzz
-    tests/tp_ranks.py             what torchrun starts, for test_tp
-    tests/threads_test.cpp        what test_threads compiles
+    tests/tp_ranks.py             the program of a rank, which torchrun starts, for test_tp
+    tests/threads_test.cpp        the C++ program of test_threads
 
-A fixture of several files is in fixtures.py, or in the file that a test file names in pytest_plugins.
+A fixture of several test files is in fixtures.py, or in a file that they name in pytest_plugins.
 """

@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torc
 
 import pytest
 
-pytest.register_assert_rewrite("tests.serving")  # or it would be imported before pytest knows that it has fixtures
+pytest.register_assert_rewrite("tests.serving")  # pytest must know the module before its import
 
 # Files that take longest for their tests, in this order. The two processes of test.sh take file after file, and should
 # end together, so the last files must be short. The demo compiles the kernels while Triton's interpreter needs none.

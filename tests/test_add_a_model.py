@@ -52,7 +52,7 @@ import torch
 import kernels.build
 
 import ops
-import kernels.triton.linear  # its operations, which run in Triton's interpreter
+import kernels.triton.linear  # registers the operations, which run in Triton's interpreter
 from formats.nf4 import NF4, VALUES
 from tests import tiny
 
@@ -157,7 +157,7 @@ def test_diff_does_what_the_page_says(name, tree):
     subprocess.run(["git", "apply", "--unidiff-zero", "-"], input=diff, text=True, cwd=tree, check=True)
     (tree / "tests/test_more.py").write_text(tests)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_more.py", *others]
-    env = os.environ | {"CXXFLAGS": "-O0"}  # if it compiles the kernels anew, that takes less time so
+    env = os.environ | {"CXXFLAGS": "-O0"}  # less time to compile the kernels
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout
     (n_passed,) = re.findall(r"(\d+) passed", done.stdout)

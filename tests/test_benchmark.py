@@ -375,4 +375,4 @@ def test_speculation(draft, checkpoint, tmp_path, monkeypatch, calls_here, capsy
 
 def test_tokens_per_step():
     assert real_models.tokens_per_step([3, 0, 1]) == (3 * 1 + 1 * 3) / 4
-    assert real_models.tokens_per_step([0, 0]) == 0  # it ended with prefill's token
+    assert real_models.tokens_per_step([0, 0]) == 0  # texts that ended with prefill's token

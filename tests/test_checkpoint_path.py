@@ -50,7 +50,7 @@ def test_a_folder_is_converted_once(folder, capsys):
         call_main(generate.main, "--checkpoint_path", path, *RUN)
         again, err = capsys.readouterr()
         assert (again, model.stat().st_mtime_ns) == (out, first) and "Converting" not in err
-    make_older(model, 3600)  # than its sources
+    make_older(model, 3600)  # older than the sources
     call_main(generate.main, "--checkpoint_path", folder, *RUN, "--draft_checkpoint_path", folder)
     again, err = capsys.readouterr()
     assert again == out and err.count("Converting") == 1 and model.stat().st_mtime_ns > first

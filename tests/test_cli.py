@@ -158,7 +158,7 @@ def test_compiled_is_eager(chat_model, ask):
 def test_process(recall_model, prompt, status):
     """In a process of its own, generate.py prints the one JSON object or nothing to stdout, and nothing or one line to
     stderr."""
-    python = [sys.executable, "-I"] if status == 0 else [sys.executable]  # -I: without the script's folder in its path
+    python = [sys.executable, "-I"] if status == 0 else [sys.executable]  # -I: sys.path lacks the script's folder
     command = [*python, ROOT / "generate.py", f"--checkpoint_path={recall_model / 'model.pth'}", "--device=cpu"]
     done = subprocess.run([*command, f"--prompt={prompt}", "--json"], capture_output=True, text=True)
     assert done.returncode == status and (done.stdout + done.stderr).count("\n") == 1

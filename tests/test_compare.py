@@ -56,7 +56,7 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
     renamed = rename_gguf_tensors(stored, back, torch.bfloat16, find_architecture(meta))
     write_model(tmp_path / "back.pth", CanonicalCheckpoint(back, *renamed))
     _, _, tensors = read_checkpoint(tmp_path / "back.pth")
-    # A GGUF has the divisors of RoPE's frequencies, and not the rule that they come from.
+    # A GGUF has the divisors of RoPE's frequencies, and not the rule that gives the divisors.
     assert replace(back, rope_scaling=config.rope_scaling) == config
     torch.testing.assert_close(rope_frequencies(back, length=1), rope_frequencies(config, length=1))
     assert tensors.keys() == weights.keys() and all(torch.equal(t, weights[name]) for name, t in tensors.items())
@@ -102,7 +102,7 @@ def test_a_gguf_of_any_architecture(family, tokens_read, tmp_path, monkeypatch):
     sizes = compare_speed.bytes_per_token(files)
     assert sizes.keys() >= {name for pair in compare.PAIRS + compare.PAIRS_OF_FILE for name in pair}
     cache = 2 * 2 * 3 * 2 * 16 * tokens_read
-    assert sizes["file"] - cache == 2 * (sizes["bf16"] - cache)  # it is float32
+    assert sizes["file"] - cache == 2 * (sizes["bf16"] - cache)  # the file's weights are float32
     monkeypatch.setattr(llama_cpp, "llama_model_quantize", lambda *args: 1)
     with pytest.raises(UsageError, match="llama.cpp cannot make BF16 of .*m.gguf"):
         compare_files.make_theirs(files, threads=1)
@@ -165,7 +165,7 @@ def test_medians_over_rounds():
 )
 def test_one_line_for_a_mistake(missing, flags, words, monkeypatch, capsys):
     if missing:
-        monkeypatch.setitem(sys.modules, "llama_cpp", sys)  # as if it were here
+        monkeypatch.setitem(sys.modules, "llama_cpp", sys)  # as if llama_cpp were installed
         monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(sys, "argv", f"compare_llama_cpp.py --config TinyLlama-1.1B {flags}".split())
     with pytest.raises(SystemExit) as exit:

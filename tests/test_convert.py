@@ -28,7 +28,7 @@ from utils.files import ROOT
 
 def hub_config(config: dict) -> dict:
     """Returns a transformers-5 config.json in the form that older versions wrote to the hub."""
-    if config["model_type"] == "dbrx":  # its attn_config has the rest
+    if config["model_type"] == "dbrx":  # attn_config has the rest
         return {name: x for name, x in config.items() if name not in ("rope_parameters", "num_key_value_heads")}
     rope = config.pop("rope_parameters")
     old = config | {"torch_dtype": config.pop("dtype"), "rope_scaling": None}
@@ -48,7 +48,7 @@ def hub_config(config: dict) -> dict:
         old.pop("head_dim", None)
     if old["num_key_value_heads"] == old["num_attention_heads"]:
         del old["num_key_value_heads"]
-    if "use_sliding_window" in old:  # Qwen states a window and switches it off
+    if "use_sliding_window" in old:  # Qwen names a window, and switches the window off
         old |= {"sliding_window": 131072, "max_window_layers": 28}
         old.pop("layer_types", None)
     if not old["tie_word_embeddings"]:

@@ -51,7 +51,7 @@ def test_rescoring_gives_the_same_log_probabilities(family, both_models, monkeyp
     seen = []
 
     def sample_and_note(logits, *options):
-        seen.append(logits.clone())  # the next step overwrites them
+        seen.append(logits.clone())  # the next step overwrites the logits
         return sample(logits, *options)
 
     sample = runner_module.sample
@@ -258,7 +258,7 @@ def test_kernels_compile(family, both_models):
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])
 def test_compiled_prefill(family, both_models, monkeypatch, without_inductor):
-    if family == "mixtral":  # its experts are not compiled, and the rest is as in llama3
+    if family == "mixtral":  # experts are not compiled, and the other layers are llama3's
         without_inductor()
     monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 16)  # of two sequences
     warm, cases = [(5, 9, 1)], [(0, 2, 9), (0, 11, 9), (29, 5, 9), (0, 1, 9), (0, 63, 2)]

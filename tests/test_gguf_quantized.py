@@ -36,10 +36,10 @@ from tests.tiny_gguf import make_llama, random_blocks, write_gguf
 from utils.errors import UsageError
 
 INT8_G16, INT8_G32 = GroupedInt8(16, torch.float16), GroupedInt8(32, torch.float16)
-F16 = 2.0**-11  # of a number, by which it may be rounded
-# What may be rounded, in steps of a code. A zero: to sixteenths of a step, of 5 bits to eighths. A product of scales:
-# it is rounded to float16, and counts as often as a code is away from the zero, at most 32 (16 and 16, for 4 and 5 bits
-# as random_blocks makes them).
+F16 = 2.0**-11  # the largest relative error of rounding to float16
+# The bound of each type's error, in steps of a code. A zero is rounded to sixteenths of a step, with 5 bits to eighths.
+# A product of scales is rounded to float16, and the error is multiplied with the distance of a code from the zero: at
+# most 32 (16 and 16, for 4 and 5 bits, as random_blocks makes them).
 BOUNDS = {
     "Q4_0": 0, "Q5_0": 0, "Q8_0": 0, "Q4_1": 1 / 32, "Q5_1": 1 / 16, "Q4_K": 1 / 32 + 32 * F16,
     "Q5_K": 1 / 16 + 64 * F16, "Q6_K": 32 * F16,
@@ -143,7 +143,7 @@ def test_which_weights_are_rounded_again():
     for default in ("Q4_K", "Q5_K"):
         stacks = [stack("embed_tokens", w=(default, 128256, 4096)), stack("lm_head", w=("Q6_K", 128256, 4096))]
         for i in range(32):
-            more = "Q6_K" if i < 4 or i >= 28 or (i - 4) % 3 == 2 else default  # as llama.cpp mixes them
+            more = "Q6_K" if i < 4 or i >= 28 or (i - 4) % 3 == 2 else default  # llama.cpp's mixture
             qkv = {"q": (default, 4096, 4096), "k": (default, 1024, 4096), "v": (more, 1024, 4096)}
             stacks.append(stack(f"layers.{i}.attention.qkv_proj", **qkv))
             stacks.append(stack(f"layers.{i}.attention.o_proj", w=(default, 4096, 4096)))

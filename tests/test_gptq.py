@@ -61,7 +61,7 @@ def test_calibration_runs_the_model():
     expected, outputs[:] = list(outputs), []
     config = gptq.GPTQConfig(32, damp=0.1, block_size=16, act_order=True)
     assert len(list(gptq.quantize_model(model, windows, torch.device("cpu"), config))) == 4 * len(model.layers) + 1
-    for i, output in enumerate(expected):  # a layer runs for its Hessians, and then for its outputs
+    for i, output in enumerate(expected):  # a layer runs twice: for the Hessians, and for the outputs
         torch.testing.assert_close(outputs[2 * i + 1], output, rtol=1e-3, atol=1e-3)
 
 

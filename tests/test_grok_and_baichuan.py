@@ -148,7 +148,7 @@ def baichuan_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor, alibi: boo
     return norm(x, w["model.norm.weight"]) @ head.T
 
 
-CASES = {  # name: (config.json, what makes the tensors of it, what gives the logits of tokens [T])
+CASES = {  # name: (config.json, function that makes the tensors, function tokens [T] -> logits)
     "grok": (GROK, lambda hf: grok_tensors(), grok_logits),
     "baichuan": (BAICHUAN | {"vocab_size": 64000}, baichuan_tensors, baichuan_logits),
     "baichuan 2": (BAICHUAN | {"vocab_size": 64003}, baichuan_tensors, baichuan_logits),

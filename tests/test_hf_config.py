@@ -42,7 +42,7 @@ ROPES = {
     "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3000.0},
     "rope_scaling": {"rope_type": "linear", "factor": 5.0},
 }
-AS_TRANSFORMERS = {  # what config.json says otherwise, which transformers reads in its own way
+AS_TRANSFORMERS = {  # changes of config.json that transformers interprets in its own way
     "longrope called yarn": ("phi3", {"rope_scaling": {"type": "yarn"} | PHI3_ROPE, "rope_parameters": None}),
     "architecture of another family": ("mistral-window", {"architectures": ["LlamaForCausalLM"]}),
     "unknown architecture": ("llama2", {"architectures": ["LLaMAForCausalLM"]}),

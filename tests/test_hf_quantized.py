@@ -324,7 +324,7 @@ def test_the_target_that_counts(tmp_path):
     def quantize_without_order(name: str, w: Tensor):
         if "layers.0.mlp" in name:
             return {f"{name}.weight": w}, w
-        has_zeros = "embed_tokens" not in name  # its 97 outputs fill no words
+        has_zeros = "embed_tokens" not in name  # 97 outputs fill no whole words of zero points
         tensors, dense = packed(name, w, bits=4, group_size=32, symmetric=not has_zeros)
         return tensors | {f"{name}.weight_g_idx": torch.full((w.shape[1],), -1)}, dense
 

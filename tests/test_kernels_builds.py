@@ -122,7 +122,7 @@ def test_builds(tmp_path, monkeypatch):
     assert [*library.parent.iterdir()] == [library] and library.stat().st_size > 0
 
     assert build_in_a_process(True, **env | {"PATH": "", "CXX": ""}) == ""
-    assert build_in_a_process(True, **env | {"CXX": "false"}) == COMPILING  # it tries first
+    assert build_in_a_process(True, **env | {"CXX": "false"}) == COMPILING  # `false` is tried, then the library serves
     said = build_in_a_process(False, **env | {"PATH": "", "CXX": "", "CXXFLAGS": "-O1"})
     assert "no C++ compiler" in said and said.count("\n") == 1
 
@@ -133,7 +133,7 @@ def test_builds(tmp_path, monkeypatch):
     assert said.startswith(f"{COMPILING}/dev/null/gpt-fast does not serve ([Errno 20] Not a directory")
     assert said.endswith(f": the kernels are in {elsewhere}\n") and said.count("\n") == 2
     assert build_in_a_process(True, **env) == ""  # found there
-    elsewhere.chmod(0o777)  # now others can write to it
+    elsewhere.chmod(0o777)  # other users can write here
     tmp_path.chmod(0o777)
     assert "another user" in build_in_a_process(False, **env)
 
@@ -170,7 +170,7 @@ def test_the_compiler_ends_with_the_process(sig, tmp_path):
             process.kill()
     state = Path(f"/proc/{pid.read_text().strip()}/stat")
     deadline = time.monotonic() + 10
-    while state.exists() and state.read_text().split()[2] != "Z":  # or it waits for its parent to be told
+    while state.exists() and state.read_text().split()[2] != "Z":  # Z: a zombie, which waits for its parent
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert not list((tmp_path / "gpt-fast").iterdir())  # nothing is left over

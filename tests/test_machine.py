@@ -62,7 +62,7 @@ def two_threads(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     for name in machine.THREAD_VARIABLES:
-        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.setenv(name, "")  # so monkeypatch restores the variable
         monkeypatch.delenv(name)
     yield
     torch.set_num_threads(before)

@@ -188,7 +188,7 @@ def test_special_tokens_and_chat(llama3):
     ids = tokenizer.encode_chat([{"role": "user", "content": " Hi<|eot_id|> "}])
     text = "user", "\n\nHi<|eot_id|>", "assistant", "\n\n"
     parts = [tokenizer.encode(part.replace("<|eot", "<\0|eot"), bos=False) for part in text]
-    del parts[1]  # its special token is text
+    del parts[1]  # a message's special token is text
     assert ids[:2] == [n, n + 6] and ids.count(n + 9) == 1 and ids[-len(parts[2]) - 1 :] == [n + 7, *parts[2]]
     assert tokenizer.decode(ids) == "user\n\nHi<|eot_id|>assistant\n\n"
 

@@ -80,7 +80,7 @@ class Evil:
         return exec, ("raise SystemExit('a pickle ran code')",)
 
 
-WRONG_FILES = {  # what is in place of model.pth, and a word of what is said of it
+WRONG_FILES = {  # content in place of model.pth, and a word of the error
     "missing": (lambda path, data: None, "does not exist"),
     "directory": (lambda path, data: path.mkdir(), "holds no model: it needs"),
     "empty": (lambda path, data: path.touch(), "truncated or not a PyTorch file"),

@@ -34,7 +34,7 @@ def test_parallel_on_the_command_line(recall_model, ask, cli, tmp_path):
     assert [r.pop("seed") for r in parallel] == [1234, 1235, 1236, 1237]
     for r in (*one_by_one, *parallel):
         for name in [name for name, value in r.items() if isinstance(value, float) or name == "peak_memory_bytes"]:
-            del r[name]  # they differ from run to run
+            del r[name]  # times differ from run to run
     assert parallel == one_by_one and [r["prompt"] for r in parallel] == ["S", "0", "W", "8"]
     printed = cli(recall_model, *flags, "--parallel=2", "--stop=34")
     assert printed == "--- prompt 1\n🙂E\n--- prompt 2\n12\n--- prompt 3\n X\n--- prompt 4\n90123\n"
@@ -137,7 +137,7 @@ def test_ctrl_c_keeps_what_is_complete(recall_model, capsys, monkeypatch):
         printed = capsys.readouterr().out
         expected = [f"--- prompt {i}\n{one.text}\n" for i, one in enumerate(sequences, 1) if one.finish_reason]
         assert printed == "".join(expected)
-        if n_left > 0:  # it ended before Ctrl-C
+        if n_left > 0:  # the run ended before Ctrl-C
             break
     assert interrupted_at > 40
 

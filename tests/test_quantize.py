@@ -153,7 +153,7 @@ def test_a_format_id_is_a_position_in_the_table():
 
 def test_a_mode_names_one_class():
     assert len({format_class.mode for format_class in formats.FORMATS}) == len(formats.FORMATS)
-    assert format_from_dict({"mode": "int8", "groupsize": 16}) == GroupedInt8(16)  # as earlier versions wrote it
+    assert format_from_dict({"mode": "int8", "groupsize": 16}) == GroupedInt8(16)  # an earlier version's header
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_header_that_names_none(quantization):
         format_from_dict(quantization)
 
 
-E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all of its values, and two NaN
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all values of e4m3, and two NaN
 E2M1 = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)])
 
 

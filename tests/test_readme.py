@@ -82,7 +82,7 @@ def tree(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in ELSEWHERE)])
 def test_command(command, tree, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tree)
-    if "--cold_start" in command and build.library():  # it compiles the kernels anew, which takes no time so
+    if "--cold_start" in command and build.library():  # with an empty cache, so the kernels are compiled
         monkeypatch.setenv("CXX", write_compiler(tmp_path / "compiler"))
     command = command.replace("meta-llama/Llama-3.2-1B", "M").replace("TinyLlama-1.1B", "checkpoints/M/config.json")
     if command.startswith("torchrun"):
@@ -116,7 +116,7 @@ def calls_of_script(command: str, tree: Path) -> list[list[str]]:
 def run_python(arguments: list[str], less: dict[str, list[str]] = LESS):
     """Calls the main of the script in arguments, with the arguments that less adds."""
     names = [Path(word).name for word in arguments]
-    name = next(name for name in names if name in MAINS)  # a launcher may stand before it
+    name = next(name for name in names if name in MAINS)  # a launcher may stand before the script
     call_main(MAINS[name], *arguments[names.index(name) + 1 :], *less.get(name, []))
 
 

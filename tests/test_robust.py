@@ -35,7 +35,7 @@ def big(tmp_path_factory):
     write_gguf(folder / "m.gguf", make_llama(**sizes))
     convert(folder)
     (folder / "text").write_text("It was the best of times, it was the worst of times. " * 5)
-    build.library()  # now, or it would be a part of the run by which stop() times the others
+    build.library()  # before stop() measures the time of a run
     return folder
 
 
@@ -81,7 +81,7 @@ def test_kill_leaves_whole_files(big, tmp_path, command, names):
         now = [file.read_bytes() for file in files]
         new = new or now
         assert all(a in (b, b"old") for a, b in zip(now, new, strict=True))
-        assert now[0] == b"old" or now == new  # where model.pth is, its tokenizer is too
+        assert now[0] == b"old" or now == new  # a new model.pth has its tokenizer
         for file in files:
             file.unlink()  # not through a link
             file.write_bytes(b"old")

@@ -122,8 +122,8 @@ def test_end_tokens_and_cancelled_sequences_leave_the_others_alone(both_models):
         for update in scheduler.step():
             found[update.sequence] += update.new_ids
         if len(found[sequences[0]]) == 2:
-            scheduler.cancel(sequences[0])  # it runs
-            scheduler.cancel(sequences[7])  # it waits
+            scheduler.cancel(sequences[0])  # runs
+            scheduler.cancel(sequences[7])  # waits
     assert found[sequences[0]] == expected[0][:2] and found[sequences[7]] == []
     for i in (1, 2, 3, 4, 5, 6):
         assert found[sequences[i]] == expected[i]
@@ -142,7 +142,7 @@ def test_random_numbers_are_a_prompts_own(both_models):
     assert first == sample(8, [5, 4, 7, 6, 0, 1, 3, 2]) and first[0] != first[6]  # the same prompt, another seed
     (greedy, sampled) = run(
         Scheduler(model, 2, 48),
-        [Sequence(prompts[1], 8), Sequence(prompts[1], 8, params, seed=1)],  # each with options of its own
+        [Sequence(prompts[1], 8), Sequence(prompts[1], 8, params, seed=1)],  # two sets of options
     )
     assert sampled == first[1] and greedy == run_alone(model, prompts[1], 8)
 
@@ -177,8 +177,8 @@ def test_a_text_stays_for_later_prompts_as_long_as_another_slot_is_older(both_mo
             run(scheduler, [Sequence(prompt, n) for prompt in prompts])
         return sum(n_computed) - len(prompts) * (n - 1)
 
-    assert n_prefilled(texts[0]) == n_prefilled(texts[1]) == 20  # one after the other, each in a slot of its own
-    assert n_prefilled([*texts[0], 90], n=4) == 1  # takes the slot of what it continues
+    assert n_prefilled(texts[0]) == n_prefilled(texts[1]) == 20  # one after the other, in two slots
+    assert n_prefilled([*texts[0], 90], n=4) == 1  # takes the slot of the text that the prompt continues
     assert n_prefilled(texts[2]) == 20  # the third slot
     assert n_prefilled(texts[3]) == 20  # in place of the oldest text, which is texts[1]
     assert n_prefilled([*texts[0], 91]) == n_prefilled([*texts[2], 92]) == n_prefilled([*texts[3], 93]) == 1

@@ -49,7 +49,7 @@ def test_objects(chat_server, complete, chat):
     assert chunks[-1].usage == found.usage and chunks[-1].choices == []
     roles = [chunk.choices[0].delta.role for chunk in chunks[:-1]]
     assert roles == ["assistant"] + [None] * (len(roles) - 1)
-    assert found.usage.total_tokens == 160 or found.choices[0].finish_reason == "stop"  # all that fits, or its end
+    assert found.usage.total_tokens == 160 or found.choices[0].finish_reason == "stop"  # the context, or an end token
 
 
 def test_messages_as_openai_writes_them(chat):
@@ -127,7 +127,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(complete, chat_server, monkey
     [
         ("0", ["456"], "123", "stop"),  # a token is a byte
         ("0", ["9X", "78", "6789"], "123456", "stop"),
-        ("0", "4X", "123456789012", "length"),  # what may be its beginning is held back
+        ("0", "4X", "123456789012", "length"),  # text that may begin the stop string is held back
         ("0", ["2X", "12X"], "123456789012", "length"),
         ("S", "E", "🙂", "stop"),
         ("S", "🙂", "", "stop"),
@@ -145,7 +145,7 @@ def test_stop(prompt, stop, text, reason, complete_recall):
 def test_a_stop_text_ends_one_of_several_texts(complete_recall):
     found = complete_recall(prompt=["0", "5"], stop="3", max_tokens=6)
     assert [c.text for c in found.choices] == ["12", "678901"]
-    assert found.usage.completion_tokens == 9  # and nothing is computed after it
+    assert found.usage.completion_tokens == 9  # and nothing after the stop string
 
 
 def score(server, ids: list[int], n_prompt: int) -> torch.Tensor:
@@ -187,7 +187,7 @@ def test_logprobs_of_a_completion(stream, complete, chat_server):
     expected = score(chat_server, [*b"Hello", *new], 5)
     assert sum(values) == pytest.approx(expected[range(12), new].sum().item(), abs=1e-3)
     for token, value, top, logprobs in zip(tokens, values, tops, expected, strict=True):
-        assert top[token] == value and len(top) in (4, 5)  # the token is among them, too
+        assert top[token] == value and len(top) in (4, 5)  # the top ones, and the token itself
         assert sorted(top.values())[-4:] == pytest.approx(sorted(logprobs.topk(4).values.tolist()), abs=1e-4)
 
 

@@ -149,7 +149,7 @@ def test_many_requests_leave_memory_flat(processes):
     with ThreadPoolExecutor(8) as pool:
         before = resident_after(range(200))
         grown = resident_after(range(n)) - before
-    assert grown < n * size / 8  # a server that keeps what it reads grows by eight times as much
+    assert grown < n * size / 8  # a server that kept the requests would grow eight times as much
 
 
 def wait_until_closed(server):

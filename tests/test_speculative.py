@@ -133,7 +133,7 @@ class ToyRunner:
 
     def __init__(self, table: torch.Tensor, params: SamplingParams, text: list[int]):
         self.table, self.tokens = table, list(text)
-        self.model = torch.nn.LayerNorm(1)  # whose bytes are its cost, as draft and as model
+        self.model = torch.nn.LayerNorm(1)  # the cost is the model's bytes, for draft and model
         self.model.config = SimpleNamespace(vocab_size=V, moe=None)
         self.sampler = Sampler(params, torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
         self.prefill = self.decode = self.build_step(self.sampler)
@@ -222,7 +222,7 @@ def test_lookup_proposes_what_came_after():
     assert propose("ababab", 5) == "ababa"  # and so on
     lookup.rewind(1)  # from here on another text: nothing of the first is left
     assert propose("babcbabdab", 2) == "da"
-    lookup.rewind(10)  # the same text goes on: all of it is
+    lookup.rewind(10)  # the same text goes on, so all of the text is kept
     assert propose("babcbabdabd", 2) == "ab"
 
 

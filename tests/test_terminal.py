@@ -23,11 +23,11 @@ from cli.script import run_script
 from engine.chat import Conversation
 from tests.byte_models import set_up
 
-# A conversation's text is its messages. So recall_model, which counts on after a digit, goes on with the last message.
+# The template writes only the messages. So recall_model, which counts on after a digit, continues the last message.
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if not loop.last %}</s>{% endif %}{% endfor %}"
 UP, LEFT, RIGHT, HOME, END, BACKSPACE = "\x1b[A", "\x1b[D", "\x1b[C", "\x1b[H", "\x1b[F", "\x7f"
 ALT_ENTER, CTRL_C, CTRL_D = "\x1b\r", "\x03", "\x04"
-PROMPT = ">\b\x1b[2C"  # an empty prompt, as prompt_toolkit draws it when it reads
+PROMPT = ">\b\x1b[2C"  # an empty prompt, as prompt_toolkit draws it
 
 
 @pytest.fixture(scope="module")

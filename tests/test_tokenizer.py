@@ -172,7 +172,7 @@ def test_tokenizer_model_like_transformers(tmp_path, legacy, form):
     assert set(ours.eos_ids()) == {32001}
     assert ours.encode("a<think>") == [1, 264, 32002]
     assert ours.vocab_size == 32003 and ours.decode([32000, 22557, 32001, 40000, 32002]) == "Hello<think>"
-    ours.drop_special_tokens(32000)  # of a model that has no embedding for them
+    ours.drop_special_tokens(32000)  # the model has no embedding for these tokens
     assert ours.vocab_size == 32000 and max(ours.encode("a<think><|im_end|>")) < 32000
 
 
@@ -371,7 +371,7 @@ GEMMA = """{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exceptio
         ("{% for m in messages %}{{ '<s>' + m.role + ': ' + m.content + '\n' }}{% endfor %}", None),
         ("{% for m in messages %}{{ '<s>' + m.content }}{% endfor %}", None),
         ("{% for m in messages %}{{ m.content + ' END</s>' }}{% endfor %}", None),
-        ("{{ messages[0].content }}</s>", None),  # an answer has no place in it
+        ("{{ messages[0].content }}</s>", None),  # a template without a place for an answer
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", None),
         ("{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}</s>", None),
         ("{% if %}", None),

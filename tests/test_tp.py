@@ -69,7 +69,7 @@ def files(tmp_path_factory) -> Path:
 
 @dataclass
 class Job:
-    found: dict  # what it has compared
+    found: dict  # the results of compare
     returncode: int
     stderr: str
 
@@ -112,8 +112,8 @@ def test_ranks_compute_the_same(jobs, name, n):
     r = jobs[n].found[name]
     assert r["same"] and r["agreed"] and r["error"] < FLOAT32_ERROR
     errors = r["errors in bfloat16"]
-    # Kernels round once, after the residual; PyTorch before it and after it. Ranks take some of the kernels' operations
-    # and some of PyTorch's.
+    # Kernels round once, after the residual. PyTorch rounds before and after the residual. Ranks use kernels for some
+    # operations, and PyTorch for others.
     assert errors["ranks"] < error_growth(n, n_alone=1) * errors["kernels"]
     assert errors["ranks"] < error_growth(n, n_alone=2) * max(errors["kernels"], errors["PyTorch"])
     every_rank_has_all = name in ("olmo2", "act-order olmo2")

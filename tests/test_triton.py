@@ -67,7 +67,7 @@ def fast_interpreter():
     def patch_builtins(package, builder, scope):
         for name in builtin_names(package):
             member = getattr(package, name)
-            if is_builtin(member):  # else it is patched already
+            if is_builtin(member):  # an already patched member is not builtin
                 interpreter._patch_attr(package, name, member, builder, scope)
 
     with pytest.MonkeyPatch.context() as context:
@@ -146,7 +146,7 @@ def test_dequantize_packed(format, n_experts):
         w = make_linear(n, k, format, torch.float32, n_experts=n_experts, kind=LinearBase)
         checkpoint_weight, expected = w.weight, w.dequantized_weight(torch.float32)
         use_triton(w)
-        assert (w.weight.data_ptr() == checkpoint_weight.data_ptr()) == isinstance(format, Int8)  # read as it is
+        assert (w.weight.data_ptr() == checkpoint_weight.data_ptr()) == isinstance(format, Int8)  # Int8 is not packed
         assert torch.equal(w.dequantized_weight(torch.float32), expected)
         if n_experts is not None:
             for experts in (1, torch.tensor([2, 0])):

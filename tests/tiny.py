@@ -100,7 +100,7 @@ DBRX = {
     "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 6, "moe_top_k": 3},
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
 }
-FAMILIES = {  # name: (transformers' config, what it changes in SIZES)
+FAMILIES = {  # name: (transformers' config, changes of SIZES)
     "llama2": (hf.LlamaConfig, {"num_key_value_heads": 4}),
     "llama3": (hf.LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama-linear": (hf.LlamaConfig, {"rope_parameters": LINEAR}),
@@ -140,7 +140,7 @@ def make_hf(family: str, **sizes):
     torch.manual_seed(0)
     config_class, changes = FAMILIES[family]
     config = config_class(**SIZES | changes | sizes)
-    if family == "dbrx":  # it only knows hidden_size by the name of d_model here
+    if family == "dbrx":  # ffn_config does not take hidden_size from d_model
         config.ffn_config.hidden_size = config.hidden_size
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for name, p in model.named_parameters():  # biases and norms that matter

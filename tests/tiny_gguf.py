@@ -158,7 +158,7 @@ def random_blocks(qtype: gguf.GGMLQuantizationType, shape: tuple[int, ...], rng)
     blocks have a minimum, too, the minimum is at most as many codes away from 0 as there are codes."""
     blocks = rng.integers(0, 256, gguf.quant_shape_to_byte_shape(shape, qtype), dtype=np.uint8)
     blocks = blocks.reshape(-1, gguf.GGML_QUANT_SIZES[qtype][1])
-    floats = {  # where they are, and how large
+    floats = {  # byte in the block: size
         "Q4_0": {0: 0.01}, "Q4_1": {0: 0.01, 2: -0.07}, "Q5_0": {0: 0.005}, "Q5_1": {0: 0.005, 2: -0.07},
         "Q8_0": {0: 0.001}, "Q2_K": {80: 0.003, 82: 0.003}, "Q3_K": {108: 0.001}, "Q4_K": {0: 2e-4, 2: 7e-4},
         "Q5_K": {0: 1e-4, 2: 7e-4}, "Q6_K": {208: 3e-5},

@@ -73,7 +73,7 @@ MODES = {mode for _, _, options, _ in CASES.values() for mode in options[:1]}
 CASES |= {mode: ("llama3", {}, [mode], (2,)) for mode in formats.MODES if mode not in MODES}  # of new formats
 COMPILED = "mixtral"  # the case that 2 ranks also run with torch.compile, without kernels
 GREEDY, SPECULATE = ["--temperature", "0"], ["--ignore_eos", "--prompt", "ab ab ab", "--temperature", "0"]
-COMMANDS = {  # name: (what generate.py gets beside the checkpoint, its standard input; FOLDER is where the files are)
+COMMANDS = {  # name: (arguments of generate.py besides the checkpoint, standard input); FOLDER: the files
     "rows": (["--json", "--batch_size", "3", "--ignore_eos", *GREEDY], None),
     "sampling": (["--json", "--num_samples", "3", "--top_p", "0.9"], None),
     "lookup": (["--json", "--prompt_lookup", *SPECULATE], None),

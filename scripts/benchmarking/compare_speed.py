@@ -36,7 +36,7 @@ from utils.machine import read_bandwidth
 OOM_HINT = "end other programs, or compare a smaller model"
 PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL
 TASKS = ("decode", "prefill")
-PAUSE = 0.1  # seconds before each measurement, in which the other side's threads stop to spin
+PAUSE = 0.1  # seconds before each measurement, in which the threads of the other side stop spinning
 CPU = torch.device("cpu")
 
 

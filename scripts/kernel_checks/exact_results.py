@@ -6,7 +6,7 @@ Sums of exact data lose nothing, so even the smallest error in a zero point show
     x                           small integers
     weights of norms            powers of two
     weights of 16 or 32 bits    multiples of 1/16
-    weights of Int4             any: the magic bias (kernels/triton/elements.py: int4_pair) costs nothing
+    weights of Int4             any: sums are exact with the magic bias, too (kernels/triton/elements.py: int4_pair)
 
 All tensors are made on PyTorch's default device. `with torch.device("cuda"):` changes the default device.
 """
@@ -134,7 +134,7 @@ def exact_linear(n: int, k: int, format, dtype: torch.dtype, **options):
 
 
 def exact_norm(k: int, dtype: torch.dtype) -> RMSNorm:
-    norm = RMSNorm(k, eps=0.1)  # enough to matter
+    norm = RMSNorm(k, eps=0.1)  # so large that a wrong eps shows
     norm.weight.data = (2.0 ** torch.randint(-1, 2, (k,))).to(dtype)
     return norm
 
