@@ -60,7 +60,7 @@ def make_model(format, dtype: torch.dtype, act_order: bool = False, **config) ->
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", [Unquantized(), Int8(), Int4(32), Float8()], ids=format_label)
-def test_replayed_is_computed(format, dtype, family):
+def test_replay_equals_the_step(format, dtype, family):
     """A replay equals the computed step, with one thread or two, for one token and for several, at any start_pos, and
     when shapes alternate."""
     model = make_model(format, dtype, **FAMILIES[family])
@@ -175,7 +175,7 @@ def test_graphs_are_bounded():
 
 @built
 @pytest.mark.parametrize("operation", [lambda x: x * 2, lambda x: x.clone(), torch.softmax, lambda x: x.sum().item()])
-def test_what_is_no_operation_raises(operation):
+def test_other_operations_raise(operation):
     """An operation that an OpList cannot hold raises, and the next capture works."""
     model = make_model(Unquantized(), torch.float32)
     kv_cache, token, position = KVCache(model, 1, 8), torch.tensor([[5]]), torch.zeros(1, dtype=torch.long)

@@ -82,7 +82,7 @@ def fed(monkeypatch):
 
 @pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | lower")])
 @pytest.mark.parametrize("args", [["--chat"], ["--interactive", "--system=Be brief"]])
-def test_conversation_is_a_fresh_prefill(chat_model, cli, fed, tmp_path, args, template):
+def test_cached_answers_equal_uncached_ones(chat_model, cli, fed, tmp_path, args, template):
     """An answer equals one with an empty cache, and prefill computes only tokens that are not in the cache."""
     for name in ("model.pth", "tokenizer.json"):
         (tmp_path / name).symlink_to(chat_model / name)
@@ -170,7 +170,7 @@ def test_the_oldest_messages_are_forgotten(chat_model, conversation, fed):
     assert 2 < sum(n > 0 for n in n_dropped) < 8 and not any(n % 2 for n in n_dropped)
 
 
-def test_an_answer_goes_on(chat_model, conversation):
+def test_continued_answer(chat_model, conversation):
     """A continued answer has the tokens of an uninterrupted one, even if older messages had to be forgotten."""
     question = {"role": "user", "content": "Hi"}
     _, expected = fresh_answer(chat_model, [*conversation.system, question])
@@ -194,7 +194,7 @@ def test_an_answer_goes_on(chat_model, conversation):
     assert conversation.messages[-1]["content"] == said + bytes(expected).decode()
 
 
-def test_what_cannot_go_on(conversation):
+def test_what_cannot_be_continued(conversation):
     with pytest.raises(UsageError, match="no cut answer"):
         conversation.continue_answer()
     "".join(conversation.answer("x" * 140))
@@ -210,7 +210,7 @@ def test_what_cannot_go_on(conversation):
         conversation.continue_answer()
 
 
-def test_notes(chat_model, monkeypatch, capsys):
+def test_notes_on_stderr(chat_model, monkeypatch, capsys):
     """stderr has all notes, in order, and stdout has only the four answers."""
     said = f"/what\n/help\nHi\n/DROP\n{'x' * 200}\n{'x' * 155}\nHi\n/reset\n"
     said += "/drop\n/drop it\n/save\n//drop it\n/drop\n/etc/motd\n"

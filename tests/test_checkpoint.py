@@ -125,7 +125,7 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_files_that_are_no_checkpoint(tmp_path):
     path = tmp_path / "model.pth"
     good = {"format": CHECKPOINT_VERSION, "config": {}, "quantization": None, "tensors": {}}
     for content, match in [

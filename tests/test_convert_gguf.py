@@ -84,7 +84,7 @@ def test_quantized_tensors_of_several_matrices_are_split(family, qtype, tmp_path
     same_logits(tmp_path / "model.pth", theirs)
 
 
-def test_what_metadata_lack(tmp_path):
+def test_options_that_metadata_lack(tmp_path):
     """Options that the metadata lack follow from the published sizes: Gemma 2 27B and Gemma 3 27B divide their scores
     by the square roots of 144 and 168."""
     for name, sizes, query_dim in [
@@ -125,7 +125,7 @@ def test_parts(assert_refused, tmp_path):
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_what_is_needed_is_said(missing, tmp_path):
+def test_what_is_missing_is_named(missing, tmp_path):
     """A folder in place of a file, and a missing gguf package, are refused in one line, also under python -I."""
     code = f"""
 import runpy, sys

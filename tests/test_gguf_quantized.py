@@ -113,7 +113,7 @@ def test_groups_far_from_zero_are_rounded_again():
         ("Q4_0", SMALLER_INT4, 0.5),
     ],
 )
-def test_what_is_rounded_again_says_so(name, format, largest):
+def test_reported_rounding_error(name, format, largest):
     """The reported error is that of rounding to a 254th, or a 15th, of the range of a group's codes: a step divided by
     the root of 12."""
     groups = decode_rows(random_rows(name), GGMLType[name])
@@ -201,7 +201,7 @@ def test_formats_that_save_nothing():
     assert stack.format == INT4
 
 
-def test_no_bits_are_lost_in_vain():
+def test_8_bits_stay_if_no_format_fits():
     """If even 4 bits would exceed the size limit, weights of 8 bits stay 8 bits."""
     stack = make_stack("lm_head", w=("Q8_0", 64, 32))
     choose_formats([stack], 0)

@@ -104,7 +104,7 @@ def test_versions_that_look_like_others():
     assert infer_llama_version(large | {"n_kv_heads": 8}, False) == ("Llama 2", 4096, 0)
 
 
-def test_what_params_may_say(tmp_path, capsys):
+def test_optional_fields_of_params(tmp_path, capsys):
     """max_seq_len of params.json is the context. The weights' file may have another name, and a tied head may be left
     out."""
     model = make_hf("llama2", num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5)

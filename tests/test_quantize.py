@@ -371,7 +371,7 @@ def test_formats_of_four_bits_take_inputs_in_eights_or_32s():
             quantize.check_input_widths(weights, format)
 
 
-def test_what_a_checkpoint_says_of_its_format_is_read():
+def test_format_headers_of_existing_files():
     """The words in the header of existing files are read, so the words must not change."""
     for format, quantization in [
         (Int8(), {"mode": "int8"}),

@@ -110,7 +110,7 @@ def test_repetition_penalty_equals_transformers(both_models):
 
 @settings(deadline=None)
 @given(st.data())
-def test_a_caches_tokens_are_the_texts(both_models, data):
+def test_a_cache_holds_the_tokens_of_the_text(both_models, data):
     """The ids and keys in a cache are the text's, after they are stored, copied, swapped, and stored again from an
     earlier position on."""
     n_texts, length, vocab_size = 3, 12, 9
@@ -157,7 +157,7 @@ def sorted_distribution(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("vocab_size", [12, 1280, 5000])  # the last is no multiple of CHUNK
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999, 1 - 1e-7])
-def test_top_p_is_what_sorting_would_leave(vocab_size, top_p):
+def test_top_p_equals_sorting(vocab_size, top_p):
     """The logits have few likely tokens, many, and ties, of which the first ones are kept."""
     noise = 3 * torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
     for logits in (noise, 3 * noise, noise.round(), (noise > 2).float(), torch.zeros(3, vocab_size)):
@@ -209,7 +209,7 @@ ONE_TOKEN.append(SamplingParams(1e-300))
 
 
 @pytest.mark.parametrize("params", ONE_TOKEN, ids=str)
-def test_nothing_left_but_the_likeliest(params):
+def test_options_that_leave_only_the_likeliest(params):
     logits = torch.randn(500, 97, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sample(logits, params), logits.argmax(-1))
 

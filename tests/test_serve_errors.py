@@ -98,7 +98,7 @@ def test_errors_as_openais_client_sees_them(chat_server, recall_server, complete
     assert complete_recall(prompt="0", max_tokens=2).choices[0].text == "12"
 
 
-def test_a_request_may_have_so_many_bytes(chat_server, monkeypatch):
+def test_a_request_that_is_too_large(chat_server, monkeypatch):
     monkeypatch.setattr(serve, "MAX_BODY", 100_000)
     body = json.dumps({"prompt": "a", "user": ""}).encode()
     fits = body.replace(b'""', b'"%b"' % (b"x" * (100_000 - len(body))))
@@ -109,7 +109,7 @@ def test_a_request_may_have_so_many_bytes(chat_server, monkeypatch):
     check_error(ask_http(chat_server, "completions", content), 413, "100000 bytes")
 
 
-def test_a_request_may_take_so_long_to_arrive(chat_server, monkeypatch):
+def test_a_request_that_takes_too_long(chat_server, monkeypatch):
     """A client that stops sending gets an error after a while, and does not keep the server from ending."""
     monkeypatch.setattr(serve, "MAX_BODY_SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", chat_server.port), timeout=SECONDS) as connection:
@@ -118,7 +118,7 @@ def test_a_request_may_take_so_long_to_arrive(chat_server, monkeypatch):
     assert answer.startswith(b"HTTP/1.1 408 ") and b"more than 0.1 s to arrive" in answer
 
 
-def test_what_fails_in_the_completer_fails_alone(complete, chat, chat_server, monkeypatch):
+def test_an_error_in_the_completer(complete, chat, chat_server, monkeypatch):
     """After an error in the completer, waiting requests get an error, and the next ones are served."""
 
     def fail():
@@ -171,7 +171,7 @@ def objects(*values) -> st.SearchStrategy:
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(path=st.sampled_from(["completions", "chat/completions"]), body=objects() | objects(JSON) | JSON | st.binary())
-def test_whatever_is_sent_gets_an_answer(path, body, chat_server):
+def test_any_request_gets_an_answer(path, body, chat_server):
     status, content = ask_http(chat_server, path, body)
     if status != 200:
         assert 400 <= status < 500
@@ -185,7 +185,7 @@ def test_whatever_is_sent_gets_an_answer(path, body, chat_server):
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(data=st.binary())
-def test_whatever_a_connection_brings(data, chat_server):
+def test_any_bytes_of_a_connection(data, chat_server):
     with socket.create_connection(("127.0.0.1", chat_server.port), timeout=SECONDS) as connection:
         connection.sendall(data)
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: [\r\nContent-Length: 9\r\n\r\n{")

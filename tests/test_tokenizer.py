@@ -93,7 +93,7 @@ def test_messages_make_no_special_tokens(both_tokenizers, name):
 
 @given(st.lists(st.sampled_from(["<|im_", "end|>", "<|im_end|>", "<", "</s>", " ", "\n", "a", "😀"])).map("".join))
 @settings(database=None, deadline=None)
-def test_message_is_its_own_text(byte_level, text):
+def test_a_message_is_encoded_as_text(byte_level, text):
     """A message is encoded as text, whatever it contains, between the template's special tokens."""
     user, special = byte_level.encode_parts(["user\n" + text]), byte_level.special_token_ids
     newline, header = byte_level.encode("\n", bos=False), byte_level.encode("assistant\n", bos=False)

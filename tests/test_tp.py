@@ -172,7 +172,7 @@ CONFIG = ModelConfig(
 )
 
 
-def test_what_can_be_cut():
+def test_what_can_be_sharded():
     def possible(format, **changes) -> list[int]:
         config = ModelConfig(**vars(CONFIG) | changes)
         return [n for n in range(1, 13) if tp.can_shard(config, format, n)]
