@@ -196,7 +196,7 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
     cache, tables = LayerCache(k, v), PositionTables(torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)
     attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, tables, start_pos, 8, ops.TRITON_BACKEND)
-    # 64 queries of a key/value head, which is the most. With all options, for each adds to the shared memory or nothing
+    # 64 queries of a key/value head are the most. All options are on, because no option needs less shared memory.
     norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
     tables = tables._replace(alibi_slopes=torch.zeros(16))
     qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)
@@ -213,7 +213,7 @@ def compile_for(gpu: Gpu):
     if not gpu.has_larger_tiles:
         launch_others(gpu.dtype, gpu.compiles_all)
         expected += ALL_OTHERS if gpu.compiles_all else OTHERS
-    if gpu.has_matrix_units and gpu.name != "Ampere":  # which saves time: the one with larger tiles is the same
+    if gpu.has_matrix_units and gpu.name != "Ampere":  # "Ampere, larger tiles" compiles the same kernels
         launch_many(gpu.dtype)
         expected += MANY
     assert compiler.compiled == expected

@@ -2,8 +2,8 @@
 
 import os
 
-# Read when torch is loaded. Where a test uses two threads, one that has nothing to do sleeps. It would spin for
-# milliseconds after every operation, on a core that the other process of test.sh needs.
+# Lets threads that have nothing to do sleep. Otherwise OpenMP's threads spin for milliseconds after every operation, on
+# a core that the other process of test.sh needs. torch reads this variable when it is loaded.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch and transformers do
 

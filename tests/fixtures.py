@@ -10,7 +10,7 @@ from tests.byte_models import ask, assert_refused, call_cli, chat_model, recall_
 from tests.cpu_kernels import library, threads  # noqa: F401  (fixtures)
 from tests.tiny import make_hf, to_ours
 
-torch.set_num_threads(1)  # models this small only wait for a second one
+torch.set_num_threads(1)  # a second thread slows models this small
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ def test_linear_of_many_tokens(format, dtype):
         packed(w).backend = ANY_TOKENS
         for tokens in (6, 9, 15, 16, 17, 33, 64, *((65, 67, 200) if has_prefill else ())):
             x, residual = torch.randn(tokens, k).to(dtype), torch.randn(tokens, n).to(dtype)
-            x[2], x[4, 1] = 0, torch.nan  # neither changes another token's result
+            x[2], x[4, 1] = 0, torch.nan  # zeros and NaN change no other token's result
             for given_norm in (None, norm):
                 normed = torch_ops.rms_norm(x, norm.weight, norm.eps) if given_norm else x
                 rounds_weights = on_amx and tokens > 8 or tokens > 64

@@ -183,7 +183,7 @@ def test_no_compiler(compiler, tmp_path):
     (tmp_path / "script").chmod(0o755)
     cxx = "false" if compiler == "false" else str(tmp_path / "script")
     said = build_in_a_process(False, CXX=cxx, XDG_CACHE_HOME=str(tmp_path), TMPDIR=str(tmp_path))
-    said = said.removeprefix(COMPILING)  # a script that is no program fails before
+    said = said.removeprefix(COMPILING)  # a script that is no program has failed before
     assert said.count("\n") == 1 and said.endswith("running on PyTorch's own, slower operations\n")
 
 

@@ -88,7 +88,7 @@ def test_layers_in_other_formats(folder, tmp_path):
         start, models = torch.zeros(1, dtype=torch.long), (model, plain, unquantized)
         logits = [forward(model, tokens, start, KVCache(model, 1, 9)) for model in models]
     assert torch.equal(logits[1], logits[2])
-    # The kernels add in another order. Sums of some 100 products in float32 are off by up to 100 * 2^-24 of their terms
+    # The kernels sum in another order. Sums of some 100 products in float32 are off by up to 100 * 2^-24 of their terms
     assert (logits[0] - logits[1]).norm() < 1e-5 * logits[1].norm()
 
 
@@ -176,7 +176,7 @@ def test_orders_of_inputs(act_order, monkeypatch):
             logits[name] = torch.cat([prompt, forward(model, tokens[:, 60:62], torch.tensor([60, 60]), cache)], dim=1)
     assert models["kernels"].supports_kernels(2, 2)
     for name in ("kernels", "PyTorch", "no compiler"):
-        # They add in another order: as in test_layers_in_other_formats
+        # The kernels sum in another order: see test_layers_in_other_formats
         assert (logits[name] - logits["in order"]).norm() < 1e-5 * logits["in order"].norm()
 
 

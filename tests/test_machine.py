@@ -87,7 +87,7 @@ def test_the_users_number_of_threads_wins(monkeypatch, two_threads):
     assert torch.get_num_threads() == 2
     common_args.set_threads(None)
     assert torch.get_num_threads() == 2
-    common_args.set_threads(3)  # of the command line, also for processes that this one starts
+    common_args.set_threads(3)  # --threads counts more, also for child processes
     assert torch.get_num_threads() == 3 and os.environ["OMP_NUM_THREADS"] == "3"
     for wrong in (0, -1, 10**9):
         with pytest.raises(UsageError, match="--threads must be 1 to 1024"):

@@ -127,9 +127,9 @@ def test_there_are_commands():
 def test_python_example(tree, monkeypatch, capsys):
     monkeypatch.chdir(tree)
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    torch.manual_seed(1)  # with which no end token comes early
+    torch.manual_seed(1)  # a seed with which no end token comes early
     exec(compile(example, "README.md", "exec"), {})
-    assert len(capsys.readouterr().out) > 50  # a text, and an answer
+    assert len(capsys.readouterr().out) > 50  # texts and an answer
 
 
 def test_tables():

@@ -22,7 +22,7 @@ from tests.tiny import convert, make_hf, write_folder
 from tests.tiny_gguf import make_llama, write_gguf
 from utils.files import ROOT
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # models this small only wait for a second one
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # a second thread slows models this small
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_no_room_for_what_is_compiled(why, capsys):
 def test_what_the_shell_has_closed(small):
     command = f"{sys.executable} generate.py --checkpoint_path {small / 'model.pth'} --device cpu --max_new_tokens 3"
     env, pipe, processes = ONE_THREAD | {"WORLD_SIZE": "2"}, subprocess.PIPE, {}
-    for closed in ("<&-", "2>&-", ">&-"):  # all at once, for each has torch to load
+    for closed in ("<&-", "2>&-", ">&-"):  # in parallel, because each loads torch
         processes[closed] = subprocess.Popen(
             f"{command} {closed}", shell=True, cwd=ROOT, env=env, stdout=pipe, stderr=pipe
         )

@@ -134,7 +134,7 @@ def test_a_cache_holds_the_tokens_of_the_text(both_models, data):
         view = kv_cache.narrow_batch(first, len(rows)).narrow_length(max(starts) + n_new)
         store_token_ids(view.token_ids, torch.tensor(tokens), torch.tensor(starts))
         for i, (row, start, new) in enumerate(zip(rows, starts, tokens, strict=True)):
-            view.layers[-1].k[i, 0, start : start + n_new, 0] = torch.tensor(new)  # a key that tells the token
+            view.layers[-1].k[i, 0, start : start + n_new, 0] = torch.tensor(new)  # the keys are the token ids
             texts[row] = texts[row][:start] + new
         last = torch.tensor(starts)[:, None] + torch.arange(n_new)
         seen_tokens = seen_token_mask(view.token_ids, last, vocab_size)

@@ -238,7 +238,7 @@ def test_the_number_of_tokens_follows_what_is_accepted():
         rate.update(n_accepted=0, is_rejected=True)
     assert rate.rate < 0.2
     for _ in range(200):
-        rate.decay(speculate_module.IDLE_DECAY)  # is worth another try
+        rate.decay(speculate_module.IDLE_DECAY)  # after a while proposals are tried again
     assert abs(rate.rate - first) < 0.01
 
 

@@ -339,7 +339,7 @@ def test_without_a_template_llama2s_form(system, tmp_path):
         replace(ours, special_tokens_map={"bos_token": "<|begin_of_text|>"}).encode_chat(messages)
 
 
-# Its template's last answer ends with <|return|>, earlier ones with <|end|>.
+# The last answer ends with <|return|>, and earlier answers end with <|end|>.
 GPT_OSS = """{% for m in messages -%}
 {%- if m.role == 'user' -%}<|start|>user<|message|>{{ m.content }}<|end|>
 {%- elif loop.last and not add_generation_prompt -%}

@@ -45,7 +45,7 @@ from tests.tiny import forward, make_hf, to_ours
 from utils.files import ROOT
 
 U32 = bounds.U[torch.float32]
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about rows and columns of padding
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, for rows and columns of padding
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +84,7 @@ def small_gpu(monkeypatch):
     monkeypatch.setattr(attention, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
 
 
-CHECKS = {  # one that does not depend on dtype is here once
+CHECKS = {  # a check that does not depend on dtype occurs once
     checks.name_of(check): check
     for dtype in DTYPES
     for check in checks.all_checks(dtype, checks.interpreter_sizes(dtype))

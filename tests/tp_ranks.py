@@ -138,7 +138,7 @@ def compare_case(path: Path, is_compiled: bool) -> dict:
     greedy = [tokens_of(ours, prompt)]
     if is_compiled:
         greedy.append(tokens_of(load(path, torch.float32, use_kernels=False), prompt, compile=True))
-    expected_tokens = tokens_of(one, prompt)  # here, for a step broadcasts rank 0's tokens to all ranks
+    expected_tokens = tokens_of(one, prompt)  # on every rank, since a step broadcasts rank 0's tokens
     all_decoded = collectives.gather_objects(decoded_logits(load(path, torch.bfloat16), prompt[:, :8]))
     if tp.dist.get_rank() > 0:
         return {}
