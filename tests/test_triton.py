@@ -119,8 +119,8 @@ def test_rows(format, rows):
 
 @pytest.mark.parametrize("format", QUANTIZED, ids=format_label)
 def test_extremes(format):
-    """Weights, scales and zeros at the ends of their ranges, and activations that are huge, tiny or not finite, give
-    exact results."""
+    """Results are within the bounds for weights, scales and zeros at the ends of their ranges, and for huge and tiny
+    activations. Activations that are not finite affect only their own row."""
     torch.manual_seed(0)
     w = make_linear(32, 64, format, torch.float32)
     w.weight[:8], w.weight[8:16], w.scales[16:20] = (-128, 127, 0) if isinstance(format, Int8) else (255, 0, 0)
