@@ -39,8 +39,9 @@ class WeightMatrix(nn.Module):
     """A weight W [N, K] of N outputs and K inputs, or a W for each expert [E, N, K].
 
     format: how W is stored (formats/).
-    backend: what computes with W (ops/backend.py). If W is quantized and the backend has kernels, the tensors are in
-    the order of the kernels (is_packed). Otherwise the tensors are as in a checkpoint of this format.
+    backend: what computes with W (ops/backend.py).
+    is_packed: whether the tensors are in the order of the backend's kernels, so that only these can read W. Otherwise
+    the tensors are as in a checkpoint of this format.
     is_embedding: whether a step reads only some rows of W."""
 
     is_embedding = False
@@ -50,15 +51,11 @@ class WeightMatrix(nn.Module):
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
         self.format: WeightFormat = Unquantized()
         self.backend: Backend = TORCH_BACKEND
+        self.is_packed = False
         shape = (out_features, in_features) if n_experts is None else (n_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.register_buffer("scales", None)
         self.register_buffer("zeros", None)
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the tensors are in the order of the backend's kernels, so that only these can read W."""
-        return self.format.is_quantized and self.backend.name != TORCH_BACKEND.name
 
     def tensors(self) -> Tensors:
         """The tensors that store W, by name: weight and, if the format has them, scales and zeros."""

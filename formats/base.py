@@ -129,7 +129,7 @@ class WeightFormat:
     def pack_for_cpu(self, tensors: Tensors) -> Tensors:
         """The tensors as the C++ kernels read them, from those of a checkpoint. In most formats these are words int32
         [..., N / 16, words of a row, 16], and scales and zeros [..., N / 16, n_groups, 16]."""
-        words = words_to_blocks(tensors["weight"], self.elements_per_byte)
+        words = words_to_blocks(tensors["weight"], 4 * self.elements_per_byte)
         return {"weight": words} | {name: to_blocks(t) for name, t in tensors.items() if name != "weight"}
 
     def pack_for_triton(self, tensors: Tensors) -> Tensors:
@@ -173,7 +173,8 @@ class Unquantized(WeightFormat):
         tensors["weight"].normal_(std=std)
 
     def pack_for_cpu(self, tensors):
-        return tensors
+        """For bf16, which is packed on some CPUs (ops/packing.py: packs_unquantized). K must be even."""
+        return {"weight": words_to_blocks(tensors["weight"], 2)}
 
     def pack_for_triton(self, tensors):
         return tensors

@@ -52,7 +52,7 @@ class Float8(WeightFormat):
         tensors["scales"].fill_(std / 68.5)
 
     def pack_for_cpu(self, tensors):
-        words = pair_rows(words_to_blocks(tensors["weight"], self.elements_per_byte))
+        words = pair_rows(words_to_blocks(tensors["weight"], 4))
         return {"weight": words, "scales": to_blocks(tensors["scales"])}
 
     def pack_for_triton(self, tensors):

@@ -50,7 +50,7 @@ class Int8(WeightFormat):
 
     def pack_for_cpu(self, tensors):
         # ^ 128 on a byte adds 128. One expression, so that the result of ^ is freed early
-        words = words_to_blocks(tensors["weight"].view(torch.uint8) ^ 128, self.elements_per_byte)
+        words = words_to_blocks(tensors["weight"].view(torch.uint8) ^ 128, 4)
         return {"weight": words, "scales": tensors["scales"]}
 
     def pack_for_triton(self, tensors):

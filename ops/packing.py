@@ -55,6 +55,9 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
     """Packs the weights of matrices into huge pages, one weight behind the other."""
     memory = HugePageArena()
     backend = cpp_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
+    # Packed bf16 is faster for several tokens (kernels/csrc/dot_unquantized.h), but only kernels can read it. So it is
+    # packed if the kernels of prefill take it. These are not for experts, which PyTorch multiplies in prefill.
+    packs_unquantized = dtype == torch.bfloat16 and build.library().has_prefill_linear(True)
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
         if not supports_cpp_kernels(matrix):
             continue
@@ -62,7 +65,10 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
             continue
         unpacked = matrix.tensors()
-        for name, packed in matrix.format.pack_for_cpu(unpacked).items():
+        is_even_linear = matrix.n_experts is None and matrix.in_features % 2 == 0
+        matrix.is_packed = matrix.format.is_quantized or (packs_unquantized and is_even_linear)
+        tensors = matrix.format.pack_for_cpu(unpacked) if matrix.is_packed else unpacked
+        for name, packed in tensors.items():
             matrix.set_tensor(name, memory.copy(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
@@ -144,6 +150,7 @@ def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfl
         if supports_triton_kernels(matrix):
             for name, packed in matrix.format.pack_for_triton(matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
+            matrix.is_packed = matrix.format.is_quantized
             matrix.backend = triton_backend(dtype, matrix.weight.device)
 
 

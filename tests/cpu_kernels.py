@@ -43,7 +43,7 @@ def step_of(x: torch.Tensor, quantized: bool) -> float:
 def packed(module):
     """Returns module with the C++ kernels as its backend, for as many tokens as the kernels can take."""
     layers = [layer for layer in module.modules() if isinstance(layer, WeightMatrix)]
-    ops.pack_weights(layers, torch.float32)
+    ops.pack_weights(layers, next((w.weight.dtype for w in layers if not w.format.is_quantized), torch.float32))
     for layer in layers:
         if isinstance(layer, LinearBase):
             assert layer.backend.name == "cpu"

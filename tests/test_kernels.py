@@ -244,13 +244,15 @@ def test_linear_near_its_reference(format, rows):
 
 
 @built
-@pytest.mark.parametrize("format", CPU_FORMATS[1:], ids=format_label)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_packed(format, dtype):
     for n, k in SIZES:
         w = make_linear(n, k, format, dtype)
         expected = w.dequantized_weight(dtype)
         assert torch.equal(packed(w).dequantized_weight(dtype), expected)
+        packs_unquantized = dtype == torch.bfloat16 and library().has_prefill_linear(True)
+        assert w.is_packed == (format.is_quantized or packs_unquantized)
     experts = make_linear(48, 72, format, dtype, n_experts=3, kind=ExpertsDown)
     expected = experts.dequantized_weight(dtype)
     packed(experts)
@@ -352,15 +354,19 @@ def test_embed(dtype):
     torch.manual_seed(0)
     for format in CPU_FORMATS:
         for k in (37,) if isinstance(format, Unquantized) else (64, 72):
-            table = make_embedding(50, k, format, dtype)
-            (on_kernels,) = packed(torch.nn.ModuleList([copy.deepcopy(table)]))
-            assert on_kernels.backend.name == "cpu"
-            for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
-                tokens = torch.randint(50, (2, n_tokens))
-                expected = torch_ops.embed(tokens, table, scale, dtype)
-                assert torch.equal(ops.embed(tokens, on_kernels, scale, dtype), expected)
-            with pytest.raises(RuntimeError, match="vocabulary"):
-                ops.embed(torch.tensor([[50]]), on_kernels, 1.0, dtype)
+            check_embed(make_embedding(50, k, format, dtype), dtype)
+    check_embed(make_linear(50, 72, Unquantized(), dtype), dtype)  # a head that is the embedding, too
+
+
+def check_embed(table, dtype):
+    (on_kernels,) = packed(torch.nn.ModuleList([copy.deepcopy(table)]))
+    assert on_kernels.backend.name == "cpu"
+    for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
+        tokens = torch.randint(50, (2, n_tokens))
+        expected = torch_ops.embed(tokens, table, scale, dtype)
+        assert torch.equal(ops.embed(tokens, on_kernels, scale, dtype), expected)
+    with pytest.raises(RuntimeError, match="vocabulary"):
+        ops.embed(torch.tensor([[50]]), on_kernels, 1.0, dtype)
 
 
 @built

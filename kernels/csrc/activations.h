@@ -112,10 +112,10 @@ template <typename T> struct Prologue {
   bool for_amx = false;  // whether to copy x into tiles [k / TILE_K, m / TILE_M, TILE_M, TILE_K], padded with zeros
 
   bool is_quantized() const {
-    return !for_amx && dispatch_format(w.format, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
+    return !for_amx && dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
   }
   bool is_widened() const {
-    return !for_amx && dispatch_format(w.format, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
+    return !for_amx && dispatch_format(w, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
   }
   int64_t padded_m() const { return for_amx ? round_up(m, TILE_M) : m; }
   int64_t padded_k() const { return round_up(w.k, TILE_K); }
@@ -163,7 +163,7 @@ template <typename T> struct Prologue {
   }
 
   void quantize(const T* token, ActGroup* out) const {
-    dispatch_format(w.format, [&]<typename F>(F) {
+    dispatch_format(w, [&]<typename F>(F) {
       if constexpr (ROUNDS_TO_INT8<F, T>) quantize_token<F>(token, w, out);
     });
   }

@@ -32,7 +32,7 @@ inline bool has_amx() {
 
 // Whether AMX computes the matmul of m tokens of type T with w.
 template <typename T> bool uses_amx(const Weights& w, int64_t m) {
-  return dispatch_format(w.format, [&]<typename F>(F) {
+  return dispatch_format(w, [&]<typename F>(F) {
     // dot_amx scales sums of whole tiles, so no tile may span two groups of inputs.
     const bool has_whole_tiles = !F::SCALE_AFTER_SUM || w.n_groups == 1 || w.group_size % TILE_K == 0;
     return std::is_same_v<T, bf16> && m >= F::MIN_AMX_TOKENS && has_whole_tiles && has_amx();
@@ -111,7 +111,7 @@ template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
 // Computes what matmul in dot.h computes, from activations in tiles.
 inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const char* tiles,
                     BlockSums* out) {
-  dispatch_format(w.format, [&]<typename F>(F) {
+  dispatch_format(w, [&]<typename F>(F) {
     const auto dot_block = DOT_AMX<F>[(m - 1) / TILE_M];
     for (int64_t b = 0; b < n_blocks; b++) dot_block(w, blocks[b], tiles, out[b]);
   });

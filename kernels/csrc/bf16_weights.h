@@ -35,6 +35,11 @@ template <typename F> struct WordDequantizer {
   }
 };
 
+template <> struct WordDequantizer<PackedBf16> {
+  void set_group(const Weights&, int64_t) {}
+  void dequantize(i32x16 words, i32x16* rows) const { rows[0] = words; }
+};
+
 template <> struct WordDequantizer<Int8> {
   void set_group(const Weights&, int64_t) {}
   void dequantize(i32x16 words, i32x16* rows) const {

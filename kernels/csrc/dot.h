@@ -46,10 +46,12 @@ void run_loop(F, const Weights& w, const int64_t* blocks, const MBlock& m_block,
 template <int M, int BLOCKS, typename X>
 void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
               f32x16* const* out) {
-  auto dot = dot_unquantized<M, M <= 2 ? 1 : 4, X>;
-  if constexpr (M > 2 && M <= MAX_IN_ORDER)
-    if (reads_in_order<X>(w.k)) dot = dot_unquantized<M, 1, X>;
-  for (int b = 0; b < BLOCKS; b++) dot(w, blocks[b], m_block, tokens, out[b]);
+  for (int b = 0; b < BLOCKS; b++) dot_unquantized<M, M <= 2 ? 1 : 4>(w, blocks[b], m_block, tokens, out[b]);
+}
+template <int M, int BLOCKS, typename X>
+void run_loop(PackedBf16, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
+              f32x16* const* out) {
+  if constexpr (std::is_same_v<X, bf16>) dot_packed_bf16<M, BLOCKS>(w, blocks, m_block, tokens, out);
 }
 template <int M, int BLOCKS, typename X>
 void run_loop(Int8, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
@@ -67,12 +69,12 @@ void run_loop(Float8, const Weights& w, const int64_t* blocks, const MBlock& m_b
 template <int M, typename T>
 void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const MBlock& m_block,
                         const ActRow* tokens, f32x16* const* out) {
-  dispatch_format(w.format, [&]<typename F>(F format) {
+  dispatch_format(w, [&]<typename F>(F format) {
     const ActElement<F, T>* typed[M];
     for (int m = 0; m < M; m++) typed[m] = static_cast<const ActElement<F, T>*>(tokens[m]);
     // Two blocks in step share the loads of the activations. With up to 5 tokens, reading memory in order is faster.
-    constexpr bool IS_BF16_FLOAT8 = std::is_same_v<F, Float8> && std::is_same_v<ActElement<F, T>, bf16>;
-    if constexpr (HAS_WIDE_REGISTERS && ((M > 2 && ROUNDS_TO_INT8<F, T>) || (M > 4 && IS_BF16_FLOAT8)))
+    constexpr bool IS_BF16 = F::BF16_ACTIVATIONS && std::is_same_v<ActElement<F, T>, bf16>;
+    if constexpr (HAS_WIDE_REGISTERS && ((M > 2 && ROUNDS_TO_INT8<F, T>) || (M > 4 && IS_BF16)))
       if (n_blocks == 2 && (M > 5 || m_block.count > 1)) return run_loop<M, 2>(format, w, blocks, m_block, typed, out);
     for (int64_t b = 0; b < n_blocks; b++) run_loop<M, 1>(format, w, blocks + b, m_block, typed, out + b);
   });
@@ -86,8 +88,8 @@ template <typename T, int... I> constexpr auto functions_by_tokens(std::integer_
 // Returns how many of m tokens an m-block may have. The sums of four outputs (dot_unquantized) and 8 tokens do not fit
 // in registers. Even so, one loop over 8 tokens is faster than two loops over 4.
 template <typename T> int64_t most_tokens(const Weights& w, int64_t m) {
-  const bool is_unquantized = dispatch_format(w.format, []<typename F>(F) { return std::is_same_v<F, Unquantized>; });
-  return is_unquantized && (reads_in_order<T>(w.k) || (HAS_WIDE_REGISTERS && m > BLOCK_M)) ? MAX_IN_ORDER : BLOCK_M;
+  const bool is_unquantized = dispatch_format(w, []<typename F>(F) { return std::is_same_v<F, Unquantized>; });
+  return is_unquantized && HAS_WIDE_REGISTERS && m > BLOCK_M ? 6 : BLOCK_M;
 }
 
 // Computes out[b][i] = tokens[i] * (block blocks[b] of w)^T for tokens [m] and 1 or 2 blocks.

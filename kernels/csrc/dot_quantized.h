@@ -160,19 +160,8 @@ void dot_weight_only(const Weights& w, int64_t block, const float* const* tokens
 
 // ---- 8-bit floats ---------------------------------------------------------------------------------------------------
 
-// Copies two bf16 into every lane, or two floats into every pair of lanes.
-inline i32x16 broadcast2(const bf16* x) { return i32x16{} + load<int32_t>(x); }
+// Copies two floats into every pair of lanes.
 inline f32x16 broadcast2(const float* x) { return (f32x16)(i64x8{} + load<int64_t>(x)); }
-
-// acc[lane] += w[lane][0] * x[lane][0] + w[lane][1] * x[lane][1]. Each lane of w and x holds two bf16.
-inline void dot2(f32x16& acc, i32x16 w, i32x16 x) {
-#if defined(__AVX512BF16__)
-  acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
-#else
-  const i32x16 upper = i32x16{} + int32_t(0xffff0000);
-  acc += (f32x16)(w << 16) * (f32x16)(x << 16) + (f32x16)(w & upper) * (f32x16)(x & upper);
-#endif
-}
 
 // Returns the sum of each pair of lanes: of a in lanes 0-7, of b in lanes 8-15.
 inline f32x16 add_pairs(f32x16 a, f32x16 b) {

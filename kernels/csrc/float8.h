@@ -24,7 +24,7 @@
 #include "simd.h"
 
 // Whether a matmul of Float8 weights with bf16 activations is computed in bf16: if the CPU has the instructions of
-// dot2 (dot_quantized.h) and of float8_to_bf16. Otherwise activations become float.
+// dot2 (simd.h) and of float8_to_bf16. Otherwise activations become float.
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 constexpr bool HAS_FLOAT8_BF16 = true;
 #else

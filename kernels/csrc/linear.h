@@ -187,7 +187,7 @@ template <typename T> struct EmbedOp {
     for (int64_t i = range.begin; i < range.end; i++) {
       T* to = out + i * w.k;
       const T* from = to;
-      dispatch_format(w.format, [&]<typename F>(F) {
+      dispatch_format(w, [&]<typename F>(F) {
         if constexpr (std::is_same_v<F, Unquantized>) from = reinterpret_cast<const T*>(w.data) + tokens[i] * w.k;
         else dequantize_row<F>(w, tokens[i], to);
       });

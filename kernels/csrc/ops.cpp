@@ -91,23 +91,27 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
                       int64_t k, int64_t group_size, ScalarType type) {
   STD_TORCH_CHECK(format_id >= 0 && format_id < Formats::SIZE, "these kernels do not know this format of weights");
   const auto stride = [](const Tensor& t) { return t.stride(0) * int64_t(t.element_size()); };
-  Weights result{.format = format_id, .data = ptr<char>(w), .scales = ptr<char>(scales), .zeros = ptr<char>(zeros),
-                 .data_stride = stride(w), .scales_stride = scales ? stride(*scales) : 0,
-                 .zeros_stride = zeros ? stride(*zeros) : 0, .n = n, .k = k, .group_size = group_size, .n_groups = 1};
-  const bool is_packed_for_cpu = dispatch_format(format_id, [&]<typename F>(F) {
+  Weights result{.format = format_id, .is_packed = w.scalar_type() == ScalarType::Int, .data = ptr<char>(w),
+                 .scales = ptr<char>(scales), .zeros = ptr<char>(zeros), .data_stride = stride(w),
+                 .scales_stride = scales ? stride(*scales) : 0, .zeros_stride = zeros ? stride(*zeros) : 0, .n = n,
+                 .k = k, .group_size = group_size, .n_groups = 1};
+  const bool is_readable = dispatch_format(result, [&]<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) {
       result.bits = 8 * w.element_size(), result.padded_k = k;
       return w.scalar_type() == type;
+    } else if constexpr (std::is_same_v<F, PackedBf16>) {
+      result.bits = 16, result.padded_k = round_up(k, ACT_GROUP);
+      return type == ScalarType::BFloat16 && k % 2 == 0;
     } else {
       if (!scales || (F::HAS_ZEROS && !zeros) || group_size < 1) return false;
       if (F::INT8_ACTIVATIONS && group_size < k && group_size % ACT_GROUP) return false;
       result.bits = 32 / F::ELEMENTS_PER_WORD, result.padded_k = round_up(k, ACT_GROUP);
       result.n_groups = divide_up(k, group_size);
       result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
-      return w.scalar_type() == ScalarType::Int && scales->element_size() == F::SCALE_BYTES;
+      return result.is_packed && scales->element_size() == F::SCALE_BYTES;
     }
   });
-  STD_TORCH_CHECK(w.is_contiguous() && is_packed_for_cpu,
+  STD_TORCH_CHECK(w.is_contiguous() && is_readable,
                   "weights must be packed for the CPU, or of the activations' type");
   return result;
 }
@@ -345,7 +349,7 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t form
   const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, type);
   Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, type);
   dispatch_type(type, [&]<typename T>(T) {
-    dispatch_format(w.format, [&]<typename F>(F) {
+    dispatch_format(w, [&]<typename F>(F) {
       if constexpr (!std::is_same_v<F, Unquantized>) dequantize_to<F>(w, mutable_ptr<T>(out));
       else { STD_TORCH_CHECK(false, "W is unquantized: nothing to dequantize"); }
     });
@@ -367,13 +371,13 @@ int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 
 // The rest is for the tests. These functions return what Python says, too: a format's 8 / bits and rounds_activations
 // (formats/), and an activation's is_gated (config.py).
 int format_elements_per_byte(int id) {
-  return dispatch_format(id, []<typename F>(F) {
+  return dispatch(Formats{}, id, []<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) return 1;
     else return F::ELEMENTS_PER_WORD / 4;
   });
 }
 int format_rounds_activations(int id) {
-  return dispatch_format(id, []<typename F>(F) { return F::INT8_ACTIVATIONS; });
+  return dispatch(Formats{}, id, []<typename F>(F) { return F::INT8_ACTIVATIONS; });
 }
 int activation_is_gated(int id) { return is_gated(Activation{id}); }
 int has_amx_bf16() { return has_amx(); }

@@ -34,8 +34,8 @@ template <int M, int BLOCKS> class Prefetcher {
   int64_t jump_from, jump_bytes;
 
  public:
-  Prefetcher(const Weights& w, const MBlock& m_block, int64_t max_distance = PREFETCH)
-      : distance(std::min(max_distance, w.block_bytes())), jump_from(w.block_bytes() - distance),
+  Prefetcher(const Weights& w, const MBlock& m_block)
+      : distance(std::min(PREFETCH, w.block_bytes())), jump_from(w.block_bytes() - distance),
         jump_bytes((m_block.n_in_step - 1) * w.block_bytes()) {
     if (IS_ONLY || m_block.count == 1) return;
     distance = m_block.n_in_step * w.block_bytes() + m_block.index * w.block_bytes() / m_block.count;

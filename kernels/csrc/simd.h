@@ -161,6 +161,19 @@ const f32x16 IOTA = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 // Keeps lanes 0 to n - 1 of v. Sets the other lanes to rest.
 inline f32x16 mask_lanes(f32x16 v, int64_t n, float rest) { return IOTA < float(n) ? v : f32x16{} + rest; }
 
+// Copies two bf16 into every lane.
+inline i32x16 broadcast2(const bf16* x) { return i32x16{} + load<int32_t>(x); }
+
+// acc[lane] += w[lane][0] * x[lane][0] + w[lane][1] * x[lane][1]. Each lane of w and x holds two bf16.
+inline void dot2(f32x16& acc, i32x16 w, i32x16 x) {
+#if defined(__AVX512BF16__)
+  acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+#else
+  const i32x16 upper = i32x16{} + int32_t(0xffff0000);
+  acc += (f32x16)(w << 16) * (f32x16)(x << 16) + (f32x16)(w & upper) * (f32x16)(x & upper);
+#endif
+}
+
 // Returns the sum of all lanes.
 inline float sum(f32x16 v) {
 #if defined(__AVX512F__)

@@ -19,9 +19,8 @@ constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most wh
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
 constexpr int64_t ACT_GROUP = 16;       // activations that share a scale, if they are rounded to int8 (activations.h)
 
-// A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Unquantized weights are stored output by
-// output. Quantized weights are packed in blocks of 16 outputs and in words of 4 bytes. The words of 16 outputs are
-// adjacent:
+// A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Packed weights are in blocks of 16 outputs and
+// in words of 4 bytes. The words of 16 outputs are adjacent:
 //
 //                64 bytes, one load
 //     word 0     output 0   output 1   output 2   ...   output 15      elements 0-3 (8 bits) or 0-7 (4 bits) of each
@@ -29,14 +28,17 @@ constexpr int64_t ACT_GROUP = 16;       // activations that share a scale, if th
 //     ...                                                              then the next block
 //
 //     format         byte j of a word
+//     PackedBf16     half of element j / 2
 //     Int8           element j, stored as q + 128
 //     GroupedInt8    element j
 //     Int4, MXFP4    elements j (lower half) and j + 4 (upper half), as in the checkpoint
 //     Float8         float8.h draws the order of the bytes
 //
-// The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP inputs.
+// The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP inputs. Unquantized weights that
+// are not packed are stored output by output (ops/packing.py says which are packed).
 struct Weights {
   int64_t format;                                    // format_id in formats/
+  bool is_packed;
   const char *data, *scales, *zeros;                 // scales and zeros are null if the format has none
   int64_t data_stride, scales_stride, zeros_stride;  // bytes between two matrices of the stack
   int64_t bits, padded_k;                            // bits of an element; padded_k is k if outputs are not padded
@@ -97,6 +99,14 @@ struct FormatDefaults {
 
 struct Unquantized : FormatDefaults {
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M / 2 + 1;
+};
+
+// Unquantized weights of type bf16 that are packed: a word has two inputs of an output.
+struct PackedBf16 : FormatDefaults {
+  static constexpr bool BF16_ACTIVATIONS = true;
+  static constexpr int ELEMENTS_PER_WORD = 2;
+  static f32x16 element(i32x16 words, int j) { return (f32x16)(j ? words & int32_t(0xffff0000) : words << 16); }
+  static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) { return {f32x16{} + 1, f32x16{}}; }
 };
 
 struct Int8 : FormatDefaults {
@@ -173,6 +183,7 @@ auto dispatch(FormatList<First, Others...>, int64_t index, Function function) {
     if (index > 0) return dispatch(FormatList<Others...>{}, index - 1, function);
   return function(First{});
 }
-template <typename Function> auto dispatch_format(int64_t format_id, Function function) {
-  return dispatch(Formats{}, format_id, function);
+template <typename Function> auto dispatch_format(const Weights& w, Function function) {
+  if (w.is_packed && w.format == 0) return function(PackedBf16{});
+  return dispatch(Formats{}, w.format, function);
 }
