@@ -358,20 +358,20 @@ inline bool is_gated(Activation activation) {
 // x * Phi(x) with the tanh form of Phi: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + ...)
 inline f32x16 gelu_tanh(f32x16 x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
 
-// Computes activation(gate) * up, as ops/torch_ops.py does. If the activation is not gated, computes
-// activation(gate): then gate is the output of the up projection, and up is not used.
-inline f32x16 activate_vec(f32x16 gate, f32x16 up, Activation activation) {
+// Computes activation(x) * up, as ops/torch_ops.py does: x is the gate projection's output. If the activation is not
+// gated, computes activation(x), and up is not used.
+inline f32x16 activate_vec(f32x16 x, f32x16 up, Activation activation) {
   switch (activation) {
-    case Activation::NONE: return gate;
+    case Activation::NONE: return x;
     case Activation::COUNT: break;
-    case Activation::SWIGLU: return gate / (1 + exp_vec(-gate)) * up;
-    case Activation::GEGLU: return gate * normal_cdf(gate) * up;
-    case Activation::GEGLU_TANH: return gelu_tanh(gate) * up;
+    case Activation::SWIGLU: return x / (1 + exp_vec(-x)) * up;
+    case Activation::GEGLU: return x * normal_cdf(x) * up;
+    case Activation::GEGLU_TANH: return gelu_tanh(x) * up;
     case Activation::CLAMPED_SWIGLU:
-      gate = gate > 7.0f ? f32x16{} + 7 : gate;
-      return gate / (1 + exp_vec(-1.702f * gate)) * (clamp(up, 7) + 1);
-    case Activation::GELU_PYTORCH_TANH: return gelu_tanh(gate);
-    case Activation::RELU2: return gate < 0.0f ? f32x16{} : gate * gate;  // NaN stays NaN
+      x = x > 7.0f ? f32x16{} + 7 : x;
+      return x / (1 + exp_vec(-1.702f * x)) * (clamp(up, 7) + 1);
+    case Activation::GELU_PYTORCH_TANH: return gelu_tanh(x);
+    case Activation::RELU2: return x < 0.0f ? f32x16{} : x * x;  // NaN stays NaN
   }
   __builtin_unreachable();  // ops.cpp refuses other ids
 }
