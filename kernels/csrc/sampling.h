@@ -86,7 +86,7 @@ struct SampleOp {
   void compute_weights(int64_t row, Range range, const float* largest, float* weights) const {
     const float max = *std::max_element(largest, largest + N_PARTS);
     const float divisor = std::max(temperatures ? temperatures[row] : temperature, SMALLEST_TEMPERATURE);
-    const float scale = 1.44269504f / divisor;  // log2(e)
+    const float scale = LOG2_E / divisor;
     for (int64_t i = range.begin; i < range.end; i += LANES) {
       const f32x16 w = exp2_vec((load_partial(logits + row * n, i, range.end) - max) * scale);
       store_vec(mask_lanes(w, range.end - i, 0), weights + i);

@@ -40,6 +40,7 @@ inline float to_float(f16 x) { return x; }
 inline float to_float(uint8_t x) { return x; }
 inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 
+constexpr float LOG2_E = 1.44269504f;  // log2(e)
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
 inline int64_t divide_up(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
@@ -267,7 +268,7 @@ constexpr float ROUND_TO_INT = 12582912.0f;  // 1.5 * 2^23
 inline f32x16 exp_vec(f32x16 x) {
   x = x < -87.0f ? f32x16{} - 87.0f : x;
   x = x > 88.0f ? f32x16{} + 88.0f : x;
-  const f32x16 to_int = f32x16{} + ROUND_TO_INT, t = x * 1.44269504f + to_int, n = t - to_int;
+  const f32x16 to_int = f32x16{} + ROUND_TO_INT, t = x * LOG2_E + to_int, n = t - to_int;
   const f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 is split in two constants, for precision
   f32x16 p = f32x16{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;

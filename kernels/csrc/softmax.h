@@ -8,8 +8,6 @@
 
 #include "simd.h"
 
-constexpr float LOG2_E = 1.44269504f;
-
 // The state of a softmax over some keys, with FlashAttention's names: m_i is the maximum of the exponents
 // score * log2(e), and l_i is the sum of p.
 struct SoftmaxState { float m_i, l_i; };
