@@ -292,7 +292,7 @@ def attend(
         eps=params.eps, qk_scale=LOG2_E.value * params.scale, qk_softcap=LOG2_E.value * softcap if softcap else None,
         cache_stride_b=k_cache.stride(0), cache_stride_g=k_cache.stride(1), S=max_seq_len, T=n_tokens,
         HEADS=HeadLayout(
-            n_heads, n_kv_heads, HEADS_PER_KV=n_heads // n_kv_heads, D=head_dim, TOKEN_STRIDE=qkv.shape[-1],
+            n_heads, n_kv_heads, HEADS_PER_KV_HEAD=n_heads // n_kv_heads, D=head_dim, TOKEN_STRIDE=qkv.shape[-1],
             BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
         ),
         TILE=AttentionTile(
