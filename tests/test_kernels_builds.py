@@ -55,7 +55,7 @@ def test_both_lists_of_activations_have_one_order():
             kernels.build.check_activations(wrong)
 
 
-@pytest.mark.parametrize("name, ours", [("MAX_CPU_TOKENS", 64), ("BLOCK_N", 16), ("ACT_GROUP", 16)])
+@pytest.mark.parametrize("name, ours", [("MAX_CPU_TOKENS", 64), ("BLOCK_N", 16), ("ACT_GROUP_SIZE", 16)])
 def test_both_sizes_are_one(name, ours):
     weights_h = (kernels.build.SOURCES / "weights.h").read_text()
     kernels.build.check_sizes(weights_h)

@@ -100,8 +100,8 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
       return w.scalar_type() == type;
     } else {
       if (!scales || (F::HAS_ZEROS && !zeros) || group_size < 1) return false;
-      if (F::INT8_ACTIVATIONS && group_size < k && group_size % ACT_GROUP) return false;
-      result.bits = 32 / F::ELEMENTS_PER_WORD, result.padded_k = round_up(k, ACT_GROUP);
+      if (F::INT8_ACTIVATIONS && group_size < k && group_size % ACT_GROUP_SIZE) return false;
+      result.bits = 32 / F::ELEMENTS_PER_WORD, result.padded_k = round_up(k, ACT_GROUP_SIZE);
       result.n_groups = divide_up(k, group_size);
       result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
       return w.scalar_type() == ScalarType::Int && scales->element_size() == F::SCALE_BYTES;

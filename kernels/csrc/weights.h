@@ -17,7 +17,7 @@
 constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
 constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most whose sums fit in registers
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
-constexpr int64_t ACT_GROUP = 16;       // activations that share a scale, if they are rounded to int8 (activations.h)
+constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale when rounded to int8 (activations.h)
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Unquantized weights are stored output by
 // output. Quantized weights are packed in blocks of 16 outputs and in words of 4 bytes. The words of 16 outputs are
@@ -34,7 +34,7 @@ constexpr int64_t ACT_GROUP = 16;       // activations that share a scale, if th
 //     Int4, MXFP4    elements j (lower half) and j + 4 (upper half), as in the checkpoint
 //     Float8         float8.h draws the order of the bytes
 //
-// The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP inputs.
+// The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP_SIZE inputs.
 struct Weights {
   int64_t format;                                    // format_id in formats/
   const char *data, *scales, *zeros;                 // scales and zeros are null if the format has none
