@@ -73,7 +73,7 @@ void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks,
     // Two blocks in step share the loads of the activations. With up to 5 tokens, reading memory in order is faster.
     constexpr bool IS_BF16_FLOAT8 = std::is_same_v<F, Float8> && std::is_same_v<ActElement<F, T>, bf16>;
     if constexpr (HAS_WIDE_REGISTERS && ((M > 2 && ROUNDS_TO_INT8<F, T>) || (M > 4 && IS_BF16_FLOAT8)))
-      if (n_blocks == 2 && (M > 5 || m_block.count > 1)) return run_loop<M, 2>(format, w, blocks, m_block, typed, out);
+      if (n_blocks == 2 && (M > 5 || m_block.n_m_blocks > 1)) return run_loop<M, 2>(format, w, blocks, m_block, typed, out);
     for (int64_t b = 0; b < n_blocks; b++) run_loop<M, 1>(format, w, blocks + b, m_block, typed, out + b);
   });
 }
@@ -95,11 +95,11 @@ template <typename T>
 void matmul(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const ActRow* tokens,
               BlockSums* out) {
   static constexpr auto by_tokens = functions_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
-  const int64_t n_in_step = n_blocks == 2 && blocks[1] == blocks[0] + 1 ? 2 : 1;
+  const int64_t n_adjacent = n_blocks == 2 && blocks[1] == blocks[0] + 1 ? 2 : 1;
   const int64_t n_m_blocks = divide_up(m, most_tokens<T>(w, m));  // of nearly equal numbers of tokens
   for (int64_t i = 0; i < n_m_blocks; i++) {
     const int64_t first = m * i / n_m_blocks, n_tokens = m * (i + 1) / n_m_blocks - first;
     f32x16* const m_block_out[] = {out[0] + first, out[1] + first};
-    by_tokens[n_tokens - 1](w, blocks, n_blocks, {i, n_m_blocks, n_in_step}, tokens + first, m_block_out);
+    by_tokens[n_tokens - 1](w, blocks, n_blocks, {i, n_m_blocks, n_adjacent}, tokens + first, m_block_out);
   }
 }
