@@ -100,7 +100,7 @@ using ActElement =
 
 // The address of a token after the prologue. The type is void, since the format F is known only at run time.
 // matmul_by_format (dot.h) casts the address to const ActElement<F, T>*.
-using ActRow = const void*;
+using TokenPtr = const void*;
 
 // The prologue of x [m, k] W^T. If norm_weight [k] is not null, applies RMSNorm first.
 template <typename T> struct Prologue {
@@ -136,13 +136,13 @@ template <typename T> struct Prologue {
 
   // Writes the addresses of the results to tokens [m]. With for_amx, writes no tokens, and returns the address of the
   // tiles. The results stay valid until this thread calls run again or, if is_shared, until the operation ends.
-  const char* run(char* shared, Barrier& barrier, ActRow* tokens) const {
+  const char* run(char* shared, Barrier& barrier, TokenPtr* tokens) const {
     static thread_local Scratch scratch;
     char* memory = is_shared() ? shared : scratch.at_least<char>(bytes());
     const Range range = is_shared() ? thread_range(m) : Range{0, m};
     for (int64_t i = range.begin; i < range.end; i++) run_token(i, memory);
     for (int64_t i = 0; i < m && !for_amx; i++)
-      tokens[i] = token_bytes() ? static_cast<ActRow>(memory + i * token_bytes()) : x + i * w.k;
+      tokens[i] = token_bytes() ? static_cast<TokenPtr>(memory + i * token_bytes()) : x + i * w.k;
     if (is_shared()) barrier.wait();
     return memory;
   }

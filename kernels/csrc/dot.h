@@ -66,7 +66,7 @@ void run_loop(Float8, const Weights& w, const int64_t* blocks, const MBlock& m_b
 // matmul for M tokens, M <= BLOCK_M. T is the type of the activations before the prologue.
 template <int M, typename T>
 void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const MBlock& m_block,
-                        const ActRow* tokens, f32x16* const* out) {
+                        const TokenPtr* tokens, f32x16* const* out) {
   dispatch_format(w.format, [&]<typename F>(F format) {
     const ActElement<F, T>* typed[M];
     for (int m = 0; m < M; m++) typed[m] = static_cast<const ActElement<F, T>*>(tokens[m]);
@@ -92,7 +92,7 @@ template <typename T> int64_t most_tokens(const Weights& w, int64_t m) {
 
 // Computes out[b][i] = tokens[i] * (block blocks[b] of w)^T for tokens [m] and 1 or 2 blocks.
 template <typename T>
-void matmul(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const ActRow* tokens,
+void matmul(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const TokenPtr* tokens,
               BlockSums* out) {
   static constexpr auto by_tokens = functions_by_tokens<T>(std::make_integer_sequence<int, BLOCK_M>());
   const int64_t n_adjacent = n_blocks == 2 && blocks[1] == blocks[0] + 1 ? 2 : 1;

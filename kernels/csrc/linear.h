@@ -30,7 +30,7 @@ template <typename T> struct FusedLinearOp {
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = this->n_out();
-    ActRow tokens[MAX_CPU_TOKENS];
+    TokenPtr tokens[MAX_CPU_TOKENS];
     const char* tiles = prologue().run(shared, barrier, tokens);
     const Range range = thread_range(n_out_blocks());
     BlockSums sums[2];
