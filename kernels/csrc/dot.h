@@ -41,7 +41,7 @@ template <int M, int BLOCKS, typename F, typename X>
 void run_loop(F, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
               f32x16* const* out) {
   if constexpr (std::is_same_v<X, ActGroup>) dot_grouped<F, M, BLOCKS>(w, blocks, m_block, tokens, out);
-  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<F, M>(w, blocks[b], tokens, out[b]);
+  else for (int b = 0; b < BLOCKS; b++) dot_dequantized<F, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
 void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
@@ -54,8 +54,8 @@ void run_loop(Unquantized, const Weights& w, const int64_t* blocks, const MBlock
 template <int M, int BLOCKS, typename X>
 void run_loop(Int8, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
               f32x16* const* out) {
-  if constexpr (std::is_same_v<X, ActGroup>) dot_w8a8<M, BLOCKS>(w, blocks, m_block, tokens, out);
-  else for (int b = 0; b < BLOCKS; b++) dot_weight_only<Int8, M>(w, blocks[b], tokens, out[b]);
+  if constexpr (std::is_same_v<X, ActGroup>) dot_int8<M, BLOCKS>(w, blocks, m_block, tokens, out);
+  else for (int b = 0; b < BLOCKS; b++) dot_dequantized<Int8, M>(w, blocks[b], tokens, out[b]);
 }
 template <int M, int BLOCKS, typename X>
 void run_loop(Float8, const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,

@@ -1,16 +1,16 @@
 // The loops of dot.h over blocks of quantized weights. A loop reads 1 or 2 blocks in step, from the first word to the
 // last (weights.h draws a block). Two blocks share the loads of the activations.
 //
-//     for each group of inputs, whose weights share a scale:              (dot_w8a8: all inputs)
-//         for each ACT_GROUP_SIZE inputs:                                 (dot_float8, dot_weight_only: each word)
+//     for each group of inputs, whose weights share a scale:              (dot_int8: all inputs)
+//         for each ACT_GROUP_SIZE inputs:                                 (dot_float8, dot_dequantized: each word)
 //             blocks[0] ->, blocks[1] ->                                  read, prefetch and unpack to registers
 //             for each of M tokens:  partial [BLOCKS, M] += weights * x
 //         total [BLOCKS, M] += scale * partial, less the zero points
 //
 //     loop               weights                                       activations
-//     dot_w8a8           Int8                                          int8 (ActGroup)
+//     dot_int8           Int8                                          int8 (ActGroup)
 //     dot_grouped        Int4, GroupedInt8, MXFP4: scales of groups    int8 (ActGroup)
-//     dot_weight_only    any packed format                             float
+//     dot_dequantized    any packed format                             float
 //     dot_float8         Float8                                        bf16 or float
 //
 // Some loops copy the addresses of the tokens to x [M], a local array, which the compiler can keep in registers.
@@ -79,7 +79,7 @@ inline i32x16 dot_block(const UnpackedWeights& weights, const ActGroup& x) {
 
 // Multiplies Int8 weights with M tokens.
 template <int M, int BLOCKS>
-void dot_w8a8(const Weights& w, const int64_t* blocks, const MBlock& m_block, const ActGroup* const* tokens,
+void dot_int8(const Weights& w, const int64_t* blocks, const MBlock& m_block, const ActGroup* const* tokens,
               f32x16* const* out) {
   const char* data[BLOCKS];
   const ActGroup* x[M];
@@ -142,7 +142,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const MBlock& m_block,
 
 // Multiplies weights of packed format F with M tokens in float32.
 template <typename F, int M>
-void dot_weight_only(const Weights& w, int64_t block, const float* const* tokens, f32x16* out) {
+void dot_dequantized(const Weights& w, int64_t block, const float* const* tokens, f32x16* out) {
   const char* data = w.block_data(block);
   f32x16 total[M] = {};
   for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {
