@@ -276,7 +276,8 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     if (n_splits(task.b) > 1) return;
     index = first;
     for (int64_t t = tokens.begin; t < tokens.end; t++)
-      for (int64_t head = first_head; head < end_head; head++) combine(shared, index++, 1, task.b * n_tokens + t, head);
+      for (int64_t head = first_head; head < end_head; head++)
+        combine_query(shared, index++, 1, task.b * n_tokens + t, head);
   }
 
   template <int64_t D>
@@ -307,17 +308,17 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
       const int64_t head = i % n_heads, token = i / n_heads, b = token / n_tokens, n = n_splits(b);
       const Task first_task{b, head / heads_per_kv_head(), 0, 0};
       const int64_t first = first_index(first_task, token % n_tokens) + head % heads_per_kv_head();
-      if (n > 1) combine(shared, first, n, token, head);
+      if (n > 1) combine_query(shared, first, n, token, head);
     }
   }
 
   // Combines the n splits of a query: a head of a token, an index of [batch, n_tokens]. The partial output and the
-  // softmax of the first split are at index first. out = the sum of weights_s * partial_s (see merge_splits).
-  void combine(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
+  // softmax of the first split are at index first. out = the sum of weights_s * partial_s (see combine_softmaxes).
+  void combine_query(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
     static thread_local Scratch scratch;
     float* weights = scratch.at_least<float>(n);
     const int64_t stride = queries_per_kv_head();  // from a split to the next one
-    merge_splits(shared.softmax + first, n, stride, sink(head), weights);
+    combine_softmaxes(shared.softmax + first, n, stride, sink(head), weights);
     for (int64_t i = 0; i < head_dim; i += LANES) {
       f32x16 acc = {};
       for (int64_t s = 0; s < n; s++)

@@ -230,7 +230,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   void write_output(const Rows& rows, int64_t row, const Buffers& buffers) const {
     float scale;
-    merge_splits(&buffers.softmax[row], 1, 1, this->sink(head(rows, row)), &scale);
+    combine_softmaxes(&buffers.softmax[row], 1, 1, this->sink(head(rows, row)), &scale);
     T* out = this->out + offset(rows, row);
     for (int64_t i = 0; i < head_dim; i += LANES)
       store_partial(load_vec(buffers.acc + row * width() + i) * scale, out, i, head_dim);
