@@ -92,8 +92,8 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
   STD_TORCH_CHECK(format_id >= 0 && format_id < Formats::SIZE, "these kernels do not know this format of weights");
   const auto stride = [](const Tensor& t) { return t.stride(0) * int64_t(t.element_size()); };
   Weights result{.format = format_id, .data = ptr<char>(w), .scales = ptr<char>(scales), .zeros = ptr<char>(zeros),
-                 .data_stride = stride(w), .scales_stride = scales ? stride(*scales) : 0,
-                 .zeros_stride = zeros ? stride(*zeros) : 0, .n = n, .k = k, .group_size = group_size, .n_groups = 1};
+                 .expert_strides = {stride(w), scales ? stride(*scales) : 0, zeros ? stride(*zeros) : 0},
+                 .n = n, .k = k, .group_size = group_size, .n_groups = 1};
   const bool is_packed_for_cpu = dispatch_format(format_id, [&]<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) {
       result.bits = 8 * w.element_size(), result.padded_k = k;

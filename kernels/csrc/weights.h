@@ -36,10 +36,11 @@ constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale wh
 //
 // The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP_SIZE inputs.
 struct Weights {
-  int64_t format;                                    // format_id in formats/
-  const char *data, *scales, *zeros;                 // scales and zeros are null if the format has none
-  int64_t data_stride, scales_stride, zeros_stride;  // bytes between two matrices of the stack
-  int64_t bits, padded_k;                            // bits of an element; padded_k is k if outputs are not padded
+  int64_t format;                                          // format_id in formats/
+  const char *data, *scales, *zeros;                       // scales and zeros are null if the format has none
+  struct { int64_t data, scales, zeros; } expert_strides;  // bytes from an expert to the next
+  int64_t bits;                                            // of an element
+  int64_t padded_k;                                        // k, if outputs are not padded
   int64_t n, k;
   int64_t group_size, n_groups;  // group_size inputs of an output share a scale. Int8 has one group of k inputs
   bool has_f16_scales;           // whether scales of 16 bits are f16 and not bf16
@@ -49,9 +50,9 @@ struct Weights {
   const char* block_data(int64_t block) const { return data + block * block_bytes(); }
   Weights expert(int64_t e) const {
     Weights w = *this;
-    w.data += e * data_stride;
-    if (scales) w.scales += e * scales_stride;
-    if (zeros) w.zeros += e * zeros_stride;
+    w.data += e * expert_strides.data;
+    if (scales) w.scales += e * expert_strides.scales;
+    if (zeros) w.zeros += e * expert_strides.zeros;
     return w;
   }
 
