@@ -28,7 +28,7 @@ from kernels.schema import (
     output_width,
     triton_op,
 )
-from kernels.triton.elements import magic_number
+from kernels.triton.elements import magic_number_for
 from kernels.triton.epilogue import EpilogueOperands, epilogue
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
@@ -286,7 +286,7 @@ def fused_linear(
         w_ptr=w.weight, scales_ptr=w.scales, bias_ptr=bias, x_ptr=x, norm_weight_ptr=norm_weight,
         residual_ptr=residual, topk_ids_ptr=topk_ids, y_ptr=y,
         eps=eps, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None,
-        magic_number=magic_number(x.dtype),
+        magic_number=magic_number_for(x.dtype),
         N=n, n_many_tokens=None if has_few_tokens else n_tokens, N_FEW_TOKENS=n_tokens if has_few_tokens else None,
         K=k, TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens, DOT=format.dot,
         LAYOUT=WeightLayout(
