@@ -77,8 +77,9 @@ struct Weights {
 //     element             element j of each of 16 words
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
-// and an entry in Formats. Then the loops for any format can read the new format. To add faster loops for one format,
-// overload run_loop (dot.h) or specialize WordDequantizer (bf16_weights.h).
+// and an entry in Formats. Then the loops for any format can read the new format. Faster code for one format is a
+// branch of run_loop (dot.h), a specialization of WordDequantizer (bf16_weights.h), an overload of unpack_words
+// (linear.h).
 
 // The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
 // (q - zero) * scale, or for (q - zero) * scale * output_scale if the format has HAS_OUTPUT_SCALES.
