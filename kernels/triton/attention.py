@@ -31,7 +31,7 @@ from kernels.triton.heads import (
     store_halves,
     store_vectors,
 )
-from kernels.triton.launch import dot_dtype, gpu_info, pdl_options, pdl_wait, semaphores
+from kernels.triton.launch import dot_dtype, gpu_info, is_last_program, pdl_options, pdl_wait, semaphores
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -74,8 +74,8 @@ def attend_kernel(
         program i    |    0    |    1    |    2     |       2       |            for N_SPLITS = 3
 
     The last program reads the new tokens from qkv, and only this program writes to the cache. So no program waits for
-    another. Each program stores its result in partial_out and partial_ml, and adds one to a semaphore. The program that
-    finds all others counted combines the results, and sets the semaphore back to zero.
+    another. Each program stores its result in partial_out and partial_ml. The last program to finish combines the
+    results.
 
     The softmax has base 2, since exp2 is one instruction: qk_scale and qk_softcap include a factor of LOG2_E."""
     # Prologue. The loads of the new tokens come first: their addresses do not depend on start, which is being loaded
@@ -217,15 +217,13 @@ def store_and_combine(
     m_i, l_i, acc, out_ptr, partial_out_ptr, partial_ml_ptr, semaphores_ptr, query, split, semaphore, mask_m,
     D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
 ):
-    """Stores the result of one split, and adds one to the semaphore. The last program of the semaphore stores the
-    output. query [BLOCK_M]: indices of the queries in [B, T, H]."""
+    """Stores the result of one split. The last program of the semaphore stores the output.
+    query [BLOCK_M]: indices of the queries in [B, T, H]."""
     first_split = query * N_SPLITS  # index in [B, T, H, N_SPLITS]
     store_vectors(partial_out_ptr, (first_split + split) * D, acc, mask_m, D)
     tl.store(partial_ml_ptr + (first_split + split) * 2, m_i, mask=mask_m)
     tl.store(partial_ml_ptr + (first_split + split) * 2 + 1, l_i, mask=mask_m)
-    tl.debug_barrier()  # all threads of the program have stored before the program counts
-    if tl.atomic_add(semaphores_ptr + semaphore, 1, sem="acq_rel") == N_SPLITS - 1:
-        tl.store(semaphores_ptr + semaphore, 0)
+    if is_last_program(semaphores_ptr + semaphore, N_SPLITS):
         out = combine_splits(
             partial_out_ptr, partial_ml_ptr, first_split, mask_m, D, N_SPLITS, N_SPLITS_PADDED, acc.shape[1]
         )

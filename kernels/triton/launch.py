@@ -5,7 +5,7 @@ programs share the GPU (tile sizes), and how long the GPU idles between two kern
     has_matrix_units, min_block_m, dot_dtype    what a matmul needs to know, by device and by type of x
     pdl_options                 arguments for the launch of a kernel that may overlap with the previous kernel
     pdl_wait                    the first call in every kernel
-    semaphores                  by which a program knows that all other programs of the kernel are done
+    semaphores, is_last_program    how the last program to finish finds out that it is the last
     choose_tiles                the tile sizes of y = x W^T: from tuned.json or by a rule
 
 tuned.json beside this file has the fastest tile sizes that were measured, by GPU and matmul.
@@ -122,9 +122,7 @@ def pdl_wait(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr):
 
 
 def semaphores(device: torch.device, n: int) -> Tensor:
-    """Returns at least n semaphores, all zero. Each program of a kernel adds one when it is done. The program that
-    finds all others counted is the last: it combines what all programs have stored, and sets the semaphore back to
-    zero.
+    """Returns at least n semaphores, all zero, for is_last_program.
 
     All kernels share this tensor. Two kernels that overlap do not disturb each other: the second kernel counts only
     after gdc_wait, and by then the first kernel has ended."""
@@ -136,6 +134,20 @@ def semaphores(device: torch.device, n: int) -> Tensor:
 @cache
 def all_semaphores(device: torch.device) -> Tensor:
     return torch.zeros(N_SEMAPHORES, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def is_last_program(semaphore_ptr, N_PROGRAMS: tl.constexpr):
+    """Whether this program is the last of N_PROGRAMS that share a semaphore. A program calls this function once, after
+    its stores. The last program can then load what all of them have stored, but only with loads that bypass the L1
+    cache (.cg), which may have older values.
+
+    Each program adds one to the semaphore. The last one finds all others counted, and sets the semaphore back to zero."""
+    tl.debug_barrier()  # all threads of the program have stored before the program counts
+    is_last = tl.atomic_add(semaphore_ptr, 1, sem="acq_rel") == N_PROGRAMS - 1
+    if is_last:
+        tl.store(semaphore_ptr, 0)
+    return is_last
 
 
 # ---- The tile sizes of a matmul -------------------------------------------------------------------------------------

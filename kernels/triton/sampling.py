@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import fake_sample, triton_op
-from kernels.triton.launch import pdl_options, pdl_wait, semaphores
+from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
 TRUNCATE_BLOCK_V, TRUNCATE_WARPS = 8192, 16  # of truncate_kernel, of which one program may go through all tokens
@@ -67,9 +67,7 @@ def sample_kernel(
         weights = tl.where(token < V, tl.exp((logits - largest) / temperature), 0.0)
         tl.store(block_sums_ptr + sequence * N_BLOCKS + block, largest)
         tl.store(block_sums_ptr + n_blocks_of_all + sequence * N_BLOCKS + block, tl.sum(weights, axis=0))
-    tl.debug_barrier()  # all threads of the program have stored before the program counts
-    if tl.atomic_add(semaphores_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
-        tl.store(semaphores_ptr + sequence, 0)
+    if is_last_program(semaphores_ptr + sequence, N_BLOCKS):
         best_of_all = best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS, N_BLOCKS_PADDED)
         tl.store(tokens_ptr + sequence, best_of_all.to(tl.int64))
         if block_sums_ptr is not None:
@@ -117,9 +115,7 @@ def truncate_kernel(
     logits = tl.load(row_logits_ptr + token, mask=token < V, other=-float("inf"))
     weights = tl.where(is_likelier(logits, token, threshold, candidate), tl.exp((logits - largest) / temperature), 0.0)
     tl.store(block_above_ptr + sequence * N_BLOCKS + block, tl.sum(weights, axis=0))
-    tl.debug_barrier()  # all threads of the program have stored before the program counts
-    if tl.atomic_add(semaphores_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
-        tl.store(semaphores_ptr + sequence, 0)
+    if is_last_program(semaphores_ptr + sequence, N_BLOCKS):
         index = tl.arange(0, N_BLOCKS_PADDED)
         block_above_ptrs = block_above_ptr + sequence * N_BLOCKS + index
         above = tl.sum(tl.load(block_above_ptrs, mask=index < N_BLOCKS, other=0.0, cache_modifier=".cg"), axis=0)
