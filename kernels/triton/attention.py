@@ -44,8 +44,8 @@ class ScoreMod(NamedTuple):
     slope: tl.tensor | None  # [BLOCK_M], ALiBi: slope * distance is added
 
 
-class AttentionTile(NamedTuple):
-    """The sizes of a program."""
+class AttentionSizes(NamedTuple):
+    """The sizes of a program of attend."""
 
     BLOCK_M: int  # queries, padded to a power of two
     BLOCK_N: int  # cached tokens of a step
@@ -62,7 +62,7 @@ def attend_kernel(
     out_ptr, partial_out_ptr,  # [B, T, H, D], [B, T, H, N_SPLITS, D]
     partial_ml_ptr, semaphores_ptr,  # [B, T, H, N_SPLITS, 2]: m_i and l_i of each split; [B, G]: zeros
     eps, qk_scale, qk_softcap, cache_stride_b, cache_stride_g, S, T,
-    HEADS: tl.constexpr, TILE: tl.constexpr,  # heads.py: HeadLayout; AttentionTile
+    HEADS: tl.constexpr, SIZES: tl.constexpr,  # heads.py: HeadLayout; AttentionSizes
     Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr,  # heads that are normed together: 1, or all
     WINDOW: tl.constexpr, DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
@@ -85,25 +85,25 @@ def attend_kernel(
     k_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
     v_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
     start = tl.load(start_pos_ptr + sequence).to(tl.int32)  # position of the first new token
-    q = load_new_queries(qkv_ptr, kv_head, T, HEADS, TILE.BLOCK_M)
+    q = load_new_queries(qkv_ptr, kv_head, T, HEADS, SIZES.BLOCK_M)
     k, v = load_new_keys_values(qkv_ptr, kv_head, T, HEADS)
     q_lo, q_hi = norm_and_rope(
         q, q_norm_weight_ptr, qkv_ptr, cos_sin_ptr, start, S, T, eps, Q_NORM_HEADS, HEADS, DTYPE
     )
-    has_sink = q.mask & (split == TILE.N_SPLITS - 1)  # the sink counts once, in the last split
-    m_i, l_i = initial_softmax(sinks_ptr, q.head, has_sink, TILE.BLOCK_M)
-    acc = tl.full([TILE.BLOCK_M, HEADS.BLOCK_D], 0.0, tl.float32)
+    has_sink = q.mask & (split == SIZES.N_SPLITS - 1)  # the sink counts once, in the last split
+    m_i, l_i = initial_softmax(sinks_ptr, q.head, has_sink, SIZES.BLOCK_M)
+    acc = tl.full([SIZES.BLOCK_M, HEADS.BLOCK_D], 0.0, tl.float32)
     score_mod = ScoreMod(qk_scale, qk_softcap, load_slopes(alibi_slopes_ptr, q.head, q.mask))
 
     # Loop over the cached tokens of the split
-    begin, end = split_bounds(start, S, split, WINDOW, TILE.N_SPLITS, TILE.BLOCK_N)
+    begin, end = split_bounds(start, S, split, WINDOW, SIZES.N_SPLITS, SIZES.BLOCK_N)
     m_i, l_i, acc = attend_to_split(
         q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + q.token, q.mask, score_mod,
-        HEADS.D, WINDOW, TILE.BLOCK_N,
+        HEADS.D, WINDOW, SIZES.BLOCK_N,
     )
 
     # The new tokens, which are also written into the cache
-    if split == TILE.N_SPLITS - 1:
+    if split == SIZES.N_SPLITS - 1:
         k_lo, k_hi = norm_and_rope(
             k, k_norm_weight_ptr, qkv_ptr + HEADS.N_HEADS * HEADS.D, cos_sin_ptr, start, S, T, eps, K_NORM_HEADS,
             HEADS, DTYPE,
@@ -115,13 +115,13 @@ def attend_kernel(
 
     # Epilogue
     query = (sequence * T + q.token) * HEADS.N_HEADS + q.head  # index in [B, T, H]
-    if TILE.N_SPLITS == 1:
+    if SIZES.N_SPLITS == 1:
         store_vectors(out_ptr, query * HEADS.D, acc / l_i[:, None], q.mask, HEADS.D)
     else:
         semaphore = sequence * HEADS.N_KV_HEADS + kv_head  # index in [B, G]
         store_and_combine(
             m_i, l_i, acc, out_ptr, partial_out_ptr, partial_ml_ptr, semaphores_ptr, query, split, semaphore, q.mask,
-            HEADS.D, TILE.N_SPLITS, TILE.N_SPLITS_PADDED,
+            HEADS.D, SIZES.N_SPLITS, SIZES.N_SPLITS_PADDED,
         )
 
 
@@ -293,7 +293,7 @@ def attend(
             n_heads, n_kv_heads, HEADS_PER_KV_HEAD=n_heads // n_kv_heads, D=head_dim, TOKEN_STRIDE=qkv.shape[-1],
             BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
         ),
-        TILE=AttentionTile(
+        SIZES=AttentionSizes(
             BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
             BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
             N_SPLITS=n_splits, N_SPLITS_PADDED=triton.next_power_of_2(n_splits),

@@ -40,7 +40,7 @@ from kernels.triton.launch import (
     pdl_wait,
 )
 from kernels.triton.weights import (
-    ProgramTile,
+    BlockSizes,
     WeightLayout,
     prefetch_weights,
     program_weights,
@@ -98,7 +98,7 @@ def fused_linear_kernel(
     N, n_tokens, FEW_TOKENS: tl.constexpr,
     K: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
     DOT: tl.constexpr, LAYOUT: tl.constexpr,  # formats.py: KernelFormat; weights.py: WeightLayout
-    TILE: tl.constexpr,  # weights.py: ProgramTile
+    SIZES: tl.constexpr,  # weights.py: BlockSizes
     ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr,
     DTYPE: tl.constexpr,  # the type of both operands of tl.dot
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
@@ -120,11 +120,11 @@ def fused_linear_kernel(
     since add_squares has a tensor for each token. With more tokens a kernel is compiled for each BLOCK_M."""
     # Prologue. Before pdl_wait a program reads only W
     N_OUT = N // 2 if IS_GATED else N
-    w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, TILE)
+    w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, SIZES)
     if USE_PDL and topk_ids_ptr is None:
-        prefetch_weights(w, LAYOUT, TILE)
+        prefetch_weights(w, LAYOUT, SIZES)
     pdl_wait(USE_PDL, TRIGGER_EARLY)
-    offs_m = tl.arange(0, TILE.BLOCK_M)
+    offs_m = tl.arange(0, SIZES.BLOCK_M)
     n_tokens = FEW_TOKENS if FEW_TOKENS else n_tokens
     x_index, y_index, mask_m = offs_m, offs_m, offs_m < n_tokens  # the rows of x and y that belong to each token
     if topk_ids_ptr is not None:
@@ -141,24 +141,24 @@ def fused_linear_kernel(
         w, bias_ptr = weights_of_expert(w, bias_ptr, expert, K, LAYOUT)
     # The operands of the epilogue are loaded before the loop, so that the epilogue does not wait for memory. Only the
     # residual of many tokens is loaded after the loop, since registers have no room for it during the loop
-    y_offsets, mask_y = output_offsets(y_index, mask_m, N_OUT, TILE.BLOCK_OUT)
+    y_offsets, mask_y = output_offsets(y_index, mask_m, N_OUT, SIZES.BLOCK_OUT)
     channel_scale = load_column(w.scales_ptr if LAYOUT.HAS_CHANNEL_SCALES else None, w)
     bias = load_column(bias_ptr, w)
     residual = load_residual(residual_ptr if FEW_TOKENS else None, y_offsets, mask_y)
 
     # Loop
-    acc = tl.full([TILE.K_SLICES, TILE.BLOCK_N, TILE.BLOCK_M], 0.0, tl.float32)
+    acc = tl.full([SIZES.K_SLICES, SIZES.BLOCK_N, SIZES.BLOCK_M], 0.0, tl.float32)
     squares = ()
     if norm_weight_ptr is not None:
-        squares = zero_squares(FEW_TOKENS, TILE.K_SLICES, TILE.SLICE_K)
-    starts = slice_starts(LAYOUT.IS_TILED, TILE.SLICE_K, TILE.K_SLICES)
-    for k in tl.range(0, K, TILE.BLOCK_K, num_stages=TILE.NUM_STAGES):
+        squares = zero_squares(FEW_TOKENS, SIZES.K_SLICES, SIZES.SLICE_K)
+    starts = slice_starts(LAYOUT.IS_TILED, SIZES.SLICE_K, SIZES.K_SLICES)
+    for k in tl.range(0, K, SIZES.BLOCK_K, num_stages=SIZES.NUM_STAGES):
         k_starts = k + starts  # [K_SLICES]
-        offs_k = slice_columns(k_starts, TILE.SLICE_K)  # [K_SLICES, SLICE_K]
+        offs_k = slice_columns(k_starts, SIZES.SLICE_K)  # [K_SLICES, SLICE_K]
         x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, FEW_TOKENS, K, DTYPE)
         if norm_weight_ptr is not None:
             squares = add_squares(squares, x_ptr, offs_k, FEW_TOKENS, K)
-        acc = DOT(acc, x, w, k, k_starts, K, LAYOUT.GROUP_SIZE, TILE.BLOCK_OUT)
+        acc = DOT(acc, x, w, k, k_starts, K, LAYOUT.GROUP_SIZE, SIZES.BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -169,7 +169,7 @@ def fused_linear_kernel(
     if LAYOUT.HAS_CHANNEL_SCALES:
         y *= channel_scale
     if norm_weight_ptr is not None:
-        y *= inverse_rms(squares, eps, FEW_TOKENS, K, TILE.BLOCK_M)[None, :]
+        y *= inverse_rms(squares, eps, FEW_TOKENS, K, SIZES.BLOCK_M)[None, :]
     operands = EpilogueOperands(bias, out_scale, softcap, clip, residual)
     y = epilogue(y, operands, ACTIVATION, IS_GATED)  # [BLOCK_OUT, BLOCK_M]
     tl.store(y_ptr + y_offsets, y, mask=mask_y)
@@ -296,7 +296,7 @@ def fused_linear(
         LAYOUT=WeightLayout(
             format.is_tiled, format.stride(w.weight), group_size, format.has_channel_scales(group_size, k)
         ),
-        TILE=ProgramTile(
+        SIZES=BlockSizes(
             BLOCK_M=max(min_block_m(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
             BLOCK_OUT=tiles.block_n // 2 if is_gated else tiles.block_n, BLOCK_K=block_k, SLICE_K=slice_k,
             K_SLICES=block_k // slice_k, NUM_STAGES=tiles.num_stages,
