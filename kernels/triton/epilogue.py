@@ -11,8 +11,18 @@ import triton
 import triton.language as tl
 
 
+class EpilogueArguments(NamedTuple):
+    """The arguments of fused_linear_kernel for the epilogue. None means that the step is left out."""
+
+    bias_ptr: tl.tensor | None  # [N], of experts [E, N]
+    residual_ptr: tl.tensor | None  # [M, N_OUT]
+    out_scale: tl.tensor | None
+    softcap: tl.tensor | None
+    clip: tl.tensor | None
+
+
 class EpilogueOperands(NamedTuple):
-    """The operands of the epilogue. None means that the step is left out."""
+    """The same after the loads: the operands that a program has."""
 
     bias: tl.tensor | None  # [BLOCK_N, 1]
     out_scale: tl.tensor | None

@@ -142,7 +142,7 @@ def is_last_program(semaphore_ptr, N_PROGRAMS: tl.constexpr):
     its stores. The last program can then load what all of them have stored, but only with loads that bypass the L1
     cache (.cg), which may have older values.
 
-    Each program adds one to the semaphore. The last one finds the others counted, and sets the semaphore back to zero."""
+    Each program adds one to the semaphore. The last program finds the others counted, and sets it back to zero."""
     tl.debug_barrier()  # all threads of the program have stored before the program counts
     is_last = tl.atomic_add(semaphore_ptr, 1, sem="acq_rel") == N_PROGRAMS - 1
     if is_last:

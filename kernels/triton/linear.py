@@ -14,6 +14,8 @@ M, N and K are CUTLASS's, for y [M, N] = x W^T, in shapes and in names such as o
 W), K inputs (the columns of W).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,7 @@ from kernels.schema import (
     triton_op,
 )
 from kernels.triton.elements import magic_number_for
-from kernels.triton.epilogue import EpilogueOperands, epilogue
+from kernels.triton.epilogue import EpilogueArguments, EpilogueOperands, epilogue
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
     MMA_TOKENS,
@@ -83,17 +85,20 @@ ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
 # the experts of the token.
 
 
+class Norm(NamedTuple):
+    """The norm before the matmul."""
+
+    weight_ptr: tl.tensor | None  # [K], or None: there is no norm
+    eps: tl.tensor
+
+
 @triton.jit
 def fused_linear_kernel(
     w_ptr, scales_ptr,  # W [N, K], of experts [E, N, K], and the scales of W, as the format packs them
-    bias_ptr,  # [N], of experts [E, N]
     x_ptr,  # [M, K]; if X_IS_PER_PAIR [M * TOP_K, K]
-    norm_weight_ptr,  # [K]
-    residual_ptr,  # [M, N_OUT]
     topk_ids_ptr,  # [M, TOP_K]
     y_ptr,  # [M, N_OUT]; with topk_ids [M * TOP_K, N_OUT]
-    eps,  # of the norm
-    out_scale, softcap, clip,  # of the epilogue
+    norm, epilogue_arguments,  # Norm; epilogue.py: EpilogueArguments
     magic_number,  # see elements.py: int4_pair
     N, n_tokens, FEW_TOKENS: tl.constexpr,
     K: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
@@ -126,6 +131,7 @@ def fused_linear_kernel(
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     offs_m = tl.arange(0, SIZES.BLOCK_M)
     n_tokens = FEW_TOKENS if FEW_TOKENS else n_tokens
+    bias_ptr, residual_ptr = epilogue_arguments.bias_ptr, epilogue_arguments.residual_ptr
     x_index, y_index, mask_m = offs_m, offs_m, offs_m < n_tokens  # the rows of x and y that belong to each token
     if topk_ids_ptr is not None:
         pair = tl.program_id(1)
@@ -149,14 +155,14 @@ def fused_linear_kernel(
     # Loop
     acc = tl.full([SIZES.K_SLICES, SIZES.BLOCK_N, SIZES.BLOCK_M], 0.0, tl.float32)
     squares = ()
-    if norm_weight_ptr is not None:
+    if norm.weight_ptr is not None:
         squares = zero_squares(FEW_TOKENS, SIZES.K_SLICES, SIZES.SLICE_K)
     starts = slice_starts(LAYOUT.IS_TILED, SIZES.SLICE_K, SIZES.K_SLICES)
     for k in tl.range(0, K, SIZES.BLOCK_K, num_stages=SIZES.NUM_STAGES):
         k_starts = k + starts  # [K_SLICES]
         offs_k = slice_columns(k_starts, SIZES.SLICE_K)  # [K_SLICES, SLICE_K]
-        x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, FEW_TOKENS, K, DTYPE)
-        if norm_weight_ptr is not None:
+        x = load_x(x_ptr, norm.weight_ptr, x_index, mask_m, offs_k, FEW_TOKENS, K, DTYPE)
+        if norm.weight_ptr is not None:
             squares = add_squares(squares, x_ptr, offs_k, FEW_TOKENS, K)
         acc = DOT(acc, x, w, k, k_starts, K, LAYOUT.GROUP_SIZE, SIZES.BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
@@ -168,9 +174,11 @@ def fused_linear_kernel(
     y = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
     if LAYOUT.HAS_CHANNEL_SCALES:
         y *= channel_scale
-    if norm_weight_ptr is not None:
-        y *= inverse_rms(squares, eps, FEW_TOKENS, K, SIZES.BLOCK_M)[None, :]
-    operands = EpilogueOperands(bias, out_scale, softcap, clip, residual)
+    if norm.weight_ptr is not None:
+        y *= inverse_rms(squares, norm.eps, FEW_TOKENS, K, SIZES.BLOCK_M)[None, :]
+    operands = EpilogueOperands(
+        bias, epilogue_arguments.out_scale, epilogue_arguments.softcap, epilogue_arguments.clip, residual
+    )
     y = epilogue(y, operands, ACTIVATION, IS_GATED)  # [BLOCK_OUT, BLOCK_M]
     tl.store(y_ptr + y_offsets, y, mask=mask_y)
 
@@ -287,9 +295,10 @@ def fused_linear(
     block_k = tiles.num_warps * tiles.warp_k
     grid = triton.cdiv(n, tiles.block_n), n_pairs
     fused_linear_kernel[grid](
-        w_ptr=w.weight, scales_ptr=w.scales, bias_ptr=bias, x_ptr=x, norm_weight_ptr=norm_weight,
-        residual_ptr=residual, topk_ids_ptr=topk_ids, y_ptr=y,
-        eps=eps, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None,
+        w_ptr=w.weight, scales_ptr=w.scales, x_ptr=x, topk_ids_ptr=topk_ids, y_ptr=y, norm=Norm(norm_weight, eps),
+        epilogue_arguments=EpilogueArguments(
+            bias, residual, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None
+        ),
         magic_number=magic_number_for(x.dtype),
         N=n, n_tokens=n_tokens, FEW_TOKENS=n_tokens if has_few_tokens else 0, K=k, TOP_K=top_k,
         X_IS_PER_PAIR=n_inputs > n_tokens, DOT=format.dot,
