@@ -46,12 +46,16 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 // All outputs need the same sum of x, so quantize_token computes this sum once and stores it as the compensation, which
 // is oneDNN's name (ggml: s of block_q8_1). The format of w decides what is stored:
 //
-//     format            zero points                       compensation
-//     F::SHARED_ZERO    one for all weights               -zero * (sum of q in the ActGroup)
-//     other formats     one for each group of weights     a running sum of x, which each group of weights begins anew
+//     F::SHARED_ZERO    All weights have one zero point, so the zero point is multiplied here, too. The compensation is
+//                       -zero * (sum of q), of the ActGroup alone.
+//     other formats     Each group of weights has a zero point, and spans several ActGroups. The compensation is the
+//                       sum of x from the first ActGroup of the group of weights on. So the last ActGroup has the whole
+//                       sum, which dot_grouped reads. With groups of 48 weights, and sums s0, s1, ... of ActGroups:
 //
-// A group of weights spans several ActGroups. The last ActGroup has the complete sum, so dot_grouped reads the
-// compensation of the last ActGroup.
+//         group of weights    0                             1
+//         ActGroup            0     1          2            3     4          5
+//         compensation        s0    s0 + s1    s0+s1+s2     s3    s3 + s4    s3+s4+s5
+//                                              read                          read
 struct ActGroup {
   float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
   float compensation;

@@ -26,15 +26,15 @@ Before gdc_wait a kernel reads only weights, since no kernel writes weights. Eve
 kernel that needs no result of the previous kernel. So kernels end in order, and a kernel that waits for B waits for A,
 too.
 
-A executes gdc_launch_dependents as early as possible without letting B occupy multiprocessors that A still needs:
+A executes gdc_launch_dependents
 
-    a kernel with at most one program per multiprocessor    at once (TRIGGER_EARLY)
-    a matmul with more programs                             after the loop over K, when all programs are nearly done
-    any other kernel                                        never, so the next kernel starts when this kernel ends
+    at once (TRIGGER_EARLY)       if A has one wave: at most one program for each multiprocessor
+    after its loop over K         if A is a matmul of several waves
+    never                         if A is any other kernel of several waves, so B starts when A ends
 
-Why not always at once? If A has several waves of programs, B's programs would take over the multiprocessors that become
-free after the first wave, and A's later waves would run on the few that are left. Int8 steps of Llama-3.1-8B then took
-4.5 ms instead of 3.3 (H100).
+Why not always at once? B's programs occupy multiprocessors while they wait. If A has one wave, all programs of A run
+already. If A has several, B's programs would share the multiprocessors with A's last wave. Int8 steps of Llama-3.1-8B
+then took 4.5 ms instead of 3.3 (H100). After the loop over K, A's last programs are nearly done.
 """
 
 import json
@@ -192,20 +192,23 @@ def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int
     key = table_key(format_id, n, k, gated, group_size)
     if key in gpu.tuned and uses_matrix_units:
         return TileConfig(**gpu.tuned[key])
-    block_n = 32 if gated else 16
     if min_block_m(x) != 8:
         is_float32 = format_id == Unquantized.format_id and x.dtype == torch.float32
         warp_k = 32 if is_float32 else 64
-        return TileConfig(block_n, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
+        return TileConfig(32 if gated else 16, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
     format = kernel_format(format_id)
     if format.is_tiled:
         return guess_tiled(format.bits, n / gpu.num_sms, gated, group_size)
-    if group_size <= 16:  # each slice has sums of its own, and the sums of all slices must fit in registers
-        return TileConfig(block_n, num_warps=4, warp_k=64 if gated else 128, num_stages=3)
-    if k <= 1024 and not gated:  # the loop has one step
-        return TileConfig(block_n, num_warps=4, warp_k=256, num_stages=2)
-    warp_k = 64 if format_id != Unquantized.format_id and gated else 128
-    return TileConfig(block_n, num_warps=4, warp_k=warp_k, num_stages=3)
+    return guess_rows(format_id != Unquantized.format_id, k, gated, group_size)
+
+
+def guess_rows(is_quantized: bool, k: int, gated: bool, group_size: int) -> TileConfig:
+    """Guesses the tile sizes for weights that are stored in rows."""
+    block_n = 32 if gated else 16
+    has_narrow_slices = group_size <= 16  # each slice has sums of its own, and all sums must fit in registers
+    if k <= 1024 and not gated and not has_narrow_slices:
+        return TileConfig(block_n, num_warps=4, warp_k=256, num_stages=2)  # the loop has one step
+    return TileConfig(block_n, num_warps=4, warp_k=64 if gated and is_quantized else 128, num_stages=3)
 
 
 def guess_tiled(bits: int, outputs_per_sm: float, gated: bool, group_size: int) -> TileConfig:
