@@ -64,8 +64,8 @@ inline f32x16 apply_score_mod(f32x16 qk, const ScoreMod& mod, f32x16 distance) {
 }
 
 // Computes the scores [n] of q [d] and k [n, d], 16 keys at a time, and returns the largest score. Scores beyond n, up
-// to a multiple of 16, become -infinity. distance is that of the first key. If next is not null, also prefetches the
-// values next [n / stride, d]: one value for every stride keys.
+// to a multiple of 16, become -infinity. distance is the distance of the first key. If next is not null, also prefetches
+// the values next [n / stride, d]: one value for every stride keys.
 template <int64_t D, typename T>
 float score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreMod& mod, int64_t distance,
                  float* scores, const T* next, int64_t stride) {
@@ -256,7 +256,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     return ((b * n_kv_heads + kv_head) * max_splits() + split) * queries_per_kv_head() + query_index(t, 0);
   }
 
-  // Only the first queries of a task read keys and values from memory. The others find them in the cache.
+  // Only the first queries of a task read keys and values from memory. The other queries find both in the cache.
   //
   //     for each new token t of the block:
   //         for up to MAX_Q query heads at a time:       reads            the first queries prefetch

@@ -26,7 +26,8 @@ void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* con
 }
 
 // Whether to multiply one output at a time. Then memory is read in order, which can be 1.5 times as fast as reading
-// four outputs in step. But each output reads the activations again, so they must fit in L1 and need no conversion.
+// four outputs in step. But each output reads the activations again, so activations must fit in L1 and need no
+// conversion.
 constexpr int MAX_IN_ORDER = 6;               // the most tokens of such a loop
 constexpr int64_t IN_ORDER_BYTES = 24 << 10;  // the most bytes of their activations
 template <typename T> bool reads_in_order(int64_t k) {

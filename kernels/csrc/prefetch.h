@@ -17,7 +17,7 @@
 
 #include "weights.h"
 
-// A core that reads 40 GB/s at a latency of 200 ns has 8,000 bytes in flight. They leave room for activations in L1.
+// A core that reads 40 GB/s at a latency of 200 ns has 8,000 bytes in flight. L1 then still has room for activations.
 constexpr int64_t PREFETCH = 8192;
 
 // Which of the m-blocks a loop multiplies, and how many of its blocks of weights are adjacent in memory: 1 or 2.

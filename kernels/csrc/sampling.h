@@ -149,7 +149,7 @@ struct SampleOp {
   static float find_threshold(float low, float* weights, int64_t size, auto is_enough) {
     const auto bits = [](float x) { return std::bit_cast<uint32_t>(x); };
     alignas(64) float copied[MAX_COPIED + 1];
-    const float* searched = weights;  // becomes copied as soon as that has room for the weights in (low, high]
+    const float* searched = weights;  // becomes copied, once copied has room for the weights in (low, high]
     int64_t searched_size = size;
     Sum above_low = sum_above(low, weights, size), above_high{}, above_searched{};
     if (!is_enough(above_low)) return low;

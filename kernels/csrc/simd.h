@@ -220,7 +220,7 @@ inline f32x16 odd_lanes(f32x16 a, f32x16 b) {
 // Transposes 16 vectors of 16 words: swaps lane j of v[i] and lane i of v[j].
 //
 // The address of an element is 8 bits, vvvvllll: the index of the vector, then the lane. Each round interleaves vectors
-// 0-7 with vectors 8-15, so the highest bit of the address becomes the lowest. After four rounds it is llllvvvv.
+// 0-7 with vectors 8-15, so the highest bit of the address becomes the lowest. Four rounds make it llllvvvv.
 template <typename V> inline void transpose(V* v) {
   V from[16];
 #pragma GCC unroll 4

@@ -22,7 +22,7 @@ class EpilogueArguments(NamedTuple):
 
 
 class EpilogueOperands(NamedTuple):
-    """The same after the loads: the operands that a program has."""
+    """What a program has loaded for the epilogue. None means that the step is left out."""
 
     bias: tl.tensor | None  # [BLOCK_N, 1]
     out_scale: tl.tensor | None

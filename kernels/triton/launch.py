@@ -1,5 +1,5 @@
-"""How the Triton kernels are launched. A kernel of a decode step takes microseconds. So it counts how evenly its
-programs share the GPU (tile sizes), and how long the GPU idles between two kernels (kernels that overlap).
+"""How the Triton kernels are launched. A kernel of a decode step takes microseconds. So two things matter: how
+evenly its programs share the GPU (tile sizes), and how long the GPU idles between two kernels (kernels that overlap).
 
     gpu_info                    what the GPU can do
     has_matrix_units, min_block_m, dot_dtype    what a matmul needs to know, by device and by type of x

@@ -10,7 +10,7 @@ top_p and min_p keep the likeliest tokens. The drawn token is the argmax among t
 sorting, by rejections as in FlashInfer's sampling kernels:
 
     1. The argmax of all tokens is the candidate.
-    2. The sum of the probabilities of all likelier tokens says whether the candidate is kept. If it is, it is drawn.
+    2. The sum of the probabilities of all likelier tokens says whether the candidate is kept. A kept one is drawn.
     3. Otherwise no token that is as likely or less is kept. The argmax of the likelier tokens is the next candidate.
 
 With top_p 0.9 the first candidate is kept in nine of ten cases. So all programs share step 2 of the first candidate,
