@@ -64,7 +64,7 @@ inline f32x16 apply_score_mod(f32x16 qk, const ScoreMod& mod, f32x16 distance) {
 }
 
 // Computes the scores [n] of q [d] and k [n, d], 16 keys at a time, and returns the largest score. Scores beyond n, up
-// to a multiple of 16, become -infinity. distance is the distance of the first key. If next is not null, also prefetches
+// to a multiple of 16, become -infinity. distance is the first key's. If next is not null, also prefetches
 // the values next [n / stride, d]: one value for every stride keys.
 template <int64_t D, typename T>
 float score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreMod& mod, int64_t distance,
