@@ -2,8 +2,8 @@
 
 A block is 16 rows of W. A word is four bytes of a row: 2, 4 or 8 elements of 16, 8 or 4 bits. A packed block
 has word 0 of all 16 rows, then word 1 of all 16 rows, and so on (kernels/csrc/weights.h draws a block). So a load of
-64 bytes fills a vector register, and the 16 lanes of the register are 16 outputs. Rows are padded to a multiple of 16
-elements. Scales and zeros are packed likewise, group by group, without padding.
+64 bytes fills a vector register, and the 16 lanes of the register are 16 outputs. Rows are padded to a multiple of
+ACT_GROUP_SIZE elements. Scales and zeros are packed likewise, group by group, without padding.
 """
 
 import torch
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CPU_BLOCK_N = 16  # rows of a block
-CPU_BLOCK_K = 16  # elements of a row that a kernel multiplies at a time (kernels/csrc/weights.h: ACT_GROUP)
+ACT_GROUP_SIZE = 16  # activations that share a scale when rounded to int8 (kernels/csrc/activations.h: ActGroup)
 
 
 def words_to_blocks(weight: Tensor, elements_per_word: int) -> Tensor:
     """Rows of K elements in any dtype, [..., N, bytes of a row] -> words int32 [..., N / 16, words of a row, 16]."""
-    return to_blocks(weight.view(torch.int32), CPU_BLOCK_K // elements_per_word)
+    return to_blocks(weight.view(torch.int32), ACT_GROUP_SIZE // elements_per_word)
 
 
 def to_blocks(t: Tensor, row_multiple: int = 1) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 
 from config import ACTIVATIONS
 from formats import FORMATS
-from formats.cpu_layouts import CPU_BLOCK_K, CPU_BLOCK_N
+from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from kernels.schema import MAX_CPU_TOKENS  # schema.py also defines the schemas of the operations in the library
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -81,7 +81,7 @@ def check_sizes(weights_h: str):
     sizes = {
         "MAX_CPU_TOKENS": ("kernels/schema.py: MAX_CPU_TOKENS", MAX_CPU_TOKENS),
         "BLOCK_N": ("formats/cpu_layouts.py: CPU_BLOCK_N", CPU_BLOCK_N),
-        "ACT_GROUP": ("formats/cpu_layouts.py: CPU_BLOCK_K", CPU_BLOCK_K),
+        "ACT_GROUP_SIZE": ("formats/cpu_layouts.py: ACT_GROUP_SIZE", ACT_GROUP_SIZE),
     }
     for name, (our_name, ours) in sizes.items():
         theirs = int(re.search(rf" {name} = (\d+);", weights_h)[1])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from formats import Tensors, Unquantized, WeightFormat
 from formats.base import QUANTIZE_CHUNK
-from formats.cpu_layouts import CPU_BLOCK_K
+from formats.cpu_layouts import ACT_GROUP_SIZE
 from kernels import build
 from ops import aten
 from ops.backend import TORCH_BACKEND, cpp_backend, triton_backend
@@ -75,11 +75,11 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
 
 
 def supports_cpp_kernels(matrix: WeightMatrix) -> bool:
-    """Whether the C++ kernels can read matrix. If the kernels round activations to int8, no block of activations may
-    span two groups of weights. A block spans two groups only in a shard whose width is an odd multiple of 8."""
+    """Whether the C++ kernels can read matrix. If the kernels round activations to int8, no group of activations
+    may span two groups of weights. One spans two only in a shard whose width is an odd multiple of 8."""
     group_size = matrix.format.group_size
-    has_whole_blocks = not matrix.format.rounds_activations or group_size is None or group_size % CPU_BLOCK_K == 0
-    return has_whole_blocks and matrix.format.supports_kernels(matrix.in_features)
+    has_whole_groups = not matrix.format.rounds_activations or group_size is None or group_size % ACT_GROUP_SIZE == 0
+    return has_whole_groups and matrix.format.supports_kernels(matrix.in_features)
 
 
 class HugePageArena:

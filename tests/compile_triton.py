@@ -54,7 +54,7 @@ PREFETCHED_FORMATS = [Unquantized(), Int4(64)]  # not tiled, and tiled
 MANY_TOKENS = [(16, Unquantized()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
 OTHERS = Counter(fused_linear_kernel=3, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=1)
-OTHERS.update(attend_kernel=2, sample_kernel=3, truncate_kernel=1, permute_inputs_kernel=1)
+OTHERS.update(attend_kernel=2, sample_kernel=3, top_p_min_p_kernel=1, permute_inputs_kernel=1)
 ALL_OTHERS = OTHERS + Counter(fused_linear_kernel=8, moe_combine_kernel=2)
 
 
@@ -124,19 +124,28 @@ class Compiler:
 
 
 def specialize(kernel: JITFunction, values: dict) -> tuple[dict, dict, dict]:
-    """Returns the types, constants and divisibility by 16 that Triton derives from the arguments of a launch."""
+    """The types, constants and divisibility by 16 that Triton takes arguments for when it launches a kernel. Constants
+    and divisibility are by path: (1,) is the second argument, and (1, 0) the first field of a tuple there."""
     signature, constants, attributes = {}, {}, {}
+
+    def type_of(value, path: tuple[int, ...]):
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(field, (*path, i)) for i, field in enumerate(value)))
+        if value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return f"*{TYPES[value.dtype]}"
+        return "fp32" if isinstance(value, float) else "i32"
+
     for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        is_aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
-        if is_aligned and name not in constants:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = type_of(value, (index,))
     return signature, constants, attributes
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import kernels.build
 import ops
-from formats.cpu_layouts import CPU_BLOCK_K
+from formats.cpu_layouts import ACT_GROUP_SIZE
 from layers import Embedding, LinearBase, WeightMatrix
 from scripts.kernel_checks.error_bounds import U
 from scripts.kernel_checks.exact_results import set_weight
@@ -54,9 +54,9 @@ def packed(module):
 
 def rounded_activations(x: torch.Tensor) -> torch.Tensor:
     """Rounds x [..., K] as the kernels of 8- and 4-bit weights round 16-bit activations: to int8, with a scale for each
-    block of CPU_BLOCK_K."""
+    group of ACT_GROUP_SIZE."""
     k = x.shape[-1]
-    groups = F.pad(x.float(), (0, -k % CPU_BLOCK_K)).unflatten(-1, (-1, CPU_BLOCK_K))
+    groups = F.pad(x.float(), (0, -k % ACT_GROUP_SIZE)).unflatten(-1, (-1, ACT_GROUP_SIZE))
     scale = groups.abs().amax(-1, keepdim=True) / 127
     return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)[..., :k]
 

@@ -22,7 +22,7 @@ from formats import FORMATS, Int4, Int8
 from formats.cpu_layouts import CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
 from kernels.triton import heads
-from kernels.triton.elements import magic_number
+from kernels.triton.elements import magic_number_for
 from layers import ExpertsDown
 from ops import aten, backend, dispatch, packing
 from scripts.kernel_checks import error_bounds as bounds
@@ -56,7 +56,7 @@ def test_both_lists_of_activations_have_one_order():
             kernels.build.check_activations(wrong)
 
 
-@pytest.mark.parametrize("name, ours", [("MAX_CPU_TOKENS", 64), ("BLOCK_N", 16), ("ACT_GROUP", 16)])
+@pytest.mark.parametrize("name, ours", [("MAX_CPU_TOKENS", 64), ("BLOCK_N", 16), ("ACT_GROUP_SIZE", 16)])
 def test_both_sizes_are_one(name, ours):
     weights_h = (kernels.build.SOURCES / "weights.h").read_text()
     kernels.build.check_sizes(weights_h)
@@ -259,5 +259,5 @@ def test_sizes_are_the_same_in_all_languages():
     assert sizes["BLOCK_N"] == CPU_BLOCK_N and dispatch.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
     assert heads.BLOCK_T.value == backend.MAX_TRITON_NEW_TOKENS
     for dtype in (torch.bfloat16, torch.float16):
-        halves = torch.tensor([magic_number(dtype)], dtype=torch.int32).view(dtype).tolist()
+        halves = torch.tensor([magic_number_for(dtype)], dtype=torch.int32).view(dtype).tolist()
         assert halves == 2 * [MAGIC_BIASES[dtype]]

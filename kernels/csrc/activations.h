@@ -6,8 +6,8 @@
 
 #include "weights.h"
 
-constexpr int64_t TILE_M = 16, TILE_K = 32;  // a tile of activations is [16 tokens, 32 inputs] (amx.h)
-constexpr int64_t TILE_BYTES = 1024;
+constexpr int64_t AMX_TILE_M = 16, AMX_TILE_K = 32;  // a tile of activations is [16 tokens, 32 inputs]
+constexpr int64_t AMX_TILE_BYTES = 1024;
 
 // ---- RMSNorm --------------------------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 
 // ---- Quantization ---------------------------------------------------------------------------------------------------
 
-// ACT_GROUP activations x as int8: x = scale * q, |q| <= 127. ggml's block_q8_1 is alike, but has 32 elements.
+// ACT_GROUP_SIZE activations x as int8: x = scale * q, |q| <= 127. ggml's block_q8_1 is alike, but has 32 elements.
 //
 // The loops multiply x with weights w - zero. They compute the sum of w * x, and subtract the zero points afterwards:
 //
@@ -46,16 +46,20 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 // All outputs need the same sum of x, so quantize_token computes this sum once and stores it as the compensation, which
 // is oneDNN's name (ggml: s of block_q8_1). The format of w decides what is stored:
 //
-//     format            zero points                       compensation
-//     F::SHARED_ZERO    one for all weights               -zero * (sum of q in the ActGroup)
-//     other formats     one for each group of weights     a running sum of x, which each group of weights begins anew
+//     F::SHARED_ZERO    All weights have one zero point, so the zero point is multiplied here, too. The compensation is
+//                       -zero * (sum of q), of the ActGroup alone.
+//     other formats     Each group of weights has a zero point, and spans several ActGroups. The compensation is the
+//                       sum of x from the first ActGroup of the group of weights on. So the last ActGroup has the whole
+//                       sum, which dot_grouped reads. With groups of 48 weights, and sums s0, s1, ... of ActGroups:
 //
-// A group of weights spans several ActGroups. The last ActGroup has the complete sum, so dot_grouped reads the
-// compensation of the last ActGroup.
+//         group of weights    0                             1
+//         ActGroup            0     1          2            3     4          5
+//         compensation        s0    s0 + s1    s0+s1+s2     s3    s3 + s4    s3+s4+s5
+//                                              read                          read
 struct ActGroup {
   float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
   float compensation;
-  int8_t q[ACT_GROUP];
+  int8_t q[ACT_GROUP_SIZE];
 };
 
 // Whether activations of type T are quantized for a matmul with weights of format F. Float32 activations (--precision
@@ -67,8 +71,8 @@ template <typename F, typename T>
 constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Unquantized> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
                                  !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
-// Quantizes x [k] to groups [padded k / ACT_GROUP]. F is the format of w. An f32x16 holds the x of a group.
-static_assert(ACT_GROUP == LANES);
+// Quantizes x [k] to groups [padded k / ACT_GROUP_SIZE]. F is the format of w. An f32x16 holds the x of a group.
+static_assert(ACT_GROUP_SIZE == LANES);
 template <typename F, typename T> void quantize_token(const T* x, const Weights& w, ActGroup* groups) {
   const auto maximum = [](i32x16 a, i32x16 b) { return a > b ? a : b; };
   const auto add = [](i32x16 a, i32x16 b) { return a + b; };
@@ -81,26 +85,26 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
     const i32x16 q = (i32x16)(v * (max > 1e-30f ? 127 / max : f32x16{}) + to_int) - (i32x16)to_int;
     const i8x16 bytes = __builtin_convertvector(q, i8x16);
     const int32_t sum = reduce_lanes(q, add)[0];
-    ActGroup& act_group = groups[k / ACT_GROUP];
+    ActGroup& act_group = groups[k / ACT_GROUP_SIZE];
     act_group.scale = max[0] * (1 / 127.0f) + max[0] * 0.0f;  // infinity becomes NaN
     running_sum = (k % w.group_size == 0 ? 0 : running_sum) + sum * act_group.scale;
     if constexpr (F::SHARED_ZERO) act_group.compensation = -F::SHARED_ZERO * sum;
     else act_group.compensation = running_sum;
-    std::memcpy(act_group.q, &bytes, ACT_GROUP);
+    std::memcpy(act_group.q, &bytes, ACT_GROUP_SIZE);
   }
 }
 
 // ---- The prologue ---------------------------------------------------------------------------------------------------
 
-// What dot.h multiplies with weights of format F, after the prologue. A token is ActGroup [k / ACT_GROUP], float [k] or
-// T [k].
+// What dot.h multiplies with weights of format F, after the prologue. A token is ActGroup [k / ACT_GROUP_SIZE],
+// float [k] or T [k].
 template <typename F, typename T>
 using ActElement =
     std::conditional_t<ROUNDS_TO_INT8<F, T>, ActGroup, std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
 
 // The address of a token after the prologue. The type is void, since the format F is known only at run time.
 // matmul_by_format (dot.h) casts the address to const ActElement<F, T>*.
-using ActRow = const void*;
+using TokenPtr = const void*;
 
 // The prologue of x [m, k] W^T. If norm_weight [k] is not null, applies RMSNorm first.
 template <typename T> struct Prologue {
@@ -109,7 +113,8 @@ template <typename T> struct Prologue {
   const Weights& w;
   const T* norm_weight;
   float eps;
-  bool for_amx = false;  // whether to copy x into tiles [k / TILE_K, m / TILE_M, TILE_M, TILE_K], padded with zeros
+  // Whether to copy x into tiles [k / AMX_TILE_K, m / AMX_TILE_M, AMX_TILE_M, AMX_TILE_K], padded with zeros.
+  bool for_amx = false;
 
   bool is_quantized() const {
     return !for_amx && dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
@@ -117,12 +122,12 @@ template <typename T> struct Prologue {
   bool is_widened() const {
     return !for_amx && dispatch_format(w, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
   }
-  int64_t padded_m() const { return for_amx ? round_up(m, TILE_M) : m; }
-  int64_t padded_k() const { return round_up(w.k, TILE_K); }
+  int64_t padded_m() const { return for_amx ? round_up(m, AMX_TILE_M) : m; }
+  int64_t padded_k() const { return round_up(w.k, AMX_TILE_K); }
 
   // Returns the bytes of a token after the prologue. 0 means that the matmul reads x itself.
   int64_t token_bytes() const {
-    if (is_quantized()) return padded_k() / ACT_GROUP * sizeof(ActGroup);
+    if (is_quantized()) return padded_k() / ACT_GROUP_SIZE * sizeof(ActGroup);
     if (is_widened()) return padded_k() * sizeof(float);
     return norm_weight || for_amx ? padded_k() * sizeof(T) : 0;
   }
@@ -135,13 +140,13 @@ template <typename T> struct Prologue {
 
   // Writes the addresses of the results to tokens [m]. With for_amx, writes no tokens, and returns the address of the
   // tiles. The results stay valid until this thread calls run again or, if is_shared, until the operation ends.
-  const char* run(char* shared, Barrier& barrier, ActRow* tokens) const {
+  const char* run(char* shared, Barrier& barrier, TokenPtr* tokens) const {
     static thread_local Scratch scratch;
     char* memory = is_shared() ? shared : scratch.at_least<char>(bytes());
     const Range range = is_shared() ? thread_range(m) : Range{0, m};
     for (int64_t i = range.begin; i < range.end; i++) run_token(i, memory);
     for (int64_t i = 0; i < m && !for_amx; i++)
-      tokens[i] = token_bytes() ? static_cast<ActRow>(memory + i * token_bytes()) : x + i * w.k;
+      tokens[i] = token_bytes() ? static_cast<TokenPtr>(memory + i * token_bytes()) : x + i * w.k;
     if (is_shared()) barrier.wait();
     return memory;
   }
@@ -169,9 +174,9 @@ template <typename T> struct Prologue {
   }
 
   void copy_to_tiles(const T* token, int64_t i, char* tiles) const {
-    for (int64_t k = 0; k < w.k; k += TILE_K, tiles += padded_m() / TILE_M * TILE_BYTES) {
-      T row[TILE_K] = {};  // of a tile
-      std::memcpy(row, token + k, std::min(TILE_K, w.k - k) * sizeof(T));
+    for (int64_t k = 0; k < w.k; k += AMX_TILE_K, tiles += padded_m() / AMX_TILE_M * AMX_TILE_BYTES) {
+      T row[AMX_TILE_K] = {};  // of a tile
+      std::memcpy(row, token + k, std::min(AMX_TILE_K, w.k - k) * sizeof(T));
       std::memcpy(tiles + i * sizeof row, row, sizeof row);
     }
   }

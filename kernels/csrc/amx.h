@@ -34,7 +34,7 @@ inline bool has_amx() {
 template <typename T> bool uses_amx(const Weights& w, int64_t m) {
   return dispatch_format(w, [&]<typename F>(F) {
     // dot_amx scales sums of whole tiles, so no tile may span two groups of inputs.
-    const bool has_whole_tiles = !F::SCALE_AFTER_SUM || w.n_groups == 1 || w.group_size % TILE_K == 0;
+    const bool has_whole_tiles = !F::SCALE_AFTER_SUM || w.n_groups == 1 || w.group_size % AMX_TILE_K == 0;
     return std::is_same_v<T, bf16> && m >= F::MIN_AMX_TOKENS && has_whole_tiles && has_amx();
   });
 }
@@ -57,11 +57,11 @@ class TileRegisters {
 
 // ---- The matmul -----------------------------------------------------------------------------------------------------
 
-// Computes out [16 N, BLOCK_N] = activations [16 N, k] * (a block of w)^T. tiles are the activations, [k / TILE_K, N]
-// tiles. The numbers of tile registers are part of the instructions: 0-3 hold sums, 4-6 activations, 7 weights.
+// Computes out [16 N, BLOCK_N] = activations [16 N, k] * (a block of w)^T. tiles [k / AMX_TILE_K, N] are the
+// activations. The numbers of tile registers are part of the instructions: 0-3 hold sums, 4-6 activations, 7 weights.
 template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const char* tiles, f32x16* out) {
   WeightTiles<F> weights(w, block);
-  i32x16 rows[TILE_K / 2];  // of a tile of weights
+  i32x16 rows[AMX_TILE_K / 2];  // of a tile of weights
   const auto zero_sums = [] {
     _tile_zero(0);
     _tile_zero(1);
@@ -76,17 +76,17 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
     asm volatile("" ::: "memory");  // tells the compiler that the instructions above write memory
   };
   zero_sums();
-  for (int64_t k = 0; k < w.k; k += TILE_K, tiles += N * TILE_BYTES) {
-    const int64_t end = std::min(w.k, k + TILE_K);
-    if (end < k + TILE_K) std::fill_n(rows, TILE_K / 2, i32x16{});
+  for (int64_t k = 0; k < w.k; k += AMX_TILE_K, tiles += N * AMX_TILE_BYTES) {
+    const int64_t end = std::min(w.k, k + AMX_TILE_K);
+    if (end < k + AMX_TILE_K) std::fill_n(rows, AMX_TILE_K / 2, i32x16{});
     weights.read(k, end, rows);
     asm volatile("" ::: "memory");  // tells the compiler that the next instruction reads memory
     _tile_loadd(7, rows, 64);
     _tile_loadd(4, tiles, 64);
     _tile_dpbf16ps(0, 4, 7);
-    if constexpr (N > 1) { _tile_loadd(5, tiles + TILE_BYTES, 64); _tile_dpbf16ps(1, 5, 7); }
-    if constexpr (N > 2) { _tile_loadd(6, tiles + 2 * TILE_BYTES, 64); _tile_dpbf16ps(2, 6, 7); }
-    if constexpr (N > 3) { _tile_loadd(4, tiles + 3 * TILE_BYTES, 64); _tile_dpbf16ps(3, 4, 7); }
+    if constexpr (N > 1) { _tile_loadd(5, tiles + AMX_TILE_BYTES, 64); _tile_dpbf16ps(1, 5, 7); }
+    if constexpr (N > 2) { _tile_loadd(6, tiles + 2 * AMX_TILE_BYTES, 64); _tile_dpbf16ps(2, 6, 7); }
+    if constexpr (N > 3) { _tile_loadd(4, tiles + 3 * AMX_TILE_BYTES, 64); _tile_dpbf16ps(3, 4, 7); }
     if constexpr (F::SCALE_AFTER_SUM) {
       if (end < w.k && end % w.group_size) continue;
       f32x16 sums[16 * N];  // of the group of inputs that ends here
@@ -104,7 +104,7 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
 }
 
 // The addresses of dot_amx for 1, 2, 3 and 4 tiles of tokens.
-static_assert(MAX_CPU_TOKENS == 4 * TILE_M);
+static_assert(MAX_CPU_TOKENS == 4 * AMX_TILE_M);
 template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
     dot_amx<F, 1>, dot_amx<F, 2>, dot_amx<F, 3>, dot_amx<F, 4>};
 
@@ -112,7 +112,7 @@ template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
 inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const char* tiles,
                     BlockSums* out) {
   dispatch_format(w, [&]<typename F>(F) {
-    const auto dot_block = DOT_AMX<F>[(m - 1) / TILE_M];
+    const auto dot_block = DOT_AMX<F>[(m - 1) / AMX_TILE_M];
     for (int64_t b = 0; b < n_blocks; b++) dot_block(w, blocks[b], tiles, out[b]);
   });
 }

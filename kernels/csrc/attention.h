@@ -64,8 +64,8 @@ inline f32x16 apply_score_mod(f32x16 qk, const ScoreMod& mod, f32x16 distance) {
 }
 
 // Computes the scores [n] of q [d] and k [n, d], 16 keys at a time, and returns the largest score. Scores beyond n, up
-// to a multiple of 16, become -infinity. distance is that of the first key. If next is not null, also prefetches the
-// values next [n / stride, d]: one value for every stride keys.
+// to a multiple of 16, become -infinity. distance is the first key's. If next is not null, also prefetches
+// the values next [n / stride, d]: one value for every stride keys.
 template <int64_t D, typename T>
 float score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreMod& mod, int64_t distance,
                  float* scores, const T* next, int64_t stride) {
@@ -142,7 +142,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   int64_t window;             // how many keys a token sees, its own included; 0 means all
   T* out;                     // [batch, n_tokens, n_heads, head_dim]
 
-  int64_t heads_per_kv() const { return n_heads / n_kv_heads; }
+  int64_t heads_per_kv_head() const { return n_heads / n_kv_heads; }
   ScoreMod score_mod(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
   float sink(int64_t head) const { return sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY; }
   // The first key that the token at a position sees.
@@ -157,15 +157,16 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   int64_t max_splits() const { return count_splits(max_seq_len); }
   int64_t n_token_blocks() const { return divide_up(n_tokens, TOKEN_BLOCK); }  // of a sequence
 
-  // The queries of a key/value head are [n_tokens, heads_per_kv]. query_index is the index in this order, flattened.
-  int64_t queries_per_kv() const { return n_tokens * heads_per_kv(); }
-  int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv() + head % heads_per_kv(); }
+  // The queries of a key/value head are [n_tokens, heads_per_kv_head]. query_index is an index into these queries,
+  // flattened.
+  int64_t queries_per_kv_head() const { return n_tokens * heads_per_kv_head(); }
+  int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv_head() + head % heads_per_kv_head(); }
 
   // Scratch memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and softmax states.
   struct Shared {
-    float* partial;         // [batch, n_kv_heads, max_splits, queries_per_kv, head_dim]
+    float* partial;         // [batch, n_kv_heads, max_splits, queries_per_kv_head, head_dim]
     T* q;                   // [batch, n_tokens, n_heads, head_dim]
-    SoftmaxState* softmax;  // [batch, n_kv_heads, max_splits, queries_per_kv]
+    SoftmaxState* softmax;  // [batch, n_kv_heads, max_splits, queries_per_kv_head]
   };
   int64_t n_queries() const { return batch * n_tokens * n_heads; }
   size_t shared_bytes() const {
@@ -252,10 +253,10 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
 
   int64_t first_index(const Task& task, int64_t t) const {
     const auto& [b, kv_head, split, token_block] = task;
-    return ((b * n_kv_heads + kv_head) * max_splits() + split) * queries_per_kv() + query_index(t, 0);
+    return ((b * n_kv_heads + kv_head) * max_splits() + split) * queries_per_kv_head() + query_index(t, 0);
   }
 
-  // Only the first queries of a task read keys and values from memory. The others find them in the cache.
+  // Only the first queries of a task read keys and values from memory. The other queries find both in the cache.
   //
   //     for each new token t of the block:
   //         for up to MAX_Q query heads at a time:       reads            the first queries prefetch
@@ -263,7 +264,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   //             p, m_i, l_i = softmax [count, keys]
   //             partial = p v         [count, D]         the values       next_keys
   template <int64_t D> void attend_to_split(const Shared& shared, const Task& task, const T* next_keys) const {
-    const int64_t first_head = task.kv_head * heads_per_kv(), end_head = first_head + heads_per_kv();
+    const int64_t first_head = task.kv_head * heads_per_kv_head(), end_head = first_head + heads_per_kv_head();
     const Range tokens = range_of_thread(task.token_block, n_token_blocks(), n_tokens);
     const int64_t first = first_index(task, tokens.begin);
     int64_t index = first;
@@ -275,7 +276,8 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     if (n_splits(task.b) > 1) return;
     index = first;
     for (int64_t t = tokens.begin; t < tokens.end; t++)
-      for (int64_t head = first_head; head < end_head; head++) combine(shared, index++, 1, task.b * n_tokens + t, head);
+      for (int64_t head = first_head; head < end_head; head++)
+        combine_query(shared, index++, 1, task.b * n_tokens + t, head);
   }
 
   template <int64_t D>
@@ -304,19 +306,19 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     const Range range = thread_range(n_queries());
     for (int64_t i = range.begin; i < range.end; i++) {
       const int64_t head = i % n_heads, token = i / n_heads, b = token / n_tokens, n = n_splits(b);
-      const Task first_task{b, head / heads_per_kv(), 0, 0};
-      const int64_t first = first_index(first_task, token % n_tokens) + head % heads_per_kv();
-      if (n > 1) combine(shared, first, n, token, head);
+      const Task first_task{b, head / heads_per_kv_head(), 0, 0};
+      const int64_t first = first_index(first_task, token % n_tokens) + head % heads_per_kv_head();
+      if (n > 1) combine_query(shared, first, n, token, head);
     }
   }
 
   // Combines the n splits of a query: a head of a token, an index of [batch, n_tokens]. The partial output and the
-  // softmax of the first split are at index first. out = the sum of weights_s * partial_s (see merge_splits).
-  void combine(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
+  // softmax of the first split are at index first. out = the sum of weights_s * partial_s (see combine_softmaxes).
+  void combine_query(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
     static thread_local Scratch scratch;
     float* weights = scratch.at_least<float>(n);
-    const int64_t stride = queries_per_kv();  // from a split to the next one
-    merge_splits(shared.softmax + first, n, stride, sink(head), weights);
+    const int64_t stride = queries_per_kv_head();  // from a split to the next one
+    combine_softmaxes(shared.softmax + first, n, stride, sink(head), weights);
     for (int64_t i = 0; i < head_dim; i += LANES) {
       f32x16 acc = {};
       for (int64_t s = 0; s < n; s++)

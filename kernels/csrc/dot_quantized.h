@@ -1,16 +1,16 @@
 // The loops of dot.h over blocks of quantized weights. A loop reads 1 or 2 blocks in step, from the first word to the
 // last (weights.h draws a block). Two blocks share the loads of the activations.
 //
-//     for each group of inputs, whose weights share a scale:              (dot_w8a8: all inputs)
-//         for each ACT_GROUP of inputs:                                   (dot_float8, dot_weight_only: each word)
+//     for each group of inputs, whose weights share a scale:              (dot_int8: all inputs)
+//         for each ACT_GROUP_SIZE inputs:                                 (dot_float8, dot_dequantized: each word)
 //             blocks[0] ->, blocks[1] ->                                  read, prefetch and unpack to registers
 //             for each of M tokens:  partial [BLOCKS, M] += weights * x
 //         total [BLOCKS, M] += scale * partial, less the zero points
 //
 //     loop               weights                                       activations
-//     dot_w8a8           Int8                                          int8 (ActGroup)
+//     dot_int8           Int8                                          int8 (ActGroup)
 //     dot_grouped        Int4, GroupedInt8, MXFP4: scales of groups    int8 (ActGroup)
-//     dot_weight_only    any packed format                             float
+//     dot_dequantized    any packed format                             float
 //     dot_float8         Float8                                        bf16 or float
 //
 // Some loops copy the addresses of the tokens to x [M], a local array, which the compiler can keep in registers.
@@ -51,10 +51,10 @@ inline void dot4(i32x16& acc, i32x16 w, i32x16 x) {
 #endif
 }
 
-// The weights of a block for ACT_GROUP inputs, unpacked to bytes in the VNNI layout: lane i of quads[j] has elements
-// 4 j to 4 j + 3 of output i.
-constexpr int N_QUADS = ACT_GROUP / 4;
-template <typename F> constexpr int64_t PACKED_BYTES = 64 * ACT_GROUP / F::ELEMENTS_PER_WORD;  // before unpacking
+// The weights of a block for ACT_GROUP_SIZE inputs, unpacked to bytes in the VNNI layout: lane i of quads[j] has
+// elements 4 j to 4 j + 3 of output i.
+constexpr int N_QUADS = ACT_GROUP_SIZE / 4;
+template <typename F> constexpr int64_t PACKED_BYTES = 64 * ACT_GROUP_SIZE / F::ELEMENTS_PER_WORD;  // before unpacking
 struct UnpackedWeights { i32x16 quads[N_QUADS]; };
 template <typename F> UnpackedWeights unpack_weights(const char* words) {
   UnpackedWeights unpacked;
@@ -79,7 +79,7 @@ inline i32x16 dot_block(const UnpackedWeights& weights, const ActGroup& x) {
 
 // Multiplies Int8 weights with M tokens.
 template <int M, int BLOCKS>
-void dot_w8a8(const Weights& w, const int64_t* blocks, const MBlock& m_block, const ActGroup* const* tokens,
+void dot_int8(const Weights& w, const int64_t* blocks, const MBlock& m_block, const ActGroup* const* tokens,
               f32x16* const* out) {
   const char* data[BLOCKS];
   const ActGroup* x[M];
@@ -88,7 +88,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const MBlock& m_block, co
   const Prefetcher<M, BLOCKS> prefetch(w, m_block);
   constexpr int64_t N_BYTES = PACKED_BYTES<Int8>;
   f32x16 total[BLOCKS][M] = {};
-  for (int64_t i = 0; i < divide_up(w.k, ACT_GROUP); i++) {
+  for (int64_t i = 0; i < divide_up(w.k, ACT_GROUP_SIZE); i++) {
     UnpackedWeights weights[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
       weights[b] = unpack_weights<Int8>(data[b] + i * N_BYTES);
@@ -105,7 +105,7 @@ void dot_w8a8(const Weights& w, const int64_t* blocks, const MBlock& m_block, co
   }
 }
 
-// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts groups of ACT_GROUP inputs,
+// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts groups of ACT_GROUP_SIZE inputs,
 // whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
 void dot_grouped(const Weights& w, const int64_t* blocks, const MBlock& m_block, const ActGroup* const* tokens,
@@ -117,8 +117,8 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const MBlock& m_block,
   for (int m = 0; m < M; m++) x[m] = tokens[m];
   const Prefetcher<M, BLOCKS> prefetch(w, m_block);
   f32x16 total[BLOCKS][M] = {};
-  for (int64_t i = 0, end, group = 0; i < divide_up(w.k, ACT_GROUP); i = end, group++) {
-    end = divide_up(std::min(w.k, i * ACT_GROUP + w.group_size), ACT_GROUP);
+  for (int64_t i = 0, end, group = 0; i < divide_up(w.k, ACT_GROUP_SIZE); i = end, group++) {
+    end = divide_up(std::min(w.k, i * ACT_GROUP_SIZE + w.group_size), ACT_GROUP_SIZE);
     f32x16 partial[BLOCKS][M] = {};
     for (; i < end; i++) {
       UnpackedWeights weights[BLOCKS];
@@ -142,7 +142,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const MBlock& m_block,
 
 // Multiplies weights of packed format F with M tokens in float32.
 template <typename F, int M>
-void dot_weight_only(const Weights& w, int64_t block, const float* const* tokens, f32x16* out) {
+void dot_dequantized(const Weights& w, int64_t block, const float* const* tokens, f32x16* out) {
   const char* data = w.block_data(block);
   f32x16 total[M] = {};
   for (int64_t k = 0, group = block * w.n_groups; k < w.k; group++) {

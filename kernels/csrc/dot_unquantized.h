@@ -1,36 +1,16 @@
 // The loops of dot.h over blocks of unquantized weights.
 //
-//     dot_packed_bf16    packed bf16: a load has two inputs of 16 outputs
-//     dot_unquantized    any type, not packed: a block is 16 rows of W, output by output
+//     dot_packed_bf16    packed bf16: a load has two inputs of each of 16 outputs (weights.h draws a block)
+//     dot_unquantized    weights of any type that are not packed: a block is 16 rows of W, one after the other
 //
-// Packed weights are faster with several tokens. They are read in the order of memory, and each token's activations once
-// for 16 outputs, where rows of W need the activations once for every output, or four rows in step, which is not the
-// order of memory. Verifying 5 tokens with k = 2048 takes 1.0 steps packed and 1.3 otherwise (Zen 5, 80 GB/s).
+// Packed weights are faster with several tokens. Memory is read in order, and the activations of a token once for 16
+// outputs. Weights that are not packed need the activations once for each output, or several rows are read side by side,
+// which is not the order of memory. With k = 2048 a step of 5 tokens takes as long as 1.0 steps of one token if weights
+// are packed, and 1.4 if they are not (Zen 5, 80 GB/s).
 #pragma once
 
 #include "activations.h"
 #include "prefetch.h"
-
-// Adds the dot product of 64 bytes of a and b to acc. The dot product is the sum of all lanes: dot_unquantized adds up
-// the lanes of acc after the loop.
-template <typename T> inline void dot64(f32x16& acc, const T* a, const T* b) {
-  for (size_t i = 0; i < 64 / sizeof(T); i += LANES) acc += load_vec(a + i) * load_vec(b + i);
-}
-#if defined(__AVX512BF16__)
-inline void dot64(f32x16& acc, const bf16* a, const bf16* b) {
-  acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, load<__m512bh>(a), load<__m512bh>(b));
-}
-#endif
-
-// Adds tokens [m, k] * w [n, k]^T to out [m, BLOCK_N], but only inputs begin to k - 1, which are less than 64 bytes.
-// noinline leaves more registers to the loop in dot_unquantized.
-template <typename T>
-[[gnu::noinline]]
-void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* const* tokens, int64_t m, f32x16* out) {
-  for (int64_t i = 0; i < m; i++)
-    for (int64_t r = 0; r < n; r++)
-      for (int64_t j = begin; j < k; j++) out[i][r] += to_float(w[r * k + j]) * to_float(tokens[i][j]);
-}
 
 // Multiplies packed bf16 weights with M tokens.
 template <int M, int BLOCKS>
@@ -66,6 +46,29 @@ void dot_packed_bf16(const Weights& w, const int64_t* blocks, const MBlock& m_bl
     }
 }
 
+// ---- Weights that are not packed --------------------------------------------------------------------------------------
+
+// Adds the dot product of 64 bytes of a and b to acc. The dot product is the sum of all lanes: dot_unquantized adds up
+// the lanes of acc after the loop.
+template <typename T> inline void dot64(f32x16& acc, const T* a, const T* b) {
+  for (size_t i = 0; i < 64 / sizeof(T); i += LANES) acc += load_vec(a + i) * load_vec(b + i);
+}
+#if defined(__AVX512BF16__)
+inline void dot64(f32x16& acc, const bf16* a, const bf16* b) {
+  acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, load<__m512bh>(a), load<__m512bh>(b));
+}
+#endif
+
+// Adds tokens [m, k] * w [n, k]^T to out [m, BLOCK_N], but only inputs begin to k - 1, which are less than 64 bytes.
+// noinline leaves more registers to the loop in dot_unquantized.
+template <typename T>
+[[gnu::noinline]]
+void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* const* tokens, int64_t m, f32x16* out) {
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t j = begin; j < k; j++) out[i][r] += to_float(w[r * k + j]) * to_float(tokens[i][j]);
+}
+
 // Multiplies Unquantized weights with M tokens, R outputs at a time. T is the type of weights and activations.
 //
 //     R = 1: in the order of memory      R = 4: four outputs share the loads of the activations
@@ -76,7 +79,7 @@ void dot_packed_bf16(const Weights& w, const int64_t* blocks, const MBlock& m_bl
 //                                        output 3  -------->  output 7  -------->
 template <int M, int R, typename T>
 void dot_unquantized(const Weights& w, int64_t block, const MBlock& m_block, const T* const* tokens, f32x16* out) {
-  constexpr int UNROLL = R > 1 ? 1 : M <= 4 ? 4 : 2;  // independent sums along k hide the latency of the additions
+  constexpr int UNROLL = R > 1 ? 1 : 4;  // independent sums along k hide the latency of the additions
   constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH / sizeof(T) / R;
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
   const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];

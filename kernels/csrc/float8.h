@@ -14,9 +14,13 @@
 // The bf16 instructions multiply pairs of inputs. Unpack instructions take the lower or the upper half of each 16 bytes
 // and widen each byte to 16 bits. The result is a register that holds one pair of inputs for each of the 16 outputs.
 //
-// Every function here returns 1/256 of the weights, and Float8::scales_and_zeros multiplies the scales by 256,
-// FLOAT8_FACTOR. The factor saves an addition for each weight: the bits eeee become the exponent of an f16 unchanged,
-// although the bias of f16 is 15 and that of e4m3 is 7.
+// The functions here return 1/256 of the weights. The bits of a weight become those of an f16 unchanged, which saves an
+// addition for each weight. But an f16's exponent has the bias 15, and not 7:
+//
+//     e4m3    0  0111 100              1.5 * 2^(7 - 7)   =  1.5
+//     f16     0 00111 1000000000       1.5 * 2^(7 - 15)  =  1.5 / 256
+//
+// So Float8::scales_and_zeros multiplies the scales by 256, FLOAT8_FACTOR.
 #pragma once
 
 #include <array>

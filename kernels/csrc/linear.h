@@ -30,7 +30,7 @@ template <typename T> struct FusedLinearOp {
   void execute(char* shared, Barrier& barrier) const {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = this->n_out();
-    ActRow tokens[MAX_CPU_TOKENS];
+    TokenPtr tokens[MAX_CPU_TOKENS];
     const char* tiles = prologue().run(shared, barrier, tokens);
     const Range range = thread_range(n_out_blocks());
     BlockSums sums[2];
@@ -101,8 +101,8 @@ template <typename T> struct PermuteInputsOp {
   }
 };
 
-// out [m, f] = activation(gate) * up, for x [m, 2 f], which is gate and up. If the activation is not gated,
-// out [m, f] = activation(x [m, f]).
+// out [m, f] = activation(gate) * up, for x [m, 2 f], a row of which is f gates and f ups. If the activation is not
+// gated, out [m, f] = activation(x [m, f]).
 template <typename T> struct ActivateOp {
   const T* x;
   int64_t m, f;
@@ -114,9 +114,9 @@ template <typename T> struct ActivateOp {
     const Range range = thread_range(m * vecs_per_token);
     for (int64_t task = range.begin; task < range.end; task++) {
       const int64_t token = task / vecs_per_token, i = task % vecs_per_token * LANES;
-      const T* gate = x + token * (is_gated(activation) ? 2 * f : f);
-      const f32x16 up = is_gated(activation) ? load_partial(gate + f, i, f) : f32x16{};
-      store_partial(activate_vec(load_partial(gate, i, f), up, activation), out + token * f, i, f);
+      const T* row = x + token * (is_gated(activation) ? 2 * f : f);
+      const f32x16 up = is_gated(activation) ? load_partial(row + f, i, f) : f32x16{};
+      store_partial(activate_vec(load_partial(row, i, f), up, activation), out + token * f, i, f);
     }
   }
 };

@@ -47,7 +47,7 @@ template <typename T> struct ExpertsGateUpOp {
   void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = divide_up(n_out, BLOCK_N);
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    ActRow tokens[MAX_CPU_TOKENS], batch_tokens[MAX_CPU_TOKENS];
+    TokenPtr tokens[MAX_CPU_TOKENS], batch_tokens[MAX_CPU_TOKENS];
     prologue().run(shared, barrier, tokens);
     BlockSums sums[2];
     const Range range = thread_range(n_blocks * batches.size());
@@ -84,9 +84,9 @@ template <typename T> struct ExpertsDownOp {
   // The threads share the blocks of outputs. One thread sums the outputs of a block over all experts.
   void execute(char* shared, Barrier& barrier) const {
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    std::vector<ActRow> rows(m * top_k);  // a row of hidden for each pair
+    std::vector<TokenPtr> rows(m * top_k);  // a row of hidden for each pair
     prologue().run(shared, barrier, rows.data());
-    ActRow batch_rows[MAX_CPU_TOKENS];
+    TokenPtr batch_rows[MAX_CPU_TOKENS];
     BlockSums sums[2], total;  // matmul fills sums[0] alone
     const Range range = thread_range(w.n_blocks());
     for (int64_t block = range.begin; block < range.end; block++) {

@@ -120,7 +120,7 @@ inline const char* replay(OpList& list, bool adapt_threads) {
 
 inline thread_local OpList* captured_list = nullptr;  // what is being captured, or null
 
-// Appends an operation to captured_list. If that is null, executes the operation.
+// Appends an operation to captured_list. If captured_list is null, executes the operation.
 inline void submit_op(std::unique_ptr<AnyOp> op) {
   if (captured_list) {
     captured_list->ops.push_back(std::move(op));

@@ -92,20 +92,20 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
   STD_TORCH_CHECK(format_id >= 0 && format_id < Formats::SIZE, "these kernels do not know this format of weights");
   const auto stride = [](const Tensor& t) { return t.stride(0) * int64_t(t.element_size()); };
   Weights result{.format = format_id, .is_packed = w.scalar_type() == ScalarType::Int, .data = ptr<char>(w),
-                 .scales = ptr<char>(scales), .zeros = ptr<char>(zeros), .data_stride = stride(w),
-                 .scales_stride = scales ? stride(*scales) : 0, .zeros_stride = zeros ? stride(*zeros) : 0, .n = n,
-                 .k = k, .group_size = group_size, .n_groups = 1};
+                 .scales = ptr<char>(scales), .zeros = ptr<char>(zeros),
+                 .expert_strides = {stride(w), scales ? stride(*scales) : 0, zeros ? stride(*zeros) : 0},
+                 .n = n, .k = k, .group_size = group_size, .n_groups = 1};
   const bool is_readable = dispatch_format(result, [&]<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) {
       result.bits = 8 * w.element_size(), result.padded_k = k;
       return w.scalar_type() == type;
     } else if constexpr (std::is_same_v<F, PackedBf16>) {
-      result.bits = 16, result.padded_k = round_up(k, ACT_GROUP);
+      result.bits = 16, result.padded_k = round_up(k, ACT_GROUP_SIZE);
       return type == ScalarType::BFloat16 && k % 2 == 0;
     } else {
       if (!scales || (F::HAS_ZEROS && !zeros) || group_size < 1) return false;
-      if (F::INT8_ACTIVATIONS && group_size < k && group_size % ACT_GROUP) return false;
-      result.bits = 32 / F::ELEMENTS_PER_WORD, result.padded_k = round_up(k, ACT_GROUP);
+      if (F::INT8_ACTIVATIONS && group_size < k && group_size % ACT_GROUP_SIZE) return false;
+      result.bits = 32 / F::ELEMENTS_PER_WORD, result.padded_k = round_up(k, ACT_GROUP_SIZE);
       result.n_groups = divide_up(k, group_size);
       result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
       return result.is_packed && scales->element_size() == F::SCALE_BYTES;

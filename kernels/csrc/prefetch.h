@@ -17,29 +17,32 @@
 
 #include "weights.h"
 
-// A core that reads 40 GB/s at a latency of 200 ns has 8,000 bytes in flight. They leave room for activations in L1.
+// A core that reads 40 GB/s at a latency of 200 ns has 8,000 bytes in flight. L1 then still has room for activations.
 constexpr int64_t PREFETCH = 8192;
 
-// The tokens of a loop: m-block `index` of `count`. n_in_step is the number of adjacent blocks of weights that are read
-// in step, 1 or 2. So the next unread block lies n_in_step blocks ahead.
-struct MBlock { int64_t index, count, n_in_step; };
+// Which of the m-blocks a loop multiplies, and how many of its blocks of weights are adjacent in memory: 1 or 2.
+struct MBlock { int64_t index, n_m_blocks, n_adjacent; };
 
 // Prefetches for a loop over M tokens that reads BLOCKS blocks in step.
 template <int M, int BLOCKS> class Prefetcher {
   static constexpr bool IS_ONLY = M <= 2;  // one or two tokens are the only m-block
   int64_t distance;   // in bytes, from the first weights of a block to the weights that are prefetched with them
-  int64_t step = 64;  // how many bytes to prefetch for 64 bytes read
-  // Two blocks that are read side by side lie one after the other in memory. In the last `distance` bytes of a block,
-  // from offset jump_from on, the address would be in the other block. So jump_bytes skip the other block.
+  int64_t step = 64;  // bytes to prefetch for 64 bytes read
+  // A loop that reads blocks 0 and 1 in step goes on with blocks 2 and 3. So the weights to prefetch for the last
+  // `distance` bytes of block 0 are in block 2, although block 1 follows in memory. From offset jump_from on, the
+  // address therefore jumps over a block, which has jump_bytes:
+  //
+  //     | block 0      read | block 1            | block 2  prefetched     |
+  //                     |<--- distance + jump_bytes --->|
   int64_t jump_from, jump_bytes;
 
  public:
   Prefetcher(const Weights& w, const MBlock& m_block)
       : distance(std::min(PREFETCH, w.block_bytes())), jump_from(w.block_bytes() - distance),
-        jump_bytes((m_block.n_in_step - 1) * w.block_bytes()) {
-    if (IS_ONLY || m_block.count == 1) return;
-    distance = m_block.n_in_step * w.block_bytes() + m_block.index * w.block_bytes() / m_block.count;
-    step = 64 / m_block.count, jump_from = w.block_bytes();
+        jump_bytes((m_block.n_adjacent - 1) * w.block_bytes()) {
+    if (IS_ONLY || m_block.n_m_blocks == 1) return;
+    distance = m_block.n_adjacent * w.block_bytes() + m_block.index * w.block_bytes() / m_block.n_m_blocks;
+    step = 64 / m_block.n_m_blocks, jump_from = w.block_bytes();
   }
 
   // Prefetches for the weights at an offset in a block.

@@ -76,9 +76,9 @@ template <typename T> void pack_values(const T* v, int64_t n, int64_t d, int64_t
 template <typename T> struct PrefillAttendOp : AttendOp<T> {
   using Base = AttendOp<T>;
   using Base::batch, Base::n_tokens, Base::n_heads, Base::n_kv_heads, Base::head_dim, Base::start_pos, Base::cached;
-  using Base::window, Base::heads_per_kv;
+  using Base::window, Base::heads_per_kv_head;
 
-  int64_t block_tokens() const { return std::clamp<int64_t>(TASK_ROWS / heads_per_kv(), 8, 64); }
+  int64_t block_tokens() const { return std::clamp<int64_t>(TASK_ROWS / heads_per_kv_head(), 8, 64); }
   int64_t query_pairs() const { return round_up(divide_up(head_dim, VNNI_SIZE<T>), LANES); }
   int64_t width() const { return round_up(head_dim, NR); }  // of acc and of packed values
 
@@ -94,8 +94,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
       attend_block(q, i % n_caches / n_kv_heads, i % n_kv_heads, i / n_caches);
   }
 
-  // The rows of a task. Row r has token r / heads_per_kv of the block, and query head r % heads_per_kv of kv_head. Rows
-  // beyond n_rows complete the last MR.
+  // The rows of a task. Row r has token r / heads_per_kv_head of the block, and query head r % heads_per_kv_head of
+  // kv_head. Rows from n_rows on, up to a multiple of MR, are padding.
   struct Rows {
     int64_t b, kv_head, first_token, n_rows;
     bool is_scale_only;  // whether the scores of all rows are scale * (q . k)
@@ -109,7 +109,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   void attend_block(const T* q, int64_t b, int64_t kv_head, int64_t block) const {
     const int64_t first_token = block * block_tokens(), end_token = std::min(n_tokens, first_token + block_tokens());
-    const Rows rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv(), is_scale_only(kv_head)};
+    const Rows rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv_head(), is_scale_only(kv_head)};
     const Buffers buffers = allocate(round_up(rows.n_rows, MR));
     for (int64_t row = 0; row < round_up(rows.n_rows, MR); row++) {
       for (int64_t i = 0; i < query_pairs(); i += LANES) {
@@ -137,8 +137,10 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
             softmax.at_least<SoftmaxState>(n_rows)};
   }
 
-  int64_t token(const Rows& rows, int64_t row) const { return rows.first_token + row / heads_per_kv(); }
-  int64_t head(const Rows& rows, int64_t row) const { return rows.kv_head * heads_per_kv() + row % heads_per_kv(); }
+  int64_t token(const Rows& rows, int64_t row) const { return rows.first_token + row / heads_per_kv_head(); }
+  int64_t head(const Rows& rows, int64_t row) const {
+    return rows.kv_head * heads_per_kv_head() + row % heads_per_kv_head();
+  }
   int64_t position(const Rows& rows, int64_t row) const { return start_pos[rows.b] + token(rows, row); }
   // Returns where the query of row is in q, and the output in out.
   int64_t offset(const Rows& rows, int64_t row) const {
@@ -153,8 +155,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   }
 
   bool is_scale_only(int64_t kv_head) const {
-    for (int64_t h = 0; h < heads_per_kv(); h++)
-      if (!this->score_mod(kv_head * heads_per_kv() + h).is_scale_only()) return false;
+    for (int64_t h = 0; h < heads_per_kv_head(); h++)
+      if (!this->score_mod(kv_head * heads_per_kv_head() + h).is_scale_only()) return false;
     return true;
   }
 
@@ -228,7 +230,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   void write_output(const Rows& rows, int64_t row, const Buffers& buffers) const {
     float scale;
-    merge_splits(&buffers.softmax[row], 1, 1, this->sink(head(rows, row)), &scale);
+    combine_softmaxes(&buffers.softmax[row], 1, 1, this->sink(head(rows, row)), &scale);
     T* out = this->out + offset(rows, row);
     for (int64_t i = 0; i < head_dim; i += LANES)
       store_partial(load_vec(buffers.acc + row * width() + i) * scale, out, i, head_dim);

@@ -94,7 +94,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
           dequantize_panel<F>(tiles[i], blocks[i], begin, end,
                               reinterpret_cast<i32x16*>(panel + i * PANEL_PAIRS * BLOCK_N));
         const VnniPair* x = x_pairs + (begin / PANEL_K * padded_m() + tokens.begin) * PANEL_PAIRS;
-        matmul_panel(x, panel, round_up(end - begin, TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
+        matmul_panel(x, panel, round_up(end - begin, AMX_TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
       }
     });
     for (int64_t token = tokens.begin; token < tokens.end; token += MR, acc += MR * NR)
@@ -104,9 +104,9 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   // Dequantizes the inputs [begin, end) of a block to panel [pairs, 16].
   template <typename F>
   void dequantize_panel(WeightTiles<F>& tiles, int64_t block, int64_t begin, int64_t end, i32x16* panel) const {
-    for (int64_t k = begin; k < end; k += TILE_K, panel += TILE_K / 2) {
-      const int64_t tile_end = std::min(end, k + TILE_K);
-      if (tile_end < k + TILE_K) std::fill_n(panel, TILE_K / 2, i32x16{});
+    for (int64_t k = begin; k < end; k += AMX_TILE_K, panel += AMX_TILE_K / 2) {
+      const int64_t tile_end = std::min(end, k + AMX_TILE_K);
+      if (tile_end < k + AMX_TILE_K) std::fill_n(panel, AMX_TILE_K / 2, i32x16{});
       tiles.read(k, tile_end, panel);
       if constexpr (F::SCALE_AFTER_SUM) scale_tile<F>(w, block, k, divide_up(tile_end - k, 2), panel);
     }

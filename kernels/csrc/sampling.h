@@ -86,7 +86,7 @@ struct SampleOp {
   void compute_weights(int64_t row, Range range, const float* largest, float* weights) const {
     const float max = *std::max_element(largest, largest + N_PARTS);
     const float divisor = std::max(temperatures ? temperatures[row] : temperature, SMALLEST_TEMPERATURE);
-    const float scale = 1.44269504f / divisor;  // log2(e)
+    const float scale = LOG2_E / divisor;
     for (int64_t i = range.begin; i < range.end; i += LANES) {
       const f32x16 w = exp2_vec((load_partial(logits + row * n, i, range.end) - max) * scale);
       store_vec(mask_lanes(w, range.end - i, 0), weights + i);
@@ -149,7 +149,7 @@ struct SampleOp {
   static float find_threshold(float low, float* weights, int64_t size, auto is_enough) {
     const auto bits = [](float x) { return std::bit_cast<uint32_t>(x); };
     alignas(64) float copied[MAX_COPIED + 1];
-    const float* searched = weights;  // becomes copied as soon as that has room for the weights in (low, high]
+    const float* searched = weights;  // becomes copied, once copied has room for the weights in (low, high]
     int64_t searched_size = size;
     Sum above_low = sum_above(low, weights, size), above_high{}, above_searched{};
     if (!is_enough(above_low)) return low;

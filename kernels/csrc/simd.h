@@ -40,6 +40,7 @@ inline float to_float(f16 x) { return x; }
 inline float to_float(uint8_t x) { return x; }
 inline float to_float(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 
+constexpr float LOG2_E = 1.44269504f;  // log2(e)
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
 inline int64_t divide_up(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
@@ -232,7 +233,7 @@ inline f32x16 odd_lanes(f32x16 a, f32x16 b) {
 // Transposes 16 vectors of 16 words: swaps lane j of v[i] and lane i of v[j].
 //
 // The address of an element is 8 bits, vvvvllll: the index of the vector, then the lane. Each round interleaves vectors
-// 0-7 with vectors 8-15, so the highest bit of the address becomes the lowest. After four rounds it is llllvvvv.
+// 0-7 with vectors 8-15, so the highest bit of the address becomes the lowest. Four rounds make it llllvvvv.
 template <typename V> inline void transpose(V* v) {
   V from[16];
 #pragma GCC unroll 4
@@ -280,7 +281,7 @@ constexpr float ROUND_TO_INT = 12582912.0f;  // 1.5 * 2^23
 inline f32x16 exp_vec(f32x16 x) {
   x = x < -87.0f ? f32x16{} - 87.0f : x;
   x = x > 88.0f ? f32x16{} + 88.0f : x;
-  const f32x16 to_int = f32x16{} + ROUND_TO_INT, t = x * 1.44269504f + to_int, n = t - to_int;
+  const f32x16 to_int = f32x16{} + ROUND_TO_INT, t = x * LOG2_E + to_int, n = t - to_int;
   const f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 is split in two constants, for precision
   f32x16 p = f32x16{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -371,20 +372,20 @@ inline bool is_gated(Activation activation) {
 // x * Phi(x) with the tanh form of Phi: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + ...)
 inline f32x16 gelu_tanh(f32x16 x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
 
-// Computes activation(gate) * up, as ops/torch_ops.py does. If the activation is not gated, computes
-// activation(gate): then gate is the output of the up projection, and up is not used.
-inline f32x16 activate_vec(f32x16 gate, f32x16 up, Activation activation) {
+// Computes activation(x) * up, as ops/torch_ops.py does: x is the gate projection's output. If the activation is not
+// gated, computes activation(x), and up is not used.
+inline f32x16 activate_vec(f32x16 x, f32x16 up, Activation activation) {
   switch (activation) {
-    case Activation::NONE: return gate;
+    case Activation::NONE: return x;
     case Activation::COUNT: break;
-    case Activation::SWIGLU: return gate / (1 + exp_vec(-gate)) * up;
-    case Activation::GEGLU: return gate * normal_cdf(gate) * up;
-    case Activation::GEGLU_TANH: return gelu_tanh(gate) * up;
+    case Activation::SWIGLU: return x / (1 + exp_vec(-x)) * up;
+    case Activation::GEGLU: return x * normal_cdf(x) * up;
+    case Activation::GEGLU_TANH: return gelu_tanh(x) * up;
     case Activation::CLAMPED_SWIGLU:
-      gate = gate > 7.0f ? f32x16{} + 7 : gate;
-      return gate / (1 + exp_vec(-1.702f * gate)) * (clamp(up, 7) + 1);
-    case Activation::GELU_PYTORCH_TANH: return gelu_tanh(gate);
-    case Activation::RELU2: return gate < 0.0f ? f32x16{} : gate * gate;  // NaN stays NaN
+      x = x > 7.0f ? f32x16{} + 7 : x;
+      return x / (1 + exp_vec(-1.702f * x)) * (clamp(up, 7) + 1);
+    case Activation::GELU_PYTORCH_TANH: return gelu_tanh(x);
+    case Activation::RELU2: return x < 0.0f ? f32x16{} : x * x;  // NaN stays NaN
   }
   __builtin_unreachable();  // ops.cpp refuses other ids
 }

@@ -8,8 +8,6 @@
 
 #include "simd.h"
 
-constexpr float LOG2_E = 1.44269504f;
-
 // The state of a softmax over some keys, with FlashAttention's names: m_i is the maximum of the exponents
 // score * log2(e), and l_i is the sum of p.
 struct SoftmaxState { float m_i, l_i; };
@@ -27,7 +25,7 @@ inline float exponentiate(const float* scores, int64_t n, float exponent_scale, 
   return sum(l_i);
 }
 
-// Merges the softmaxes of a query over n splits s of the keys. splits[s * stride] is m_s and l_s. A sink is the score
+// Combines the softmaxes of a query over n splits s of the keys. splits[s * stride] is m_s and l_s. A sink is the score
 // of one more key, whose value is zero; -infinity means that there is no sink. Computes weights [n]: the output is the
 // sum of weights_s * (the sum of p v of split s).
 //
@@ -35,7 +33,7 @@ inline float exponentiate(const float* scores, int64_t n, float exponent_scale, 
 //     alpha_s    =  2^(m_s - m_i)
 //     l_i        =  the sum of alpha_s * l_s, and of 2^(sink * log2(e) - m_i)
 //     weights_s  =  alpha_s / l_i
-inline void merge_splits(const SoftmaxState* splits, int64_t n, int64_t stride, float sink, float* weights) {
+inline void combine_softmaxes(const SoftmaxState* splits, int64_t n, int64_t stride, float sink, float* weights) {
   float m_i = sink * LOG2_E;
   for (int64_t s = 0; s < n; s++) m_i = std::max(m_i, splits[s * stride].m_i);
   float l_i = std::exp2(sink * LOG2_E - m_i);

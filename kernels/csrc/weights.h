@@ -17,7 +17,7 @@
 constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
 constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most whose sums fit in registers
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
-constexpr int64_t ACT_GROUP = 16;       // activations that share a scale, if they are rounded to int8 (activations.h)
+constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale when rounded to int8 (activations.h)
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Packed weights are in blocks of 16 outputs and
 // in words of 4 bytes. The words of 16 outputs are adjacent:
@@ -34,14 +34,15 @@ constexpr int64_t ACT_GROUP = 16;       // activations that share a scale, if th
 //     Int4, MXFP4    elements j (lower half) and j + 4 (upper half), as in the checkpoint
 //     Float8         float8.h draws the order of the bytes
 //
-// The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP inputs. Unquantized weights that
-// are not packed are stored output by output (ops/packing.py says which are packed).
+// The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP_SIZE inputs. Unquantized weights
+// that are not packed are stored output by output (ops/packing.py says which are packed).
 struct Weights {
-  int64_t format;                                    // format_id in formats/
+  int64_t format;                                          // format_id in formats/
   bool is_packed;
-  const char *data, *scales, *zeros;                 // scales and zeros are null if the format has none
-  int64_t data_stride, scales_stride, zeros_stride;  // bytes between two matrices of the stack
-  int64_t bits, padded_k;                            // bits of an element; padded_k is k if outputs are not padded
+  const char *data, *scales, *zeros;                       // scales and zeros are null if the format has none
+  struct { int64_t data, scales, zeros; } expert_strides;  // bytes from an expert to the next
+  int64_t bits;                                            // of an element
+  int64_t padded_k;                                        // k, if outputs are not padded
   int64_t n, k;
   int64_t group_size, n_groups;  // group_size inputs of an output share a scale. Int8 has one group of k inputs
   bool has_f16_scales;           // whether scales of 16 bits are f16 and not bf16
@@ -51,9 +52,9 @@ struct Weights {
   const char* block_data(int64_t block) const { return data + block * block_bytes(); }
   Weights expert(int64_t e) const {
     Weights w = *this;
-    w.data += e * data_stride;
-    if (scales) w.scales += e * scales_stride;
-    if (zeros) w.zeros += e * zeros_stride;
+    w.data += e * expert_strides.data;
+    if (scales) w.scales += e * expert_strides.scales;
+    if (zeros) w.zeros += e * expert_strides.zeros;
     return w;
   }
 
@@ -78,8 +79,9 @@ struct Weights {
 //     element             element j of each of 16 words
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
-// and an entry in Formats. Then the loops for any format can read the new format. To add faster loops for one format,
-// overload run_loop (dot.h) or specialize WordDequantizer (bf16_weights.h).
+// and an entry in Formats. Then the loops for any format can read the new format. Faster code for one format is a
+// branch of run_loop (dot.h), a specialization of WordDequantizer (bf16_weights.h), an overload of unpack_words
+// (linear.h).
 
 // The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
 // (q - zero) * scale, or for (q - zero) * scale * output_scale if the format has HAS_OUTPUT_SCALES.

@@ -31,7 +31,7 @@ from kernels.triton.heads import (
     store_halves,
     store_vectors,
 )
-from kernels.triton.launch import dot_dtype, gpu_info, pdl_options, pdl_wait, semaphores
+from kernels.triton.launch import dot_dtype, gpu_info, is_last_program, pdl_options, pdl_wait, semaphores
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -44,8 +44,8 @@ class ScoreMod(NamedTuple):
     slope: tl.tensor | None  # [BLOCK_M], ALiBi: slope * distance is added
 
 
-class AttentionTile(NamedTuple):
-    """The sizes of a program."""
+class AttentionSizes(NamedTuple):
+    """The sizes of a program of attend."""
 
     BLOCK_M: int  # queries, padded to a power of two
     BLOCK_N: int  # cached tokens of a step
@@ -53,16 +53,38 @@ class AttentionTile(NamedTuple):
     N_SPLITS_PADDED: int  # N_SPLITS, padded to a power of two
 
 
+class Cache(NamedTuple):
+    k_ptr: tl.tensor  # [B, G, S, D]
+    v_ptr: tl.tensor  # [B, G, S, D]
+    stride_b: tl.tensor  # from a sequence to the next, of both tensors
+    stride_g: tl.tensor  # from a head to the next
+    S: tl.tensor
+
+
+class HeadNorms(NamedTuple):
+    """The norms of queries and keys. None means that there is no norm."""
+
+    q_weight_ptr: tl.tensor | None  # [Q_NORM_HEADS, D]
+    k_weight_ptr: tl.tensor | None  # [K_NORM_HEADS, D]
+    eps: tl.tensor
+
+
+class SplitResults(NamedTuple):
+    """What the programs of the splits store for the last program of a key/value head."""
+
+    out_ptr: tl.tensor  # [B, T, H, N_SPLITS, D] float32: acc
+    ml_ptr: tl.tensor  # [B, T, H, N_SPLITS, 2] float32: m_i and l_i
+    semaphores_ptr: tl.tensor  # [B, G]
+
+
 @triton.jit
 def attend_kernel(
-    qkv_ptr, k_cache_ptr, v_cache_ptr,  # [B, T, (H + 2 G) D], [B, G, S, D], [B, G, S, D]
-    start_pos_ptr, cos_sin_ptr,  # [B], [S, D / 2, 2]
-    q_norm_weight_ptr, k_norm_weight_ptr,  # [Q_NORM_HEADS, D], [K_NORM_HEADS, D], or None
+    qkv_ptr, start_pos_ptr, cos_sin_ptr,  # [B, T, (H + 2 G) D], [B], [S, D / 2, 2]
+    cache, norms,  # Cache, HeadNorms
     sinks_ptr, alibi_slopes_ptr,  # [H], [H], or None
-    out_ptr, partial_out_ptr,  # [B, T, H, D], [B, T, H, N_SPLITS, D]
-    partial_ml_ptr, semaphores_ptr,  # [B, T, H, N_SPLITS, 2]: m_i and l_i of each split; [B, G]: zeros
-    eps, qk_scale, qk_softcap, cache_stride_b, cache_stride_g, S, T,
-    HEADS: tl.constexpr, TILE: tl.constexpr,  # heads.py: HeadLayout; AttentionTile
+    out_ptr, results,  # [B, T, H, D]; SplitResults, or None if N_SPLITS is 1
+    qk_scale, qk_softcap, T,
+    HEADS: tl.constexpr, SIZES: tl.constexpr,  # heads.py: HeadLayout; AttentionSizes
     Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr,  # heads that are normed together: 1, or all
     WINDOW: tl.constexpr, DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
@@ -74,39 +96,38 @@ def attend_kernel(
         program i    |    0    |    1    |    2     |       2       |            for N_SPLITS = 3
 
     The last program reads the new tokens from qkv, and only this program writes to the cache. So no program waits for
-    another. Each program stores its result in partial_out and partial_ml, and adds one to a semaphore. The program that
-    finds all others counted combines the results, and sets the semaphore back to zero.
+    another. The last program to finish combines the results of all splits.
 
     The softmax has base 2, since exp2 is one instruction: qk_scale and qk_softcap include a factor of LOG2_E."""
     # Prologue. The loads of the new tokens come first: their addresses do not depend on start, which is being loaded
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     qkv_ptr += sequence * T * HEADS.TOKEN_STRIDE
-    k_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
-    v_cache_ptr += sequence * cache_stride_b + kv_head.to(tl.int64) * cache_stride_g
+    S, cache_offset = cache.S, sequence * cache.stride_b + kv_head.to(tl.int64) * cache.stride_g
+    k_cache_ptr, v_cache_ptr = cache.k_ptr + cache_offset, cache.v_ptr + cache_offset
     start = tl.load(start_pos_ptr + sequence).to(tl.int32)  # position of the first new token
-    q = load_new_queries(qkv_ptr, kv_head, T, HEADS, TILE.BLOCK_M)
+    q = load_new_queries(qkv_ptr, kv_head, T, HEADS, SIZES.BLOCK_M)
     k, v = load_new_keys_values(qkv_ptr, kv_head, T, HEADS)
     q_lo, q_hi = norm_and_rope(
-        q, q_norm_weight_ptr, qkv_ptr, cos_sin_ptr, start, S, T, eps, Q_NORM_HEADS, HEADS, DTYPE
+        q, norms.q_weight_ptr, qkv_ptr, cos_sin_ptr, start, S, T, norms.eps, Q_NORM_HEADS, HEADS, DTYPE
     )
-    has_sink = q.mask & (split == TILE.N_SPLITS - 1)  # the sink counts once, in the last split
-    m_i, l_i = initial_softmax(sinks_ptr, q.head, has_sink, TILE.BLOCK_M)
-    acc = tl.full([TILE.BLOCK_M, HEADS.BLOCK_D], 0.0, tl.float32)
+    has_sink = q.mask & (split == SIZES.N_SPLITS - 1)  # the sink counts once, in the last split
+    m_i, l_i = initial_softmax(sinks_ptr, q.head, has_sink, SIZES.BLOCK_M)
+    acc = tl.full([SIZES.BLOCK_M, HEADS.BLOCK_D], 0.0, tl.float32)
     score_mod = ScoreMod(qk_scale, qk_softcap, load_slopes(alibi_slopes_ptr, q.head, q.mask))
 
     # Loop over the cached tokens of the split
-    begin, end = split_bounds(start, S, split, WINDOW, TILE.N_SPLITS, TILE.BLOCK_N)
+    begin, end = split_bounds(start, S, split, WINDOW, SIZES.N_SPLITS, SIZES.BLOCK_N)
     m_i, l_i, acc = attend_to_split(
         q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + q.token, q.mask, score_mod,
-        HEADS.D, WINDOW, TILE.BLOCK_N,
+        HEADS.D, WINDOW, SIZES.BLOCK_N,
     )
 
     # The new tokens, which are also written into the cache
-    if split == TILE.N_SPLITS - 1:
+    if split == SIZES.N_SPLITS - 1:
         k_lo, k_hi = norm_and_rope(
-            k, k_norm_weight_ptr, qkv_ptr + HEADS.N_HEADS * HEADS.D, cos_sin_ptr, start, S, T, eps, K_NORM_HEADS,
-            HEADS, DTYPE,
+            k, norms.k_weight_ptr, qkv_ptr + HEADS.N_HEADS * HEADS.D, cos_sin_ptr, start, S, T, norms.eps,
+            K_NORM_HEADS, HEADS, DTYPE,
         )
         mask_k = k.mask & is_inside(start + k.token, S)
         m_i, l_i, acc = attend_to_new(q_lo, q_hi, k_lo, k_hi, v, q, k.token, mask_k, score_mod, m_i, l_i, acc, WINDOW)
@@ -115,13 +136,13 @@ def attend_kernel(
 
     # Epilogue
     query = (sequence * T + q.token) * HEADS.N_HEADS + q.head  # index in [B, T, H]
-    if TILE.N_SPLITS == 1:
+    if SIZES.N_SPLITS == 1:
         store_vectors(out_ptr, query * HEADS.D, acc / l_i[:, None], q.mask, HEADS.D)
     else:
         semaphore = sequence * HEADS.N_KV_HEADS + kv_head  # index in [B, G]
         store_and_combine(
-            m_i, l_i, acc, out_ptr, partial_out_ptr, partial_ml_ptr, semaphores_ptr, query, split, semaphore, q.mask,
-            HEADS.D, TILE.N_SPLITS, TILE.N_SPLITS_PADDED,
+            m_i, l_i, acc, out_ptr, results, query, split, semaphore, q.mask,
+            HEADS.D, SIZES.N_SPLITS, SIZES.N_SPLITS_PADDED,
         )
 
 
@@ -214,34 +235,30 @@ def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, score_mod, distance, m_
 
 @triton.jit
 def store_and_combine(
-    m_i, l_i, acc, out_ptr, partial_out_ptr, partial_ml_ptr, semaphores_ptr, query, split, semaphore, mask_m,
+    m_i, l_i, acc, out_ptr, results, query, split, semaphore, mask_m,
     D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
 ):
-    """Stores the result of one split, and adds one to the semaphore. The last program of the semaphore stores the
-    output. query [BLOCK_M]: indices of the queries in [B, T, H]."""
+    """Stores the result of one split. The last program of the semaphore stores the output.
+    query [BLOCK_M]: indices of the queries in [B, T, H]."""
     first_split = query * N_SPLITS  # index in [B, T, H, N_SPLITS]
-    store_vectors(partial_out_ptr, (first_split + split) * D, acc, mask_m, D)
-    tl.store(partial_ml_ptr + (first_split + split) * 2, m_i, mask=mask_m)
-    tl.store(partial_ml_ptr + (first_split + split) * 2 + 1, l_i, mask=mask_m)
-    tl.debug_barrier()  # all threads of the program have stored before the program counts
-    if tl.atomic_add(semaphores_ptr + semaphore, 1, sem="acq_rel") == N_SPLITS - 1:
-        tl.store(semaphores_ptr + semaphore, 0)
-        out = combine_splits(
-            partial_out_ptr, partial_ml_ptr, first_split, mask_m, D, N_SPLITS, N_SPLITS_PADDED, acc.shape[1]
-        )
+    store_vectors(results.out_ptr, (first_split + split) * D, acc, mask_m, D)
+    tl.store(results.ml_ptr + (first_split + split) * 2, m_i, mask=mask_m)
+    tl.store(results.ml_ptr + (first_split + split) * 2 + 1, l_i, mask=mask_m)
+    if is_last_program(results.semaphores_ptr + semaphore, N_SPLITS):
+        out = combine_splits(results, first_split, mask_m, D, N_SPLITS, N_SPLITS_PADDED, acc.shape[1])
         store_vectors(out_ptr, query * D, out, mask_m, D)
 
 
 @triton.jit
 def combine_splits(
-    partial_out_ptr, partial_ml_ptr, first_split, mask_m,
+    results, first_split, mask_m,
     D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Combines the results of all splits into the output [BLOCK_M, BLOCK_D]. first_split [BLOCK_M]: indices of the
     first split of each query in [B, T, H, N_SPLITS]. Other programs have just written the results, so loads bypass the
     L1 cache (.cg)."""
     split = tl.arange(0, N_SPLITS_PADDED)[None, :]
-    ml_ptr, mask_ml = partial_ml_ptr + (first_split[:, None] + split) * 2, mask_m[:, None] & (split < N_SPLITS)
+    ml_ptr, mask_ml = results.ml_ptr + (first_split[:, None] + split) * 2, mask_m[:, None] & (split < N_SPLITS)
     m_splits = tl.load(ml_ptr, mask=mask_ml, other=-1e38, cache_modifier=".cg")  # [BLOCK_M, N_SPLITS_PADDED]
     l_splits = tl.load(ml_ptr + 1, mask=mask_ml, other=0.0, cache_modifier=".cg")
     m_i = tl.max(m_splits, axis=1)
@@ -251,8 +268,8 @@ def combine_splits(
     acc = tl.zeros([first_split.shape[0], BLOCK_D], tl.float32)
     for i in tl.range(0, N_SPLITS, loop_unroll_factor=4):
         index = first_split + i
-        m_split = tl.load(partial_ml_ptr + index * 2, mask=mask_m, other=-1e38, cache_modifier=".cg")
-        acc_split = tl.load(partial_out_ptr + index[:, None] * D + d, mask=mask_acc, other=0.0, cache_modifier=".cg")
+        m_split = tl.load(results.ml_ptr + index * 2, mask=mask_m, other=-1e38, cache_modifier=".cg")
+        acc_split = tl.load(results.out_ptr + index[:, None] * D + d, mask=mask_acc, other=0.0, cache_modifier=".cg")
         acc += tl.exp2(m_split - m_i)[:, None] * acc_split
     return acc / l_i[:, None]
 
@@ -270,7 +287,7 @@ def attend(
 
     k_cache, v_cache: [B, G, S, D], the keys and values of earlier tokens. attend writes the keys and values of the new
     tokens. Both may be views of longer caches; attend reads and writes nothing beyond S.
-    params: the fields of AttentionParams. kernels/schema.py has these, and the shapes of all arguments."""
+    params: the fields of AttentionParams (kernels/schema.py)."""
     params = AttentionParams(**params)
     n_heads, window, softcap = params.n_heads, params.window, params.softcap
     q_norm_weight, k_norm_weight = params.q_norm_weight, params.k_norm_weight
@@ -279,23 +296,25 @@ def attend(
     block_d = max(16, triton.next_power_of_2(head_dim))
     n_queries = batch * n_tokens * n_heads
     out = fake_attend(qkv, start_pos, k_cache, v_cache, n_heads=n_heads)
-    partial_out = partial_ml = None
+    results = None
     if n_splits > 1:
-        partial_out = qkv.new_empty(n_queries, n_splits, head_dim, dtype=torch.float32)
-        partial_ml = qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32)
+        results = SplitResults(
+            qkv.new_empty(n_queries, n_splits, head_dim, dtype=torch.float32),
+            qkv.new_empty(n_queries, n_splits, 2, dtype=torch.float32),
+            semaphores(qkv.device, batch * n_kv_heads),
+        )
     grid = n_splits, n_kv_heads, batch
     attend_kernel[grid](
-        qkv_ptr=qkv, k_cache_ptr=k_cache, v_cache_ptr=v_cache, start_pos_ptr=start_pos, cos_sin_ptr=cos_sin,
-        q_norm_weight_ptr=q_norm_weight, k_norm_weight_ptr=k_norm_weight, sinks_ptr=params.sinks,
-        alibi_slopes_ptr=alibi_slopes, out_ptr=out, partial_out_ptr=partial_out, partial_ml_ptr=partial_ml,
-        semaphores_ptr=semaphores(qkv.device, batch * n_kv_heads),
-        eps=params.eps, qk_scale=LOG2_E.value * params.scale, qk_softcap=LOG2_E.value * softcap if softcap else None,
-        cache_stride_b=k_cache.stride(0), cache_stride_g=k_cache.stride(1), S=max_seq_len, T=n_tokens,
+        qkv_ptr=qkv, start_pos_ptr=start_pos, cos_sin_ptr=cos_sin,
+        cache=Cache(k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), S=max_seq_len),
+        norms=HeadNorms(q_norm_weight, k_norm_weight, params.eps),
+        sinks_ptr=params.sinks, alibi_slopes_ptr=alibi_slopes, out_ptr=out, results=results,
+        qk_scale=LOG2_E.value * params.scale, qk_softcap=LOG2_E.value * softcap if softcap else None, T=n_tokens,
         HEADS=HeadLayout(
-            n_heads, n_kv_heads, HEADS_PER_KV=n_heads // n_kv_heads, D=head_dim, TOKEN_STRIDE=qkv.shape[-1],
+            n_heads, n_kv_heads, HEADS_PER_KV_HEAD=n_heads // n_kv_heads, D=head_dim, TOKEN_STRIDE=qkv.shape[-1],
             BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
         ),
-        TILE=AttentionTile(
+        SIZES=AttentionSizes(
             BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
             BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
             N_SPLITS=n_splits, N_SPLITS_PADDED=triton.next_power_of_2(n_splits),

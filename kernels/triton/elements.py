@@ -81,7 +81,7 @@ def int4_pair(words, magic_number, DTYPE: tl.constexpr):
         return join_halves(nibbles | magic_number, DTYPE)
 
 
-def magic_number(dtype: torch.dtype) -> int:
+def magic_number_for(dtype: torch.dtype) -> int:
     """Returns a word with two floats of dtype, each of which is magic_bias. For float32 the word is not used."""
     return 0x43004300 if dtype == torch.bfloat16 else 0x64006400
 

@@ -11,8 +11,18 @@ import triton
 import triton.language as tl
 
 
+class EpilogueArguments(NamedTuple):
+    """The arguments of fused_linear_kernel for the epilogue. None means that the step is left out."""
+
+    bias_ptr: tl.tensor | None  # [N], of experts [E, N]
+    residual_ptr: tl.tensor | None  # [M, N_OUT]
+    out_scale: tl.tensor | None
+    softcap: tl.tensor | None
+    clip: tl.tensor | None
+
+
 class EpilogueOperands(NamedTuple):
-    """The operands of the epilogue. None means that the step is left out."""
+    """What a program has loaded for the epilogue. None means that the step is left out."""
 
     bias: tl.tensor | None  # [BLOCK_N, 1]
     out_scale: tl.tensor | None
@@ -45,27 +55,27 @@ def activate(y, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
     A new activation is one more branch."""
     if IS_GATED:
         halves = tl.reshape(y, [2, y.shape[0] // 2, y.shape[1]])
-        gate, up = tl.split(tl.permute(halves, [1, 2, 0]))
+        x, up = tl.split(tl.permute(halves, [1, 2, 0]))
     else:
-        gate, up = y, None
+        x, up = y, None
     if ACTIVATION == "swiglu":
-        gate *= tl.sigmoid(gate)
+        x *= tl.sigmoid(x)
     elif ACTIVATION == "geglu":
-        gate *= 0.5 * (1 + tl.erf(0.70710678 * gate))
+        x *= 0.5 * (1 + tl.erf(0.70710678 * x))
     elif ACTIVATION == "relu2":
-        gate = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        gate *= gate
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        x *= x
     elif ACTIVATION == "geglu_tanh" or ACTIVATION == "gelu_pytorch_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691 = 2 sqrt(2 / pi)
-        gate *= tl.sigmoid(1.5957691 * (gate + 0.044715 * gate * gate * gate))
+        x *= tl.sigmoid(1.5957691 * (x + 0.044715 * x * x * x))
     else:
         tl.static_assert(ACTIVATION == "clamped_swiglu", "no kernel for this activation")
-        gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, 7.0, propagate_nan=tl.PropagateNan.ALL)
         up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1
-        gate *= tl.sigmoid(1.702 * gate)
+        x *= tl.sigmoid(1.702 * x)
     if IS_GATED:
-        gate *= up
-    return gate
+        x *= up
+    return x
 
 
 @triton.jit

@@ -22,7 +22,7 @@ class HeadLayout(NamedTuple):
 
     N_HEADS: int
     N_KV_HEADS: int
-    HEADS_PER_KV: int  # query heads of a key/value head
+    HEADS_PER_KV_HEAD: int  # N_HEADS / N_KV_HEADS
     D: int
     TOKEN_STRIDE: int  # elements of a token
     BLOCK_D: int  # D, padded to a power of two
@@ -43,7 +43,8 @@ class NewHeads(NamedTuple):
 def load_new_queries(qkv_ptr, kv_head, T, HEADS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Loads the queries that use kv_head: its heads of token 0, its heads of token 1, and so on."""
     offs_m = tl.arange(0, BLOCK_M)
-    token, head = offs_m // HEADS.HEADS_PER_KV, kv_head * HEADS.HEADS_PER_KV + offs_m % HEADS.HEADS_PER_KV
+    token = offs_m // HEADS.HEADS_PER_KV_HEAD
+    head = kv_head * HEADS.HEADS_PER_KV_HEAD + offs_m % HEADS.HEADS_PER_KV_HEAD
     mask_m = token < T
     lo, hi = load_halves(qkv_ptr, token * HEADS.TOKEN_STRIDE + head * HEADS.D, mask_m, HEADS.D, HEADS.BLOCK_HALF)
     return NewHeads(lo, hi, token, head, mask_m)

@@ -1,11 +1,11 @@
-"""How the Triton kernels are launched. A kernel of a decode step takes microseconds. So it counts how evenly its
-programs share the GPU (tile sizes), and how long the GPU idles between two kernels (kernels that overlap).
+"""How the Triton kernels are launched. A kernel of a decode step takes microseconds. So two things matter: how
+evenly its programs share the GPU (tile sizes), and how long the GPU idles between two kernels (kernels that overlap).
 
     gpu_info                    what the GPU can do
     has_matrix_units, min_block_m, dot_dtype    what a matmul needs to know, by device and by type of x
     pdl_options                 arguments for the launch of a kernel that may overlap with the previous kernel
     pdl_wait                    the first call in every kernel
-    semaphores                  by which a program knows that all other programs of the kernel are done
+    semaphores, is_last_program    how the last program to finish finds out that it is the last
     choose_tiles                the tile sizes of y = x W^T: from tuned.json or by a rule
 
 tuned.json beside this file has the fastest tile sizes that were measured, by GPU and matmul.
@@ -26,15 +26,15 @@ Before gdc_wait a kernel reads only weights, since no kernel writes weights. Eve
 kernel that needs no result of the previous kernel. So kernels end in order, and a kernel that waits for B waits for A,
 too.
 
-A executes gdc_launch_dependents as early as possible without letting B occupy multiprocessors that A still needs:
+A executes gdc_launch_dependents
 
-    a kernel with at most one program per multiprocessor    at once (TRIGGER_EARLY)
-    a matmul with more programs                             after the loop over K, when all programs are nearly done
-    any other kernel                                        never, so the next kernel starts when this kernel ends
+    at once (TRIGGER_EARLY)       if A has one wave: at most one program for each multiprocessor
+    after its loop over K         if A is a matmul of several waves
+    never                         if A is any other kernel of several waves, so B starts when A ends
 
-Why not always at once? If A has several waves of programs, B's programs would take over the multiprocessors that become
-free after the first wave, and A's later waves would run on the few that are left. Int8 steps of Llama-3.1-8B then took
-4.5 ms instead of 3.3 (H100).
+Why not always at once? B's programs occupy multiprocessors while they wait. If A has one wave, all programs of A run
+already. If A has several, B's programs would share the multiprocessors with A's last wave. Int8 steps of Llama-3.1-8B
+then took 4.5 ms instead of 3.3 (H100). After the loop over K, A's last programs are nearly done.
 """
 
 import json
@@ -122,9 +122,7 @@ def pdl_wait(USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr):
 
 
 def semaphores(device: torch.device, n: int) -> Tensor:
-    """Returns at least n semaphores, all zero. Each program of a kernel adds one when it is done. The program that
-    finds all others counted is the last: it combines what all programs have stored, and sets the semaphore back to
-    zero.
+    """Returns at least n semaphores, all zero, for is_last_program.
 
     All kernels share this tensor. Two kernels that overlap do not disturb each other: the second kernel counts only
     after gdc_wait, and by then the first kernel has ended."""
@@ -136,6 +134,20 @@ def semaphores(device: torch.device, n: int) -> Tensor:
 @cache
 def all_semaphores(device: torch.device) -> Tensor:
     return torch.zeros(N_SEMAPHORES, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def is_last_program(semaphore_ptr, N_PROGRAMS: tl.constexpr):
+    """Whether this program is the last of N_PROGRAMS that share a semaphore. A program calls this function once, after
+    its stores. The last program can then load what all of them have stored, but only with loads that bypass the L1
+    cache (.cg), which may have older values.
+
+    Each program adds one to the semaphore. The last program finds the others counted, and sets it back to zero."""
+    tl.debug_barrier()  # all threads of the program have stored before the program counts
+    is_last = tl.atomic_add(semaphore_ptr, 1, sem="acq_rel") == N_PROGRAMS - 1
+    if is_last:
+        tl.store(semaphore_ptr, 0)
+    return is_last
 
 
 # ---- The tile sizes of a matmul -------------------------------------------------------------------------------------
@@ -180,20 +192,23 @@ def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int
     key = table_key(format_id, n, k, gated, group_size)
     if key in gpu.tuned and uses_matrix_units:
         return TileConfig(**gpu.tuned[key])
-    block_n = 32 if gated else 16
     if min_block_m(x) != 8:
         is_float32 = format_id == Unquantized.format_id and x.dtype == torch.float32
         warp_k = 32 if is_float32 else 64
-        return TileConfig(block_n, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
+        return TileConfig(32 if gated else 16, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
     format = kernel_format(format_id)
     if format.is_tiled:
         return guess_tiled(format.bits, n / gpu.num_sms, gated, group_size)
-    if group_size <= 16:  # each slice has sums of its own, and the sums of all slices must fit in registers
-        return TileConfig(block_n, num_warps=4, warp_k=64 if gated else 128, num_stages=3)
-    if k <= 1024 and not gated:  # the loop has one step
-        return TileConfig(block_n, num_warps=4, warp_k=256, num_stages=2)
-    warp_k = 64 if format_id != Unquantized.format_id and gated else 128
-    return TileConfig(block_n, num_warps=4, warp_k=warp_k, num_stages=3)
+    return guess_rows(format_id != Unquantized.format_id, k, gated, group_size)
+
+
+def guess_rows(is_quantized: bool, k: int, gated: bool, group_size: int) -> TileConfig:
+    """Guesses the tile sizes for weights that are stored in rows."""
+    block_n = 32 if gated else 16
+    has_narrow_slices = group_size <= 16  # each slice has sums of its own, and all sums must fit in registers
+    if k <= 1024 and not gated and not has_narrow_slices:
+        return TileConfig(block_n, num_warps=4, warp_k=256, num_stages=2)  # the loop has one step
+    return TileConfig(block_n, num_warps=4, warp_k=64 if gated and is_quantized else 128, num_stages=3)
 
 
 def guess_tiled(bits: int, outputs_per_sm: float, gated: bool, group_size: int) -> TileConfig:

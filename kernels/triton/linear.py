@@ -14,6 +14,8 @@ M, N and K are CUTLASS's, for y [M, N] = x W^T, in shapes and in names such as o
 W), K inputs (the columns of W).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -28,8 +30,8 @@ from kernels.schema import (
     output_width,
     triton_op,
 )
-from kernels.triton.elements import magic_number
-from kernels.triton.epilogue import EpilogueOperands, epilogue
+from kernels.triton.elements import magic_number_for
+from kernels.triton.epilogue import EpilogueArguments, EpilogueOperands, epilogue
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
     MMA_TOKENS,
@@ -40,7 +42,7 @@ from kernels.triton.launch import (
     pdl_wait,
 )
 from kernels.triton.weights import (
-    ProgramTile,
+    BlockSizes,
     WeightLayout,
     prefetch_weights,
     program_weights,
@@ -83,22 +85,25 @@ ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
 # the experts of the token.
 
 
+class Norm(NamedTuple):
+    """The norm before the matmul."""
+
+    weight_ptr: tl.tensor | None  # [K], or None: there is no norm
+    eps: tl.tensor
+
+
 @triton.jit
 def fused_linear_kernel(
     w_ptr, scales_ptr,  # W [N, K], of experts [E, N, K], and the scales of W, as the format packs them
-    bias_ptr,  # [N], of experts [E, N]
     x_ptr,  # [M, K]; if X_IS_PER_PAIR [M * TOP_K, K]
-    norm_weight_ptr,  # [K]
-    residual_ptr,  # [M, N_OUT]
     topk_ids_ptr,  # [M, TOP_K]
     y_ptr,  # [M, N_OUT]; with topk_ids [M * TOP_K, N_OUT]
-    eps,  # of the norm
-    out_scale, softcap, clip,  # of the epilogue
+    norm, epilogue_arguments,  # Norm; epilogue.py: EpilogueArguments
     magic_number,  # see elements.py: int4_pair
-    N, n_many_tokens, N_FEW_TOKENS: tl.constexpr,
+    N, n_tokens, FEW_TOKENS: tl.constexpr,
     K: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
     DOT: tl.constexpr, LAYOUT: tl.constexpr,  # formats.py: KernelFormat; weights.py: WeightLayout
-    TILE: tl.constexpr,  # weights.py: ProgramTile
+    SIZES: tl.constexpr,  # weights.py: BlockSizes
     ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr,
     DTYPE: tl.constexpr,  # the type of both operands of tl.dot
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
@@ -108,71 +113,78 @@ def fused_linear_kernel(
 
     Grid: [N / BLOCK_N]. Program i computes outputs [i * BLOCK_OUT, (i + 1) * BLOCK_OUT) of all tokens.
 
-    Grid with topk_ids: [N / BLOCK_N, M * TOP_K]. Axis 1 is the (token, expert) pairs. The program of an
-    expert's first pair computes all pairs of the expert, and the programs of the other pairs return at once. So each
-    expert is read once.
+    Grid with topk_ids: [N / BLOCK_N, M * TOP_K]. Axis 1 is the pairs. The first program of an expert computes all pairs
+    of the expert, and the other programs of the expert return at once. So each expert is read once:
 
-    N_FEW_TOKENS: the number of tokens up to MMA_TOKENS, else None. There is a kernel for each number.
-    n_many_tokens: the number of tokens above MMA_TOKENS, else None. There is a kernel for each BLOCK_M."""
+        pair        0          1             2          3             for M = 2 and TOP_K = 2
+        token       0          0             1          1
+        expert      5          2             2          7
+        program     pair 0     pairs 1, 2    returns    pair 3
+
+    FEW_TOKENS: n_tokens if that is at most MMA_TOKENS, else 0. So a kernel is compiled for each small number of tokens,
+    since add_squares has a tensor for each token. With more tokens a kernel is compiled for each BLOCK_M."""
     # Prologue. Before pdl_wait a program reads only W
     N_OUT = N // 2 if IS_GATED else N
-    w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, TILE)
+    w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, SIZES)
     if USE_PDL and topk_ids_ptr is None:
-        prefetch_weights(w, LAYOUT, TILE)
+        prefetch_weights(w, LAYOUT, SIZES)
     pdl_wait(USE_PDL, TRIGGER_EARLY)
-    offs_m = tl.arange(0, TILE.BLOCK_M)
-    n_tokens = N_FEW_TOKENS if n_many_tokens is None else n_many_tokens
+    offs_m = tl.arange(0, SIZES.BLOCK_M)
+    n_tokens = FEW_TOKENS if FEW_TOKENS else n_tokens
+    bias_ptr, residual_ptr = epilogue_arguments.bias_ptr, epilogue_arguments.residual_ptr
     x_index, y_index, mask_m = offs_m, offs_m, offs_m < n_tokens  # the rows of x and y that belong to each token
     if topk_ids_ptr is not None:
         pair = tl.program_id(1)
         expert = tl.load(topk_ids_ptr + pair)
-        if N_FEW_TOKENS == 1:
+        if FEW_TOKENS == 1:
             x_ptr += pair * K if X_IS_PER_PAIR else 0
             y_ptr += pair * N_OUT
         else:
-            y_index, mask_m, first_pair = pairs_of(expert, topk_ids_ptr, offs_m, n_tokens, TOP_K, N_FEW_TOKENS)
+            y_index, mask_m, first_pair = pairs_of(expert, topk_ids_ptr, offs_m, n_tokens, TOP_K, FEW_TOKENS)
             if first_pair < pair:
                 return
             x_index = y_index if X_IS_PER_PAIR else offs_m
         w, bias_ptr = weights_of_expert(w, bias_ptr, expert, K, LAYOUT)
     # The operands of the epilogue are loaded before the loop, so that the epilogue does not wait for memory. Only the
     # residual of many tokens is loaded after the loop, since registers have no room for it during the loop
-    y_offsets, mask_y = output_offsets(y_index, mask_m, N_OUT, TILE.BLOCK_OUT)
+    y_offsets, mask_y = output_offsets(y_index, mask_m, N_OUT, SIZES.BLOCK_OUT)
     channel_scale = load_column(w.scales_ptr if LAYOUT.HAS_CHANNEL_SCALES else None, w)
     bias = load_column(bias_ptr, w)
-    residual = load_residual(residual_ptr if n_many_tokens is None else None, y_offsets, mask_y)
+    residual = load_residual(residual_ptr if FEW_TOKENS else None, y_offsets, mask_y)
 
     # Loop
-    acc = tl.full([TILE.K_SLICES, TILE.BLOCK_N, TILE.BLOCK_M], 0.0, tl.float32)
+    acc = tl.full([SIZES.K_SLICES, SIZES.BLOCK_N, SIZES.BLOCK_M], 0.0, tl.float32)
     squares = ()
-    if norm_weight_ptr is not None:
-        squares = zero_squares(N_FEW_TOKENS, TILE.K_SLICES, TILE.SLICE_K)
-    starts = slice_starts(LAYOUT.IS_TILED, TILE.SLICE_K, TILE.K_SLICES)
-    for k in tl.range(0, K, TILE.BLOCK_K, num_stages=TILE.NUM_STAGES):
+    if norm.weight_ptr is not None:
+        squares = zero_squares(FEW_TOKENS, SIZES.K_SLICES, SIZES.SLICE_K)
+    starts = slice_starts(LAYOUT.IS_TILED, SIZES.SLICE_K, SIZES.K_SLICES)
+    for k in tl.range(0, K, SIZES.BLOCK_K, num_stages=SIZES.NUM_STAGES):
         k_starts = k + starts  # [K_SLICES]
-        offs_k = slice_columns(k_starts, TILE.SLICE_K)  # [K_SLICES, SLICE_K]
-        x = load_x(x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_FEW_TOKENS, K, DTYPE)
-        if norm_weight_ptr is not None:
-            squares = add_squares(squares, x_ptr, offs_k, N_FEW_TOKENS, K)
-        acc = DOT(acc, x, w, k, k_starts, K, LAYOUT.GROUP_SIZE, TILE.BLOCK_OUT)
+        offs_k = slice_columns(k_starts, SIZES.SLICE_K)  # [K_SLICES, SLICE_K]
+        x = load_x(x_ptr, norm.weight_ptr, x_index, mask_m, offs_k, FEW_TOKENS, K, DTYPE)
+        if norm.weight_ptr is not None:
+            squares = add_squares(squares, x_ptr, offs_k, FEW_TOKENS, K)
+        acc = DOT(acc, x, w, k, k_starts, K, LAYOUT.GROUP_SIZE, SIZES.BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
     # Epilogue
-    if n_many_tokens is not None:
+    if not FEW_TOKENS:
         residual = load_residual(residual_ptr, y_offsets, mask_y)
     y = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
     if LAYOUT.HAS_CHANNEL_SCALES:
         y *= channel_scale
-    if norm_weight_ptr is not None:
-        y *= inverse_rms(squares, eps, N_FEW_TOKENS, K, TILE.BLOCK_M)[None, :]
-    operands = EpilogueOperands(bias, out_scale, softcap, clip, residual)
+    if norm.weight_ptr is not None:
+        y *= inverse_rms(squares, norm.eps, FEW_TOKENS, K, SIZES.BLOCK_M)[None, :]
+    operands = EpilogueOperands(
+        bias, epilogue_arguments.out_scale, epilogue_arguments.softcap, epilogue_arguments.clip, residual
+    )
     y = epilogue(y, operands, ACTIVATION, IS_GATED)  # [BLOCK_OUT, BLOCK_M]
     tl.store(y_ptr + y_offsets, y, mask=mask_y)
 
 
 @triton.jit
-def pairs_of(expert, topk_ids_ptr, token, n_tokens, TOP_K: tl.constexpr, N_FEW_TOKENS: tl.constexpr):
+def pairs_of(expert, topk_ids_ptr, token, n_tokens, TOP_K: tl.constexpr, FEW_TOKENS: tl.constexpr):
     """Returns the pair of every token [BLOCK_M] with expert, whether the token has this pair, and the first such pair.
     A token has an expert at most once."""
     pair, has_pair = token * TOP_K, token < 0
@@ -180,7 +192,7 @@ def pairs_of(expert, topk_ids_ptr, token, n_tokens, TOP_K: tl.constexpr, N_FEW_T
         is_expert = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < n_tokens, other=-1) == expert
         pair = tl.where(is_expert, token * TOP_K + i, pair)
         has_pair |= is_expert
-    AFTER_ALL: tl.constexpr = (token.shape[0] if N_FEW_TOKENS is None else N_FEW_TOKENS) * TOP_K  # more than any pair
+    AFTER_ALL: tl.constexpr = (FEW_TOKENS if FEW_TOKENS else token.shape[0]) * TOP_K  # more than any pair
     return pair, has_pair, tl.min(tl.where(has_pair, pair, AFTER_ALL), axis=0)
 
 
@@ -211,12 +223,12 @@ def load_residual(residual_ptr, y_offsets, mask_y):
 
 @triton.jit
 def load_x(
-    x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, N_FEW_TOKENS: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr
+    x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, FEW_TOKENS: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Loads inputs offs_k [K_SLICES, SLICE_K] of the tokens at rows x_index [BLOCK_M] of x, and multiplies them with
     the weight of the norm: [K_SLICES, SLICE_K, BLOCK_M]."""
     mask_k = offs_k < K
-    if N_FEW_TOKENS == 1:  # the same token in every column
+    if FEW_TOKENS == 1:  # the same token in every column
         x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0)[:, :, None]
     else:
         x = tl.load(x_ptr + offs_k[:, :, None] + x_index * K, mask=mask_k[:, :, None] & mask_m, other=0.0)
@@ -227,29 +239,29 @@ def load_x(
 
 
 @triton.jit
-def zero_squares(N_FEW_TOKENS: tl.constexpr, K_SLICES: tl.constexpr, SLICE_K: tl.constexpr):
+def zero_squares(FEW_TOKENS: tl.constexpr, K_SLICES: tl.constexpr, SLICE_K: tl.constexpr):
     """Returns the first squares of add_squares: zeros [K_SLICES, SLICE_K] for every token, as a tuple."""
     squares = ()
-    for _ in tl.static_range(N_FEW_TOKENS):
+    for _ in tl.static_range(FEW_TOKENS):
         squares = squares + (tl.zeros([K_SLICES, SLICE_K], tl.float32),)
     return squares
 
 
 @triton.jit
-def add_squares(squares, x_ptr, offs_k, N_FEW_TOKENS: tl.constexpr, K: tl.constexpr):
+def add_squares(squares, x_ptr, offs_k, FEW_TOKENS: tl.constexpr, K: tl.constexpr):
     """Adds the squares of inputs offs_k [K_SLICES, SLICE_K] to squares, a tuple with a tensor for every token."""
     new = ()
-    for m in tl.static_range(N_FEW_TOKENS):
+    for m in tl.static_range(FEW_TOKENS):
         x = tl.load(x_ptr + offs_k + m * K, mask=offs_k < K, other=0.0).to(tl.float32)
         new = new + (squares[m] + x * x,)
     return new
 
 
 @triton.jit
-def inverse_rms(squares, eps, N_FEW_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
+def inverse_rms(squares, eps, FEW_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
     """Returns 1 / rms of every token: [BLOCK_M]."""
     offs_m, total = tl.arange(0, BLOCK_M), tl.zeros([BLOCK_M], tl.float32)
-    for m in tl.static_range(N_FEW_TOKENS):
+    for m in tl.static_range(FEW_TOKENS):
         total = tl.where(offs_m == m, tl.sum(tl.sum(squares[m], axis=1), axis=0), total)
     return tl.rsqrt(total / K + eps)
 
@@ -283,16 +295,17 @@ def fused_linear(
     block_k = tiles.num_warps * tiles.warp_k
     grid = triton.cdiv(n, tiles.block_n), n_pairs
     fused_linear_kernel[grid](
-        w_ptr=w.weight, scales_ptr=w.scales, bias_ptr=bias, x_ptr=x, norm_weight_ptr=norm_weight,
-        residual_ptr=residual, topk_ids_ptr=topk_ids, y_ptr=y,
-        eps=eps, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None,
-        magic_number=magic_number(x.dtype),
-        N=n, n_many_tokens=None if has_few_tokens else n_tokens, N_FEW_TOKENS=n_tokens if has_few_tokens else None,
-        K=k, TOP_K=top_k, X_IS_PER_PAIR=n_inputs > n_tokens, DOT=format.dot,
+        w_ptr=w.weight, scales_ptr=w.scales, x_ptr=x, topk_ids_ptr=topk_ids, y_ptr=y, norm=Norm(norm_weight, eps),
+        epilogue_arguments=EpilogueArguments(
+            bias, residual, out_scale=out_scale if out_scale != 1 else None, softcap=softcap or None, clip=clip or None
+        ),
+        magic_number=magic_number_for(x.dtype),
+        N=n, n_tokens=n_tokens, FEW_TOKENS=n_tokens if has_few_tokens else 0, K=k, TOP_K=top_k,
+        X_IS_PER_PAIR=n_inputs > n_tokens, DOT=format.dot,
         LAYOUT=WeightLayout(
             format.is_tiled, format.stride(w.weight), group_size, format.has_channel_scales(group_size, k)
         ),
-        TILE=ProgramTile(
+        SIZES=BlockSizes(
             BLOCK_M=max(min_block_m(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
             BLOCK_OUT=tiles.block_n // 2 if is_gated else tiles.block_n, BLOCK_K=block_k, SLICE_K=slice_k,
             K_SLICES=block_k // slice_k, NUM_STAGES=tiles.num_stages,

@@ -10,12 +10,14 @@ top_p and min_p keep the likeliest tokens. The drawn token is the argmax among t
 sorting, by rejections as in FlashInfer's sampling kernels:
 
     1. The argmax of all tokens is the candidate.
-    2. The sum of the probabilities of all likelier tokens says whether the candidate is kept. If it is, it is drawn.
+    2. The sum of the probabilities of all likelier tokens says whether the candidate is kept. A kept one is drawn.
     3. Otherwise no token that is as likely or less is kept. The argmax of the likelier tokens is the next candidate.
 
 With top_p 0.9 the first candidate is kept in nine of ten cases. So all programs share step 2 of the first candidate,
 and one program does the rest.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,19 +25,27 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import fake_sample, triton_op
-from kernels.triton.launch import pdl_options, pdl_wait, semaphores
+from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
-TRUNCATE_BLOCK_V, TRUNCATE_WARPS = 8192, 16  # of truncate_kernel, of which one program may go through all tokens
+TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel, of which one program may go through all tokens
 # A smaller divisor could round to 0, and a larger factor could make scores infinite.
 SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-30, 1e30
 
 
+class BlockResults(NamedTuple):
+    """What the programs of sample_kernel store for the last program of a sequence."""
+
+    scores_ptr: tl.tensor  # [B, N_BLOCKS], the best score of each block
+    tokens_ptr: tl.tensor  # [B, N_BLOCKS], the token with that score
+    sums_ptr: tl.tensor | None  # [2, B, N_BLOCKS]: store_sum
+    semaphores_ptr: tl.tensor  # [B]
+
+
 @triton.jit
 def sample_kernel(
-    logits_ptr, noise_ptr, tokens_ptr,  # [B, V], [B, V], [B]
-    block_scores_ptr, block_tokens_ptr, semaphores_ptr,  # [B, N_BLOCKS], [B, N_BLOCKS], [B]
-    block_sums_ptr, sums_ptr,  # [2, B, N_BLOCKS], [2, B], or None
+    logits_ptr, noise_ptr, tokens_ptr, sums_ptr,  # [B, V], [B, V], [B], [2, B] or None
+    results,  # BlockResults
     temperature, V,
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
     N_BLOCKS_PADDED: tl.constexpr,  # N_BLOCKS, padded to a power of two
@@ -45,10 +55,9 @@ def sample_kernel(
     The last program of a sequence to finish finds the best token of all blocks. A logit that is not finite gets the
     score infinity and the token -1, so -1 is the result of the sequence.
 
-    sums: the largest logit of each sequence, and the sum of the weights exp((logit - largest logit) / temperature).
-    block_sums: the same of each block."""
+    sums: for each sequence the largest logit, and the sum of the weights exp((logit - largest logit) / temperature)."""
     pdl_wait(USE_PDL, TRIGGER_EARLY)
-    block, sequence, n_blocks_of_all = tl.program_id(0), tl.program_id(1), tl.num_programs(1) * N_BLOCKS
+    block, sequence = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(logits_ptr + sequence * V + token, mask=token < V, other=-1e38)
     scores = logits
@@ -60,27 +69,39 @@ def sample_kernel(
     best_score, best_index = tl.max(scores, axis=0), tl.argmax(scores, axis=0)
     best_token = tl.where(best_score == float("inf"), -1, block * BLOCK_V + best_index)
 
-    tl.store(block_scores_ptr + sequence * N_BLOCKS + block, best_score)
-    tl.store(block_tokens_ptr + sequence * N_BLOCKS + block, best_token)
-    if block_sums_ptr is not None:
-        largest = tl.max(logits, axis=0)
-        weights = tl.where(token < V, tl.exp((logits - largest) / temperature), 0.0)
-        tl.store(block_sums_ptr + sequence * N_BLOCKS + block, largest)
-        tl.store(block_sums_ptr + n_blocks_of_all + sequence * N_BLOCKS + block, tl.sum(weights, axis=0))
-    tl.debug_barrier()  # all threads of the program have stored before the program counts
-    if tl.atomic_add(semaphores_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
-        tl.store(semaphores_ptr + sequence, 0)
-        best_of_all = best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS, N_BLOCKS_PADDED)
+    tl.store(results.scores_ptr + sequence * N_BLOCKS + block, best_score)
+    tl.store(results.tokens_ptr + sequence * N_BLOCKS + block, best_token)
+    if sums_ptr is not None:
+        store_sum(results.sums_ptr, logits, token < V, temperature, N_BLOCKS)
+    if is_last_program(results.semaphores_ptr + sequence, N_BLOCKS):
+        best_of_all = best_of_blocks(results.scores_ptr, results.tokens_ptr, sequence, N_BLOCKS, N_BLOCKS_PADDED)
         tl.store(tokens_ptr + sequence, best_of_all.to(tl.int64))
-        if block_sums_ptr is not None:
-            index = tl.arange(0, N_BLOCKS_PADDED)
-            row_ptr, mask = block_sums_ptr + sequence * N_BLOCKS + index, index < N_BLOCKS
-            block_largest = tl.load(row_ptr, mask=mask, other=-1e38, cache_modifier=".cg")
-            block_sums = tl.load(row_ptr + n_blocks_of_all, mask=mask, other=0.0, cache_modifier=".cg")
-            row_largest = tl.max(block_largest, axis=0)
-            row_sum = tl.sum(block_sums * tl.exp((block_largest - row_largest) / temperature), axis=0)
-            tl.store(sums_ptr + sequence, row_largest)
-            tl.store(sums_ptr + tl.num_programs(1) + sequence, row_sum)
+        if sums_ptr is not None:
+            combine_sums(results.sums_ptr, sums_ptr, temperature, N_BLOCKS, N_BLOCKS_PADDED)
+
+
+@triton.jit
+def store_sum(block_sums_ptr, logits, mask, temperature, N_BLOCKS: tl.constexpr):
+    """Stores the largest logit of the program's block, and the sum of the weights relative to this logit."""
+    block, sequence, n_blocks_of_all = tl.program_id(0), tl.program_id(1), tl.num_programs(1) * N_BLOCKS
+    largest = tl.max(logits, axis=0)
+    weights = tl.where(mask, tl.exp((logits - largest) / temperature), 0.0)
+    tl.store(block_sums_ptr + sequence * N_BLOCKS + block, largest)
+    tl.store(block_sums_ptr + n_blocks_of_all + sequence * N_BLOCKS + block, tl.sum(weights, axis=0))
+
+
+@triton.jit
+def combine_sums(block_sums_ptr, sums_ptr, temperature, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr):
+    """Stores the largest logit and the sum of the weights of the program's sequence, from those of all its blocks."""
+    sequence, n_blocks_of_all = tl.program_id(1), tl.num_programs(1) * N_BLOCKS
+    block = tl.arange(0, N_BLOCKS_PADDED)
+    row_ptr, mask = block_sums_ptr + sequence * N_BLOCKS + block, block < N_BLOCKS
+    block_largest = tl.load(row_ptr, mask=mask, other=-1e38, cache_modifier=".cg")
+    block_sums = tl.load(row_ptr + n_blocks_of_all, mask=mask, other=0.0, cache_modifier=".cg")
+    row_largest = tl.max(block_largest, axis=0)
+    row_sum = tl.sum(block_sums * tl.exp((block_largest - row_largest) / temperature), axis=0)
+    tl.store(sums_ptr + sequence, row_largest)
+    tl.store(sums_ptr + tl.num_programs(1) + sequence, row_sum)
 
 
 @triton.jit
@@ -95,7 +116,7 @@ def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.co
 
 
 @triton.jit
-def truncate_kernel(
+def top_p_min_p_kernel(
     logits_ptr, noise_ptr, tokens_ptr, sums_ptr,  # [B, V], [B, V], [B], [2, B]
     block_above_ptr, semaphores_ptr,  # [B, N_BLOCKS], [B]
     temperature, top_p, min_p, V,
@@ -113,13 +134,9 @@ def truncate_kernel(
     largest = tl.load(sums_ptr + sequence)
     enough = tl.load(sums_ptr + tl.num_programs(1) + sequence) * top_p
 
-    token = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    logits = tl.load(row_logits_ptr + token, mask=token < V, other=-float("inf"))
-    weights = tl.where(is_likelier(logits, token, threshold, candidate), tl.exp((logits - largest) / temperature), 0.0)
+    weights = likelier_weights(row_logits_ptr, block, threshold, candidate, largest, temperature, V, BLOCK_V)
     tl.store(block_above_ptr + sequence * N_BLOCKS + block, tl.sum(weights, axis=0))
-    tl.debug_barrier()  # all threads of the program have stored before the program counts
-    if tl.atomic_add(semaphores_ptr + sequence, 1, sem="acq_rel") == N_BLOCKS - 1:
-        tl.store(semaphores_ptr + sequence, 0)
+    if is_last_program(semaphores_ptr + sequence, N_BLOCKS):
         index = tl.arange(0, N_BLOCKS_PADDED)
         block_above_ptrs = block_above_ptr + sequence * N_BLOCKS + index
         above = tl.sum(tl.load(block_above_ptrs, mask=index < N_BLOCKS, other=0.0, cache_modifier=".cg"), axis=0)
@@ -130,12 +147,18 @@ def truncate_kernel(
             threshold = tl.load(row_logits_ptr + candidate)
             sums = tl.zeros((BLOCK_V,), tl.float32)
             for i in range(N_BLOCKS):
-                token = i * BLOCK_V + tl.arange(0, BLOCK_V)
-                logits = tl.load(row_logits_ptr + token, mask=token < V, other=-float("inf"))
-                weights = tl.exp((logits - largest) / temperature)
-                sums += tl.where(is_likelier(logits, token, threshold, candidate), weights, 0.0)
+                sums += likelier_weights(row_logits_ptr, i, threshold, candidate, largest, temperature, V, BLOCK_V)
             above = tl.sum(sums, axis=0)
         tl.store(tokens_ptr + sequence, candidate.to(tl.int64))
+
+
+@triton.jit
+def likelier_weights(row_logits_ptr, block, threshold, candidate, largest, temperature, V, BLOCK_V: tl.constexpr):
+    """Returns the weights of a block's tokens [BLOCK_V], 0 for those that are not likelier than the candidate."""
+    token = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    logits = tl.load(row_logits_ptr + token, mask=token < V, other=-float("inf"))
+    weights = tl.exp((logits - largest) / temperature)
+    return tl.where(is_likelier(logits, token, threshold, candidate), weights, 0.0)
 
 
 @triton.jit
@@ -182,28 +205,28 @@ def sample(
     assert temperatures is None and top_k == 0  # Backend.supports_sampling
     batch, vocab_size = logits.shape
     temperature = min(max(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
-    truncates = random is not None and (top_p < 1 or min_p > 0)
+    has_top_p_or_min_p = random is not None and (top_p < 1 or min_p > 0)
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
     tokens = fake_sample(logits, random)
-    block_scores = logits.new_empty(batch, n_blocks)
-    block_tokens = logits.new_empty(batch, n_blocks, dtype=torch.int32)
-    sums = logits.new_empty(2, batch) if truncates else None
+    sums = logits.new_empty(2, batch) if has_top_p_or_min_p else None
     grid = n_blocks, batch
     sample_kernel[grid](
-        logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, block_scores_ptr=block_scores,
-        block_tokens_ptr=block_tokens, semaphores_ptr=semaphores(logits.device, batch),
-        block_sums_ptr=logits.new_empty(2, batch, n_blocks) if truncates else None, sums_ptr=sums,
+        logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, sums_ptr=sums,
+        results=BlockResults(
+            logits.new_empty(batch, n_blocks), logits.new_empty(batch, n_blocks, dtype=torch.int32),
+            logits.new_empty(2, batch, n_blocks) if has_top_p_or_min_p else None, semaphores(logits.device, batch),
+        ),
         temperature=temperature, V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks,
         N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
     )
-    if truncates:
-        n_blocks = triton.cdiv(vocab_size, TRUNCATE_BLOCK_V)
+    if has_top_p_or_min_p:
+        n_blocks = triton.cdiv(vocab_size, TOP_P_BLOCK_V)
         grid = n_blocks, batch
-        truncate_kernel[grid](
+        top_p_min_p_kernel[grid](
             logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, sums_ptr=sums,
             block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device, batch),
-            temperature=temperature, top_p=top_p, min_p=min_p, V=vocab_size, BLOCK_V=TRUNCATE_BLOCK_V,
-            N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), num_warps=TRUNCATE_WARPS,
+            temperature=temperature, top_p=top_p, min_p=min_p, V=vocab_size, BLOCK_V=TOP_P_BLOCK_V,
+            N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), num_warps=TOP_P_WARPS,
             **pdl_options(logits.device, grid),
         )
     return tokens

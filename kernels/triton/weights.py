@@ -34,8 +34,8 @@ class WeightLayout(NamedTuple):
     HAS_CHANNEL_SCALES: bool
 
 
-class ProgramTile(NamedTuple):
-    """The tile sizes of a program (drawn in linear.py), derived from launch.py: TileConfig."""
+class BlockSizes(NamedTuple):
+    """The sizes of a program of fused_linear (drawn in linear.py), derived from launch.py: TileConfig."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -75,10 +75,10 @@ def program_outputs(i, BLOCK_OUT: tl.constexpr, N_OUT):
 
 
 @triton.jit
-def program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, TILE: tl.constexpr):
-    i = tl.arange(0, TILE.BLOCK_N)
-    offs_n = program_outputs(i, TILE.BLOCK_OUT, N_OUT)
-    mask_n = tl.program_id(0) * TILE.BLOCK_OUT + i % TILE.BLOCK_OUT < N_OUT
+def program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, SIZES: tl.constexpr):
+    i = tl.arange(0, SIZES.BLOCK_N)
+    offs_n = program_outputs(i, SIZES.BLOCK_OUT, N_OUT)
+    mask_n = tl.program_id(0) * SIZES.BLOCK_OUT + i % SIZES.BLOCK_OUT < N_OUT
     return ProgramWeights(w_ptr, scales_ptr, magic_number, offs_n, mask_n, N, N_OUT)
 
 
@@ -95,17 +95,17 @@ def weights_of_expert(w, bias_ptr, expert, K: tl.constexpr, LAYOUT: tl.constexpr
 
 
 @triton.jit
-def prefetch_weights(w, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+def prefetch_weights(w, LAYOUT: tl.constexpr, SIZES: tl.constexpr):
     """Prefetches the first PREFETCH_BYTES of the weights of a program into the L2 cache. They are shared out equally
     among the units of the program: a unit is a row or, if IS_TILED, 16 rows, which are stored together. One thread
     requests all bytes of a unit, since many small requests are slow."""
     UNIT_N: tl.constexpr = TILE_N if LAYOUT.IS_TILED else 1  # rows of a unit
-    N_UNITS: tl.constexpr = TILE.BLOCK_N // UNIT_N
+    N_UNITS: tl.constexpr = SIZES.BLOCK_N // UNIT_N
     UNIT_BYTES: tl.constexpr = UNIT_N * LAYOUT.STRIDE * w.ptr.dtype.element_ty.primitive_bitwidth // 8
     PREFETCHED: tl.constexpr = min(UNIT_BYTES, PREFETCH_BYTES // N_UNITS) // 16 * 16  # bytes of a unit
     if PREFETCHED > 0 and UNIT_BYTES % 16 == 0:  # the instruction takes multiples of 16
         thread = tl.arange(0, tl.extra.cuda.num_threads())
-        unit = program_outputs(thread % N_UNITS, TILE.BLOCK_OUT // UNIT_N, w.N_OUT // UNIT_N)
+        unit = program_outputs(thread % N_UNITS, SIZES.BLOCK_OUT // UNIT_N, w.N_OUT // UNIT_N)
         unit = tl.minimum(unit, tl.cdiv(w.N, UNIT_N) - 1)
         address = w.ptr.to(tl.int64) + unit.to(tl.int64) * UNIT_BYTES
         size = tl.where(thread < N_UNITS, PREFETCHED, 0)
