@@ -4,9 +4,9 @@
 //     dot_unquantized    weights of any type that are not packed: a block is 16 rows of W, one after the other
 //
 // Packed weights are faster with several tokens. Memory is read in order, and the activations of a token once for 16
-// outputs. Weights that are not packed need the activations once for each output, or several rows are read side by side,
-// which is not the order of memory. With k = 2048 a step of 5 tokens takes as long as 1.0 steps of one token if weights
-// are packed, and 1.4 if they are not (Zen 5, 80 GB/s).
+// outputs. Weights that are not packed need the activations once for each output, or several rows are read side by
+// side, which is not the order of memory. With k = 2048 a step of 5 tokens takes as long as 1.0 steps of one token if
+// weights are packed, and 1.4 if they are not (Zen 5, 80 GB/s).
 #pragma once
 
 #include "activations.h"
@@ -46,7 +46,7 @@ void dot_packed_bf16(const Weights& w, const int64_t* blocks, const MBlock& m_bl
     }
 }
 
-// ---- Weights that are not packed --------------------------------------------------------------------------------------
+// ---- Weights that are not packed -------------------------------------------------------------------------------------
 
 // Adds the dot product of 64 bytes of a and b to acc. The dot product is the sum of all lanes: dot_unquantized adds up
 // the lanes of acc after the loop.

@@ -19,8 +19,8 @@ constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most wh
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
 constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale when rounded to int8 (activations.h)
 
-// A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Packed weights are in blocks of 16 outputs and
-// in words of 4 bytes. The words of 16 outputs are adjacent:
+// A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Packed weights are in blocks of 16 outputs
+// and in words of 4 bytes. The words of 16 outputs are adjacent:
 //
 //                64 bytes, one load
 //     word 0     output 0   output 1   output 2   ...   output 15      elements 0-3 (8 bits) or 0-7 (4 bits) of each
