@@ -9,7 +9,6 @@ several schemas share:
     WEIGHT        a weight W [N, K]: WeightArguments
     EPILOGUE      what follows the matmul and the bias: Epilogue
     ATTENTION     AttentionParams
-    FILTERS       which tokens sample may draw: Filters
     activation    a value of ACTIVATION_IDS
 
 LayerCache and PositionTables are tensors of attention that belong together.
@@ -75,11 +74,16 @@ class AttentionParams(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """Which tokens sample may draw (engine/sampling.py: SamplingParams). The default of a field excludes none."""
+    """Which tokens sample may draw (engine/sampling.py: SamplingParams). The default of a field excludes none. A field
+    need not be an argument of the kernels: Backend.filters has the fields that a kernel takes."""
 
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+    def active(self) -> set[str]:
+        """The fields that may exclude tokens."""
+        return {name for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
 
 class LayerCache(NamedTuple):
@@ -103,8 +107,7 @@ def as_schema(fields: type[NamedTuple]) -> str:
     return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
 
 
-WEIGHT, EPILOGUE = as_schema(WeightArguments), as_schema(Epilogue)
-ATTENTION, FILTERS = as_schema(AttentionParams), as_schema(Filters)
+WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
 
 
 def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
@@ -239,7 +242,8 @@ def fake_dequantize(*, w, k, dtype):
 
 # Takes the logits that a CPU graph computes, so it comes after the graph.
 @define(
-    f"sample(Tensor logits, Tensor? random, *, float temperature, Tensor? temperatures, {FILTERS}) -> Tensor",
+    "sample(Tensor logits, Tensor? random, *, float temperature, Tensor? temperatures, int top_k, float top_p, "
+    "float min_p) -> Tensor",
     capturable=False,
 )
 def fake_sample(logits, random, **_):

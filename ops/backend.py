@@ -26,13 +26,13 @@ such as exp differ. scripts/kernel_checks/ has the bounds of the errors.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from kernels import build
-from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
+from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE, Filters
 
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
 # The tokens of all sequences of a step count together.
@@ -86,10 +86,11 @@ class Backend:
         has_kernels = n_tokens <= min(self.max_tokens.values(), default=0)
         return has_kernels and self.kernel("attend", n_tokens, n_new_tokens, heads_per_kv_head) is not None
 
-    def supports_sampling(self, filters: Iterable[str] = (), has_uniform: bool = False) -> bool:
+    def supports_sampling(self, filters: Filters, has_uniform: bool = False) -> bool:
         """Whether there is a kernel of sample that takes these filters, and random numbers if has_uniform."""
-        takes_all = self.filters.issuperset(filters) and (self.takes_uniform or not has_uniform)
-        return self.namespace is not None and takes_all
+        if self.namespace is None or (has_uniform and not self.takes_uniform):
+            return False
+        return self.filters >= filters.active()
 
     def with_limits(self, **max_tokens: float) -> "Backend":
         """This backend with other limits, by operation."""

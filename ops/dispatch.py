@@ -199,14 +199,16 @@ def experts_down(
 
 
 def sample(
-    logits: Tensor, temperature: float, backend: Backend, *, uniform: Tensor | None = None,
-    temperatures: Tensor | None = None, **filters: float,
+    logits: Tensor, temperature: float, filters: Filters, backend: Backend, uniform: Tensor | None = None,
+    temperatures: Tensor | None = None,
 ) -> Tensor:
-    """Draws a token [B] for every row of float32 logits [B, V], as engine/sampling.py: sample does in PyTorch. At
-    temperature 0 it is the likeliest token. A row with a logit that is not finite gives -1.
+    """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
+    likeliest one. The id is -1 for a sequence with a logit that is not finite.
 
-    filters: fields of kernels/schema.py: Filters.
-    filters, uniform, temperatures: only with a backend that can take them (Backend.supports_sampling)."""
+    uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
+    temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature; only with uniform."""
+    if not backend.supports_sampling(filters, uniform is not None):
+        return torch_ops.sample(logits, temperature, filters, uniform, temperatures)
     logits, random = contiguous(logits), None
     if temperature > 0 and backend.name == CPP_BACKEND.name:
         if uniform is None:
@@ -215,7 +217,8 @@ def sample(
     elif temperature > 0:
         random = torch.empty_like(logits, dtype=torch.float64).exponential_()
     return backend.kernel("sample")(
-        logits, random, temperature=temperature, temperatures=contiguous(temperatures), **Filters(**filters)._asdict()
+        logits, random, temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
+        top_p=filters.top_p, min_p=filters.min_p,
     )
 
 
