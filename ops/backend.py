@@ -55,7 +55,8 @@ class Backend:
     max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
     query heads of a key/value head.
     filters: the fields of kernels/schema.py: Filters that the kernel of sample takes.
-    takes_uniform: whether this kernel takes random numbers and temperatures for each sequence."""
+    takes_uniform: whether this kernel draws by a uniform random number for each sequence, and takes a temperature for
+    each sequence. Otherwise the kernel draws by exponential noise for each logit."""
 
     name: str
     namespace: str | None = None

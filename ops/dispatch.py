@@ -31,7 +31,7 @@ from torch import Tensor
 from config import is_gated
 from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, Filters, LayerCache, PositionTables
 from ops import torch_ops
-from ops.backend import CPP_BACKEND, Backend
+from ops.backend import Backend
 
 if TYPE_CHECKING:  # layers.py imports this file
     from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
@@ -209,16 +209,16 @@ def sample(
     temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature; only with uniform."""
     if not backend.supports_sampling(filters, uniform is not None):
         return torch_ops.sample(logits, temperature, filters, uniform, temperatures)
-    logits, random = contiguous(logits), None
-    if temperature > 0 and backend.name == CPP_BACKEND.name:
-        if uniform is None:
-            uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-        random = contiguous(uniform)
-    elif temperature > 0:
-        random = torch.empty_like(logits, dtype=torch.float64).exponential_()
+    logits, exponential = contiguous(logits), None
+    if temperature == 0:
+        uniform = None
+    elif not backend.takes_uniform:
+        exponential = torch.empty_like(logits, dtype=torch.float64).exponential_()
+    elif uniform is None:
+        uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
     return backend.kernel("sample")(
-        logits, random, temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
-        top_p=filters.top_p, min_p=filters.min_p,
+        logits, temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
+        top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform), exponential=exponential,
     )
 
 

@@ -173,24 +173,25 @@ def best_of_likelier(
 
 @triton_op
 def sample(
-    logits: Tensor, random: Tensor | None, *, temperature: float, temperatures: None, top_k: int, top_p: float,
-    min_p: float,
+    logits: Tensor, *, temperature: float, temperatures: None, top_k: int, top_p: float, min_p: float, uniform: None,
+    exponential: Tensor | None,
 ) -> Tensor:
     """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives -1.
 
-    random: noise [B, V] of the exponential distribution. Without noise, the ids are those of the likeliest tokens."""
-    assert temperatures is None and top_k == 0  # Backend.supports_sampling
+    exponential: random numbers [B, V] of the exponential distribution. None: the ids are those of the likeliest
+    tokens."""
+    assert temperatures is None and top_k == 0 and uniform is None  # Backend.supports_sampling
     batch, vocab_size = logits.shape
     temperature = min(max(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
-    truncates = random is not None and (top_p < 1 or min_p > 0)
+    truncates = exponential is not None and (top_p < 1 or min_p > 0)
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
-    tokens = fake_sample(logits, random)
+    tokens = fake_sample(logits)
     block_scores = logits.new_empty(batch, n_blocks)
     block_tokens = logits.new_empty(batch, n_blocks, dtype=torch.int32)
     sums = logits.new_empty(2, batch) if truncates else None
     grid = n_blocks, batch
     sample_kernel[grid](
-        logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, block_scores_ptr=block_scores,
+        logits_ptr=logits, noise_ptr=exponential, tokens_ptr=tokens, block_scores_ptr=block_scores,
         block_tokens_ptr=block_tokens, semaphores_ptr=semaphores(logits.device, batch),
         block_sums_ptr=logits.new_empty(2, batch, n_blocks) if truncates else None, sums_ptr=sums,
         temperature=temperature, V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks,
@@ -200,7 +201,7 @@ def sample(
         n_blocks = triton.cdiv(vocab_size, TRUNCATE_BLOCK_V)
         grid = n_blocks, batch
         truncate_kernel[grid](
-            logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, sums_ptr=sums,
+            logits_ptr=logits, noise_ptr=exponential, tokens_ptr=tokens, sums_ptr=sums,
             block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device, batch),
             temperature=temperature, top_p=top_p, min_p=min_p, V=vocab_size, BLOCK_V=TRUNCATE_BLOCK_V,
             N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), num_warps=TRUNCATE_WARPS,

@@ -375,7 +375,8 @@ def check_sample(vocab_size: int):
     noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
     for temperature, top_p, min_p in product((1e-30, 0.7, 1e30), (1.0, 0.613, 1e-9), (0.0, 0.05)):
         ours = torch.ops.gptfast_triton.sample(
-            logits, noise, temperature=temperature, temperatures=None, top_k=0, top_p=top_p, min_p=min_p
+            logits, temperature=temperature, temperatures=None, top_k=0, top_p=top_p, min_p=min_p, uniform=None,
+            exponential=noise,
         )
         scores = logits - temperature * noise.float().log()
         bound = 4 * U32 * scores.abs().amax(-1)
