@@ -27,7 +27,8 @@ from torch import Tensor
 
 import collectives
 from engine.runner import ModelRunner, Sampler, check_sampled_ids
-from engine.sampling import SamplingParams, probabilities, sample
+from engine.sampling import probabilities, sample
+from engine.sampling_params import SamplingParams
 from engine.step_bytes import active_weight_bytes
 from model import Transformer
 from ops.backend import TORCH_BACKEND, Backend

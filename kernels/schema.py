@@ -74,8 +74,8 @@ class AttentionParams(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """Which tokens sample may draw (engine/sampling.py: SamplingParams). The default of a field excludes none. A field
-    need not be an argument of the kernels: Backend.filters has the fields that a kernel takes."""
+    """Which tokens sample may draw, by the options of engine/sampling_params.py. The default of a field excludes none.
+    A field need not be an argument of the kernels: Backend.filters has the fields that a kernel takes."""
 
     top_k: int = 0
     top_p: float = 1.0

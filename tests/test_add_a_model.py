@@ -21,7 +21,8 @@ import torch
 
 from cli.generate_args import parse_args
 from utils.errors import UsageError
-from engine.sampling import SamplingParams, probabilities
+from engine.sampling import probabilities
+from engine.sampling_params import SamplingParams
 from tests.tiny import call_main
 
 

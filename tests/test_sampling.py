@@ -12,7 +12,8 @@ from transformers.generation import logits_process as hf
 import ops
 from engine.generation import PlainLoop
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams, probabilities, sample, seen_token_mask, store_token_ids
+from engine.sampling import probabilities, sample, seen_token_mask, store_token_ids
+from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
