@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import ops
 from formats import Tensors, Unquantized, WeightFormat
-from kernels.schema import Epilogue, WeightArguments
+from kernels.arguments import Epilogue, WeightArguments
 from ops.aten import AtenInt4, AtenInt8
 from ops.backend import TORCH_BACKEND, Backend
 

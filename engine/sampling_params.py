@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
-from kernels.schema import Filters
+from kernels.arguments import Filters
 from utils.errors import UsageError
 
 INTEGER_LIMIT = 2**63  # kernels take integers of 64 bits

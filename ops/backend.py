@@ -32,7 +32,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kernels import build
-from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE, Filters
+from kernels.arguments import Filters
+from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
 # The tokens of all sequences of a step count together.
@@ -54,7 +55,7 @@ class Backend:
     operations without an entry.
     max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
     query heads of a key/value head.
-    filters: the fields of kernels/schema.py: Filters that the kernel of sample takes.
+    filters: the fields of kernels/arguments.py: Filters that the kernel of sample takes.
     takes_uniform: whether this kernel draws by a uniform random number for each sequence, and takes a temperature for
     each sequence. Otherwise the kernel draws by exponential noise for each logit."""
 

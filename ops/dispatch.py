@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from config import is_gated
-from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, Filters, LayerCache, PositionTables
+from kernels.arguments import ACTIVATION_IDS, AttentionParams, Epilogue, Filters, LayerCache, PositionTables
 from ops import torch_ops
 from ops.backend import Backend
 

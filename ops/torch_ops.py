@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from config import is_gated
-from kernels.schema import AttentionParams, Epilogue, Filters, LayerCache
+from kernels.arguments import AttentionParams, Epilogue, Filters, LayerCache
 from ops import aten
 
 if TYPE_CHECKING:  # layers.py imports dispatch.py, which imports this file

@@ -27,7 +27,7 @@ from triton.runtime import JITFunction
 import ops
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.schema import Filters, LayerCache, PositionTables
+from kernels.arguments import Filters, LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from kernels.triton.formats import KERNEL_FORMATS, kernel_format
 from layers import ExpertsDown, ExpertsGateUp

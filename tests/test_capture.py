@@ -11,8 +11,9 @@ import kernels.build
 import ops
 from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
+from kernels.arguments import LayerCache, PositionTables
 from kernels.capture import MAX_CPU_GRAPHS, call_with_graph_threads, capture, split_graph_at
-from kernels.schema import CAPTURABLE, LayerCache, PositionTables
+from kernels.schema import CAPTURABLE
 from layers import ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer
 from rope import rope_table

@@ -12,8 +12,8 @@ import ops
 from config import ACTIVATIONS, is_gated
 from formats import MXFP4, Float8, Int4, Int8, Unquantized
 from formats.integers import GroupwiseAsymmetric
+from kernels.arguments import Epilogue
 from kernels.build import library
-from kernels.schema import Epilogue
 from layers import ExpertsDown
 from ops import torch_ops
 from scripts.kernel_checks import error_bounds as bounds

@@ -7,7 +7,7 @@ import torch
 
 import ops
 from config import ModelConfig
-from kernels.schema import LayerCache, PositionTables
+from kernels.arguments import LayerCache, PositionTables
 from ops import torch_ops
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds

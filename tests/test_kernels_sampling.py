@@ -5,7 +5,7 @@ import torch
 
 import kernels.build
 import ops
-from kernels.schema import Filters
+from kernels.arguments import Filters
 from scripts.kernel_checks.exact_results import kept_tokens
 from tests.cpu_kernels import built
 

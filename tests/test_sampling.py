@@ -17,7 +17,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
-from kernels.schema import Filters
+from kernels.arguments import Filters
 from model import KVCache
 from utils.errors import UsageError
 

@@ -20,7 +20,7 @@ import ops
 from config import ModelConfig
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.triton_layouts import pack_tiles
-from kernels.schema import Filters, LayerCache, PositionTables
+from kernels.arguments import Filters, LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
 from layers import LinearBase

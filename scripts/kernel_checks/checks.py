@@ -18,7 +18,7 @@ from torch import Tensor
 import ops
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, Int4, Int8, Unquantized, WeightFormat
-from kernels.schema import Filters
+from kernels.arguments import Filters
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
 from ops import torch_ops
 from ops.dispatch import FUSED_GLU_MULTIPLE
