@@ -3,9 +3,11 @@
 C++ implements an operation as torch.ops.gptfast_cpu.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
 implement the same schema, so a changed schema changes both. ops/dispatch.py describes the operations.
 
-In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. WEIGHT, EPILOGUE and
-ATTENTION are the fields of WeightArguments, Epilogue and AttentionParams (arguments.py). activation is a value of
-ACTIVATION_IDS.
+In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. But C++ gets all
+arguments by position, so build.py: check_parameters compares the parameters in csrc/ops.cpp with the schemas.
+
+WEIGHT, EPILOGUE and ATTENTION are the fields of WeightArguments, Epilogue and AttentionParams (arguments.py).
+activation is a value of ACTIVATION_IDS.
 """
 
 from collections.abc import Callable
@@ -21,6 +23,7 @@ NAMESPACES = CPU_NAMESPACE, TRITON_NAMESPACE = "gptfast_cpu", "gptfast_triton"  
 # The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
 # step count together. csrc/weights.h has the same number, which build.py checks
 MAX_CPU_TOKENS = 64
+SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
 
 
@@ -39,13 +42,14 @@ def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = N
     dtype. The six arguments of WEIGHT arrive as one, w.
 
     capturable: whether a CPU graph can hold the operation (capture.py)."""
-    name, arguments, results = schema.partition("(")
+    name = schema.partition("(")[0]
 
     def register(fake: Callable) -> Callable:
         assert fake.__name__ == f"fake_{name}"
         for namespace in namespaces:
-            torch.library.define(f"{namespace}::{name}", arguments + results)
+            torch.library.define(f"{namespace}::{name}", schema.removeprefix(name))
             torch.library.register_fake(f"{namespace}::{name}", gather_weight(fake))
+        SCHEMAS[name] = schema
         if capturable:
             CAPTURABLE.add(name)
         return fake
