@@ -1,7 +1,7 @@
 """The backends: which operations have kernels, and for how many tokens. An operation asks a backend at every step,
 since a kernel for few tokens is slow for many tokens, or cannot take them.
 
-    CPP_BACKEND       C++, kernels/csrc/, for CPUs
+    CPU_BACKEND       C++, kernels/csrc/, for CPUs
     TRITON_BACKEND    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
     TORCH_BACKEND     no kernels: plain PyTorch (torch_ops.py), for any device. On a CPU without a C++ compiler, aten.py
                       multiplies some quantized weights by PyTorch's own kernels
@@ -14,7 +14,7 @@ The backends compute the same functions, but round differently. With activations
     TORCH_BACKEND     A quantized weight is rounded to 16 bits before the matmul (but see aten.py), and the result of
                       every step of an operation is rounded.
     kernels           Most results within an operation stay float32, and the last one is rounded. Exceptions:
-    CPP_BACKEND       A matmul with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16
+    CPU_BACKEND       A matmul with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16
                       with a scale each (kernels/csrc/activations.h: quantize_token). AMX (kernels/csrc/amx.h) and
                       prefill (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds
                       x / rms(x), and then multiplies with its weight, as PyTorch does.
@@ -46,8 +46,8 @@ MATMULS = ("fused_linear", "experts_gate_up", "experts_down")
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """CPP_BACKEND, TRITON_BACKEND or TORCH_BACKEND, with the limits of a model. The limits depend on the weights and on
-    the machine (cpp_backend, triton_backend).
+    """CPU_BACKEND, TRITON_BACKEND or TORCH_BACKEND, with the limits of a model. The limits depend on the weights and on
+    the machine (cpu_backend, triton_backend).
 
     name: "cpu", "triton" or "torch": what the backend is, whatever its limits.
     namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
@@ -81,7 +81,7 @@ class Backend:
 
     def supports_step(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
         """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size
-        sequences. Then the step can be captured. A CPU graph holds only kernels, so CPP_BACKEND has a kernel for every
+        sequences. Then the step can be captured. A CPU graph holds only kernels, so CPU_BACKEND has a kernel for every
         operation. A CUDA graph also holds PyTorch's operations, so TRITON_BACKEND has no kernels for embed,
         activate and add."""
         n_tokens = batch_size * n_new_tokens
@@ -100,7 +100,7 @@ class Backend:
 
 
 TORCH_BACKEND = Backend("torch")
-CPP_BACKEND = Backend(
+CPU_BACKEND = Backend(
     "cpu",
     CPU_NAMESPACE,
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
@@ -119,8 +119,8 @@ TRITON_BACKEND = Backend(
 )
 
 
-def cpp_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
-    """CPP_BACKEND with the limits of a model on this machine.
+def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
+    """CPU_BACKEND with the limits of a model on this machine.
 
     dtype: of the activations.
     is_quantized: whether any weight is quantized. Then the unquantized ones, such as routers, also stay on the kernels
@@ -133,7 +133,7 @@ def cpp_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
         limits["fused_linear"] = math.inf
     if library.has_prefill_attention(is_bf16):
         limits["attend"] = math.inf
-    return CPP_BACKEND.with_limits(**limits)
+    return CPU_BACKEND.with_limits(**limits)
 
 
 def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:

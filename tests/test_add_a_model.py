@@ -92,7 +92,7 @@ def test_nf4_on_a_cpu(dtype):
         exact = w.dequantized_weight(torch.float32)
         ops.pack_weights([w], dtype)
         assert w.backend.name == "cpu"
-        w.backend = ops.CPP_BACKEND
+        w.backend = ops.CPU_BACKEND
         u = torch.finfo(dtype).eps / 2
         check_matmuls(w, exact, torch.randn(n_tokens, k).to(dtype), u if dtype == torch.bfloat16 else 0, u)
 

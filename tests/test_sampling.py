@@ -208,10 +208,10 @@ def test_no_kernel_draws_with_an_option_that_it_does_not_take():
         top_n_sigma: float = 0.0
         active = Filters.active
 
-    for backend in (ops.CPP_BACKEND, ops.TRITON_BACKEND):
+    for backend in (ops.CPU_BACKEND, ops.TRITON_BACKEND):
         assert backend.supports_sampling(MoreFilters(top_p=0.9))
         assert not backend.supports_sampling(MoreFilters(top_n_sigma=1.0))
-    assert ops.CPP_BACKEND.supports_sampling(Filters(top_k=5), has_uniform=True)
+    assert ops.CPU_BACKEND.supports_sampling(Filters(top_k=5), has_uniform=True)
     assert not ops.TRITON_BACKEND.supports_sampling(Filters(top_k=5))
     assert not ops.TRITON_BACKEND.supports_sampling(Filters(), has_uniform=True)
     assert not ops.TORCH_BACKEND.supports_sampling(Filters())
