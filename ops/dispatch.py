@@ -62,7 +62,7 @@ def fused_linear(
     if kernel is not None:  # the kernel computes what comes before the activation
         y = kernel(contiguous(x), **arguments, residual=None, **Epilogue()._asdict(), float32_out=False)
     else:
-        y = torch_ops.multiply_weight(x if norm is None else rms_norm(x, norm), linear)
+        y = torch_ops.matmul(x if norm is None else rms_norm(x, norm), linear)
     y = activate(y, activation, linear.backend) if activation else y
     y = torch_ops.apply_epilogue(y, linear.epilogue, out_dtype)
     return y if residual is None else residual + y

@@ -29,7 +29,7 @@ FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
 
 
-def multiply_weight(x: Tensor, linear: Linear) -> Tensor:
+def matmul(x: Tensor, linear: Linear) -> Tensor:
     """x W^T [+ bias] for x [..., K]: [..., N]."""
     n_tokens = x.numel() // x.shape[-1]
     if linear.aten_weight is not None and n_tokens <= aten.MAX_ATEN_TOKENS:
