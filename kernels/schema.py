@@ -48,7 +48,7 @@ def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = N
         assert fake.__name__ == f"fake_{name}"
         for namespace in namespaces:
             torch.library.define(f"{namespace}::{name}", schema.removeprefix(name))
-            torch.library.register_fake(f"{namespace}::{name}", gather_weight(fake))
+            torch.library.register_fake(f"{namespace}::{name}", bundle_weight(fake))
         SCHEMAS[name] = schema
         if capturable:
             CAPTURABLE.add(name)
@@ -61,11 +61,11 @@ def triton_op(function: Callable) -> Callable:
     """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name,
     also for CPU tensors, on which Triton's interpreter runs. function takes the arguments of the schema, with those of
     WEIGHT as one, w."""
-    torch.library.impl(f"{TRITON_NAMESPACE}::{function.__name__}", ("CUDA", "CPU"), gather_weight(function))
+    torch.library.impl(f"{TRITON_NAMESPACE}::{function.__name__}", ("CUDA", "CPU"), bundle_weight(function))
     return function
 
 
-def gather_weight(function: Callable) -> Callable:
+def bundle_weight(function: Callable) -> Callable:
     """Wraps function: a call passes the six arguments of WEIGHT by name, and function gets them as one, w."""
 
     @wraps(function)
