@@ -19,7 +19,10 @@ from torch import Tensor
 
 from kernels.arguments import GATED_IDS, AttentionParams, Epilogue, WeightArguments
 
-NAMESPACES = CPU_NAMESPACE, TRITON_NAMESPACE = "gptfast_cpu", "gptfast_triton"  # of torch.ops
+# Namespaces of torch.ops
+CPU_NAMESPACE = "gptfast_cpu"
+TRITON_NAMESPACE = "gptfast_triton"
+NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
 # The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
 # step count together. csrc/weights.h has the same number, which build.py checks
 MAX_CPU_TOKENS = 64
