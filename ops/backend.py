@@ -68,16 +68,22 @@ class Backend:
     takes_uniform: bool = False
 
     def kernel(
-        self, name: str, n_tokens: int | None = None, n_new_tokens: int = 1, heads_per_kv_head: int = 1
+        self, name: str, n_tokens: int, n_new_tokens: int = 1, heads_per_kv_head: int = 1
     ) -> Callable | None:
         """The kernel of the operation called name, for a step of n_tokens tokens of all sequences. None: plain PyTorch
-        computes the step. Without n_tokens the kernel has no limit, since plain PyTorch cannot compute the operation,
-        such as a look-up in a packed embedding.
+        computes the step.
 
         n_new_tokens, heads_per_kv_head: for attend alone: tokens of each sequence, query heads of a key/value head."""
-        fits_table = n_tokens is None or 0 < n_tokens <= self.max_tokens.get(name, 0)
+        fits_table = 0 < n_tokens <= self.max_tokens.get(name, 0)
         fits_attend = n_new_tokens <= self.max_new_tokens and n_new_tokens * heads_per_kv_head <= self.max_queries
-        return getattr(getattr(torch.ops, self.namespace), name) if fits_table and fits_attend else None
+        return self.required_kernel(name) if fits_table and fits_attend else None
+
+    def required_kernel(self, name: str) -> Callable:
+        """The kernel of an operation that has no limit of tokens, such as dequantize: only this kernel reads a packed
+        weight. Raises RuntimeError if the backend has no kernels."""
+        if self.namespace is None:
+            raise RuntimeError(f"the backend {self.name!r} has no kernels, so none for {name}")
+        return getattr(getattr(torch.ops, self.namespace), name)
 
     def supports_step(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
         """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size

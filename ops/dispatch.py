@@ -109,7 +109,10 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
 
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     """Looks up the rows of tokens [B, T] in table [V, dim], and multiplies them with scale: [B, T, dim] in dtype."""
-    kernel = table.backend.kernel("embed", None if table.is_packed else tokens.numel())
+    if table.is_packed:
+        kernel = table.backend.required_kernel("embed")
+    else:
+        kernel = table.backend.kernel("embed", tokens.numel())
     if kernel is None:
         return torch_ops.embed(tokens, table, scale, dtype)
     return kernel(contiguous(tokens), **table.kernel_arguments(), k=table.in_features, dtype=dtype, scale=scale)
@@ -216,7 +219,7 @@ def sample(
         exponential = torch.empty_like(logits, dtype=torch.float64).exponential_()
     elif uniform is None:
         uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-    return backend.kernel("sample")(
+    return backend.required_kernel("sample")(
         logits, temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
         top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform), exponential=exponential,
     )

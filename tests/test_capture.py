@@ -227,6 +227,14 @@ def test_a_cpu_graph_can_hold_every_operation_of_a_short_step():
     assert all(ops.CPU_BACKEND.kernel(name, 1) is not None for name in ops.CPU_BACKEND.max_tokens)
 
 
+def test_a_kernel_that_plain_pytorch_cannot_replace():
+    """Such a kernel has no limit of tokens. A backend without kernels says that there is none."""
+    assert ops.CPU_BACKEND.kernel("embed", ops.MAX_CPU_TOKENS + 1) is None
+    assert ops.CPU_BACKEND.required_kernel("embed") is torch.ops.gptfast_cpu.embed
+    with pytest.raises(RuntimeError, match="the backend 'torch' has no kernels, so none for embed"):
+        ops.TORCH_BACKEND.required_kernel("embed")
+
+
 @built
 def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
     model = make_model(Unquantized(), torch.float32)
