@@ -52,20 +52,27 @@ def fused_linear(
     residual: added last, after linear.epilogue.
     out_dtype: None, which means x.dtype, or torch.float32."""
     kernel = linear.backend.kernel("fused_linear", count_tokens(x))
-    arguments = linear.kernel_arguments() | {"bias": linear.bias} | norm_arguments(norm)
-    if kernel is not None and supports_fused_activation(activation, linear):
-        epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[activation])
-        return kernel(
-            contiguous(x), **arguments, residual=contiguous(residual), **epilogue._asdict(),
-            float32_out=out_dtype == torch.float32,
-        )
-    if kernel is not None:  # the kernel computes what comes before the activation
-        y = kernel(contiguous(x), **arguments, residual=None, **Epilogue()._asdict(), float32_out=False)
-    else:
-        y = torch_ops.matmul(x if norm is None else rms_norm(x, norm), linear)
-    y = activate(y, activation, linear.backend) if activation else y
-    y = torch_ops.apply_epilogue(y, linear.epilogue, out_dtype)
-    return y if residual is None else residual + y
+    if kernel is None or not supports_fused_activation(activation, linear):
+        y = norm_and_matmul(x, linear, norm)
+        y = activate(y, activation, linear.backend) if activation else y
+        y = torch_ops.apply_epilogue(y, linear.epilogue, out_dtype)
+        return y if residual is None else residual + y
+    epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[activation])
+    return kernel(
+        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, **norm_arguments(norm),
+        residual=contiguous(residual), **epilogue._asdict(), float32_out=out_dtype == torch.float32,
+    )
+
+
+def norm_and_matmul(x: Tensor, linear: Linear, norm: RMSNorm | None) -> Tensor:
+    """The steps of fused_linear before the activation."""
+    kernel = linear.backend.kernel("fused_linear", count_tokens(x))
+    if kernel is None:
+        return torch_ops.matmul(x if norm is None else rms_norm(x, norm), linear)
+    return kernel(
+        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, **norm_arguments(norm), residual=None,
+        **Epilogue()._asdict(), float32_out=False,
+    )
 
 
 def supports_fused_activation(activation: str | None, linear: LinearBase) -> bool:
@@ -74,8 +81,9 @@ def supports_fused_activation(activation: str | None, linear: LinearBase) -> boo
 
 
 def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
-    """Applies an activation. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up [..., F].
-    Otherwise it is activation(x), in the shape of x."""
+    """Applies an activation after a matmul: needed without a kernel, or if the width is no multiple of
+    FUSED_GLU_MULTIPLE. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up [..., F].
+    Otherwise the result is activation(x), in the shape of x."""
     kernel = backend.kernel("activate", count_tokens(x))
     if kernel is None:
         return torch_ops.activate(x, activation)
@@ -83,7 +91,7 @@ def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
-    """x + y, of the same shape."""
+    """x + y, of the same shape. Needed for a residual that comes after an all-reduce (tp.py)."""
     kernel = backend.kernel("add", count_tokens(x))
     if kernel is None:
         return x + y
