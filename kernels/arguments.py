@@ -1,12 +1,5 @@
 """Arguments of operations that belong together, and the numbers of activations. A kernel gets the fields one by one
-(schema.py).
-
-    WeightArguments    a weight W [N, K]
-    Epilogue           what follows a matmul and its bias
-    AttentionParams    what attention does besides softmax(q k^T) v
-    Filters            which tokens may be drawn
-    LayerCache, PositionTables    the tensors of attention: keys and values, and how positions are told apart
-"""
+(schema.py)."""
 
 from typing import NamedTuple
 
