@@ -26,7 +26,7 @@ from evaluation.scoring import split_windows
 from formats import Int4, Tensors
 from formats.base import pack_nibbles
 from formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
-from kernels.schema import LayerCache, PositionTables
+from kernels.arguments import LayerCache, PositionTables
 from layers import ExpertsGateUp, LinearBase
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import ops
 from formats import Tensors, Unquantized, WeightFormat
-from kernels.schema import Epilogue, WeightArguments
+from kernels.arguments import Epilogue, WeightArguments
 from ops.aten import AtenInt4, AtenInt8
 from ops.backend import TORCH_BACKEND, Backend
 
@@ -98,7 +98,7 @@ class WeightMatrix(nn.Module):
     def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
         arguments = self.kernel_arguments() | tensors
-        return self.backend.kernel("dequantize")(**arguments, k=self.in_features, dtype=dtype)
+        return self.backend.required_kernel("dequantize")(**arguments, k=self.in_features, dtype=dtype)
 
 
 class LinearBase(WeightMatrix):

@@ -26,7 +26,7 @@ from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
 from engine.generation import PlainLoop, generate, stream_texts
 from engine.runner import ModelRunner
-from engine.sampling import GREEDY, SamplingParams
+from engine.sampling_params import GREEDY, SamplingParams
 from engine.scheduler import Scheduler, SlotLoop, build_scheduler
 from engine.sequence import LogitsProcessor, Sequence, build_sequence
 from loading import load

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import ops
 from config import ModelConfig
 from formats import QuantizationScheme, Unquantized, WeightFormat
-from kernels.schema import AttentionParams, LayerCache, PositionTables
+from kernels.arguments import AttentionParams, LayerCache, PositionTables
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
 from ops.backend import Backend
 from rope import alibi_slopes, rope_tables

@@ -16,7 +16,7 @@ import torch
 
 from cli import common_args
 from config import ModelConfig
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence, build_sequence
 from engine.speculate import MAX_DRAFT_TOKENS
 from ops import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
@@ -116,7 +116,7 @@ def add_sampling_options(parser: argparse.ArgumentParser):
     for field in fields(SamplingParams):
         default = 0.8 if field.name == "temperature" else field.default
         help = field.metadata["help"] + ("" if default is None else " (default: %(default)s)")
-        add(f"--{field.name}", type=int if field.type == int | None else float, default=default, help=help)
+        add(f"--{field.name}", type=field.metadata["type"], default=default, help=help)
 
 
 def add_speculation_options(parser: argparse.ArgumentParser):

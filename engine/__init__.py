@@ -1,6 +1,7 @@
 """From a model to text: what happens in a step and between steps. Each file imports only from the files above it.
 
-    sampling.py           logits to a token: temperature, top_k, top_p, min_p, repetition penalty
+    sampling_params.py    SamplingParams: temperature, top_k, top_p, min_p, repetition penalty
+    sampling.py           logits to a token, by SamplingParams
     sequence.py           Sequence: a prompt, its new tokens and their text, and where it ends
     runner.py             ModelRunner: a model with a KV cache; prefill, decode and verification
     step_bytes.py         how many bytes a decode step reads

@@ -36,10 +36,11 @@ import torch
 from torch import Tensor, nn
 
 import collectives
-from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
+from engine.sampling import apply_repetition_penalty, sample, store_token_ids
+from engine.sampling_params import GREEDY, SamplingParams
+from kernels.arguments import PositionTables
 from kernels.build import find_compiler
 from kernels.capture import call_with_graph_threads, capture
-from kernels.schema import PositionTables
 from model import KVCache, Transformer
 from ops.backend import Backend
 from utils.errors import UsageError

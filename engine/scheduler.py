@@ -35,7 +35,8 @@ from torch import Tensor
 
 import collectives
 from engine.runner import NOT_FINITE, ModelRunner
-from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
+from engine.sampling import apply_repetition_penalty, sample, store_token_ids
+from engine.sampling_params import GREEDY, SamplingParams
 from engine.sequence import LogitsProcessor, Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer

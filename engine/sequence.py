@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from engine.sampling import GREEDY, SamplingParams
+from engine.sampling_params import GREEDY, SamplingParams
 from text.chat_template import check_unicode, read_message
 from text.length import exceeds
 from text.tokenizer import IncrementalDetokenizer, Tokenizer

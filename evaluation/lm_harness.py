@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.scheduler import build_scheduler
 from engine.sequence import Sequence
 from evaluation.scoring import ScoredSequence, compute_scores

@@ -28,7 +28,7 @@ import torch
 from config import ACTIVATIONS
 from formats import FORMATS
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
-from kernels.schema import MAX_CPU_TOKENS  # schema.py also defines the schemas of the operations in the library
+from kernels.schema import MAX_CPU_TOKENS, SCHEMAS
 
 SOURCES = Path(__file__).parent / "csrc"
 CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
@@ -39,6 +39,11 @@ FLAGS = [
     "-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
     "-Werror=switch",  # the compiler then names each place that lacks a case for a new activation
 ]
+
+CPP_TYPES = {  # type of an argument in kernels/schema.py -> type of the parameter in csrc/ops.cpp
+    "Tensor": "Tensor", "Tensor?": "OptTensor", "int": "int64_t", "float": "double", "bool": "bool",
+    "ScalarType": "ScalarType",
+}
 
 
 @cache
@@ -51,6 +56,7 @@ def library() -> ctypes.CDLL | None:
     check_formats((SOURCES / "weights.h").read_text())
     check_sizes((SOURCES / "weights.h").read_text())
     check_activations((SOURCES / "simd.h").read_text())
+    check_parameters((SOURCES / "ops.cpp").read_text())
     library = find_or_compile()
     if library is not None:
         os.register_at_fork(after_in_child=use_one_thread)
@@ -87,6 +93,20 @@ def check_sizes(weights_h: str):
         theirs = int(re.search(rf" {name} = (\d+);", weights_h)[1])
         if theirs != ours:
             raise ImportError(f"kernels/csrc/weights.h: {name} is {theirs}; {our_name} is {ours}")
+
+
+def check_parameters(ops_cpp: str):
+    """Raises ImportError unless the functions that csrc/ops.cpp registers have the parameters of the schemas in
+    kernels/schema.py: the same types and names, in the same order. PyTorch passes arguments to C++ by position, and
+    compares only their number."""
+    for name in re.findall(r"TORCH_BOX\(&(\w+)\)", ops_cpp):
+        parameters = re.search(rf"^\S.* {name}\(([^()]*)\) {{$", ops_cpp, re.M)[1]
+        theirs = [" ".join(parameter.split()) for parameter in parameters.split(",")]
+        arguments = re.sub(r"\(\w!\)|\*, ", "", SCHEMAS[name])  # without (a!), which marks a result, and without *
+        arguments = [argument.split() for argument in re.match(r"\w+\((.*)\) ->", arguments)[1].split(", ")]
+        ours = [f"{CPP_TYPES[kind]} {argument}" for kind, argument in arguments]
+        if theirs != ours:
+            raise ImportError(f"kernels/csrc/ops.cpp: {name} takes {theirs}; kernels/schema.py: {name} takes {ours}")
 
 
 def find_or_compile() -> ctypes.CDLL | None:

@@ -3,16 +3,11 @@
 C++ implements an operation as torch.ops.gptfast_cpu.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
 implement the same schema, so a changed schema changes both. ops/dispatch.py describes the operations.
 
-In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. Arguments that
-several schemas share:
+In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. But C++ gets all
+arguments by position, so build.py: check_parameters compares the parameters in csrc/ops.cpp with the schemas.
 
-    WEIGHT        a weight W [N, K]: WeightArguments
-    EPILOGUE      what follows the matmul and the bias: Epilogue
-    ATTENTION     AttentionParams
-    FILTERS       which tokens sample may draw: Filters
-    activation    a value of ACTIVATION_IDS
-
-LayerCache and PositionTables are tensors of attention that belong together.
+WEIGHT, EPILOGUE and ATTENTION are the fields of WeightArguments, Epilogue and AttentionParams (arguments.py).
+activation is a value of ACTIVATION_IDS.
 """
 
 from collections.abc import Callable
@@ -22,79 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import ACTIVATIONS, is_gated
+from kernels.arguments import GATED_IDS, AttentionParams, Epilogue, WeightArguments
 
-NAMESPACES = CPU_NAMESPACE, TRITON_NAMESPACE = "gptfast_cpu", "gptfast_triton"  # of torch.ops
+# Namespaces of torch.ops
+CPU_NAMESPACE = "gptfast_cpu"
+TRITON_NAMESPACE = "gptfast_triton"
+NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
 # The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
 # step count together. csrc/weights.h has the same number, which build.py checks
 MAX_CPU_TOKENS = 64
-ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/simd.h: Activation
-GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}
+SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
-
-
-class WeightArguments(NamedTuple):
-    """A weight as a kernel takes it."""
-
-    weight: Tensor  # weight, scales and zeros are as packed for the backend
-    scales: Tensor | None
-    zeros: Tensor | None
-    format_id: int  # of the WeightFormat
-    n: int  # N
-    group_size: int  # inputs of an output that share a scale
-
-
-class Epilogue(NamedTuple):
-    """What fused_linear does to y = x W^T + bias, in this order. The default of a field means that fused_linear leaves
-    the step out."""
-
-    activation: int = 0  # a value of ACTIVATION_IDS
-    out_scale: float = 1.0  # y * out_scale
-    softcap: float = 0.0  # softcap * tanh(y / softcap)
-    clip: float = 0.0  # y, clamped to [-clip, clip]
-
-
-class AttentionParams(NamedTuple):
-    """What attention does besides softmax(q k^T) v. The default of a field means that attention leaves the step out."""
-
-    n_heads: int  # H, the heads of queries
-    scale: float  # multiplies the scores
-    window: int = 0  # how many tokens a token sees, including itself; 0 means all
-    softcap: float = 0.0  # scores, after scale, become softcap * tanh(score / softcap)
-    q_norm_weight: Tensor | None = None  # of norms before RoPE: [D] norms each head, [H D] all heads together
-    k_norm_weight: Tensor | None = None  # [D] or [G D]
-    eps: float = 0.0  # of both norms
-    sinks: Tensor | None = None  # [H], the scores of one more key, whose value is zero
-
-    def is_sdpa_compatible(self, alibi_slopes: Tensor | None) -> bool:
-        """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute it.
-        Norms and RoPE come before the scores. SDPA would ignore a new field silently. So the next line
-        names every field, and a new field breaks it: decide here whether SDPA can compute the new field."""
-        _n_heads, _scale, _window, softcap, _q_norm_weight, _k_norm_weight, _eps, sinks = self
-        return not softcap and sinks is None and alibi_slopes is None
-
-
-class Filters(NamedTuple):
-    """Which tokens sample may draw (engine/sampling.py: SamplingParams). The default of a field excludes none."""
-
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-
-class LayerCache(NamedTuple):
-    """The keys and values of earlier tokens, in a layer."""
-
-    k: Tensor  # [B, G, S, D]
-    v: Tensor  # [B, G, S, D]
-
-
-class PositionTables(NamedTuple):
-    """How a layer's attention tells positions apart. Made once for all positions of a KV cache (model.py:
-    build_position_tables)."""
-
-    cos_sin: Tensor  # [S or more, D/2, 2] float32: cos and sin of the angles of every position
-    alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores
 
 
 def as_schema(fields: type[NamedTuple]) -> str:
@@ -103,8 +36,7 @@ def as_schema(fields: type[NamedTuple]) -> str:
     return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
 
 
-WEIGHT, EPILOGUE = as_schema(WeightArguments), as_schema(Epilogue)
-ATTENTION, FILTERS = as_schema(AttentionParams), as_schema(Filters)
+WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
 
 
 def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
@@ -113,13 +45,14 @@ def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = N
     dtype. The six arguments of WEIGHT arrive as one, w.
 
     capturable: whether a CPU graph can hold the operation (capture.py)."""
-    name, arguments, results = schema.partition("(")
+    name = schema.partition("(")[0]
 
     def register(fake: Callable) -> Callable:
         assert fake.__name__ == f"fake_{name}"
         for namespace in namespaces:
-            torch.library.define(f"{namespace}::{name}", arguments + results)
-            torch.library.register_fake(f"{namespace}::{name}", gather_weight(fake))
+            torch.library.define(f"{namespace}::{name}", schema.removeprefix(name))
+            torch.library.register_fake(f"{namespace}::{name}", bundle_weight(fake))
+        SCHEMAS[name] = schema
         if capturable:
             CAPTURABLE.add(name)
         return fake
@@ -131,11 +64,11 @@ def triton_op(function: Callable) -> Callable:
     """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name,
     also for CPU tensors, on which Triton's interpreter runs. function takes the arguments of the schema, with those of
     WEIGHT as one, w."""
-    torch.library.impl(f"{TRITON_NAMESPACE}::{function.__name__}", ("CUDA", "CPU"), gather_weight(function))
+    torch.library.impl(f"{TRITON_NAMESPACE}::{function.__name__}", ("CUDA", "CPU"), bundle_weight(function))
     return function
 
 
-def gather_weight(function: Callable) -> Callable:
+def bundle_weight(function: Callable) -> Callable:
     """Wraps function: a call passes the six arguments of WEIGHT by name, and function gets them as one, w."""
 
     @wraps(function)
@@ -237,10 +170,12 @@ def fake_dequantize(*, w, k, dtype):
     return w.weight.new_empty(w.n, k, dtype=dtype)
 
 
-# Takes the logits that a CPU graph computes, so it comes after the graph.
+# Takes the logits that a CPU graph computes, so sample comes after the graph. At temperature 0 there are no random
+# numbers. Otherwise C++ takes uniform [B, 1], and Triton exponential [B, V] (Backend.takes_uniform).
 @define(
-    f"sample(Tensor logits, Tensor? random, *, float temperature, Tensor? temperatures, {FILTERS}) -> Tensor",
+    "sample(Tensor logits, *, float temperature, Tensor? temperatures, int top_k, float top_p, float min_p, "
+    "Tensor? uniform, Tensor? exponential) -> Tensor",
     capturable=False,
 )
-def fake_sample(logits, random, **_):
+def fake_sample(logits, **_):
     return logits.new_empty(len(logits), dtype=torch.int64)

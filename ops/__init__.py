@@ -13,7 +13,7 @@ imports this package, there are types alone, for annotations.)
 # ruff: noqa: F401  (all names are for callers)
 
 from ops.backend import (
-    CPP_BACKEND,
+    CPU_BACKEND,
     MAX_CPU_TOKENS,
     MAX_TRITON_NEW_TOKENS,
     MAX_TRITON_TOKENS,

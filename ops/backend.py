@@ -1,7 +1,7 @@
 """The backends: which operations have kernels, and for how many tokens. An operation asks a backend at every step,
 since a kernel for few tokens is slow for many tokens, or cannot take them.
 
-    CPP_BACKEND       C++, kernels/csrc/, for CPUs
+    CPU_BACKEND       C++, kernels/csrc/, for CPUs
     TRITON_BACKEND    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
     TORCH_BACKEND     no kernels: plain PyTorch (torch_ops.py), for any device. On a CPU without a C++ compiler, aten.py
                       multiplies some quantized weights by PyTorch's own kernels
@@ -14,7 +14,7 @@ The backends compute the same functions, but round differently. With activations
     TORCH_BACKEND     A quantized weight is rounded to 16 bits before the matmul (but see aten.py), and the result of
                       every step of an operation is rounded.
     kernels           Most results within an operation stay float32, and the last one is rounded. Exceptions:
-    CPP_BACKEND       A matmul with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16
+    CPU_BACKEND       A matmul with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16
                       with a scale each (kernels/csrc/activations.h: quantize_token). AMX (kernels/csrc/amx.h) and
                       prefill (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds
                       x / rms(x), and then multiplies with its weight, as PyTorch does.
@@ -26,12 +26,13 @@ such as exp differ. scripts/kernel_checks/ has the bounds of the errors.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from kernels import build
+from kernels.arguments import Filters
 from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
@@ -45,8 +46,8 @@ MATMULS = ("fused_linear", "experts_gate_up", "experts_down")
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """CPP_BACKEND, TRITON_BACKEND or TORCH_BACKEND, with the limits of a model. The limits depend on the weights and on
-    the machine (cpp_backend, triton_backend).
+    """CPU_BACKEND, TRITON_BACKEND or TORCH_BACKEND, with the limits of a model. The limits depend on the weights and on
+    the machine (cpu_backend, triton_backend).
 
     name: "cpu", "triton" or "torch": what the backend is, whatever its limits.
     namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
@@ -54,8 +55,9 @@ class Backend:
     operations without an entry.
     max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
     query heads of a key/value head.
-    filters: the fields of kernels/schema.py: Filters that the kernel of sample takes.
-    takes_uniform: whether this kernel takes random numbers and temperatures for each sequence."""
+    filters: the fields of kernels/arguments.py: Filters that the kernel of sample takes.
+    takes_uniform: whether this kernel draws by a uniform random number for each sequence, and takes a temperature for
+    each sequence. Otherwise the kernel draws by exponential noise for each logit."""
 
     name: str
     namespace: str | None = None
@@ -66,30 +68,37 @@ class Backend:
     takes_uniform: bool = False
 
     def kernel(
-        self, name: str, n_tokens: int | None = None, n_new_tokens: int = 1, heads_per_kv_head: int = 1
+        self, name: str, n_tokens: int, n_new_tokens: int = 1, heads_per_kv_head: int = 1
     ) -> Callable | None:
         """The kernel of the operation called name, for a step of n_tokens tokens of all sequences. None: plain PyTorch
-        computes the step. Without n_tokens the kernel has no limit, since plain PyTorch cannot compute the operation,
-        such as a look-up in a packed embedding.
+        computes the step.
 
         n_new_tokens, heads_per_kv_head: for attend alone: tokens of each sequence, query heads of a key/value head."""
-        fits_table = n_tokens is None or 0 < n_tokens <= self.max_tokens.get(name, 0)
+        fits_table = 0 < n_tokens <= self.max_tokens.get(name, 0)
         fits_attend = n_new_tokens <= self.max_new_tokens and n_new_tokens * heads_per_kv_head <= self.max_queries
-        return getattr(getattr(torch.ops, self.namespace), name) if fits_table and fits_attend else None
+        return self.required_kernel(name) if fits_table and fits_attend else None
+
+    def required_kernel(self, name: str) -> Callable:
+        """The kernel of an operation that has no limit of tokens, such as dequantize: only this kernel reads a packed
+        weight. Raises RuntimeError if the backend has no kernels."""
+        if self.namespace is None:
+            raise RuntimeError(f"the backend {self.name!r} has no kernels, so none for {name}")
+        return getattr(getattr(torch.ops, self.namespace), name)
 
     def supports_step(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
         """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size
-        sequences. Then the step can be captured. A CPU graph holds only kernels, so CPP_BACKEND has a kernel for every
+        sequences. Then the step can be captured. A CPU graph holds only kernels, so CPU_BACKEND has a kernel for every
         operation. A CUDA graph also holds PyTorch's operations, so TRITON_BACKEND has no kernels for embed,
         activate and add."""
         n_tokens = batch_size * n_new_tokens
         has_kernels = n_tokens <= min(self.max_tokens.values(), default=0)
         return has_kernels and self.kernel("attend", n_tokens, n_new_tokens, heads_per_kv_head) is not None
 
-    def supports_sampling(self, filters: Iterable[str] = (), has_uniform: bool = False) -> bool:
+    def supports_sampling(self, filters: Filters, has_uniform: bool = False) -> bool:
         """Whether there is a kernel of sample that takes these filters, and random numbers if has_uniform."""
-        takes_all = self.filters.issuperset(filters) and (self.takes_uniform or not has_uniform)
-        return self.namespace is not None and takes_all
+        if self.namespace is None or (has_uniform and not self.takes_uniform):
+            return False
+        return self.filters >= filters.active()
 
     def with_limits(self, **max_tokens: float) -> "Backend":
         """This backend with other limits, by operation."""
@@ -97,7 +106,7 @@ class Backend:
 
 
 TORCH_BACKEND = Backend("torch")
-CPP_BACKEND = Backend(
+CPU_BACKEND = Backend(
     "cpu",
     CPU_NAMESPACE,
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
@@ -116,8 +125,8 @@ TRITON_BACKEND = Backend(
 )
 
 
-def cpp_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
-    """CPP_BACKEND with the limits of a model on this machine.
+def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
+    """CPU_BACKEND with the limits of a model on this machine.
 
     dtype: of the activations.
     is_quantized: whether any weight is quantized. Then the unquantized ones, such as routers, also stay on the kernels
@@ -130,7 +139,7 @@ def cpp_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
         limits["fused_linear"] = math.inf
     if library.has_prefill_attention(is_bf16):
         limits["attend"] = math.inf
-    return CPP_BACKEND.with_limits(**limits)
+    return CPU_BACKEND.with_limits(**limits)
 
 
 def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from config import is_gated
-from kernels.schema import ACTIVATION_IDS, AttentionParams, Epilogue, Filters, LayerCache, PositionTables
+from kernels.arguments import ACTIVATION_IDS, AttentionParams, Epilogue, Filters, LayerCache, PositionTables
 from ops import torch_ops
-from ops.backend import CPP_BACKEND, Backend
+from ops.backend import Backend
 
 if TYPE_CHECKING:  # layers.py imports this file
     from layers import ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
@@ -52,20 +52,27 @@ def fused_linear(
     residual: added last, after linear.epilogue.
     out_dtype: None, which means x.dtype, or torch.float32."""
     kernel = linear.backend.kernel("fused_linear", count_tokens(x))
-    arguments = linear.kernel_arguments() | {"bias": linear.bias} | norm_arguments(norm)
-    if kernel is not None and supports_fused_activation(activation, linear):
-        epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[activation])
-        return kernel(
-            contiguous(x), **arguments, residual=contiguous(residual), **epilogue._asdict(),
-            float32_out=out_dtype == torch.float32,
-        )
-    if kernel is not None:  # the kernel computes what comes before the activation
-        y = kernel(contiguous(x), **arguments, residual=None, **Epilogue()._asdict(), float32_out=False)
-    else:
-        y = torch_ops.multiply_weight(x if norm is None else rms_norm(x, norm), linear)
-    y = activate(y, activation, linear.backend) if activation else y
-    y = torch_ops.apply_epilogue(y, linear.epilogue, out_dtype)
-    return y if residual is None else residual + y
+    if kernel is None or not supports_fused_activation(activation, linear):
+        y = norm_and_matmul(x, linear, norm)
+        y = activate(y, activation, linear.backend) if activation else y
+        y = torch_ops.apply_epilogue(y, linear.epilogue, out_dtype)
+        return y if residual is None else residual + y
+    epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[activation])
+    return kernel(
+        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, **norm_arguments(norm),
+        residual=contiguous(residual), **epilogue._asdict(), float32_out=out_dtype == torch.float32,
+    )
+
+
+def norm_and_matmul(x: Tensor, linear: Linear, norm: RMSNorm | None) -> Tensor:
+    """The steps of fused_linear before the activation."""
+    kernel = linear.backend.kernel("fused_linear", count_tokens(x))
+    if kernel is None:
+        return torch_ops.matmul(x if norm is None else rms_norm(x, norm), linear)
+    return kernel(
+        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, **norm_arguments(norm), residual=None,
+        **Epilogue()._asdict(), float32_out=False,
+    )
 
 
 def supports_fused_activation(activation: str | None, linear: LinearBase) -> bool:
@@ -74,8 +81,9 @@ def supports_fused_activation(activation: str | None, linear: LinearBase) -> boo
 
 
 def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
-    """Applies an activation. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up [..., F].
-    Otherwise it is activation(x), in the shape of x."""
+    """Applies an activation after a matmul: needed without a kernel, or if the width is no multiple of
+    FUSED_GLU_MULTIPLE. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up [..., F].
+    Otherwise the result is activation(x), in the shape of x."""
     kernel = backend.kernel("activate", count_tokens(x))
     if kernel is None:
         return torch_ops.activate(x, activation)
@@ -83,7 +91,7 @@ def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
-    """x + y, of the same shape."""
+    """x + y, of the same shape. Needed for a residual that comes after an all-reduce (tp.py)."""
     kernel = backend.kernel("add", count_tokens(x))
     if kernel is None:
         return x + y
@@ -109,7 +117,10 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
 
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     """Looks up the rows of tokens [B, T] in table [V, dim], and multiplies them with scale: [B, T, dim] in dtype."""
-    kernel = table.backend.kernel("embed", None if table.is_packed else tokens.numel())
+    if table.is_packed:
+        kernel = table.backend.required_kernel("embed")
+    else:
+        kernel = table.backend.kernel("embed", tokens.numel())
     if kernel is None:
         return torch_ops.embed(tokens, table, scale, dtype)
     return kernel(contiguous(tokens), **table.kernel_arguments(), k=table.in_features, dtype=dtype, scale=scale)
@@ -199,23 +210,26 @@ def experts_down(
 
 
 def sample(
-    logits: Tensor, temperature: float, backend: Backend, *, uniform: Tensor | None = None,
-    temperatures: Tensor | None = None, **filters: float,
+    logits: Tensor, temperature: float, filters: Filters, backend: Backend, uniform: Tensor | None = None,
+    temperatures: Tensor | None = None,
 ) -> Tensor:
-    """Draws a token [B] for every row of float32 logits [B, V], as engine/sampling.py: sample does in PyTorch. At
-    temperature 0 it is the likeliest token. A row with a logit that is not finite gives -1.
+    """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
+    likeliest one. The id is -1 for a sequence with a logit that is not finite.
 
-    filters: fields of kernels/schema.py: Filters.
-    filters, uniform, temperatures: only with a backend that can take them (Backend.supports_sampling)."""
-    logits, random = contiguous(logits), None
-    if temperature > 0 and backend.name == CPP_BACKEND.name:
-        if uniform is None:
-            uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-        random = contiguous(uniform)
-    elif temperature > 0:
-        random = torch.empty_like(logits, dtype=torch.float64).exponential_()
-    return backend.kernel("sample")(
-        logits, random, temperature=temperature, temperatures=contiguous(temperatures), **Filters(**filters)._asdict()
+    uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
+    temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature; only with uniform."""
+    if not backend.supports_sampling(filters, uniform is not None):
+        return torch_ops.sample(logits, temperature, filters, uniform, temperatures)
+    logits, exponential = contiguous(logits), None
+    if temperature == 0:
+        uniform = None
+    elif not backend.takes_uniform:
+        exponential = torch.empty_like(logits, dtype=torch.float64).exponential_()
+    elif uniform is None:
+        uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+    return backend.required_kernel("sample")(
+        logits, temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
+        top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform), exponential=exponential,
     )
 
 

@@ -20,7 +20,7 @@ from formats.base import QUANTIZE_CHUNK
 from formats.cpu_layouts import ACT_GROUP_SIZE
 from kernels import build
 from ops import aten
-from ops.backend import TORCH_BACKEND, cpp_backend, triton_backend
+from ops.backend import TORCH_BACKEND, cpu_backend, triton_backend
 from utils.machine import drop_pages, free_memory, use_huge_pages
 
 if TYPE_CHECKING:  # layers.py imports this package
@@ -40,7 +40,7 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
     if device.type == "cpu":
         has_kernels = build.library() is not None
         if has_kernels:
-            with_kernel = [matrix for matrix in matrices if supports_cpp_kernels(matrix)]
+            with_kernel = [matrix for matrix in matrices if supports_cpu_kernels(matrix)]
         else:
             with_kernel = pack_for_aten(matrices, dtype)
         without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
@@ -54,12 +54,12 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
 def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
     """Packs the weights of matrices into huge pages, one weight behind the other."""
     memory = HugePageArena()
-    backend = cpp_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
-    # Packed bf16 is faster for several tokens (kernels/csrc/dot_unquantized.h), but only kernels can read it. So it is
-    # packed if the kernels of prefill take it. These are not for experts, which PyTorch multiplies in prefill.
+    backend = cpu_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
+    # Packed bf16 is faster for several tokens (kernels/csrc/dot_unquantized.h), but only kernels can read it. So bf16
+    # is packed if the kernels also compute prefill. They do for linear layers, but not for experts.
     packs_unquantized = dtype == torch.bfloat16 and build.library().has_prefill_linear(True)
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        if not supports_cpp_kernels(matrix):
+        if not supports_cpu_kernels(matrix):
             continue
         matrix.backend = backend
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
@@ -74,7 +74,7 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
                 drop_pages(unpacked[name])
 
 
-def supports_cpp_kernels(matrix: WeightMatrix) -> bool:
+def supports_cpu_kernels(matrix: WeightMatrix) -> bool:
     """Whether the C++ kernels can read matrix. If the kernels round activations to int8, no group of activations
     may span two groups of weights. One spans two only in a shard whose width is an odd multiple of 8."""
     group_size = matrix.format.group_size

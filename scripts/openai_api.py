@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from itertools import accumulate
 
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceUpdate, encode_prompt
 from text.tokenizer import Tokenizer

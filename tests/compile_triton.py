@@ -29,7 +29,7 @@ from triton.runtime import JITFunction
 import ops
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.schema import LayerCache, PositionTables
+from kernels.arguments import Filters, LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from kernels.triton.formats import KERNEL_FORMATS, kernel_format
 from layers import ExpertsDown, ExpertsGateUp
@@ -199,8 +199,8 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
         hidden = gate_up(x.expand(1, 5, 2048), topk_ids, norm, "swiglu")
         down(hidden, topk_ids, topk_weights)
     for temperature in (0, 1):
-        ops.sample(torch.randn(1, 5000), temperature, ops.TRITON_BACKEND)
-    ops.sample(torch.randn(1, 5000), 1, ops.TRITON_BACKEND, top_p=0.9)
+        ops.sample(torch.randn(1, 5000), temperature, Filters(), ops.TRITON_BACKEND)
+    ops.sample(torch.randn(1, 5000), 1, Filters(top_p=0.9), ops.TRITON_BACKEND)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
     cache, tables = LayerCache(k, v), PositionTables(torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)

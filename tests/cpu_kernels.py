@@ -48,7 +48,7 @@ def packed(module):
         if isinstance(layer, LinearBase):
             assert layer.backend.name == "cpu"
             assert layer.backend.max_tokens["fused_linear"] >= 8
-            layer.backend = ops.CPP_BACKEND  # up to MAX_CPU_TOKENS
+            layer.backend = ops.CPU_BACKEND  # up to MAX_CPU_TOKENS
     return module
 
 

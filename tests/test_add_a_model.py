@@ -23,7 +23,8 @@ import torch
 
 from cli.generate_args import parse_args
 from utils.errors import UsageError
-from engine.sampling import SamplingParams, probabilities
+from engine.sampling import probabilities
+from engine.sampling_params import SamplingParams
 from tests.tiny import call_main
 
 
@@ -93,7 +94,7 @@ def test_nf4_on_a_cpu(dtype):
         exact = w.dequantized_weight(torch.float32)
         ops.pack_weights([w], dtype)
         assert w.backend.name == "cpu"
-        w.backend = ops.CPP_BACKEND
+        w.backend = ops.CPU_BACKEND
         u = torch.finfo(dtype).eps / 2
         check_matmuls(w, exact, torch.randn(n_tokens, k).to(dtype), u if dtype == torch.bfloat16 else 0, u)
 

@@ -12,8 +12,9 @@ import kernels.build
 import ops
 from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
+from kernels.arguments import LayerCache, PositionTables
 from kernels.capture import MAX_CPU_GRAPHS, call_with_graph_threads, capture, split_graph_at
-from kernels.schema import CAPTURABLE, LayerCache, PositionTables
+from kernels.schema import CAPTURABLE
 from layers import ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer
 from rope import rope_table
@@ -90,7 +91,7 @@ def test_every_argument_is_captured(format):
     embedding = make_embedding(97, dim, format, torch.float32)
     norm, sinks = make_norm(dim, torch.float32), torch.randn(n_heads)
     q_norm, k_norm = make_norm(n_heads * d, torch.float32), make_norm(n_kv_heads * d, torch.float32)
-    norm.backend = ops.CPP_BACKEND
+    norm.backend = ops.CPU_BACKEND
     config = ModelConfig(dim, 1, n_heads, n_kv_heads, d, 48, 97, 64)
     qkv_proj = make_linear(128, dim, format, torch.float32, clip=2.0)
     head = make_linear(97, dim, format, torch.float32, out_scale=0.1, softcap=5.0)
@@ -104,11 +105,11 @@ def test_every_argument_is_captured(format):
     def step(tokens, start_pos, cache):
         x = ops.embed(tokens, embedding, 8.0, torch.float32)
         y = attend(
-            qkv_proj(x), cache, tables, start_pos, n_heads, ops.CPP_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
+            qkv_proj(x), cache, tables, start_pos, n_heads, ops.CPU_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
             softcap=2.0,
         )
         x = norm(y, residual=x)
-        topk_weights, topk_ids = ops.route(router(x), 2, True, 2, ops.CPP_BACKEND)
+        topk_weights, topk_ids = ops.route(router(x), 2, True, 2, ops.CPU_BACKEND)
         hidden = gate_up(x, topk_ids, activation="clamped_swiglu")
         return head(down(hidden, topk_ids, topk_weights, residual=x), out_dtype=torch.float32)
 
@@ -143,15 +144,15 @@ def test_threads_capture_at_the_same_time():
     """Two threads can capture at the same time, each a step of two OpLists."""
 
     def add_thrice(x):
-        twice = split_graph_at(lambda t: t + 0, ops.add(x, x, ops.CPP_BACKEND))
-        return ops.add(twice, x, ops.CPP_BACKEND)
+        twice = split_graph_at(lambda t: t + 0, ops.add(x, x, ops.CPU_BACKEND))
+        return ops.add(twice, x, ops.CPU_BACKEND)
 
     def step(x):
-        twice = ops.add(x, x, ops.CPP_BACKEND)
+        twice = ops.add(x, x, ops.CPU_BACKEND)
         thread = threading.Thread(target=lambda: others.append(capture(add_thrice)(y)))
         thread.start()
         thread.join()
-        return ops.add(split_graph_at(lambda t: t * 2, twice), x, ops.CPP_BACKEND)
+        return ops.add(split_graph_at(lambda t: t * 2, twice), x, ops.CPU_BACKEND)
 
     x, y, others = torch.randn(2, 37), torch.randn(5), []
     assert torch.equal(capture(step)(x), x * 4 + x)
@@ -165,7 +166,7 @@ def test_graphs_are_bounded():
 
     def step(x):
         shapes.append(len(x))
-        return ops.add(x, x, ops.CPP_BACKEND)
+        return ops.add(x, x, ops.CPU_BACKEND)
 
     captured, n = capture(step), MAX_CPU_GRAPHS
     for length in [*range(1, n + 1), 1, n + 1, 1, 2]:
@@ -199,7 +200,7 @@ def test_ctrl_c_leaves_no_kernel_capturing():
     n_left = 0  # calls and returns until Ctrl-C
 
     def step(x):
-        return ops.add(x, x, ops.CPP_BACKEND)
+        return ops.add(x, x, ops.CPU_BACKEND)
 
     def interrupt(frame, event, arg):
         nonlocal n_left
@@ -224,8 +225,16 @@ def test_ctrl_c_leaves_no_kernel_capturing():
 
 def test_a_cpu_graph_can_hold_every_operation_of_a_short_step():
     """Each operation of a CPU graph is in the backend's table, as Backend.supports_step assumes."""
-    assert CAPTURABLE <= ops.CPP_BACKEND.max_tokens.keys()
-    assert all(ops.CPP_BACKEND.kernel(name, 1) is not None for name in ops.CPP_BACKEND.max_tokens)
+    assert CAPTURABLE <= ops.CPU_BACKEND.max_tokens.keys()
+    assert all(ops.CPU_BACKEND.kernel(name, 1) is not None for name in ops.CPU_BACKEND.max_tokens)
+
+
+def test_a_kernel_that_plain_pytorch_cannot_replace():
+    """Such a kernel has no limit of tokens. A backend without kernels says that there is none."""
+    assert ops.CPU_BACKEND.kernel("embed", ops.MAX_CPU_TOKENS + 1) is None
+    assert ops.CPU_BACKEND.required_kernel("embed") is torch.ops.gptfast_cpu.embed
+    with pytest.raises(RuntimeError, match="the backend 'torch' has no kernels, so none for embed"):
+        ops.TORCH_BACKEND.required_kernel("embed")
 
 
 @built
@@ -269,7 +278,7 @@ def test_a_function_runs_between_two_op_lists():
         total.append(float(t.sum()))
         return t * 2
 
-    step = capture(lambda t: ops.add(split_graph_at(double, ops.add(t, t, ops.CPP_BACKEND)), t, ops.CPP_BACKEND))
+    step = capture(lambda t: ops.add(split_graph_at(double, ops.add(t, t, ops.CPU_BACKEND)), t, ops.CPU_BACKEND))
     for value in (1.0, 3.0):
         assert torch.equal(step(x + value), x + 5 * value)
     assert total[-2:] == [148.0, 444.0]  # of what the first OpList had just computed

@@ -15,7 +15,7 @@ from converters.hf_config import config_from_hf
 from engine import generation
 from engine.chat import ContextFull, Conversation
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from kernels import build
 from llm import LLM
 from loading import load, load_model

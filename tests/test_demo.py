@@ -12,7 +12,7 @@ import transformers as hf
 from converters.convert_gguf import convert_gguf
 from engine.generation import generate
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from loading import load_model
 from model import KVCache
 from tests.tiny import forward

@@ -12,7 +12,7 @@ import transformers as hf
 
 import eval
 from cli.script import run_script
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from evaluation import lm_harness
 from evaluation.lm_harness import harness_model, task_text
 from evaluation.scoring import ScoredSequence, compute_scores

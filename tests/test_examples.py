@@ -19,7 +19,7 @@ import torch
 
 from converters.checkpoint_path import ensure_converted
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from formats import Int8
 from llm import LLM, load
 from model import KVCache

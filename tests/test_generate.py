@@ -12,7 +12,7 @@ import torch
 from engine import runner as runner_module
 from engine.generation import generate, read_one_step_later
 from engine.runner import ModelRunner, choose_mode
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from kernels import build
 from model import KVCache
 from tests.tiny import FAMILIES, forward

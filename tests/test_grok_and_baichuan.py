@@ -14,7 +14,7 @@ import quantize
 from converters.hf_config import config_from_hf
 from engine.generation import generate
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from loading import load_model
 from model import KVCache
 from rope import alibi_slopes

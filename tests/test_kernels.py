@@ -14,8 +14,8 @@ import ops
 from config import ACTIVATIONS, is_gated
 from formats import MXFP4, Float8, Int4, Int8, Unquantized
 from formats.integers import GroupwiseAsymmetric
+from kernels.arguments import Epilogue
 from kernels.build import library
-from kernels.schema import Epilogue
 from layers import ExpertsDown
 from ops import torch_ops
 from scripts.kernel_checks import error_bounds as bounds
@@ -32,7 +32,7 @@ from tests.cpu_kernels import as_seen, built, make_embedding, packed, rounds_act
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 pytestmark = pytest.mark.usefixtures("threads")
 EXACT_IN_BF16 = Unquantized | Int8 | MXFP4  # no scales but powers of two, or only after the sum
-ANY_TOKENS = ops.CPP_BACKEND.with_limits(fused_linear=math.inf)  # the kernel for prompts, too
+ANY_TOKENS = ops.CPU_BACKEND.with_limits(fused_linear=math.inf)  # the kernel for prompts, too
 
 # ---- Matmuls --------------------------------------------------------------------------------------------------------
 
@@ -321,16 +321,16 @@ def test_small_operations(dtype):
     """add and activate equal PyTorch's to the last bit, or nearly if they compute an exponential."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
-    assert torch.equal(ops.add(x, y, ops.CPP_BACKEND), x + y)
+    assert torch.equal(ops.add(x, y, ops.CPU_BACKEND), x + y)
     gate_up = torch.randn(2, 3, 74).to(dtype) * 5
     gate_up[..., :4] = torch.tensor([0, -7, 200, -200])  # of gate
     gates = torch.linspace(-20, 20, 20_001).to(dtype)  # where every activation bends, and far beyond
     for t in (gate_up, torch.cat([gates, torch.ones_like(gates)])):
         no_error = torch.zeros(t.shape, dtype=torch.float64)
         for activation in ACTIVATIONS:
-            check_activated(ops.activate(t, activation, ops.CPP_BACKEND), activation, t.double(), no_error, fused=True)
+            check_activated(ops.activate(t, activation, ops.CPU_BACKEND), activation, t.double(), no_error, fused=True)
     for activation in ACTIVATIONS:
-        assert ops.activate(gate_up * torch.nan, activation, ops.CPP_BACKEND).isnan().all()
+        assert ops.activate(gate_up * torch.nan, activation, ops.CPU_BACKEND).isnan().all()
 
 
 @built
@@ -340,11 +340,11 @@ def test_permute_inputs(dtype):
     torch.manual_seed(0)
     for n_tokens, k, n in [(1, 5, 5), (3, 72, 72), (64, 70, 33), (65, 70, 33)]:  # the last in PyTorch
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
-        assert torch.equal(ops.permute_inputs(x, order.int(), ops.CPP_BACKEND), x[..., order])
+        assert torch.equal(ops.permute_inputs(x, order.int(), ops.CPU_BACKEND), x[..., order])
     x = torch.zeros(1, 2, 8).to(dtype)
     for order in (torch.tensor([0, 8]).int(), torch.tensor([-1]).int(), torch.tensor([0, 1]), torch.zeros(1, 2).int()):
         with pytest.raises(RuntimeError, match="input_order"):
-            ops.permute_inputs(x, order, ops.CPP_BACKEND)
+            ops.permute_inputs(x, order, ops.CPU_BACKEND)
 
 
 @built
@@ -375,7 +375,7 @@ def test_rms_norm(dtype):
     torch.manual_seed(0)
     for k in (5, 37, 576):
         norm = make_norm(k, dtype)
-        norm.backend = ops.CPP_BACKEND
+        norm.backend = ops.CPU_BACKEND
         for rows in (1, 3, 8, 17, 65):  # any number
             x, residual = (torch.randn(1, rows, k) * 3).to(dtype), torch.randn(1, rows, k).to(dtype)
             exact = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()

@@ -7,7 +7,7 @@ import torch
 
 import ops
 from config import ModelConfig
-from kernels.schema import LayerCache, PositionTables
+from kernels.arguments import LayerCache, PositionTables
 from ops import torch_ops
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds
@@ -21,7 +21,7 @@ from scripts.kernel_checks.exact_results import (
 from tests.cpu_kernels import built
 
 pytestmark = pytest.mark.usefixtures("threads")
-ANY_TOKENS = ops.CPP_BACKEND.with_limits(attend=math.inf)  # kernels for prompts, too, where PyTorch may be faster
+ANY_TOKENS = ops.CPU_BACKEND.with_limits(attend=math.inf)  # kernels for prompts, too, where PyTorch may be faster
 
 
 def check_attention(starts, n_tokens, n_heads, cache: LayerCache, tables, window, norms, **options):
@@ -116,7 +116,7 @@ def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, m
             k, v = torch.randn(2, 2, n_kv_heads, 180, d).to(dtype).unbind()
             before, start_pos = LayerCache(k.clone(), v.clone()), torch.tensor(starts)
             qkv = torch.randn(2, 70, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-            ours = attend(qkv, LayerCache(k, v), tables, start_pos, n_heads, ops.CPP_BACKEND, window, *norms, **options)
+            ours = attend(qkv, LayerCache(k, v), tables, start_pos, n_heads, ops.CPU_BACKEND, window, *norms, **options)
             y, bound = exact_attention(qkv, before, tables, start_pos, n_heads, window, norms, factor=dtype, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # PyTorch rounds weights too
             exact_k, exact_v, k_error = exact_cache(qkv, before, tables.cos_sin, start_pos, n_heads, norms)
@@ -183,19 +183,19 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(RuntimeError, match="no room"):
             attend(torch.randn(rows, tokens, 128), cache, tables, torch.tensor(start_pos), 4, ANY_TOKENS)
     with pytest.raises(RuntimeError, match="int64"):
-        attend(torch.randn(1, 1, 128), cache, tables, torch.zeros(1, dtype=torch.int32), 4, ops.CPP_BACKEND)
+        attend(torch.randn(1, 1, 128), cache, tables, torch.zeros(1, dtype=torch.int32), 4, ops.CPU_BACKEND)
     with pytest.raises(RuntimeError, match="type"):
-        attend(torch.randn(1, 1, 128).half(), cache, tables, torch.zeros(1, dtype=torch.long), 4, ops.CPP_BACKEND)
+        attend(torch.randn(1, 1, 128).half(), cache, tables, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND)
     for norms, sinks, said in [
         ((64, 16), 4, "wide"), ((16, 32), 4, "wide"), ((48, 32), 4, "wide"), ((64, 32), 3, r"\[H\]"),
     ]:
         q_norm, k_norm = (make_norm(width, torch.float32) for width in norms)
         with pytest.raises(RuntimeError, match=said):
             attend(
-                torch.randn(1, 1, 128), cache, tables, torch.zeros(1, dtype=torch.long), 4, ops.CPP_BACKEND, 0, q_norm,
+                torch.randn(1, 1, 128), cache, tables, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND, 0, q_norm,
                 k_norm, torch.zeros(sinks),
             )
     for slopes in (torch.zeros(3), torch.zeros(4).half()):
         with pytest.raises(RuntimeError, match="slopes"):
             with_slopes = PositionTables(cos_sin, slopes)
-            attend(torch.randn(1, 1, 128), cache, with_slopes, torch.zeros(1, dtype=torch.long), 4, ops.CPP_BACKEND)
+            attend(torch.randn(1, 1, 128), cache, with_slopes, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND)

@@ -21,6 +21,7 @@ from config import ACTIVATIONS, is_gated
 from formats import FORMATS, Int4, Int8
 from formats.cpu_layouts import CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
+from kernels.schema import SCHEMAS
 from kernels.triton import heads
 from kernels.triton.elements import magic_number_for
 from layers import ExpertsDown
@@ -62,6 +63,22 @@ def test_both_sizes_are_one(name, ours):
     kernels.build.check_sizes(weights_h)
     with pytest.raises(ImportError, match=f"{name} is 32; .*: .* is {ours}"):
         kernels.build.check_sizes(weights_h.replace(f"{name} = {ours};", f"{name} = 32;"))
+
+
+def test_functions_take_the_arguments_of_the_schemas():
+    """In the order of the schemas. All operations of the CPU have a function."""
+    ops_cpp = (kernels.build.SOURCES / "ops.cpp").read_text()
+    kernels.build.check_parameters(ops_cpp)
+    assert {*re.findall(r'm.impl\("(\w+)", TORCH_BOX\(&\1\)\);', ops_cpp)} == SCHEMAS.keys()
+    changes = [
+        ("double softcap, double clip", "double clip, double softcap"),
+        ("int64_t k, ScalarType dtype", "double k, ScalarType dtype"),
+        ("OptTensor uniform, OptTensor exponential)", "OptTensor uniform)"),
+    ]
+    for change in changes:
+        assert change[0] in ops_cpp
+        with pytest.raises(ImportError, match="ops.cpp: .* takes .*; kernels/schema.py: .* takes"):
+            kernels.build.check_parameters(ops_cpp.replace(*change))
 
 
 @built

@@ -86,7 +86,7 @@ def test_route(norm_topk_prob):
     for rows, n_experts, top_k in [(1, 8, 2), (5, 128, 8), (8, 6, 6)]:
         logits = torch.randn(1, rows, n_experts) * 3
         topk_weights, topk_ids = torch_ops.route(logits, top_k, norm_topk_prob)
-        ours = ops.route(logits, top_k, norm_topk_prob, 0, ops.CPP_BACKEND)
+        ours = ops.route(logits, top_k, norm_topk_prob, 0, ops.CPU_BACKEND)
         assert torch.equal(ours[1], topk_ids)
         bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())
 
@@ -97,7 +97,7 @@ def test_route_to_shared_experts(norm_topk_prob):
     torch.manual_seed(0)
     for rows, n_experts, top_k, n_shared_experts in [(1, 8, 2, 1), (5, 60, 4, 4), (8, 6, 6, 2)]:
         logits = torch.randn(1, rows, n_experts + 1) * 3
-        ours = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.CPP_BACKEND)
+        ours = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.CPU_BACKEND)
         topk_weights, topk_ids = torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
         assert torch.equal(ours[1], topk_ids)
         assert (topk_ids[..., top_k:] == torch.arange(n_experts, n_experts + n_shared_experts)).all()
@@ -109,5 +109,5 @@ def test_route_to_shared_experts(norm_topk_prob):
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
 def test_router_of_nan(logits, norm_topk_prob):
     """With NaN logits the router returns valid, different experts, and weights that are not finite."""
-    topk_weights, topk_ids = ops.route(torch.tensor([logits]), 3, norm_topk_prob, 0, ops.CPP_BACKEND)
+    topk_weights, topk_ids = ops.route(torch.tensor([logits]), 3, norm_topk_prob, 0, ops.CPU_BACKEND)
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()

@@ -12,7 +12,7 @@ import torch
 
 from engine.chat import Conversation
 from engine.generation import PlainLoop
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from llm import LLM, KVCache, ModelRunner, generate, load
 from tests.tiny import PACKAGES
 from text.tokenizer import detokenize

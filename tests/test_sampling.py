@@ -1,5 +1,7 @@
 """sample draws tokens of exactly the distribution that temperature, top_k, top_p and min_p leave."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,12 @@ from transformers.generation import logits_process as hf
 import ops
 from engine.generation import PlainLoop
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams, probabilities, sample, seen_token_mask, store_token_ids
+from engine.sampling import probabilities, sample, seen_token_mask, store_token_ids
+from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
+from kernels.arguments import Filters
 from model import KVCache
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
@@ -178,9 +182,10 @@ def test_options_that_change_nothing_are_off():
     """Options that change nothing equal the defaults, so sample can use the GPU's kernel, and the scheduler samples
     such sequences together."""
     params = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
-    assert params == SamplingParams(0.8, repetition_penalty=1.1) and not params.filters
+    assert params == SamplingParams(0.8, repetition_penalty=1.1) and params.filters == Filters()
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
-        assert SamplingParams(0.8, **options).filters == options
+        assert SamplingParams(0.8, **options).filters == Filters(**options)
+        assert Filters(**options).active() == {*options} and SamplingParams(0.0, **options).filters == Filters()
 
 
 @pytest.mark.parametrize("option", ["temperature", "top_k", "repetition_penalty"])
@@ -192,11 +197,18 @@ def test_numbers_beyond_64_bits_are_refused(option):
 
 
 def test_no_kernel_draws_with_an_option_that_it_does_not_take():
-    for backend, options in ((ops.CPP_BACKEND, {"top_k", "top_p", "min_p"}), (ops.TRITON_BACKEND, {"top_p", "min_p"})):
-        assert backend.supports_sampling(options) and not backend.supports_sampling(options | {"top_n_sigma"})
-    assert ops.CPP_BACKEND.supports_sampling(has_uniform=True)
-    assert not ops.TRITON_BACKEND.supports_sampling(has_uniform=True)
-    assert not ops.TORCH_BACKEND.supports_sampling()
+    class MoreFilters(NamedTuple):
+        top_p: float = 1.0
+        top_n_sigma: float = 0.0
+        active = Filters.active
+
+    for backend in (ops.CPU_BACKEND, ops.TRITON_BACKEND):
+        assert backend.supports_sampling(MoreFilters(top_p=0.9))
+        assert not backend.supports_sampling(MoreFilters(top_n_sigma=1.0))
+    assert ops.CPU_BACKEND.supports_sampling(Filters(top_k=5), has_uniform=True)
+    assert not ops.TRITON_BACKEND.supports_sampling(Filters(top_k=5))
+    assert not ops.TRITON_BACKEND.supports_sampling(Filters(), has_uniform=True)
+    assert not ops.TORCH_BACKEND.supports_sampling(Filters())
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens():

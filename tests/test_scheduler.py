@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.async_engine import AsyncEngine, GenerationError
 from engine.generation import generate
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams, sample
+from engine.sampling import sample
+from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler, sample_batch
 from engine.sequence import Sequence, build_sequence
 from formats import MXFP4, Float8, Int4, Int8

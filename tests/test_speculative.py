@@ -11,7 +11,8 @@ import quantize
 from engine import speculate as speculate_module
 from engine.generation import generate
 from engine.runner import ModelRunner, Sampler
-from engine.sampling import SamplingParams, probabilities
+from engine.sampling import probabilities
+from engine.sampling_params import SamplingParams
 from engine.speculate import (
     DraftModelProposer,
     NgramProposer,

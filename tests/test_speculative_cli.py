@@ -17,7 +17,7 @@ from cli.startup import warn_without_kernels
 from config import ModelConfig
 from engine import speculate as speculate_module
 from model import meta_model
-from ops import CPP_BACKEND, TRITON_BACKEND
+from ops import CPU_BACKEND, TRITON_BACKEND
 from tests.byte_models import random_folder, set_up
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
 from tests.tiny import call_main, convert, write_folder
@@ -138,7 +138,7 @@ def test_mistakes(folders, capsys, monkeypatch):
 @pytest.mark.parametrize("heads_per_kv_head, most", [(1, 15), (4, 15), (7, 8), (16, 3)])
 def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
     model = meta_model(ModelConfig(64, 1, 16 * heads_per_kv_head, 16, 4, 64, 64, 64))
-    cases = [(TRITON_BACKEND, most, False), (TRITON_BACKEND, most + 1, True), (CPP_BACKEND, 32, False)]
+    cases = [(TRITON_BACKEND, most, False), (TRITON_BACKEND, most + 1, True), (CPU_BACKEND, 32, False)]
     for backend, k, warns in cases:
         for _, linear in model.quantizable_linears():
             linear.backend = backend

@@ -20,7 +20,7 @@ import ops
 from config import ModelConfig
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.triton_layouts import pack_tiles
-from kernels.schema import LayerCache, PositionTables
+from kernels.arguments import Filters, LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
 from layers import LinearBase
@@ -247,7 +247,7 @@ def test_sample_of_what_is_not_finite(value):
     logits = torch.randn(2, 3000)
     logits[1, 2500] = value
     for temperature, options in ((0.0, {}), (1.0, {}), (1.0, {"top_p": 0.9}), (1.0, {"min_p": 0.1})):
-        tokens = ops.sample(logits, temperature, ops.TRITON_BACKEND, **options)
+        tokens = ops.sample(logits, temperature, Filters(**options), ops.TRITON_BACKEND)
         assert tokens[0] >= 0 and tokens[1] == -1
 
 

@@ -29,7 +29,7 @@ from checkpoint import read_checkpoint, with_tied_head  # noqa: E402
 from cli.ranks import process_group  # noqa: E402
 from engine import generation  # noqa: E402
 from engine.runner import ModelRunner  # noqa: E402
-from engine.sampling import SamplingParams  # noqa: E402
+from engine.sampling_params import SamplingParams  # noqa: E402
 from formats import QuantizationScheme  # noqa: E402
 from model import KVCache, Transformer, meta_model  # noqa: E402
 

@@ -1,9 +1,10 @@
 // The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Kernels trust addresses and sizes, also when a
 // CPU graph is replayed, so tensors are checked here. Each function checks its tensors, allocates the output, and
-// submits the operation (op_list.h: submit). kernels/build.py compiles this file, which includes the headers.
+// submits the operation (op_list.h: submit). kernels/build.py compiles this file, which includes the headers, and
+// compares the parameters of the functions with the schemas.
 //
 //     ops/dispatch.py          describes the operations
-//     kernels/schema.py       has the schemas of the functions
+//     kernels/schema.py        has the schemas of the functions
 //
 // The headers, in the order in which to read them:
 //
@@ -116,7 +117,7 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
   return result;
 }
 
-// Checks id, a value of ACTIVATION_IDS in kernels/schema.py. Returns the Activation.
+// Checks id, a value of ACTIVATION_IDS in kernels/arguments.py. Returns the Activation.
 Activation check_activation(int64_t id) {
   STD_TORCH_CHECK(id >= 0 && id < int64_t(Activation::COUNT), "these kernels do not know this activation");
   return Activation{id};
@@ -124,19 +125,19 @@ Activation check_activation(int64_t id) {
 
 Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
               int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
-              int64_t activation_id, double out_scale, double softcap, double clip, bool float32_out) {
+              int64_t activation, double out_scale, double softcap, double clip, bool float32_out) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight, residual});
   const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(m <= MAX_CPU_TOKENS || (HAS_PREFILL_LINEAR && is_bf16),
                   "activations must be of 1 to MAX_CPU_TOKENS tokens");
   const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
-  const Activation activation = check_activation(activation_id);
-  Tensor out = torch::stable::new_empty(x, resized(x, is_gated(activation) ? n / 2 : n),
+  const Activation act_fn = check_activation(activation);
+  Tensor out = torch::stable::new_empty(x, resized(x, is_gated(act_fn) ? n / 2 : n),
                                         float32_out ? ScalarType::Float : x.scalar_type());
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     const FusedLinearOp<T> op{
         .x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
-        .residual = ptr<T>(residual), .activation = activation, .out_scale = float(out_scale),
+        .residual = ptr<T>(residual), .activation = act_fn, .out_scale = float(out_scale),
         .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
         .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr};
     if (m <= MAX_CPU_TOKENS) submit(op);
@@ -147,13 +148,13 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
   return out;
 }
 
-Tensor activate(Tensor x, int64_t activation_id) {
-  const Activation activation = check_activation(activation_id);
-  const int64_t k = x.size(-1), f = is_gated(activation) ? k / 2 : k;
+Tensor activate(Tensor x, int64_t activation) {
+  const Activation act_fn = check_activation(activation);
+  const int64_t k = x.size(-1), f = is_gated(act_fn) ? k / 2 : k;
   STD_TORCH_CHECK(x.is_contiguous() && (k == f || k == 2 * f), "gate and up must be contiguous halves");
   Tensor out = torch::stable::new_empty(x, resized(x, f));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
-    submit(ActivateOp<T>{.x = ptr<T>(x), .m = x.numel() / k, .f = f, .activation = activation,
+    submit(ActivateOp<T>{.x = ptr<T>(x), .m = x.numel() / k, .f = f, .activation = act_fn,
                          .out = mutable_ptr<T>(out)});
   });
   return out;
@@ -198,11 +199,11 @@ Tensor permute_inputs(Tensor x, Tensor input_order) {
 }
 
 Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
-             int64_t group_size, int64_t k, ScalarType type, double scale) {
+             int64_t group_size, int64_t k, ScalarType dtype, double scale) {
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous(), "tokens must be int64");
-  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, type);
-  Tensor out = torch::stable::new_empty(weight, extended(tokens, k), type);
-  dispatch_type(type, [&]<typename T>(T) {
+  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, dtype);
+  Tensor out = torch::stable::new_empty(weight, extended(tokens, k), dtype);
+  dispatch_type(dtype, [&]<typename T>(T) {
     submit(EmbedOp<T>{.tokens = ptr<int64_t>(tokens), .m = tokens.numel(), .w = w, .scale = float(scale),
                       .out = mutable_ptr<T>(out)});
   });
@@ -293,16 +294,16 @@ std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool norm_topk_pr
 
 Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
                        int64_t group_size, OptTensor bias, Tensor topk_ids, OptTensor norm_weight, double eps,
-                       int64_t activation_id) {
+                       int64_t activation) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight});
   check_ids(topk_ids, m);
   const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
-  const Activation activation = check_activation(activation_id);
-  Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, is_gated(activation) ? n / 2 : n));
+  const Activation act_fn = check_activation(activation);
+  Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, is_gated(act_fn) ? n / 2 : n));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsGateUpOp<T>{.x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
                               .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
-                              .activation = activation, .hidden = mutable_ptr<T>(hidden)});
+                              .activation = act_fn, .hidden = mutable_ptr<T>(hidden)});
   });
   return hidden;
 }
@@ -326,29 +327,30 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
   return out;
 }
 
-Tensor sample(Tensor logits, OptTensor random, double temperature, OptTensor temperatures, int64_t top_k, double top_p,
-              double min_p) {
+Tensor sample(Tensor logits, double temperature, OptTensor temperatures, int64_t top_k, double top_p, double min_p,
+              OptTensor uniform, OptTensor exponential) {
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && logits.dim() == 2 &&
                   logits.numel() > 0, "logits must be float32 [B, V]");
   const int64_t m = logits.size(0);
-  STD_TORCH_CHECK(!random || (random->scalar_type() == ScalarType::Double && random->is_contiguous() &&
-                              random->numel() == m), "random numbers must be float64 [B, 1]");
+  STD_TORCH_CHECK(!uniform || (uniform->scalar_type() == ScalarType::Double && uniform->is_contiguous() &&
+                               uniform->numel() == m), "random numbers must be float64 [B, 1]");
   STD_TORCH_CHECK(!temperatures || (temperatures->scalar_type() == ScalarType::Float && temperatures->is_contiguous() &&
                                     temperatures->numel() == m), "temperatures must be float32 [B, 1]");
-  STD_TORCH_CHECK(random || temperature == 0, "a temperature above 0 needs random numbers");
+  STD_TORCH_CHECK(!exponential && (uniform || temperature == 0),
+                  "a temperature above 0 needs random numbers, and this kernel takes uniform ones");
   STD_TORCH_CHECK(top_k >= 0 && top_p > 0 && min_p >= 0 && min_p <= 1, "top_k, top_p or min_p is out of range");
   Tensor tokens = torch::stable::new_empty(logits, Sizes{m}, ScalarType::Long);
-  submit(SampleOp{.logits = ptr<float>(logits), .m = m, .n = logits.size(1), .uniform = ptr<double>(random),
+  submit(SampleOp{.logits = ptr<float>(logits), .m = m, .n = logits.size(1), .uniform = ptr<double>(uniform),
                   .temperatures = ptr<float>(temperatures), .temperature = float(temperature), .top_k = top_k,
                   .top_p = top_p, .min_p = float(min_p), .tokens = mutable_ptr<int64_t>(tokens)});
   return tokens;
 }
 
 Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n, int64_t group_size,
-                  int64_t k, ScalarType type) {
-  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, type);
-  Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, type);
-  dispatch_type(type, [&]<typename T>(T) {
+                  int64_t k, ScalarType dtype) {
+  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, dtype);
+  Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, dtype);
+  dispatch_type(dtype, [&]<typename T>(T) {
     dispatch_format(w, [&]<typename F>(F) {
       if constexpr (!std::is_same_v<F, Unquantized>) dequantize_to<F>(w, mutable_ptr<T>(out));
       else { STD_TORCH_CHECK(false, "W is unquantized: nothing to dequantize"); }

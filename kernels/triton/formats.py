@@ -31,7 +31,8 @@ from torch import Tensor
 from triton import JITFunction
 
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.schema import WeightArguments, fake_dequantize, fake_embed, triton_op
+from kernels.arguments import WeightArguments
+from kernels.schema import fake_dequantize, fake_embed, triton_op
 from kernels.triton.elements import (
     decode_e8m0,
     e2m1_bias_factor,

@@ -21,15 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import (
-    ACTIVATION_IDS,
-    GATED_IDS,
-    WeightArguments,
-    fake_permute_inputs,
-    fake_rms_norm,
-    output_width,
-    triton_op,
-)
+from kernels.arguments import ACTIVATION_IDS, GATED_IDS, WeightArguments
+from kernels.schema import fake_permute_inputs, fake_rms_norm, output_width, triton_op
 from kernels.triton.elements import magic_number_for
 from kernels.triton.epilogue import EpilogueArguments, EpilogueOperands, epilogue
 from kernels.triton.formats import kernel_format

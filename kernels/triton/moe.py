@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import WeightArguments, fake_experts_down, fake_route, triton_op
+from kernels.arguments import WeightArguments
+from kernels.schema import fake_experts_down, fake_route, triton_op
 from kernels.triton.launch import pdl_options, pdl_wait
 from kernels.triton.linear import fused_linear
 

@@ -196,22 +196,23 @@ def best_of_likelier(
 
 @triton_op
 def sample(
-    logits: Tensor, random: Tensor | None, *, temperature: float, temperatures: None, top_k: int, top_p: float,
-    min_p: float,
+    logits: Tensor, *, temperature: float, temperatures: None, top_k: int, top_p: float, min_p: float, uniform: None,
+    exponential: Tensor | None,
 ) -> Tensor:
     """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives -1.
 
-    random: noise [B, V] of the exponential distribution. Without noise, the ids are those of the likeliest tokens."""
-    assert temperatures is None and top_k == 0  # Backend.supports_sampling
+    exponential: random numbers [B, V] of the exponential distribution. None: the ids are those of the likeliest
+    tokens."""
+    assert temperatures is None and top_k == 0 and uniform is None  # Backend.supports_sampling
     batch, vocab_size = logits.shape
     temperature = min(max(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
-    has_top_p_or_min_p = random is not None and (top_p < 1 or min_p > 0)
+    has_top_p_or_min_p = exponential is not None and (top_p < 1 or min_p > 0)
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
-    tokens = fake_sample(logits, random)
+    tokens = fake_sample(logits)
     sums = logits.new_empty(2, batch) if has_top_p_or_min_p else None
     grid = n_blocks, batch
     sample_kernel[grid](
-        logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, sums_ptr=sums,
+        logits_ptr=logits, noise_ptr=exponential, tokens_ptr=tokens, sums_ptr=sums,
         results=BlockResults(
             logits.new_empty(batch, n_blocks), logits.new_empty(batch, n_blocks, dtype=torch.int32),
             logits.new_empty(2, batch, n_blocks) if has_top_p_or_min_p else None, semaphores(logits.device, batch),
@@ -223,7 +224,7 @@ def sample(
         n_blocks = triton.cdiv(vocab_size, TOP_P_BLOCK_V)
         grid = n_blocks, batch
         top_p_min_p_kernel[grid](
-            logits_ptr=logits, noise_ptr=random, tokens_ptr=tokens, sums_ptr=sums,
+            logits_ptr=logits, noise_ptr=exponential, tokens_ptr=tokens, sums_ptr=sums,
             block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device, batch),
             temperature=temperature, top_p=top_p, min_p=min_p, V=vocab_size, BLOCK_V=TOP_P_BLOCK_V,
             N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), num_warps=TOP_P_WARPS,

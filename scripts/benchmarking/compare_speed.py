@@ -25,7 +25,7 @@ from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
 from engine.generation import generate
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.step_bytes import step_bytes
 from loading import load_model
 from model import KVCache, Transformer

@@ -24,7 +24,7 @@ from config import ModelConfig, MoEConfig, RopeScaling
 from converters.hf_config import config_from_hf
 from engine.generation import generate
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step_bytes import active_weight_bytes, step_bytes

@@ -5,7 +5,7 @@ from torch import Tensor
 
 import ops
 from config import ModelConfig
-from kernels.schema import LayerCache, PositionTables
+from kernels.arguments import LayerCache, PositionTables
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks.exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import ops
 from config import ACTIVATIONS
-from engine.sampling import multinomial
 from formats import MXFP4, Float8, Int4, Int8, Unquantized, WeightFormat
+from kernels.arguments import Filters
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
 from ops import torch_ops
 from ops.dispatch import FUSED_GLU_MULTIPLE
@@ -369,13 +369,14 @@ def check_sample(vocab_size: int):
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, -1
-    ours = ops.sample(logits, 0.0, ops.TRITON_BACKEND)
+    ours = ops.sample(logits, 0.0, Filters(), ops.TRITON_BACKEND)
     yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
     logits = torch.randn(3, vocab_size)
     noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
     for temperature, top_p, min_p in product((1e-30, 0.7, 1e30), (1.0, 0.613, 1e-9), (0.0, 0.05)):
         ours = torch.ops.gptfast_triton.sample(
-            logits, noise, temperature=temperature, temperatures=None, top_k=0, top_p=top_p, min_p=min_p
+            logits, temperature=temperature, temperatures=None, top_k=0, top_p=top_p, min_p=min_p, uniform=None,
+            exponential=noise,
         )
         scores = logits - temperature * noise.float().log()
         bound = 4 * U32 * scores.abs().amax(-1)
@@ -391,9 +392,9 @@ def check_distribution(operation: str):
     probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 1000
     if operation == "sample":
         logits = (probabilities.log() * temperature).clamp(min=-1e30)
-        tokens = ops.sample(logits.expand(n, 5), temperature, ops.TRITON_BACKEND)
+        tokens = ops.sample(logits.expand(n, 5), temperature, Filters(), ops.TRITON_BACKEND)
     else:
         n = 100_000
-        tokens = multinomial(probabilities.expand(n, 5))
+        tokens = torch_ops.multinomial(probabilities.expand(n, 5))
     deviation = (probabilities * (1 - probabilities) / n).sqrt()
     yield Comparison(operation, "distribution", tokens.bincount(minlength=5) / n, probabilities, 5 * deviation + U32)

@@ -22,7 +22,7 @@ from cli import common_args
 from config import ModelConfig, MoEConfig
 from engine.generation import generate
 from engine.runner import ModelRunner
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 from formats import Int8
 from model import KVCache
 from scripts.benchmarking.speed import random_model

@@ -19,7 +19,7 @@ import formats
 import ops
 from formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
 from formats.integers import GroupwiseAsymmetric
-from kernels.schema import AttentionParams, LayerCache, PositionTables
+from kernels.arguments import AttentionParams, LayerCache, PositionTables
 from layers import Linear, LinearBase, RMSNorm
 from ops import torch_ops
 from ops.backend import Backend
