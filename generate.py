@@ -30,7 +30,7 @@ from cli.terminal import converse
 from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
 from engine.generation import DecodeLoop, stream_texts
-from engine.sequence import Sequence
+from engine.sequence import Sequence, to_64_bits
 from llm import LLM  # the README once said: from generate import LLM
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
@@ -64,7 +64,7 @@ def main():
         converse(chat, args.max_new_tokens)
         return
     for i, sequence in enumerate(sequences, start=1):
-        torch.manual_seed(sequence.seed % 2**64)  # as with --parallel: a text does not depend on the prompts before
+        torch.manual_seed(to_64_bits(sequence.seed))  # as with --parallel: a text does not depend on the prompts before
         samples = []
         for j in range(1, args.num_samples + 1):
             labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]

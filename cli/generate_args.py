@@ -17,12 +17,12 @@ import torch
 from cli import common_args
 from config import ModelConfig
 from engine.sampling import SamplingParams
-from engine.sequence import Sequence, build_sequence
+from engine.sequence import Sequence, build_sequence, check_length
 from engine.speculate import MAX_DRAFT_TOKENS
 from ops import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
-from utils.errors import UsageError
+from utils.errors import UsageError, check_integer
 from utils.files import read_text
 
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
@@ -133,13 +133,11 @@ def add_speculation_options(parser: argparse.ArgumentParser):
 
 def check_counts(args: argparse.Namespace):
     for name in ("num_samples", "max_new_tokens", "batch_size", "prompt_tokens", "speculate_k", "parallel"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, not {value}")
+        if (value := getattr(args, name)) is not None:
+            check_integer(f"--{name}", value, 1)
     if "" in args.stop:
         raise UsageError("--stop needs a text that is not empty")
-    if not -(2**63) <= args.seed < 2**64:
-        raise UsageError(f"--seed must fit 64 bits, not {args.seed}")
+    check_integer("--seed", args.seed, -(2**63), 2**64 - 1)
 
 
 def check_prompt(args: argparse.Namespace, has_prompt: bool):
@@ -227,6 +225,7 @@ def encode_prompts(
     options = {"params": args.sampling_params, "stop": tuple(args.stop), "n_logprobs": args.logprobs}
     options["eos_ids"] = eos_ids
     if args.prompt_tokens:
+        check_length(args.prompt_tokens, args.max_new_tokens, config.max_seq_len)
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
         options |= {"prompt": tokenizer.decode(ids), "tokenizer": tokenizer, "seed": args.seed}

@@ -56,7 +56,8 @@ class SamplingParams:
         no_op=0,
     )
     repetition_penalty: float = sampling_field(  # arXiv:1909.05858
-        1.0, "above 1: what the text has already becomes less likely", "above 0", lambda factor: 0 < factor < math.inf
+        # beyond these bounds the penalty could make a finite logit infinite
+        1.0, "above 1: what the text has already becomes less likely", "0.01 to 100", lambda r: 0.01 <= r <= 100
     )
 
     def __post_init__(self):

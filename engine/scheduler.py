@@ -36,7 +36,7 @@ from torch import Tensor
 import collectives
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import GREEDY, SamplingParams, apply_repetition_penalty, sample, store_token_ids
-from engine.sequence import LogitsProcessor, Logprobs, Sequence, SequenceUpdate, check_length
+from engine.sequence import LogitsProcessor, Logprobs, Sequence, SequenceUpdate, check_length, check_seed
 from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer
 from ops.backend import TORCH_BACKEND, Backend
@@ -257,6 +257,7 @@ class SlotLoop:
         logits_processor: LogitsProcessor | None = None,
     ):
         """seed: text i, counted from 0, samples with seed + i; None: as for Sequence."""
+        check_seed(seed)
         self.scheduler, self.params, self.seed, self.logits_processor = scheduler, params, seed, logits_processor
 
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
