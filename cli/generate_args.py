@@ -206,16 +206,17 @@ def build_sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
     """Returns the prompts of --prompt or --prompt_file, each a text or a chat's messages. A conversation has none yet.
-    Raises UsageError for a prompt that is empty or malformed: here and not in encode_prompts, since here the model is
+    Raises UsageError for a prompt that is empty or malformed: here and not in build_sequences, since here the model is
     not loaded yet."""
     if args.conversation:
         return []
     prompts = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
-    check_not_empty(prompts, args)
+    if not prompts or not all(prompts):
+        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
     return [with_chat_options(prompt, args) for prompt in prompts]
 
 
-def encode_prompts(
+def build_sequences(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
     """Returns a Sequence for each of prompts, or one Sequence of --prompt_tokens. Raises UsageError if a prompt cannot
@@ -244,12 +245,6 @@ def encode_prompts(
         number = f"prompt {failed[0] + 1}: " if len(sequences) > 1 else ""
         raise UsageError(f"{number}{sequences[failed[0]].error}")
     return sequences
-
-
-def check_not_empty(prompts: list, args: argparse.Namespace):
-    """Raises UsageError if there is no prompt, or if one of them is empty."""
-    if not prompts or not all(prompts):
-        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
 
 
 def with_chat_options(prompt: str | list[dict], args: argparse.Namespace) -> str | list[dict]:

@@ -164,7 +164,7 @@ class Conversation:
             is_full = fills_context and sequence.finish_reason == "length"
             self.finish_reason = "context" if is_full else sequence.finish_reason
         finally:
-            answer["content"] = sequence.text  # again, since Ctrl-C may come just before the same line in the loop
+            answer["content"] = sequence.text  # Ctrl-C may have come after the last token, before the loop's same line
             if self.finish_reason == "interrupted" and not self.answer_ids:
                 self.finish_reason = None
                 del self.messages[-2:]
