@@ -20,17 +20,17 @@ if __name__ == "__main__":
 import torch
 
 from cli import common_args
-from cli.generate_args import encode_prompts, parse_args, read_prompts
+from cli.generate_args import build_sequences, parse_args, read_prompts
 from cli.parallel import generate_in_parallel
 from cli.ranks import process_group
 from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
-from cli.startup import build_loop, describe_ranks, load_draft, required_seq_len, warm_up
+from cli.startup import build_loop, compile_steps, describe_ranks, load_draft, required_seq_len
 from cli.terminal import converse
 from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
 from engine.generation import DecodeLoop, stream_texts
-from engine.sequence import Sequence
+from engine.sequence import Sequence, to_64_bits
 from llm import LLM  # the README once said: from generate import LLM
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
@@ -47,14 +47,14 @@ def main():
     llm = LLM(args.checkpoint_path, compile=args.compile, **load_options)
     stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}  # more fields for --json
     draft = load_draft(args, llm.tokenizer, **load_options) if args.draft_checkpoint_path else None
-    sequences = encode_prompts(prompts, args, llm.tokenizer, llm.model.config)
+    sequences = build_sequences(prompts, args, llm.tokenizer, llm.model.config)
     if args.parallel:
         generate_in_parallel(args, llm.model, sequences, stats)
         return
 
     max_seq_len = required_seq_len(args, sequences, llm.model, draft)
     loop = build_loop(args, llm, max_seq_len, draft)
-    stats |= warm_up(args, loop, sequences)
+    stats |= compile_steps(args, loop, sequences)
     if args.json:
         stats |= describe_ranks(loop.runner)
     if args.conversation:
@@ -64,7 +64,7 @@ def main():
         converse(chat, args.max_new_tokens)
         return
     for i, sequence in enumerate(sequences, start=1):
-        torch.manual_seed(sequence.seed % 2**64)  # as with --parallel: a text does not depend on the prompts before
+        torch.manual_seed(to_64_bits(sequence.seed))  # as with --parallel: a text does not depend on the prompts before
         samples = []
         for j in range(1, args.num_samples + 1):
             labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]

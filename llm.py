@@ -17,7 +17,7 @@ LLM consists of these parts, which also take batches. generate is the loop (engi
         print(tokenizer.decode(ids))
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,10 +28,10 @@ from engine.generation import PlainLoop, generate, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.scheduler import Scheduler, SlotLoop, build_scheduler
-from engine.sequence import LogitsProcessor, Sequence, build_sequence
+from engine.sequence import LogitsProcessor, Sequence, build_sequence, check_seed
 from loading import load
 from model import KVCache
-from utils.errors import UsageError
+from utils.errors import UsageError, check_integer
 from utils.machine import pick_device
 
 __all__ = ["LLM", "KVCache", "ModelRunner", "SamplingParams", "generate", "load"]
@@ -56,14 +56,18 @@ class LLM:
         max_seq_len: the most tokens of generate's texts and of a conversation. The model's context is a limit, too.
         compile, use_kernels: as --compile and --kernels of generate.py.
         sampling: fields of SamplingParams, such as temperature. Fields that are given to a method override these."""
+        if not isinstance(checkpoint_path, Path | str):
+            raise UsageError(f"checkpoint_path must be a path, not {checkpoint_path!r:.80}")
+        check_integer("max_seq_len", max_seq_len, 1)
         self.params, self.compile = GREEDY.override(sampling), compile
         self.checkpoint_path = ensure_converted(checkpoint_path)
         options = {"device": pick_device(device), "dtype": dtype, "use_kernels": use_kernels}
         self.model, self.tokenizer = load(self.checkpoint_path, **options)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        # What no text uses now. Their KV caches and captured steps serve the next texts.
-        self.free_loops: list[PlainLoop] = []
-        self.free_schedulers: list[Scheduler] = []  # with one slot
+        # The loop of the last text that has ended. The loop's KV cache and captured steps serve the next text. Only one
+        # loop is kept, and one scheduler, since a KV cache is large.
+        self.free_loop: PlainLoop | None = None
+        self.free_scheduler: Scheduler | None = None  # with one slot; the same for texts of a SlotLoop
 
     def generate(
         self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), seed: int | None = None,
@@ -94,10 +98,10 @@ class LLM:
         parallel: the most prompts that are computed at a time.
         seed: prompt i samples with seed + i.
         stop, logits_processor, sampling: as for generate."""
-        if isinstance(prompts, str):
-            raise UsageError("generate_many takes a list of prompts, not one text")
-        if parallel < 1:
-            raise UsageError(f"parallel must be at least 1, not {parallel}")
+        if isinstance(prompts, str | dict) or not isinstance(prompts, Iterable):
+            raise UsageError(f"generate_many takes a list of prompts, not {prompts!r:.80}")
+        check_integer("parallel", parallel, 1)
+        check_seed(seed)
         options = {"stop": stop, "logits_processor": logits_processor, "params": self.params.override(sampling)}
         context, sequences = self.model.config.max_seq_len, []
         for i, prompt in enumerate(prompts):
@@ -108,16 +112,19 @@ class LLM:
                 raise UsageError(f"prompt {i}: {e}") from None
         return continuations(build_scheduler(self.model, sequences, parallel, self.compile), sequences)
 
-    def chat(self, system: str | None = None, seed: int | None = None, **sampling) -> Conversation:
+    def chat(
+        self, system: str | None = None, stop: tuple[str, ...] = (), seed: int | None = None, **sampling
+    ) -> Conversation:
         """Returns a new conversation: see Conversation.answer. The conversation keeps its KV cache until the
         conversation itself is deleted.
 
         system: the system message.
+        stop: strings that end an answer. The answer does not contain them.
         seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i.
         sampling: as for generate."""
         params = self.params.override(sampling)
         loop = self.take_loop(params) if seed is None else SlotLoop(self.take_scheduler(), params, seed)
-        return Conversation(self.tokenizer, loop, self.max_seq_len, self.model.config.eos_ids, system)
+        return Conversation(self.tokenizer, loop, self.max_seq_len, self.model.config.eos_ids, system, stop)
 
     def build_loop(
         self, params: SamplingParams, batch_size: int = 1, max_seq_len: int | None = None, compile_prefill: bool = False
@@ -125,7 +132,10 @@ class LLM:
         """Returns a loop with a KV cache of its own, for token ids in and out: see PlainLoop.
 
         max_seq_len: the most tokens of a sequence; None: the LLM's max_seq_len."""
-        kv_cache = KVCache(self.model, batch_size, max_seq_len or self.max_seq_len)
+        max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
+        check_integer("batch_size", batch_size, 1)
+        check_integer("max_seq_len", max_seq_len, 1)
+        kv_cache = KVCache(self.model, batch_size, max_seq_len)
         return PlainLoop(ModelRunner(self.model, kv_cache, params, self.compile, compile_prefill))
 
     # ---- What the methods above share ----
@@ -141,9 +151,9 @@ class LLM:
 
     def take_loop(self, params: SamplingParams) -> PlainLoop:
         """Returns a PlainLoop whose KV cache no text uses."""
-        if not self.free_loops:
+        loop, self.free_loop = self.free_loop, None
+        if loop is None:
             return self.build_loop(params)
-        loop = self.free_loops.pop()
         if loop.runner.sampler.params == params:
             return loop
         kv_cache = loop.runner.kv_cache  # fits any params; a captured step contains them
@@ -151,11 +161,11 @@ class LLM:
 
     def take_scheduler(self) -> Scheduler:
         """Returns a Scheduler with one slot, which no text uses."""
-        if self.free_schedulers:
-            scheduler = self.free_schedulers.pop()
-            scheduler.slots[0].cached_ids = []  # a cached prefix could change the text, by the rounding of 16 bits
-            return scheduler
-        return Scheduler(self.model, 1, self.max_seq_len, self.compile)
+        scheduler, self.free_scheduler = self.free_scheduler, None
+        if scheduler is None:
+            return Scheduler(self.model, 1, self.max_seq_len, self.compile)
+        scheduler.slots[0].cached_ids = []  # a cached prefix could change the text, by the rounding of 16 bits
+        return scheduler
 
     def stream(self, sequence: Sequence) -> Iterator[str]:
         is_plain = sequence.seed is None and sequence.logits_processor is None
@@ -169,9 +179,9 @@ class LLM:
                     yield text
         finally:
             if is_plain:
-                self.free_loops.append(loop)
+                self.free_loop = loop
             else:
-                self.free_schedulers.append(loop.scheduler)
+                self.free_scheduler = loop.scheduler
 
 
 def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:

@@ -46,7 +46,7 @@ from formats.base import in_chunks
 from formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
 from loading import load
 from model import meta_model
-from utils.errors import UsageError
+from utils.errors import UsageError, check_integer
 from utils.files import read_text
 from utils.machine import drop_pages, pick_device
 
@@ -117,6 +117,7 @@ QUANTIZERS = {mode: Quantizer(format_class, round_to_nearest) for mode, format_c
 }
 GROUP_SIZE_MODES = [mode for mode, (format_class, _) in QUANTIZERS.items() if format_class.has_group_size_option]
 DEFAULT_GROUP_SIZE = 32
+MAX_PERCDAMP = 100  # far beyond what helps; a float32 Hessian must stay finite
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -160,8 +161,10 @@ def check_args(args: argparse.Namespace):
     if args.group_size is not None and args.group_size not in format_class.group_sizes:
         sizes = ", ".join(map(str, format_class.group_sizes))
         raise UsageError(f"--groupsize must be one of {sizes}, not {args.group_size}")
-    if min(args.calibration_limit, args.blocksize) < 1 or not args.percdamp > 0:
-        raise UsageError("--calibration_limit, --blocksize and --percdamp must be above 0")
+    check_integer("--calibration_limit", args.calibration_limit, 1)
+    check_integer("--blocksize", args.blocksize, 1)
+    if not 0 < args.percdamp <= MAX_PERCDAMP:
+        raise UsageError(f"--percdamp must be above 0 and at most {MAX_PERCDAMP}, not {args.percdamp}")
     if args.calibration_seq_length is not None and args.calibration_seq_length < 2:
         raise UsageError(f"--calibration_seq_length must be above 1, not {args.calibration_seq_length}")
     if Path(f"x{args.label}").name != f"x{args.label}":

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from utils.errors import UsageError
+from utils.errors import check_integer
 
 PRECISIONS = ["bfloat16", "float16", "float32"]
 MAX_THREADS = 1024
@@ -58,8 +58,7 @@ def set_threads(n: int | None):
     """Applies --threads to this process and to the processes that it starts."""
     if n is None:
         return
-    if not 1 <= n <= MAX_THREADS:
-        raise UsageError(f"--threads must be 1 to {MAX_THREADS}, not {n}")
+    check_integer("--threads", n, 1, MAX_THREADS)
     import torch  # here, since scripts/download.py need not wait for this import
 
     os.environ["OMP_NUM_THREADS"] = str(n)

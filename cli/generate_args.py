@@ -17,12 +17,12 @@ import torch
 from cli import common_args
 from config import ModelConfig
 from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence, build_sequence
+from engine.sequence import Sequence, build_sequence, check_length
 from engine.speculate import MAX_DRAFT_TOKENS
 from ops import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
-from utils.errors import UsageError
+from utils.errors import UsageError, check_integer
 from utils.files import read_text
 
 DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
@@ -133,13 +133,11 @@ def add_speculation_options(parser: argparse.ArgumentParser):
 
 def check_counts(args: argparse.Namespace):
     for name in ("num_samples", "max_new_tokens", "batch_size", "prompt_tokens", "speculate_k", "parallel"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, not {value}")
+        if (value := getattr(args, name)) is not None:
+            check_integer(f"--{name}", value, 1)
     if "" in args.stop:
         raise UsageError("--stop needs a text that is not empty")
-    if not -(2**63) <= args.seed < 2**64:
-        raise UsageError(f"--seed must fit 64 bits, not {args.seed}")
+    check_integer("--seed", args.seed, -(2**63), 2**64 - 1)
 
 
 def check_prompt(args: argparse.Namespace, has_prompt: bool):
@@ -208,16 +206,17 @@ def build_sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
     """Returns the prompts of --prompt or --prompt_file, each a text or a chat's messages. A conversation has none yet.
-    Raises UsageError for a prompt that is empty or malformed: here and not in encode_prompts, since here the model is
+    Raises UsageError for a prompt that is empty or malformed: here and not in build_sequences, since here the model is
     not loaded yet."""
     if args.conversation:
         return []
     prompts = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
-    check_not_empty(prompts, args)
+    if not prompts or not all(prompts):
+        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
     return [with_chat_options(prompt, args) for prompt in prompts]
 
 
-def encode_prompts(
+def build_sequences(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
     """Returns a Sequence for each of prompts, or one Sequence of --prompt_tokens. Raises UsageError if a prompt cannot
@@ -227,6 +226,7 @@ def encode_prompts(
     options = {"params": args.sampling_params, "stop": tuple(args.stop), "n_logprobs": args.logprobs}
     options["eos_ids"] = eos_ids
     if args.prompt_tokens:
+        check_length(args.prompt_tokens, args.max_new_tokens, config.max_seq_len)
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
         options |= {"prompt": tokenizer.decode(ids), "tokenizer": tokenizer, "seed": args.seed}
@@ -245,12 +245,6 @@ def encode_prompts(
         number = f"prompt {failed[0] + 1}: " if len(sequences) > 1 else ""
         raise UsageError(f"{number}{sequences[failed[0]].error}")
     return sequences
-
-
-def check_not_empty(prompts: list, args: argparse.Namespace):
-    """Raises UsageError if there is no prompt, or if one of them is empty."""
-    if not prompts or not all(prompts):
-        raise UsageError(f"{args.prompt_file or 'the prompt'} is empty; give some text")
 
 
 def with_chat_options(prompt: str | list[dict], args: argparse.Namespace) -> str | list[dict]:

@@ -61,8 +61,8 @@ def silence(errors: io.StringIO) -> Iterator[None]:
 
 
 def wait_for_rank_0(errors: str):
-    """Lets rank 0 print its error before any rank exits. Rank 0 prints, then calls this function, which tells the other
-    ranks so. Without an error rank 0 never calls this function: then another rank prints errors after 5 s."""
+    """Lets rank 0 print its error before any rank exits. Rank 0 prints, then calls this function, for which the other
+    ranks wait. Without an error rank 0 never calls this function, so another rank prints errors after 5 s."""
     store = dist.distributed_c10d._get_default_store()  # the key-value store that all ranks share
     if dist.get_rank() == 0:
         store.set("rank 0 has printed", "")

@@ -27,7 +27,7 @@ class AsyncEngine:
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        # Every thread has a current device of its own.
+        # A new thread begins with device 0 as its current device, so initializer sets the scheduler's device.
         self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(str(scheduler.kv_cache.device),))
         self.inboxes: dict[Sequence, list[SequenceUpdate]] = {}  # where the caller of a sequence receives updates
         self.step_task: asyncio.Task | None = None  # the newest step, for which all callers wait

@@ -10,15 +10,16 @@ nearly full, the oldest messages are dropped.
 """
 
 import sys
+import weakref
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
 from engine.generation import DecodeLoop, stream_texts
-from engine.sequence import Sequence, check_max_new_tokens
-from text.chat_template import check_unicode, read_message
+from engine.sequence import Sequence, check_stop
+from text.chat_template import read_message
 from text.length import exceeds
 from text.tokenizer import Tokenizer, common_prefix_length
-from utils.errors import UsageError
+from utils.errors import UsageError, check_integer
 
 # If less than DROP_BELOW of the context is free for an answer, the oldest messages are dropped until DROP_UNTIL is
 # free. A dropped message changes the positions of all later tokens, so they must be computed again. DROP_UNTIL is
@@ -32,6 +33,9 @@ class ContextFull(UsageError):
 
 
 class Conversation:
+    """A chat's messages, and the answer that is being generated. A conversation has one answer at a time: a call that
+    begins an answer or changes the messages ends an earlier answer, as if the earlier answer's caller had stopped."""
+
     def __init__(
         self, tokenizer: Tokenizer, loop: DecodeLoop, max_seq_len: int, eos_ids: Collection[int],
         system: str | None = None, stop: tuple[str, ...] = (),
@@ -41,11 +45,18 @@ class Conversation:
         max_seq_len: how many tokens the KV cache of loop holds.
         system: the system message.
         stop: strings that end an answer. The answer does not contain them."""
+        check_stop(stop)
         self.tokenizer, self.loop = tokenizer, loop
         self.max_seq_len, self.eos_ids, self.stop = max_seq_len, eos_ids, stop
-        self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
-        self.n_dropped = 0  # how many messages were dropped to make room for the last answer
+        self.system: list[dict] = []  # the system message, or nothing
+        self.messages: list[dict] = []  # of the user and of the model, in turn
         self.sequence: Sequence | None = None  # the last answer
+        self.finish_reason: str | None = None  # of the last answer: "stop" or one of RESUMABLE; None: no answer
+        # The iterator of the last answer. A strong reference would be a cycle, which keeps the KV cache of an unused
+        # conversation in memory until Python's next garbage collection.
+        self.running: weakref.ref[Iterator[str]] | None = None
+        self.n_dropped = 0  # how many messages were dropped to make room for the last answer
+        self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
         self.load([{"role": "system", "content": system}] if system else [])
 
     @property
@@ -70,22 +81,37 @@ class Conversation:
         """Yields the answer to message, piece by piece, until the context is full. Raises ContextFull if message alone
         does not fit. If the caller stops early, the conversation keeps the part of the answer that has been generated.
         Without any part of an answer, the conversation drops the message."""
+        check_integer("max_new_tokens", max_new_tokens, 1)
+        message = read_message({"role": "user", "content": message})["content"]
+        self.end_answer()
         ids = self.make_room(self.messages, message, [], max_new_tokens)
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
         options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "hold_incomplete": True}
-        self.sequence = Sequence(ids, limit, is_answer=True, **options)
+        sequence = Sequence(ids, limit, is_answer=True, **options)
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
-        return self.stream(ids, new_messages)
+        return self.start_answer(sequence, ids, new_messages)
 
     def continue_answer(self, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
         """Continues the last answer, and yields the new text piece by piece. Raises ContextFull if the answer fills the
         whole context, and UsageError if the answer was not cut."""
+        check_integer("max_new_tokens", max_new_tokens, 1)
+        self.end_answer()
         if not self.messages or self.finish_reason not in RESUMABLE:
             raise UsageError("There is no cut answer to go on with.")
         *earlier, question, _ = self.messages
         ids = self.make_room(earlier, question["content"], self.answer_ids, max_new_tokens)
         self.sequence.resume(min(max_new_tokens, self.max_seq_len - len(ids)))
-        return self.stream(ids, [])
+        return self.start_answer(self.sequence, ids, [])
+
+    def start_answer(self, sequence: Sequence, ids: list[int], new_messages: list[dict]) -> Iterator[str]:
+        pieces = self.stream(sequence, ids, new_messages)
+        self.running = weakref.ref(pieces)
+        return pieces
+
+    def end_answer(self):
+        """Ends the answer that is being generated, as if the caller of the answer had stopped."""
+        if self.running is not None and (pieces := self.running()) is not None:
+            pieces.close()
 
     def make_room(self, earlier: list[dict], message: str, answer_ids: list[int], max_new_tokens: int) -> list[int]:
         """Returns the token ids of earlier, message and answer_ids, in this order. If these leave little room, first
@@ -100,7 +126,6 @@ class Conversation:
         def is_enough(n_pairs: int) -> bool:
             return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * DROP_UNTIL
 
-        check_max_new_tokens(max_new_tokens)
         if exceeds(self.tokenizer, message, self.max_seq_len):
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs, ids = 0, ids_without(0)
@@ -115,15 +140,15 @@ class Conversation:
         del self.messages[: self.n_dropped]
         return ids
 
-    def stream(self, ids: list[int], new_messages: list[dict]) -> Iterator[str]:
+    def stream(self, sequence: Sequence, ids: list[int], new_messages: list[dict]) -> Iterator[str]:
         """Adds new_messages to the conversation. Then yields the text that follows ids, and appends the text to the
         last message. If the limit of new tokens cuts the answer within a character, the character follows after
         continue_answer."""
+        self.sequence = sequence
         # Compute at least the last token, since only a token that is computed gives logits.
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
-        sequence = self.sequence
         fills_context = len(ids) + sequence.max_new_tokens - len(sequence.new_ids) == self.max_seq_len
         self.messages += new_messages
         answer = self.messages[-1]
@@ -139,18 +164,20 @@ class Conversation:
             is_full = fills_context and sequence.finish_reason == "length"
             self.finish_reason = "context" if is_full else sequence.finish_reason
         finally:
-            answer["content"] = sequence.text  # again, since Ctrl-C may come just before the same line in the loop
+            answer["content"] = sequence.text  # Ctrl-C may have come after the last token, before the loop's same line
             if self.finish_reason == "interrupted" and not self.answer_ids:
                 self.finish_reason = None
                 del self.messages[-2:]
 
     def drop_oldest(self) -> list[dict]:
         """Drops the oldest message and the answer to it. Returns both."""
+        self.end_answer()
         dropped = self.messages[:2]
         del self.messages[:2]
         return dropped
 
     def drop_all(self):
+        self.end_answer()
         self.messages.clear()
 
     def to_list(self) -> list[dict]:
@@ -163,10 +190,10 @@ class Conversation:
         messages = check_messages(messages)
         # Only rendering shows whether a template accepts messages. A template may need a user's message at the end.
         self.tokenizer.render_chat([*messages, {"role": "user", "content": "Hello"}], add_generation_prompt=True)
+        self.end_answer()
         n_system = len(messages) % 2
-        self.system = messages[:n_system]
-        self.messages = messages[n_system:]  # of the user and of the model, in turn
-        self.finish_reason: str | None = None  # of the last answer: "stop" or one of RESUMABLE; None: no answer
+        self.system, self.messages = messages[:n_system], messages[n_system:]
+        self.finish_reason = None
 
 
 def check_messages(messages) -> list[dict]:
@@ -174,10 +201,6 @@ def check_messages(messages) -> list[dict]:
     if not isinstance(messages, list):
         raise UsageError('A conversation is a list of {"role": ..., "content": text}.')
     copy = [read_message(message) for message in messages]
-    try:
-        check_unicode("".join(message["content"] for message in copy))
-    except UnicodeEncodeError:
-        raise UsageError("A message of the conversation is not valid UTF-8.") from None
     roles = ["system"] * (len(copy) % 2) + ["user", "assistant"] * (len(copy) // 2)
     if [message["role"] for message in copy] != roles:
         raise UsageError("A conversation is at most one system message, then user's and assistant's messages in turn.")

@@ -11,7 +11,6 @@ Shapes: B sequences, T new tokens per sequence.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -93,11 +92,11 @@ def stream_texts(
             break
 
 
-@dataclass(frozen=True)
 class PlainLoop:
-    """A DecodeLoop with a decode step for every token."""
+    """A DecodeLoop with a decode step for every token. speculate.py: SpeculativeLoop inherits from this class."""
 
-    runner: ModelRunner
+    def __init__(self, runner: ModelRunner):
+        self.runner = runner
 
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         prompt = torch.tensor([token_ids[n_cached:]] * self.runner.kv_cache.batch_size, device=self.runner.device)

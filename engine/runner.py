@@ -31,6 +31,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,11 @@ from ops.backend import Backend
 from utils.errors import UsageError
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
-# chunks are slow: every chunk reads all weights again, and where PyTorch multiplies, it dequantizes them first.
+# chunks are slow: every chunk reads all weights again, and a matmul of PyTorch first dequantizes its weights.
 CPU_PREFILL_CHUNK_TOKENS = 2048
 GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
+Mode = Literal["captured", "compiled", "eager"]  # of a step: see the table above
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 
 
@@ -80,7 +82,7 @@ class Sampler:
 
 
 def return_logits(logits: Tensor, *_) -> Tensor:
-    """The sampler of a step that ends with the logits."""
+    """Takes the place of a sampler in a step whose result is the logits."""
     return logits
 
 
@@ -153,34 +155,33 @@ class Step:
     The step uses the first B sequences of the KV cache. The next call may overwrite the result, and also the logits
     that the sampler gets: both may be static buffers of a graph. Clone what must last."""
 
-    def __init__(self, eager: "EagerStep", compile: bool):
-        self.eager, self.compile = eager, compile
-        self.by_mode: dict[str, Callable] = {}
+    def __init__(self, eager_step: "EagerStep", compile: bool):
+        self.eager_step, self.compile = eager_step, compile
+        self.steps: dict[Mode, Callable] = {}
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        mode = choose_mode(self.eager.supports_kernels(*tokens.shape), self.eager.model.device.type, self.compile)
-        if mode not in self.by_mode:  # built at first use: importing Inductor takes a second and 150 MB
-            self.by_mode[mode] = self.build(mode)
-        return self.by_mode[mode](tokens, start_pos, *inputs)
-
-    def build(self, mode: str) -> Callable:
-        """The function must not refer to self: a reference cycle would keep the KV cache of an unused runner in memory
-        until Python's next garbage collection."""
-        eager = self.eager
-        match mode, eager.model.device.type:
-            case "captured", "cpu":
-                return CPUGraphStep(eager)
-            case "captured", "cuda":
-                return capture(eager)
-            case "compiled", "cuda" if can_be_one_graph(eager.model):
-                return capture(CompiledStep(eager))
-            case "compiled", _:
-                return CompiledStep(eager)
-        return eager
+        eager_step = self.eager_step
+        mode = choose_mode(eager_step.supports_kernels(*tokens.shape), eager_step.model.device.type, self.compile)
+        if mode not in self.steps:  # built at first use: importing Inductor takes a second and 150 MB
+            self.steps[mode] = build_in_mode(mode, eager_step)
+        return self.steps[mode](tokens, start_pos, *inputs)
 
 
-def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> str:
+def build_in_mode(mode: Mode, eager_step: "EagerStep") -> Callable:
+    match mode, eager_step.model.device.type:
+        case "captured", "cpu":
+            return CPUGraphStep(eager_step)
+        case "captured", "cuda":
+            return capture(eager_step)
+        case "compiled", "cuda" if can_be_one_graph(eager_step.model):
+            return capture(CompiledStep(eager_step))
+        case "compiled", _:
+            return CompiledStep(eager_step)
+    return eager_step
+
+
+def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Mode:
     """Returns the mode of a step, by the table at the top of this file."""
     if has_kernels and (compile or device_type == "cpu"):
         return "captured"
@@ -194,7 +195,7 @@ class EagerStep:
         self, model: Transformer, kv_cache: KVCache, position_tables: list[PositionTables], sampler: Callable
     ):
         self.model, self.kv_cache, self.position_tables, self.sampler = model, kv_cache, position_tables, sampler
-        self.supports_kernels = cache(model.supports_kernels)  # the method goes through all modules
+        self.supports_kernels = cache(model.supports_kernels)  # slow, since the method goes through all modules
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
@@ -210,8 +211,8 @@ class EagerStep:
 class CPUGraphStep:
     """A step on a CPU. A CPU graph holds only the operations of kernels/schema.py, and a sampler has others."""
 
-    def __init__(self, eager: EagerStep):
-        self.sampler, self.graph = eager.sampler, capture(eager.compute_logits)
+    def __init__(self, eager_step: EagerStep):
+        self.sampler, self.graph = eager_step.sampler, capture(eager_step.compute_logits)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         return call_with_graph_threads(self.sampler, self.graph(tokens, start_pos), tokens, start_pos, *inputs)
@@ -221,17 +222,19 @@ class CompiledStep:
     """A step compiled by torch.compile in two pieces: the blocks, of which one compiled block serves all layers, and
     the head with the sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
-    def __init__(self, eager: EagerStep):
-        def head(hidden: Tensor, *inputs: Tensor):
-            return eager.sampler(eager.model.compute_logits(hidden), *inputs)
+    def __init__(self, eager_step: EagerStep):
+        model, sampler = eager_step.model, eager_step.sampler
 
-        options = {"fullgraph": can_be_one_graph(eager.model), "dynamic": False}
-        self.eager, self.head = eager, torch.compile(head, **options)
-        self.model = compile_blocks(eager.model, **options)
+        def head(hidden: Tensor, *inputs: Tensor):
+            return sampler(model.compute_logits(hidden), *inputs)
+
+        options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
+        self.eager_step, self.head = eager_step, torch.compile(head, **options)
+        self.model = compile_blocks(model, **options)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
-        used_cache = self.eager.kv_cache.narrow_batch(0, len(tokens))
-        hidden = self.model.compute_hidden(tokens, start_pos, used_cache, self.eager.position_tables)
+        used_cache = self.eager_step.kv_cache.narrow_batch(0, len(tokens))
+        hidden = self.model.compute_hidden(tokens, start_pos, used_cache, self.eager_step.position_tables)
         return self.head(hidden, tokens, start_pos, *inputs)
 
 

@@ -47,8 +47,9 @@ class SamplingParams:
         lambda p: 0 <= p <= 1, no_op=0,
     )
     repetition_penalty: float = sampling_field(  # arXiv:1909.05858
-        float, 1.0, "above 1: what the text has already becomes less likely", "above 0",
-        lambda factor: 0 < factor < math.inf,
+        # beyond these bounds the penalty could make a finite logit infinite
+        float, 1.0, "above 1: what the text has already becomes less likely", "0.01 to 100",
+        lambda factor: 0.01 <= factor <= 100,
     )
 
     def __post_init__(self):

@@ -2,7 +2,7 @@
 
     scheduler = Scheduler(model, n_slots=16, max_seq_len=2048)
     scheduler.submit(Sequence(prompt_ids, max_new_tokens=100))  # at any time
-    while scheduler.has_work():
+    while scheduler.has_unfinished_sequences():
         for update in scheduler.step():
             print(update.new_ids)
 
@@ -20,9 +20,9 @@ slot (prefix caching):
 
 While sequences decode, a prompt is computed in chunks, so that a long prompt does not stall them (chunked prefill).
 
-Each sequence has its own random numbers, so that its text does not depend on the other sequences, except that a copied
-prefix may round differently in 16 bits. With RoPE of type
-dynamic or longrope the text depends on max_seq_len, as with every KV cache.
+A sequence with a seed has random numbers of its own, so that its text does not depend on the other sequences. But a
+copied prefix may round differently in 16 bits. With RoPE of type dynamic or longrope a text depends on max_seq_len, as
+with every KV cache.
 """
 
 import time
@@ -37,7 +37,7 @@ import collectives
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import apply_repetition_penalty, sample, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
-from engine.sequence import LogitsProcessor, Logprobs, Sequence, SequenceUpdate, check_length
+from engine.sequence import LogitsProcessor, Logprobs, Sequence, SequenceUpdate, check_length, check_seed
 from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer
 from ops.backend import TORCH_BACKEND, Backend
@@ -108,19 +108,19 @@ class Scheduler:
         for i, slot in enumerate(self.slots):
             if slot.sequence is sequence:
                 if slot.is_prefilling:  # no logits have shown yet whether the keys and values are finite
-                    self.clear(i)
-                self.free(slot)
+                    self.forget_tokens(i)
+                self.free_slot(i)
 
-    def free(self, slot: Slot):
-        slot.sequence, slot.freed_step = None, self.n_steps
+    def free_slot(self, i: int):
+        self.slots[i].sequence, self.slots[i].freed_step = None, self.n_steps
 
-    def clear(self, i: int):
-        """Forgets what slot i holds, since its keys and values may not be finite. Attention hides a position by
-        multiplying its value with 0. But 0 * NaN is NaN."""
+    def forget_tokens(self, i: int):
+        """Clears slot i, whose keys and values may not be finite. Attention hides a position by multiplying its value
+        with 0. But 0 * NaN is NaN."""
         self.kv_cache.clear_sequence(i)
         self.slots[i].cached_ids = []
 
-    def has_work(self) -> bool:
+    def has_unfinished_sequences(self) -> bool:
         return bool(self.waiting) or any(slot.sequence for slot in self.slots)
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
@@ -151,7 +151,7 @@ class Scheduler:
         token. Returns an update for each new token."""
         self.n_steps += 1
         n_decoding = sum(slot.is_decoding for slot in self.slots)
-        if not n_decoding or self.prefill_tokens_since_decode < self.chunk_tokens:
+        if self.may_prefill(n_decoding):
             self.schedule_next()
             for i, slot in enumerate(self.slots):
                 if slot.is_prefilling:
@@ -159,26 +159,31 @@ class Scheduler:
         self.prefill_tokens_since_decode = 0
         return self.decode(n_decoding) if n_decoding else []
 
+    def may_prefill(self, n_decoding: int) -> bool:
+        """Whether prompts come before decoding in this step. Prompts come first, because more sequences then share a
+        decode step. But after chunk_tokens tokens of prompts, the n_decoding sequences have waited long enough."""
+        return n_decoding == 0 or self.prefill_tokens_since_decode < self.chunk_tokens
+
     def schedule_next(self):
         """Moves the next sequence from the queue into a free slot, unless there is none or another prompt is being
         computed. Copies the longest prefix that the prompt shares with any slot. The prefix never contains the prompt's
         last token, since only a token that is computed gives logits.
 
-        The best free slot is one whose whole text is such a prefix, as in a conversation that goes on: nothing is lost.
-        Otherwise the new sequence takes the slot that has been free for the longest time."""
+        The best free slot is one whose whole text the prompt continues, as in a conversation that goes on: no cached
+        tokens are lost. Otherwise the new sequence takes the slot that has been free for the longest time."""
         free_slots = [i for i, slot in enumerate(self.slots) if slot.sequence is None]
         if not self.waiting or not free_slots or any(slot.is_prefilling for slot in self.slots):
             return
         sequence = self.waiting.popleft()
-        shared = [common_prefix_length(slot.cached_ids, sequence.prompt_ids[:-1]) for slot in self.slots]
-        lossless = [i for i in free_slots if shared[i] == len(self.slots[i].cached_ids)]
-        if lossless:
-            target = max(lossless, key=lambda i: shared[i])
+        prefix_lengths = [common_prefix_length(slot.cached_ids, sequence.prompt_ids[:-1]) for slot in self.slots]
+        continued_slots = [i for i in free_slots if prefix_lengths[i] == len(self.slots[i].cached_ids)]
+        if continued_slots:
+            target = max(continued_slots, key=lambda i: prefix_lengths[i])
         else:
             target = min(free_slots, key=lambda i: self.slots[i].freed_step)
-        n = max(shared)
-        if shared[target] < n:
-            self.kv_cache.copy_sequence(shared.index(n), target, n)
+        n = max(prefix_lengths)
+        if prefix_lengths[target] < n:
+            self.kv_cache.copy_sequence(prefix_lengths.index(n), target, n)
         self.slots[target].cached_ids = sequence.prompt_ids[:n]
         self.slots[target].sequence = sequence
         sequence.start_time = time.perf_counter()
@@ -240,12 +245,12 @@ class Scheduler:
         sequence = self.slots[i].sequence
         if token < 0:  # logits that are not finite end this sequence, and no other
             update = sequence.fail(NOT_FINITE)
-            self.clear(i)
+            self.forget_tokens(i)
         else:
             n_top = sequence.n_logprobs
             update = sequence.append(token, None if n_top is None else compute_logprobs(logits, token, n_top))
         if sequence.finish_reason:
-            self.free(self.slots[i])
+            self.free_slot(i)
         return update
 
 
@@ -258,10 +263,11 @@ class SlotLoop:
         logits_processor: LogitsProcessor | None = None,
     ):
         """seed: text i, counted from 0, samples with seed + i; None: as for Sequence."""
+        check_seed(seed)
         self.scheduler, self.params, self.seed, self.logits_processor = scheduler, params, seed, logits_processor
 
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-        """As DecodeLoop.generate. n_cached is not needed: the scheduler finds the prefix that its slot holds."""
+        """As DecodeLoop.generate. n_cached is not used: the scheduler itself finds the prefix that the slot holds."""
         options = {"seed": self.seed, "logits_processor": self.logits_processor}
         if self.seed is not None:
             self.seed += 1  # of the next text

@@ -22,7 +22,7 @@ from engine.sampling_params import GREEDY, SamplingParams
 from text.chat_template import check_unicode, read_message
 from text.length import exceeds
 from text.tokenizer import IncrementalDetokenizer, Tokenizer
-from utils.errors import UsageError
+from utils.errors import UsageError, check_integer
 
 # (ids of the prompt and of the new tokens so far, logits [V]) -> logits [V], from which the next token is sampled. -inf
 # excludes a token.
@@ -77,8 +77,9 @@ class Sequence:
     token_times: list[float] = field(default_factory=list, init=False)  # when each new token arrived
 
     def __post_init__(self):
-        if self.seed is not None and not isinstance(self.seed, int):
-            raise UsageError(f"seed must be an integer, not {self.seed!r:.80}")
+        check_seed(self.seed)
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise UsageError(f"logits_processor must be a function, not {self.logits_processor!r:.80}")
         self.detokenizer = None
         if self.tokenizer is not None:
             # A tokenizer may drop the space at the beginning of a text, but not between a prompt and its continuation.
@@ -89,7 +90,7 @@ class Sequence:
     def generator(self) -> torch.Generator:
         if self.seed is None:
             return torch.default_generator
-        return torch.Generator().manual_seed(self.seed % 2**64)  # a user's seed + i may need more bits
+        return torch.Generator().manual_seed(to_64_bits(self.seed))
 
     def append(self, token: int, logprobs: Logprobs | None = None) -> SequenceUpdate:
         """Adds a new token. Decides whether the sequence ends. A sequence that has ended takes no more tokens."""
@@ -128,16 +129,14 @@ def build_sequence(
     prompt: str | list[dict], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int,
     max_seq_len: int | None = None, hint: str = "", **options,
 ) -> Sequence:
-    """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt and
-    check_length do, and if stop is not a tuple or list of strings. (Of a string, the letters would be stop strings.)
+    """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt,
+    check_length and check_stop do.
 
     config: the model's.
     max_seq_len, hint: as for check_length; None: the model's context.
     options: further fields of Sequence. The default of eos_ids is the model's."""
-    check_max_new_tokens(max_new_tokens)
-    stop = options.get("stop", ())
-    if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
-        raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    check_stop(options.get("stop", ()))
     ids = encode_prompt(prompt, tokenizer, config.max_seq_len)
     check_length(len(ids), max_new_tokens, max_seq_len or config.max_seq_len, hint)
     options = {"eos_ids": config.eos_ids} | options
@@ -155,11 +154,9 @@ def encode_prompt(
     if not is_chat and not isinstance(prompt, str):
         raise UsageError(f"a prompt must be a text or a list of messages, not {prompt!r:.80}")
     messages = [read_message(message) for message in prompt] if is_chat else []
+    if not is_chat:
+        check_unicode(prompt, "the prompt")
     for text in [message["content"] for message in messages] if is_chat else [prompt]:
-        try:
-            check_unicode(text)
-        except UnicodeEncodeError:
-            raise UsageError("the prompt is not valid UTF-8") from None
         if exceeds(tokenizer, text, max_seq_len):
             raise UsageError(f"a prompt of {len(text)} characters exceeds {limit}{max_seq_len} tokens")
     if not prompt:
@@ -172,11 +169,21 @@ def encode_prompt(
     return tokenizer.encode_parts(parts)
 
 
-def check_max_new_tokens(max_new_tokens: int):
-    if not isinstance(max_new_tokens, int):
-        raise UsageError(f"max_new_tokens must be an integer, not {max_new_tokens!r:.80}")
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+def check_seed(seed: int | None):
+    if seed is not None:
+        check_integer("seed", seed)
+
+
+def to_64_bits(seed: int) -> int:
+    """Returns a seed as PyTorch takes it. The seed of a user's prompt i, which is the first prompt's seed + i, may need
+    more bits."""
+    return seed % 2**64
+
+
+def check_stop(stop: tuple[str, ...]):
+    """Raises UsageError if stop is not a tuple or list of strings. (Of a string, the letters would be stop strings.)"""
+    if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
+        raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
 
 
 def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, hint: str = ""):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import collectives
+from engine.generation import PlainLoop
 from engine.runner import ModelRunner, Sampler, check_sampled_ids
 from engine.sampling import probabilities, sample
 from engine.sampling_params import SamplingParams
@@ -35,13 +36,16 @@ from ops.backend import TORCH_BACKEND, Backend
 from ops.torch_ops import multinomial
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
-# The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights.
+# The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights. One
+# number, near the largest, serves all weights: too large a number makes speculation gain less, but too small a number
+# makes a text slower than without speculation.
 VERIFY_COST = 0.1
-# AcceptanceRate's counts decay at every step, by these factors. Steps without a proposal decay them, too: some time
-# after bad proposals, the rate is near its first value again, and proposing is tried again.
-EMA_DECAY = 0.9  # a step that verifies tokens
-IDLE_DECAY = 0.97  # a step without a proposal
-PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5  # the counts before the first step
+# AcceptanceRate counts accepted and rejected tokens, beginning with the priors. Every step moves the counts towards the
+# priors by a decay factor. Steps without a proposal move the counts, too, so that some time after bad proposals the
+# rate is high enough to propose again.
+PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5
+EMA_DECAY = 0.9  # the factor of a step that verifies tokens
+IDLE_DECAY = 0.97  # the factor of a step without a proposal
 
 
 class Proposal(NamedTuple):
@@ -60,32 +64,32 @@ class Proposer(Protocol):
         """Tells the proposer that the next text may differ from the previous text after the first n tokens."""
 
 
-class SpeculativeLoop:
-    """A DecodeLoop (generation.py) that verifies what proposer proposes."""
+class SpeculativeLoop(PlainLoop):
+    """A PlainLoop whose steps also verify what proposer proposes. The batch size is 1."""
 
     def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
         """k: the most tokens to propose at a time."""
-        self.runner, self.proposer, self.k, self.device = runner, proposer, k, runner.device
+        super().__init__(runner)
+        self.proposer, self.k, self.device = proposer, k, runner.device
         sampler = runner.sampler
         self.verify_step = runner.build_step(RejectionSampler(sampler.params, sampler.token_ids, sampler.backend))
         self.verify_cost = estimate_verify_cost(runner.model)  # of one proposed token
-        # How many tokens each step of the last text gave; step 0 is prefill. A step gives at least one token. Of the
-        # last step, only the tokens count that the caller took.
-        self.step_sizes: list[int] = []
+        # How many tokens of the last text each step gave, and the caller took. Step 0 is prefill.
+        self.n_tokens_per_step: list[int] = []
 
     @torch.inference_mode()
     def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
         """Yields the new tokens one by one, each as [1]: see DecodeLoop."""
-        self.step_sizes.clear()
+        self.n_tokens_per_step.clear()
         token_ids, n_left = list(token_ids), max_new_tokens
         acceptance = AcceptanceRate()
         self.proposer.rewind(n_cached)
         prompt = torch.tensor([token_ids[n_cached:]], device=self.device)
         new_ids = self.runner.prefill(prompt, torch.tensor([n_cached], device=self.device)).tolist()
         while True:
-            self.step_sizes.append(0)
+            self.n_tokens_per_step.append(0)
             for token in check_sampled_ids(new_ids):
-                self.step_sizes[-1] += 1
+                self.n_tokens_per_step[-1] += 1
                 yield [token]
             token_ids += new_ids
             n_left -= len(new_ids)
@@ -116,15 +120,15 @@ class SpeculativeLoop:
 
     @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
+        super().warm_up(max_new_tokens)
         zeros = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self.runner.decode(zeros, zeros[0])
         for k in draft_lengths(self.k):
             if k < max_new_tokens:
                 self.verify(zeros, zeros[0], self.proposer.propose([0, 0, 0], k))
 
     def accept_counts(self) -> list[int]:
         # A step that accepts n tokens gives n + 1.
-        return [self.step_sizes[1:].count(n_accepted + 1) for n_accepted in range(self.k + 1)]
+        return [self.n_tokens_per_step[1:].count(n_accepted + 1) for n_accepted in range(self.k + 1)]
 
 
 class RejectionSampler(Sampler):
@@ -274,8 +278,8 @@ class DraftModelProposer:
         self.n_cached = 0  # how many tokens of the text are in the draft's cache
 
     def propose(self, token_ids: list[int], k: int) -> Proposal:
-        # The draft has not processed the last token. If all k proposals were accepted, the draft has not processed the
-        # last proposal either. Always process two tokens, so that one captured step with T = 2 serves both cases.
+        # The draft's cache lacks the text's last token, and the token before it if the model accepted all k proposals.
+        # The first step always takes both tokens, so that a GPU captures one step with T = 2 for both cases.
         n_before = len(token_ids) - 2
         n_cached = min(self.n_cached, n_before)
         tokens = torch.tensor([token_ids[n_cached:]], device=self.draft.device).clamp(max=self.last_id)

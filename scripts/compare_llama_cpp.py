@@ -66,7 +66,7 @@ from scripts.benchmarking.compare_speed import (
     summarize,
 )
 from scripts.benchmarking.speed import CONFIGS, describe_machine
-from utils.errors import UsageError
+from utils.errors import UsageError, check_integer
 
 PAIRS = [
     Pair("bf16", "BF16"), Pair("int8", "Q8_0"), Pair("int4.g32", "Q4_0"), Pair("int4.g32", "Q4_1"),
@@ -136,8 +136,8 @@ def parse_args() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write all measurements and the machine's description")
     add("--plot", type=Path, metavar="FILE.png", help="draw the results")
     args = parser.parse_args()
-    if args.rounds < 1 or args.threads < 1:
-        raise UsageError("--rounds and --threads must be at least 1")
+    check_integer("--rounds", args.rounds, 1)
+    check_integer("--threads", args.threads, 1, common_args.MAX_THREADS)
     if args.parallel and not 1 <= min(args.parallel) <= max(args.parallel) <= MAX_SEQUENCES:
         raise UsageError(f"--parallel takes numbers from 1 to {MAX_SEQUENCES}")
     for out in (args.json, args.plot):

@@ -16,7 +16,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceUpdate, encode_prompt
 from text.tokenizer import Tokenizer
-from utils.errors import UsageError
+from utils.errors import UsageError, check_integer
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # limits of one request
 # Fields that are not supported -> a value that is accepted, since it changes nothing. null, 0, false and empty values
@@ -49,7 +49,10 @@ def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: S
     max_tokens = read_integer(body, "max_completion_tokens", max_tokens, 1, room)
     seed = read_integer(body, "seed", secrets.randbits(31), -(2**62), 2**62)
     if is_chat:
-        n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS) if read_boolean(body, "logprobs") else None
+        n_logprobs = read_integer(body, "top_logprobs", 0, 0, MAX_LOGPROBS)
+        if not read_boolean(body, "logprobs"):
+            require(n_logprobs == 0, "top_logprobs needs logprobs, which must be true")
+            n_logprobs = None
     else:
         n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
     params, stop = read_sampling_params(body), read_stop(body)
@@ -78,24 +81,22 @@ def read_sampling_params(body: dict) -> SamplingParams:
     SamplingParams are vLLM's."""
     params = SamplingParams.from_options({"temperature": 1.0} | body)  # OpenAI's default
     require(params.temperature <= 2, "temperature must be at most 2")
-    # A penalty beyond these bounds could make logits infinite, which would be an error of the server.
-    require(0.01 <= params.repetition_penalty <= 100, "repetition_penalty must be 0.01 to 100")
     return params
 
 
 def read_stop(body: dict) -> tuple[str, ...]:
-    stop = body.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
+    stop = body.get("stop", [])
+    if isinstance(stop, str):
+        stop = [stop] if stop else []
     is_valid = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop)
     require(is_valid and len(stop) <= MAX_STOPS, f"stop must be {MAX_STOPS} texts of {MAX_STOP_LENGTH} letters at most")
     return tuple(stop)
 
 
 def read_integer(body: dict, name: str, default: int | None, low: int, high: int) -> int | None:
-    value = body.get(name, default)
-    is_valid = name not in body or type(value) is int and low <= value <= high
-    require(is_valid, f"{name} must be an integer from {low} to {high}")
-    return value
+    if name in body:
+        check_integer(name, body[name], low, high)
+    return body.get(name, default)
 
 
 def read_boolean(body: dict, name: str) -> bool:
@@ -116,8 +117,9 @@ class Reply:
         self.sequences = read_sequences(body, is_chat, tokenizer, scheduler)
         self.n_sent: dict[Sequence, int] = {}  # how many characters of each text were sent in a stream
         self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, read_boolean(body, "stream")
-        options = body.get("stream_options")
-        self.streams_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+        options = body.get("stream_options", {})
+        require(isinstance(options, dict), "stream_options must be a JSON object")
+        self.streams_usage = bool(options.get("include_usage"))
         self.special_tokens = {i: text for text, i in tokenizer.special_token_ids.items()}
         object = f"chat.completion{'.chunk' if self.is_stream else ''}" if is_chat else "text_completion"
         self.header = {"id": secrets.token_hex(12), "object": object, "created": int(time.time()), "model": model_name}

@@ -64,7 +64,7 @@ def main():
     common_args.add_threads(parser)
     args = parser.parse_args()
     require(min(args.parallel, args.max_seq_length) > 0, "--parallel and --max_seq_length must be at least 1")
-    require("" not in (args.host, args.api_key), "--host and --api_key must not be empty: it would let in everybody")
+    require("" not in (args.host, args.api_key), "an empty --host or --api_key would let in everybody: leave it out")
     common_args.set_threads(args.threads)
     listener = listen(args.host, args.port)
     llm = LLM(args.checkpoint_path, max_seq_len=args.max_seq_length, **common_args.load_options(args))

@@ -309,3 +309,25 @@ def test_thoughts_are_shown_but_forgotten(fine_tune, cli):
         assert list(conversation.answer(message, 12)) == ["<think>", "a", "</think>", "B"]
         assert conversation.messages[-1]["content"] == "<think>a</think>B"
         assert conversation.cached_ids == ids + conversation.answer_ids
+
+
+@pytest.mark.parametrize("change", [
+    lambda chat: "".join(chat.answer("Ho", 6)), lambda chat: "".join(chat.continue_answer(6)),
+    lambda chat: chat.load([]), lambda chat: chat.drop_oldest(), lambda chat: chat.drop_all(),
+])
+@pytest.mark.parametrize("n_taken", [0, 1, 3])
+def test_a_conversation_has_one_answer_at_a_time(chat_model, change, n_taken):
+    """Another answer, or a change of the messages, ends the first answer as its caller could have ended it."""
+    llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=CONTEXT)
+    results = []
+    for is_closed in (True, False):
+        chat = llm.chat(system="Be brief")
+        "".join(chat.answer("Hi", 4))
+        pieces = chat.answer("Hey", 12)
+        taken = [next(pieces) for _ in range(n_taken)]
+        if is_closed:
+            pieces.close()
+        results.append([taken, change(chat), chat.to_list(), chat.finish_reason, chat.cached_ids])
+        assert next(pieces, None) is None
+        results[-1] += [chat.to_list(), "".join(chat.answer("bye", 6))]
+    assert results[0] == results[1]

@@ -156,7 +156,7 @@ def test_medians_over_rounds():
         ("llama_cpp", "", "llama_cpp is missing; pip install llama-cpp-python gguf matplotlib"),
         ("gguf", "", "pip install llama-cpp-python gguf matplotlib"),
         (None, "--rounds 0", "at least 1"),
-        (None, "--threads 0", "at least 1"),
+        (None, "--threads 0", "1 to 1024"),
         (None, "--parallel 8 0", "from 1 to 102"),
         (None, "--json nowhere/x.json", "a folder that exists"),
         (None, "--plot .", "must be a file"),

@@ -1,5 +1,6 @@
 """The project as a library gives the commands' results, and an import changes nothing in the process."""
 
+import gc
 import json
 import os
 import subprocess
@@ -67,6 +68,9 @@ def test_llm(chat_model, cli):
     messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
     assert "".join(llm.generate(messages, max_new_tokens=12)) == answers[0]
     assert "".join(llm.generate("Hello", max_new_tokens=12, stop=(text[4:6],))) == text.split(text[4:6])[0]
+    stop = (answers[0][2:4],)
+    brief = llm.chat(system="Be brief", stop=stop)
+    assert "".join(brief.answer("Hi", max_new_tokens=12)) == answers[0].split(stop[0])[0]
     assert list(llm.generate_many(["Hello", "Hello"], max_new_tokens=12)) == [(0, text), (1, text)]
     with pytest.raises(UsageError, match="the prompt is empty"):
         llm.generate("", max_new_tokens=12)
@@ -105,6 +109,65 @@ def test_llm(chat_model, cli):
     assert LLM(chat_model / "model.pth", max_seq_len=10**6, temperature=0.5).max_seq_len == llm.model.config.max_seq_len
 
 
+def test_texts_at_once(chat_model):
+    """Two chats and other texts, in turns, are what they are alone. Then the LLM keeps one KV cache of a PlainLoop,
+    and one of a SlotLoop."""
+    llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
+
+    def texts() -> list:
+        """Not one of them has begun."""
+        chats = [llm.chat(), llm.chat(system="Be brief"), llm.chat(seed=3, temperature=2.0)]
+        answers = [chat.answer(message, 12) for chat, message in zip(chats, ("Hi", "Ho", "Hi"), strict=True)]
+        return [*answers, llm.generate("Hello", 12), llm.generate("Hi", 12), llm.generate("Hello", 12, seed=5)]
+
+    alone = ["".join(text) for text in texts()]
+    in_turns = zip_longest(*texts(), fillvalue="")
+    assert ["".join(parts) for parts in zip(*in_turns, strict=True)] == alone
+    in_turns = None
+    gc.collect()
+    kept = [llm.free_loop.runner.kv_cache, llm.free_scheduler.kv_cache]
+    alive = [o for o in gc.get_objects() if type(o) is KVCache and o.token_ids.shape[1] == 160]
+    assert {id(o) for o in alive} == {id(o) for o in kept}
+
+
+WRONG_ARGUMENTS = [
+    (lambda path: LLM(None), "checkpoint_path must be a path, not None"),
+    (lambda path: LLM(path, max_seq_len="x"), "max_seq_len must be an integer, not 'x'"),
+    (lambda path: LLM(path, max_seq_len=0), "max_seq_len must be at least 1, not 0"),
+    (lambda path: LLM(path, device="cud"), "device 'cud' is not available"),
+    (lambda path: LLM(path, device=5), "device 5 is not available"),
+    (lambda llm: llm.generate("Hi", True), "max_new_tokens must be an integer, not True"),
+    (lambda llm: llm.generate("Hi", 5, seed=True), "seed must be an integer, not True"),
+    (lambda llm: llm.generate("Hi", 5, logits_processor=5), "logits_processor must be a function, not 5"),
+    (lambda llm: llm.generate("Hi", 5, repetition_penalty=1e-39), "repetition_penalty must be 0.01 to 100, not 1e-39"),
+    (lambda llm: llm.generate_many(None), "generate_many takes a list of prompts, not None"),
+    (lambda llm: llm.generate_many(5), "generate_many takes a list of prompts, not 5"),
+    (lambda llm: llm.generate_many({"role": "user", "content": "Hi"}), "generate_many takes a list of prompts, not {"),
+    (lambda llm: llm.generate_many(["Hi"], parallel="x"), "parallel must be an integer, not 'x'"),
+    (lambda llm: llm.generate_many(["Hi"], parallel=0), "parallel must be at least 1, not 0"),
+    (lambda llm: llm.generate_many(["Hi"], seed="abc"), "seed must be an integer, not 'abc'"),
+    (lambda llm: llm.chat(seed="abc"), "seed must be an integer, not 'abc'"),
+    (lambda llm: llm.chat(stop="abc"), "stop must be a tuple of strings"),
+    (lambda llm: llm.chat(system=5), "a message must have a role .* not {'role': 'system', 'content': 5}"),
+    (lambda llm: llm.chat(system="\ud800"), "a message is not valid UTF-8"),
+    (lambda llm: llm.chat().answer(None), "a message must have a role .* not {'role': 'user', 'content': None}"),
+    (lambda llm: llm.chat().answer("\ud800"), "a message is not valid UTF-8"),
+    (lambda llm: llm.chat().answer("Hi", "x"), "max_new_tokens must be an integer, not 'x'"),
+    (lambda llm: llm.chat().load(5), "A conversation is a list of"),
+    (lambda llm: llm.build_loop(llm.params, batch_size=0), "batch_size must be at least 1, not 0"),
+    (lambda llm: llm.build_loop(llm.params, max_seq_len=1.5), "max_seq_len must be an integer, not 1.5"),
+]
+
+
+def test_wrong_arguments(chat_model):
+    """Each is refused at the call, in one line."""
+    path = chat_model / "model.pth"
+    llm = LLM(path, device="cpu")
+    for call, message in WRONG_ARGUMENTS:
+        with pytest.raises(UsageError, match=f"^{message}[^\n]*$"):
+            call(path if call.__code__.co_varnames == ("path",) else llm)
+
+
 def test_sampling_options_of_a_call(chat_model):
     """Options of a call replace the LLM's for that call, also while a text with other options is generated."""
     greedy, hot = (LLM(chat_model / "model.pth", device="cpu", temperature=t, top_k=20) for t in (0, 5.0))
@@ -119,7 +182,7 @@ def test_sampling_options_of_a_call(chat_model):
         assert (text(hot, temperature=0), text(greedy, temperature=5)) == expected
         assert (text(greedy), text(hot)) == expected
     assert text(hot, top_k=1) == expected[0] and text(greedy, temperature=5, top_k=None) != expected[1]
-    assert len(greedy.free_loops) == 1
+    assert greedy.free_loop is not None
 
     pieces = greedy.generate("Hello", max_new_tokens=20)
     first = next(pieces)

@@ -330,6 +330,8 @@ def test_calibration_windows_come_from_all_over(folder):
         (["--calibration_text=TEXT"], "needs no calibration"),
         (["--checkpoint_path=."], "holds no model"),
         (["--percdamp=0"], "--percdamp"),
+        (["--percdamp=nan"], "--percdamp"),
+        (["--percdamp=1e308"], "--percdamp"),
         (["--percdamp=0", "--mode=int4-gptq"], "--percdamp"),
         (["--mode=int8", "--groupsize=64"], "--groupsize belongs to int4"),
         (["--mode=fp8", "--groupsize=64"], "--groupsize belongs to int4"),

@@ -107,7 +107,7 @@ def test_repetition_penalty_equals_transformers(both_models):
         scheduler = Scheduler(ours, 3, 64)
         for i in order:
             scheduler.submit([plain, penalized, short][i])
-        while scheduler.has_work():
+        while scheduler.has_unfinished_sequences():
             scheduler.step()
         assert penalized.new_ids == expected and plain.new_ids != expected
 

@@ -51,7 +51,7 @@ def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[int]]:
     tokens = {sequence: [] for sequence in sequences}
     for sequence in sequences:
         scheduler.submit(sequence)
-    while scheduler.has_work():
+    while scheduler.has_unfinished_sequences():
         for update in scheduler.step():
             tokens[update.sequence] += update.new_ids
     assert list(tokens.values()) == [sequence.new_ids for sequence in sequences]
@@ -119,7 +119,7 @@ def test_end_tokens_and_cancelled_sequences_leave_the_others_alone(both_models):
     for sequence in sequences:
         scheduler.submit(sequence)
     found = {sequence: [] for sequence in sequences}
-    while scheduler.has_work():
+    while scheduler.has_unfinished_sequences():
         for update in scheduler.step():
             found[update.sequence] += update.new_ids
         if len(found[sequences[0]]) == 2:
@@ -207,7 +207,7 @@ def test_a_long_prompt_does_not_stall_the_others(both_models):
     scheduler.submit(long)
     scheduler.submit(short)
     with count_computed(model) as n_computed:
-        while scheduler.has_work():
+        while scheduler.has_unfinished_sequences():
             scheduler.step()
     # Between two decode steps, which compute one token of each sequence, there is one chunk of 8 or fewer. The short
     # prompt follows the last 2 of the long one.
@@ -256,7 +256,7 @@ def test_logits_that_are_not_finite_end_one_sequence(use_kernels):
     scheduler = Scheduler(model, 3, 48)
     for sequence in (bad[0], *good[:3], bad[1], *good[3:]):
         scheduler.submit(sequence)
-    while scheduler.has_work():
+    while scheduler.has_unfinished_sequences():
         scheduler.step()
     assert [sequence.new_ids for sequence in good] == expected
     for sequence in bad:
@@ -279,7 +279,7 @@ def test_a_prompt_that_is_cancelled_leaves_no_nan():
     assert scheduler.slots[1].is_prefilling and len(scheduler.slots[1].cached_ids) > 2
     scheduler.cancel(cancelled)
     scheduler.submit(good)
-    while scheduler.has_work():
+    while scheduler.has_unfinished_sequences():
         scheduler.step()
     assert [running.new_ids, good.new_ids] == expected
 
@@ -292,7 +292,7 @@ def test_logprobs(both_models):
     for prompt, params in zip(prompts, (SamplingParams(), SamplingParams(1.5, top_k=3)), strict=False):
         scheduler.submit(Sequence(prompt, 5, params, n_logprobs=4))
     found = [[], []]
-    while scheduler.has_work():
+    while scheduler.has_unfinished_sequences():
         for update in scheduler.step():
             found[prompts.index(update.sequence.prompt_ids)].append(update)
     for prompt, answer in zip(prompts, found, strict=False):
@@ -315,7 +315,7 @@ def test_sequences_that_do_not_fit_are_refused(both_models):
         scheduler.submit(Sequence([5] * 12, 5))
     with pytest.raises(UsageError, match="empty"):
         scheduler.submit(Sequence([], 5))
-    assert not scheduler.has_work() and scheduler.step() == []
+    assert not scheduler.has_unfinished_sequences() and scheduler.step() == []
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def test_callers_in_asyncio(recall_model):
         scheduler.step = step
         assert await text_of("0") == "123456"
         engine.thread.shutdown()
-        assert not engine.inboxes and not scheduler.has_work()
+        assert not engine.inboxes and not scheduler.has_unfinished_sequences()
 
     asyncio.run(check())
 

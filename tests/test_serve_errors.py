@@ -34,7 +34,7 @@ WRONG = [
     ({"prompt": "a", "n": 0}, "n must be"),
     ({"prompt": "a", "n": True}, "n must be"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
-    ({"prompt": "a", "max_tokens": 160}, "from 1 to 159"),
+    ({"prompt": "a", "max_tokens": 160}, "max_tokens must be 1 to 159, not 160"),
     ({"prompt": "a", "max_completion_tokens": 1.5}, "max_completion_tokens"),
     ({"prompt": "a", "temperature": -1}, "temperature"),
     ({"prompt": "a", "temperature": "hot"}, "temperature"),
@@ -47,6 +47,10 @@ WRONG = [
     ({"prompt": "a", "stop": 5}, "stop"),
     ({"prompt": "a", "stop": ["x"] * 17}, "stop"),
     ({"prompt": "a", "stop": "x" * 257}, "stop"),
+    ({"prompt": "a", "stop": False}, "stop"),
+    ({"prompt": "a", "stop": {}}, "stop"),
+    ({"prompt": "a", "max_tokens": 10**30}, "max_tokens"),
+    ({"prompt": "a", "stream": True, "stream_options": [True]}, "stream_options must be a JSON object"),
     ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ({"prompt": "a", "logprobs": True}, "logprobs"),
     ({"prompt": "a", "echo": True}, "echo"),
@@ -66,6 +70,9 @@ WRONG = [
     ({"messages": [USER], "response_format": {"type": "json_object"}}, "response_format"),
     ({"messages": [USER], "logprobs": 5}, "logprobs must be true or false"),
     ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"messages": [USER], "top_logprobs": "x"}, "top_logprobs must be an integer, not 'x'"),
+    ({"messages": [USER], "top_logprobs": 3}, "top_logprobs needs logprobs"),
+    ({"messages": [USER | {"content": "\ud800"}]}, "a message is not valid UTF-8"),
 ]
 
 

@@ -83,7 +83,7 @@ def test_greedy_tokens_are_the_models_own(family, name, both_models, drafts):
         loop = loop_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
         loop.verify_cost = 0.1
         assert flat(loop.generate(TEXT, 0, 40)) == expected
-        sizes = loop.step_sizes
+        sizes = loop.n_tokens_per_step
         assert sum(sizes) == 40 and max(sizes) <= k + 1
         assert loop.accept_counts() == [sizes[1:].count(n + 1) for n in range(k + 1)]
         if name == "itself":
@@ -179,7 +179,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, params, samples):
     counts, n_speculated = torch.zeros(V, V, V), 0
     for _ in range(samples):
         counts[tuple(flat(loop.generate(text, 0, 3)))] += 1
-        n_speculated += len(loop.step_sizes) < 3
+        n_speculated += len(loop.n_tokens_per_step) < 3
     assert n_speculated > samples // 20  # speculation took part
 
     probs = probabilities(table.flatten(0, 1), params).view_as(table)

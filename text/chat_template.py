@@ -44,7 +44,7 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
     try:
         with time_limit(MAX_SECONDS):
             text = compile_template(template).render(names | values)
-        check_unicode(text)
+        check_unicode(text, "what it renders")
         return text
     except Exception as e:  # a template is a program and fails like one
         why = " ".join(str(e).split()) or type(e).__name__
@@ -65,12 +65,17 @@ def read_message(message) -> dict:
     if role not in ROLES or not isinstance(content, str):
         must = f"a message must have a role ({', '.join(ROLES)}) and a text as content"
         raise UsageError(f"{must}, not {message!r:.80}")
+    check_unicode(content, "a message")
     return {"role": role, "content": content}
 
 
-def check_unicode(text: str):
-    """Raises UnicodeEncodeError, a ValueError, if text holds half of a surrogate pair, which UTF-8 cannot encode."""
-    text.encode()
+def check_unicode(text: str, name: str):
+    """Raises UsageError if text holds half of a surrogate pair, which UTF-8 cannot encode. name: what the user calls
+    text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} is not valid UTF-8") from None
 
 
 @cache

@@ -366,7 +366,8 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def split_at_added_tokens(self, part: Part) -> list[Part]:
-        """Splits a text at added tokens that are not special. Even in a chat's messages such tokens are tokens."""
+        """Splits a text at added tokens that are not special. Unlike a special token, such a token may be written in a
+        chat's message."""
         return split_at(part, self.added_token_ids) if isinstance(part, str) else [part]
 
     def swallow_spaces(self, parts: list[Part]) -> list[Part]:

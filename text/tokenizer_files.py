@@ -135,7 +135,7 @@ def build_added_token(token: str | dict, special: bool | None = None) -> AddedTo
     token = {"content": token} if isinstance(token, str) else token
     if not token["content"]:
         raise ValueError("a token without text")
-    check_unicode(token["content"])
+    check_unicode(token["content"], "a token")
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     values = {flag: token[flag] for flag in flags if flag in token}
     return AddedToken(token["content"], **values | ({} if special is None else {"special": special}))

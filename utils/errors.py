@@ -13,6 +13,16 @@ class OutOfMemoryError(UsageError):
     """Memory is too small. run_script appends the script's advice to the message (cli/script.py)."""
 
 
+def check_integer(name: str, value, low: int | None = None, high: int | None = None):
+    """Raises UsageError unless value is an integer from low to high, of which None means no limit. name: what the user
+    calls value."""
+    if type(value) is not int:  # a bool is an int, too, but a mistake
+        raise UsageError(f"{name} must be an integer, not {value!r:.80}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"{low} to {high}"
+        raise UsageError(f"{name} must be {allowed}, not {value}")
+
+
 @contextlib.contextmanager
 def convert_type_errors(where: str, *others: type[Exception]) -> Iterator[None]:
     """Turns the errors that a value of the wrong type or size causes within this context into UsageError. where: the

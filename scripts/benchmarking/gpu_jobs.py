@@ -16,6 +16,7 @@ Every number comes from a job. A job is a process, so a failed job stops no othe
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -42,6 +43,8 @@ def gpu(args: argparse.Namespace):
     """Checks of all kernels, then a table of models, formats and engines, on a GPU."""
     if not torch.cuda.is_available():
         raise UsageError("no CUDA or ROCm device here; the table is of GPUs")
+    if not 0 < args.minutes < math.inf:
+        raise UsageError(f"--minutes must be above 0, not {args.minutes}")
     end = time.monotonic() + args.minutes * 60
     device, results = torch.cuda.get_device_name(), {}
     report = {"device": device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "jobs": results}
