@@ -38,7 +38,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.format: WeightFormat = UNQUANTIZED  # of most linear layers
+        # The format of most linear layers in the checkpoint, for reports. A layer's own format may be another one, also
+        # because weights without kernels are dequantized while loading (ops/packing.py: dequantize_weights).
+        self.checkpoint_format: WeightFormat = UNQUANTIZED
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
         # For each dtype of activations. Computed here, since a captured step cannot make a tensor (kernels/capture.py).
         self.embed_scales = {
@@ -154,7 +156,7 @@ def meta_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZE
     unknown = formats.overrides.keys() - linears.keys() - {"embed_tokens"}
     if unknown:
         raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")
-    model.format = formats.default
+    model.checkpoint_format = formats.default
     for name, linear in linears.items():
         linear.set_format(formats.of_layer(name))
     model.embed_tokens.set_format(formats.overrides.get("embed_tokens", UNQUANTIZED))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -145,19 +145,11 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class Unquantized(WeightFormat):
-    """A tensor of 16 or 32 bits.
+    """A tensor of 16 or 32 bits."""
 
-    dequantized_from: the name of the checkpoint's format, if the weight was dequantized while loading, since that
-    format has no kernels on this device (ops/packing.py: dequantize_weights)."""
-
-    dequantized_from: str | None = field(default=None, repr=False)
     format_id = 0
     is_cli_mode = False
     group_size = None
-
-    @property
-    def name(self):
-        return self.dequantized_from
 
     @classmethod
     def from_dict(cls, quantization):

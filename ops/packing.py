@@ -119,7 +119,7 @@ def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmap
         quantized = matrix.tensors()
         matrix.set_tensor("weight", dequantize_rows(matrix.format, quantized, matrix.in_features, dtype))
         matrix.scales = matrix.zeros = None
-        matrix.format = Unquantized(dequantized_from=matrix.format.name)
+        matrix.format = Unquantized()
         for tensor in quantized.values() if is_mmapped else ():
             drop_pages(tensor)
 

@@ -17,7 +17,7 @@ import torch
 import kernels.build
 import ops
 from config import ACTIVATIONS, is_gated
-from formats import FORMATS, Int4, Int8
+from formats import FORMATS, Int4, Int8, Unquantized
 from formats.cpu_layouts import CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
 from kernels.triton import heads
@@ -184,7 +184,7 @@ def test_no_compiler(compiler, tmp_path):
 
 
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
-    """To the last bit what PyTorch makes of the quantized ones; the format keeps its name."""
+    """To the last bit what PyTorch makes of the quantized ones."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
     monkeypatch.setattr(packing, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
@@ -199,7 +199,7 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
         assert said.count("\n") == 1 and "every token dequantizes" in said and linear.format == format
         ops.pack_weights([linear, experts], torch.float32)
         for w, matrix in zip((linear, experts), expected, strict=True):
-            assert w.format.name == format.name and w.scales is w.zeros is None
+            assert w.format == Unquantized() and w.scales is w.zeros is None
             assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.float32), matrix)
             assert w.backend.name == "torch" and capsys.readouterr().err == ""
 
