@@ -12,6 +12,7 @@ heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K
 """
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
@@ -42,10 +43,6 @@ class Transformer(nn.Module):
         # because weights without kernels are dequantized while loading (ops/packing.py: dequantize_weights).
         self.checkpoint_format: WeightFormat = UNQUANTIZED
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
-        # For each dtype of activations. Computed here, since a captured step cannot make a tensor (kernels/capture.py).
-        self.embed_scales = {
-            dtype: torch.tensor(config.embed_scale, dtype=dtype, device="cpu").item() for dtype in DTYPES
-        }
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         scale, softcap = config.logit_scale, config.logit_softcap or 0.0
@@ -70,7 +67,8 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]."""
-        return ops.embed(tokens, self.embed_tokens, self.embed_scale, self.dtype)
+        scale = round_to_dtype(self.config.embed_scale, self.dtype)  # transformers rounds the scale, too
+        return ops.embed(tokens, self.embed_tokens, scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
@@ -84,11 +82,6 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.norm.weight.device
-
-    @property
-    def embed_scale(self) -> float:
-        """config.embed_scale rounded to dtype, as in transformers."""
-        return self.embed_scales[self.dtype]
 
     def tie_embedding(self):
         """Makes lm_head the embedding, too: one layer under two names."""
@@ -144,6 +137,14 @@ class Transformer(nn.Module):
                 slopes = torch.tensor(slopes, dtype=torch.float32, device=self.device)
             tables.append(PositionTables(cos_sin, slopes))
         return tables
+
+
+def round_to_dtype(value: float, dtype: torch.dtype) -> float:
+    """Rounds a positive number to the nearest number of dtype, ties to even. Without a tensor, since a captured step
+    cannot make one."""
+    _, exponent = math.frexp(value)  # value is in [2^(exponent - 1), 2^exponent)
+    ulp = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # the distance between two numbers of dtype there
+    return round(value / ulp) * ulp
 
 
 def meta_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZED) -> Transformer:
