@@ -117,7 +117,7 @@ class Transformer(nn.Module):
             matrices.append(self.embed_tokens)
         backend = self.lm_head.backend
         attention = self.layers[0].attention  # all layers have the same numbers of heads
-        heads_per_kv_head = attention.options.n_heads // attention.n_kv_heads
+        heads_per_kv_head = attention.n_heads // attention.n_kv_heads
         all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
         return all_on_one_backend and backend.supports_step(batch_size, n_new_tokens, heads_per_kv_head)
 
@@ -216,16 +216,13 @@ class Attention(nn.Module):
         y = residual + o_proj(p v)
 
     A model has only some of the norms, softcap, slopes, window and sinks. Everything between the matmuls qkv_proj and
-    o_proj is one operation, ops/dispatch.py: attend.
-
-    options: the numbers of attend, without tensors."""
+    o_proj is one operation, ops/dispatch.py: attend."""
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
-        self.n_kv_heads, self.head_dim = config.n_kv_heads, config.head_dim
-        scale, softcap = config.attention_scale or config.head_dim**-0.5, config.attention_softcap or 0.0
-        eps = config.norm_eps if config.qk_norm else 0.0
-        self.options = AttentionParams(config.n_heads, scale, config.window(layer_idx) or 0, softcap, eps=eps)
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.scale = config.attention_scale or config.head_dim**-0.5
+        self.softcap, self.window = config.attention_softcap or 0.0, config.window(layer_idx) or 0
         self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
             q_heads, k_heads = (config.n_heads, config.n_kv_heads) if config.qk_norm_across_heads else (1, 1)
@@ -247,12 +244,12 @@ class Attention(nn.Module):
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
-        """options with the module's tensors. Loading and tensor parallelism replace the tensors, so options has
-        none."""
-        params = self.options._replace(sinks=self.sinks)
+        """Made anew for each step, because loading replaces the tensors, and tensor parallelism also n_heads."""
+        params = AttentionParams(self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks)
         if self.q_norm is None:
             return params
-        return params._replace(q_norm_weight=self.q_norm.weight, k_norm_weight=self.k_norm.weight)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        return params._replace(q_norm_weight=q_norm.weight, k_norm_weight=k_norm.weight, eps=q_norm.eps)
 
     @property
     def backend(self) -> Backend:

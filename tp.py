@@ -172,9 +172,8 @@ def tensor_sharder(model: Transformer) -> ShardTensor:
 
 
 def shard_attention(attention: Attention, n_ranks: int):
-    start, length = shard_range(attention.options.n_heads, 1, dist.get_rank(), n_ranks)
-    attention.options = attention.options._replace(n_heads=length)
-    attention.n_kv_heads = math.ceil(attention.n_kv_heads / n_ranks)
+    start, length = shard_range(attention.n_heads, 1, dist.get_rank(), n_ranks)
+    attention.n_heads, attention.n_kv_heads = length, math.ceil(attention.n_kv_heads / n_ranks)
     if attention.sinks is not None:  # meta tensors: loading reads the values from the checkpoint
         attention.sinks = nn.Parameter(attention.sinks[:length], requires_grad=False)
     if attention.alibi_slopes is not None:
