@@ -184,23 +184,20 @@ class TransformerBlock(nn.Module):
         self.post_ffn_norm = norm(config.post_norm)
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache, tables: PositionTables) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]. With f the attention, then with f the feed-forward:
+        """x [B, T, dim] -> [B, T, dim].
 
-            without post-norm    x + f(norm(x))
-            with post-norm       x + post(f(norm(x)))
-
-        norm and residual are arguments of a sublayer, since kernels fuse norm and residual with matmuls: the norm with
-        the sublayer's first matmul, the residual with the last one. A post-norm comes after the last matmul, so the
-        post-norm takes the residual."""
-        if self.post_attention_norm is None:
+        The sublayers, attention and feed_forward, take norm and residual as arguments, since kernels fuse them with
+        matmuls: the norm with a sublayer's first matmul, the residual with its last one. A post-norm comes after the
+        last matmul, so the post-norm takes the residual."""
+        if self.post_attention_norm is None:  # x + attention(norm(x))
             x = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm, residual=x)
-        else:
+        else:  # x + post_norm(attention(norm(x)))
             y = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm)
             x = self.post_attention_norm(y, residual=x)
 
-        if self.post_ffn_norm is None:
+        if self.post_ffn_norm is None:  # x + feed_forward(norm(x))
             x = self.feed_forward(x, norm=self.pre_ffn_norm, residual=x)
-        else:
+        else:  # x + post_norm(feed_forward(norm(x)))
             y = self.feed_forward(x, norm=self.pre_ffn_norm)
             x = self.post_ffn_norm(y, residual=x)
         return x
