@@ -75,8 +75,7 @@ class QuantizedWeight:
 
     def is_storable(self) -> bool:
         """Returns whether model.pth can hold the weight in this format."""
-        is_known = not self.format.is_quantized or self.format.from_dict(self.format.to_dict()) == self.format
-        return is_known and self.shape[1] % self.format.input_multiple == 0
+        return self.format in self.format.stored_formats() and self.shape[1] % self.format.input_multiple == 0
 
 
 def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:

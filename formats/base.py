@@ -26,15 +26,17 @@ class WeightFormat:
         format_id    stands for the class in the kernels
         mode         stands for the class in --mode and in to_dict
         name         stands for the object in file names, messages and --json
-        to_dict()    stands for the object in model.pth; from_dict is the inverse
+        to_dict()    stands for the object in model.pth; __init__.py: format_from_dict is the inverse
+
+    name and to_dict() follow from mode, group_size and group_sizes.
     """
 
     format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: Formats
     mode: str | None = None  # None: not quantized
-    is_cli_mode = True  # whether --mode offers the class
-    has_group_size_option = False  # whether --groupsize chooses the group size
-    group_sizes: tuple[int, ...] = ()  # that model.pth may have; empty if the class has one group size or none
+    is_import_only = False  # whether only the converters make the class, so that --mode does not offer it
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
+    # The group sizes that model.pth may name. None: it names none, and the class has its default group size
+    group_sizes: tuple[int | None, ...] = (None,)
     dtypes: dict[str, torch.dtype]  # of the tensors of a checkpoint, for the default of allocate
     elements_per_byte = 1  # of "weight"
     input_multiple = 1  # K must be a multiple of this number
@@ -44,28 +46,35 @@ class WeightFormat:
 
     @property
     def name(self) -> str | None:
-        return self.mode if self.group_size is None else f"{self.mode}.g{self.group_size}"
+        return f"{self.mode}.g{self.group_size}" if self.names_group_size else self.mode
 
     def to_dict(self) -> dict | None:
-        if self.mode is None:
+        if not self.is_quantized:
             return None
-        return {"mode": self.mode} | ({} if self.group_size is None else {"groupsize": self.group_size})
+        return {"mode": self.mode} | ({"groupsize": self.group_size} if self.names_group_size else {})
+
+    @property
+    def names_group_size(self) -> bool:
+        return self.group_size is not None and self.group_sizes != (None,)
+
+    @classmethod
+    def stored_formats(cls) -> list["WeightFormat"]:
+        """The formats of this class that model.pth may have."""
+        return [cls() if size is None else cls(size) for size in cls.group_sizes]
 
     @property
     def is_quantized(self) -> bool:
         return self.mode is not None
 
     @classmethod
-    def from_options(cls, group_size: int) -> "WeightFormat":
-        """The format that --mode with --groupsize names."""
-        return cls(group_size) if cls.has_group_size_option else cls()
+    def needs_group_size(cls) -> bool:
+        """Whether --mode needs --groupsize to name a format of this class."""
+        return None not in cls.group_sizes
 
     @classmethod
-    def from_dict(cls, quantization: dict) -> "WeightFormat | None":
-        """The inverse of to_dict. None means that quantization describes no format of this class. The default is for
-        classes without options."""
-        matches = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
-        return cls() if matches else None
+    def from_options(cls, group_size: int) -> "WeightFormat":
+        """The format that --mode with --groupsize names."""
+        return cls(group_size) if cls.needs_group_size() else cls()
 
     @classmethod
     def examples(cls) -> list["WeightFormat"]:
@@ -148,12 +157,7 @@ class Unquantized(WeightFormat):
     """A tensor of 16 or 32 bits."""
 
     format_id = 0
-    is_cli_mode = False
     group_size = None
-
-    @classmethod
-    def from_dict(cls, quantization):
-        return None  # model.pth has no entry for Unquantized
 
     def allocate(self, shape, dtype, device):
         return {"weight": torch.empty(shape, dtype=dtype, device=device)}

@@ -22,18 +22,11 @@ class Float8(WeightFormat):
     format_id = 4
     mode = "fp8"
     dtypes = {"weight": torch.float8_e4m3fn, "scales": torch.float32}
-    group_sizes = GROUP_SIZES
+    group_sizes = (None, *GROUP_SIZES)
 
     @classmethod
     def examples(cls):
         return [cls(), cls(32)]
-
-    @classmethod
-    def from_dict(cls, quantization):
-        group_size = quantization.get("groupsize")
-        if quantization.get("mode") == cls.mode and group_size in (None, *cls.group_sizes):
-            return cls(group_size)
-        return None
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         k = w.shape[-1]
@@ -71,15 +64,12 @@ class MXFP4(WeightFormat):
 
     group_size: int = 32  # smaller in a shard that cuts through a group
     format_id = 5
-    mode = name = "mxfp4"
+    mode = "mxfp4"
     dtypes = {"weight": torch.uint8, "scales": torch.uint8}
     elements_per_byte = 2
     rounds_activations = True
     input_multiple = 32
     shard_multiple = 8
-
-    def to_dict(self):
-        return {"mode": self.mode}  # without a group size, which is always 32
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         q, scales = round_mxfp4(split_groups(w.float(), self.group_size))

@@ -12,7 +12,6 @@ from formats.cpu_layouts import words_to_blocks
 from formats.triton_layouts import pack_scales, pack_tiles
 
 GROUP_SIZES = (32, 64, 128, 256)  # of Int4 and Float8; GroupedInt8 may have 16, too
-SCALE_DTYPES = ("bfloat16", "float16")  # that Int4 and GroupedInt8 may have
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,6 @@ class Int8(WeightFormat):
     mode = "int8"
     group_size = None
     rounds_activations = True
-
-    @classmethod
-    def from_dict(cls, quantization):
-        matches = quantization.get("mode") == cls.mode and not quantization.keys() & {"groupsize", "scale_dtype"}
-        return cls() if matches else None
 
     def allocate(self, shape, dtype, device):
         return {
@@ -73,10 +67,8 @@ class GroupwiseAsymmetric(WeightFormat):
         return super().to_dict() | ({"scale_dtype": "float16"} if self.scale_dtype == torch.float16 else {})
 
     @classmethod
-    def from_dict(cls, quantization):
-        group_size, scale_dtype = quantization.get("groupsize"), quantization.get("scale_dtype", "bfloat16")
-        matches = quantization.get("mode") == cls.mode and group_size in cls.group_sizes
-        return cls(group_size, getattr(torch, scale_dtype)) if matches and scale_dtype in SCALE_DTYPES else None
+    def stored_formats(cls):
+        return [cls(size, dtype) for size in cls.group_sizes for dtype in (torch.bfloat16, torch.float16)]
 
     @property
     def dtypes(self):
@@ -112,7 +104,6 @@ class Int4(GroupwiseAsymmetric):
 
     format_id = 2
     mode = "int4"
-    has_group_size_option = True
     group_sizes = GROUP_SIZES
     input_multiple = shard_multiple = 8
     elements_per_byte = 2
@@ -159,7 +150,7 @@ class GroupedInt8(GroupwiseAsymmetric):
 
     format_id = 3
     mode = "int8-grouped"
-    is_cli_mode = False
+    is_import_only = True
     group_sizes = (16, *GROUP_SIZES)
     zero_fraction_bits = 0
 
@@ -170,12 +161,6 @@ class GroupedInt8(GroupwiseAsymmetric):
     @property
     def name(self):
         return f"int8.g{self.group_size}"
-
-    @classmethod
-    def from_dict(cls, quantization):
-        if quantization.get("mode") == "int8":  # earlier versions wrote "int8" with a "groupsize"
-            quantization = quantization | {"mode": cls.mode}
-        return super().from_dict(quantization)
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]

@@ -35,7 +35,7 @@ class Int4HQQ(Int4):
 
 def is_made(format) -> bool:
     """Whether quantize.py makes files of the format. The converters alone make the other formats."""
-    return format.is_cli_mode and format == type(format).from_options(format.group_size)
+    return not format.is_import_only and format == type(format).from_options(format.group_size)
 
 
 QUANTIZED = [format for format in exact_results.EXAMPLES if format.is_quantized]
