@@ -138,7 +138,7 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
             linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
         n = sum(shard_range(size, spec.head_size, 0, n_ranks)[1] for size in spec.sizes)  # the same on every rank
         if spec.style == "row":
-            linear.in_features, linear.format = n, linear.format.narrow_format(n)
+            linear.in_features, linear.format = n, linear.format.slice_format(n)
         else:
             linear.out_features = n
     for module in model.modules():
@@ -190,7 +190,7 @@ def shard_row_parallel(tensor: Tensor, tensor_name: str, spec: ShardSpec, format
     start, length = shard_range(size, spec.head_size, dist.get_rank(), world_size())
     if tensor_name == "input_order":
         return tensor[start : start + length].clone()
-    return format.narrow_inputs(tensor_name, tensor, start, length)
+    return format.slice_inputs(tensor_name, tensor, start, length)
 
 
 def shard_column_parallel(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from converters.quantized_weight import QuantizedLayer, QuantizedWeight, stored_group_size, unpack_nibbles_interleaved
 from formats import GroupedInt8, Int4, Int8, Tensors
-from formats.base import narrow_groups
+from formats.base import slice_groups
 from formats.integers import GroupwiseAsymmetric
 from utils.errors import UsageError
 
@@ -81,7 +81,7 @@ class UnpackedWeight:
         # Scales keep their dtype here, so that a weight that becomes dense is rounded only once
         tensors = {"scales": self.scales, "zeros": self.read_zeros() << format.zero_fraction_bits}
         sizes = min(self.group_size, k), format.group_size
-        groups = {name: narrow_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
+        groups = {name: slice_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
         return {"weight": format.pack_q(q)} | groups
 
 

@@ -41,22 +41,22 @@ class QuantizedWeight:
         n_rows = torch.Size([len(rows), self.shape[1]])
         return replace(self, shape=n_rows, read=lambda: {name: t[rows] for name, t in self.read().items()})
 
-    def narrow_inputs(self, start: int, length: int) -> "QuantizedWeight":
+    def slice_inputs(self, start: int, length: int) -> "QuantizedWeight":
         if self.input_order is not None:
             unquantized = QuantizedWeight(Unquantized(), self.shape, lambda: {"weight": self.dequantize(torch.float32)})
-            return unquantized.narrow_inputs(start, length)
+            return unquantized.slice_inputs(start, length)
 
         def read() -> Tensors:
-            return {name: self.format.narrow_inputs(name, t, start, length) for name, t in self.read().items()}
+            return {name: self.format.slice_inputs(name, t, start, length) for name, t in self.read().items()}
 
-        return QuantizedWeight(self.format.narrow_format(length), torch.Size([self.shape[0], length]), read)
+        return QuantizedWeight(self.format.slice_format(length), torch.Size([self.shape[0], length]), read)
 
     def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["QuantizedWeight"]:
         """Splits the weight as Tensor.tensor_split does."""
         parts = torch.arange(self.shape[dim]).tensor_split(sections)
         if dim == 0:
             return [self.select_rows(part) for part in parts]
-        return [self.narrow_inputs(int(part[0]), len(part)) for part in parts]
+        return [self.slice_inputs(int(part[0]), len(part)) for part in parts]
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         weight = self.format.dequantize(self.read(), dtype)

@@ -116,18 +116,19 @@ class WeightFormat:
         sizes = self.effective_group_size(in_features), common.effective_group_size(in_features)
         if sizes[0] == sizes[1]:
             return tensors
-        groups = {name: narrow_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
+        groups = {name: slice_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
         return tensors | groups
 
-    def narrow_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
-        """The part of the tensor called name that belongs to inputs [start, start + length) of W."""
+    def slice_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
+        """The part of the tensor called name that belongs to inputs [start, start + length) of W. A copy, so that a
+        part of a memory-mapped tensor does not keep the whole tensor."""
         if name == "weight":
             return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
         if self.group_size is None:
             return tensor
-        return narrow_groups(tensor, start, length, self.group_size, self.narrow_format(length).group_size)
+        return slice_groups(tensor, start, length, self.group_size, self.slice_format(length).group_size)
 
-    def narrow_format(self, length: int) -> "WeightFormat":
+    def slice_format(self, length: int) -> "WeightFormat":
         """The format of a shard of length inputs. No group of the shard spans two groups of W."""
         return self if self.group_size is None else replace(self, group_size=math.gcd(length, self.group_size))
 
@@ -188,7 +189,7 @@ def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
     return {name: torch.cat([part[name] for part in parts]).unflatten(0, w.shape[:-1]) for name in parts[0]}
 
 
-def narrow_groups(t: Tensor, start: int, length: int, group_size: int, new_group_size: int) -> Tensor:
+def slice_groups(t: Tensor, start: int, length: int, group_size: int, new_group_size: int) -> Tensor:
     """Selects scales or zeros t [..., n_groups] for inputs [start, start + length) of W, in shorter groups of
     new_group_size: for each short group, the scale or zero of the group of W around it."""
     first_inputs = range(start, start + length, new_group_size)
