@@ -67,28 +67,28 @@ class QuantizedWeight:
         return in_order
 
     def read_as(self, format: WeightFormat, dtype: torch.dtype) -> Tensors:
-        """Reads the weight in another format, which common_format has returned. The values stay the same. dtype: the
+        """Reads the weight in another format, which promote_formats has returned. The values stay the same. dtype: the
         dtype of an Unquantized weight."""
         if format == Unquantized():
             return {"weight": self.dequantize(dtype)}
-        return self.format.to_common_format(self.read(), format, self.shape[1])
+        return self.format.promote_tensors(self.read(), format, self.shape[1])
 
     def is_storable(self) -> bool:
         """Returns whether model.pth can hold the weight in this format."""
         return self.format in self.format.stored_formats() and self.shape[1] % self.format.input_multiple == 0
 
 
-def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
+def promote_formats(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
     """Returns a format for the weight that stacks parts along the rows: a format that holds all parts exactly, or
     Unquantized if there is no such format. Ignores input_order."""
-    common = None
+    promoted = None
     for part in parts:
         if not isinstance(part, QuantizedWeight) or not part.is_storable():
             return Unquantized()
-        common = part.format if common is None else common.common_format(part.format)
-        if common is None:
+        promoted = part.format if promoted is None else promoted.promote_format(part.format)
+        if promoted is None:
             return Unquantized()
-    return common
+    return promoted
 
 
 def have_one_order(weights: list[QuantizedWeight]) -> bool:

@@ -28,7 +28,7 @@ from converters.canonical_checkpoint import (
     StateDict,
     TensorReader,
 )
-from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
+from converters.quantized_weight import QuantizedWeight, have_one_order, promote_formats
 from formats import Unquantized, WeightFormat
 from model import meta_model
 from utils.errors import UsageError
@@ -175,7 +175,7 @@ def plan_stacks(config: ModelConfig, tensors: StateDict) -> dict[str, StackedTen
 
 def choose_format(name: str, stack: StackedTensor, weights: list[Tensor | QuantizedWeight]):
     """Chooses the format and the order of inputs for our weight called name, which stacks weights."""
-    stack.linear_format = common_format(weights)
+    stack.linear_format = promote_formats(weights)
     if not stack.format.is_quantized:
         return
     if loses_order(name, stack, weights):

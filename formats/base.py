@@ -105,23 +105,23 @@ class WeightFormat:
         """Fills the tensors of a checkpoint in place. W then has mean 0 and standard deviation std."""
         raise NotImplementedError
 
-    def common_format(self, other: "WeightFormat") -> "WeightFormat | None":
-        """The narrowest format that can hold weights of both formats without loss, or None. For weights of other
-        projects that are stacked, such as q, k and v."""
+    def promote_format(self, other: "WeightFormat") -> "WeightFormat | None":
+        """The smallest format that can hold weights of both formats without loss, or None: like torch.promote_types.
+        For weights of other projects that are stacked, such as q, k and v."""
         return self if self == other else None
 
-    def to_common_format(self, tensors: Tensors, common: "WeightFormat", in_features: int) -> Tensors:
-        """Converts tensors to common, a format that common_format returns, without loss. The default makes groups
+    def promote_tensors(self, tensors: Tensors, promoted: "WeightFormat", in_features: int) -> Tensors:
+        """Converts tensors to promoted, a format that promote_format returns, without loss. The default makes groups
         shorter."""
-        sizes = self.effective_group_size(in_features), common.effective_group_size(in_features)
+        sizes = self.effective_group_size(in_features), promoted.effective_group_size(in_features)
         if sizes[0] == sizes[1]:
             return tensors
         groups = {name: slice_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
         return tensors | groups
 
     def slice_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
-        """The part of the tensor called name that belongs to inputs [start, start + length) of W. A copy, so that a
-        part of a memory-mapped tensor does not keep the whole tensor."""
+        """The part of the tensor called name that belongs to inputs [start, start + length) of W. If this
+        is not all of the tensor, it is a copy, and the other parts of a memory-mapped tensor are not read."""
         if name == "weight":
             return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
         if self.group_size is None:

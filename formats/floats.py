@@ -51,7 +51,7 @@ class Float8(WeightFormat):
     def pack_for_triton(self, tensors):
         return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
 
-    def common_format(self, other):
+    def promote_format(self, other):
         if not isinstance(other, Float8):
             return None
         return Float8(math.gcd(self.group_size or 0, other.group_size or 0) or None)

@@ -90,9 +90,9 @@ class GroupwiseAsymmetric(WeightFormat):
         )
         return ((q - zeros) * scales).to(dtype)
 
-    def common_format(self, other):
-        """Int4 and GroupedInt8 with one scale_dtype have a common format: zero points of other projects are integers,
-        so GroupedInt8 can hold Int4."""
+    def promote_format(self, other):
+        """GroupedInt8 can hold an Int4 of another project with the same scale_dtype, since the zero points of other
+        projects are integers."""
         if not isinstance(other, GroupwiseAsymmetric) or other.scale_dtype != self.scale_dtype:
             return None
         format_class = type(self) if type(self) is type(other) else GroupedInt8
@@ -132,11 +132,11 @@ class Int4(GroupwiseAsymmetric):
         tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
-    def to_common_format(self, tensors, common, in_features):
-        if isinstance(common, GroupedInt8):
+    def promote_tensors(self, tensors, promoted, in_features):
+        if isinstance(promoted, GroupedInt8):
             q, zeros = self.unpack_q(tensors["weight"]), tensors["zeros"] >> self.zero_fraction_bits
             tensors = tensors | {"weight": q, "zeros": zeros}
-        return super().to_common_format(tensors, common, in_features)
+        return super().promote_tensors(tensors, promoted, in_features)
 
     def pack_q(self, q):
         return pack_nibbles(q)
