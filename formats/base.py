@@ -120,8 +120,8 @@ class WeightFormat:
         return tensors | groups
 
     def slice_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
-        """The part of the tensor called name that belongs to inputs [start, start + length) of W. If this
-        is not all of the tensor, it is a copy, and the other parts of a memory-mapped tensor are not read."""
+        """The part of the tensor called name that belongs to inputs [start, start + length) of W: a copy, so that the
+        rest of a memory-mapped tensor is not read. Scales without groups belong to all inputs."""
         if name == "weight":
             return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
         if self.group_size is None:
