@@ -109,7 +109,7 @@ class Transformer(nn.Module):
             if isinstance(module, LinearBase) and not name.endswith(".router"):
                 yield name, module
 
-    def supports_kernels(self, batch_size: int, n_new_tokens: int) -> bool:
+    def has_kernels_for(self, batch_size: int, n_new_tokens: int) -> bool:
         """Whether there are kernels for all operations of a step with n_new_tokens in each of batch_size sequences,
         all on one backend. Then the step can be captured."""
         matrices = [module for module in self.modules() if isinstance(module, LinearBase)]

@@ -147,9 +147,9 @@ class WeightFormat:
         kernels/triton/formats.py: KERNEL_FORMATS has for the format. None stands for a tensor that is left out."""
         raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method pack_for_triton")
 
-    def supports_kernels(self, in_features: int) -> bool:
-        """Whether kernels can read a W with in_features inputs. The default is for quantized formats: the
-        kernels read 8 elements at a time."""
+    def kernels_can_read(self, in_features: int) -> bool:
+        """Whether the layouts of a W with in_features inputs are what kernels read. A backend may have further
+        conditions (ops/packing.py). The default is for quantized formats: kernels read 8 elements at a time."""
         return in_features % 8 == 0
 
 
@@ -175,7 +175,7 @@ class Unquantized(WeightFormat):
     def pack_for_triton(self, tensors):
         return tensors
 
-    def supports_kernels(self, in_features):
+    def kernels_can_read(self, in_features):
         return True
 
     def dequantize(self, tensors, dtype):

@@ -40,7 +40,7 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
     if device.type == "cpu":
         has_kernels = build.library() is not None
         if has_kernels:
-            with_kernel = [matrix for matrix in matrices if supports_cpp_kernels(matrix)]
+            with_kernel = [matrix for matrix in matrices if cpu_kernels_can_read(matrix)]
         else:
             with_kernel = pack_for_aten(matrices, dtype)
         without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
@@ -56,7 +56,7 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
     memory = HugePageArena()
     backend = cpp_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        if not supports_cpp_kernels(matrix):
+        if not cpu_kernels_can_read(matrix):
             continue
         matrix.backend = backend
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
@@ -68,12 +68,12 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
                 drop_pages(unpacked[name])
 
 
-def supports_cpp_kernels(matrix: WeightMatrix) -> bool:
+def cpu_kernels_can_read(matrix: WeightMatrix) -> bool:
     """Whether the C++ kernels can read matrix. If the kernels round activations to int8, no block of activations may
     span two groups of weights. A block spans two groups only in a shard whose width is an odd multiple of 8."""
     group_size = matrix.format.group_size
     has_whole_blocks = not matrix.format.rounds_activations or group_size is None or group_size % CPU_BLOCK_K == 0
-    return has_whole_blocks and matrix.format.supports_kernels(matrix.in_features)
+    return has_whole_blocks and matrix.format.kernels_can_read(matrix.in_features)
 
 
 class HugePageArena:
@@ -138,10 +138,10 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
 
 def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
     """Packs the weights of matrices for the Triton kernels. dtype: the type of the activations."""
-    from kernels.triton.formats import supports_triton_kernels
+    from kernels.triton.formats import triton_kernels_can_read
 
     for matrix in matrices:
-        if supports_triton_kernels(matrix):
+        if triton_kernels_can_read(matrix):
             for name, packed in matrix.format.pack_for_triton(matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
             matrix.backend = triton_backend(dtype, matrix.weight.device)

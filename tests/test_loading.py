@@ -117,7 +117,7 @@ def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
             cache = KVCache(model, 2, 41)
             prompt = forward(model, tokens, torch.tensor([0, 0]), cache)
             logits[name] = prompt, forward(model, tokens[:, :1], torch.tensor([40, 40]), cache)
-    assert plain.embed_tokens.format.is_quantized and models["kernels"].supports_kernels(2, 1)
+    assert plain.embed_tokens.format.is_quantized and models["kernels"].has_kernels_for(2, 1)
     for ours, expected in zip(logits["kernels"], logits["unquantized"], strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     for name in ("PyTorch", "no compiler"):
@@ -173,7 +173,7 @@ def test_orders_of_inputs(act_order, monkeypatch):
             cache = KVCache(model, 2, 62)
             prompt = forward(model, tokens[:, :60], torch.tensor([0, 0]), cache)
             logits[name] = torch.cat([prompt, forward(model, tokens[:, 60:62], torch.tensor([60, 60]), cache)], dim=1)
-    assert models["kernels"].supports_kernels(2, 2)
+    assert models["kernels"].has_kernels_for(2, 2)
     for name in ("kernels", "PyTorch", "no compiler"):
         # They add in another order: as in test_layers_in_other_formats
         assert (logits[name] - logits["in order"]).norm() < 1e-5 * logits["in order"].norm()

@@ -338,7 +338,7 @@ def test_many_sequences(small_gpu):
 
     expected = step()
     use_triton(model)
-    assert model.supports_kernels(12, 1) and model.supports_kernels(64, 1) and not model.supports_kernels(65, 1)
+    assert model.has_kernels_for(12, 1) and model.has_kernels_for(64, 1) and not model.has_kernels_for(65, 1)
     # 5 matmuls and the head follow each other, as in test_model
     assert (step() - expected).abs().max() <= 6 * 2 * (64 + 8) * U32 * expected.abs().max()
 
