@@ -32,7 +32,7 @@ from converters.hf_tensors import reorder_heads
 from converters.quantized_weight import QuantizedWeight, check_finite_scales
 from converters.write_model import StackedTensor, check_finite_tensor
 from formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
-from formats.base import QUANTIZE_CHUNK
+from formats.base import CHUNK_ELEMENTS
 from formats.integers import GroupwiseAsymmetric
 from utils.errors import UsageError
 
@@ -256,7 +256,7 @@ class GGUFQuantizer:
             check_finite_scales(name, whole["scales"] != E8M0_NAN)
             errors.n_groups += whole["scales"].numel()  # all groups are exact
             return {kind: reorder_heads(name, t, row_order) for kind, t in whole.items()}
-        n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
+        n_rows = max(1, CHUNK_ELEMENTS // stored.shape()[1])
         parts = []
         for start in range(0, len(stored.data), n_rows):
             groups = decode_rows(torch.tensor(stored.data[start : start + n_rows]), stored.ggml_type)

@@ -10,7 +10,7 @@ from torch import Tensor
 from formats.cpu_layouts import to_blocks, words_to_blocks
 
 Tensors = dict[str, Tensor]  # by name: "weight" and, if the format has them, "scales" and "zeros"
-QUANTIZE_CHUNK = 2**18  # elements quantized at a time: their float32 copies fit into the processor's cache
+CHUNK_ELEMENTS = 2**18  # quantized or dequantized at a time: their float32 copies fit into the processor's cache
 
 
 class WeightFormat:
@@ -136,16 +136,16 @@ class WeightFormat:
         """group_size, or in_features if all inputs of an output share a scale."""
         return self.group_size or in_features
 
-    def pack_for_cpu(self, tensors: Tensors) -> Tensors:
+    def to_cpu_layout(self, tensors: Tensors) -> Tensors:
         """The tensors as the C++ kernels read them, from those of a checkpoint. In most formats these are words int32
         [..., N / 16, words of a row, 16], and scales and zeros [..., N / 16, n_groups, 16]."""
         words = words_to_blocks(tensors["weight"], self.elements_per_byte)
         return {"weight": words} | {name: to_blocks(t) for name, t in tensors.items() if name != "weight"}
 
-    def pack_for_triton(self, tensors: Tensors) -> Tensors:
+    def to_triton_layout(self, tensors: Tensors) -> Tensors:
         """The tensors as the Triton kernels read them, from those of a checkpoint, in the layout that
         kernels/triton/formats.py: KERNEL_FORMATS has for the format. None stands for a tensor that is left out."""
-        raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method pack_for_triton")
+        raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method to_triton_layout")
 
     def kernels_can_read(self, in_features: int) -> bool:
         """Whether the layouts of a W with in_features inputs are what kernels read. A backend may have further
@@ -169,10 +169,10 @@ class Unquantized(WeightFormat):
     def fill_randomly(self, tensors, std):
         tensors["weight"].normal_(std=std)
 
-    def pack_for_cpu(self, tensors):
+    def to_cpu_layout(self, tensors):
         return tensors
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         return tensors
 
     def kernels_can_read(self, in_features):
@@ -184,7 +184,7 @@ class Unquantized(WeightFormat):
 
 def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
     """Applies quantize_rows, which takes [rows, K], to w [..., N, K], a few rows at a time."""
-    chunks = w.flatten(0, -2).split(max(1, QUANTIZE_CHUNK // w.shape[-1]))
+    chunks = w.flatten(0, -2).split(max(1, CHUNK_ELEMENTS // w.shape[-1]))
     parts = [quantize_rows(chunk) for chunk in chunks]
     return {name: torch.cat([part[name] for part in parts]).unflatten(0, w.shape[:-1]) for name in parts[0]}
 

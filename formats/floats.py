@@ -44,11 +44,11 @@ class Float8(WeightFormat):
         tensors["weight"].view(torch.uint8).random_(0, 256).bitwise_and_(0xF7)  # no NaN; standard deviation 68.5
         tensors["scales"].fill_(std / 68.5)
 
-    def pack_for_cpu(self, tensors):
+    def to_cpu_layout(self, tensors):
         words = pair_rows(words_to_blocks(tensors["weight"], self.elements_per_byte))
         return {"weight": words, "scales": to_blocks(tensors["scales"])}
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
 
     def promote_format(self, other):
@@ -88,6 +88,6 @@ class MXFP4(WeightFormat):
         relative_variance = (std / 2.93 / 2**exponent) ** 2  # 1 to 4
         tensors["scales"].bernoulli_((relative_variance - 1) / 3).add_(exponent + E8M0_BIAS)
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
         return {"weight": tiles, "scales": by_column(tensors["scales"])}

@@ -42,12 +42,12 @@ class Int8(WeightFormat):
         tensors["weight"].random_(-127, 128)  # the standard deviation of q is 73
         tensors["scales"].fill_(std / 73)
 
-    def pack_for_cpu(self, tensors):
+    def to_cpu_layout(self, tensors):
         # ^ 128 on a byte adds 128. One expression, so that the result of ^ is freed early
         words = words_to_blocks(tensors["weight"].view(torch.uint8) ^ 128, self.elements_per_byte)
         return {"weight": words, "scales": tensors["scales"]}
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         return tensors
 
 
@@ -128,7 +128,7 @@ class Int4(GroupwiseAsymmetric):
         tensors["scales"].uniform_(std / 5, std / 4)
         tensors["zeros"].random_(100, 141)  # about 16 * 7.5, and 7.5 is the mean of q
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
@@ -179,7 +179,7 @@ class GroupedInt8(GroupwiseAsymmetric):
         tensors["scales"].fill_(std / 74)
         tensors["zeros"].random_(127, 129)  # about the mean of q
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         rows = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128
         return {"weight": rows, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from formats import Tensors, Unquantized, WeightFormat
-from formats.base import QUANTIZE_CHUNK
+from formats.base import CHUNK_ELEMENTS
 from formats.cpu_layouts import CPU_BLOCK_K
 from kernels import build
 from ops import aten
@@ -38,15 +38,12 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
     matrices = [matrix for matrix in matrices if matrix.backend.name == TORCH_BACKEND.name]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
-        has_kernels = build.library() is not None
-        if has_kernels:
-            with_kernel = [matrix for matrix in matrices if cpu_kernels_can_read(matrix)]
-        else:
+        if build.library() is None:
             with_kernel = pack_for_aten(matrices, dtype)
-        without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
-        dequantize_weights(without_kernel, dtype, is_mmapped)
-        if has_kernels:
-            pack_for_cpu(matrices, dtype, is_mmapped)
+            dequantize_weights([m for m in matrices if m not in with_kernel], dtype, is_mmapped)
+        else:
+            dequantize_weights([m for m in matrices if not cpu_kernels_can_read(m)], dtype, is_mmapped)
+            pack_for_cpu([m for m in matrices if cpu_kernels_can_read(m)], dtype, is_mmapped)
     elif device.type == "cuda" and load_triton_kernels(device):
         pack_for_triton(matrices, dtype)
 
@@ -56,14 +53,12 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
     memory = HugePageArena()
     backend = cpp_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        if not cpu_kernels_can_read(matrix):
-            continue
         matrix.backend = backend
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
             continue
         unpacked = matrix.tensors()
-        for name, packed in matrix.format.pack_for_cpu(unpacked).items():
-            matrix.set_tensor(name, memory.copy(packed))
+        for name, packed in matrix.format.to_cpu_layout(unpacked).items():
+            matrix.set_tensor(name, memory.copy_in(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
 
@@ -86,8 +81,8 @@ class HugePageArena:
     def __init__(self):
         self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0  # the current chunk, and how many bytes are used
 
-    def copy(self, t: Tensor) -> Tensor:
-        """Copies t to the next free address. If the chunk is full, allocates a new one."""
+    def copy_in(self, t: Tensor) -> Tensor:
+        """Copies t to the next free address, in a new chunk if the current one is full. Returns the copy."""
         if self.used + t.nbytes > self.memory.numel():
             self.memory = torch.empty(max(t.nbytes, self.MIN_ALLOCATION) + 2 * self.PAGE_BYTES, dtype=torch.uint8)
             self.used = -self.memory.data_ptr() % self.PAGE_BYTES  # begins at a page
@@ -101,14 +96,15 @@ def pack_for_aten(matrices: list[WeightMatrix], dtype: torch.dtype) -> list[Weig
     """Packs the weights of linear layers for PyTorch's own kernels. Returns the layers whose weights have a kernel."""
     linears = [m for m in matrices if not m.is_embedding and m.n_experts is None]
     for linear in tqdm(linears, "load", disable=None, leave=False):
-        linear.aten_weight = aten.pack(linear.format, linear.tensors(), dtype)
+        linear.aten_weight = aten.to_aten_weight(linear.format, linear.tensors(), dtype)
     return [linear for linear in linears if linear.aten_weight is not None]
 
 
 def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
-    """Replaces the quantized weights of matrices by dequantized weights. Otherwise PyTorch would dequantize every
-    matrix for every token, which takes about twenty times as long as the matmul. If memory is too small, prints a
+    """Replaces the quantized weights among those of matrices by dequantized weights. Otherwise PyTorch would dequantize
+    every matrix for every token, which takes about twenty times as long as the matmul. If memory is too small, prints a
     line and changes nothing."""
+    matrices = [matrix for matrix in matrices if matrix.format.is_quantized]
     n_bytes = sum(m.out_features * m.in_features * (m.n_experts or 1) for m in matrices) * dtype.itemsize
     free = free_memory()
     if n_bytes > free:
@@ -130,7 +126,7 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
     rows = {name: t.flatten(0, len(outputs) - 1) for name, t in tensors.items()}
     weight = torch.empty(math.prod(outputs), in_features, dtype=dtype)
     use_huge_pages(weight)
-    step = max(1, QUANTIZE_CHUNK // in_features)
+    step = max(1, CHUNK_ELEMENTS // in_features)
     for i in range(0, len(weight), step):
         weight[i : i + step] = format.dequantize({name: t[i : i + step] for name, t in rows.items()}, dtype)
     return weight.view(*outputs, in_features)
@@ -142,7 +138,7 @@ def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfl
 
     for matrix in matrices:
         if triton_kernels_can_read(matrix):
-            for name, packed in matrix.format.pack_for_triton(matrix.tensors()).items():
+            for name, packed in matrix.format.to_triton_layout(matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
             matrix.backend = triton_backend(dtype, matrix.weight.device)
 

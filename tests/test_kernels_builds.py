@@ -186,7 +186,7 @@ def test_no_compiler(compiler, tmp_path):
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
     """To the last bit what PyTorch makes of the quantized ones."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
-    monkeypatch.setattr(packing, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
+    monkeypatch.setattr(packing, "CHUNK_ELEMENTS", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
         torch.manual_seed(0)
         linear = make_linear(33, 72, format, torch.float32, bias=True)
@@ -207,7 +207,7 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
 def test_pytorchs_kernels_without_a_compiler(monkeypatch):
     """For 8- and 4-bit weights of linear layers with 16-bit activations. All other weights are dequantized."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
-    monkeypatch.setattr(aten, "PACK_ROWS", 128)
+    monkeypatch.setattr(aten, "CHUNK_ROWS", 128)
     for dtype in (torch.bfloat16, torch.float16):
         for format in (Int8(), Int4(32), Int4(64)):
             for n, k in [(16, 64), (272, 192), (33, 72), (48, 96)]:

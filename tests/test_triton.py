@@ -220,10 +220,10 @@ def test_a_format_without_a_layout():
 
     w = make_linear(16, 64, Int4(32), torch.float32)
     w.format = NoLayout()
-    with pytest.raises(NotImplementedError, match="no-layout.g32 is .* no method pack_for_triton"):
+    with pytest.raises(NotImplementedError, match="no-layout.g32 is .* no method to_triton_layout"):
         ops.pack_for_triton([w])
     for format in KERNEL_FORMATS:
-        assert format.format_class.pack_for_triton is not WeightFormat.pack_for_triton
+        assert format.format_class.to_triton_layout is not WeightFormat.to_triton_layout
 
 
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------

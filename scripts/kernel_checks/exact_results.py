@@ -31,9 +31,9 @@ QUANTIZED = FORMATS[1:]
 EXAMPLES = [format for format_class in formats.FORMATS for format in format_class.examples()]
 CPU_FORMATS = EXAMPLES
 TRITON_FORMATS = [*FORMATS, Int4(32, torch.float16)]
-TRITON_FORMATS += [  # a format with a method pack_for_triton has kernels
+TRITON_FORMATS += [  # a format with a method to_triton_layout has kernels
     format for format in EXAMPLES
-    if format not in FORMATS and type(format).pack_for_triton is not WeightFormat.pack_for_triton
+    if format not in FORMATS and type(format).to_triton_layout is not WeightFormat.to_triton_layout
 ]
 U32 = bounds.U[torch.float32]
 MAGIC_BIASES = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # kernels/triton/elements.py: magic_bias
