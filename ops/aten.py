@@ -16,8 +16,8 @@ from torch import Tensor
 from formats import Int4, Int8, Tensors, WeightFormat
 
 MAX_ATEN_TOKENS = 128
-KERNEL_BLOCK = 16  # the inputs that PyTorch's int8 kernel reads at a time, and the outputs that the int4 kernel computes
-CHUNK_ROWS = 1024  # rows converted at a time, which bounds the memory of the int32 copy; a multiple of the kernel's blocks
+KERNEL_BLOCK = 16  # inputs that PyTorch's int8 kernel reads at a time; outputs that the int4 kernel computes at a time
+CHUNK_ROWS = 1024  # rows converted at a time, to bound the memory of the int32 copy; a multiple of the kernel's blocks
 
 
 class AtenInt8(NamedTuple):
