@@ -25,7 +25,6 @@ from ops import torch_ops
 from ops.backend import Backend
 from scripts.kernel_checks import error_bounds as bounds
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = FORMATS[1:]
 EXAMPLES = [format for format_class in formats.FORMATS for format in format_class.examples()]
