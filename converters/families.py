@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from config import ModelConfig
-from converters.canonical_checkpoint import StateDict
+from converters.canonical_checkpoint import SourceTensors
 from converters.family_config import (
     all_sliding,
     arcee,
@@ -83,7 +83,7 @@ class Family:
     # Tensors, at conversion. family_tensors.py defines the renames and functions, hf_tensors.py applies them.
     renames: dict[str, str] = field(default_factory=dict)  # part of a name -> part of a canonical name; in order
     # Splits tensors that hold all experts of a layer
-    split_experts: Callable[[StateDict, ModelConfig], None] = split_stacked_experts
+    split_experts: Callable[[SourceTensors, ModelConfig], None] = split_stacked_experts
     # Whether conversion scales the rows of the head to length one
     normalizes_head: Callable[[ModelConfig], bool] = lambda config: False
     norm_offset: float = 0.0  # added to the weights of norms: Gemma computes x * (1 + w)

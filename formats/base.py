@@ -9,7 +9,7 @@ from torch import Tensor
 
 from formats.cpu_layouts import to_blocks, words_to_blocks
 
-Tensors = dict[str, Tensor]  # by name: "weight" and, if the format has them, "scales" and "zeros"
+Tensors = dict[str, Tensor]  # those of one weight, by name: "weight" and, if the format has them, "scales" and "zeros"
 CHUNK_ELEMENTS = 2**18  # quantized or dequantized at a time: their float32 copies fit into the processor's cache
 
 
