@@ -125,10 +125,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
+def has_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> bool:
+    """Whether head and embedding are the same tensors, which a checkpoint stores only as the embedding's.
+
+    With tie_embeddings a head may still have tensors of its own: quantize.py writes such a head, since it does not
+    quantize the embedding, and tp.py shards the head, but not the embedding."""
+    return config.tie_embeddings and "lm_head.weight" not in tensors
+
+
 def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adds the tensors of a tied head, which a checkpoint stores only as the embedding's. A head that has its own
-    tensors keeps them: quantize.py writes such a head, since it does not quantize the embedding."""
-    if not config.tie_embeddings or "lm_head.weight" in tensors:
+    """Adds the tensors of a tied head to a checkpoint's tensors."""
+    if not has_tied_head(config, tensors):
         return tensors
     embedding = {name: tensor for name, tensor in tensors.items() if name.startswith("embed_tokens.")}
     return tensors | {name.replace("embed_tokens.", "lm_head."): tensor for name, tensor in embedding.items()}

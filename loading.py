@@ -18,7 +18,7 @@ from torch import Tensor
 
 import collectives
 import tp
-from checkpoint import read_checkpoint, with_tied_head
+from checkpoint import has_tied_head, read_checkpoint, with_tied_head
 from formats import QuantizationScheme
 from model import DTYPES, Transformer, meta_model
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -72,11 +72,11 @@ def load_model(
 
     shard_tensor = None
     if n_ranks > 1:
-        tensors = all_tensors  # the head is sharded and the embedding is not, so the two can no longer be one tensor
+        tensors = all_tensors  # also of a tied head: the head is sharded, and the embedding is not
         shard_tensor = tp.shard_model(model, device)
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
     model.load_state_dict(with_tied_head(config, moved), assign=True)
-    if "lm_head.weight" not in moved:
+    if has_tied_head(config, moved):
         model.tie_embedding()
     model.eval().requires_grad_(False)
 
