@@ -96,11 +96,11 @@ class Transformer(nn.Module):
         return self.embed_tokens is self.lm_head
 
     def pack_weights(self, is_mmapped: bool = False):
-        """Switches to the kernels for the model's device: see ops.pack_weights."""
+        """Switches to the kernels for the model's device: see ops/packing.py: pack_weights."""
         matrices = [module for module in self.modules() if isinstance(module, WeightMatrix)]
         ops.pack_weights(matrices, self.dtype, is_mmapped)
         for module in self.modules():
-            if isinstance(module, RMSNorm):
+            if isinstance(module, RMSNorm):  # has nothing to pack, so kernels take the norm wherever they take the head
                 module.backend = self.lm_head.backend
 
     def quantizable_linears(self) -> Iterator[tuple[str, LinearBase]]:
