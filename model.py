@@ -52,7 +52,7 @@ class Transformer(nn.Module):
         self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache", position_tables: list[PositionTables]
     ) -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
-        kv_cache must hold the keys and values of all earlier tokens. forward writes the new tokens' into kv_cache.
+        kv_cache must hold the keys and values of all earlier tokens. forward adds those of the new tokens.
         position_tables: the result of build_position_tables for kv_cache."""
         return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache, position_tables))
 
@@ -298,10 +298,10 @@ class MoE(nn.Module):
 
 
 class KVCache:
-    """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. The cache does not count the
-    tokens that it holds: a step is given the position of each sequence's first new token. So nothing removes the
-    rejected proposals of a speculation: attention and the repetition penalty end at the text's last token, and the next
-    step overwrites what comes after.
+    """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. The cache does not count its
+    tokens: every step passes the position of each sequence's first new token. Proposals that a speculation rejects stay
+    in the cache, where they do no harm: attention and the repetition penalty read no further than the last token of the
+    text, and the next step overwrites the rest.
 
     layers: the keys and values of each layer.
     token_ids [B, S]: for the repetition penalty, which depends on the whole text. Steps with the penalty store the ids,
@@ -358,7 +358,6 @@ class KVCache:
         self.token_ids[[i, j], :n] = self.token_ids[[j, i], :n]
 
     def clear_sequence(self, i: int):
-        """Sets keys and values of sequence i to 0."""
         for cache in self.layers:
             cache.k[i].zero_()
             cache.v[i].zero_()

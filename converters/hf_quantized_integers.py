@@ -78,7 +78,7 @@ class UnpackedWeight:
         q, k = self.read_q(), self.shape[1]
         if self.input_order is not None:
             q = q[:, self.input_order]
-        # Scales keep their dtype here, so that a weight that becomes dense is rounded only once
+        # Scales keep their dtype here, so that a weight that becomes unquantized is rounded only once
         tensors = {"scales": self.scales, "zeros": self.read_zeros() << format.zero_fraction_bits}
         sizes = min(self.group_size, k), format.group_size
         groups = {name: slice_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
