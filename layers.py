@@ -65,12 +65,11 @@ class WeightMatrix(nn.Module):
         named = {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def set_tensor(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        """Replaces the tensor called name. Returns the new tensor; weight and bias become Parameters."""
+    def set_tensor(self, name: str, tensor: Tensor | None):
+        """Replaces the tensor called name. weight and bias become Parameters."""
         if name in ("weight", "bias"):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(self, name, tensor)
-        return tensor
 
     def set_format(self, format: WeightFormat):
         """Changes the format of W, and replaces the tensors by uninitialized tensors of the new format."""
