@@ -9,8 +9,8 @@ A GGUF stores quantized values of 4, 5, 6 or 8 bits, and for every 16 or 32 inpu
 Values of 4 bits become Int4, all other values GroupedInt8, with the GGUF's groups. Only scales and zeros are rounded.
 MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format: floats, if some are floats.
 
-The file may be SIZE_LIMIT times as large as the GGUF. To stay below that, some weights are rounded again to smaller
-formats: first the weights that lose the least accuracy for each byte that they save.
+The file may be SIZE_LIMIT times as large as the GGUF. If the file would be larger, some weights are rounded again to
+smaller formats: first the weights that lose the least accuracy for each saved byte.
 """
 
 import re

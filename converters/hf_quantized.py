@@ -5,7 +5,7 @@ rounded again.
     collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
 
 The tensors say which layers are quantized. docs/quantized_checkpoints.md says which contradictions of config.json are
-errors, and lists the formats. hf_quantized_integers.py and hf_quantized_floats.py read them.
+errors, and lists the formats. hf_quantized_integers.py and hf_quantized_floats.py read the weights.
 """
 
 import re

@@ -312,7 +312,8 @@ def compressed_weight(
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") in ("group", None)
     group_size = check_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
-    # Early versions of compressed-tensors left out zero points that are all 0. One for a whole weight often is
+    # Early versions of compressed-tensors left out zero points that are all 0. If a weight has only one zero point, the
+    # zero point may well be 0, so only a weight with several must store them
     if stated.get("symmetric") is False and layer.tensors["weight_scale"].numel() > 1:
         layer.require("weight_zero_point")
     read_zeros = take_zeros(layer, bits, n, n_groups)
