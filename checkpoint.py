@@ -34,7 +34,6 @@ from utils.files import delete_if_possible, is_state_dict, load_torch_file
 
 CHECKPOINT_VERSION = "gpt-fast/7"  # if a name changes, so does the version: earlier_checkpoints.py gets a row
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
-NamedTensor = tuple[str, Tensor]
 
 
 class Checkpoint(NamedTuple):
@@ -47,7 +46,8 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(
-    path: Path, config: ModelConfig, shapes: Shapes, tensors: Iterable[NamedTensor], quantization: dict | None = None
+    path: Path, config: ModelConfig, shapes: Shapes, tensors: Iterable[tuple[str, Tensor]],
+    quantization: dict | None = None,
 ):
     """Writes a checkpoint to path. shapes lists the tensors; tensors yields them in any order, so that only one tensor
     needs to be in memory at a time. After any error, path is as it was before."""
@@ -80,7 +80,7 @@ def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Ten
         return torch.load(file, weights_only=True)["tensors"]
 
 
-def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[NamedTensor]):
+def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]):
     """Writes the bytes of each tensor into the room that reserve_space left for the tensor."""
     missing = dict(placeholders)
     for name, tensor in tqdm(tensors, "write", len(placeholders), disable=None, leave=False):
@@ -125,10 +125,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
+def has_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> bool:
+    """Whether head and embedding are the same tensors, which a checkpoint stores only as the embedding's.
+
+    With tie_embeddings a head may still have tensors of its own: quantize.py writes such a head, since it does not
+    quantize the embedding, and tp.py shards the head, but not the embedding."""
+    return config.tie_embeddings and "lm_head.weight" not in tensors
+
+
 def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adds the tensors of a tied head, which a checkpoint stores only as the embedding's. A head that has its own
-    tensors keeps them: quantize.py writes such a head, since it does not quantize the embedding."""
-    if not config.tie_embeddings or "lm_head.weight" in tensors:
+    """Adds the tensors of a tied head to a checkpoint's tensors."""
+    if not has_tied_head(config, tensors):
         return tensors
     embedding = {name: tensor for name, tensor in tensors.items() if name.startswith("embed_tokens.")}
     return tensors | {name.replace("embed_tokens.", "lm_head."): tensor for name, tensor in embedding.items()}

@@ -24,68 +24,62 @@ from kernels.capture import split_graph_at
 from utils.errors import UsageError
 
 ONE_SHOT_BYTES = 2**18  # up to this size, a one-shot all-reduce over peer memory is faster than NCCL
-# The time so far that this process has spent in collectives between CPUs. Collectives of a compiled step do not count,
-# since torch.compile cannot trace a clock.
-cpu_seconds = 0.0
 c10d = torch.ops._c10d_functional  # PyTorch's functional collectives, since torch.compile can trace them
+
+
+class Stopwatch:
+    """The time so far that this process has spent in collectives between CPUs. Collectives of a compiled step do not
+    count, since torch.compile cannot trace a clock."""
+
+    seconds = 0.0
+
+
+stopwatch = Stopwatch()
 
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# A CUDA graph contains the collectives of the captured step. OpLists cannot contain collectives, so a CPU graph is
-# split at each one (kernels/capture.py: split_graph_at).
+def collective(join_ranks: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Decorator of a function that every rank calls with its own x. With one rank the result is x.
 
+    A CUDA graph contains the collectives of the captured step. OpLists cannot contain collectives, so a CPU graph is
+    split at each one (kernels/capture.py: split_graph_at)."""
 
-def all_reduce(x: Tensor) -> Tensor:
-    """Returns the sum of all ranks' x, on every rank."""
-    return split_graph_at(sum_over_ranks, x)
-
-
-def broadcast(x: Tensor) -> Tensor:
-    """Returns rank 0's x, on every rank. Samplers broadcast the tokens, since a program may not have seeded all ranks
-    alike."""
-    return x if world_size() == 1 else split_graph_at(from_rank_0, x)
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """Concatenates x [..., X] of all ranks: [..., ranks * X]. The caller splits the graph, since the caller's own
-    operations on the result belong between the same two OpLists (tp.py: ParallelLMHead)."""
-    by_rank = stack_ranks(x).unflatten(0, (world_size(), -1))  # [ranks, ..., X]
-    return by_rank.movedim(0, -2).flatten(-2)
-
-
-def timed_on_cpu(collective: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Returns the collective, which now adds the time of each call between CPUs to cpu_seconds."""
-
-    @wraps(collective)
-    def call(x: Tensor) -> Tensor:
-        global cpu_seconds
+    def timed(x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return collective(x)
+            return join_ranks(x)
         start = time.perf_counter()
-        result = collective(x)
-        cpu_seconds += time.perf_counter() - start
+        result = join_ranks(x)
+        stopwatch.seconds += time.perf_counter() - start
         return result
+
+    @wraps(join_ranks)
+    def call(x: Tensor) -> Tensor:
+        return x if world_size() == 1 else split_graph_at(timed, x)
 
     return call
 
 
-@timed_on_cpu
-def sum_over_ranks(x: Tensor) -> Tensor:
+@collective
+def all_reduce(x: Tensor) -> Tensor:
+    """Returns the sum of all ranks' x, on every rank."""
     return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group_name()))
 
 
-@timed_on_cpu
-def from_rank_0(x: Tensor) -> Tensor:
+@collective
+def broadcast(x: Tensor) -> Tensor:
+    """Returns rank 0's x, on every rank. Samplers broadcast the tokens, since a program may not have seeded all ranks
+    alike."""
     return c10d.wait_tensor(c10d.broadcast(x.contiguous(), 0, group_name()))
 
 
-@timed_on_cpu
-def stack_ranks(x: Tensor) -> Tensor:
-    """Stacks the first dimension of all ranks' x [N, ...]: [ranks * N, ...]."""
-    return c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), world_size(), group_name()))
+@collective
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenates x [..., X] of all ranks: [..., ranks * X]."""
+    stacked = c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), world_size(), group_name()))
+    return stacked.unflatten(0, (world_size(), -1)).movedim(0, -2).flatten(-2)  # [ranks, ..., X] -> [..., ranks * X]
 
 
 def group_name() -> str:

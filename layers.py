@@ -2,7 +2,7 @@
 
     RMSNorm        x / rms(x) * weight
     WeightMatrix   what the layers below share: W in some format (formats/), packed for some backend
-    LinearBase     what the linear layers share: WeightMatrix with a bias
+    LinearBase     what the linear layers share: a WeightMatrix for matmuls, with a bias
     Linear         y = x W^T + bias, and what is applied to y
     ExpertsGateUp, ExpertsDown    matmuls with the W of each expert that the router chose
     Embedding      a row of W for every token
@@ -22,7 +22,7 @@ from ops.backend import TORCH_BACKEND, Backend
 
 
 class RMSNorm(nn.Module):
-    """weight [dim]; eps, which is added to the mean square; and backend, as in WeightMatrix."""
+    """weight [dim]; eps, which is added to the mean square; and backend, which model.py: pack_weights sets."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -62,12 +62,11 @@ class WeightMatrix(nn.Module):
         named = {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def set_tensor(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        """Replaces the tensor called name. Returns the new tensor; weight and bias become Parameters."""
+    def set_tensor(self, name: str, tensor: Tensor | None):
+        """Replaces the tensor called name. weight and bias become Parameters."""
         if name in ("weight", "bias"):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(self, name, tensor)
-        return tensor
 
     def set_format(self, format: WeightFormat):
         """Changes the format of W, and replaces the tensors by uninitialized tensors of the new format."""
@@ -102,7 +101,8 @@ class WeightMatrix(nn.Module):
 
 
 class LinearBase(WeightMatrix):
-    """A WeightMatrix with a bias [N], of experts [E, N], or None."""
+    """A WeightMatrix for matmuls, with a bias [N], of experts [E, N], or None. All WeightMatrices but the embedding:
+    those that quantize.py quantizes and tp.py shards."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None):
         super().__init__(in_features, out_features, n_experts)

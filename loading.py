@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import collectives
 import tp
-from checkpoint import read_checkpoint, with_tied_head
-from formats import QuantizationScheme, Tensors
+from checkpoint import has_tied_head, read_checkpoint, with_tied_head
+from formats import QuantizationScheme
 from model import DTYPES, Transformer, meta_model
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UsageError
@@ -71,11 +72,11 @@ def load_model(
 
     shard_tensor = None
     if n_ranks > 1:
-        tensors = all_tensors  # the head is sharded and the embedding is not, so the two can no longer be one tensor
+        tensors = all_tensors  # also of a tied head: the head is sharded, and the embedding is not
         shard_tensor = tp.shard_model(model, device)
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
     model.load_state_dict(with_tied_head(config, moved), assign=True)
-    if "lm_head.weight" not in moved:
+    if has_tied_head(config, moved):
         model.tie_embedding()
     model.eval().requires_grad_(False)
 
@@ -95,7 +96,7 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
     return names
 
 
-def check_tensors(path: Path, model: Transformer, tensors: Tensors, quantized_names: set[str]):
+def check_tensors(path: Path, model: Transformer, tensors: dict[str, Tensor], quantized_names: set[str]):
     """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
 
     tensors: the checkpoint's, with those of a tied head.
@@ -111,23 +112,23 @@ def check_tensors(path: Path, model: Transformer, tensors: Tensors, quantized_na
             raise UsageError(f"{path}: tensor {name} is missing, left over or of the wrong shape; convert it again")
 
 
-def check_input_orders(path: Path, tensors: Tensors):
+def check_input_orders(path: Path, tensors: dict[str, Tensor]):
     """Raises UsageError unless every input_order contains each input of the layer once."""
     for name, order in tensors.items():
         if name.endswith(".input_order") and not torch.equal(order.sort().values, torch.arange(len(order)).int()):
             raise UsageError(f"{path}: tensor {name} is no order of the layer's {len(order)} inputs; convert it again")
 
 
-def loaded_bytes(tensors: Tensors, dtype: torch.dtype, quantized_names: set[str]) -> int:
+def loaded_bytes(tensors: dict[str, Tensor], dtype: torch.dtype, quantized_names: set[str]) -> int:
     """The size of a checkpoint's tensors after move_tensors."""
     itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
     return sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
 
 
 def move_tensors(
-    tensors: Tensors, device: torch.device, dtype: torch.dtype, quantized_names: set[str],
+    tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, quantized_names: set[str],
     shard_tensor: tp.ShardTensor | None,
-) -> Tensors:
+) -> dict[str, Tensor]:
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
 
     shard_tensor: of tp.shard_model; None: keep every tensor whole."""

@@ -12,6 +12,7 @@ heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K
 """
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
@@ -27,7 +28,7 @@ from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
 from utils.machine import check_memory
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations: those of --precision
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations (--precision)
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationScheme(UNQUANTIZED)
 
@@ -38,12 +39,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.format: WeightFormat = UNQUANTIZED  # of most linear layers
+        # The format of most linear layers in the checkpoint, for reports. A layer's own format may be another one, also
+        # because weights without kernels are dequantized while loading (ops/packing.py: dequantize_weights).
+        self.checkpoint_format: WeightFormat = UNQUANTIZED
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
-        # For each dtype of activations. Computed here, since a captured step cannot make a tensor (kernels/capture.py).
-        self.embed_scales = {
-            dtype: torch.tensor(config.embed_scale, dtype=dtype, device="cpu").item() for dtype in DTYPES
-        }
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         scale, softcap = config.logit_scale, config.logit_softcap or 0.0
@@ -53,7 +52,7 @@ class Transformer(nn.Module):
         self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache", position_tables: list[PositionTables]
     ) -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
-        kv_cache must hold the keys and values of all earlier tokens. forward writes the new tokens' into kv_cache.
+        kv_cache must hold the keys and values of all earlier tokens. forward adds those of the new tokens.
         position_tables: the result of build_position_tables for kv_cache."""
         return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache, position_tables))
 
@@ -68,7 +67,8 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]."""
-        return ops.embed(tokens, self.embed_tokens, self.embed_scale, self.dtype)
+        scale = round_to_dtype(self.config.embed_scale, self.dtype)  # transformers rounds the scale, too
+        return ops.embed(tokens, self.embed_tokens, scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
@@ -83,16 +83,11 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.norm.weight.device
 
-    @property
-    def embed_scale(self) -> float:
-        """config.embed_scale rounded to dtype, as in transformers."""
-        return self.embed_scales[self.dtype]
-
     def tie_embedding(self):
         """Makes lm_head the embedding, too: one layer under two names."""
         # The head owns the weight, because a step reads all of the head's weight, so the head's kernels decide how the
         # weight is packed. The embedding reads a few rows, which works with any packing. model.pth also has the weight
-        # only once, but under the embedding's name (checkpoint.py: with_tied_head).
+        # only once, but under the embedding's name (checkpoint.py: has_tied_head).
         del self.embed_tokens  # otherwise named_modules would find the layer first as embed_tokens
         self.embed_tokens = self.lm_head
 
@@ -101,11 +96,11 @@ class Transformer(nn.Module):
         return self.embed_tokens is self.lm_head
 
     def pack_weights(self, is_mmapped: bool = False):
-        """Switches to the kernels for the model's device: see ops.pack_weights."""
+        """Switches to the kernels for the model's device: see ops/packing.py: pack_weights."""
         matrices = [module for module in self.modules() if isinstance(module, WeightMatrix)]
         ops.pack_weights(matrices, self.dtype, is_mmapped)
         for module in self.modules():
-            if isinstance(module, RMSNorm):
+            if isinstance(module, RMSNorm):  # has nothing to pack, so kernels take the norm wherever they take the head
                 module.backend = self.lm_head.backend
 
     def quantizable_linears(self) -> Iterator[tuple[str, LinearBase]]:
@@ -114,7 +109,7 @@ class Transformer(nn.Module):
             if isinstance(module, LinearBase) and not name.endswith(".router"):
                 yield name, module
 
-    def supports_kernels(self, batch_size: int, n_new_tokens: int) -> bool:
+    def has_kernels_for(self, batch_size: int, n_new_tokens: int) -> bool:
         """Whether there are kernels for all operations of a step with n_new_tokens in each of batch_size sequences,
         all on one backend. Then the step can be captured."""
         matrices = [module for module in self.modules() if isinstance(module, LinearBase)]
@@ -122,7 +117,7 @@ class Transformer(nn.Module):
             matrices.append(self.embed_tokens)
         backend = self.lm_head.backend
         attention = self.layers[0].attention  # all layers have the same numbers of heads
-        heads_per_kv_head = attention.options.n_heads // attention.n_kv_heads
+        heads_per_kv_head = attention.n_heads // attention.n_kv_heads
         all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
         return all_on_one_backend and backend.supports_step(batch_size, n_new_tokens, heads_per_kv_head)
 
@@ -144,6 +139,14 @@ class Transformer(nn.Module):
         return tables
 
 
+def round_to_dtype(value: float, dtype: torch.dtype) -> float:
+    """Rounds a positive number to the nearest number of dtype, ties to even. Without a tensor, since a captured step
+    cannot make one."""
+    _, exponent = math.frexp(value)  # value is in [2^(exponent - 1), 2^exponent)
+    ulp = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # the distance between two numbers of dtype there
+    return round(value / ulp) * ulp
+
+
 def meta_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZED) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
     quantized only if formats names the embedding. Raises UsageError if formats names a layer that the model does not
@@ -154,7 +157,7 @@ def meta_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZE
     unknown = formats.overrides.keys() - linears.keys() - {"embed_tokens"}
     if unknown:
         raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")
-    model.format = formats.default
+    model.checkpoint_format = formats.default
     for name, linear in linears.items():
         linear.set_format(formats.of_layer(name))
     model.embed_tokens.set_format(formats.overrides.get("embed_tokens", UNQUANTIZED))
@@ -181,23 +184,20 @@ class TransformerBlock(nn.Module):
         self.post_ffn_norm = norm(config.post_norm)
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache, tables: PositionTables) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]. With f the attention, then with f the feed-forward:
+        """x [B, T, dim] -> [B, T, dim].
 
-            without post-norm    x + f(norm(x))
-            with post-norm       x + post(f(norm(x)))
-
-        norm and residual are arguments of a sublayer, since kernels fuse norm and residual with matmuls: the norm with
-        the sublayer's first matmul, the residual with the last one. A post-norm comes after the last matmul, so the
-        post-norm takes the residual."""
-        if self.post_attention_norm is None:
+        The sublayers, attention and feed_forward, take norm and residual as arguments, since kernels fuse them with
+        matmuls: the norm with a sublayer's first matmul, the residual with its last one. A post-norm comes after the
+        last matmul, so the post-norm takes the residual."""
+        if self.post_attention_norm is None:  # x + attention(norm(x))
             x = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm, residual=x)
-        else:
+        else:  # x + post_norm(attention(norm(x)))
             y = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm)
             x = self.post_attention_norm(y, residual=x)
 
-        if self.post_ffn_norm is None:
+        if self.post_ffn_norm is None:  # x + feed_forward(norm(x))
             x = self.feed_forward(x, norm=self.pre_ffn_norm, residual=x)
-        else:
+        else:  # x + post_norm(feed_forward(norm(x)))
             y = self.feed_forward(x, norm=self.pre_ffn_norm)
             x = self.post_ffn_norm(y, residual=x)
         return x
@@ -213,16 +213,13 @@ class Attention(nn.Module):
         y = residual + o_proj(p v)
 
     A model has only some of the norms, softcap, slopes, window and sinks. Everything between the matmuls qkv_proj and
-    o_proj is one operation, ops/dispatch.py: attend.
-
-    options: the numbers of attend, without tensors."""
+    o_proj is one operation, ops/dispatch.py: attend."""
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
-        self.n_kv_heads, self.head_dim = config.n_kv_heads, config.head_dim
-        scale, softcap = config.attention_scale or config.head_dim**-0.5, config.attention_softcap or 0.0
-        eps = config.norm_eps if config.qk_norm else 0.0
-        self.options = AttentionParams(config.n_heads, scale, config.window(layer_idx) or 0, softcap, eps=eps)
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.scale = config.attention_scale or config.head_dim**-0.5
+        self.softcap, self.window = config.attention_softcap or 0.0, config.window(layer_idx) or 0
         self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
             q_heads, k_heads = (config.n_heads, config.n_kv_heads) if config.qk_norm_across_heads else (1, 1)
@@ -244,12 +241,12 @@ class Attention(nn.Module):
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
-        """options with the module's tensors. Loading and tensor parallelism replace the tensors, so options has
-        none."""
-        params = self.options._replace(sinks=self.sinks)
+        """Made anew for each step, because loading replaces the tensors, and tensor parallelism also n_heads."""
+        params = AttentionParams(self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks)
         if self.q_norm is None:
             return params
-        return params._replace(q_norm_weight=self.q_norm.weight, k_norm_weight=self.k_norm.weight)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        return params._replace(q_norm_weight=q_norm.weight, k_norm_weight=k_norm.weight, eps=q_norm.eps)
 
     @property
     def backend(self) -> Backend:
@@ -301,10 +298,10 @@ class MoE(nn.Module):
 
 
 class KVCache:
-    """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. The cache does not count the
-    tokens that it holds: a step is given the position of each sequence's first new token. So nothing removes the
-    rejected proposals of a speculation: attention and the repetition penalty end at the text's last token, and the next
-    step overwrites what comes after.
+    """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. The cache does not count its
+    tokens: every step passes the position of each sequence's first new token. Proposals that a speculation rejects stay
+    in the cache, where they do no harm: attention and the repetition penalty read no further than the last token of the
+    text, and the next step overwrites the rest.
 
     layers: the keys and values of each layer.
     token_ids [B, S]: for the repetition penalty, which depends on the whole text. Steps with the penalty store the ids,
@@ -361,7 +358,6 @@ class KVCache:
         self.token_ids[[i, j], :n] = self.token_ids[[j, i], :n]
 
     def clear_sequence(self, i: int):
-        """Sets keys and values of sequence i to 0."""
         for cache in self.layers:
             cache.k[i].zero_()
             cache.v[i].zero_()

@@ -138,7 +138,7 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
             linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
         n = sum(shard_range(size, spec.head_size, 0, n_ranks)[1] for size in spec.sizes)  # the same on every rank
         if spec.style == "row":
-            linear.in_features, linear.format = n, linear.format.narrow_format(n)
+            linear.in_features, linear.format = n, linear.format.slice_format(n)
         else:
             linear.out_features = n
     for module in model.modules():
@@ -172,9 +172,8 @@ def tensor_sharder(model: Transformer) -> ShardTensor:
 
 
 def shard_attention(attention: Attention, n_ranks: int):
-    start, length = shard_range(attention.options.n_heads, 1, dist.get_rank(), n_ranks)
-    attention.options = attention.options._replace(n_heads=length)
-    attention.n_kv_heads = math.ceil(attention.n_kv_heads / n_ranks)
+    start, length = shard_range(attention.n_heads, 1, dist.get_rank(), n_ranks)
+    attention.n_heads, attention.n_kv_heads = length, math.ceil(attention.n_kv_heads / n_ranks)
     if attention.sinks is not None:  # meta tensors: loading reads the values from the checkpoint
         attention.sinks = nn.Parameter(attention.sinks[:length], requires_grad=False)
     if attention.alibi_slopes is not None:
@@ -191,7 +190,7 @@ def shard_row_parallel(tensor: Tensor, tensor_name: str, spec: ShardSpec, format
     start, length = shard_range(size, spec.head_size, dist.get_rank(), world_size())
     if tensor_name == "input_order":
         return tensor[start : start + length].clone()
-    return format.narrow_inputs(tensor_name, tensor, start, length)
+    return format.slice_inputs(tensor_name, tensor, start, length)
 
 
 def shard_column_parallel(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
@@ -226,34 +225,27 @@ class RowParallelLinear(nn.Module):
     """A linear layer that is sharded along the inputs: o_proj or down_proj, also of experts. An all-reduce adds up the
     partial sums of all ranks. The residual is added after the all-reduce, since otherwise every rank would add it.
 
-    The input x is parallel, which is this rank's shard, if the layer before is sharded (see tp_plan). Otherwise x is
-    full. With act-order, linear.input_order may pick inputs from all of x. So linear gets:
-
-        x           input_order    inputs of linear
-        parallel    no             x
-        parallel    yes            all_gather(x), from which linear selects
-        full        no             this rank's shard of x
-        full        yes            x, from which linear selects
-    """
+    input_is_parallel: x is only this rank's shard, since the layer before is sharded (see tp_plan). Otherwise x is
+    full."""
 
     def __init__(self, linear: LinearBase, all_reduce: Callable[[Tensor], Tensor], input_is_parallel: bool):
         super().__init__()
-        self.linear, self.all_reduce = linear, all_reduce
+        self.linear, self.all_reduce, self.input_is_parallel = linear, all_reduce, input_is_parallel
         self.backend = linear.backend
-        has_order = isinstance(linear, Linear) and linear.input_order is not None
-        self.get_inputs = None  # x -> the inputs of linear; None: the inputs are x
-        if input_is_parallel and has_order:
-            self.get_inputs = all_gather
-        elif not input_is_parallel and not has_order:
-            self.get_inputs = self.shard_inputs
 
     def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
-        if self.get_inputs is not None:
-            x = split_graph_at(self.get_inputs, x)
-        y = self.all_reduce(self.linear(x, *args, **kwargs))
+        y = self.all_reduce(self.linear(self.inputs_of_linear(x), *args, **kwargs))
         return y if residual is None else ops.add(residual, y, self.backend)
 
-    def shard_inputs(self, x: Tensor) -> Tensor:
+    def inputs_of_linear(self, x: Tensor) -> Tensor:
+        """Returns this rank's shard of the full x. With act-order, returns the full x: linear.input_order may select
+        inputs of any rank."""
+        needs_full = isinstance(self.linear, Linear) and self.linear.input_order is not None
+        if self.input_is_parallel:
+            return all_gather(x) if needs_full else x
+        return x if needs_full else split_graph_at(self.shard, x)
+
+    def shard(self, x: Tensor) -> Tensor:
         n = self.linear.in_features
         return x.narrow(-1, dist.get_rank() * n, n).contiguous()
 
@@ -266,8 +258,4 @@ class ParallelLMHead(nn.Module):
         self.linear, self.vocab_size, self.backend = linear, vocab_size, linear.backend
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
-        return split_graph_at(self.all_gather, self.linear(x, **kwargs))
-
-    def all_gather(self, logits: Tensor) -> Tensor:
-        """Returns the logits of all ranks, without the padding of the last ranks."""
-        return all_gather(logits)[..., : self.vocab_size]
+        return all_gather(self.linear(x, **kwargs))[..., : self.vocab_size]  # without the padding of the last ranks

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.errors import check_integer
 
-PRECISIONS = ["bfloat16", "float16", "float32"]
+PRECISIONS = ["bfloat16", "float16", "float32"]  # the names of model.py: DTYPES
 MAX_THREADS = 1024
 CHECKPOINT_HELP = "model.pth, its tokenizer beside it; or a model's folder or .gguf, which is converted once"
 

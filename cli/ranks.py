@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import collectives
-from collectives import broadcast_json, world_size
+from collectives import broadcast_json, stopwatch, world_size
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if a rank dies, torchrun ends the other ranks at once
 
@@ -95,9 +94,9 @@ def communication_share(step: Callable[[], Tensor]) -> float | None:
     Returns None for a compiled step on a CPU, whose collectives nobody times."""
     device_type = step().device.type  # the first call may capture or compile
     if device_type == "cpu":
-        before = collectives.cpu_seconds
+        before = stopwatch.seconds
         seconds = time_steps(step)
-        return (collectives.cpu_seconds - before) / seconds if collectives.cpu_seconds > before else None
+        return (stopwatch.seconds - before) / seconds if stopwatch.seconds > before else None
     # The profiler also sees the collectives in a graph. On a CPU, the profiler would print lines of its own, and its
     # thread calls getenv, which crashes if another thread sets an environment variable.
     with torch.autograd.profiler.profile(use_device=device_type) as profile:

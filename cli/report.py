@@ -56,7 +56,7 @@ def build_result(
         "peak_memory_bytes": peak_memory(model.device),
         "device": str(model.device),
         "precision": args.precision,
-        "quantization": model.format.name,
+        "quantization": model.checkpoint_format.name,
         "accept_counts": accept_counts,
     }
 
@@ -79,7 +79,7 @@ def median(values: list[float]) -> float:
 
 def tokens_read(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> float:
     """Returns how many tokens' keys and values a decode step reads for a sequence of n_tokens."""
-    if model.supports_kernels(kv_cache.batch_size, 1):
+    if model.has_kernels_for(kv_cache.batch_size, 1):
         return model.config.mean_attended_tokens(n_tokens)
     return kv_cache.max_seq_len if compile else n_tokens  # a compiled step reads the whole cache
 

@@ -76,7 +76,7 @@ def build_loop(args: argparse.Namespace, llm: LLM, max_seq_len: int, draft: Tran
 
 def warn_without_kernels(k: int, model: Transformer):
     """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
-    most = max((i for i in range(1, k + 1) if model.supports_kernels(1, i + 1)), default=0)
+    most = max((i for i in range(1, k + 1) if model.has_kernels_for(1, i + 1)), default=0)
     if model.lm_head.backend.name == TRITON_BACKEND.name and most < k:
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)
 

@@ -46,7 +46,7 @@ MOE_CANONICAL_PARTS = CANONICAL_PARTS | {
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-StateDict = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names or, after renaming, by canonical names
+SourceTensors = dict[str, Tensor | QuantizedWeight]  # by Hugging Face's names or, after renaming, by canonical names
 TensorReader = Callable[[str], Tensor | QuantizedWeight]  # canonical name of a tensor -> the tensor with its data
 
 
@@ -55,7 +55,7 @@ class CanonicalCheckpoint:
     """A checkpoint of any format, ready to be written as model.pth."""
 
     config: ModelConfig
-    tensors: StateDict  # by canonical names, perhaps on the meta device: only shapes and dtypes count
+    tensors: SourceTensors  # by canonical names, perhaps on the meta device: only shapes and dtypes count
     read: TensorReader
     tokenizer_files: dict[str, bytes | None] = field(default_factory=dict)  # name -> contents; None: remove the file
     note: str = ""  # to print when model.pth is written

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import ModelConfig
-from converters.canonical_checkpoint import CanonicalCheckpoint, StateDict
+from converters.canonical_checkpoint import CanonicalCheckpoint, SourceTensors
 from converters.hf_config import config_from_hf, find_family
 from converters.hf_quantized import collect_quantized, read_quantization
 from converters.hf_tensors import to_canonical_layout, with_norm_biases
@@ -84,7 +84,7 @@ def read_config(folder: Path, hf_config: dict) -> tuple[ModelConfig, str]:
     return replace(config, bos_id=bos_id, eos_ids=tuple(i for i in config.eos_ids if i in known)), note
 
 
-def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> StateDict:
+def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> SourceTensors:
     """Returns all tensors of the folder, memory-mapped, with a QuantizedWeight for each quantized weight. hf_config:
     the contents of config.json."""
     tensors = read_state_dict(folder)
@@ -119,7 +119,7 @@ def check_not_quantized(folder: Path, hf_config: dict):
 # ---- Hugging Face's weights: safetensors or pytorch_model.bin, in one file or many ----------------------------------
 
 
-def read_state_dict(folder: Path) -> StateDict:
+def read_state_dict(folder: Path) -> SourceTensors:
     """Returns all tensors of a folder, memory-mapped."""
     for load, whole in ((load_safetensors, "model.safetensors"), (load_torch_state_dict, "pytorch_model.bin")):
         index = folder / f"{whole}.index.json"
@@ -133,7 +133,7 @@ def read_state_dict(folder: Path) -> StateDict:
     raise UsageError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (nor their index.json)")
 
 
-def read_shards(file_of: dict[str, str], index: Path, load: Callable[[Path], StateDict]) -> StateDict:
+def read_shards(file_of: dict[str, str], index: Path, load: Callable[[Path], SourceTensors]) -> SourceTensors:
     """Returns the tensors of all files of an index. If two files have a tensor, file_of decides."""
     tensors = {}
     for file in sorted(set(file_of.values())):

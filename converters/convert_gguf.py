@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical_checkpoint import CanonicalCheckpoint, StateDict, TensorReader
+from converters.canonical_checkpoint import CanonicalCheckpoint, SourceTensors, TensorReader
 from converters.families import FAMILIES
 from converters.gguf_config import (
     LONG_FACTORS,
@@ -94,7 +94,7 @@ def convert_gguf(
 
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
-) -> tuple[StateDict, TensorReader]:
+) -> tuple[SourceTensors, TensorReader]:
     """Returns the tensors and the read function of a CanonicalCheckpoint. The tensors are on the meta device. The
     function returns a tensor with its rows in our order. Gemma's norms need no change, since a GGUF holds 1 + w."""
     renamed = split_gguf_tensors(stored, config, architecture)
@@ -114,7 +114,7 @@ def rename_gguf_tensors(
 
 
 def keep_quantized(
-    stored: dict[str, GGUFTensor], config: ModelConfig, tensors: StateDict, architecture: Architecture
+    stored: dict[str, GGUFTensor], config: ModelConfig, tensors: SourceTensors, architecture: Architecture
 ) -> GGUFQuantizer:
     """Returns the weights that stay quantized. tensors: the tensors that rename_gguf_tensors returns."""
     renamed = split_gguf_tensors(stored, config, architecture)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from config import ModelConfig
-from converters.canonical_checkpoint import StateDict
+from converters.canonical_checkpoint import SourceTensors
 from converters.family_config import (
     all_sliding,
     arcee,
@@ -55,7 +55,7 @@ class Family:
     """How to read the config.json of one architecture, and how to make its tensors canonical."""
 
     model_type: str  # the value of config.json's "model_type"
-    defaults: dict  # transformers' defaults for fields that config.json leaves out
+    defaults: dict  # transformers' defaults for fields that config.json leaves out, unless COMMON_DEFAULTS has them
 
     # Renames the fields of config.json to Llama's names
     rename_fields: Callable[[dict], dict] = lambda hf_config: hf_config
@@ -65,6 +65,7 @@ class Family:
     default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json lacks layer_types; None: an error
     needs_use_sliding_window: bool = False  # layers have a window only if use_sliding_window is true
     scales_sliding_rope: bool = True  # False: rope_scaling changes only layers without a window
+    sliding_rope_theta_field: str | None = None  # config.json's name of rope_theta for layers with a window
 
     # Feed-forward
     ffn_dim_field: str = "intermediate_size"
@@ -75,15 +76,16 @@ class Family:
 
     # Everything else that changes the maths. The fields of ModelConfig are set in this order, and later ones win:
     # config.json over defaults, both after rename_fields; then config_overrides; then read_overrides. A field of
-    # HF_NO_OP_VALUES (hf_config.py) with another value is refused, unless it is one of supported_fields.
-    supported_fields: tuple[str, ...] = ()  # fields of HF_NO_OP_VALUES that may have any value
+    # HF_NO_OP_VALUES (hf_config.py) with another value is refused, unless it is one of supported_fields: then
+    # read_overrides reads the field, and refuses values that model.py does not support.
+    supported_fields: tuple[str, ...] = ()  # fields of HF_NO_OP_VALUES that may have other values
     config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig with one value for the whole family
     read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
 
     # Tensors, at conversion. family_tensors.py defines the renames and functions, hf_tensors.py applies them.
     renames: dict[str, str] = field(default_factory=dict)  # part of a name -> part of a canonical name; in order
     # Splits tensors that hold all experts of a layer
-    split_experts: Callable[[StateDict, ModelConfig], None] = split_stacked_experts
+    split_experts: Callable[[SourceTensors, ModelConfig], None] = split_stacked_experts
     # Whether conversion scales the rows of the head to length one
     normalizes_head: Callable[[ModelConfig], bool] = lambda config: False
     norm_offset: float = 0.0  # added to the weights of norms: Gemma computes x * (1 + w)
@@ -94,6 +96,7 @@ class Family:
 
 # ---- The table ------------------------------------------------------------------------------------------------------
 
+COMMON_DEFAULTS = dict(rms_norm_eps=1e-6, rope_theta=10000.0)  # of most architectures
 MISTRAL = dict(max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=8)
 QWEN = dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096, max_window_layers=28)
 GEMMA = dict(
@@ -200,6 +203,7 @@ FAMILIES = {
         ),
         sliding_layers="layer_types",
         default_layer_types=gemma3_layer_types,
+        sliding_rope_theta_field="rope_local_base_freq",
         supported_fields=("hidden_act", *SOFTCAPS),
         config_overrides=dict(qk_norm=True),
         read_overrides=gemma3,

@@ -1,6 +1,11 @@
 """Reads fields of config.json that only one family has, or a few. families.py: FAMILIES lists these functions.
 
-A function for Family.read_overrides has the family's name, and returns fields of ModelConfig.
+A function for Family.read_overrides has the family's name, and returns fields of ModelConfig. How to read a field:
+
+    hf_config[name]              the field has a value in the defaults of every family that reads it
+    required(hf_config, name)    the field has no default: an error if config.json lacks it
+    hf_config.get(name)          the model works without the field
+    read_flag(hf_config, name)   true or false; missing means false
 """
 
 from config import MAX_MODULES

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical_checkpoint import StateDict
+from converters.canonical_checkpoint import SourceTensors
 
 # ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
 
@@ -51,7 +51,7 @@ def rename_tensor(name: str, new_names: dict[str, str]) -> str:
 # The parts are views: splitting reads nothing.
 
 
-def split_stacked_experts(tensors: StateDict, config: ModelConfig, are_transposed: bool = False):
+def split_stacked_experts(tensors: SourceTensors, config: ModelConfig, are_transposed: bool = False):
     """Splits gate_up_proj [E, 2F, dim] and down_proj [E, dim, F], as transformers 5 writes them.
 
     are_transposed: whether every expert's matrix is transposed, as in gpt-oss. The columns of gate and up then
@@ -71,7 +71,7 @@ def split_stacked_experts(tensors: StateDict, config: ModelConfig, are_transpose
             tensors[f"{prefix}.{e}.up_proj.{kind}"] = up
 
 
-def split_dbrx_experts(tensors: StateDict, config: ModelConfig):
+def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
     """Splits w1, v1 and w2. Each is [E F, dim] and stacks all experts. The matrix of an expert in w2 is transposed."""
     projections = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
     for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
@@ -79,7 +79,7 @@ def split_dbrx_experts(tensors: StateDict, config: ModelConfig):
             tensors[f"{prefix}.{e}.{projections[kind]}.weight"] = tensor.mT if kind == "w2" else tensor
 
 
-def pop_matches(tensors: StateDict, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
     """Removes every tensor whose name matches pattern, and yields the tensor with the groups of the match. A tensor
     with fewer than min_dim dimensions cannot be split, and stays. Later write_model reports the missing parts."""
     for name in list(tensors):

@@ -9,8 +9,8 @@ A GGUF stores quantized values of 4, 5, 6 or 8 bits, and for every 16 or 32 inpu
 Values of 4 bits become Int4, all other values GroupedInt8, with the GGUF's groups. Only scales and zeros are rounded.
 MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format: floats, if some are floats.
 
-The file may be SIZE_LIMIT times as large as the GGUF. To stay below that, some weights are rounded again to smaller
-formats: first the weights that lose the least accuracy for each byte that they save.
+The file may be SIZE_LIMIT times as large as the GGUF. If the file would be larger, some weights are rounded again to
+smaller formats: first the weights that lose the least accuracy for each saved byte.
 """
 
 import re
@@ -32,7 +32,7 @@ from converters.hf_tensors import reorder_heads
 from converters.quantized_weight import QuantizedWeight, check_finite_scales
 from converters.write_model import StackedTensor, check_finite_tensor
 from formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
-from formats.base import QUANTIZE_CHUNK
+from formats.base import CHUNK_ELEMENTS
 from formats.integers import GroupwiseAsymmetric
 from utils.errors import UsageError
 
@@ -256,7 +256,7 @@ class GGUFQuantizer:
             check_finite_scales(name, whole["scales"] != E8M0_NAN)
             errors.n_groups += whole["scales"].numel()  # all groups are exact
             return {kind: reorder_heads(name, t, row_order) for kind, t in whole.items()}
-        n_rows = max(1, QUANTIZE_CHUNK // stored.shape()[1])
+        n_rows = max(1, CHUNK_ELEMENTS // stored.shape()[1])
         parts = []
         for start in range(0, len(stored.data), n_rows):
             groups = decode_rows(torch.tensor(stored.data[start : start + n_rows]), stored.ggml_type)

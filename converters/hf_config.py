@@ -9,7 +9,7 @@ import math
 import re
 
 from config import ModelConfig, MoEConfig, RopeScaling
-from converters.families import FAMILIES, MODEL_TYPES, Family
+from converters.families import COMMON_DEFAULTS, FAMILIES, MODEL_TYPES, Family
 from converters.family_config import SILU_NAMES, read_flag, required
 from utils.errors import UsageError, convert_type_errors
 
@@ -119,7 +119,7 @@ def unsupported_part(hf_config: dict) -> str | None:
 
 def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelConfig:
     hf_config = family.rename_fields(hf_config)
-    hf_config = family.defaults | replace_rope_parameters(hf_config)
+    hf_config = COMMON_DEFAULTS | family.defaults | replace_rope_parameters(hf_config)
     check_no_op_values(hf_config, family)
     check_layer_types(hf_config)
     fields = read_sizes(hf_config, family)
@@ -156,7 +156,7 @@ def read_sizes(hf_config: dict, family: Family) -> dict:
         ffn_dim=required(hf_config, family.ffn_dim_field),
         vocab_size=required(hf_config, "vocab_size"),
         max_seq_len=required(hf_config, "max_position_embeddings", "model_max_length"),
-        norm_eps=hf_config.get("rms_norm_eps", 1e-6),
+        norm_eps=hf_config["rms_norm_eps"],
         qkv_bias=has_attention_bias,
         o_proj_bias=has_attention_bias,
         ffn_bias=read_flag(hf_config, "mlp_bias"),
@@ -276,10 +276,10 @@ def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | N
 
     rope_theta may be a field of config.json itself. All other fields are in rope_parameters or, in older files, in
     rope_scaling. Both may have an object for each type of layer."""
-    unscaled = {"rope_theta": hf_config.get("rope_theta", 10000.0), "rope_type": "default"}
+    unscaled = {"rope_theta": hf_config["rope_theta"], "rope_type": "default"}
     rope, sliding_rope = dict(unscaled), None
-    if "rope_local_base_freq" in family.defaults:  # a field that other families ignore
-        sliding_rope = unscaled | {"rope_theta": hf_config["rope_local_base_freq"]}
+    if family.sliding_rope_theta_field is not None:
+        sliding_rope = unscaled | {"rope_theta": hf_config[family.sliding_rope_theta_field]}
     elif not family.scales_sliding_rope:
         sliding_rope = dict(unscaled)
     for name in ("rope_parameters", "rope_scaling"):

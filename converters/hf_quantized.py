@@ -5,7 +5,7 @@ rounded again.
     collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
 
 The tensors say which layers are quantized. docs/quantized_checkpoints.md says which contradictions of config.json are
-errors, and lists the formats. hf_quantized_integers.py and hf_quantized_floats.py read them.
+errors, and lists the formats. hf_quantized_integers.py and hf_quantized_floats.py read the weights.
 """
 
 import re
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical_checkpoint import StateDict
+from converters.canonical_checkpoint import SourceTensors
 from converters.hf_quantized_floats import float8_weight, split_mxfp4
 from converters.hf_quantized_integers import GPTQ_VERSIONS, awq_weight, gptq_weight, int8_weight, packed_weight
 from converters.quantized_weight import QuantizedLayer, QuantizedWeight
@@ -46,7 +46,7 @@ ACTIVATION_SCALES = re.compile(r"\.(input|output|activation|kv|[qkv])_(global_)?
 OF_WEIGHT = re.compile(r"(qweight|qzeros|scales|g_idx|weight(_\w+)?)$")
 
 
-def read_quantization(folder: Path, hf_config: dict, tensors: StateDict) -> dict | None:
+def read_quantization(folder: Path, hf_config: dict, tensors: SourceTensors) -> dict | None:
     """Returns quantization_config of config.json, or None if no weight is quantized. Fields that quantization_config
     lacks come from a file of OLDER_FILES. Checks that the method is supported."""
     older, quantization = read_older_file(folder), hf_config.get("quantization_config")
@@ -134,7 +134,7 @@ def check_one_of(field: str, value, supported: tuple[str, ...]):
         raise UsageError(f"config.json: quantization_config's {field} {value!r} is not one of {', '.join(supported)}")
 
 
-def collect_quantized(tensors: StateDict, quantization: dict, config: ModelConfig):
+def collect_quantized(tensors: SourceTensors, quantization: dict, config: ModelConfig):
     """Replaces the tensors of every quantized layer by one QuantizedWeight, in place. Removes the scales of activations
     and of the KV cache. Raises UsageError if quantization contradicts the tensors, or if no layer is quantized."""
     n_before = len(tensors)

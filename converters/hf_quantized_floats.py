@@ -24,7 +24,7 @@ from converters.quantized_weight import (
     unpack_nibbles_interleaved,
 )
 from formats import MXFP4, Float8, Tensors
-from formats.base import narrow_groups, pack_nibbles
+from formats.base import pack_nibbles, slice_groups
 from utils.errors import UsageError
 
 E4M3_NAN = 0x7F  # without the sign bit
@@ -52,7 +52,7 @@ def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> Quant
         if (weight.view(torch.uint8) & E4M3_NAN == E4M3_NAN).any():
             raise UsageError(f"tensor {layer.name}.weight holds numbers that are not finite")
         by_row = scales.float().repeat_interleave(n_rows, 0)[:n]
-        return {"weight": weight, "scales": narrow_groups(by_row, 0, k, n_columns, format.effective_group_size(k))}
+        return {"weight": weight, "scales": slice_groups(by_row, 0, k, n_columns, format.effective_group_size(k))}
 
     return QuantizedWeight(format, weight.shape, read)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from converters.quantized_weight import QuantizedLayer, QuantizedWeight, stored_group_size, unpack_nibbles_interleaved
 from formats import GroupedInt8, Int4, Int8, Tensors
-from formats.base import narrow_groups
+from formats.base import slice_groups
 from formats.integers import GroupwiseAsymmetric
 from utils.errors import UsageError
 
@@ -78,10 +78,10 @@ class UnpackedWeight:
         q, k = self.read_q(), self.shape[1]
         if self.input_order is not None:
             q = q[:, self.input_order]
-        # Scales keep their dtype here, so that a weight that becomes dense is rounded only once
+        # Scales keep their dtype here, so that a weight that becomes unquantized is rounded only once
         tensors = {"scales": self.scales, "zeros": self.read_zeros() << format.zero_fraction_bits}
         sizes = min(self.group_size, k), format.group_size
-        groups = {name: narrow_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
+        groups = {name: slice_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
         return {"weight": format.pack_q(q)} | groups
 
 
@@ -312,7 +312,8 @@ def compressed_weight(
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") in ("group", None)
     group_size = check_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
-    # Early versions of compressed-tensors left out zero points that are all 0. One for a whole weight often is
+    # Early versions of compressed-tensors left out zero points that are all 0. If a weight has only one zero point, the
+    # zero point may well be 0, so only a weight with several must store them
     if stated.get("symmetric") is False and layer.tensors["weight_scale"].numel() > 1:
         layer.require("weight_zero_point")
     read_zeros = take_zeros(layer, bits, n, n_groups)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical_checkpoint import EMBEDDING, HEAD, StateDict, TensorReader
+from converters.canonical_checkpoint import EMBEDDING, HEAD, SourceTensors, TensorReader
 from converters.families import Family
 from converters.family_tensors import LLAMA_NORMS_TO_CANONICAL, pop_matches, rename_tensor
 from converters.lora import Adapter, LoraMerger, replace_tensors
@@ -25,7 +25,7 @@ from utils.errors import UsageError
 
 
 def to_canonical_layout(
-    tensors: StateDict, config: ModelConfig, family: Family, adapter: Adapter | None = None
+    tensors: SourceTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
 ) -> TensorReader:
     """Renames and splits tensors, in place. Returns a function that reads a tensor by its canonical name. adapter: a
     LoRA adapter, which the function merges into the weights."""
@@ -44,7 +44,7 @@ def to_canonical_layout(
     return read
 
 
-def rename_all(tensors: StateDict, rename: Callable[[str], str]):
+def rename_all(tensors: SourceTensors, rename: Callable[[str], str]):
     """Renames tensors, in place. Raises UsageError if two tensors get the same name."""
     if not any(name.startswith("model.") for name in tensors) and any(name.startswith("layers.") for name in tensors):
         # transformers omits "model." if it saves a model without a head
@@ -60,7 +60,7 @@ def rename_all(tensors: StateDict, rename: Callable[[str], str]):
     tensors |= renamed
 
 
-def add_tied_tensors(tensors: StateDict, config: ModelConfig, family: Family):
+def add_tied_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
     """Adds the embedding if a checkpoint with tied embeddings has only the head. Adds the head if it must differ from
     the embedding after conversion."""
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
@@ -74,7 +74,7 @@ class CanonicalReader:
     """read(name) returns a tensor by its canonical name, with all changes of its data. Reading makes these changes, so
     that only one tensor is in memory at a time. Computed values are float32, since 16 bits would round them."""
 
-    stored: StateDict  # renamed and split, but with the checkpoint's data
+    stored: SourceTensors  # renamed and split, but with the checkpoint's data
     config: ModelConfig
     family: Family
     merge: LoraMerger | None  # None: there is no adapter
@@ -111,7 +111,7 @@ class CanonicalReader:
         return None
 
 
-def mark_as_float32(tensors: StateDict, names: list[str]):
+def mark_as_float32(tensors: SourceTensors, names: list[str]):
     """Replaces those 16-bit tensors that reading makes float32 by empty tensors of float32."""
     for name in names:
         if isinstance(tensors[name], Tensor) and tensors[name].dtype in (torch.float16, torch.bfloat16):
@@ -145,7 +145,7 @@ def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | Quan
     return tensor.select_rows(rows) if isinstance(tensor, QuantizedWeight) else tensor[rows]
 
 
-def undo_act_order(tensors: StateDict):
+def undo_act_order(tensors: SourceTensors):
     """Undoes GPTQ's act-order in down_proj, in place. Act-order scatters the inputs of a group. The inputs of down_proj
     are the outputs of gate_proj and up_proj. Sorting the rows of gate_proj and up_proj by input_order makes every group
     of down_proj contiguous, and leaves the model's output unchanged."""
@@ -175,7 +175,7 @@ def with_norm_biases(config: ModelConfig) -> ModelConfig:
     return replace(config, **dict.fromkeys((bias for bias, _ in LINEARS_AFTER_NORM.values()), True))
 
 
-def pop_norm_biases(tensors: StateDict, config: ModelConfig) -> dict[str, Tensor]:
+def pop_norm_biases(tensors: SourceTensors, config: ModelConfig) -> dict[str, Tensor]:
     """Removes the biases [dim] of LayerNorms from tensors. Returns {name of the bias of a linear layer: the bias of the
     norm before the layer}. A linear layer without a bias gets a bias of zeros. down_proj gets one, too, since in
     model.py both projections of a feed-forward have biases or none. config: before with_norm_biases."""
@@ -199,7 +199,7 @@ def pop_norm_biases(tensors: StateDict, config: ModelConfig) -> dict[str, Tensor
     return norm_biases
 
 
-def add_zero_biases(tensors: StateDict, paths: list[str], dtype: torch.dtype):
+def add_zero_biases(tensors: SourceTensors, paths: list[str], dtype: torch.dtype):
     """Adds a bias of zeros to each linear layer of paths. Raises UsageError if the layer has a bias already."""
     for path in paths:
         if f"{path}.bias" in tensors:
@@ -225,7 +225,7 @@ def center_outputs(tensor: Tensor, dim: int) -> Tensor:
 # ---- Splitting: views, without reading ------------------------------------------------------------------------------
 
 
-def split_tensors(tensors: StateDict, config: ModelConfig, family: Family):
+def split_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
     """Splits tensors that hold several canonical tensors, or all experts of a layer."""
     split_fused(tensors, config)
     undo_act_order(tensors)
@@ -234,7 +234,7 @@ def split_tensors(tensors: StateDict, config: ModelConfig, family: Family):
         split_shared_expert(tensors, config)
 
 
-def split_fused(tensors: StateDict, config: ModelConfig):
+def split_fused(tensors: SourceTensors, config: ModelConfig):
     """Splits qkv_proj and gate_up_proj, as Phi-3 stores them."""
     for tensor, (prefix, kind) in pop_matches(tensors, r"(.*\.self_attn)\.qkv_proj\.(\w+)", min_dim=1):
         for projection, part in zip("qkv", tensor.tensor_split(kv_starts(config)), strict=True):
@@ -248,7 +248,7 @@ def kv_starts(config: ModelConfig) -> list[int]:
     return [config.q_dim, config.q_dim + config.kv_dim]
 
 
-def split_shared_expert(tensors: StateDict, config: ModelConfig):
+def split_shared_expert(tensors: SourceTensors, config: ModelConfig):
     """Splits a shared expert, n_shared_experts times as wide as the other experts, into experts of the usual width.
     Their outputs add up to the shared expert's."""
     n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts

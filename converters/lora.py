@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical_checkpoint import EMBEDDING, HEAD, StateDict
+from converters.canonical_checkpoint import EMBEDDING, HEAD, SourceTensors
 from converters.quantized_weight import QuantizedWeight
 from converters.source_files import ADAPTER_CONFIG
 from utils.errors import UsageError, convert_type_errors
@@ -53,7 +53,7 @@ class LoraDelta:
 @dataclass(frozen=True)
 class Adapter:
     deltas: dict[str, LoraDelta]  # by transformers' name of the weight
-    whole_tensors: StateDict  # modules_to_save: tensors that replace tensors of the base model
+    whole_tensors: SourceTensors  # modules_to_save: tensors that replace tensors of the base model
     has_all_layers: bool  # whether a delta in one layer must have a counterpart in every layer
 
 
@@ -94,7 +94,7 @@ def check_config(config: dict):
         raise UsageError(f"{ADAPTER_CONFIG}: init_lora_weights = {start!r} is not supported, for {why}")
 
 
-def read_adapter_tensors(folder: Path) -> StateDict:
+def read_adapter_tensors(folder: Path) -> SourceTensors:
     """Reads all tensors, by transformers' names, and checks that they are finite."""
     if (folder / "adapter_model.safetensors").is_file():
         tensors = load_safetensors(folder / "adapter_model.safetensors")
@@ -110,7 +110,7 @@ def read_adapter_tensors(folder: Path) -> StateDict:
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def sort_tensors(tensors: StateDict) -> tuple[dict[str, tuple[Tensor, Tensor]], StateDict]:
+def sort_tensors(tensors: SourceTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], SourceTensors]:
     """Sorts tensors by kind. Returns (A and B of each module by name, the whole tensors by name)."""
     lora_pairs, whole_tensors = {}, {}
     for name, tensor in tensors.items():
@@ -164,7 +164,7 @@ def find_pattern(value_of: dict | None, module: str, default: float) -> float:
 # ---- Merging --------------------------------------------------------------------------------------------------------
 
 
-def replace_tensors(adapter: Adapter, tensors: StateDict, config: ModelConfig, rename: Callable[[str], str]):
+def replace_tensors(adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str]):
     """Replaces tensors of the model by whole tensors of the adapter. If the adapter changes the embedding or the head,
     and the two are tied, the head becomes a tensor of its own."""
     names = {rename(name) for name in (*adapter.deltas, *adapter.whole_tensors)}
@@ -185,8 +185,8 @@ class LoraMerger:
     renames and splits the deltas in the same way."""
 
     def __init__(
-        self, adapter: Adapter, tensors: StateDict, config: ModelConfig, rename: Callable[[str], str],
-        split: Callable[[StateDict], None],
+        self, adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str],
+        split: Callable[[SourceTensors], None],
     ):
         """tensors: the base model's, renamed and split."""
         self.rename, self.split = rename, split
@@ -198,9 +198,9 @@ class LoraMerger:
                 self.delta_of[part] = name, delta
         if adapter.has_all_layers:
             check_layers(self.delta_of, config.n_layers)
-        self.last: tuple[str, StateDict] = "", {}  # the delta computed last: name, parts
+        self.last: tuple[str, SourceTensors] = "", {}  # the delta computed last: name, parts
 
-    def split_delta(self, name: str, delta: Tensor) -> StateDict:
+    def split_delta(self, name: str, delta: Tensor) -> SourceTensors:
         parts = {self.rename(name): delta}
         self.split(parts)
         return parts

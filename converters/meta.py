@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig, RopeScaling
-from converters.canonical_checkpoint import EMBEDDING, HEAD, CanonicalCheckpoint, StateDict
+from converters.canonical_checkpoint import EMBEDDING, HEAD, CanonicalCheckpoint, SourceTensors
 from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
 from converters.hf_tensors import reorder_heads, rope_row_order
 from converters.meta_tokenizer import read_meta_tokenizer
@@ -158,7 +158,7 @@ def meta_head_dim(params: dict) -> int:
     return params.get("head_dim") or params["dim"] // params["n_heads"]
 
 
-def meta_config(params: dict, tensors: StateDict, has_tied_head: bool) -> tuple[ModelConfig, str]:
+def meta_config(params: dict, tensors: SourceTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
     """Returns the config, and a line about inferred values, or "" if none was inferred."""
     generation, context, factor = infer_llama_version(params, has_tied_head)
     stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
@@ -225,7 +225,7 @@ def read_tinyllamas(folder: Path) -> CanonicalCheckpoint:
     return CanonicalCheckpoint(config, tensors, read=lambda name: reorder_heads(name, tensors[name], row_order))
 
 
-def tinyllamas_config(args: dict, tensors: StateDict) -> ModelConfig:
+def tinyllamas_config(args: dict, tensors: SourceTensors) -> ModelConfig:
     return ModelConfig(
         dim=args["dim"], n_layers=args["n_layers"], n_heads=args["n_heads"],
         n_kv_heads=args.get("n_kv_heads") or args["n_heads"], head_dim=args["dim"] // args["n_heads"],

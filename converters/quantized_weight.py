@@ -41,22 +41,22 @@ class QuantizedWeight:
         n_rows = torch.Size([len(rows), self.shape[1]])
         return replace(self, shape=n_rows, read=lambda: {name: t[rows] for name, t in self.read().items()})
 
-    def narrow_inputs(self, start: int, length: int) -> "QuantizedWeight":
+    def slice_inputs(self, start: int, length: int) -> "QuantizedWeight":
         if self.input_order is not None:
             unquantized = QuantizedWeight(Unquantized(), self.shape, lambda: {"weight": self.dequantize(torch.float32)})
-            return unquantized.narrow_inputs(start, length)
+            return unquantized.slice_inputs(start, length)
 
         def read() -> Tensors:
-            return {name: self.format.narrow_inputs(name, t, start, length) for name, t in self.read().items()}
+            return {name: self.format.slice_inputs(name, t, start, length) for name, t in self.read().items()}
 
-        return QuantizedWeight(self.format.narrow_format(length), torch.Size([self.shape[0], length]), read)
+        return QuantizedWeight(self.format.slice_format(length), torch.Size([self.shape[0], length]), read)
 
     def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["QuantizedWeight"]:
         """Splits the weight as Tensor.tensor_split does."""
         parts = torch.arange(self.shape[dim]).tensor_split(sections)
         if dim == 0:
             return [self.select_rows(part) for part in parts]
-        return [self.narrow_inputs(int(part[0]), len(part)) for part in parts]
+        return [self.slice_inputs(int(part[0]), len(part)) for part in parts]
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         weight = self.format.dequantize(self.read(), dtype)
@@ -67,29 +67,28 @@ class QuantizedWeight:
         return in_order
 
     def read_as(self, format: WeightFormat, dtype: torch.dtype) -> Tensors:
-        """Reads the weight in another format, which common_format has returned. The values stay the same. dtype: the
+        """Reads the weight in another format, which promote_formats has returned. The values stay the same. dtype: the
         dtype of an Unquantized weight."""
         if format == Unquantized():
             return {"weight": self.dequantize(dtype)}
-        return self.format.to_common_format(self.read(), format, self.shape[1])
+        return self.format.promote_tensors(self.read(), format, self.shape[1])
 
     def is_storable(self) -> bool:
         """Returns whether model.pth can hold the weight in this format."""
-        is_known = not self.format.is_quantized or self.format.from_dict(self.format.to_dict()) == self.format
-        return is_known and self.shape[1] % self.format.input_multiple == 0
+        return self.format in self.format.stored_formats() and self.shape[1] % self.format.input_multiple == 0
 
 
-def common_format(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
+def promote_formats(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
     """Returns a format for the weight that stacks parts along the rows: a format that holds all parts exactly, or
     Unquantized if there is no such format. Ignores input_order."""
-    common = None
+    promoted = None
     for part in parts:
         if not isinstance(part, QuantizedWeight) or not part.is_storable():
             return Unquantized()
-        common = part.format if common is None else common.common_format(part.format)
-        if common is None:
+        promoted = part.format if promoted is None else promoted.promote_format(part.format)
+        if promoted is None:
             return Unquantized()
-    return common
+    return promoted
 
 
 def have_one_order(weights: list[QuantizedWeight]) -> bool:

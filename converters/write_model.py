@@ -25,10 +25,10 @@ from converters.canonical_checkpoint import (
     HEAD,
     MOE_CANONICAL_PARTS,
     CanonicalCheckpoint,
-    StateDict,
+    SourceTensors,
     TensorReader,
 )
-from converters.quantized_weight import QuantizedWeight, common_format, have_one_order
+from converters.quantized_weight import QuantizedWeight, have_one_order, promote_formats
 from formats import Unquantized, WeightFormat
 from model import meta_model
 from utils.errors import UsageError
@@ -94,7 +94,7 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
     return path
 
 
-def check_left_over(tensors: StateDict, read: TensorReader):
+def check_left_over(tensors: SourceTensors, read: TensorReader):
     """Raises UsageError if one of tensors would change the model's output. Ignores tensors that change nothing:
     buffers, biases of zeros, and layers for multi-token prediction. Prints a line about the last kind."""
     extra = [name for name in tensors if EXTRA_LAYERS.search(name)]
@@ -146,7 +146,7 @@ def write_folder(folder: Path, checkpoint: CanonicalCheckpoint, announce: Announ
     return unnamed.with_suffix(".pth")
 
 
-def plan_stacks(config: ModelConfig, tensors: StateDict) -> dict[str, StackedTensor]:
+def plan_stacks(config: ModelConfig, tensors: SourceTensors) -> dict[str, StackedTensor]:
     """Plans every tensor of our checkpoint."""
     try:
         model = meta_model(config.with_layers(1))  # the shapes are the same in every layer
@@ -175,7 +175,7 @@ def plan_stacks(config: ModelConfig, tensors: StateDict) -> dict[str, StackedTen
 
 def choose_format(name: str, stack: StackedTensor, weights: list[Tensor | QuantizedWeight]):
     """Chooses the format and the order of inputs for our weight called name, which stacks weights."""
-    stack.linear_format = common_format(weights)
+    stack.linear_format = promote_formats(weights)
     if not stack.format.is_quantized:
         return
     if loses_order(name, stack, weights):
@@ -218,7 +218,7 @@ def part_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, 
     return shapes
 
 
-def common_dtype(part_shapes: dict[str, list[int]], tensors: StateDict) -> torch.dtype:
+def common_dtype(part_shapes: dict[str, list[int]], tensors: SourceTensors) -> torch.dtype:
     """Returns the narrowest dtype that holds all parts of our tensor exactly, apart from quantized parts. If all parts
     are quantized, returns bfloat16. Checks that no part is missing, or has the wrong shape or dtype."""
     dtype = None
@@ -294,7 +294,7 @@ def describe_formats(stacks: dict[str, StackedTensor], default: WeightFormat) ->
     return default.to_dict() | {field: value for field, value in others.items() if value}
 
 
-def warn_dequantized(stacks: dict[str, StackedTensor], tensors: StateDict):
+def warn_dequantized(stacks: dict[str, StackedTensor], tensors: SourceTensors):
     """Prints which of the checkpoint's quantized weights become unquantized, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for name, stack in stacks.items():

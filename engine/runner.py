@@ -20,7 +20,7 @@ A decode or verification step has one of three modes (choose_mode):
     not all    any       yes          compiled by torch.compile; without experts, a GPU also captures the result
     not all    any       no           eager
 
-"all": every operation has a kernel for B * T tokens (model.supports_kernels). The limits are Backend.max_tokens of
+"all": every operation has a kernel for B * T tokens (model.has_kernels_for). The limits are Backend.max_tokens of
 ops/backend.py. An eager step uses the kernels of the operations that are within their limit.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
@@ -127,7 +127,7 @@ class ModelRunner:
         for chunk in tokens.split(max(1, chunk_tokens // len(tokens)), dim=1):
             model = self.model
             is_long = chunk.numel() >= MIN_COMPILED_TOKENS
-            if self.compiled_model and is_long and not model.supports_kernels(*chunk.shape):
+            if self.compiled_model and is_long and not model.has_kernels_for(*chunk.shape):
                 model = self.compiled_model
             used_cache = kv_cache.narrow_length(n_cached + offset + chunk.shape[1])
             yield model.compute_hidden(chunk, start_pos + offset, used_cache, self.position_tables)
@@ -162,7 +162,7 @@ class Step:
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         eager_step = self.eager_step
-        mode = choose_mode(eager_step.supports_kernels(*tokens.shape), eager_step.model.device.type, self.compile)
+        mode = choose_mode(eager_step.has_kernels_for(*tokens.shape), eager_step.model.device.type, self.compile)
         if mode not in self.steps:  # built at first use: importing Inductor takes a second and 150 MB
             self.steps[mode] = build_in_mode(mode, eager_step)
         return self.steps[mode](tokens, start_pos, *inputs)
@@ -195,14 +195,14 @@ class EagerStep:
         self, model: Transformer, kv_cache: KVCache, position_tables: list[PositionTables], sampler: Callable
     ):
         self.model, self.kv_cache, self.position_tables, self.sampler = model, kv_cache, position_tables, sampler
-        self.supports_kernels = cache(model.supports_kernels)  # slow, since the method goes through all modules
+        self.has_kernels_for = cache(model.has_kernels_for)  # slow, since the method goes through all modules
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
 
     def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
         used_cache = self.kv_cache.narrow_batch(0, len(tokens))
-        if not self.supports_kernels(*tokens.shape):
+        if not self.has_kernels_for(*tokens.shape):
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
         return self.model(tokens, start_pos, used_cache, self.position_tables)

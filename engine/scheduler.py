@@ -85,7 +85,7 @@ class Scheduler:
         self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
         self.kv_cache = KVCache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
-        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.supports_kernels(n_slots, 1))
+        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.has_kernels_for(n_slots, 1))
         self.decode_step = self.runner.build_step()  # gives logits, since every sequence has its own sampling options
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]

@@ -47,7 +47,10 @@ __all__ = [
 
 # By format_id; kernels/csrc/weights.h: Formats has the same order. kernels/build.py: check_formats makes sure
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
-MODES = {format_class.mode: format_class for format_class in FORMATS if format_class.is_cli_mode}  # by --mode
+MODES = {  # by --mode
+    format_class.mode: format_class
+    for format_class in FORMATS if format_class.mode is not None and not format_class.is_import_only
+}
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,16 @@ class QuantizationScheme:
         """The formats that a checkpoint's "quantization" describes. The dict is to_dict of the default format, with two
         more keys: "layers" has the to_dict of each layer with another format, "act_order" lists layers with a tensor
         input_order. Raises UsageError."""
-        fields = quantization if isinstance(quantization, dict) else {}
-        overrides, act_order = fields.get("layers", {}), fields.get("act_order", [])
+        default, overrides, act_order = quantization, {}, []
+        if isinstance(quantization, dict):
+            default = dict(quantization)
+            overrides, act_order = default.pop("layers", {}), default.pop("act_order", [])
         if not isinstance(overrides, dict):
             raise UsageError(f"the checkpoint's quantized layers are {overrides!r}, which this version does not read")
         if not isinstance(act_order, list) or not all(isinstance(name, str) for name in act_order):
             raise UsageError(f"the checkpoint's act_order is {act_order!r}, not a list of layers; convert it again")
         formats = {name: format_from_dict(value) for name, value in overrides.items()}
-        return cls(format_from_dict(quantization), formats, tuple(act_order))
+        return cls(format_from_dict(default), formats, tuple(act_order))
 
     def of_layer(self, name: str) -> WeightFormat:
         return self.overrides.get(name, self.default)
@@ -78,11 +83,11 @@ class QuantizationScheme:
 
 def format_from_dict(quantization: dict | None) -> WeightFormat:
     """The inverse of to_dict for any class. Raises UsageError."""
-    if quantization is None:
-        return Unquantized()
-    if isinstance(quantization, dict):
-        for format_class in FORMATS:
-            format = format_class.from_dict(quantization)
-            if format is not None:
+    fields = quantization
+    if isinstance(fields, dict) and fields.get("mode") == Int8.mode and "groupsize" in fields:
+        fields = fields | {"mode": GroupedInt8.mode}  # earlier versions wrote GroupedInt8 so
+    for format_class in FORMATS:
+        for format in format_class.stored_formats():
+            if format.to_dict() == fields:
                 return format
     raise UsageError(f"the checkpoint is quantized as {quantization!r}, which this version does not read")

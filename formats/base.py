@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from formats.cpu_layouts import to_blocks, words_to_blocks
 
-Tensors = dict[str, Tensor]  # by name: "weight" and, if the format has them, "scales" and "zeros"
-QUANTIZE_CHUNK = 2**18  # elements quantized at a time: their float32 copies fit into the processor's cache
+Tensors = dict[str, Tensor]  # those of one weight, by name: "weight" and, if the format has them, "scales" and "zeros"
+CHUNK_ELEMENTS = 2**18  # quantized or dequantized at a time: their float32 copies fit into the processor's cache
 
 
 class WeightFormat:
@@ -26,15 +26,17 @@ class WeightFormat:
         format_id    stands for the class in the kernels
         mode         stands for the class in --mode and in to_dict
         name         stands for the object in file names, messages and --json
-        to_dict()    stands for the object in model.pth; from_dict is the inverse
+        to_dict()    stands for the object in model.pth; __init__.py: format_from_dict is the inverse
+
+    name and to_dict() follow from mode, group_size and group_sizes.
     """
 
     format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: Formats
     mode: str | None = None  # None: not quantized
-    is_cli_mode = True  # whether --mode offers the class
-    has_group_size_option = False  # whether --groupsize chooses the group size
-    group_sizes: tuple[int, ...] = ()  # that model.pth may have; empty if the class has one group size or none
+    is_import_only = False  # whether only the converters make the class, so that --mode does not offer it
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
+    # The group sizes in the to_dict() of model.pth. None: to_dict() has no group size, and the object has the default
+    group_sizes: tuple[int | None, ...] = (None,)
     dtypes: dict[str, torch.dtype]  # of the tensors of a checkpoint, for the default of allocate
     elements_per_byte = 1  # of "weight"
     input_multiple = 1  # K must be a multiple of this number
@@ -44,28 +46,35 @@ class WeightFormat:
 
     @property
     def name(self) -> str | None:
-        return self.mode if self.group_size is None else f"{self.mode}.g{self.group_size}"
+        return f"{self.mode}.g{self.group_size}" if self.names_group_size else self.mode
 
     def to_dict(self) -> dict | None:
-        if self.mode is None:
+        if not self.is_quantized:
             return None
-        return {"mode": self.mode} | ({} if self.group_size is None else {"groupsize": self.group_size})
+        return {"mode": self.mode} | ({"groupsize": self.group_size} if self.names_group_size else {})
+
+    @property
+    def names_group_size(self) -> bool:
+        return self.group_size is not None and self.group_sizes != (None,)
+
+    @classmethod
+    def stored_formats(cls) -> list["WeightFormat"]:
+        """The formats of this class that model.pth may have."""
+        return [cls() if size is None else cls(size) for size in cls.group_sizes]
 
     @property
     def is_quantized(self) -> bool:
         return self.mode is not None
 
     @classmethod
-    def from_options(cls, group_size: int) -> "WeightFormat":
-        """The format that --mode with --groupsize names."""
-        return cls(group_size) if cls.has_group_size_option else cls()
+    def needs_group_size(cls) -> bool:
+        """Whether --mode needs --groupsize to name a format of this class."""
+        return None not in cls.group_sizes
 
     @classmethod
-    def from_dict(cls, quantization: dict) -> "WeightFormat | None":
-        """The inverse of to_dict. None means that quantization describes no format of this class. The default is for
-        classes without options."""
-        matches = quantization.get("mode") == cls.mode and quantization.get("groupsize") is None
-        return cls() if matches else None
+    def from_options(cls, group_size: int) -> "WeightFormat":
+        """The format that --mode with --groupsize names."""
+        return cls(group_size) if cls.needs_group_size() else cls()
 
     @classmethod
     def examples(cls) -> list["WeightFormat"]:
@@ -96,29 +105,30 @@ class WeightFormat:
         """Fills the tensors of a checkpoint in place. W then has mean 0 and standard deviation std."""
         raise NotImplementedError
 
-    def common_format(self, other: "WeightFormat") -> "WeightFormat | None":
-        """The narrowest format that can hold weights of both formats without loss, or None. For weights of other
-        projects that are stacked, such as q, k and v."""
+    def promote_format(self, other: "WeightFormat") -> "WeightFormat | None":
+        """The smallest format that can hold weights of both formats without loss, or None: like torch.promote_types.
+        For weights of other projects that are stacked, such as q, k and v."""
         return self if self == other else None
 
-    def to_common_format(self, tensors: Tensors, common: "WeightFormat", in_features: int) -> Tensors:
-        """Converts tensors to common, a format that common_format returns, without loss. The default makes groups
+    def promote_tensors(self, tensors: Tensors, promoted: "WeightFormat", in_features: int) -> Tensors:
+        """Converts tensors to promoted, a format that promote_format returns, without loss. The default makes groups
         shorter."""
-        sizes = self.effective_group_size(in_features), common.effective_group_size(in_features)
+        sizes = self.effective_group_size(in_features), promoted.effective_group_size(in_features)
         if sizes[0] == sizes[1]:
             return tensors
-        groups = {name: narrow_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
+        groups = {name: slice_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
         return tensors | groups
 
-    def narrow_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
-        """The part of the tensor called name that belongs to inputs [start, start + length) of W."""
+    def slice_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
+        """The part of the tensor called name that belongs to inputs [start, start + length) of W: a copy, so that the
+        rest of a memory-mapped tensor is not read. Scales without groups belong to all inputs."""
         if name == "weight":
             return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
         if self.group_size is None:
             return tensor
-        return narrow_groups(tensor, start, length, self.group_size, self.narrow_format(length).group_size)
+        return slice_groups(tensor, start, length, self.group_size, self.slice_format(length).group_size)
 
-    def narrow_format(self, length: int) -> "WeightFormat":
+    def slice_format(self, length: int) -> "WeightFormat":
         """The format of a shard of length inputs. No group of the shard spans two groups of W."""
         return self if self.group_size is None else replace(self, group_size=math.gcd(length, self.group_size))
 
@@ -126,42 +136,29 @@ class WeightFormat:
         """group_size, or in_features if all inputs of an output share a scale."""
         return self.group_size or in_features
 
-    def pack_for_cpu(self, tensors: Tensors) -> Tensors:
+    def to_cpu_layout(self, tensors: Tensors) -> Tensors:
         """The tensors as the C++ kernels read them, from those of a checkpoint. In most formats these are words int32
         [..., N / 16, words of a row, 16], and scales and zeros [..., N / 16, n_groups, 16]."""
         words = words_to_blocks(tensors["weight"], 4 * self.elements_per_byte)
         return {"weight": words} | {name: to_blocks(t) for name, t in tensors.items() if name != "weight"}
 
-    def pack_for_triton(self, tensors: Tensors) -> Tensors:
+    def to_triton_layout(self, tensors: Tensors) -> Tensors:
         """The tensors as the Triton kernels read them, from those of a checkpoint, in the layout that
         kernels/triton/formats.py: KERNEL_FORMATS has for the format. None stands for a tensor that is left out."""
-        raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method pack_for_triton")
+        raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method to_triton_layout")
 
-    def supports_kernels(self, in_features: int) -> bool:
-        """Whether kernels can read a W with in_features inputs. The default is for quantized formats: the
-        kernels read 8 elements at a time."""
+    def kernels_can_read(self, in_features: int) -> bool:
+        """Whether the layouts of a W with in_features inputs are what kernels read. A backend may have further
+        conditions (ops/packing.py). The default is for quantized formats: kernels read 8 elements at a time."""
         return in_features % 8 == 0
 
 
 @dataclass(frozen=True)
 class Unquantized(WeightFormat):
-    """A tensor of 16 or 32 bits.
+    """A tensor of 16 or 32 bits."""
 
-    dequantized_from: the name of the checkpoint's format, if the weight was dequantized while loading, since that
-    format has no kernels on this device (ops/packing.py: dequantize_weights)."""
-
-    dequantized_from: str | None = field(default=None, repr=False)
     format_id = 0
-    is_cli_mode = False
     group_size = None
-
-    @property
-    def name(self):
-        return self.dequantized_from
-
-    @classmethod
-    def from_dict(cls, quantization):
-        return None  # model.pth has no entry for Unquantized
 
     def allocate(self, shape, dtype, device):
         return {"weight": torch.empty(shape, dtype=dtype, device=device)}
@@ -172,14 +169,14 @@ class Unquantized(WeightFormat):
     def fill_randomly(self, tensors, std):
         tensors["weight"].normal_(std=std)
 
-    def pack_for_cpu(self, tensors):
+    def to_cpu_layout(self, tensors):
         """For bf16, which is packed on some CPUs (ops/packing.py: packs_unquantized). K must be even."""
         return {"weight": words_to_blocks(tensors["weight"], 2)}
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         return tensors
 
-    def supports_kernels(self, in_features):
+    def kernels_can_read(self, in_features):
         return True
 
     def dequantize(self, tensors, dtype):
@@ -188,12 +185,12 @@ class Unquantized(WeightFormat):
 
 def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
     """Applies quantize_rows, which takes [rows, K], to w [..., N, K], a few rows at a time."""
-    chunks = w.flatten(0, -2).split(max(1, QUANTIZE_CHUNK // w.shape[-1]))
+    chunks = w.flatten(0, -2).split(max(1, CHUNK_ELEMENTS // w.shape[-1]))
     parts = [quantize_rows(chunk) for chunk in chunks]
     return {name: torch.cat([part[name] for part in parts]).unflatten(0, w.shape[:-1]) for name in parts[0]}
 
 
-def narrow_groups(t: Tensor, start: int, length: int, group_size: int, new_group_size: int) -> Tensor:
+def slice_groups(t: Tensor, start: int, length: int, group_size: int, new_group_size: int) -> Tensor:
     """Selects scales or zeros t [..., n_groups] for inputs [start, start + length) of W, in shorter groups of
     new_group_size: for each short group, the scale or zero of the group of W around it."""
     first_inputs = range(start, start + length, new_group_size)

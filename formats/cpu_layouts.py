@@ -1,4 +1,4 @@
-"""The layout of weights for the C++ kernels. WeightFormat.pack_for_cpu calls these functions.
+"""The layout of weights for the C++ kernels. WeightFormat.to_cpu_layout calls these functions.
 
 A block is 16 rows of W. A word is four bytes of a row: 2, 4 or 8 elements of 16, 8 or 4 bits. A packed block
 has word 0 of all 16 rows, then word 1 of all 16 rows, and so on (kernels/csrc/weights.h draws a block). So a load of

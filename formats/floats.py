@@ -22,18 +22,11 @@ class Float8(WeightFormat):
     format_id = 4
     mode = "fp8"
     dtypes = {"weight": torch.float8_e4m3fn, "scales": torch.float32}
-    group_sizes = GROUP_SIZES
+    group_sizes = (None, *GROUP_SIZES)
 
     @classmethod
     def examples(cls):
         return [cls(), cls(32)]
-
-    @classmethod
-    def from_dict(cls, quantization):
-        group_size = quantization.get("groupsize")
-        if quantization.get("mode") == cls.mode and group_size in (None, *cls.group_sizes):
-            return cls(group_size)
-        return None
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         k = w.shape[-1]
@@ -51,14 +44,14 @@ class Float8(WeightFormat):
         tensors["weight"].view(torch.uint8).random_(0, 256).bitwise_and_(0xF7)  # no NaN; standard deviation 68.5
         tensors["scales"].fill_(std / 68.5)
 
-    def pack_for_cpu(self, tensors):
+    def to_cpu_layout(self, tensors):
         words = pair_rows(words_to_blocks(tensors["weight"], 4))
         return {"weight": words, "scales": to_blocks(tensors["scales"])}
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
 
-    def common_format(self, other):
+    def promote_format(self, other):
         if not isinstance(other, Float8):
             return None
         return Float8(math.gcd(self.group_size or 0, other.group_size or 0) or None)
@@ -71,15 +64,12 @@ class MXFP4(WeightFormat):
 
     group_size: int = 32  # smaller in a shard that cuts through a group
     format_id = 5
-    mode = name = "mxfp4"
+    mode = "mxfp4"
     dtypes = {"weight": torch.uint8, "scales": torch.uint8}
     elements_per_byte = 2
     rounds_activations = True
     input_multiple = 32
     shard_multiple = 8
-
-    def to_dict(self):
-        return {"mode": self.mode}  # without a group size, which is always 32
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         q, scales = round_mxfp4(split_groups(w.float(), self.group_size))
@@ -98,6 +88,6 @@ class MXFP4(WeightFormat):
         relative_variance = (std / 2.93 / 2**exponent) ** 2  # 1 to 4
         tensors["scales"].bernoulli_((relative_variance - 1) / 3).add_(exponent + E8M0_BIAS)
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
         return {"weight": tiles, "scales": by_column(tensors["scales"])}

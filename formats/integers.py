@@ -12,7 +12,6 @@ from formats.cpu_layouts import words_to_blocks
 from formats.triton_layouts import pack_scales, pack_tiles
 
 GROUP_SIZES = (32, 64, 128, 256)  # of Int4 and Float8; GroupedInt8 may have 16, too
-SCALE_DTYPES = ("bfloat16", "float16")  # that Int4 and GroupedInt8 may have
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,6 @@ class Int8(WeightFormat):
     mode = "int8"
     group_size = None
     rounds_activations = True
-
-    @classmethod
-    def from_dict(cls, quantization):
-        matches = quantization.get("mode") == cls.mode and not quantization.keys() & {"groupsize", "scale_dtype"}
-        return cls() if matches else None
 
     def allocate(self, shape, dtype, device):
         return {
@@ -48,12 +42,12 @@ class Int8(WeightFormat):
         tensors["weight"].random_(-127, 128)  # the standard deviation of q is 73
         tensors["scales"].fill_(std / 73)
 
-    def pack_for_cpu(self, tensors):
+    def to_cpu_layout(self, tensors):
         # ^ 128 on a byte adds 128. One expression, so that the result of ^ is freed early
         words = words_to_blocks(tensors["weight"].view(torch.uint8) ^ 128, 4)
         return {"weight": words, "scales": tensors["scales"]}
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         return tensors
 
 
@@ -73,10 +67,8 @@ class GroupwiseAsymmetric(WeightFormat):
         return super().to_dict() | ({"scale_dtype": "float16"} if self.scale_dtype == torch.float16 else {})
 
     @classmethod
-    def from_dict(cls, quantization):
-        group_size, scale_dtype = quantization.get("groupsize"), quantization.get("scale_dtype", "bfloat16")
-        matches = quantization.get("mode") == cls.mode and group_size in cls.group_sizes
-        return cls(group_size, getattr(torch, scale_dtype)) if matches and scale_dtype in SCALE_DTYPES else None
+    def stored_formats(cls):
+        return [cls(size, dtype) for size in cls.group_sizes for dtype in (torch.bfloat16, torch.float16)]
 
     @property
     def dtypes(self):
@@ -98,9 +90,9 @@ class GroupwiseAsymmetric(WeightFormat):
         )
         return ((q - zeros) * scales).to(dtype)
 
-    def common_format(self, other):
-        """Int4 and GroupedInt8 with one scale_dtype have a common format: zero points of other projects are integers,
-        so GroupedInt8 can hold Int4."""
+    def promote_format(self, other):
+        """GroupedInt8 can hold an Int4 of another project with the same scale_dtype, since the zero points of other
+        projects are integers."""
         if not isinstance(other, GroupwiseAsymmetric) or other.scale_dtype != self.scale_dtype:
             return None
         format_class = type(self) if type(self) is type(other) else GroupedInt8
@@ -112,7 +104,6 @@ class Int4(GroupwiseAsymmetric):
 
     format_id = 2
     mode = "int4"
-    has_group_size_option = True
     group_sizes = GROUP_SIZES
     input_multiple = shard_multiple = 8
     elements_per_byte = 2
@@ -137,15 +128,15 @@ class Int4(GroupwiseAsymmetric):
         tensors["scales"].uniform_(std / 5, std / 4)
         tensors["zeros"].random_(100, 141)  # about 16 * 7.5, and 7.5 is the mean of q
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
-    def to_common_format(self, tensors, common, in_features):
-        if isinstance(common, GroupedInt8):
+    def promote_tensors(self, tensors, promoted, in_features):
+        if isinstance(promoted, GroupedInt8):
             q, zeros = self.unpack_q(tensors["weight"]), tensors["zeros"] >> self.zero_fraction_bits
             tensors = tensors | {"weight": q, "zeros": zeros}
-        return super().to_common_format(tensors, common, in_features)
+        return super().promote_tensors(tensors, promoted, in_features)
 
     def pack_q(self, q):
         return pack_nibbles(q)
@@ -159,7 +150,7 @@ class GroupedInt8(GroupwiseAsymmetric):
 
     format_id = 3
     mode = "int8-grouped"
-    is_cli_mode = False
+    is_import_only = True
     group_sizes = (16, *GROUP_SIZES)
     zero_fraction_bits = 0
 
@@ -170,12 +161,6 @@ class GroupedInt8(GroupwiseAsymmetric):
     @property
     def name(self):
         return f"int8.g{self.group_size}"
-
-    @classmethod
-    def from_dict(cls, quantization):
-        if quantization.get("mode") == "int8":  # earlier versions wrote "int8" with a "groupsize"
-            quantization = quantization | {"mode": cls.mode}
-        return super().from_dict(quantization)
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
@@ -194,7 +179,7 @@ class GroupedInt8(GroupwiseAsymmetric):
         tensors["scales"].fill_(std / 74)
         tensors["zeros"].random_(127, 129)  # about the mean of q
 
-    def pack_for_triton(self, tensors):
+    def to_triton_layout(self, tensors):
         rows = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128
         return {"weight": rows, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 

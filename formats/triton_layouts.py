@@ -1,4 +1,4 @@
-"""The layouts of weights for the Triton kernels. WeightFormat.pack_for_triton of each format calls some of these:
+"""The layouts of weights for the Triton kernels. WeightFormat.to_triton_layout of each format calls some of these:
 
     pack_tiles     tiles of 4-bit elements, in the order of a matrix unit (drawn below)
     pack_words     four elements of 8 bits in a word

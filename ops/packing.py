@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from formats import Tensors, Unquantized, WeightFormat
-from formats.base import QUANTIZE_CHUNK
+from formats.base import CHUNK_ELEMENTS
 from formats.cpu_layouts import ACT_GROUP_SIZE
 from kernels import build
 from ops import aten
@@ -38,15 +38,12 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
     matrices = [matrix for matrix in matrices if matrix.backend.name == TORCH_BACKEND.name]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
-        has_kernels = build.library() is not None
-        if has_kernels:
-            with_kernel = [matrix for matrix in matrices if supports_cpu_kernels(matrix)]
-        else:
+        if build.library() is None:
             with_kernel = pack_for_aten(matrices, dtype)
-        without_kernel = [m for m in matrices if m.format.is_quantized and m not in with_kernel]
-        dequantize_weights(without_kernel, dtype, is_mmapped)
-        if has_kernels:
-            pack_for_cpu(matrices, dtype, is_mmapped)
+            dequantize_weights([m for m in matrices if m not in with_kernel], dtype, is_mmapped)
+        else:
+            dequantize_weights([m for m in matrices if not cpu_kernels_can_read(m)], dtype, is_mmapped)
+            pack_for_cpu([m for m in matrices if cpu_kernels_can_read(m)], dtype, is_mmapped)
     elif device.type == "cuda" and load_triton_kernels(device):
         pack_for_triton(matrices, dtype)
 
@@ -59,27 +56,25 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
     # is packed if the kernels also compute prefill. They do for linear layers, but not for experts.
     packs_unquantized = dtype == torch.bfloat16 and build.library().has_prefill_linear(True)
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        if not supports_cpu_kernels(matrix):
-            continue
         matrix.backend = backend
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
             continue
         unpacked = matrix.tensors()
         is_even_linear = matrix.n_experts is None and matrix.in_features % 2 == 0
         matrix.is_packed = matrix.format.is_quantized or (packs_unquantized and is_even_linear)
-        tensors = matrix.format.pack_for_cpu(unpacked) if matrix.is_packed else unpacked
+        tensors = matrix.format.to_cpu_layout(unpacked) if matrix.is_packed else unpacked
         for name, packed in tensors.items():
-            matrix.set_tensor(name, memory.copy(packed))
+            matrix.set_tensor(name, memory.copy_in(packed))
             if is_mmapped:
                 drop_pages(unpacked[name])
 
 
-def supports_cpu_kernels(matrix: WeightMatrix) -> bool:
+def cpu_kernels_can_read(matrix: WeightMatrix) -> bool:
     """Whether the C++ kernels can read matrix. If the kernels round activations to int8, no group of activations
     may span two groups of weights. One spans two only in a shard whose width is an odd multiple of 8."""
     group_size = matrix.format.group_size
     has_whole_groups = not matrix.format.rounds_activations or group_size is None or group_size % ACT_GROUP_SIZE == 0
-    return has_whole_groups and matrix.format.supports_kernels(matrix.in_features)
+    return has_whole_groups and matrix.format.kernels_can_read(matrix.in_features)
 
 
 class HugePageArena:
@@ -92,8 +87,8 @@ class HugePageArena:
     def __init__(self):
         self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0  # the current chunk, and how many bytes are used
 
-    def copy(self, t: Tensor) -> Tensor:
-        """Copies t to the next free address. If the chunk is full, allocates a new one."""
+    def copy_in(self, t: Tensor) -> Tensor:
+        """Copies t to the next free address, in a new chunk if the current one is full. Returns the copy."""
         if self.used + t.nbytes > self.memory.numel():
             self.memory = torch.empty(max(t.nbytes, self.MIN_ALLOCATION) + 2 * self.PAGE_BYTES, dtype=torch.uint8)
             self.used = -self.memory.data_ptr() % self.PAGE_BYTES  # begins at a page
@@ -107,14 +102,15 @@ def pack_for_aten(matrices: list[WeightMatrix], dtype: torch.dtype) -> list[Weig
     """Packs the weights of linear layers for PyTorch's own kernels. Returns the layers whose weights have a kernel."""
     linears = [m for m in matrices if not m.is_embedding and m.n_experts is None]
     for linear in tqdm(linears, "load", disable=None, leave=False):
-        linear.aten_weight = aten.pack(linear.format, linear.tensors(), dtype)
+        linear.aten_weight = aten.to_aten_weight(linear.format, linear.tensors(), dtype)
     return [linear for linear in linears if linear.aten_weight is not None]
 
 
 def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
-    """Replaces the quantized weights of matrices by dequantized weights. Otherwise PyTorch would dequantize every
-    matrix for every token, which takes about twenty times as long as the matmul. If memory is too small, prints a
+    """Replaces the quantized weights among those of matrices by dequantized weights. Otherwise PyTorch would dequantize
+    every matrix for every token, which takes about twenty times as long as the matmul. If memory is too small, prints a
     line and changes nothing."""
+    matrices = [matrix for matrix in matrices if matrix.format.is_quantized]
     n_bytes = sum(m.out_features * m.in_features * (m.n_experts or 1) for m in matrices) * dtype.itemsize
     free = free_memory()
     if n_bytes > free:
@@ -125,7 +121,7 @@ def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmap
         quantized = matrix.tensors()
         matrix.set_tensor("weight", dequantize_rows(matrix.format, quantized, matrix.in_features, dtype))
         matrix.scales = matrix.zeros = None
-        matrix.format = Unquantized(dequantized_from=matrix.format.name)
+        matrix.format = Unquantized()
         for tensor in quantized.values() if is_mmapped else ():
             drop_pages(tensor)
 
@@ -136,7 +132,7 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
     rows = {name: t.flatten(0, len(outputs) - 1) for name, t in tensors.items()}
     weight = torch.empty(math.prod(outputs), in_features, dtype=dtype)
     use_huge_pages(weight)
-    step = max(1, QUANTIZE_CHUNK // in_features)
+    step = max(1, CHUNK_ELEMENTS // in_features)
     for i in range(0, len(weight), step):
         weight[i : i + step] = format.dequantize({name: t[i : i + step] for name, t in rows.items()}, dtype)
     return weight.view(*outputs, in_features)
@@ -144,11 +140,11 @@ def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dt
 
 def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
     """Packs the weights of matrices for the Triton kernels. dtype: the type of the activations."""
-    from kernels.triton.formats import supports_triton_kernels
+    from kernels.triton.formats import triton_kernels_can_read
 
     for matrix in matrices:
-        if supports_triton_kernels(matrix):
-            for name, packed in matrix.format.pack_for_triton(matrix.tensors()).items():
+        if triton_kernels_can_read(matrix):
+            for name, packed in matrix.format.to_triton_layout(matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
             matrix.is_packed = matrix.format.is_quantized
             matrix.backend = triton_backend(dtype, matrix.weight.device)

@@ -55,12 +55,11 @@ import kernels.build
 import ops
 import kernels.triton.linear  # registers the operations, which run in Triton's interpreter
 from formats.nf4 import NF4, VALUES
+from model import DTYPES
 from tests import tiny
 
 from scripts.benchmarking.speed import random_linear
 from scripts.kernel_checks.exact_results import use_triton
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_nf4_rounds_to_the_nearest():

@@ -20,13 +20,12 @@ from checkpoint import Checkpoint
 from converters.hf_config import config_from_hf
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized
 from loading import load_model, quantized_tensor_names
-from model import meta_model
+from model import DTYPES, meta_model
 from scripts import benchmark
 from scripts.benchmarking import gpu_jobs, real_models
 from scripts.benchmarking import speed as benchmark_speed
 from scripts.kernel_checks import checks
 from scripts.kernel_checks import command as check_command
-from scripts.kernel_checks.exact_results import DTYPES
 from tests.tiny import call_main, convert, write_folder
 from utils.errors import UsageError
 from utils.files import ROOT

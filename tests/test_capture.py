@@ -72,7 +72,7 @@ def test_replay_equals_the_step(format, dtype, family):
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
         for threads, n_tokens, start_pos in steps:
-            assert model.supports_kernels(2, n_tokens)
+            assert model.has_kernels_for(2, n_tokens)
             torch.set_num_threads(threads)
             tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
             expected = model(tokens, torch.tensor(start_pos), caches[0], tables)

@@ -17,11 +17,11 @@ from formats.integers import GroupwiseAsymmetric
 from kernels.arguments import Epilogue
 from kernels.build import library
 from layers import ExpertsDown
+from model import DTYPES
 from ops import torch_ops
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
     CPU_FORMATS,
-    DTYPES,
     activate_with_error,
     format_label,
     make_linear,

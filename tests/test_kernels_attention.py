@@ -8,11 +8,11 @@ import torch
 import ops
 from config import ModelConfig
 from kernels.arguments import LayerCache, PositionTables
+from model import DTYPES
 from ops import torch_ops
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
-    DTYPES,
     attend,
     exact_attention,
     exact_cache,

@@ -18,7 +18,7 @@ import torch
 import kernels.build
 import ops
 from config import ACTIVATIONS, is_gated
-from formats import FORMATS, Int4, Int8
+from formats import FORMATS, Int4, Int8, Unquantized
 from formats.cpu_layouts import CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
 from kernels.schema import SCHEMAS
@@ -205,9 +205,9 @@ def test_no_compiler(compiler, tmp_path):
 
 
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
-    """Weights are dequantized to the same bits as by PyTorch, and the format keeps its name."""
+    """Weights are dequantized to the same bits as by PyTorch."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
-    monkeypatch.setattr(packing, "QUANTIZE_CHUNK", 256)  # several chunks, and some rows over
+    monkeypatch.setattr(packing, "CHUNK_ELEMENTS", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
         torch.manual_seed(0)
         linear = make_linear(33, 72, format, torch.float32, bias=True)
@@ -220,7 +220,7 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
         assert said.count("\n") == 1 and "every token dequantizes" in said and linear.format == format
         ops.pack_weights([linear, experts], torch.float32)
         for w, matrix in zip((linear, experts), expected, strict=True):
-            assert w.format.name == format.name and w.scales is w.zeros is None
+            assert w.format == Unquantized() and w.scales is w.zeros is None
             assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.float32), matrix)
             assert w.backend.name == "torch" and capsys.readouterr().err == ""
 
@@ -229,7 +229,7 @@ def test_pytorchs_kernels_without_a_compiler(monkeypatch):
     """PyTorch's own kernels multiply int8 and int4 weights of linear layers with 16-bit activations. All other weights
     are dequantized."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
-    monkeypatch.setattr(aten, "PACK_ROWS", 128)
+    monkeypatch.setattr(aten, "CHUNK_ROWS", 128)
     for dtype in (torch.bfloat16, torch.float16):
         for format in (Int8(), Int4(32), Int4(64)):
             for n, k in [(16, 64), (272, 192), (33, 72), (48, 96)]:

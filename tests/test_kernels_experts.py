@@ -6,12 +6,11 @@ import torch
 import ops
 from config import ModelConfig, is_gated
 from layers import ExpertsDown, ExpertsGateUp
-from model import FeedForward
+from model import DTYPES, FeedForward
 from ops import torch_ops
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
     CPU_FORMATS,
-    DTYPES,
     format_label,
     make_linear,
     make_norm,

@@ -45,7 +45,7 @@ def test_tied_embeddings_are_one_parameter(folder, use_kernels, dtype):
 def test_a_quantized_head_is_not_tied(folder):
     model = load_model(folder / "model_int8.pth")
     assert model.lm_head.weight.data_ptr() != model.embed_tokens.weight.data_ptr()
-    assert model.format.name == "int8" and model.embed_tokens.weight.dtype == torch.bfloat16
+    assert model.checkpoint_format.name == "int8" and model.embed_tokens.weight.dtype == torch.bfloat16
     assert model.lm_head.scales.dtype == torch.float32
 
 
@@ -80,7 +80,7 @@ def test_layers_in_other_formats(folder, tmp_path):
     save_checkpoint(path, config, shapes, tensors.items(), quantization | {"layers": layers})
     model = load_model(path, dtype=torch.float32)
     plain = load_model(path, dtype=torch.float32, use_kernels=False)
-    assert model.is_tied and model.format == Int8()
+    assert model.is_tied and model.checkpoint_format == Int8()
     assert all(plain.get_submodule(name).format == other for name, other in others.items())
     unquantized = load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False)
     for layer, linear in plain.quantizable_linears():
@@ -118,7 +118,7 @@ def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
             cache = KVCache(model, 2, 41)
             prompt = forward(model, tokens, torch.tensor([0, 0]), cache)
             logits[name] = prompt, forward(model, tokens[:, :1], torch.tensor([40, 40]), cache)
-    assert plain.embed_tokens.format.is_quantized and models["kernels"].supports_kernels(2, 1)
+    assert plain.embed_tokens.format.is_quantized and models["kernels"].has_kernels_for(2, 1)
     for ours, expected in zip(logits["kernels"], logits["unquantized"], strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     for name in ("PyTorch", "no compiler"):
@@ -175,7 +175,7 @@ def test_orders_of_inputs(act_order, monkeypatch):
             cache = KVCache(model, 2, 62)
             prompt = forward(model, tokens[:, :60], torch.tensor([0, 0]), cache)
             logits[name] = torch.cat([prompt, forward(model, tokens[:, 60:62], torch.tensor([60, 60]), cache)], dim=1)
-    assert models["kernels"].supports_kernels(2, 2)
+    assert models["kernels"].has_kernels_for(2, 2)
     for name in ("kernels", "PyTorch", "no compiler"):
         # The kernels sum in another order: see test_layers_in_other_formats
         assert (logits[name] - logits["in order"]).norm() < 1e-5 * logits["in order"].norm()

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
-from model import KVCache, meta_model
+from model import KVCache, meta_model, round_to_dtype
 from rope import rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES, forward
 from utils.errors import UsageError
@@ -53,13 +53,16 @@ def test_rows_have_positions_of_their_own(family, use_kernels, both_models):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_embedding_scale_is_rounded(dtype):
-    """The scale of the embedding is rounded to the activations' dtype, half to even, however the model was made."""
+    """The scale of the embedding is rounded to the dtype of the activations, half to even."""
     ties = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 2 - 2**-9]  # halfway between neighbours
     scales = [1.0, 0.5, 12.0, 0.022, 78.38367176906169, *ties, *(dim**0.5 for dim in range(60, 6000, 77))]
     for scale in scales:
-        config = ModelConfig(16, 1, 1, 1, 16, 16, 97, 64, embed_scale=scale)
         rounded = torch.tensor(scale, dtype=dtype).item()
-        assert meta_model(config).to(dtype).embed_scale == rounded
+        assert round_to_dtype(scale, dtype) == rounded
+        config = ModelConfig(16, 1, 1, 1, 16, 16, 97, 64, embed_scale=scale)
+        model = meta_model(config).to_empty(device="cpu").to(dtype)
+        model.embed_tokens.weight.fill_(1)
+        assert (model.embed(torch.tensor([[3]])) == rounded).all()
 
 
 WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt-oss", "starcoder2"]

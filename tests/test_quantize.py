@@ -36,7 +36,7 @@ class Int4HQQ(Int4):
 
 def is_made(format) -> bool:
     """Returns whether quantize.py makes files of the format. Only the converters make the others."""
-    return format.is_cli_mode and format == type(format).from_options(format.group_size)
+    return not format.is_import_only and format == type(format).from_options(format.group_size)
 
 
 QUANTIZED = [format for format in exact_results.CPU_FORMATS if format.is_quantized]
@@ -125,11 +125,11 @@ def test_stored_weights_quantize_to_themselves(format):
 @pytest.mark.parametrize("start, length", [(0, 80), (80, 80), (128, 32), (8, 8)])
 def test_a_shard_means_its_part_of_the_weight(format, start, length):
     w = random_matrix(6, 160)
-    tensors, narrow_format = format.quantize(w), format.narrow_format(length)
-    shard = {name: format.narrow_inputs(name, t, start, length) for name, t in tensors.items()}
-    assert shapes_of(shard) == shapes_of(narrow_format.allocate(torch.Size((6, length)), w.dtype, "cpu"))
+    tensors, shard_format = format.quantize(w), format.slice_format(length)
+    shard = {name: format.slice_inputs(name, t, start, length) for name, t in tensors.items()}
+    assert shapes_of(shard) == shapes_of(shard_format.allocate(torch.Size((6, length)), w.dtype, "cpu"))
     expected = format.dequantize(tensors, torch.float32)[:, start : start + length]
-    assert torch.equal(narrow_format.dequantize(shard, torch.float32), expected)
+    assert torch.equal(shard_format.dequantize(shard, torch.float32), expected)
 
 
 def test_every_format_is_tested():

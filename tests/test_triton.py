@@ -24,12 +24,11 @@ from kernels.arguments import Filters, LayerCache, PositionTables
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
 from layers import LinearBase
-from model import KVCache
+from model import DTYPES, KVCache
 from rope import rope_table
 from scripts.kernel_checks import checks
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
-    DTYPES,
     QUANTIZED,
     TRITON_FORMATS,
     attend,
@@ -222,10 +221,10 @@ def test_a_format_without_a_layout():
 
     w = make_linear(16, 64, Int4(32), torch.float32)
     w.format = NoLayout()
-    with pytest.raises(NotImplementedError, match="no-layout.g32 is .* no method pack_for_triton"):
+    with pytest.raises(NotImplementedError, match="no-layout is .* no method to_triton_layout"):
         ops.pack_for_triton([w])
     for format in KERNEL_FORMATS:
-        assert format.format_class.pack_for_triton is not WeightFormat.pack_for_triton
+        assert format.format_class.to_triton_layout is not WeightFormat.to_triton_layout
 
 
 # ---- Mixture of experts ---------------------------------------------------------------------------------------------
@@ -341,7 +340,7 @@ def test_many_sequences(small_gpu):
 
     expected = step()
     use_triton(model)
-    assert model.supports_kernels(12, 1) and model.supports_kernels(64, 1) and not model.supports_kernels(65, 1)
+    assert model.has_kernels_for(12, 1) and model.has_kernels_for(64, 1) and not model.has_kernels_for(65, 1)
     # 5 matmuls and the head follow each other, as in test_model
     assert (step() - expected).abs().max() <= 6 * 2 * (64 + 8) * U32 * expected.abs().max()
 

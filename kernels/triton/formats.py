@@ -240,11 +240,11 @@ def kernel_format(format_id: int) -> KernelFormat:
     return BY_ID[format_id]
 
 
-def supports_triton_kernels(matrix: "WeightMatrix") -> bool:
+def triton_kernels_can_read(matrix: "WeightMatrix") -> bool:
     """Returns whether the kernels can read the weight of matrix."""
     format = matrix.format
     known = BY_ID.get(format.format_id)
-    if known is None or not format.supports_kernels(matrix.in_features):
+    if known is None or not format.kernels_can_read(matrix.in_features):
         return False
     narrowest_slice = 32 if known.is_tiled else 16
     if format.group_size is not None and format.group_size % narrowest_slice:

@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoint import read_checkpoint
 from config import ModelConfig
 from converters.write_model import part_shapes
-from formats import Int4, Int8, Tensors
+from formats import Int4, Int8
 from quantize import linear_weights, quantize_each, write_quantized
 from rope import rope_frequencies
 from scripts.benchmarking.compare_speed import PREFILL
@@ -132,7 +132,7 @@ def write_gguf(source: Path, target: Path):
     out.close()
 
 
-def gguf_tensors(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def gguf_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Yields a checkpoint's tensors with the names and the order of rows of a GGUF of the architecture "llama". A GGUF
     has the rows of q and k in the order of Meta's RoPE: rows i and i + D/2 are neighbours."""
     from converters.convert_gguf import GGUF_TO_CANONICAL

@@ -28,7 +28,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step_bytes import active_weight_bytes, step_bytes
-from formats import Tensors, Unquantized, WeightFormat
+from formats import Unquantized, WeightFormat
 from layers import Embedding, Linear, LinearBase, RMSNorm
 from model import KVCache, Transformer, meta_model
 from utils.errors import UsageError
@@ -109,7 +109,7 @@ def fill_randomly(module: nn.Module):
             module.bias.zero_()
 
 
-def checkpoint_tensors(model: Transformer) -> Tensors:
+def checkpoint_tensors(model: Transformer) -> dict[str, Tensor]:
     """Returns the tensors of model as a checkpoint holds them: those of a tied head only as the embedding's."""
     tensors = model.state_dict()
     if model.is_tied:
