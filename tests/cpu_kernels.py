@@ -1,12 +1,14 @@
 """Helpers and fixtures of the tests of the C++ kernels: test_kernels.py and the other test_kernels_*.py."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels.build
 import ops
-from formats.cpu_layouts import ACT_GROUP_SIZE
+from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from layers import Embedding, LinearBase, WeightMatrix
 from scripts.kernel_checks.error_bounds import U
 from scripts.kernel_checks.exact_results import set_weight
@@ -50,6 +52,13 @@ def packed(module):
             assert layer.backend.max_tokens["fused_linear"] >= 8
             layer.backend = ops.CPU_BACKEND  # up to MAX_CPU_TOKENS
     return module
+
+
+def stored_rows(n: int, dtype: torch.dtype) -> int:
+    """Returns how many rows an unquantized matrix of n rows has in memory. Packing pads n to whole blocks."""
+    library = kernels.build.library()
+    is_packed = library is not None and dtype == torch.bfloat16 and library.has_prefill_linear(True)
+    return math.ceil(n / CPU_BLOCK_N) * CPU_BLOCK_N if is_packed else n
 
 
 def rounded_activations(x: torch.Tensor) -> torch.Tensor:

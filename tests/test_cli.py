@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import generate
 from cli import report
@@ -15,6 +16,7 @@ from cli.script import run_script
 from config import MoEConfig
 from engine import scheduler
 from tests.byte_models import END, VOCAB_SIZE, random_folder, set_up
+from tests.cpu_kernels import stored_rows
 from text.tokenizer import load_tokenizer
 from utils import machine
 from utils.files import ROOT
@@ -60,8 +62,9 @@ def test_json_adds_up(tmp_path, ask, moe, precision, size):
 
     attention = (4 + 2 * 2) * 8 * 32 + 4 * 8 * 32
     ffn = 3 * 48 * 32
-    layer = 2 * 32 + attention + (ffn if moe is None else 5 * 32 + 2 * ffn)
-    assert r["model_bytes"] == size * (2 * layer + 32 + VOCAB_SIZE * 32)
+    router, head = (stored_rows(n, getattr(torch, precision)) * 32 for n in (5, VOCAB_SIZE))
+    layer = 2 * 32 + attention + (ffn if moe is None else router + 2 * ffn)
+    assert r["model_bytes"] == size * (2 * layer + 32 + head)
     position = 3 * 2 * 2 * 2 * 8 * size  # rows, layers, keys and values, heads, head_dim
     active_weight_bytes = r["bandwidth_gb_per_sec"] * 1e9 / r["decode_tokens_per_sec"]
     assert 6 * position <= active_weight_bytes * 1.0001 - r["model_bytes"] <= 14 * position * 1.01
