@@ -16,17 +16,18 @@ The names are Megatron's, and speak of W^T. tp_plan returns this table. loading.
                           this rank's shard of a tensor of the checkpoint
     insert_collectives    after the weights are packed: wraps o_proj, down_proj and lm_head
 
-All ranks run the same code, except in these places:
+cli/ranks.py: process_group connects the processes of generate.py and eval.py. Then all ranks run the same code, except
+in these places:
 
-    shard_tensor                         every rank reads other parts of the tensors
-    shard_row_parallel                   only rank 0 has the biases of o_proj and down_proj; other ranks have zeros
-    RowParallelLinear, ParallelLMHead    every rank computes a part, and a collective joins the parts
-    broadcast                            (collectives.py) all ranks sample a token, then take rank 0's token
-    call_on_rank_0                       (collectives.py) only rank 0 converts a checkpoint
-    silence, input_lines                 (cli/ranks.py) only rank 0 prints, and reads what the user types
-    rank_path                            (cli/ranks.py) every rank writes its own trace file
-
-cli/ranks.py: process_group connects the processes.
+    only rank 0            converts a checkpoint, while the others wait    collectives.py: call_on_rank_0
+                           prints; the others discard what they print      cli/ranks.py: silence, wait_for_rank_0
+                           reads what the user types, and sends it         cli/ranks.py: input_lines; cli/terminal.py
+                           keeps the biases of o_proj and down_proj        shard_row_parallel
+    every rank another     device                                          cli/ranks.py: process_group; check_device
+                           part of the tensors and of the heads            shard_tensor, shard_attention
+                           part of a layer's outputs or sums               RowParallelLinear, ParallelLMHead
+                           name of a trace file                            cli/ranks.py: rank_path
+    every rank the same    token: all sample one, then take rank 0's       collectives.py: broadcast
 """
 
 import math

@@ -153,10 +153,15 @@ def test_messages():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_names_exists(page):
-    """The targets of links exist, and so do files, and in `FILE: NAME ...` the names in that file."""
+    """The targets of links exist, also the headings, and so do files, and in `FILE: NAME ...` the names in that file."""
     text = page.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert (page.parent / target).exists(), target
+        file, _, anchor = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)", linked.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
     for quoted in re.findall(r"`([^`]+)`", prose):
         file, _, names = " ".join(quoted.split()).partition(": ")
