@@ -7,7 +7,7 @@
     ExpertsGateUp, ExpertsDown    matmuls with the W of each expert that the router chose
     Embedding      a row of W for every token
 
-A forward calls an operation of ops/dispatch.py with the layer itself. The operation runs on the kernels of the layer's
+A forward calls an operation of ops/ with the layer itself. The operation runs on the kernels of the layer's
 backend or in plain PyTorch. model.py composes the layers.
 """
 
@@ -129,7 +129,7 @@ class Linear(LinearBase):
         activation: str | None = None, out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """x [..., K] -> [..., N], or [..., N / 2] with a gated activation. norm, activation and residual are arguments,
-        since kernels fuse them. ops/dispatch.py: fused_linear describes the arguments."""
+        since kernels fuse them. ops/linear.py: fused_linear describes the arguments."""
         if self.input_order is not None:
             x = ops.permute_inputs(x, self.input_order, self.backend)
         return ops.fused_linear(x, self, norm, residual, activation, out_dtype)
@@ -156,7 +156,7 @@ class ExpertsDown(LinearBase):
 
 
 class Embedding(WeightMatrix):
-    """W [V, dim] has a row for every token. ops/dispatch.py: embed looks up rows, also in a head that is tied."""
+    """W [V, dim] has a row for every token. ops/linear.py: embed looks up rows, also in a head that is tied."""
 
     is_embedding = True
 

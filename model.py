@@ -4,7 +4,7 @@
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys, values and ids of earlier tokens; allocated once and passed in
 
-The layers that hold the weights are in layers.py. Every computation is an operation of ops/dispatch.py, which calls a
+The layers that hold the weights are in layers.py. Every computation is an operation of ops/, which calls a
 kernel or plain PyTorch. So one forward runs on every device.
 
 Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
@@ -213,7 +213,7 @@ class Attention(nn.Module):
         y = residual + o_proj(p v)
 
     A model has only some of the norms, softcap, slopes, window and sinks. Everything between the matmuls qkv_proj and
-    o_proj is one operation, ops/dispatch.py: attend."""
+    o_proj is one operation, ops/attention.py: attend."""
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()

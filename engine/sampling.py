@@ -3,7 +3,7 @@
     sample(logits, SamplingParams())                          # the likeliest token
     sample(logits, SamplingParams(temperature=0.8, top_k=50))
 
-apply_repetition_penalty comes before sample. sample is an operation: a kernel computes it, or ops/torch_ops.py. No
+apply_repetition_penalty comes before sample. sample is an operation (ops/sampling.py). No
 function waits for the device, so that the next step can start before the host has read the sampled token.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 import ops
 from engine.sampling_params import SamplingParams
 from ops.backend import TORCH_BACKEND, Backend
-from ops.torch_ops import filtered_probs
+from ops.sampling import filtered_probs
 
 
 def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor):
@@ -57,7 +57,7 @@ def sample(
     logits: Tensor, params: SamplingParams, backend: Backend = TORCH_BACKEND, uniform: Tensor | None = None,
     temperatures: Tensor | None = None,
 ) -> Tensor:
-    """float32 logits [B, V] -> token ids [B]. backend: the model's. ops/dispatch.py: sample describes the rest."""
+    """float32 logits [B, V] -> token ids [B]. backend: the model's. ops/sampling.py: sample describes the rest."""
     return ops.sample(logits, params.temperature, params.filters, backend, uniform, temperatures)
 
 

@@ -33,7 +33,7 @@ from engine.sampling_params import SamplingParams
 from engine.step_bytes import active_weight_bytes
 from model import Transformer
 from ops.backend import TORCH_BACKEND, Backend
-from ops.torch_ops import multinomial
+from ops.sampling import multinomial
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights. One

@@ -174,7 +174,7 @@ class CPUGraph(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         is_capturable = namespace == CPU_NAMESPACE and name in CAPTURABLE
         if not is_capturable and not func.is_view:
-            raise RuntimeError(f"{func} is no operation of ops/dispatch.py: it cannot be captured (kernels/capture.py)")
+            raise RuntimeError(f"{func} is no operation of ops/: it cannot be captured (kernels/capture.py)")
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.keepalive += [args, kwargs, result]

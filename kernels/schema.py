@@ -1,7 +1,7 @@
 """The kernels as PyTorch operations: for each, the schema, and a function that allocates the result (define).
 
 C++ implements an operation as torch.ops.gptfast_cpu.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
-implement the same schema, so a changed schema changes both. ops/dispatch.py describes the operations.
+implement the same schema, so a changed schema changes both. ops/ describes the operations.
 
 In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. But C++ gets all
 arguments by position, so build.py: check_parameters compares the parameters in csrc/ops.cpp with the schemas.

@@ -1,17 +1,28 @@
-"""The operations of a model, each computed by a kernel of kernels/ or in plain PyTorch.
+"""The operations of a model. Callers write ops.attend(...), and an operation is a kernel of kernels/ or plain PyTorch.
 
-Callers write ops.attend(...). Each file imports only from kernels/ and from the files above it. (From layers.py, which
-imports this package, there are types alone, for annotations.)
+Layers compute with operations alone. So one forward serves every device, and a CPU can capture a step as lists of
+operations (kernels/capture.py). An operation asks a backend for a kernel: the backend of the layer, or the argument
+backend. Without a kernel, NAME_torch in the same file computes the operation in plain PyTorch: in prefill, on other
+devices and with --kernels off. The tests compare the kernels with plain PyTorch.
 
-    aten.py        matmuls with quantized weights by PyTorch's own kernels, without a C++ compiler
-    torch_ops.py   every operation in plain PyTorch, for prefill, other devices and --kernels off
     backend.py     the backends: which operations have kernels, and for how many tokens; how rounding differs
-    dispatch.py    the operations: attend, fused_linear, ... Each calls a kernel of a backend, or torch_ops.py
+    aten.py        matmuls with quantized weights by PyTorch's own kernels, without a C++ compiler
+    linear.py      fused_linear, rms_norm, permute_inputs, activate, add, embed
+    attention.py   attend, rope_and_cache
+    experts.py     route, experts_gate_up, experts_down
+    sampling.py    sample
     packing.py     chooses the backend of a model, and packs the weights for the backend
+
+Within ops/ each file imports only from files above it in this list. (For annotations alone, some name the classes of
+layers.py, which imports this package.)
+
+Captured on a GPU: every operation. Captured on a CPU: all but sample, which runs after the graph, and rope_and_cache
+and dequantize, which only prefill calls.
 """
 
 # ruff: noqa: F401  (all names are for callers)
 
+from ops.attention import attend
 from ops.backend import (
     CPU_BACKEND,
     MAX_CPU_TOKENS,
@@ -20,17 +31,7 @@ from ops.backend import (
     TORCH_BACKEND,
     TRITON_BACKEND,
 )
-from ops.dispatch import (
-    activate,
-    add,
-    attend,
-    embed,
-    experts_down,
-    experts_gate_up,
-    fused_linear,
-    permute_inputs,
-    rms_norm,
-    route,
-    sample,
-)
+from ops.experts import experts_down, experts_gate_up, route
+from ops.linear import activate, add, embed, fused_linear, permute_inputs, rms_norm
 from ops.packing import load_triton_kernels, pack_for_triton, pack_weights
+from ops.sampling import sample

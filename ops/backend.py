@@ -3,11 +3,11 @@ since a kernel for few tokens is slow for many tokens, or cannot take them.
 
     CPU_BACKEND       C++, kernels/csrc/, for CPUs
     TRITON_BACKEND    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
-    TORCH_BACKEND     no kernels: plain PyTorch (torch_ops.py), for any device. On a CPU without a C++ compiler, aten.py
+    TORCH_BACKEND     no kernels: plain PyTorch, for any device. On a CPU without a C++ compiler, aten.py
                       multiplies some quantized weights by PyTorch's own kernels
 
 Every layer holds a backend: TORCH_BACKEND, until packing.py packs the weights for another backend. An operation asks
-the layer's backend for a kernel (dispatch.py). A model asks whether there are kernels for all of a step (model.py).
+the layer's backend for a kernel. A model asks whether there are kernels for all of a step (model.py).
 
 The backends compute the same functions, but round differently. With activations of 16 bits:
 
@@ -30,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from kernels import build
 from kernels.arguments import Filters
@@ -150,3 +151,12 @@ def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:
     if has_matrix_units(device, dtype):
         return TRITON_BACKEND
     return TRITON_BACKEND.with_limits(**dict.fromkeys(MATMULS, MMA_TOKENS))
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def count_tokens(x: Tensor) -> int:
+    """The number of tokens in x [..., width], of all sequences together."""
+    return x.numel() // x.shape[-1]

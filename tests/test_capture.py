@@ -186,7 +186,7 @@ def test_other_operations_raise(operation):
         logits = model(tokens, start_pos, kv_cache, tables)
         return torch.softmax(logits, -1) if operation is torch.softmax else operation(logits)
 
-    with pytest.raises(RuntimeError, match="is no operation of ops/dispatch.py"):
+    with pytest.raises(RuntimeError, match="is no operation of ops/"):
         capture(step)(token, position)
     with torch.inference_mode():
         captured = capture(lambda *inputs: model(*inputs, kv_cache, tables)[:, -1].view(-1))  # views may

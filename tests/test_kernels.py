@@ -1,4 +1,4 @@
-"""The C++ kernels for matmuls, norms and embeddings against ops/torch_ops.py, in odd shapes and every format.
+"""The C++ kernels for matmuls, norms and embeddings against plain PyTorch, in odd shapes and every format.
 
 test_kernels_attention.py, test_kernels_experts.py and test_kernels_sampling.py test the other kernels.
 test_kernels_builds.py runs all these tests on the code for other CPUs.
@@ -18,7 +18,7 @@ from kernels.arguments import Epilogue
 from kernels.build import library
 from layers import ExpertsDown
 from model import DTYPES
-from ops import torch_ops
+from ops.linear import apply_softcap, embed_torch, rms_norm_torch
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
     CPU_FORMATS,
@@ -50,7 +50,7 @@ def test_linear(format, dtype):
         norm = make_norm(k, dtype)
         for rows in (1, 2, 5, 8):
             x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
-            normed = torch_ops.rms_norm(x, norm.weight, norm.eps)
+            normed = rms_norm_torch(x, norm.weight, norm.eps)
             seen = as_seen(normed, format)
             y = seen.double() @ matrix.T + bias
             step = step_of(normed, quantized=seen is not normed) + step_of(normed, quantized=False)
@@ -86,7 +86,7 @@ def test_linear_of_many_tokens(format, dtype):
             x, residual = torch.randn(tokens, k).to(dtype), torch.randn(tokens, n).to(dtype)
             x[2], x[4, 1] = 0, torch.nan  # zeros and NaN change no other token's result
             for given_norm in (None, norm):
-                normed = torch_ops.rms_norm(x, norm.weight, norm.eps) if given_norm else x
+                normed = rms_norm_torch(x, norm.weight, norm.eps) if given_norm else x
                 rounds_weights = on_amx and tokens > 8 or tokens > 64
                 seen = normed if rounds_weights else as_seen(normed, format)
                 y = seen.double() @ matrix.T + bias
@@ -124,7 +124,7 @@ def test_linear_of_a_prompt(format):
         matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
         packed(w).backend = ANY_TOKENS
         x, residual = torch.randn(tokens, k).bfloat16(), torch.randn(tokens, n).bfloat16()
-        normed = torch_ops.rms_norm(x, norm.weight, norm.eps)
+        normed = rms_norm_torch(x, norm.weight, norm.eps)
         y = normed.double() @ matrix.T + w.bias.double()
         step = 2 * step_of(normed, quantized=False)
         bound = bounds.product_error(normed, magnitude, y, torch.float32, step)
@@ -199,7 +199,7 @@ def softcap_with_error(
     1."""
     y = y * scale
     if softcap:
-        y = torch_ops.apply_softcap(y, softcap)
+        y = apply_softcap(y, softcap)
     if clip:
         y = y.clamp(-clip, clip)
     return y, error * scale + 2**-20 * y.abs()  # exp is good to 2^-21 or so
@@ -211,7 +211,7 @@ def test_softcap_of_extremes():
     w = packed(make_linear(16, 16, Unquantized(), torch.float32, softcap=30.0))
     w.weight.data = torch.eye(16)
     x = torch.tensor([1e-30, -1e-6, 1e-3, 17.0, -20.0, 1e4, -1e30, 3e38] * 2)[None]
-    y = torch_ops.apply_softcap(x.double(), 30.0)
+    y = apply_softcap(x.double(), 30.0)
     bounds.check(ops.fused_linear(x, w), y, 2**-20 * y.abs())
     assert ops.fused_linear(torch.full((1, 16), torch.nan), w).isnan().all()
     w.epilogue = Epilogue(clip=10.0)
@@ -363,7 +363,7 @@ def check_embed(table, dtype):
     assert on_kernels.backend.name == "cpu"
     for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
         tokens = torch.randint(50, (2, n_tokens))
-        expected = torch_ops.embed(tokens, table, scale, dtype)
+        expected = embed_torch(tokens, table, scale, dtype)
         assert torch.equal(ops.embed(tokens, on_kernels, scale, dtype), expected)
     with pytest.raises(RuntimeError, match="vocabulary"):
         ops.embed(torch.tensor([[50]]), on_kernels, 1.0, dtype)

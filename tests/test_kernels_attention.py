@@ -9,7 +9,7 @@ import ops
 from config import ModelConfig
 from kernels.arguments import LayerCache, PositionTables
 from model import DTYPES
-from ops import torch_ops
+from ops import attention
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
@@ -107,7 +107,7 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
 def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, monkeypatch):
     """The kernel rope_and_cache and PyTorch's attention together, for more tokens than a step has."""
     torch.manual_seed(0)
-    monkeypatch.setattr(torch_ops, "EAGER_QUERIES", 30)
+    monkeypatch.setattr(attention, "EAGER_QUERIES", 30)
     tables = PositionTables(rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180))
     widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]
     norms = [None, None] if widths is None else [make_norm(width, dtype) for width in widths]

@@ -25,7 +25,8 @@ from kernels.schema import SCHEMAS
 from kernels.triton import heads
 from kernels.triton.elements import magic_number_for
 from layers import ExpertsDown
-from ops import aten, backend, dispatch, packing
+from ops import aten, backend, packing
+from ops.linear import FUSED_GLU_MULTIPLE
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import CPU_FORMATS, MAGIC_BIASES, make_linear
 from tests.compiler import write_compiler
@@ -273,7 +274,7 @@ def test_sizes_are_the_same_in_all_languages():
     """Numbers that Python, C++ and Triton each define are equal."""
     code = (kernels.build.SOURCES / "weights.h").read_text()
     sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
-    assert sizes["BLOCK_N"] == CPU_BLOCK_N and dispatch.FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
+    assert sizes["BLOCK_N"] == CPU_BLOCK_N and FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
     assert heads.BLOCK_T.value == backend.MAX_TRITON_NEW_TOKENS
     for dtype in (torch.bfloat16, torch.float16):
         halves = torch.tensor([magic_number_for(dtype)], dtype=torch.int32).view(dtype).tolist()

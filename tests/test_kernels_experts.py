@@ -1,4 +1,4 @@
-"""The C++ kernels for feed-forwards, experts and their router against ops/torch_ops.py."""
+"""The C++ kernels for feed-forwards, experts and their router against plain PyTorch."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import ops
 from config import ModelConfig, is_gated
 from layers import ExpertsDown, ExpertsGateUp
 from model import DTYPES, FeedForward
-from ops import torch_ops
+from ops.experts import route_torch
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
     CPU_FORMATS,
@@ -65,7 +65,7 @@ def test_experts(format, dtype):
         cases = []
         for rows in (1, 3, 8, 33, 64, 65):  # the last goes to PyTorch, from packed weights
             x = torch.randn(1, rows, 64).to(dtype)
-            topk_weights, topk_ids = torch_ops.route(torch.randn(1, rows, 6) * 2, 3, True)
+            topk_weights, topk_ids = route_torch(torch.randn(1, rows, 6) * 2, 3, True)
             if rows == 64:  # more than 64 times the same expert
                 topk_ids[:, :40] = 5
             hidden = gate_up(x, topk_ids, norm, activation)
@@ -84,7 +84,7 @@ def test_route(norm_topk_prob):
     torch.manual_seed(0)
     for rows, n_experts, top_k in [(1, 8, 2), (5, 128, 8), (8, 6, 6)]:
         logits = torch.randn(1, rows, n_experts) * 3
-        topk_weights, topk_ids = torch_ops.route(logits, top_k, norm_topk_prob)
+        topk_weights, topk_ids = route_torch(logits, top_k, norm_topk_prob)
         ours = ops.route(logits, top_k, norm_topk_prob, 0, ops.CPU_BACKEND)
         assert torch.equal(ours[1], topk_ids)
         bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())
@@ -97,7 +97,7 @@ def test_route_to_shared_experts(norm_topk_prob):
     for rows, n_experts, top_k, n_shared_experts in [(1, 8, 2, 1), (5, 60, 4, 4), (8, 6, 6, 2)]:
         logits = torch.randn(1, rows, n_experts + 1) * 3
         ours = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.CPU_BACKEND)
-        topk_weights, topk_ids = torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
+        topk_weights, topk_ids = route_torch(logits, top_k, norm_topk_prob, n_shared_experts)
         assert torch.equal(ours[1], topk_ids)
         assert (topk_ids[..., top_k:] == torch.arange(n_experts, n_experts + n_shared_experts)).all()
         bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())

@@ -3,7 +3,7 @@
 // submits the operation (op_list.h: submit). kernels/build.py compiles this file, which includes the headers, and
 // compares the parameters of the functions with the schemas.
 //
-//     ops/dispatch.py          describes the operations
+//     ops/                     describes the operations
 //     kernels/schema.py        has the schemas of the functions
 //
 // The headers, in the order in which to read them:

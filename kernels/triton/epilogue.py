@@ -1,4 +1,4 @@
-"""The epilogue of fused_linear_kernel (linear.py): the steps after the matmul, in the order of ops/dispatch.py.
+"""The epilogue of fused_linear_kernel (linear.py): the steps after the matmul, in the order of ops/linear.py.
 
     epilogue         bias, activation, out_scale, softcap, clip and residual
     activate         the activations

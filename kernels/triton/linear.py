@@ -1,7 +1,7 @@
 """The matmul of a few tokens with a weight in any format, in Triton. A decode step on a GPU is memory-bound, so weights
 are read once for all tokens, and the norm before the matmul (prologue) and the steps after it (epilogue) are fused.
 
-    fused_linear    y = x W^T with prologue and epilogue, in the order that ops/dispatch.py gives
+    fused_linear    y = x W^T with prologue and epilogue, in the order that ops/linear.py gives
     rms_norm        a norm that no matmul follows
     permute_inputs  puts x in the order of the columns of W
 

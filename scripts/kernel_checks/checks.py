@@ -20,8 +20,9 @@ from config import ACTIVATIONS
 from formats import MXFP4, Float8, Int4, Int8, Unquantized, WeightFormat
 from kernels.arguments import Filters
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
-from ops import torch_ops
-from ops.dispatch import FUSED_GLU_MULTIPLE
+from ops.experts import route_torch
+from ops.linear import FUSED_GLU_MULTIPLE, apply_softcap
+from ops.sampling import multinomial
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.attention import ATTENTION_OPTIONS, check_attention
 from scripts.kernel_checks.exact_results import (
@@ -263,7 +264,7 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
     def epilogue(y: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         y, error = y * scale, error * scale + 2 * U32 * abs(y * scale)
         if softcap:
-            y, error = torch_ops.apply_softcap(y, softcap), error + softcap_error(softcap)
+            y, error = apply_softcap(y, softcap), error + softcap_error(softcap)
         return y.clamp(-clip, clip) if clip else y, error
 
     for n_tokens in (1, 5):
@@ -313,7 +314,7 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
     for n_tokens in token_counts:
-        _, topk_ids = torch_ops.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
+        _, topk_ids = route_torch(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
         x = integers(1, n_tokens, dim, dtype=dtype)
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
         # [B, T, 1, 1, dim] times [B, T, top_k, dim, N]
@@ -333,7 +334,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
     ops.pack_for_triton([w])
     assert w.backend.name == ("triton" if format.kernels_can_read(ffn_dim) else "torch")
     for n_tokens in token_counts:
-        topk_weights, topk_ids = torch_ops.route(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
+        topk_weights, topk_ids = route_torch(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
         hidden = integers(1, n_tokens, TOP_K, ffn_dim, dtype=dtype)
         residual = torch.randn(1, n_tokens, dim).to(dtype)
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
@@ -353,7 +354,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, norm_topk_prob: bool):
     logits = torch.randn(1, n_tokens, n_experts + (n_shared_experts > 0)) * 3
-    topk_weights, topk_ids = torch_ops.route(logits, top_k, norm_topk_prob, n_shared_experts)
+    topk_weights, topk_ids = route_torch(logits, top_k, norm_topk_prob, n_shared_experts)
     our_weights, our_ids = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.TRITON_BACKEND)
     case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
@@ -395,6 +396,6 @@ def check_distribution(operation: str):
         tokens = ops.sample(logits.expand(n, 5), temperature, Filters(), ops.TRITON_BACKEND)
     else:
         n = 100_000
-        tokens = torch_ops.multinomial(probabilities.expand(n, 5))
+        tokens = multinomial(probabilities.expand(n, 5))
     deviation = (probabilities * (1 - probabilities) / n).sqrt()
     yield Comparison(operation, "distribution", tokens.bincount(minlength=5) / n, probabilities, 5 * deviation + U32)

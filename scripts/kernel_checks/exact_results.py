@@ -21,8 +21,9 @@ from formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
 from formats.integers import GroupwiseAsymmetric
 from kernels.arguments import AttentionParams, LayerCache, PositionTables
 from layers import Linear, LinearBase, RMSNorm
-from ops import torch_ops
+from ops.attention import apply_rope, norm_heads
 from ops.backend import Backend
+from ops.linear import activate_torch, apply_softcap
 from scripts.kernel_checks import error_bounds as bounds
 
 FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
@@ -181,11 +182,11 @@ def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> to
 def activate_with_error(
     x: torch.Tensor, error: torch.Tensor, activation: str = "swiglu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ops/dispatch.py: activate of x, and the error of the result. error: of x.
+    """Returns ops/linear.py: activate of x, and the error of the result. error: of x.
 
     The slope of relu2 at x is 2 x, so an error e of x changes x^2 by at most 2 x e + e^2. The slope of every other
     activation is at most 1.13. The slope of the factor that is made of up is at most 1."""
-    y = torch_ops.activate(x, activation)
+    y = activate_torch(x, activation)
     if activation == "relu2":
         x = x.clamp(min=0)
         return y, error * (2 * x + error) + U32 * (x + error) ** 2
@@ -195,7 +196,7 @@ def activate_with_error(
     one = torch.ones_like(up)
     if activation == "clamped_swiglu":
         gate, up, one = gate.clamp(max=7), up.clamp(-7, 7) + 1, one - 1
-    activated = torch_ops.activate(torch.cat([gate, one], -1), activation).abs()
+    activated = activate_torch(torch.cat([gate, one], -1), activation).abs()
     bound = 1.13 * gate_error * (up.abs() + up_error) + activated * up_error
     # Relative errors of an activation, with u the unit roundoff of float32:
     #
@@ -211,7 +212,7 @@ def activate_with_error(
 def exact_stored_activation(
     x: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ops/dispatch.py: activate of x, and the error after storing in dtype. If the activation is not fused with
+    """Returns ops/linear.py: activate of x, and the error after storing in dtype. If the activation is not fused with
     the matmul's result x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
     if not fused:
         error = stored_error(x, error, dtype)
@@ -239,8 +240,8 @@ def attention_factors(
     positions = start_pos[:, None] + torch.arange(T)
     q, k, v = qkv.float().view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if norms[0] is not None:
-        q, k = (torch_ops.norm_heads(t, norm.weight, norm.eps) for t, norm in zip((q, k), norms, strict=True))
-    q, k = (torch_ops.apply_rope(t, cos_sin[positions]).to(factor) for t in (q, k))
+        q, k = (norm_heads(t, norm.weight, norm.eps) for t, norm in zip((q, k), norms, strict=True))
+    q, k = (apply_rope(t, cos_sin[positions]).to(factor) for t in (q, k))
     k_all, v_all = cache.k.double().nan_to_num(), cache.v.double().nan_to_num()  # NaN where nothing is written yet
     sequences = torch.arange(B)[:, None]
     k_all[sequences, :, positions], v_all[sequences, :, positions] = k.double(), v.double()
@@ -263,7 +264,7 @@ def exact_attention(
         sees &= keys > positions[..., None] - window
     scores = torch.einsum("btghd,bgsd->btghs", q, k_all) * scale
     if softcap:
-        scores = torch_ops.apply_softcap(scores, softcap)
+        scores = apply_softcap(scores, softcap)
     farthest = 0
     if tables.alibi_slopes is not None:
         distances = (positions[..., None] - keys).where(sees, 0)  # [B, T, S]
@@ -297,8 +298,8 @@ def exact_cache(
     new = torch.arange(B)[:, None], slice(None), start_pos[:, None] + torch.arange(T)
     _, new_k, new_v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, G, D]
     if norms[1] is not None:
-        new_k = torch_ops.norm_heads(new_k, norms[1].weight, norms[1].eps)
-    new_k = torch_ops.apply_rope(new_k, cos_sin[new[2]])
+        new_k = norm_heads(new_k, norms[1].weight, norms[1].eps)
+    new_k = apply_rope(new_k, cos_sin[new[2]])
     k, v, k_error = before.k.clone(), before.v.clone(), torch.zeros(before.k.shape, dtype=torch.float64)
     k[new], v[new] = new_k, new_v
     relative = (G * D + 8) * U32 + 4 * bounds.U[qkv.dtype]

@@ -1,0 +1,169 @@
+"""Attention.
+
+    attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
+    rope_and_cache     the part of attend before PyTorch's attention: q/k norm, RoPE, cache write
+
+The file begins with the operations, each a kernel or plain PyTorch. The definitions in plain PyTorch follow, and then
+what is faster in PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.arguments import AttentionParams, LayerCache, PositionTables
+from ops.backend import Backend, contiguous, count_tokens
+from ops.linear import apply_softcap, rms_norm_torch
+
+EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
+
+
+def attend(
+    qkv: Tensor, params: AttentionParams, cache: LayerCache, tables: PositionTables, start_pos: Tensor,
+    backend: Backend,
+) -> Tensor:
+    """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
+    keys and values to cache, the first at start_pos [B]."""
+    B, T, _ = qkv.shape
+    kernel = backend.kernel("attend", B * T, n_new_tokens=T, heads_per_kv_head=params.n_heads // cache.k.shape[1])
+    if kernel is None:
+        positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
+        q = rope_and_cache(qkv, params, cache, tables.cos_sin, positions, backend)
+        return cached_attention(q, params, cache, tables.alibi_slopes, positions)
+    return kernel(
+        contiguous(qkv), contiguous(start_pos), cache.k, cache.v,
+        cos_sin=tables.cos_sin, alibi_slopes=tables.alibi_slopes, **params._asdict(),
+    )
+
+
+def rope_and_cache(
+    qkv: Tensor, params: AttentionParams, cache: LayerCache, cos_sin: Tensor, positions: Tensor, backend: Backend
+) -> Tensor:
+    """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
+    contiguous in each sequence. cos_sin: PositionTables.cos_sin. Returns the queries [B, T, H, D]."""
+    kernel = backend.kernel("rope_and_cache", count_tokens(qkv))
+    if kernel is None:
+        return rope_and_cache_torch(qkv, params, cache, cos_sin, positions)
+    return kernel(
+        contiguous(qkv), contiguous(positions[:, 0]), cache.k, cache.v,
+        cos_sin=cos_sin, n_heads=params.n_heads, q_norm_weight=params.q_norm_weight,
+        k_norm_weight=params.k_norm_weight, eps=params.eps,
+    )
+
+
+# ---- The definition in plain PyTorch ---------------------------------------------------------------------------------
+
+
+def rope_and_cache_torch(
+    qkv: Tensor, params: AttentionParams, cache: LayerCache, cos_sin: Tensor, positions: Tensor
+) -> Tensor:
+    """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T]. Returns the
+    queries [B, T, H, D]."""
+    (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
+    H = params.n_heads
+    qk, v = qkv.view(B, T, -1, D).split([H + G, G], dim=2)  # [B, T, heads, D]
+    if params.q_norm_weight is not None:
+        q, k = qk.split([H, G], dim=2)
+        q = norm_heads(q, params.q_norm_weight, params.eps)
+        k = norm_heads(k, params.k_norm_weight, params.eps)
+        qk = torch.cat([q, k], dim=2)
+    q, k = apply_rope(qk, cos_sin[positions]).split([H, G], dim=2)
+    if fills_cache(T, S):
+        cache.k.copy_(k.transpose(1, 2))
+        cache.v.copy_(v.transpose(1, 2))
+    else:
+        sequences = torch.arange(B, device=qkv.device)[:, None]
+        cache.k[sequences, :, positions] = k
+        cache.v[sequences, :, positions] = v
+    return q
+
+
+def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Norms x [B, T, H, D] over each head or, if weight is [H D], over all heads together."""
+    if weight.numel() == x.shape[-1]:
+        return rms_norm_torch(x, weight, eps)
+    return rms_norm_torch(x.flatten(2), weight, eps).view_as(x)
+
+
+def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotates x [B, T, H, D] by cos_sin [B, T, D/2, 2], cos and sin. Elements i and i + D/2 are a pair, as in Hugging
+    Face transformers."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos_sin[:, :, None].unbind(-1)  # [B, T, 1, D/2]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def eager_attention(
+    q: Tensor, params: AttentionParams, cache: LayerCache, alibi_slopes: Tensor | None, positions: Tensor
+) -> Tensor:
+    """Attention with softcap, ALiBi or sinks, which SDPA lacks: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
+    grouped = q.view(B, G, H // G, T, D)
+    scores = (grouped @ cache.k[:, :, None].mT).float() * params.scale  # [B, G, H/G, T, S]
+    if params.softcap:
+        scores = apply_softcap(scores, params.softcap)
+    if alibi_slopes is not None:
+        distances = torch.arange(S, device=q.device) - positions[..., None]  # [B, T, S]
+        bias = alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
+        scores = scores + bias.view_as(scores)
+    mask = causal_mask(positions, S, params.window)
+    scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+    if params.sinks is not None:  # the scores of one more key
+        sinks = params.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    p = scores.softmax(-1)[..., :S].to(cache.v.dtype)
+    return (p @ cache.v[:, :, None]).view(B, H, T, D)
+
+
+def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
+    """Returns whether the token at each of positions [B, T] sees each of S keys: [B, 1, T, S], for all heads."""
+    queries, keys = positions[..., None], torch.arange(S, device=positions.device)
+    mask = keys <= queries  # [B, T, S]
+    if window:
+        mask &= keys > queries - window
+    return mask[:, None]
+
+
+# ---- Faster in PyTorch -----------------------------------------------------------------------------------------------
+
+
+def cached_attention(
+    q: Tensor, params: AttentionParams, cache: LayerCache, alibi_slopes: Tensor | None, positions: Tensor
+) -> Tensor:
+    """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
+    B, T, _, _ = q.shape
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # cut the part of the cache that has no tokens yet
+        n_keys = int(positions.max()) + 1
+        cache = cache._replace(k=cache.k[:, :, :n_keys], v=cache.v[:, :, :n_keys])
+    q = q.transpose(1, 2)  # [B, H, T, D]
+    if params.is_sdpa_compatible(alibi_slopes):
+        y = sdpa_attention(q, params, cache, positions)
+    else:
+        step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
+        parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
+        y = torch.cat([eager_attention(q, params, cache, alibi_slopes, positions) for q, positions in parts], dim=2)
+    return y.transpose(1, 2).reshape(B, T, -1)
+
+
+def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+    """Attends by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
+    if T == 1:  # fold the query heads of a key/value head into the dimension T: SDPA is then several times faster
+        mask = causal_mask(positions, S, params.window)
+        y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=params.scale)
+        return y.view(B, H, 1, D)
+    k, v = cache.k, cache.v
+    if q.is_cuda:  # with enable_gqa SDPA uses its slowest kernel, if there is a mask or in float32
+        k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
+    if fills_cache(T, S) and not 0 < params.window < T:  # is_causal lets SDPA choose flash attention
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=params.scale, enable_gqa=True)
+    mask = causal_mask(positions, S, params.window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=params.scale, enable_gqa=True)
+
+
+def fills_cache(T: int, S: int) -> bool:
+    """Returns whether T new tokens fill a cache of S positions. Then the first token is at position 0. Returns False
+    under torch.compile, where comparing T with S would specialize the graph."""
+    return not torch.compiler.is_compiling() and S == T

@@ -1,0 +1,145 @@
+"""From logits to a token: temperature, top_k, top_p, min_p, and the draw.
+
+    sample             the next token, drawn or the likeliest
+
+The file begins with the operation, a kernel or plain PyTorch. The definition in plain PyTorch follows, and then what is
+faster in PyTorch.
+
+A CUDA graph holds these functions, so on a GPU none may wait for the device (.item(), .tolist()).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kernels.arguments import Filters
+from ops.backend import Backend, contiguous
+
+SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
+# On a CPU sort_for_top_p searches for the likely tokens, so that it need not sort the whole vocabulary.
+SMALL_VOCABULARY = 1000  # with this many tokens or fewer, sorting is faster than searching
+FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
+VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
+
+
+def sample(
+    logits: Tensor, temperature: float, filters: Filters, backend: Backend, uniform: Tensor | None = None,
+    temperatures: Tensor | None = None,
+) -> Tensor:
+    """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
+    likeliest one. The id is -1 for a sequence with a logit that is not finite.
+
+    uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
+    temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature; only with uniform."""
+    if not backend.supports_sampling(filters, uniform is not None):
+        return sample_torch(logits, temperature, filters, uniform, temperatures)
+    logits, exponential = contiguous(logits), None
+    if temperature == 0:
+        uniform = None
+    elif not backend.takes_uniform:
+        exponential = torch.empty_like(logits, dtype=torch.float64).exponential_()
+    elif uniform is None:
+        uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+    return backend.required_kernel("sample")(
+        logits, temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
+        top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform), exponential=exponential,
+    )
+
+
+# ---- The definition in plain PyTorch ---------------------------------------------------------------------------------
+
+
+def sample_torch(
+    logits: Tensor, temperature: float, filters: Filters, uniform: Tensor | None = None,
+    temperatures: Tensor | None = None,
+) -> Tensor:
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        probs, ids = filtered_probs(logits, temperature, filters, temperatures)
+        drawn = multinomial(probs, uniform)
+        tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
+    is_finite = logits.isfinite().all(-1)
+    return torch.where(is_finite, tokens, -1)
+
+
+def filtered_probs(
+    logits: Tensor, temperature: float, filters: Filters, temperatures: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
+    sequence need not sum to one. If ids is None, C is V, and the tokens are in the order of their ids."""
+    divisor: float | Tensor = max(temperature, SMALLEST_TEMPERATURE)
+    if temperatures is not None:
+        divisor = temperatures.clamp(min=SMALLEST_TEMPERATURE)
+    # Subtracting the maximum makes the largest score 0 and all others negative. So with a small temperature no score
+    # overflows to +inf, and the probabilities of the negative scores underflow to 0.
+    scores = (logits - logits.amax(-1, keepdim=True)) / divisor
+    has_top_k = 0 < filters.top_k < scores.shape[-1]
+    ids = None
+    if has_top_k:
+        scores, ids = scores.topk(filters.top_k)  # the likeliest first
+    probs = scores.softmax(-1)
+    if filters.top_p < 1:
+        if not has_top_k:
+            probs, ids = sort_for_top_p(probs, filters.top_p)
+        before = F.pad(probs.cumsum(-1)[:, :-1], (1, 0))  # the summed probability of all likelier tokens
+        probs = probs.masked_fill(before >= filters.top_p, 0)
+    if filters.min_p > 0:
+        probs = probs.masked_fill(probs < filters.min_p * probs.amax(-1, keepdim=True), 0)
+    return probs, ids
+
+
+def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """Draws a token for each sequence: probs [B, V] -> ids [B]. The probabilities of a sequence need not sum to one. A
+    token of probability 0 is never drawn.
+
+    uniform: the random numbers [B, 1], in [0, 1); None: PyTorch's generator makes them."""
+    if probs.is_cuda and uniform is None:
+        # An exponential race, like the Gumbel-max trick: with E[i] drawn from Exp(1), the argmax of p[i] / E[i] is i
+        # with probability p[i]. On a GPU an elementwise kernel and an argmax are faster than a cumulative sum.
+        exponential = torch.empty_like(probs, dtype=torch.float64).exponential_()
+        return (probs / exponential).argmax(-1)
+    # Inverse transform sampling: take the first token whose cumulative probability exceeds the random number. Not every
+    # accelerator has float64.
+    dtype = torch.float64 if probs.device.type == "cpu" else torch.float32
+    cumulative = probs.cumsum(-1, dtype=dtype)
+    if uniform is None:
+        uniform = torch.rand(len(probs), 1, dtype=dtype, device=probs.device)
+    uniform = uniform.to(dtype).clamp(max=1 - torch.finfo(dtype).eps)  # rounding could give 1
+    return (cumulative <= uniform * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
+
+
+# ---- Faster in PyTorch -----------------------------------------------------------------------------------------------
+
+
+def sort_for_top_p(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Finds the likeliest tokens of each sequence, enough for their probabilities to sum to top_p. probs [B, V] ->
+    probabilities and ids, both [B, C], the likeliest first. Equally likely tokens are in the order of their ids. Zeros
+    pad a sequence that needs fewer than C tokens."""
+    # On a GPU and when compiled, C must not depend on the probabilities. So all V tokens are sorted there.
+    if probs.device.type != "cpu" or torch.compiler.is_compiling() or probs.shape[-1] <= SMALL_VOCABULARY:
+        return probs.sort(dim=-1, descending=True, stable=True)
+    values, ids = zip(*[search_for_top_p(row, top_p) for row in probs], strict=True)
+    return pad_sequence(values, batch_first=True), pad_sequence(ids, batch_first=True)
+
+
+def search_for_top_p(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """sort_for_top_p for one sequence [V]. Sorts only the tokens above a threshold. If their probabilities sum to less
+    than top_p, divides the threshold by 8 and searches again. Usually the first threshold is low enough."""
+    missing = -len(probs) % VOCAB_BLOCK
+    blocks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, VOCAB_BLOCK)
+    largest = blocks.amax(-1)
+    threshold = FIRST_THRESHOLD
+    while threshold > (1 - top_p) / len(probs):  # a lower threshold leaves out few tokens: sort all
+        block_ids = (largest > threshold).nonzero()[:, 0]
+        values = blocks[block_ids].flatten()
+        indices = (values > threshold).nonzero()[:, 0]  # into values
+        values, order = values[indices].sort(descending=True, stable=True)
+        if len(values) and values.cumsum(-1)[-1] >= top_p:
+            indices = indices[order]
+            return values, block_ids[indices // VOCAB_BLOCK] * VOCAB_BLOCK + indices % VOCAB_BLOCK
+        threshold /= 8
+    return probs.sort(descending=True, stable=True)
