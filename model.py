@@ -119,7 +119,9 @@ class Transformer(nn.Module):
         attention = self.layers[0].attention  # all layers have the same numbers of heads
         heads_per_kv_head = attention.n_heads // attention.n_kv_heads
         all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
-        return all_on_one_backend and backend.supports_step(batch_size, n_new_tokens, heads_per_kv_head)
+        return all_on_one_backend and backend.supports_step(
+            batch_size, n_new_tokens, heads_per_kv_head, self.config.activation
+        )
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values for one token of one sequence, on this rank."""

@@ -63,11 +63,33 @@ def library() -> ctypes.CDLL | None:
     return library
 
 
+@cache
+def cpp_formats() -> list[str]:
+    """The names of the classes in formats/ whose weights the C++ kernels read."""
+    return list_formats((SOURCES / "weights.h").read_text())
+
+
+@cache
+def cpp_activations() -> list[str]:
+    """The activations of config.py: ACTIVATIONS that the C++ kernels compute."""
+    return list_activations((SOURCES / "simd.h").read_text())
+
+
+def list_formats(weights_h: str) -> list[str]:
+    return re.findall(r"\w+", re.search(r"using Formats = FormatList<(.+?)>", weights_h, re.S)[1])
+
+
+def list_activations(simd_h: str) -> list[str]:
+    _none, *names, _count = re.findall(
+        r"\w+", re.search(r"enum class Activation : int64_t {(.+?)}", simd_h, re.S)[1].lower()
+    )
+    return names
+
+
 def check_formats(weights_h: str):
     """Raises ImportError unless Formats in csrc/weights.h has the order of formats/: FORMATS, since a format's
     number is its position in both. FORMATS may have more at its end: formats without C++ kernels."""
-    ours = [format_class.__name__ for format_class in FORMATS]
-    theirs = re.findall(r"\w+", re.search(r"using Formats = FormatList<(.+?)>", weights_h, re.S)[1])
+    ours, theirs = [format_class.__name__ for format_class in FORMATS], list_formats(weights_h)
     if theirs != ours[: len(theirs)]:
         raise ImportError(f"kernels/csrc/weights.h: Formats lists {theirs}; formats/: FORMATS lists {ours}")
 
@@ -75,8 +97,7 @@ def check_formats(weights_h: str):
 def check_activations(simd_h: str):
     """Raises ImportError unless Activation in csrc/simd.h has the order of config.py: ACTIVATIONS, as check_formats
     does for formats. ACTIVATIONS may have more at its end: activations without C++ kernels."""
-    ours = ["NONE", *(name.upper() for name in ACTIVATIONS)]
-    *theirs, _count = re.findall(r"\w+", re.search(r"enum class Activation : int64_t {(.+?)}", simd_h, re.S)[1])
+    ours, theirs = list(ACTIVATIONS), list_activations(simd_h)
     if theirs != ours[: len(theirs)]:
         raise ImportError(f"kernels/csrc/simd.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
 

@@ -56,6 +56,8 @@ class Backend:
     operations without an entry.
     max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
     query heads of a key/value head.
+    activations: the activations that the kernels compute. PyTorch computes the other activations, after the kernel of
+    the matmul.
     filters: the fields of kernels/arguments.py: Filters that the kernel of sample takes.
     takes_uniform: whether this kernel draws by a uniform random number for each sequence, and takes a temperature for
     each sequence. Otherwise the kernel draws by exponential noise for each logit."""
@@ -65,6 +67,7 @@ class Backend:
     max_tokens: dict[str, float] = field(default_factory=dict)
     max_new_tokens: float = math.inf
     max_queries: float = math.inf
+    activations: frozenset[str] = frozenset()
     filters: frozenset[str] = frozenset()
     takes_uniform: bool = False
 
@@ -86,13 +89,17 @@ class Backend:
             raise RuntimeError(f"the backend {self.name!r} has no kernels, so none for {name}")
         return getattr(getattr(torch.ops, self.namespace), name)
 
-    def supports_step(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int) -> bool:
+    def supports_step(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int, activation: str) -> bool:
         """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size
         sequences. Then the step can be captured. A CPU graph holds only kernels, so CPU_BACKEND has a kernel for every
         operation. A CUDA graph also holds PyTorch's operations, so TRITON_BACKEND has no kernels for embed,
-        activate and add."""
+        activate and add.
+
+        heads_per_kv_head, activation: of the model."""
         n_tokens = batch_size * n_new_tokens
         has_kernels = n_tokens <= min(self.max_tokens.values(), default=0)
+        if "activate" in self.max_tokens:
+            has_kernels = has_kernels and activation in self.activations
         return has_kernels and self.kernel("attend", n_tokens, n_new_tokens, heads_per_kv_head) is not None
 
     def supports_sampling(self, filters: Filters, has_uniform: bool = False) -> bool:
@@ -113,6 +120,7 @@ CPU_BACKEND = Backend(
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *MATMULS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
+    activations=frozenset(build.cpp_activations()),
     filters=frozenset(["top_k", "top_p", "min_p"]),
     takes_uniform=True,
 )
@@ -122,6 +130,8 @@ TRITON_BACKEND = Backend(
     dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *MATMULS], MAX_TRITON_TOKENS),
     MAX_TRITON_NEW_TOKENS,
     MAX_TRITON_QUERIES,
+    # kernels/triton/epilogue.py: activate has these
+    activations=frozenset(["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2"]),
     filters=frozenset(["top_p", "min_p"]),
 )
 

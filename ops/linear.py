@@ -67,8 +67,11 @@ def norm_and_matmul(x: Tensor, linear: Linear, norm: RMSNorm | None) -> Tensor:
 
 
 def supports_fused_activation(activation: str | None, linear: LinearBase) -> bool:
-    """Whether a kernel of linear can apply the activation."""
-    return not is_gated(activation) or linear.out_features % FUSED_GLU_MULTIPLE == 0
+    """Whether a kernel can apply the activation to the outputs of linear."""
+    if activation is None:
+        return True
+    has_whole_blocks = not is_gated(activation) or linear.out_features % FUSED_GLU_MULTIPLE == 0
+    return has_whole_blocks and activation in linear.backend.activations
 
 
 def norm_arguments(norm: RMSNorm | None) -> dict:
@@ -77,11 +80,11 @@ def norm_arguments(norm: RMSNorm | None) -> dict:
 
 
 def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
-    """Applies an activation after a matmul: needed without a kernel, or if the width is no multiple of
-    FUSED_GLU_MULTIPLE. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up [..., F].
-    Otherwise the result is activation(x), in the shape of x."""
+    """Applies an activation after a matmul, where no kernel applies the activation with the matmul. If gated, x is gate
+    and up [..., 2 F], and the result is activation(gate) * up [..., F]. Otherwise the result is activation(x), in the
+    shape of x."""
     kernel = backend.kernel("activate", count_tokens(x))
-    if kernel is None:
+    if kernel is None or activation not in backend.activations:
         return activate_torch(x, activation)
     return kernel(contiguous(x), ACTIVATION_IDS[activation])
 

@@ -70,11 +70,15 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
 
 
 def cpu_kernels_can_read(matrix: WeightMatrix) -> bool:
-    """Whether the C++ kernels can read matrix. If the kernels round activations to int8, no group of activations
-    may span two groups of weights. One spans two only in a shard whose width is an odd multiple of 8."""
-    group_size = matrix.format.group_size
-    has_whole_groups = not matrix.format.rounds_activations or group_size is None or group_size % ACT_GROUP_SIZE == 0
-    return has_whole_groups and matrix.format.kernels_can_read(matrix.in_features)
+    """Whether the C++ kernels can read matrix: there is a struct for the format, and the layout fits. If the kernels
+    round activations to int8, no group of activations may span two groups of weights. One spans two only in a shard
+    whose width is an odd multiple of 8."""
+    format = matrix.format
+    has_struct = type(format).__name__ in build.cpp_formats()
+    has_whole_groups = (
+        not format.rounds_activations or format.group_size is None or format.group_size % ACT_GROUP_SIZE == 0
+    )
+    return has_struct and has_whole_groups and format.kernels_can_read(matrix.in_features)
 
 
 class HugePageArena:

@@ -4,6 +4,7 @@ raises."""
 import signal
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from formats import Float8, Int4, Int8, Unquantized
 from kernels.arguments import LayerCache, PositionTables
 from kernels.capture import MAX_CPU_GRAPHS, call_with_graph_threads, capture, split_graph_at
 from kernels.schema import CAPTURABLE
-from layers import ExpertsDown, ExpertsGateUp
+from layers import ExpertsDown, ExpertsGateUp, WeightMatrix
 from model import KVCache, Transformer
 from rope import rope_table
 from scripts.kernel_checks.exact_results import (
@@ -235,6 +236,16 @@ def test_a_kernel_that_plain_pytorch_cannot_replace():
     assert ops.CPU_BACKEND.required_kernel("embed") is torch.ops.gptfast_cpu.embed
     with pytest.raises(RuntimeError, match="the backend 'torch' has no kernels, so none for embed"):
         ops.TORCH_BACKEND.required_kernel("embed")
+
+
+@built
+def test_a_step_with_an_activation_without_a_kernel_is_not_captured():
+    model = make_model(Unquantized(), torch.float32)
+    assert model.has_kernels_for(2, 1)
+    for matrix in model.modules():
+        if isinstance(matrix, WeightMatrix):
+            matrix.backend = replace(matrix.backend, activations=matrix.backend.activations - {"swiglu"})
+    assert not model.has_kernels_for(2, 1)
 
 
 @built

@@ -16,7 +16,7 @@ from formats import MXFP4, Float8, Int4, Int8, Unquantized
 from formats.integers import GroupwiseAsymmetric
 from kernels.arguments import Epilogue
 from kernels.build import library
-from layers import ExpertsDown
+from layers import ExpertsDown, Linear
 from model import DTYPES
 from ops.linear import apply_softcap, embed_torch, rms_norm_torch
 from scripts.kernel_checks import error_bounds as bounds
@@ -26,6 +26,7 @@ from scripts.kernel_checks.exact_results import (
     format_label,
     make_linear,
     make_norm,
+    set_weight,
 )
 from tests.cpu_kernels import as_seen, built, make_embedding, packed, rounds_activations, step_of
 
@@ -313,6 +314,28 @@ def test_every_value_of_8_and_4_bits(dtype):
         assert torch.equal(w.dequantized_weight(dtype), matrix)
         for x in torch.eye(k, dtype=dtype).split([1, 2, 8, k - 11]):
             assert torch.equal(ops.fused_linear(127 * x, w), (127 * x.float() @ matrix.float().T).to(dtype))
+
+
+class Unknown(Int8):
+    """A format without a C++ struct, as a new class is at first."""
+
+    format_id = 99
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_format_without_a_struct(dtype):
+    """The weights are dequantized, and the kernels multiply the result."""
+    torch.manual_seed(0)
+    w, embedding = make_linear(48, 72, Unknown(), dtype), make_embedding(48, 72, Unknown(), dtype)
+    matrix, rows = w.dequantized_weight(dtype), embedding.dequantized_weight(dtype)
+    unquantized = packed(set_weight(Linear(72, 48), matrix.clone(), Unquantized()))
+    ops.pack_weights([w, embedding], dtype)
+    assert w.backend.name == embedding.backend.name == "cpu"
+    w.backend, x, tokens = ops.CPU_BACKEND, torch.randn(1, 3, 72).to(dtype), torch.tensor([[3, 47]])
+    assert torch.equal(w.dequantized_weight(dtype), matrix)
+    assert torch.equal(ops.fused_linear(x, w), ops.fused_linear(x, unquantized))
+    assert torch.equal(ops.embed(tokens, embedding, 1.0, dtype), rows[tokens])
 
 
 @built

@@ -1,13 +1,17 @@
 """The C++ kernels for feed-forwards, experts and their router against plain PyTorch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import ops
 from config import ModelConfig, is_gated
+from formats import Unquantized
 from layers import ExpertsDown, ExpertsGateUp
 from model import DTYPES, FeedForward
 from ops.experts import route_torch
+from ops.linear import activate_torch
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
     CPU_FORMATS,
@@ -47,6 +51,23 @@ def test_feed_forward(format, dtype):
         packed(f)
         for x, y in zip(xs, expected, strict=True):
             check_near(f(x, norm, x), y, format)
+
+
+@built
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation_without_a_kernel(dtype, activation):
+    """The kernel multiplies, and PyTorch computes the activation."""
+    torch.manual_seed(0)
+    backend = replace(ops.CPU_BACKEND, activations=ops.CPU_BACKEND.activations - {activation})
+    x, norm, topk_ids = torch.randn(1, 3, 64).to(dtype), make_norm(64, dtype), torch.tensor([[[0, 1], [1, 2], [2, 0]]])
+    linear = packed(make_linear(64, 64, Unquantized(), dtype, bias=True))
+    experts = packed(make_linear(64, 64, Unquantized(), dtype, bias=True, n_experts=3, kind=ExpertsGateUp))
+    linear.backend = experts.backend = backend
+    assert torch.equal(linear(x, norm, activation=activation), activate_torch(linear(x, norm), activation))
+    y = experts(x, topk_ids, norm)
+    assert torch.equal(experts(x, topk_ids, norm, activation), activate_torch(y, activation))
+    assert torch.equal(ops.activate(y, activation, backend), activate_torch(y, activation))
 
 
 @built

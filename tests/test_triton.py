@@ -7,6 +7,7 @@ no results, and results that cannot differ on a GPU.
 import functools
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -189,6 +190,12 @@ def test_int4_tiles(shape):
 def test_every_format_is_checked():
     """Every format with kernels has checks, and the checks call the kernels."""
     assert {type(format) for format in TRITON_FORMATS} == {format.format_class for format in KERNEL_FORMATS}
+
+
+def test_every_activation_has_a_branch():
+    """The backend's activations are the branches of the kernel."""
+    epilogue_py = (ROOT / "kernels/triton/epilogue.py").read_text()
+    assert set(re.findall(r'ACTIVATION == "(\w+)"', epilogue_py)) == ops.TRITON_BACKEND.activations
 
 
 class Unknown(Int4):
