@@ -43,27 +43,22 @@ def fused_linear(
     residual: added last, after linear.epilogue.
     out_dtype: None, which means x.dtype, or torch.float32."""
     kernel = linear.backend.kernel("fused_linear", count_tokens(x))
-    if kernel is None or not supports_fused_activation(activation, linear):
-        y = norm_and_matmul(x, linear, norm)
-        y = activate(y, activation, linear.backend) if activation else y
-        y = apply_epilogue(y, linear.epilogue, out_dtype)
-        return y if residual is None else residual + y
-    epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[activation])
-    return kernel(
-        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, **norm_arguments(norm),
-        residual=contiguous(residual), **epilogue._asdict(), float32_out=out_dtype == torch.float32,
-    )
-
-
-def norm_and_matmul(x: Tensor, linear: Linear, norm: RMSNorm | None) -> Tensor:
-    """The steps of fused_linear before the activation."""
-    kernel = linear.backend.kernel("fused_linear", count_tokens(x))
     if kernel is None:
-        return matmul(x if norm is None else rms_norm(x, norm), linear)
-    return kernel(
-        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, **norm_arguments(norm), residual=None,
-        **Epilogue()._asdict(), float32_out=False,
-    )
+        y = matmul(x if norm is None else rms_norm(x, norm), linear)
+    else:
+        fuses_all = supports_fused_activation(activation, linear)  # otherwise only the steps up to the bias
+        epilogue = linear.epilogue._replace(activation=ACTIVATION_IDS[activation]) if fuses_all else Epilogue()
+        y = kernel(
+            contiguous(x), **linear.kernel_arguments(), bias=linear.bias, **norm_arguments(norm),
+            residual=contiguous(residual) if fuses_all else None, **epilogue._asdict(),
+            float32_out=fuses_all and out_dtype == torch.float32,
+        )
+        if fuses_all:
+            return y
+    if activation is not None:
+        y = activate(y, activation, linear.backend)
+    y = apply_epilogue(y, linear.epilogue, out_dtype)
+    return y if residual is None else residual + y
 
 
 def supports_fused_activation(activation: str | None, linear: LinearBase) -> bool:
