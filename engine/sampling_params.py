@@ -12,39 +12,40 @@ INTEGER_LIMIT = 2**63  # kernels take integers of 64 bits
 
 def sampling_field(
     type: type, default: float | None, help: str, allowed: str, is_allowed: Callable[[float], bool],
-    no_op: float | None = None,
+    no_op: float | None = None, is_filter: bool = False,
 ):
     """A field of SamplingParams. The command line has an option of the same name, which help describes.
 
     type: int or float, the type of values other than None.
     allowed: is_allowed in words, for error messages.
-    no_op: a value without an effect, such as top_p = 1. The field then gets its default instead of the value, so that
-    a kernel samples."""
-    metadata = dict(type=type, help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op)
+    no_op: a value without an effect, such as top_p = 1. The field then gets the default instead of the value, so that
+    a kernel samples.
+    is_filter: whether the option excludes tokens. Then kernels/arguments.py: Filters has a field of the same name."""
+    metadata = dict(type=type, help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op, is_filter=is_filter)
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How a token is chosen. The repetition penalty applies first, and then the other options in the order of the
-    fields. Options with the default None exclude tokens, but never the likeliest token, which a temperature of 0 takes
-    (greedy). The default temperature is 0 in Python, 0.8 in generate.py (as in gpt-fast) and 1 in the server
-    (as in OpenAI's API)."""
+    fields. Filters exclude tokens, but never the likeliest token, which a temperature of 0 takes (greedy). The default
+    temperature is 0 in Python, 0.8 in generate.py (as in gpt-fast) and 1 in the server (as in OpenAI's API)."""
 
     temperature: float = sampling_field(
         float, 0.0, "0 takes the likeliest token", "0 or more", lambda t: 0 <= t < math.inf
     )
     _: KW_ONLY
     top_k: int | None = sampling_field(
-        int, None, "sample among the k likeliest tokens only", "at least 1", lambda k: k >= 1
+        int, None, "sample among the k likeliest tokens only", "at least 1", lambda k: k >= 1,
+        is_filter=True,
     )
     top_p: float | None = sampling_field(  # arXiv:1904.09751
         float, None, "sample among the likeliest tokens that make up p", "above 0 and at most 1",
-        lambda p: 0 < p <= 1, no_op=1,
+        lambda p: 0 < p <= 1, no_op=1, is_filter=True,
     )
     min_p: float | None = sampling_field(  # arXiv:2407.01082
         float, None, "sample among tokens at least p times as likely as the likeliest", "0 to 1",
-        lambda p: 0 <= p <= 1, no_op=0,
+        lambda p: 0 <= p <= 1, no_op=0, is_filter=True,
     )
     repetition_penalty: float = sampling_field(  # arXiv:1909.05858
         # beyond these bounds the penalty could make a finite logit infinite
@@ -91,8 +92,8 @@ class SamplingParams:
         """The options that exclude tokens. None of them excludes the likeliest token, which greedy sampling takes."""
         if self.is_greedy:
             return Filters()
-        names = [option.name for option in fields(self) if option.default is None]
-        return Filters(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+        values = {name: getattr(self, name) for name in Filters._fields}
+        return Filters(**{name: value for name, value in values.items() if value is not None})
 
     @property
     def needs_token_ids(self) -> bool:
@@ -100,4 +101,5 @@ class SamplingParams:
         return self.repetition_penalty != 1
 
 
+assert {option.name for option in fields(SamplingParams) if option.metadata["is_filter"]} == {*Filters._fields}
 GREEDY = SamplingParams()

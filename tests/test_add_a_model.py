@@ -25,6 +25,7 @@ from cli.generate_args import parse_args
 from utils.errors import UsageError
 from engine.sampling import probabilities
 from engine.sampling_params import SamplingParams
+from kernels.arguments import Filters
 from tests.tiny import call_main
 
 
@@ -33,9 +34,11 @@ def test_top_n_sigma():
     probs = probabilities(logits, SamplingParams(temperature=3.0, top_n_sigma=0.5))  # the deviation is 3.1
     torch.testing.assert_close(probs[0, :2], torch.tensor([2 / 3, 1 / 3]).softmax(-1))
     assert probs[0, 2:].tolist() == [0, 0]
-    for wrong in (0.0, float("inf")):
+    for wrong in (-1.0, float("inf")):
         with pytest.raises(UsageError, match="top_n_sigma"):
             SamplingParams(top_n_sigma=wrong)
+    assert SamplingParams(1.0, top_n_sigma=0.0) == SamplingParams(1.0)
+    assert SamplingParams(1.0).filters == Filters() != SamplingParams(1.0, top_n_sigma=2).filters
 
 
 def test_top_n_sigma_option():
