@@ -97,7 +97,7 @@ class WeightMatrix(nn.Module):
     def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
         arguments = self.kernel_arguments() | tensors
-        return self.backend.required_kernel("dequantize")(**arguments, k=self.in_features, dtype=dtype)
+        return self.backend.get_kernel("dequantize")(**arguments, k=self.in_features, dtype=dtype)
 
 
 class LinearBase(WeightMatrix):

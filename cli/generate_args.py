@@ -19,7 +19,7 @@ from config import ModelConfig
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence, build_sequence, check_length
 from engine.speculate import MAX_DRAFT_TOKENS
-from ops import MAX_TRITON_NEW_TOKENS, MAX_TRITON_TOKENS
+from ops import MAX_TRITON_QUERY_LEN, MAX_TRITON_TOKENS
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError, check_integer
@@ -126,7 +126,7 @@ def add_speculation_options(parser: argparse.ArgumentParser):
     lookup = "speculate without a draft: on what followed the last N tokens, or fewer, before (default: 3)"
     add("--prompt_lookup", type=int, nargs="?", const=3, metavar="N", help=lookup)
     k = "tokens to propose at a time, at most (default: {draft}, looked up: {lookup})".format(**DEFAULT_SPECULATE_K)
-    k += f"; on a GPU, more than {MAX_TRITON_NEW_TOKENS - 1} (fewer if more than 4 query heads share a key/value head) "
+    k += f"; on a GPU, more than {MAX_TRITON_QUERY_LEN - 1} (fewer if more than 4 query heads share a key/value head) "
     k += "are verified without the kernels, several times slower"
     add("--speculate_k", type=int, metavar="K", help=k)
 

@@ -20,7 +20,7 @@ A decode or verification step has one of three modes (choose_mode):
     not all    any       yes          compiled by torch.compile; without experts, a GPU also captures the result
     not all    any       no           eager
 
-"all": every operation has a kernel for B * T tokens (model.has_kernels_for). The limits are Backend.max_tokens of
+"all": every operation has a kernel for B * T tokens (model.has_kernels_for). The limits are Backend.token_limits of
 ops/backend.py. An eager step uses the kernels of the operations that are within their limit.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new

@@ -1,5 +1,5 @@
-"""Arguments of operations that belong together, and the numbers of activations. A kernel gets the fields one by one
-(schema.py)."""
+"""Groups of arguments that several operations take, and the numbers of activations. A kernel gets the fields of a group
+one by one (schema.py)."""
 
 from typing import NamedTuple
 

@@ -26,7 +26,7 @@ from ops.attention import attend
 from ops.backend import (
     CPU_BACKEND,
     MAX_CPU_TOKENS,
-    MAX_TRITON_NEW_TOKENS,
+    MAX_TRITON_QUERY_LEN,
     MAX_TRITON_TOKENS,
     TORCH_BACKEND,
     TRITON_BACKEND,

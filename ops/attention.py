@@ -27,7 +27,7 @@ def attend(
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
-    kernel = backend.kernel("attend", B * T, n_new_tokens=T, heads_per_kv_head=params.n_heads // cache.k.shape[1])
+    kernel = backend.find_kernel("attend", B * T, query_len=T, heads_per_kv_head=params.n_heads // cache.k.shape[1])
     if kernel is None:
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
         q = rope_and_cache(qkv, params, cache, tables.cos_sin, positions, backend)
@@ -43,7 +43,7 @@ def rope_and_cache(
 ) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
     contiguous in each sequence. cos_sin: PositionTables.cos_sin. Returns the queries [B, T, H, D]."""
-    kernel = backend.kernel("rope_and_cache", count_tokens(qkv))
+    kernel = backend.find_kernel("rope_and_cache", count_tokens(qkv))
     if kernel is None:
         return rope_and_cache_torch(qkv, params, cache, cos_sin, positions)
     return kernel(

@@ -40,7 +40,7 @@ from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 # The tokens of all sequences of a step count together.
 MAX_TRITON_TOKENS = 64
 # A program of Triton's attention holds these in registers:
-MAX_TRITON_NEW_TOKENS = 16  # the new tokens of a sequence
+MAX_TRITON_QUERY_LEN = 16  # the new tokens of a sequence
 MAX_TRITON_QUERIES = 64  # the queries of a key/value head
 MATMULS = ("fused_linear", "experts_gate_up", "experts_down")
 
@@ -50,57 +50,55 @@ class Backend:
     """CPU_BACKEND, TRITON_BACKEND or TORCH_BACKEND, with the limits of a model. The limits depend on the weights and on
     the machine (cpu_backend, triton_backend).
 
-    name: "cpu", "triton" or "torch": what the backend is, whatever its limits.
+    name: "cpu", "triton" or "torch", whatever the limits.
     namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
-    max_tokens: operation -> the largest step that the kernel takes, in tokens. Plain PyTorch computes larger steps, and
-    operations without an entry.
-    max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
-    query heads of a key/value head.
-    activations: the activations that the kernels compute. PyTorch computes the other activations, after the kernel of
-    the matmul.
+    token_limits: operation -> the largest step that the kernel takes, in tokens of all sequences. Plain PyTorch
+    computes larger steps, and operations without an entry.
+    max_query_len, max_queries: further limits of attend: new tokens of a sequence; new tokens times query heads of a
+    key/value head.
+    activations: the activations that the kernels compute. Plain PyTorch computes other activations, after the kernel
+    of the matmul.
     filters: the fields of kernels/arguments.py: Filters that the kernel of sample takes.
-    takes_uniform: whether this kernel draws by a uniform random number for each sequence, and takes a temperature for
-    each sequence. Otherwise the kernel draws by exponential noise for each logit."""
+    takes_uniform: whether the kernel of sample draws by a uniform random number for each sequence, and takes a
+    temperature for each sequence. Otherwise the kernel draws by exponential noise for each logit."""
 
     name: str
     namespace: str | None = None
-    max_tokens: dict[str, float] = field(default_factory=dict)
-    max_new_tokens: float = math.inf
+    token_limits: dict[str, float] = field(default_factory=dict)
+    max_query_len: float = math.inf
     max_queries: float = math.inf
     activations: frozenset[str] = frozenset()
     filters: frozenset[str] = frozenset()
     takes_uniform: bool = False
 
-    def kernel(
-        self, name: str, n_tokens: int, n_new_tokens: int = 1, heads_per_kv_head: int = 1
-    ) -> Callable | None:
+    def find_kernel(self, name: str, n_tokens: int, query_len: int = 1, heads_per_kv_head: int = 1) -> Callable | None:
         """The kernel of the operation called name, for a step of n_tokens tokens of all sequences. None: plain PyTorch
         computes the step.
 
-        n_new_tokens, heads_per_kv_head: for attend alone: tokens of each sequence, query heads of a key/value head."""
-        fits_table = 0 < n_tokens <= self.max_tokens.get(name, 0)
-        fits_attend = n_new_tokens <= self.max_new_tokens and n_new_tokens * heads_per_kv_head <= self.max_queries
-        return self.required_kernel(name) if fits_table and fits_attend else None
+        query_len, heads_per_kv_head: for attend alone: new tokens of each sequence, query heads of a key/value head."""
+        fits_table = 0 < n_tokens <= self.token_limits.get(name, 0)
+        fits_attend = query_len <= self.max_query_len and query_len * heads_per_kv_head <= self.max_queries
+        return self.get_kernel(name) if fits_table and fits_attend else None
 
-    def required_kernel(self, name: str) -> Callable:
+    def get_kernel(self, name: str) -> Callable:
         """The kernel of an operation that has no limit of tokens, such as dequantize: only this kernel reads a packed
         weight. Raises RuntimeError if the backend has no kernels."""
         if self.namespace is None:
             raise RuntimeError(f"the backend {self.name!r} has no kernels, so none for {name}")
         return getattr(getattr(torch.ops, self.namespace), name)
 
-    def supports_step(self, batch_size: int, n_new_tokens: int, heads_per_kv_head: int, activation: str) -> bool:
-        """Whether kernels compute every operation in the table, for n_new_tokens tokens in each of batch_size
+    def supports_step(self, batch_size: int, query_len: int, heads_per_kv_head: int, activation: str) -> bool:
+        """Whether kernels compute every operation in the table, for query_len tokens in each of batch_size
         sequences. Then the step can be captured. A CPU graph holds only kernels, so CPU_BACKEND has a kernel for every
         operation. A CUDA graph also holds PyTorch's operations, so TRITON_BACKEND has no kernels for embed,
         activate and add.
 
         heads_per_kv_head, activation: of the model."""
-        n_tokens = batch_size * n_new_tokens
-        has_kernels = n_tokens <= min(self.max_tokens.values(), default=0)
-        if "activate" in self.max_tokens:
+        n_tokens = batch_size * query_len
+        has_kernels = n_tokens <= min(self.token_limits.values(), default=0)
+        if "activate" in self.token_limits:
             has_kernels = has_kernels and activation in self.activations
-        return has_kernels and self.kernel("attend", n_tokens, n_new_tokens, heads_per_kv_head) is not None
+        return has_kernels and self.find_kernel("attend", n_tokens, query_len, heads_per_kv_head) is not None
 
     def supports_sampling(self, filters: Filters, has_uniform: bool = False) -> bool:
         """Whether there is a kernel of sample that takes these filters, and random numbers if has_uniform."""
@@ -108,9 +106,9 @@ class Backend:
             return False
         return self.filters >= filters.active()
 
-    def with_limits(self, **max_tokens: float) -> "Backend":
+    def with_limits(self, **token_limits: float) -> "Backend":
         """This backend with other limits, by operation."""
-        return replace(self, max_tokens=self.max_tokens | max_tokens)
+        return replace(self, token_limits=self.token_limits | token_limits)
 
 
 TORCH_BACKEND = Backend("torch")
@@ -128,7 +126,7 @@ TRITON_BACKEND = Backend(
     "triton",
     TRITON_NAMESPACE,
     dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *MATMULS], MAX_TRITON_TOKENS),
-    MAX_TRITON_NEW_TOKENS,
+    MAX_TRITON_QUERY_LEN,
     MAX_TRITON_QUERIES,
     # kernels/triton/epilogue.py: activate has these
     activations=frozenset(["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2"]),

@@ -32,7 +32,7 @@ def route(
     norm_topk_prob: scales the weights to sum to one.
     n_shared_experts: every token also uses these experts, with ids from E on. Then logits are [..., E + 1], the weight
     of each shared expert is the sigmoid of the last logit, and the results are [..., top_k + n_shared_experts]."""
-    kernel = backend.kernel("route", count_tokens(logits))
+    kernel = backend.find_kernel("route", count_tokens(logits))
     if kernel is None:
         return route_torch(logits, top_k, norm_topk_prob, n_shared_experts)
     return kernel(
@@ -45,7 +45,7 @@ def experts_gate_up(
 ) -> Tensor:
     """Multiplies every token with the gate and up projections of the token's experts: x [B, T, dim],
     topk_ids [B, T, top_k] -> [B, T, top_k, F]. norm and activation are as in fused_linear."""
-    kernel = linear.backend.kernel("experts_gate_up", count_tokens(x))
+    kernel = linear.backend.find_kernel("experts_gate_up", count_tokens(x))
     if kernel is None:
         if norm is not None:
             x = rms_norm(x, norm)
@@ -64,7 +64,7 @@ def experts_down(
 ) -> Tensor:
     """Multiplies hidden [B, T, top_k, F] with the down projections of the experts. Sums the results of the experts of
     each token, weighted with topk_weights [B, T, top_k]: [residual +] [B, T, dim]."""
-    kernel = linear.backend.kernel("experts_down", count_tokens(topk_ids))
+    kernel = linear.backend.find_kernel("experts_down", count_tokens(topk_ids))
     if kernel is None:
         return experts_down_torch(hidden, linear, topk_ids, topk_weights, residual)
     return kernel(
@@ -92,25 +92,25 @@ def route_torch(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_exper
 def experts_gate_up_torch(x: Tensor, linear: ExpertsGateUp, topk_ids: Tensor) -> Tensor:
     """experts_gate_up without norm and activation, which are calls of their own."""
     repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
-    y = expert_matmuls(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), n_new_tokens=x.shape[-2])
+    y = expert_matmuls(repeated.reshape(-1, x.shape[-1]), linear, topk_ids.flatten(), query_len=x.shape[-2])
     return y.view(*topk_ids.shape, linear.out_features)
 
 
 def experts_down_torch(
     hidden: Tensor, linear: ExpertsDown, topk_ids: Tensor, topk_weights: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    y = expert_matmuls(hidden.flatten(0, -2), linear, topk_ids.flatten(), n_new_tokens=hidden.shape[-3])
+    y = expert_matmuls(hidden.flatten(0, -2), linear, topk_ids.flatten(), query_len=hidden.shape[-3])
     y = y.view(*topk_ids.shape, linear.out_features) * topk_weights[..., None].to(y.dtype)
     y = y.sum(-2)
     return y if residual is None else residual + y
 
 
-def expert_matmuls(x: Tensor, linear: LinearBase, expert_ids: Tensor, n_new_tokens: int) -> Tensor:
-    """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. n_new_tokens: of each
+def expert_matmuls(x: Tensor, linear: LinearBase, expert_ids: Tensor, query_len: int) -> Tensor:
+    """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. query_len: of each
     sequence."""
     if not torch.compiler.is_compiling():
         return loop_over_experts(x, linear, expert_ids)
-    if n_new_tokens == 1:
+    if query_len == 1:
         return gather_experts(x, linear, expert_ids)
     return torch.compiler.disable(loop_over_experts)(x, linear, expert_ids)
 

@@ -42,7 +42,7 @@ def fused_linear(
     Otherwise the result is activation(x W^T).
     residual: added last, after linear.epilogue.
     out_dtype: None, which means x.dtype, or torch.float32."""
-    kernel = linear.backend.kernel("fused_linear", count_tokens(x))
+    kernel = linear.backend.find_kernel("fused_linear", count_tokens(x))
     if kernel is None:
         y = matmul(x if norm is None else rms_norm(x, norm), linear)
     else:
@@ -78,7 +78,7 @@ def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
     """Applies an activation after a matmul, where no kernel applies the activation with the matmul. If gated, x is gate
     and up [..., 2 F], and the result is activation(gate) * up [..., F]. Otherwise the result is activation(x), in the
     shape of x."""
-    kernel = backend.kernel("activate", count_tokens(x))
+    kernel = backend.find_kernel("activate", count_tokens(x))
     if kernel is None or activation not in backend.activations:
         return activate_torch(x, activation)
     return kernel(contiguous(x), ACTIVATION_IDS[activation])
@@ -86,7 +86,7 @@ def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
 
 def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
     """x + y, of the same shape. Needed for a residual that comes after an all-reduce (tp.py)."""
-    kernel = backend.kernel("add", count_tokens(x))
+    kernel = backend.find_kernel("add", count_tokens(x))
     if kernel is None:
         return x + y
     return kernel(contiguous(x), contiguous(y))
@@ -94,7 +94,7 @@ def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
 
 def rms_norm(x: Tensor, norm: RMSNorm, residual: Tensor | None = None) -> Tensor:
     """[residual +] x / rms(x) * weight, over the last dimension of x [..., dim]."""
-    kernel = norm.backend.kernel("rms_norm", count_tokens(x))
+    kernel = norm.backend.find_kernel("rms_norm", count_tokens(x))
     if kernel is None:
         return rms_norm_torch(x, norm.weight, norm.eps, residual)
     return kernel(contiguous(x), norm.weight, norm.eps, contiguous(residual))
@@ -103,7 +103,7 @@ def rms_norm(x: Tensor, norm: RMSNorm, residual: Tensor | None = None) -> Tensor
 def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
     """x[..., input_order] for x [..., K] and input_order int32 [N]: [..., N]. N may be less than K: a tensor-parallel
     rank takes only the inputs of its own columns."""
-    kernel = backend.kernel("permute_inputs", count_tokens(x))
+    kernel = backend.find_kernel("permute_inputs", count_tokens(x))
     if kernel is None:
         return permute_inputs_torch(x, input_order)
     return kernel(contiguous(x), input_order)
@@ -112,9 +112,9 @@ def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
 def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype) -> Tensor:
     """Looks up the rows of tokens [B, T] in table [V, dim], and multiplies them with scale: [B, T, dim] in dtype."""
     if table.is_packed:
-        kernel = table.backend.required_kernel("embed")
+        kernel = table.backend.get_kernel("embed")
     else:
-        kernel = table.backend.kernel("embed", tokens.numel())
+        kernel = table.backend.find_kernel("embed", tokens.numel())
     if kernel is None:
         return embed_torch(tokens, table, scale, dtype)
     return kernel(contiguous(tokens), **table.kernel_arguments(), k=table.in_features, dtype=dtype, scale=scale)

@@ -43,7 +43,7 @@ def sample(
         exponential = torch.empty_like(logits, dtype=torch.float64).exponential_()
     elif uniform is None:
         uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-    return backend.required_kernel("sample")(
+    return backend.get_kernel("sample")(
         logits, temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
         top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform), exponential=exponential,
     )

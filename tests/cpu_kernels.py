@@ -49,7 +49,7 @@ def packed(module):
     for layer in layers:
         if isinstance(layer, LinearBase):
             assert layer.backend.name == "cpu"
-            assert layer.backend.max_tokens["fused_linear"] >= 8
+            assert layer.backend.token_limits["fused_linear"] >= 8
             layer.backend = ops.CPU_BACKEND  # up to MAX_CPU_TOKENS
     return module
 

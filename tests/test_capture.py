@@ -226,16 +226,16 @@ def test_ctrl_c_leaves_no_kernel_capturing():
 
 def test_a_cpu_graph_can_hold_every_operation_of_a_short_step():
     """Each operation of a CPU graph is in the backend's table, as Backend.supports_step assumes."""
-    assert CAPTURABLE <= ops.CPU_BACKEND.max_tokens.keys()
-    assert all(ops.CPU_BACKEND.kernel(name, 1) is not None for name in ops.CPU_BACKEND.max_tokens)
+    assert CAPTURABLE <= ops.CPU_BACKEND.token_limits.keys()
+    assert all(ops.CPU_BACKEND.find_kernel(name, 1) is not None for name in ops.CPU_BACKEND.token_limits)
 
 
 def test_a_kernel_that_plain_pytorch_cannot_replace():
     """Such a kernel has no limit of tokens. A backend without kernels says that there is none."""
-    assert ops.CPU_BACKEND.kernel("embed", ops.MAX_CPU_TOKENS + 1) is None
-    assert ops.CPU_BACKEND.required_kernel("embed") is torch.ops.gptfast_cpu.embed
+    assert ops.CPU_BACKEND.find_kernel("embed", ops.MAX_CPU_TOKENS + 1) is None
+    assert ops.CPU_BACKEND.get_kernel("embed") is torch.ops.gptfast_cpu.embed
     with pytest.raises(RuntimeError, match="the backend 'torch' has no kernels, so none for embed"):
-        ops.TORCH_BACKEND.required_kernel("embed")
+        ops.TORCH_BACKEND.get_kernel("embed")
 
 
 @built

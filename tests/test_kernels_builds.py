@@ -286,7 +286,7 @@ def test_sizes_are_the_same_in_all_languages():
     code = (kernels.build.SOURCES / "weights.h").read_text()
     sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
     assert sizes["BLOCK_N"] == CPU_BLOCK_N and FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
-    assert heads.BLOCK_T.value == backend.MAX_TRITON_NEW_TOKENS
+    assert heads.BLOCK_T.value == backend.MAX_TRITON_QUERY_LEN
     for dtype in (torch.bfloat16, torch.float16):
         halves = torch.tensor([magic_number_for(dtype)], dtype=torch.int32).view(dtype).tolist()
         assert halves == 2 * [MAGIC_BIASES[dtype]]

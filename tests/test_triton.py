@@ -358,7 +358,7 @@ def test_without_matrix_units(monkeypatch):
         monkeypatch.setattr(launch, "gpu_info", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
         ops.pack_for_triton([w], dtype)
-        assert w.backend.max_tokens["fused_linear"] == most
+        assert w.backend.token_limits["fused_linear"] == most
 
 
 def test_torch_compile(small_gpu):
