@@ -1,4 +1,4 @@
-"""The command line. Every script uses these files:
+"""The command line. Each file imports only from the files above it. Every script uses these files:
 
     interrupts.py          Ctrl-C ends the script without a traceback, also during the script's imports
     script.py              run_script calls the script's main, and turns an error into one line on stderr

@@ -24,13 +24,14 @@ Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in the low ha
              low half    q0       q1       q2       q3
              high half   q4       q5       q6       q7
 
-The files, in the order in which to read them:
+The files. Each imports only from the files above it; base.py is the one to read first.
 
-    base.py             WeightFormat, the interface; Unquantized; packing of 4-bit elements
-    integers.py         Int8, Int4, GroupedInt8
-    floats.py           Float8, MXFP4; float_bits.py has their numbers
     cpu_layouts.py      the layout for the C++ kernels (kernels/csrc/weights.h has a struct for each format)
     triton_layouts.py   the layouts for the Triton kernels (kernels/triton/formats.py: two functions for each)
+    base.py             WeightFormat, the interface; Unquantized; packing of 4-bit elements
+    integers.py         Int8, Int4, GroupedInt8
+    float_bits.py       floats of 8 and 4 bits: rounding and decoding
+    floats.py           Float8, MXFP4
 """
 
 from dataclasses import dataclass, field
