@@ -37,9 +37,9 @@ def apply_repetition_penalty(
     """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. The penalty
     is no part of sample, so one call of sample serves sequences with different penalties (scheduler.py: sample_batch).
 
-    logits: of the positions of the last n of tokens [B, T], the first of which is at start_pos [B].
-    token_ids [B, S]: of a KVCache; they hold the text and tokens, if an option depends on the text.
-    all_params: one for each sequence, or one for all."""
+    logits: those of the last n of tokens [B, T]. The first token of each sequence is at start_pos [B].
+    token_ids [B, S]: KVCache.token_ids. If an option depends on the text, token_ids must hold the text and tokens.
+    all_params: the SamplingParams of each sequence, or one SamplingParams for all sequences."""
     if not any(params.needs_token_ids for params in all_params):
         return logits
     n = logits.shape[1]
@@ -57,7 +57,8 @@ def sample(
     logits: Tensor, params: SamplingParams, backend: Backend = TORCH_BACKEND, uniform: Tensor | None = None,
     temperatures: Tensor | None = None,
 ) -> Tensor:
-    """float32 logits [B, V] -> token ids [B]. backend: the model's. ops/sampling.py: sample describes the rest."""
+    """float32 logits [B, V] -> token ids [B]. backend: the backend of the model. ops/sampling.py: sample
+    describes the other arguments."""
     return ops.sample(logits, params.temperature, params.filters, backend, uniform, temperatures)
 
 

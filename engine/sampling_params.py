@@ -54,7 +54,7 @@ class SamplingParams:
     )
 
     def __post_init__(self):
-        """Raises UsageError if a field has the wrong type or is out of range. The message begins with its name."""
+        """Raises UsageError if a field has the wrong type or is out of range. The message begins with the name."""
         for option in fields(self):
             value, is_integer = getattr(self, option.name), option.metadata["type"] is int
             if value is option.default:

@@ -1,4 +1,4 @@
-"""The kernels of the operations in ops/, C++ for CPUs and Triton for GPUs, and the capture of steps made of them.
+"""The kernels of the operations in ops/, C++ for CPUs and Triton for GPUs, and the capture of steps of kernels.
 
     arguments.py   groups of arguments that several operations take, such as the numbers of attention
     schema.py      all arguments of the kernels, one list for C++ and Triton

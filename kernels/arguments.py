@@ -12,12 +12,12 @@ GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}
 
 
 class WeightArguments(NamedTuple):
-    """A weight as a kernel takes it."""
+    """A weight, as the arguments of a kernel."""
 
-    weight: Tensor  # weight, scales and zeros are as packed for the backend
+    weight: Tensor  # weight, scales and zeros are packed for the backend
     scales: Tensor | None
     zeros: Tensor | None
-    format_id: int  # of the WeightFormat
+    format_id: int  # WeightFormat.format_id
     n: int  # N
     group_size: int  # inputs of an output that share a scale
 
@@ -41,13 +41,13 @@ class AttentionParams(NamedTuple):
     softcap: float = 0.0  # scores, after scale, become softcap * tanh(score / softcap)
     q_norm_weight: Tensor | None = None  # of norms before RoPE: [D] norms each head, [H D] all heads together
     k_norm_weight: Tensor | None = None  # [D] or [G D]
-    eps: float = 0.0  # of both norms
-    sinks: Tensor | None = None  # [H], the scores of one more key, whose value is zero
+    eps: float = 0.0  # eps of both norms
+    sinks: Tensor | None = None  # [H], the scores of an additional key, whose value is zero
 
     def is_sdpa_compatible(self, alibi_slopes: Tensor | None) -> bool:
-        """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute it.
-        Norms and RoPE come before the scores. SDPA would ignore a new field silently. So the next line
-        names every field, and a new field breaks it: decide here whether SDPA can compute the new field."""
+        """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute the
+        attention. Norms and RoPE come before the scores. SDPA would ignore a new field silently. So the next line names
+        every field, and raises ValueError if there is a new field: decide here whether SDPA can compute the field."""
         _n_heads, _scale, _window, softcap, _q_norm_weight, _k_norm_weight, _eps, sinks = self
         return not softcap and sinks is None and alibi_slopes is None
 

@@ -45,14 +45,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import build
 from kernels.schema import CAPTURABLE, CPU_NAMESPACE
 
-# A step keeps this many CPUGraphs, the most recently used ones, since a graph holds the memory of all activations.
+# A step keeps this many of the most recently used CPUGraphs, since a graph holds the memory of all activations.
 # Capturing again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
 library: ctypes.CDLL | None = None  # the C++ library, once a thread has captured an OpList
 
 
 class Capturing(threading.local):
-    """What a thread captures. The OpList in C++ and TorchDispatchMode belong to one thread, too."""
+    """What a thread captures. The OpList in C++ and TorchDispatchMode belong to one thread."""
 
     graph: "CPUGraph | None" = None
 
@@ -103,7 +103,7 @@ def delay_interrupt() -> Iterator[None]:
 
 
 def split_graph_at(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Returns fn(*inputs). While a CPUGraph is captured, ends the OpList and begins another one, so that every
+    """Returns fn(*inputs). While a CPUGraph is captured, ends the OpList and begins another OpList, so that every
     replay calls fn between the two OpLists. fn must always return the same shape."""
     if capturing.graph is None:
         return fn(*inputs)

@@ -42,7 +42,7 @@ WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), a
 def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
     """Decorator: defines the operation of schema, "NAME(arguments) -> results", in each namespace. The decorated
     function is PyTorch's fake (meta) implementation, fake_NAME, which returns an empty result of the right shape and
-    dtype. The six arguments of WEIGHT arrive as one, w.
+    dtype. The six arguments of WEIGHT arrive as one argument, w.
 
     capturable: whether a CPU graph can hold the operation (capture.py)."""
     name = schema.partition("(")[0]
@@ -63,13 +63,13 @@ def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = N
 def triton_op(function: Callable) -> Callable:
     """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name,
     also for CPU tensors, on which Triton's interpreter runs. function takes the arguments of the schema, with those of
-    WEIGHT as one, w."""
+    WEIGHT as one argument, w."""
     torch.library.impl(f"{TRITON_NAMESPACE}::{function.__name__}", ("CUDA", "CPU"), bundle_weight(function))
     return function
 
 
 def bundle_weight(function: Callable) -> Callable:
-    """Wraps function: a call passes the six arguments of WEIGHT by name, and function gets them as one, w."""
+    """Wraps function: a call passes the six arguments of WEIGHT by name, and function gets one argument, w."""
 
     @wraps(function)
     def call(*args, **kwargs):
@@ -87,7 +87,7 @@ def output_width(n: int, activation: int) -> int:
 
 # ---- The operations -------------------------------------------------------------------------------------------------
 #
-# A function names only the arguments that it needs. `_` takes the others.
+# A function names only the arguments that the function needs. `_` takes the rest.
 
 
 @define(

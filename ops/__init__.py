@@ -13,11 +13,11 @@ devices and with --kernels off. The tests compare the kernels with plain PyTorch
     sampling.py    sample
     packing.py     chooses the backend of a model, and packs the weights for the backend
 
-Within ops/ each file imports only from files above it in this list. (For annotations alone, some name the classes of
-layers.py, which imports this package.)
+Within ops/ each file imports only from files above it in this list. (For annotations alone, some files name the classes
+of layers.py, which imports ops/.)
 
-Captured on a GPU: every operation. Captured on a CPU: all but sample, which runs after the graph, and rope_and_cache
-and dequantize, which only prefill calls.
+Captured on a GPU: every operation, kernel or plain PyTorch. Captured on a CPU: every kernel but sample (it runs after
+the graph), rope_and_cache and dequantize (prefill only).
 """
 
 # ruff: noqa: F401  (all names are for callers)

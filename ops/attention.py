@@ -53,7 +53,7 @@ def rope_and_cache(
     )
 
 
-# ---- The definition in plain PyTorch ---------------------------------------------------------------------------------
+# ---- The definition in plain PyTorch --------------------------------------------------------------------------------
 
 
 def rope_and_cache_torch(
@@ -110,7 +110,7 @@ def eager_attention(
         scores = scores + bias.view_as(scores)
     mask = causal_mask(positions, S, params.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
-    if params.sinks is not None:  # the scores of one more key
+    if params.sinks is not None:  # the scores of an additional key without a value
         sinks = params.sinks.float().view(1, G, H // G, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     p = scores.softmax(-1)[..., :S].to(cache.v.dtype)
@@ -126,7 +126,7 @@ def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
     return mask[:, None]
 
 
-# ---- Faster in PyTorch -----------------------------------------------------------------------------------------------
+# ---- Faster in PyTorch ----------------------------------------------------------------------------------------------
 
 
 def cached_attention(
@@ -155,7 +155,7 @@ def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positi
         y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=params.scale)
         return y.view(B, H, 1, D)
     k, v = cache.k, cache.v
-    if q.is_cuda:  # with enable_gqa SDPA uses its slowest kernel, if there is a mask or in float32
+    if q.is_cuda:  # with enable_gqa, SDPA's slowest kernel runs if there is a mask or in float32
         k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
     if fills_cache(T, S) and not 0 < params.window < T:  # is_causal lets SDPA choose flash attention
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=params.scale, enable_gqa=True)

@@ -1,5 +1,5 @@
 """The backends: which operations have kernels, and for how many tokens. An operation asks a backend at every step,
-since a kernel for few tokens is slow for many tokens, or cannot take them.
+since a kernel for few tokens is slow for many tokens, or cannot take many tokens.
 
     CPU_BACKEND       C++, kernels/csrc/, for CPUs
     TRITON_BACKEND    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
@@ -13,13 +13,13 @@ The backends compute the same functions, but round differently. With activations
 
     TORCH_BACKEND     A quantized weight is rounded to 16 bits before the matmul (but see aten.py), and the result of
                       every step of an operation is rounded.
-    kernels           Most results within an operation stay float32, and the last one is rounded. Exceptions:
+    kernels           Most steps of an operation stay float32, and only the last result is rounded. Exceptions:
     CPU_BACKEND       A matmul with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16
                       with a scale each (kernels/csrc/activations.h: quantize_token). AMX (kernels/csrc/amx.h) and
                       prefill (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds
-                      x / rms(x), and then multiplies with its weight, as PyTorch does.
+                      x / rms(x), and then multiplies with the norm's weight, as PyTorch does.
     TRITON_BACKEND    A fused norm rounds x * weight to 16 bits, and divides by rms(x) after the matmul
-                      (kernels/triton/linear.py: fused_linear_kernel). For many tokens the norm is a kernel of its own.
+                      (kernels/triton/linear.py: fused_linear_kernel). For many tokens the norm is a separate kernel.
 
 With activations of 32 bits only the order of sums, the place of the division by rms(x), and the last bits of functions
 such as exp differ. scripts/kernel_checks/ has the bounds of the errors.
@@ -39,7 +39,7 @@ from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
 # The tokens of all sequences of a step count together.
 MAX_TRITON_TOKENS = 64
-# A program of Triton's attention holds these in registers:
+# A program of Triton's attention holds the new tokens and the queries in registers
 MAX_TRITON_QUERY_LEN = 16  # the new tokens of a sequence
 MAX_TRITON_QUERIES = 64  # the queries of a key/value head
 MATMULS = ("fused_linear", "experts_gate_up", "experts_down")
@@ -93,7 +93,7 @@ class Backend:
         operation. A CUDA graph also holds PyTorch's operations, so TRITON_BACKEND has no kernels for embed,
         activate and add.
 
-        heads_per_kv_head, activation: of the model."""
+        heads_per_kv_head, activation: those of the model."""
         n_tokens = batch_size * query_len
         has_kernels = n_tokens <= min(self.token_limits.values(), default=0)
         if "activate" in self.token_limits:
@@ -128,7 +128,7 @@ TRITON_BACKEND = Backend(
     dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *MATMULS], MAX_TRITON_TOKENS),
     MAX_TRITON_QUERY_LEN,
     MAX_TRITON_QUERIES,
-    # kernels/triton/epilogue.py: activate has these
+    # The branches of kernels/triton/epilogue.py: activate
     activations=frozenset(["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2"]),
     filters=frozenset(["top_p", "min_p"]),
 )
@@ -137,13 +137,14 @@ TRITON_BACKEND = Backend(
 def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
     """CPU_BACKEND with the limits of a model on this machine.
 
-    dtype: of the activations.
-    is_quantized: whether any weight is quantized. Then the unquantized ones, such as routers, also stay on the kernels
-    up to MAX_CPU_TOKENS. PyTorch would be faster, but one PyTorch operation would keep the step from being captured."""
+    dtype: the dtype of the activations.
+    is_quantized: whether any weight is quantized. Then kernels also multiply with unquantized weights, such as those of
+    routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but a step with an operation in PyTorch cannot be
+    captured."""
     library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(MATMULS, library.max_unquantized_tokens(is_bf16))
-    # Other kernels for a prompt, where they are faster than PyTorch: prefill_*.h of kernels/csrc/
+    # Prompts have kernels of their own, where these are faster than PyTorch: prefill_*.h of kernels/csrc/
     if library.has_prefill_linear(is_bf16):
         limits["fused_linear"] = math.inf
     if library.has_prefill_attention(is_bf16):
@@ -152,7 +153,7 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
 
 
 def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:
-    """TRITON_BACKEND with the limits of a model whose activations have type dtype, on this device. Without matrix units
+    """TRITON_BACKEND with the limits of a model whose activations have this dtype, on this device. Without matrix units
     the matmuls take up to MMA_TOKENS tokens, since PyTorch is faster with more."""
     from kernels.triton.launch import MMA_TOKENS, has_matrix_units  # here, since not every machine has Triton
 

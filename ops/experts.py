@@ -73,7 +73,7 @@ def experts_down(
     )
 
 
-# ---- The definition in plain PyTorch ---------------------------------------------------------------------------------
+# ---- The definition in plain PyTorch --------------------------------------------------------------------------------
 
 
 def route_torch(logits: Tensor, top_k: int, norm_topk_prob: bool, n_shared_experts: int = 0) -> tuple[Tensor, Tensor]:
@@ -106,8 +106,8 @@ def experts_down_torch(
 
 
 def expert_matmuls(x: Tensor, linear: LinearBase, expert_ids: Tensor, query_len: int) -> Tensor:
-    """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. query_len: of each
-    sequence."""
+    """Multiplies row i of x [M, K] with the matrix [N, K] of expert expert_ids[i]: [M, N]. query_len: the
+    number of new tokens of a sequence."""
     if not torch.compiler.is_compiling():
         return loop_over_experts(x, linear, expert_ids)
     if query_len == 1:

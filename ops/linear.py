@@ -70,7 +70,7 @@ def supports_fused_activation(activation: str | None, linear: LinearBase) -> boo
 
 
 def norm_arguments(norm: RMSNorm | None) -> dict:
-    """norm as kernels take it, by name."""
+    """The arguments of a kernel that stand for norm, by name."""
     return {"norm_weight": None, "eps": 0.0} if norm is None else {"norm_weight": norm.weight, "eps": norm.eps}
 
 
@@ -120,7 +120,7 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
     return kernel(contiguous(tokens), **table.kernel_arguments(), k=table.in_features, dtype=dtype, scale=scale)
 
 
-# ---- The definition in plain PyTorch ---------------------------------------------------------------------------------
+# ---- The definition in plain PyTorch --------------------------------------------------------------------------------
 
 
 def matmul(x: Tensor, linear: Linear) -> Tensor:
@@ -173,8 +173,8 @@ def activate_torch(x: Tensor, activation: str) -> Tensor:
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """RMSNorm (arXiv:1910.07467). F.rms_norm computes x / rms(x) in float32 and rounds it to x.dtype. The weight
-    is multiplied after the rounding, as in transformers."""
+    """RMSNorm (arXiv:1910.07467). F.rms_norm computes x / rms(x) in float32 and rounds the result to x.dtype. The
+    weight is multiplied after the rounding, as in transformers."""
     y = F.rms_norm(x, x.shape[-1:], eps=eps) * weight
     return y if residual is None else residual + y
 

@@ -1,7 +1,7 @@
 """Chooses the backend of a model by its device, and packs the weights for the kernels of the backend.
 
-The backend of a matrix is TORCH_BACKEND until the matrix is packed, and afterwards, too, if there are no kernels for
-the matrix or for the device.
+The backend of a matrix is TORCH_BACKEND until the matrix is packed. If there are no kernels for the matrix or for the
+device, the backend stays TORCH_BACKEND.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ if TYPE_CHECKING:  # layers.py imports this package
 
 
 def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
-    """Packs the weights of matrices, all those of a model, for the kernels of the device, if kernels work here. Packed
-    copies replace the weights, so no two matrices may share a weight. On a CPU without a C++ compiler, PyTorch's
-    own kernels take some quantized weights (aten.py). Quantized weights without any kernel are dequantized to dtype.
+    """Packs the weights of matrices, which are all matrices of a model, for the kernels of the device, if kernels work
+    here. Packed copies replace the weights, so no two matrices may share a weight. On a CPU without a C++ compiler,
+    PyTorch's own kernels take some quantized weights (aten.py). Quantized weights without any kernel are dequantized to
+    dtype.
 
     dtype: the type of the activations.
     is_mmapped: whether the weights are in a memory-mapped file. Then the pages of a weight are released as soon as the
@@ -52,8 +53,8 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
     """Packs the weights of matrices into huge pages, one weight behind the other."""
     memory = HugePageArena()
     backend = cpu_backend(dtype, is_quantized=any(matrix.format.is_quantized for matrix in matrices))
-    # Packed bf16 is faster for several tokens (kernels/csrc/dot_unquantized.h), but only kernels can read it. So bf16
-    # is packed if the kernels also compute prefill. They do for linear layers, but not for experts.
+    # Packed bf16 is faster for several tokens (kernels/csrc/dot_unquantized.h), but only kernels can read packed
+    # weights. So bf16 is packed if the kernels also compute prefill: in linear layers, but not in experts.
     packs_unquantized = dtype == torch.bfloat16 and build.library().has_prefill_linear(True)
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
         matrix.backend = backend

@@ -19,7 +19,7 @@ from kernels.arguments import Filters
 from ops.backend import Backend, contiguous
 
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
-# On a CPU sort_for_top_p searches for the likely tokens, so that it need not sort the whole vocabulary.
+# On a CPU sort_for_top_p searches for the likely tokens, instead of sorting the whole vocabulary.
 SMALL_VOCABULARY = 1000  # with this many tokens or fewer, sorting is faster than searching
 FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
@@ -30,7 +30,7 @@ def sample(
     temperatures: Tensor | None = None,
 ) -> Tensor:
     """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
-    likeliest one. The id is -1 for a sequence with a logit that is not finite.
+    likeliest token. The id is -1 for a sequence with a logit that is not finite.
 
     uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
     temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature; only with uniform."""
@@ -49,7 +49,7 @@ def sample(
     )
 
 
-# ---- The definition in plain PyTorch ---------------------------------------------------------------------------------
+# ---- The definition in plain PyTorch --------------------------------------------------------------------------------
 
 
 def sample_torch(
@@ -112,7 +112,7 @@ def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
     return (cumulative <= uniform * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
 
 
-# ---- Faster in PyTorch -----------------------------------------------------------------------------------------------
+# ---- Faster in PyTorch ----------------------------------------------------------------------------------------------
 
 
 def sort_for_top_p(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
@@ -127,8 +127,9 @@ def sort_for_top_p(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def search_for_top_p(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """sort_for_top_p for one sequence [V]. Sorts only the tokens above a threshold. If their probabilities sum to less
-    than top_p, divides the threshold by 8 and searches again. Usually the first threshold is low enough."""
+    """sort_for_top_p for one sequence [V]. Sorts only the tokens above a threshold. If the probabilities of these
+    tokens sum to less than top_p, divides the threshold by 8 and searches again. Usually the first threshold is low
+    enough."""
     missing = -len(probs) % VOCAB_BLOCK
     blocks = (F.pad(probs, (0, missing)) if missing else probs).view(-1, VOCAB_BLOCK)
     largest = blocks.amax(-1)
