@@ -47,16 +47,16 @@ def experts_gate_up(
     topk_ids [B, T, top_k] -> [B, T, top_k, F]. norm and activation are as in fused_linear."""
     kernel = linear.backend.find_kernel("experts_gate_up", count_tokens(x))
     if kernel is None:
-        if norm is not None:
-            x = rms_norm(x, norm)
-        y = experts_gate_up_torch(x, linear, topk_ids)
-        return activate(y, activation, linear.backend) if activation else y
-    fused_activation = activation if supports_fused_activation(activation, linear) else None
-    y = kernel(
-        contiguous(x), **linear.kernel_arguments(), bias=linear.bias, topk_ids=contiguous(topk_ids),
-        **norm_arguments(norm), activation=ACTIVATION_IDS[fused_activation],
-    )
-    return y if fused_activation == activation else activate(y, activation, linear.backend)
+        y = experts_gate_up_torch(x if norm is None else rms_norm(x, norm), linear, topk_ids)
+    else:
+        fuses_activation = supports_fused_activation(activation, linear)
+        y = kernel(
+            contiguous(x), **linear.kernel_arguments(), bias=linear.bias, topk_ids=contiguous(topk_ids),
+            **norm_arguments(norm), activation=ACTIVATION_IDS[activation if fuses_activation else None],
+        )
+        if fuses_activation:
+            return y
+    return y if activation is None else activate(y, activation, linear.backend)
 
 
 def experts_down(

@@ -240,12 +240,14 @@ def test_a_kernel_that_plain_pytorch_cannot_replace():
 
 @built
 def test_a_step_with_an_activation_without_a_kernel_is_not_captured():
+    """A CPU does not capture the step. A GPU does, since a CUDA graph also holds PyTorch's operations."""
     model = make_model(Unquantized(), torch.float32)
     assert model.has_kernels_for(2, 1)
     for matrix in model.modules():
         if isinstance(matrix, WeightMatrix):
             matrix.backend = replace(matrix.backend, activations=matrix.backend.activations - {"swiglu"})
     assert not model.has_kernels_for(2, 1)
+    assert ops.TRITON_BACKEND.supports_step(2, 1, 1, "no kernel has this activation")
 
 
 @built
