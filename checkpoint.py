@@ -38,7 +38,7 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> i
 
 class Checkpoint(NamedTuple):
     config: ModelConfig
-    quantization: dict | None  # formats: QuantizationScheme.from_dict reads it; None: no weight is quantized
+    quantization: dict | None  # formats: QuantizationConfig.from_dict reads it; None: no weight is quantized
     tensors: dict[str, Tensor]  # memory-mapped
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from evaluation.scoring import split_windows
 from formats import Int4, Tensors
 from formats.base import pack_nibbles
-from formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
+from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
 from kernels.arguments import LayerCache, PositionTables
 from layers import ExpertsGateUp, LinearBase
 from model import KVCache, Transformer
@@ -191,7 +191,7 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
         errors = torch.empty_like(columns[..., start:stop, :])
         for i in range(start, stop):
             column, scale, zero = columns[..., i, :], column_scales[..., i, :], column_zeros[..., i, :]  # [..., N]
-            q = round_int4(column, scale, zero)
+            q = quantize_affine(column, scale, zero)
             error = (column - (q - zero) * scale) / upper[..., i, i, None]
             # Correct the later columns of this block now. All columns after the block are corrected together.
             columns[..., i + 1 : stop, :] -= upper[..., i, i + 1 : stop, None] * error[..., None, :]
@@ -210,7 +210,7 @@ def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Te
         scales, zeros = choose_qparams(groups * shrink)
         for _ in range(4):
             scale, zero = scales.float()[..., None], decode_zeros(zeros)[..., None]
-            q = round_int4(groups, scale, zero)
+            q = quantize_affine(groups, scale, zero)
             loss = ((groups - (q - zero) * scale).square_() * importance).sum(-1)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)

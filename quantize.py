@@ -43,7 +43,7 @@ from converters.checkpoint_path import ensure_converted
 from evaluation.lm_harness import task_text
 from formats import Int4, Tensors, WeightFormat
 from formats.base import in_chunks
-from formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
+from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
 from loading import load
 from model import meta_model
 from utils.errors import UsageError, check_integer
@@ -96,7 +96,7 @@ def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, 
     w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # in units of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):
-        q = round_int4(w, 1.0, zero)
+        q = quantize_affine(w, 1.0, zero)
         error = w - (q - zero)
         root = error.abs().clamp_(min=1e-8).sqrt_()
         loss = root.sum(-1, keepdim=True)
@@ -208,7 +208,7 @@ def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
 
 def check_input_widths(weights: dict[str, Tensor], format: WeightFormat):
     for name, w in weights.items():
-        k, factor = w.shape[-1], format.input_multiple
+        k, factor = w.shape[-1], format.k_alignment
         if k % factor:
             needs = f"{format.mode} needs a multiple of {factor}"
             raise UsageError(f"{name}.weight has {k} inputs; {needs}: use --mode int8")

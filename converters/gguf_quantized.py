@@ -33,7 +33,7 @@ from converters.quantized_weight import QuantizedWeight, check_finite_scales
 from converters.write_model import StackedTensor, check_finite_tensor
 from formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
 from formats.base import CHUNK_ELEMENTS
-from formats.integers import GroupwiseAsymmetric
+from formats.integers import GroupwiseAffine
 from utils.errors import UsageError
 
 SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of the GGUF's tensors
@@ -50,7 +50,7 @@ LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group siz
 
 
 def keeps_q(block_type: BlockType, format: WeightFormat) -> bool:
-    if not isinstance(format, GroupwiseAsymmetric):
+    if not isinstance(format, GroupwiseAffine):
         return False
     return block_type.bits * format.elements_per_byte <= 8 and block_type.group_size % format.group_size == 0
 

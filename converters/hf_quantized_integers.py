@@ -28,7 +28,7 @@ from torch import Tensor
 from converters.quantized_weight import QuantizedLayer, QuantizedWeight, stored_group_size, unpack_nibbles_interleaved
 from formats import GroupedInt8, Int4, Int8, Tensors
 from formats.base import slice_groups
-from formats.integers import GroupwiseAsymmetric
+from formats.integers import GroupwiseAffine
 from utils.errors import UsageError
 
 GPTQ_VERSIONS = ("gptq", "gptq_v2")  # by the names in config.json's checkpoint_format
@@ -74,7 +74,7 @@ class UnpackedWeight:
         signed = (self.read_q() ^ self.middle).view(torch.int8)
         return {"weight": signed, "scales": self.scales[:, 0].float()}
 
-    def read_groups(self, format: GroupwiseAsymmetric) -> Tensors:
+    def read_groups(self, format: GroupwiseAffine) -> Tensors:
         q, k = self.read_q(), self.shape[1]
         if self.input_order is not None:
             q = q[:, self.input_order]

@@ -75,7 +75,7 @@ class QuantizedWeight:
 
     def is_storable(self) -> bool:
         """Returns whether model.pth can hold the weight in this format."""
-        return self.format in self.format.stored_formats() and self.shape[1] % self.format.input_multiple == 0
+        return self.format in self.format.stored_formats() and self.shape[1] % self.format.k_alignment == 0
 
 
 def promote_formats(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:

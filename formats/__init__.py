@@ -41,7 +41,7 @@ from formats.integers import GROUP_SIZES, GroupedInt8, Int4, Int8
 from utils.errors import UsageError
 
 __all__ = [
-    "Unquantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationScheme", "Tensors",
+    "Unquantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationConfig", "Tensors",
     "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
@@ -54,7 +54,7 @@ MODES = {  # by --mode
 
 
 @dataclass(frozen=True)
-class QuantizationScheme:
+class QuantizationConfig:
     """The format of every linear layer of a model: a default, and the layers with another format."""
 
     default: WeightFormat
@@ -62,7 +62,7 @@ class QuantizationScheme:
     act_order_layers: tuple[str, ...] = ()  # the layers with a tensor input_order
 
     @classmethod
-    def from_dict(cls, quantization: dict | None) -> "QuantizationScheme":
+    def from_dict(cls, quantization: dict | None) -> "QuantizationConfig":
         """The formats that a checkpoint's "quantization" describes. The dict is to_dict of the default format, with two
         more keys: "layers" has the to_dict of each layer with another format, "act_order" lists layers with a tensor
         input_order. Raises UsageError."""

@@ -39,22 +39,22 @@ class WeightFormat:
     group_sizes: tuple[int | None, ...] = (None,)
     dtypes: dict[str, torch.dtype]  # of the tensors of a checkpoint, for the default of allocate
     elements_per_byte = 1  # of "weight"
-    input_multiple = 1  # K must be a multiple of this number
+    k_alignment = 1  # K must be a multiple of this number
     # Whether C++ rounds 16-bit activations to int8 (kernels/csrc/weights.h: INT8_ACTIVATIONS)
-    rounds_activations = False
-    shard_multiple = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
+    int8_activations = False
+    shard_alignment = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
 
     @property
     def name(self) -> str | None:
-        return f"{self.mode}.g{self.group_size}" if self.names_group_size else self.mode
+        return f"{self.mode}.g{self.group_size}" if self.has_group_size_suffix else self.mode
 
     def to_dict(self) -> dict | None:
         if not self.is_quantized:
             return None
-        return {"mode": self.mode} | ({"groupsize": self.group_size} if self.names_group_size else {})
+        return {"mode": self.mode} | ({"groupsize": self.group_size} if self.has_group_size_suffix else {})
 
     @property
-    def names_group_size(self) -> bool:
+    def has_group_size_suffix(self) -> bool:
         return self.group_size is not None and self.group_sizes != (None,)
 
     @classmethod

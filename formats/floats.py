@@ -10,7 +10,7 @@ from formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unp
 from formats.cpu_layouts import pair_rows, to_blocks, words_to_blocks
 from formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
 from formats.integers import GROUP_SIZES, join_groups, split_groups
-from formats.triton_layouts import by_column, pack_tiles, pack_words
+from formats.triton_layouts import pack_tiles, pack_words, to_column_major
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Float8(WeightFormat):
         return {"weight": words, "scales": to_blocks(tensors["scales"])}
 
     def to_triton_layout(self, tensors):
-        return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
+        return {"weight": pack_words(tensors["weight"]), "scales": to_column_major(tensors["scales"])}
 
     def promote_format(self, other):
         if not isinstance(other, Float8):
@@ -67,9 +67,9 @@ class MXFP4(WeightFormat):
     mode = "mxfp4"
     dtypes = {"weight": torch.uint8, "scales": torch.uint8}
     elements_per_byte = 2
-    rounds_activations = True
-    input_multiple = 32
-    shard_multiple = 8
+    int8_activations = True
+    k_alignment = 32
+    shard_alignment = 8
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         q, scales = round_mxfp4(split_groups(w.float(), self.group_size))
@@ -90,4 +90,4 @@ class MXFP4(WeightFormat):
 
     def to_triton_layout(self, tensors):
         tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
-        return {"weight": tiles, "scales": by_column(tensors["scales"])}
+        return {"weight": tiles, "scales": to_column_major(tensors["scales"])}

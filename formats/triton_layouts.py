@@ -1,9 +1,9 @@
 """The layouts of weights for the Triton kernels. WeightFormat.to_triton_layout of each format calls some of these:
 
-    pack_tiles     tiles of 4-bit elements, in the order of a matrix unit (drawn below)
-    pack_words     four elements of 8 bits in a word
-    pack_scales    a scale and a zero point in one word
-    by_column      scales without zero points
+    pack_tiles         tiles of 4-bit elements, in the order of a matrix unit (drawn below)
+    pack_words         four elements of 8 bits in a word
+    pack_scales        a scale and a zero point in one word
+    to_column_major    scales without zero points
 
 kernels/triton/elements.py decodes the words in the kernels. Packing itself is plain PyTorch and does not need Triton.
 
@@ -64,9 +64,9 @@ def pack_scales(scales: Tensor, zeros: Tensor) -> Tensor:
     """scales [..., N, n_groups] bfloat16 or float16, zeros [..., N, n_groups] uint8 -> words int32 [..., N, n_groups],
     stored column by column. A word is the scale as a float32. The lowest 8 bits of this float32 are zero, so they hold
     the zero point."""
-    return by_column(scales.float().view(torch.int32) | zeros.int())
+    return to_column_major(scales.float().view(torch.int32) | zeros.int())
 
 
-def by_column(scales: Tensor) -> Tensor:
+def to_column_major(scales: Tensor) -> Tensor:
     """Returns scales [..., N, n_groups] with strides of [..., n_groups, N]: stored column by column."""
     return scales.mT.contiguous().mT

@@ -73,7 +73,7 @@ def cpu_kernels_can_read(matrix: WeightMatrix) -> bool:
     """Whether the C++ kernels can read matrix. If the kernels round activations to int8, no group of activations
     may span two groups of weights. One spans two only in a shard whose width is an odd multiple of 8."""
     group_size = matrix.format.group_size
-    has_whole_groups = not matrix.format.rounds_activations or group_size is None or group_size % ACT_GROUP_SIZE == 0
+    has_whole_groups = not matrix.format.int8_activations or group_size is None or group_size % ACT_GROUP_SIZE == 0
     return has_whole_groups and matrix.format.kernels_can_read(matrix.in_features)
 
 

@@ -125,7 +125,7 @@ def add_gpu_commands(subparsers):
     add("--minutes", type=float, default=9, help="stop all jobs after these minutes (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON (default: %(default)s)")
 
-    parser = add_command(subparsers, gpu_jobs.transformers)
+    parser = add_command(subparsers, gpu_jobs.hf_transformers)
     add = parser.add_argument
     add("--config", required=True, help="as for the command speed, but only a Llama")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint
 from converters.write_model import NORM_BEFORE
-from formats import QuantizationScheme
+from formats import QuantizationConfig
 from layers import Linear
 from model import meta_model
 from tests.tiny import FAMILIES, convert, make_hf
@@ -196,7 +196,7 @@ def dequantized(path: Path) -> dict[str, Tensor]:
     """Returns every tensor of a checkpoint in float32, quantized weights dequantized. The inputs of a layer with an
     input_order are put back into the model's order."""
     config, quantization, tensors = read_checkpoint(path)
-    for name, linear in meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears():
+    for name, linear in meta_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears():
         if linear.format.is_quantized:
             parts = {kind: tensors.pop(f"{name}.{kind}") for kind in linear.tensors()}
             tensors[f"{name}.weight"] = linear.format.dequantize(parts, torch.float32)
@@ -228,7 +228,7 @@ def check_weights(path: Path, reference: Path, is_exact: bool):
 def formats_of(path: Path) -> dict[str, str | None]:
     """Returns the names of the formats of layer 0's linear layers and of the head."""
     config, quantization, _ = read_checkpoint(path)
-    linears = meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears()
+    linears = meta_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears()
     return {name.split(".")[-1]: linear.format.name for name, linear in linears if "layers.1." not in name}
 
 

@@ -86,7 +86,7 @@ def test_formats_and_activations_are_the_same_in_both_languages():
     library = kernels.build.library()
     for i, format_class in enumerate(FORMATS):
         assert library.format_elements_per_byte(i) == format_class.elements_per_byte
-        assert library.format_rounds_activations(i) == format_class.rounds_activations
+        assert library.format_int8_activations(i) == format_class.int8_activations
     for i, activation in enumerate(ACTIVATIONS, 1):
         assert library.activation_is_gated(i) == is_gated(activation)
 

@@ -12,7 +12,7 @@ import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
 from converters.convert_folder import convert_folder
-from formats import QuantizationScheme
+from formats import QuantizationConfig
 from loading import load_model
 from model import KVCache, meta_model
 from scripts.tiny_model import write_tokenizer
@@ -259,7 +259,7 @@ def give_input_orders(source: Path, target: Path):
     result is another model, with orders like those of GPTQ's act-order."""
     config, quantization, tensors = read_checkpoint(source)
     generator = torch.Generator().manual_seed(0)
-    linears = dict(meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears())
+    linears = dict(meta_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears())
     names = [name for name, linear in linears.items() if linear.n_experts is None]
     for name in names:
         order = torch.randperm(linears[name].in_features, generator=generator)

@@ -1,4 +1,4 @@
-"""Runs the commands "gpu" and "transformers" of benchmark.py: a table of models, weight formats and engines on a GPU.
+"""Runs the commands "gpu" and "hf_transformers" of benchmark.py: a table of models, weight formats and engines on a GPU.
 
     python scripts/benchmark.py gpu                          # checks, then the table, as far as time allows
     python scripts/benchmark.py gpu --only check             # jobs whose name has "check" in it
@@ -79,7 +79,7 @@ def all_jobs(tune: bool) -> dict[str, list[str]]:
             arguments = ["speed", "--config", shape, "--compile", "--json", *FLAGS[format], *flags]
             jobs[f"{engine} {model}"] = arguments
     for shape in ("Llama-3.1-8B", "Llama-3.2-1B"):
-        jobs[f"transformers {shape} bf16"] = ["transformers", "--config", shape]
+        jobs[f"transformers {shape} bf16"] = ["hf_transformers", "--config", shape]
     return jobs
 
 
@@ -119,12 +119,12 @@ def speed_cell(outcome: dict) -> str:
 # ---- An engine -------------------------------------------------------------------------------------------------------
 
 
-def transformers(args: argparse.Namespace):
+def hf_transformers(args: argparse.Namespace):
     """Decoding by Hugging Face transformers on a GPU, in bfloat16, with its static cache, which compiles the step."""
-    import transformers as hf_transformers
+    import transformers
 
     config = find_config(args.config)
-    hf_config = hf_transformers.LlamaConfig(
+    hf_config = transformers.LlamaConfig(
         hidden_size=config.dim,
         intermediate_size=config.ffn_dim,
         num_hidden_layers=config.n_layers,
@@ -137,7 +137,7 @@ def transformers(args: argparse.Namespace):
         eos_token_id=None,
     )
     with torch.device("cuda"):
-        model = hf_transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).eval()
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).eval()
     step_seconds = time_transformers_step(model)
     active_weight_bytes = sum(p.nbytes for p in model.parameters())  # a tied head and embedding count once
     if not config.tie_embeddings:
@@ -145,7 +145,7 @@ def transformers(args: argparse.Namespace):
     result = {
         "decode_tokens_per_sec": 1 / step_seconds,
         "decode_share_of_copy": active_weight_bytes / step_seconds / copy_bandwidth(),
-        "version": hf_transformers.__version__,
+        "version": transformers.__version__,
     }
     print(json.dumps(result))
 
