@@ -35,7 +35,7 @@ class WeightFormat:
     mode: str | None = None  # None: not quantized
     is_import_only = False  # whether only the converters make the class, so that --mode does not offer it
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
-    # The group sizes in the to_dict() of model.pth. None: to_dict() has no group size, and the object has the default
+    # The group sizes that model.pth may name. (None,): the class has one format, whose group size model.pth leaves out
     group_sizes: tuple[int | None, ...] = (None,)
     dtypes: dict[str, torch.dtype]  # of the tensors of a checkpoint, for the default of allocate
     elements_per_byte = 1  # of "weight"

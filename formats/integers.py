@@ -100,7 +100,8 @@ class GroupwiseAffine(WeightFormat):
 
 
 class Int4(GroupwiseAffine):
-    """q from 0 to 15. A zero point is a multiple of 1/16."""
+    """q from 0 to 15. A zero point is a multiple of 1/16, from 0 to 255/16. An integer zero point would shift the range of
+    q by up to half a step, and clamp weights at one end of the group."""
 
     format_id = 2
     mode = "int4"
@@ -164,7 +165,8 @@ class GroupedInt8(GroupwiseAffine):
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
-        # 254 and not 255: a scale that is rounded down makes q larger, and q must stay below 256
+        # 254 leaves headroom: bfloat16 may round the scale down by a factor of 1 + 2^-8, and the zero point is rounded,
+        # too. q is then below 254 * (1 + 2^-8) + 0.5 = 255.5. With 255, the group's largest weight could be clamped.
         scales, zeros = choose_range(groups, 254, self.scale_dtype)
         zeros = zeros.round().clamp(0, 255)
         q = quantize_affine(groups, scales.float()[..., None], zeros[..., None], max_q=255)

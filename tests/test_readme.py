@@ -153,7 +153,7 @@ def test_messages():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_names_exists(page):
-    """The targets of links exist, also the headings, and so do files, and in `FILE: NAME ...` the names in that file."""
+    """Every link's file and heading exist, every `FILE` exists, and in `FILE: NAME` the file contains the name."""
     text = page.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
         file, _, anchor = target.partition("#")

@@ -1,4 +1,4 @@
-"""Runs the commands "gpu" and "hf_transformers" of benchmark.py: a table of models, weight formats and engines on a GPU.
+"""The commands gpu and hf_transformers of benchmark.py: a table of models, weight formats and engines on a GPU.
 
     python scripts/benchmark.py gpu                          # checks, then the table, as far as time allows
     python scripts/benchmark.py gpu --only check             # jobs whose name has "check" in it
