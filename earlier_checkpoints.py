@@ -47,13 +47,14 @@ def upgrade(version: str, config, tensors: dict[str, Tensor]) -> tuple:
     comes later, finds a broken file."""
     first = list(UPGRADES).index(version)
     for renames in list(UPGRADES.values())[first:]:
-        tensors = {rename_parts(name, renames.tensors): tensor for name, tensor in tensors.items()}
+        tensors = {rename_tensor(name, renames.tensors): tensor for name, tensor in tensors.items()}
         if isinstance(config, dict):
             config = rename_fields(config, renames)
     return config, tensors
 
 
-def rename_parts(name: str, new_names: dict[str, str]) -> str:
+def rename_tensor(name: str, new_names: dict[str, str]) -> str:
+    """new_names: a part of an old name -> the part of the new name. The order counts."""
     for old, new in new_names.items():
         name = name.replace(old, new)
     return name

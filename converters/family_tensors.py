@@ -41,12 +41,6 @@ DBRX_TO_CANONICAL = {
 }
 
 
-def rename_tensor(name: str, new_names: dict[str, str]) -> str:
-    for old, new in new_names.items():
-        name = name.replace(old, new)
-    return name
-
-
 # ---- split_experts: splits, in place, tensors that hold all experts of a layer --------------------------------------
 # The parts are views: splitting reads nothing.
 

@@ -100,8 +100,8 @@ class GroupwiseAffine(WeightFormat):
 
 
 class Int4(GroupwiseAffine):
-    """q from 0 to 15. A zero point is a multiple of 1/16, from 0 to 255/16. An integer zero point would shift the range of
-    q by up to half a step, and clamp weights at one end of the group."""
+    """q from 0 to 15. A zero point is a multiple of 1/16, from 0 to 255/16: an integer would shift the range of q by up
+    to half a step, and clamp weights at one end of the group."""
 
     format_id = 2
     mode = "int4"

@@ -27,6 +27,7 @@ from statistics import median
 
 import torch
 
+from cli.common_args import PRECISIONS
 from scripts.benchmarking.speed import copy_bandwidth, find_config
 from utils.errors import UsageError
 from utils.files import ROOT
@@ -71,7 +72,7 @@ def in_batches(jobs: dict[str, list[str]]) -> list[list[str]]:
 
 def all_jobs(tune: bool) -> dict[str, list[str]]:
     """Returns the arguments of benchmark.py for each job, by the job's name. The most important jobs come first."""
-    jobs = {f"check {dtype}": ["check", "--precision", dtype] for dtype in ("bfloat16", "float16", "float32")}
+    jobs = {f"check {dtype}": ["check", "--precision", dtype] for dtype in PRECISIONS}
     engines = {"ours": ["--tune"] if tune else [], "plain": ["--kernels", "off", "--decode_only"]}
     for engine, flags in engines.items():
         for model in MODELS:
