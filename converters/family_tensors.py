@@ -10,7 +10,7 @@ from converters.canonical_checkpoint import SourceTensors
 
 # ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
 
-# For every family, except the names that its own renames have
+# For every family. A name in a family's own renames takes precedence
 LLAMA_NORMS_TO_CANONICAL = {
     ".input_layernorm.": ".pre_attention_norm.", ".post_attention_layernorm.": ".pre_ffn_norm.",
 }
@@ -75,7 +75,7 @@ def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
 
 def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
     """Removes every tensor whose name matches pattern, and yields the tensor with the groups of the match. A tensor
-    with fewer than min_dim dimensions cannot be split, and stays. Later write_model reports the missing parts."""
+    with fewer than min_dim dimensions cannot be split, and stays: write_model reports the missing parts."""
     for name in list(tensors):
         match = re.fullmatch(pattern, name)
         if match is not None and tensors[name].dim() >= min_dim:
