@@ -1,4 +1,4 @@
-"""Upgrades what checkpoint.py reads from a model.pth of an earlier version. The versions differ only in names."""
+"""Upgrades the config and the tensors of a model.pth of an earlier version. The versions differ only in names."""
 
 from dataclasses import dataclass, field
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Renames:
-    """What the next version renamed: old name -> new name."""
+    """The names that the next version changed: old name -> new name."""
 
-    tensors: dict[str, str] = field(default_factory=dict)  # a part of the name, in this order
+    tensors: dict[str, str] = field(default_factory=dict)  # parts of names: see rename_tensor
     fields: dict[str, str] = field(default_factory=dict)  # of ModelConfig, MoEConfig and RopeScaling
     activations: dict[str, str] = field(default_factory=dict)
 

@@ -64,7 +64,7 @@ def gpu(args: argparse.Namespace):
 
 
 def in_batches(jobs: dict[str, list[str]]) -> list[list[str]]:
-    """Groups the names of jobs that run at the same time. All checks run together, since they mostly compile. Every
+    """Groups the names of jobs that run at the same time. All checks run together, since checks mostly compile. Every
     other job runs alone."""
     checks = [job for job in jobs if job.startswith("check")]
     return [checks, *([job] for job in jobs if job not in checks)]
@@ -85,7 +85,7 @@ def all_jobs(tune: bool) -> dict[str, list[str]]:
 
 
 def start(arguments: list[str], end: float) -> dict:
-    """Runs benchmark.py with arguments. Returns the JSON object that it prints last, or {"error": reason}."""
+    """Runs benchmark.py with arguments. Returns the JSON object in the last line of stdout, or {"error": reason}."""
     seconds = end - time.monotonic()
     if seconds < LEAST_SECONDS:
         return {"error": "no time left"}
