@@ -1,4 +1,4 @@
-"""Weight formats: how a weight W [N, K] of N outputs and K inputs is stored. This is the one table of all formats:
+"""Weight formats: how a weight W [N, K] of N outputs and K inputs is stored. The one table of all formats:
 
     class         --mode   tensors of a checkpoint                              meaning
     Unquantized            weight [N, K], 16 or 32 bits
@@ -11,12 +11,10 @@
     MXFP4         mxfp4    weight [N, K / 2] uint8, scales [N, K / 32] uint8    w = e2m1(q) * 2^(scale - 127)
 
 q is an element of weight. Experts have one more dimension in front: [E, N, K]. group_size inputs of an output are a
-group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16. They are float16 if the
-weights come from a checkpoint of another project with float16 scales, since bfloat16 has fewer bits.
+group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16, or float16
+if another project's checkpoint has float16 scales, for which bfloat16 has too few bits.
 
-Int8 has one scale for each output. GroupedInt8 has a scale and a zero point for each group, as Int4 does. Converters
-make GroupedInt8 from grouped weights of other projects that do not fit Int4, since they have more bits or other group
-sizes. --mode does not offer GroupedInt8.
+Only converters make GroupedInt8: from other projects' grouped weights with more bits or other group sizes than Int4.
 
 Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in the low half and element j + 4 in the high half:
 
@@ -24,11 +22,11 @@ Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in the low ha
              low half    q0       q1       q2       q3
              high half   q4       q5       q6       q7
 
-The files, in the order in which to read them:
+The files, in reading order:
 
     base.py             WeightFormat, the interface; Unquantized; packing of 4-bit elements
     integers.py         Int8, Int4, GroupedInt8
-    floats.py           Float8, MXFP4; float_bits.py has their numbers
+    floats.py           Float8, MXFP4; float_bits.py rounds and decodes
     cpu_layouts.py      the layout for the C++ kernels (kernels/csrc/weights.h has a struct for each format)
     triton_layouts.py   the layouts for the Triton kernels (kernels/triton/formats.py: two functions for each)
 """

@@ -190,8 +190,8 @@ class GroupedInt8(GroupwiseAffine):
 
 
 def split_groups(w: Tensor, group_size: int) -> Tensor:
-    """[..., K] -> [..., n_groups, group_size]. A shorter last group is padded with the last element. So the minimum and
-    the maximum of the group stay the same."""
+    """[..., K] -> [..., n_groups, group_size]. A shorter last group is padded with the last element, which leaves the
+    group's minimum and maximum unchanged."""
     missing = -w.shape[-1] % group_size
     if missing:
         w = torch.cat([w, w[..., -1:].expand(*w.shape[:-1], missing)], dim=-1)
