@@ -1,4 +1,4 @@
-"""A rank that torchrun starts in test_tp.py: it compares and then dies, or waits for Ctrl-C.
+"""A rank that torchrun starts in test_tp.py. The rank compares and then dies, or waits for Ctrl-C.
 
     torchrun --standalone --nproc_per_node=2 tests/tp_ranks.py compare FOLDER RESULTS.json
     torchrun --standalone --nproc_per_node=2 tests/tp_ranks.py wait
