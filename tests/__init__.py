@@ -47,5 +47,5 @@ Helpers and fixtures of several test files:
     tests/tp_ranks.py             the program of a rank, which torchrun starts, for test_tp
     tests/threads_test.cpp        the C++ program of test_threads
 
-A fixture of several test files is in fixtures.py, or in a file that they name in pytest_plugins.
+A fixture of several test files is in fixtures.py, or in a file that the test files name in pytest_plugins.
 """

@@ -1,5 +1,4 @@
-"""Tiny quantized checkpoints, in the formats that other projects write, with the values of their weights. CASES lists
-them."""
+"""CASES: tiny quantized checkpoints, in the formats of other projects, with the values of the weights."""
 
 import json
 import math
@@ -134,8 +133,8 @@ def int_quantized(
 def float8(
     name: str, w: Tensor, rows: int | None, columns: int | None, kind: str, scale_dtype=torch.float32, dims: int = 2
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Rounds w to float8, with one scale for each block of rows x columns (None: all of them). dims: of the scales,
-    which ModelOpt stores with 4 dimensions."""
+    """Rounds w to float8, with one scale for each block of rows x columns (None: of all rows or columns). dims: the
+    number of dimensions of the scales, which is 4 in ModelOpt."""
     n, k = w.shape
     is_one = rows is columns is None
     rows, columns = rows or n, columns or k
@@ -217,7 +216,7 @@ def half_step(w: Tensor) -> Tensor:
 
 
 def check_weights(path: Path, reference: Path, is_exact: bool):
-    """Checks that every weight is the reference's, or within half a step of bfloat16 of it."""
+    """Checks that every weight equals the weight of reference, or differs by at most half a step of bfloat16."""
     ours, theirs = dequantized(path), dequantized(convert(reference))
     assert ours.keys() == theirs.keys()
     for name, w in theirs.items():

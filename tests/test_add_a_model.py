@@ -109,7 +109,7 @@ def test_nf4_on_a_gpu(dtype):
         error = 2 * u if dtype == torch.bfloat16 else u
         check_matmuls(w, exact, torch.randn(n_tokens, k).to(dtype), 0 if dtype == torch.float32 else error, error)
 '''
-# Those of the tree's tests that go through a list of formats, but for those that take minutes
+# Tests that go through a list of formats, and take no minutes
 FORMAT_TESTS = ["tests/test_quantize.py", "tests/test_kernels.py", "tests/test_triton.py::test_every_format_is_checked"]
 EXAMPLES = {  # name -> diff, tests of ours, and which of the tree's tests also try it
     "top_n_sigma": (TOP_N_SIGMA_DIFF, TOP_N_SIGMA_TESTS, ["tests/test_sampling.py"]),

@@ -259,9 +259,9 @@ def test_stdin_that_is_not_text(chat_model, monkeypatch, capsys, errors):
 
 @pytest.fixture(scope="module")
 def fine_tune(tmp_path_factory) -> Path:
-    """Returns the folder of a model that was fine-tuned on ChatML. Its config names the base model's end token. The
-    model has more tokens than its tokenizer. After a line break it generates "<think>a</think>B<|im_end|>", with a
-    token before B that has no text."""
+    """Returns the folder of a model that was fine-tuned on ChatML: config.json names the base model's end token, and
+    the vocabulary of the model is larger than the vocabulary of the tokenizer. After a line break the model generates
+    "<think>a</think>B<|im_end|>", with a token before B that has no text."""
     size = 448
     hf = {
         "architectures": ["LlamaForCausalLM"],

@@ -1,4 +1,4 @@
-"""compare_llama_cpp.py gives both sides the same weights and computes its medians and ratios correctly. Runs without
+"""compare_llama_cpp.py gives both sides the same weights and computes the right medians and ratios. Runs without
 llama.cpp."""
 
 import shutil

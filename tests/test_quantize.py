@@ -35,7 +35,7 @@ class Int4HQQ(Int4):
 
 
 def is_made(format) -> bool:
-    """Returns whether quantize.py makes files of the format. Only the converters make the others."""
+    """Returns whether quantize.py makes files of the format, and not only the converters."""
     return not format.is_import_only and format == type(format).from_options(format.group_size)
 
 
@@ -51,7 +51,7 @@ FLOAT_ERROR = 1e-5  # of a few float32 operations, relative to their result
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Returns a function: family -> a folder with its model.pth and tokenizer."""
+    """Returns a function: family -> a folder with model.pth and a tokenizer."""
     made = {}
 
     def make(family: str):
@@ -258,8 +258,7 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
 
 
 def test_hessians_are_of_what_each_linear_gets(folder):
-    """The Hessian of a layer is that of its own inputs. An expert's inputs are the tokens that the router sends to
-    it."""
+    """A layer's Hessian is a sum over the layer's own inputs: over the tokens that the router sends to an expert."""
     model = load_model(folder("qwen3-moe") / "model.pth", "cpu", torch.float32, use_kernels=False)
     tokens = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
     layer, kv_cache = model.layers[0], KVCache(model, 1, 12)

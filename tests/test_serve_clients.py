@@ -37,7 +37,7 @@ class Gate:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chat_server, monkeypatch):
-    """A client with a hundred steps for all rows hangs up, while more of its texts wait. The next client gets its
+    """A client with a hundred steps for all rows hangs up, while more texts of the client wait. The next client gets an
     answer after a few steps."""
     engine, n = chat_server.engine, N_ROWS + 2
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
