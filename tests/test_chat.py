@@ -300,7 +300,7 @@ def test_a_fine_tune_ends_its_turn(fine_tune, cli, ask, args):
 
 
 def test_thoughts_are_shown_but_forgotten(fine_tune, cli):
-    """Thoughts are printed, but are not part of later prompts, because the template leaves them out."""
+    """Thoughts are printed, but are not part of later prompts, because the template leaves thoughts out."""
     assert cli(fine_tune, "--chat", *GREEDY, stdin="Hi\nHo\n") == "<think>a</think>B\n" * 2
     conversation = LLM(fine_tune / "model.pth", "cpu", torch.float32).chat()
     for message in ("Hi", "Ho"):

@@ -137,7 +137,7 @@ def test_rope_tables_equal_transformers(rope):
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GptOssForCausalLM"])
 def test_yarn_stretches_the_context(architecture):
-    """rope_scaling alone stretches the context, as Qwen's pages say. It replaces the family's own scaling."""
+    """rope_scaling alone stretches the context, as Qwen's pages say. rope_scaling replaces the family's own scaling."""
     sizes = SIZES | {"max_position_embeddings": 64, "architectures": [architecture]}
     config = config_from_hf(sizes | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
     assert config.max_seq_len == 256 and config.rope_scaling.original_max_seq_len == 64

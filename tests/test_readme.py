@@ -275,7 +275,7 @@ def test_imports_go_one_way():
 
 
 def nodes_that_run(node: ast.AST) -> list[ast.AST]:
-    """Returns node and all nodes in it, except those of `if TYPE_CHECKING:`."""
+    """Returns node and all nodes in it, except the nodes of `if TYPE_CHECKING:`."""
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         return [found for child in node.orelse for found in nodes_that_run(child)]
     return [node, *(found for child in ast.iter_child_nodes(node) for found in nodes_that_run(child))]

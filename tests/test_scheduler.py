@@ -285,7 +285,7 @@ def test_a_prompt_that_is_cancelled_leaves_no_nan():
 
 
 def test_logprobs(both_models):
-    """Log-probabilities are those of one forward over prompt and answer, for every sampling."""
+    """One forward over prompt and answer gives the same log-probabilities, for every sampling."""
     _, model = both_models("llama3", True)
     prompts = make_prompts(2)
     scheduler = Scheduler(model, 2, 48)

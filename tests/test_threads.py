@@ -1,4 +1,4 @@
-"""kernels/csrc/threads.h: how the threads of the CPU kernels share work, and how many of them a step uses."""
+"""kernels/csrc/threads.h: how the threads of the CPU kernels share work, and how many threads a step uses."""
 
 import os
 import shutil

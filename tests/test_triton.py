@@ -277,7 +277,7 @@ def test_attention_stays_in_the_cache():
 
 
 def tiny_model(family: str, n_layers: int):
-    """Returns a model smaller than those of tests/tiny.py, since the interpreter is slow."""
+    """Returns a model smaller than in tests/tiny.py, since the interpreter is slow."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 40, "num_hidden_layers": n_layers}
     if family == "mixtral":
         sizes["num_local_experts"] = 4
