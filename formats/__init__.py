@@ -11,8 +11,8 @@
     MXFP4         mxfp4    weight [N, K / 2] uint8, scales [N, K / 32] uint8    w = e2m1(q) * 2^(scale - 127)
 
 q is an element of weight. Experts have one more dimension in front: [E, N, K]. group_size inputs of an output are a
-group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16, or float16
-if another project's checkpoint has float16 scales, for which bfloat16 has too few bits.
+group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16, or float16 if another
+project's checkpoint has float16 scales, for which bfloat16 has too few bits.
 
 Only converters make GroupedInt8: from other projects' grouped weights with more bits or other group sizes than Int4.
 

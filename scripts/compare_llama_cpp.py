@@ -23,9 +23,8 @@ closer to the original, above all if the model is small and the vocabulary large
 
 Each side of a pair has a process, and the two processes take turns. A round measures memory's read bandwidth, decoding
 on both sides, and prefill on both sides, without a pause, since bandwidth may change from second to second. In every
-second round llama.cpp comes first. Both sides decode greedily, and llama.cpp has
-its default settings. Bytes per token are the weights that a decode step reads, and the keys and values of the tokens in
-the cache.
+second round llama.cpp comes first. Both sides decode greedily, and llama.cpp has its default settings. Bytes per token
+are the weights that a decode step reads, and the keys and values of the tokens in the cache.
 """
 
 import argparse

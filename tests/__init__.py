@@ -21,7 +21,7 @@
     cli/, generate.py               test_cli, test_mistakes, test_terminal, test_parallel_cli, test_speculative_cli
     llm.py                          test_library
     eval.py, evaluation/            test_eval
-    utils/                          test_machine, test_fuzz
+    utils/                          test_machine, test_fuzz; of signals test_kernels_builds, test_capture
     scripts/                        test_benchmark, test_benchmark_busy, test_compare, test_demo, test_download; of the
                                     server test_serve, test_serve_clients, test_serve_errors
     the pages, examples             test_readme, test_add_a_model, test_examples
