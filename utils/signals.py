@@ -20,8 +20,8 @@ def defer_signals() -> Iterator[list[int]]:
     try:
         yield held
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+        for signum in reversed(handlers):  # SIGINT last, since KeyboardInterrupt would end the loop
+            signal.signal(signum, handlers[signum])
         for signum in held:
             if handlers[signum] == signal.SIG_DFL:
                 sys.exit(128 + signum)
