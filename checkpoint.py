@@ -98,7 +98,7 @@ def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iter
 
 
 def replace_checkpoint(temporary: Path, path: Path):
-    """Renames temporary to path. Raises UsageError if temporary is gone: a later writer of path has deleted it."""
+    """Renames temporary to path. Raises UsageError if a later writer of path has deleted temporary."""
     try:
         os.replace(temporary, path)
     except FileNotFoundError:

@@ -83,7 +83,7 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
 
 @dataclass
 class TargetWeight:
-    """One of our weights, and the GGUF's tensors (parts) whose rows it stacks.
+    """A weight of model.pth, and the GGUF's tensors (parts) whose rows the weight stacks.
 
     formats: the formats that the weight may have, from the largest to the smallest. The largest one loses nothing.
     gentle_format: the smallest format that neither rounds q to fewer bits nor rounds q of 4 bits again.

@@ -2,7 +2,7 @@
 
     config = config_from_hf(json.load(open("config.json")))
 
-A field is refused if it changes the maths and model.py does not implement the change.
+A field that changes the maths is refused, unless model.py implements the change.
 """
 
 import math

@@ -202,7 +202,7 @@ def read_compressed(layer: QuantizedLayer, quantization: dict) -> QuantizedWeigh
 
 
 def read_block_shape(scheme: dict) -> list[int] | None:
-    """Returns the rows and columns of a block. Early versions of compressed-tensors wrote them as "128x128"."""
+    """Returns the rows and columns of a block. Early versions of compressed-tensors wrote "128x128"."""
     shape = scheme.get("block_structure")
     return [int(size) for size in shape.split("x")] if isinstance(shape, str) else shape
 

@@ -207,7 +207,7 @@ def find_dynamic(layer: QuantizedLayer, dynamic: dict) -> dict:
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, version: str) -> Tensor:
-    """Returns GPTQ's zero points [n_groups, N] uint8. Version 1 stores them minus one."""
+    """Returns GPTQ's zero points [n_groups, N] uint8. Version 1 stores zero - 1."""
     if version == "gptq":
         # Add 1 to every value in a word, with carries: GPTQ subtracted 1 from every value, with borrows.
         qzeros = qzeros + (0x11111111 if bits == 4 else 0x01010101)

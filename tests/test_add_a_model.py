@@ -144,7 +144,8 @@ def tree(tmp_path):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_diff_finds_its_place(name):
-    """The old lines of each hunk are in the file exactly once, so git apply finds them after other changes, too."""
+    """The old lines of each hunk are in the file exactly once, so git apply finds the place after other changes,
+    too."""
     for file, hunks in re.findall(r"^--- a/(.*)\n\+\+\+ .*\n((?:[@ +-].*\n)*?)(?=---|\Z)", EXAMPLES[name][0], re.M):
         for hunk in re.split(r"^@@ .*\n", hunks, flags=re.M)[1:]:
             old = "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] in " -")

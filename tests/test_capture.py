@@ -197,7 +197,7 @@ def test_other_operations_raise(operation):
 @built
 def test_ctrl_c_leaves_no_kernel_capturing():
     """After Ctrl-C at any call of capture.py or signals.py, KeyboardInterrupt is raised, later kernels compute, and all
-    signals have the handlers that they had before."""
+    signals have the same handlers as before."""
     x, expected = torch.ones(37), torch.full((37,), 2.0)
     files = {function.__code__.co_filename for function in (capture, defer_signals.__wrapped__)}
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]

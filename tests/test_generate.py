@@ -268,7 +268,8 @@ def test_compiled_prefill(family, both_models, monkeypatch, without_inductor):
 
 
 def test_compiled_prefill_with_kernels(both_models, monkeypatch, without_inductor):
-    """A compiled prefill uses the kernels for prompts, if the CPU has them: its chunks have more tokens than a step."""
+    """A compiled prefill, whose chunks have more tokens than a step, uses the kernels for prompts if the CPU has
+    any."""
     without_inductor()
     monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 40)  # of two sequences
     cases = [(0, 37, 9), (29, 34, 1), (0, 63, 1)]

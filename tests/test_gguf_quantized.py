@@ -57,7 +57,7 @@ def theirs_of(rows: torch.Tensor, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_codes_are_kept(name):
-    """Blocks have the values that the gguf package computes, and our formats come as close to them as they can."""
+    """Blocks have the values that the gguf package computes, and our formats come as close as they can."""
     rows = random_rows(name)
     rows[0] = 0  # scales and minima of 0
     if name in ("Q4_1", "Q5_1"):  # a group of one number

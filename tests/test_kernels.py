@@ -318,7 +318,7 @@ def test_every_value_of_8_and_4_bits(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_operations(dtype):
-    """add and activate equal PyTorch's to the last bit, or nearly if they compute an exponential."""
+    """add and activate equal PyTorch's to the last bit, or nearly where an exponential is computed."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
     assert torch.equal(ops.add(x, y, ops.CPU_BACKEND), x + y)

@@ -90,8 +90,8 @@ def test_prompts_longer_than_every_window(family, use_kernels, both_models):
     [("phi4-mini", 16), ("phi4-mini", 17), ("dynamic", 256), ("dynamic", 257), ("dynamic", 400)],
 )
 def test_rope_that_depends_on_the_length(family, n, both_models):
-    """RoPE is right below and above the trained context. It depends on the cache's length here, and on the tokens in
-    transformers."""
+    """RoPE is right below and above the trained context: here the cache's length counts, in transformers the number of
+    tokens."""
     theirs, ours = both_models(family, False)
     tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():

@@ -45,7 +45,7 @@ class Tokenizer:
     bos_ids: list[int]  # the ids with which every text begins: bos_token, or none
     special_token_ids: dict[str, int]  # a special token's text -> its id
     added_token_ids: dict[str, int] = {}  # text -> id of added tokens that are not special and that the library lacks
-    ids_with_lstrip: set[int]  # special and added tokens that swallow the white space before them
+    ids_with_lstrip: set[int]  # special and added tokens that swallow white space on the left
     drops_space: bool  # whether the library puts a space before a text, which decoding drops
 
     def __init__(self, config: TokenizerConfig):
@@ -77,7 +77,7 @@ class Tokenizer:
         tokens that are written in a message stay text. Raises UsageError if the checkpoint has no template, or if the
         template fails."""
         starts = self.special_token_starts()
-        # SENTINEL after the first character of a special token's text: so split_at_special_tokens does not find it
+        # SENTINEL after the first character of a special token's text hides the text from split_at_special_tokens
         marked = [message | {"content": starts.sub(rf"\g<0>{SENTINEL}", message["content"])} for message in messages]
         return self.split_at_special_tokens(self.render_chat(marked, add_generation_prompt=True))
 

@@ -121,7 +121,7 @@ def refuse_broken(path: Path) -> Iterator[None]:
 
 
 def special_tokens(fields: dict) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """Returns the special tokens in fields: the named ones as a dict, and the others."""
+    """Returns (special tokens with a name, such as bos_token, by name; special tokens without a name)."""
     named = {key: value for key, value in fields.items() if isinstance(value, AddedToken)}
     unnamed = next((fields[key] for key in UNNAMED_TOKENS if fields.get(key)), [])
     if isinstance(unnamed, dict):
