@@ -4,13 +4,13 @@ makes a model of what read_checkpoint returns.
     checkpoint = read_checkpoint(Path("checkpoints/M/model.pth"))
     checkpoint.config, checkpoint.quantization, checkpoint.tensors
 
-The file is what torch.save makes of this dict:
+The file is this dict, as torch.save writes it:
 
     {"format": "gpt-fast/7", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
 torch.load(mmap=True, weights_only=True) reads the file, so a checkpoint cannot run code. save_checkpoint writes tensor
-by tensor to a temporary file, and renames that file at the end. So a file named model.pth is always complete. If two
-processes write the same model.pth, the process that started later wins, and the other one fails.
+by tensor to a temporary file, and renames the file at the end, so that a file named model.pth is always complete. If
+two processes write the same model.pth, the process that started first fails.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> i
 
 class Checkpoint(NamedTuple):
     config: ModelConfig
-    quantization: dict | None  # formats: QuantizationScheme.from_dict reads it; None: no weight is quantized
+    quantization: dict | None  # formats: QuantizationConfig.from_dict reads it; None: no weight is quantized
     tensors: dict[str, Tensor]  # memory-mapped
 
 
@@ -49,8 +49,8 @@ def save_checkpoint(
     path: Path, config: ModelConfig, shapes: Shapes, tensors: Iterable[tuple[str, Tensor]],
     quantization: dict | None = None,
 ):
-    """Writes a checkpoint to path. shapes lists the tensors; tensors yields them in any order, so that only one tensor
-    needs to be in memory at a time. After any error, path is as it was before."""
+    """Writes a checkpoint to path. tensors yields the tensors of shapes in any order, so that only one tensor needs to
+    be in memory at a time. An error leaves path unchanged."""
     header = {"format": CHECKPOINT_VERSION, "config": config.to_dict(), "quantization": quantization}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -98,7 +98,7 @@ def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iter
 
 
 def replace_checkpoint(temporary: Path, path: Path):
-    """Renames temporary to path. Raises UsageError if temporary is gone: a later writer of path has deleted it."""
+    """Renames temporary to path. Raises UsageError if a later writer of path has deleted temporary."""
     try:
         os.replace(temporary, path)
     except FileNotFoundError:
@@ -109,8 +109,8 @@ def replace_checkpoint(temporary: Path, path: Path):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint's config, and maps the tensors into the CPU's memory without reading them. A caller that has
-    read a tensor may release the tensor's pages (utils/machine.py: drop_pages)."""
+    """Reads a checkpoint's config, and maps the tensors into memory without reading a tensor. After a tensor is read,
+    utils/machine.py: drop_pages can release the tensor's pages."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_torch_file(path)
@@ -126,10 +126,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def has_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> bool:
-    """Whether head and embedding are the same tensors, which a checkpoint stores only as the embedding's.
+    """Returns whether head and embedding are the same tensors, which a checkpoint stores under the embedding's names.
 
-    With tie_embeddings a head may still have tensors of its own: quantize.py writes such a head, since it does not
-    quantize the embedding, and tp.py shards the head, but not the embedding."""
+    With tie_embeddings a head may still have tensors of its own: quantize.py quantizes the head, and tp.py shards the
+    head, but neither changes the embedding."""
     return config.tie_embeddings and "lm_head.weight" not in tensors
 
 

@@ -28,8 +28,8 @@ c10d = torch.ops._c10d_functional  # PyTorch's functional collectives, since tor
 
 
 class Stopwatch:
-    """The time so far that this process has spent in collectives between CPUs. Collectives of a compiled step do not
-    count, since torch.compile cannot trace a clock."""
+    """Sums up the time of collectives between CPUs in this process, apart from collectives of a compiled step, since
+    torch.compile cannot trace a clock."""
 
     seconds = 0.0
 
@@ -42,10 +42,10 @@ def world_size() -> int:
 
 
 def collective(join_ranks: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Decorator of a function that every rank calls with its own x. With one rank the result is x.
+    """Decorator for a function that joins x of all ranks. With one rank the result is x.
 
-    A CUDA graph contains the collectives of the captured step. OpLists cannot contain collectives, so a CPU graph is
-    split at each one (kernels/capture.py: split_graph_at)."""
+    A CUDA graph contains the collectives of the captured step. A CPU graph is split at each collective
+    (kernels/capture.py: split_graph_at)."""
 
     def timed(x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -64,14 +64,13 @@ def collective(join_ranks: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
 
 @collective
 def all_reduce(x: Tensor) -> Tensor:
-    """Returns the sum of all ranks' x, on every rank."""
+    """Returns the sum of x over all ranks."""
     return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group_name()))
 
 
 @collective
 def broadcast(x: Tensor) -> Tensor:
-    """Returns rank 0's x, on every rank. Samplers broadcast the tokens, since a program may not have seeded all ranks
-    alike."""
+    """Returns x of rank 0. Samplers broadcast the tokens, since a program may not have seeded all ranks alike."""
     return c10d.wait_tensor(c10d.broadcast(x.contiguous(), 0, group_name()))
 
 
@@ -99,9 +98,8 @@ def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def can_one_shot(like: Tensor) -> bool:
-    """Whether this rank can use PyTorch's one-shot all-reduce: the rank's GPU can read the memory of all other GPUs,
-    and the operation supports dtype and number of ranks. Only with 2, 4 or 8 ranks does every rank add in the same
-    order."""
+    """Returns whether this rank can use PyTorch's one-shot all-reduce: the rank's GPU can read the memory of all other
+    GPUs, and the operation supports dtype and number of ranks. With 2, 4 or 8 ranks all ranks add in the same order."""
     n_ranks = world_size()
     if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float32) or n_ranks not in (2, 4, 8):
         return False
@@ -139,13 +137,13 @@ def gather_objects(value) -> list:
     return values
 
 
-# The numbers in broadcast_json's keys. Every call needs a new key, since a key stays set.
+# For the keys of broadcast_json: every call needs a new key, since a key stays set
 broadcast_numbers = count()
 
 
 def broadcast_json(store: dist.Store, function: Callable[[], object]):
-    """Calls function on rank 0, and returns the result on every rank. The result must be JSON serializable. The other
-    ranks wait without a time-out."""
+    """Calls function on rank 0 while all other ranks wait, without a time-out. Returns the result, which must be JSON
+    serializable, on every rank."""
     key = f"result {next(broadcast_numbers)}"
     if dist.get_rank() == 0:
         store.set(key, json.dumps(function()))
@@ -154,8 +152,8 @@ def broadcast_json(store: dist.Store, function: Callable[[], object]):
 
 
 def call_on_rank_0(function: Callable[[], str]) -> str:
-    """Calls function on rank 0 while the other ranks wait. Returns the result, or raises function's UsageError, on
-    every rank."""
+    """Calls function on rank 0 while all other ranks wait. Returns the result, or raises the UsageError, on every
+    rank."""
 
     def result_or_error() -> tuple[str | None, str | None]:
         try:

@@ -1,4 +1,4 @@
-"""Upgrades what checkpoint.py reads from a model.pth of an earlier version. The versions differ only in names."""
+"""Upgrades the config and the tensors of a model.pth of an earlier version. The versions differ only in names."""
 
 from dataclasses import dataclass, field
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Renames:
-    """What the next version renamed: old name -> new name."""
+    """The names that the next version changed: old name -> new name."""
 
-    tensors: dict[str, str] = field(default_factory=dict)  # a part of the name, in this order
+    tensors: dict[str, str] = field(default_factory=dict)  # parts of names: see rename_tensor
     fields: dict[str, str] = field(default_factory=dict)  # of ModelConfig, MoEConfig and RopeScaling
     activations: dict[str, str] = field(default_factory=dict)
 
@@ -47,13 +47,14 @@ def upgrade(version: str, config, tensors: dict[str, Tensor]) -> tuple:
     comes later, finds a broken file."""
     first = list(UPGRADES).index(version)
     for renames in list(UPGRADES.values())[first:]:
-        tensors = {rename_parts(name, renames.tensors): tensor for name, tensor in tensors.items()}
+        tensors = {rename_tensor(name, renames.tensors): tensor for name, tensor in tensors.items()}
         if isinstance(config, dict):
             config = rename_fields(config, renames)
     return config, tensors
 
 
-def rename_parts(name: str, new_names: dict[str, str]) -> str:
+def rename_tensor(name: str, new_names: dict[str, str]) -> str:
+    """new_names: a part of an old name -> the part of the new name. The order counts."""
     for old, new in new_names.items():
         name = name.replace(old, new)
     return name

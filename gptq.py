@@ -2,11 +2,11 @@
 
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4-gptq --calibration_text book.txt
 
-The layers are quantized one after the other. So a layer gets inputs x from layers that are quantized already. The
-layer's Hessian H is the sum of x x^T over all inputs x. Then the columns of the layer's weight are rounded one by one.
-Changes of the columns that are not rounded yet compensate the rounding error of a column.
+The layers are quantized one after the other, so that a layer gets inputs x from layers that are quantized already. The
+layer's Hessian H is the sum of x x^T over all inputs x. The columns of the layer's weight are rounded one by one, and
+changes of the columns that are not rounded yet compensate the rounding error of a column.
 
-Unlike the paper's, the groups are static: every group gets a scale and a zero before any column is rounded. Of several
+Unlike in the paper, groups are static: every group gets a scale and a zero before any column is rounded. Of several
 candidates, the pair (scale, zero) with the least rounding error wins, weighted by diag(H). act_order changes the order
 of rounding, which static groups do not depend on.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from evaluation.scoring import split_windows
 from formats import Int4, Tensors
 from formats.base import pack_nibbles
-from formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
+from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
 from kernels.arguments import LayerCache, PositionTables
 from layers import ExpertsGateUp, LinearBase
 from model import KVCache, Transformer
@@ -191,7 +191,7 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
         errors = torch.empty_like(columns[..., start:stop, :])
         for i in range(start, stop):
             column, scale, zero = columns[..., i, :], column_scales[..., i, :], column_zeros[..., i, :]  # [..., N]
-            q = round_int4(column, scale, zero)
+            q = quantize_affine(column, scale, zero)
             error = (column - (q - zero) * scale) / upper[..., i, i, None]
             # Correct the later columns of this block now. All columns after the block are corrected together.
             columns[..., i + 1 : stop, :] -= upper[..., i, i + 1 : stop, None] * error[..., None, :]
@@ -210,7 +210,7 @@ def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Te
         scales, zeros = choose_qparams(groups * shrink)
         for _ in range(4):
             scale, zero = scales.float()[..., None], decode_zeros(zeros)[..., None]
-            q = round_int4(groups, scale, zero)
+            q = quantize_affine(groups, scale, zero)
             loss = ((groups - (q - zero) * scale).square_() * importance).sum(-1)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
@@ -221,9 +221,8 @@ def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Te
 
 
 def least_squares(groups: Tensor, q: Tensor, importance: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the scales and zeros [..., n_groups] for which (q - zero) * scale is closest to groups, with q fixed. If
-    the fitted scale of a group is not positive, the group keeps its scale in scales. That happens if all q of the group
-    are equal."""
+    """Returns the scales and zeros [..., n_groups] for which (q - zero) * scale is closest to groups, with q fixed. A
+    group whose fitted scale is not positive, because all q of the group are equal, keeps the scale in scales."""
     total = importance.sum(-1)
     weighted = q * importance
     q_mean, w_mean = weighted.sum(-1) / total, (groups * importance).sum(-1) / total

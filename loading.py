@@ -19,7 +19,7 @@ from torch import Tensor
 import collectives
 import tp
 from checkpoint import has_tied_head, read_checkpoint, with_tied_head
-from formats import QuantizationScheme
+from formats import QuantizationConfig
 from model import DTYPES, Transformer, meta_model
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UsageError
@@ -59,7 +59,7 @@ def load_model(
         raise UsageError(f"dtype must be {DTYPES[0]}, {DTYPES[1]} or {DTYPES[2]}, not {dtype!r:.80}")
     path, device = Path(path), torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
-    model = meta_model(config, QuantizationScheme.from_dict(quantization))
+    model = meta_model(config, QuantizationConfig.from_dict(quantization))
 
     quantized_names = quantized_tensor_names(model)
     all_tensors = with_tied_head(config, tensors)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import ops
 from config import ModelConfig
-from formats import QuantizationScheme, Unquantized, WeightFormat
+from formats import QuantizationConfig, Unquantized, WeightFormat
 from kernels.arguments import AttentionParams, LayerCache, PositionTables
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
 from ops.backend import Backend
@@ -30,7 +30,7 @@ from utils.machine import check_memory
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations (--precision)
 UNQUANTIZED = Unquantized()
-ALL_UNQUANTIZED = QuantizationScheme(UNQUANTIZED)
+ALL_UNQUANTIZED = QuantizationConfig(UNQUANTIZED)
 
 
 class Transformer(nn.Module):
@@ -149,7 +149,7 @@ def round_to_dtype(value: float, dtype: torch.dtype) -> float:
     return round(value / ulp) * ulp
 
 
-def meta_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZED) -> Transformer:
+def meta_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZED) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
     quantized only if formats names the embedding. Raises UsageError if formats names a layer that the model does not
     have, or gives an input_order to a layer that cannot have one."""

@@ -43,7 +43,7 @@ from converters.checkpoint_path import ensure_converted
 from evaluation.lm_harness import task_text
 from formats import Int4, Tensors, WeightFormat
 from formats.base import in_chunks
-from formats.integers import choose_qparams, decode_zeros, encode_zeros, round_int4, split_groups
+from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
 from loading import load
 from model import meta_model
 from utils.errors import UsageError, check_integer
@@ -52,7 +52,7 @@ from utils.machine import drop_pages, pick_device
 
 QuantizedLayers = Iterator[tuple[str, Tensors]]  # (name of a linear layer, its tensors in model.pth)
 
-# ---- Quantizers: each yields (name, tensors in format) for every one of weights -------------------------------------
+# ---- Quantizers: each yields (name, tensors in format) for all weights ----------------------------------------------
 
 
 def round_to_nearest(weights: dict[str, Tensor], format: WeightFormat, args: argparse.Namespace) -> QuantizedLayers:
@@ -91,12 +91,12 @@ def hqq_quantize_rows(format: Int4, w: Tensor) -> Tensors:
 
 def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, steps: int = 8) -> Tensor:
     """Refines zeros by half-quadratic splitting, so that each group's sum of |w - dequantized|^0.5 gets small. Each
-    step shrinks the rounding errors towards 0, which leaves outliers. Then the step subtracts the outliers from the
-    weights, and fits the zero points to the difference."""
+    step shrinks the rounding errors towards 0, which leaves outliers, subtracts the outliers from the weights, and fits
+    the zero points to the difference."""
     w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # in units of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):
-        q = round_int4(w, 1.0, zero)
+        q = quantize_affine(w, 1.0, zero)
         error = w - (q - zero)
         root = error.abs().clamp_(min=1e-8).sqrt_()
         loss = root.sum(-1, keepdim=True)
@@ -195,7 +195,7 @@ def main():
 
 
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights to quantize, by the name of the layer. tensors: the contents of the checkpoint at path. The
+    """Returns the weights to quantize, by the name of the layer. tensors: the tensors of the checkpoint at path. The
     weight of a tied head is the embedding."""
     shapes = {name: linear.weight.shape for name, linear in meta_model(config).quantizable_linears()}
     tensors = with_tied_head(config, tensors)
@@ -208,7 +208,7 @@ def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
 
 def check_input_widths(weights: dict[str, Tensor], format: WeightFormat):
     for name, w in weights.items():
-        k, factor = w.shape[-1], format.input_multiple
+        k, factor = w.shape[-1], format.k_alignment
         if k % factor:
             needs = f"{format.mode} needs a multiple of {factor}"
             raise UsageError(f"{name}.weight has {k} inputs; {needs}: use --mode int8")
@@ -218,8 +218,8 @@ def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
     quantized: QuantizedLayers, format: WeightFormat,
 ):
-    """Writes a checkpoint of tensors, but with quantized tensors in place of weights. quantized yields (name, tensors
-    in format) for every one of weights, in any order."""
+    """Writes a checkpoint of tensors, with quantized tensors in place of weights. quantized: (name, tensors in format)
+    of all weights, in any order."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
     for name, w in weights.items():

@@ -94,8 +94,8 @@ def check_can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int):
     if can_shard(config, format, n_ranks):
         return
     possible = [str(n) for n in range(2, config.n_heads + 1) if can_shard(config, format, n)]
-    multiple = format.shard_multiple
-    kept_together = f", of which {format.name} keeps {multiple} together," if multiple > 1 else ""
+    alignment = format.shard_alignment
+    kept_together = f", of which {format.name} keeps {alignment} together," if alignment > 1 else ""
     raise UsageError(
         f"{config.n_heads} heads, {config.n_kv_heads} key/value heads and a feed-forward of width {config.ffn_dim}"
         f"{kept_together} cannot be cut into {n_ranks} equal parts, but into {' or '.join(possible) or 'none'}"
@@ -111,7 +111,7 @@ def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
     if kv_heads % n_ranks and n_ranks % kv_heads:
         return False
     inputs_per_rank = heads // n_ranks * config.head_dim, width // n_ranks  # of o_proj and down_proj
-    return all(n % format.shard_multiple == 0 for n in inputs_per_rank)
+    return all(n % format.shard_alignment == 0 for n in inputs_per_rank)
 
 
 def check_device(device: torch.device):
@@ -128,7 +128,7 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
     device: where the shard will be."""
     plan, linears, n_ranks = tp_plan(model.config), dict(model.quantizable_linears()), world_size()
     check_device(device)
-    coarsest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_multiple)
+    coarsest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_alignment)
     check_can_shard(model.config, coarsest, n_ranks)
     shard_tensor = tensor_sharder(model)
     for name, linear in linears.items():

@@ -23,9 +23,9 @@ from ops import MAX_TRITON_QUERY_LEN, MAX_TRITON_TOKENS
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError, check_integer
-from utils.files import read_text
+from utils.files import ROOT, read_text
 
-DEMO = Path(__file__).parent.parent / "checkpoints/SmolLM2-135M-Instruct/model.pth"
+DEMO = ROOT / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
 # The defaults of --speculate_k. Prompt lookup proposes 7 tokens, as a lookup costs nothing. A step verifies the 7 and

@@ -2,18 +2,17 @@
 scripts/convert_hf_checkpoint.py, scripts/convert_gguf.py and checkpoint_path.py call.
 
 Every format is converted in two steps. First, a reader makes a CanonicalCheckpoint: a config, and tensors with
-canonical names and layout, whose data is not read yet. Then write_model reads, stacks and writes the tensors one by
-one.
+canonical names and layout, whose data is still on disk. Second, write_model reads, stacks and writes the tensors one
+by one.
 
     format              opened by             its config by     its tensors by      its tokenizer by
     Hugging Face        convert_folder.py     hf_config.py      hf_tensors.py       (needs no change)
     Meta, tinyllamas    meta.py               meta.py           meta.py             meta_tokenizer.py
     GGUF                gguf_file.py          gguf_config.py    convert_gguf.py     gguf_tokenizer.py
 
-The files, in the order in which to read them. The first group is enough for an
-unquantized folder of Hugging Face's:
+The files, in reading order. The first group is enough for an unquantized folder in Hugging Face's format:
 
-    checkpoint_path.py            finds or makes the model.pth of --checkpoint_path, a folder or a .gguf
+    checkpoint_path.py            finds or makes the model.pth for --checkpoint_path, a folder or a .gguf
     convert_folder.py             converts a folder of Hugging Face's or Meta's files, or with one of tinyllamas
     canonical_checkpoint.py       what the readers make: canonical names, and CanonicalCheckpoint
     families.py                   the table of families, for all formats; some columns are functions of two files:

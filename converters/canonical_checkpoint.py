@@ -8,8 +8,8 @@ The tensors of every format and family get these names:
     our own                       pre_attention_norm, post_attention_norm, pre_ffn_norm, post_ffn_norm; since in Llama
                                   post_attention_layernorm means pre_ffn_norm, and in Gemma post_attention_norm
 
-The layout of a canonical tensor is that of Hugging Face's Llama: a linear layer's weight is [outputs, inputs], and RoPE
-rotates elements i and i + head_dim / 2 of a head.
+The layout is Hugging Face's for Llama: a linear layer's weight is [outputs, inputs], and RoPE rotates elements i and
+i + head_dim / 2 of a head.
 """
 
 from collections.abc import Callable

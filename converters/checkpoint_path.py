@@ -26,9 +26,8 @@ from utils.errors import UsageError
 
 
 def ensure_converted(path: Path | str) -> Path:
-    """Returns the model.pth of a folder or a .gguf. The model.pth is made now if it is missing, older than its sources,
-    or made of other sources. Any other path is returned as it is. With several ranks, rank 0 converts while the others
-    wait."""
+    """Returns the model.pth of a folder or a .gguf, and any other path unchanged. Converts if model.pth is missing,
+    older than the source files, or made from other files. Rank 0 converts while all other ranks wait."""
     path = Path(path)
     if path.is_dir():
         return Path(call_on_rank_0(partial(model_of_folder, path)))
@@ -54,8 +53,7 @@ def model_of_folder(folder: Path) -> str:
 
 
 def model_of_gguf(file: Path) -> str:
-    """Returns the model.pth of a GGUF. The model.pth lies in a folder beside the GGUF, since the tokenizer becomes
-    files, too."""
+    """Returns the model.pth of a GGUF. model.pth and the tokenizer's files are in a folder beside the GGUF."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
     match = re.fullmatch(GGUF_PART, file.stem)
@@ -72,9 +70,8 @@ def model_of_gguf(file: Path) -> str:
 
 
 def find_model(folder: Path, sources: list[Path]) -> Path | None:
-    """Returns the converted model in folder: model.pth or, if model.pth is missing, the only model_FORMAT.pth (of
-    quantized weights). A model that is older than one of sources, or that was made of other sources, does not count.
-    Returns None if no model is left."""
+    """Returns folder's model.pth or, without one, its only model_FORMAT.pth (quantized weights). Returns None if there
+    is neither. A model does not count if any of sources is newer, or if the model was made from other files."""
     if have_changed(folder, sources):
         return None
     newest = max((file.stat().st_mtime for file in sources), default=0)

@@ -2,8 +2,11 @@
 
     path = convert_folder(Path("checkpoints/meta-llama/Llama-3.2-1B"))
 
-A folder with config.json is in Hugging Face's format, a folder with params.json in Meta's. A folder with a single .pt
-holds one of karpathy's tinyllamas.
+A file in the folder tells the format:
+
+    config.json     Hugging Face's format
+    params.json     Meta's format
+    a single .pt    a model of karpathy/tinyllamas
 """
 
 import sys
@@ -95,7 +98,7 @@ def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> SourceTe
 
 
 def merge_folders(folder: Path, lora: Path) -> CanonicalCheckpoint:
-    """folder: the base model's. lora: the adapter's."""
+    """folder: the base model. lora: the folder of the adapter."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: --lora needs a model in Hugging Face's format")
     if lora.resolve() == folder.resolve():
@@ -108,8 +111,8 @@ def merge_folders(folder: Path, lora: Path) -> CanonicalCheckpoint:
 
 
 def check_not_quantized(folder: Path, hf_config: dict):
-    """Raises UsageError if the base model is quantized, unless it is gpt-oss: adapters change gpt-oss's attention, and
-    the attention is not quantized."""
+    """Raises UsageError if the base model is quantized. The exception is gpt-oss (mxfp4), since adapters change the
+    attention of gpt-oss, which is not quantized."""
     quantization = hf_config.get("quantization_config") if isinstance(hf_config, dict) else None
     if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
         what = f"{folder} is quantized (config.json: quantization_config), and an adapter cannot be merged into that"
@@ -120,7 +123,6 @@ def check_not_quantized(folder: Path, hf_config: dict):
 
 
 def read_state_dict(folder: Path) -> SourceTensors:
-    """Returns all tensors of a folder, memory-mapped."""
     for load, whole in ((load_safetensors, "model.safetensors"), (load_torch_state_dict, "pytorch_model.bin")):
         index = folder / f"{whole}.index.json"
         if (folder / whole).is_file():

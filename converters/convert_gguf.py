@@ -54,7 +54,7 @@ GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (canonica
     "ffn_up_exps": "mlp.experts.{e}.up_proj",
     "ffn_down_exps": "mlp.experts.{e}.down_proj",
 }
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # attn_qkv stacks their rows
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # the parts of attn_qkv, stacked along the rows
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
@@ -64,7 +64,7 @@ def convert_gguf(
 ) -> Path:
     """Writes model.pth, with weights in dtype, and the tokenizer's files to folder. Returns the path of model.pth.
 
-    keep: whether quantized weights stay quantized. Then the file's name says how, and a report is printed.
+    keep: quantized weights stay quantized, the name of model.pth has the format, and a report is printed.
     announce: see write_model."""
     if file.is_dir():
         raise UsageError(f"{file} is a folder; give a .gguf file")
@@ -95,8 +95,8 @@ def convert_gguf(
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
 ) -> tuple[SourceTensors, TensorReader]:
-    """Returns the tensors and the read function of a CanonicalCheckpoint. The tensors are on the meta device. The
-    function returns a tensor with its rows in our order. Gemma's norms need no change, since a GGUF holds 1 + w."""
+    """Returns the tensors (on the meta device) and the read function of a CanonicalCheckpoint. Gemma's norms need no
+    change, since a GGUF holds 1 + w."""
     renamed = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(tensor.shape(), dtype=dtype, device="meta") for name, tensor in renamed.items()}
     row_order = gguf_rope_row_order(config, architecture)
@@ -116,7 +116,7 @@ def rename_gguf_tensors(
 def keep_quantized(
     stored: dict[str, GGUFTensor], config: ModelConfig, tensors: SourceTensors, architecture: Architecture
 ) -> GGUFQuantizer:
-    """Returns the weights that stay quantized. tensors: the tensors that rename_gguf_tensors returns."""
+    """tensors: the tensors that rename_gguf_tensors returns."""
     renamed = split_gguf_tensors(stored, config, architecture)
     return GGUFQuantizer(plan_stacks(config, tensors), renamed, gguf_rope_row_order(config, architecture))
 
@@ -140,8 +140,8 @@ def split_gguf_tensors(
 def split_tensor(
     name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
-    """Splits one tensor of the GGUF into canonical tensors, by name. The GGUF's tensor may hold one canonical tensor,
-    several tensors stacked along the rows, or a tensor for each expert."""
+    """Returns the canonical tensors that a GGUF's tensor holds, by name: one tensor, several tensors stacked along the
+    rows, or a tensor for each expert."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, module, kind = match.groups() if match else (None, "", None)
     names = GGUF_TO_CANONICAL | architecture.names

@@ -1,5 +1,5 @@
-"""Lists the families: FAMILIES has a row for each architecture, and the class Family explains the columns. Some columns
-are functions. The functions in family_config.py read config.json, those in family_tensors.py change tensors.
+"""Lists the families: FAMILIES has a row for each architecture, and the class Family explains the columns. Columns that
+are functions are in family_config.py (functions of config.json) and family_tensors.py (functions of tensors).
 
 To add a family, add a row. docs/add_a_model.md has an example.
 """
@@ -52,10 +52,10 @@ from converters.family_tensors import (
 
 @dataclass(frozen=True)
 class Family:
-    """How to read the config.json of one architecture, and how to make its tensors canonical."""
+    """How to read the config.json of one architecture, and how to make the tensors canonical."""
 
     model_type: str  # the value of config.json's "model_type"
-    defaults: dict  # transformers' defaults for fields that config.json leaves out, unless COMMON_DEFAULTS has them
+    defaults: dict  # transformers' defaults for fields that config.json leaves out, beyond COMMON_DEFAULTS
 
     # Renames the fields of config.json to Llama's names
     rename_fields: Callable[[dict], dict] = lambda hf_config: hf_config
@@ -74,10 +74,10 @@ class Family:
     shared_expert: bool = False  # whether every token also uses an expert of shared_expert_intermediate_size
     experts_bias: bool = False  # whether the router and the experts have biases
 
-    # Everything else that changes the maths. The fields of ModelConfig are set in this order, and later ones win:
-    # config.json over defaults, both after rename_fields; then config_overrides; then read_overrides. A field of
-    # HF_NO_OP_VALUES (hf_config.py) with another value is refused, unless it is one of supported_fields: then
-    # read_overrides reads the field, and refuses values that model.py does not support.
+    # Everything else that changes the maths. A later source of a ModelConfig field overrides an earlier source:
+    # defaults, config.json, config_overrides, read_overrides. rename_fields comes first. A field of HF_NO_OP_VALUES
+    # (hf_config.py) may have another value only if supported_fields has the field, which read_overrides then reads and
+    # checks.
     supported_fields: tuple[str, ...] = ()  # fields of HF_NO_OP_VALUES that may have other values
     config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig with one value for the whole family
     read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
@@ -90,7 +90,7 @@ class Family:
     normalizes_head: Callable[[ModelConfig], bool] = lambda config: False
     norm_offset: float = 0.0  # added to the weights of norms: Gemma computes x * (1 + w)
     layer_norm: bool = False  # whether norms subtract the mean of x; conversion makes the mean zero
-    norm_bias: bool = False  # whether these norms have biases; conversion adds them to the biases of the layers after
+    norm_bias: bool = False  # whether LayerNorms have biases; conversion adds each bias to the layers after the norm
     interleaved_rope: bool = False  # whether RoPE pairs elements 2 i and 2 i + 1, instead of i and i + rotary_dim / 2
 
 

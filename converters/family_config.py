@@ -17,8 +17,7 @@ SILU_NAMES = ("silu", "swish")
 
 
 def required(hf_config: dict, *names: str):
-    """Returns the value of a field that config.json must have. names: the names that the field may have. The first name
-    that config.json has counts."""
+    """Returns the value of a field that config.json must have, by the first of names that config.json has."""
     for name in names:
         if hf_config.get(name) is not None:
             return hf_config[name]
@@ -33,8 +32,8 @@ def read_flag(hf_config: dict, name: str) -> bool:
 
 
 def layer_numbers(hf_config: dict) -> range:
-    """Returns the numbers of the layers, from 0, at most MAX_MODULES. So a senseless num_hidden_layers does not fill
-    the memory before ModelConfig refuses it."""
+    """Returns the numbers of the layers, from 0. Returns at most MAX_MODULES numbers, since a senseless
+    num_hidden_layers would fill the memory before ModelConfig refuses the value."""
     return range(min(required(hf_config, "num_hidden_layers"), MAX_MODULES))
 
 
@@ -64,8 +63,8 @@ def gemma3(hf_config: dict) -> dict:
 
 
 def smollm3(hf_config: dict) -> dict:
-    """Reads which layers have RoPE. A 0 in no_rope_layers is a layer without RoPE. If config.json lacks no_rope_layers,
-    every no_rope_layer_interval-th layer has no RoPE."""
+    """A layer without RoPE has a 0 in no_rope_layers. Without that list, every no_rope_layer_interval-th layer has no
+    RoPE."""
     n_layers = required(hf_config, "num_hidden_layers")
     interval = hf_config.get("no_rope_layer_interval") or 4
     has_rope = hf_config.get("no_rope_layers") or [(i + 1) % interval for i in layer_numbers(hf_config)]
@@ -88,8 +87,7 @@ def starcoder2(hf_config: dict) -> dict:
 
 
 def ungated(hf_config: dict, activation: str) -> dict:
-    """Checks that hidden_act is the activation of the family, whose feed-forward has no gate. config.py: ACTIVATIONS
-    has transformers' names for these."""
+    """Checks that hidden_act is the family's activation, which has no gate and transformers' name."""
     found = hf_config["hidden_act"]
     if found != activation:
         raise UsageError(f"config.json: hidden_act = {found!r} is not supported")
@@ -139,8 +137,8 @@ def grok(hf_config: dict) -> dict:
 
 
 def baichuan(hf_config: dict) -> dict:
-    """Finds out whether the model has RoPE, as Baichuan 7B, or ALiBi, as Baichuan 13B. The field with the context's
-    length shows the difference: max_position_embeddings means RoPE, model_max_length means ALiBi."""
+    """Baichuan 7B has RoPE, and states the context as max_position_embeddings. Baichuan 13B has ALiBi, and states
+    model_max_length."""
     dim = required(hf_config, "hidden_size")
     if hf_config.get("max_position_embeddings") is None:
         return {"alibi": True, "layer_has_rope": tuple(False for _ in layer_numbers(hf_config))}
@@ -196,7 +194,7 @@ def smollm3_layer_types(hf_config: dict) -> list[str]:
 
 
 def rename_phi3(hf_config: dict) -> dict:
-    """Replaces the type "yarn" or "su" of RoPE, in older files of Phi 3, by "longrope"."""
+    """In older files of Phi 3 "yarn" and "su" mean longrope."""
     for name in ("rope_parameters", "rope_scaling"):
         rope = hf_config.get(name)
         if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):

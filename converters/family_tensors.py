@@ -10,7 +10,7 @@ from converters.canonical_checkpoint import SourceTensors
 
 # ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
 
-# For every family, except the names that its own renames have
+# For every family. A name in a family's own renames takes precedence
 LLAMA_NORMS_TO_CANONICAL = {
     ".input_layernorm.": ".pre_attention_norm.", ".post_attention_layernorm.": ".pre_ffn_norm.",
 }
@@ -39,12 +39,6 @@ DBRX_TO_CANONICAL = {
     ".Wqkv.": ".qkv_proj.", ".out_proj.": ".o_proj.", ".ffn.router.layer.": ".mlp.gate.",
     ".ffn.experts.mlp.": ".mlp.experts.",
 }
-
-
-def rename_tensor(name: str, new_names: dict[str, str]) -> str:
-    for old, new in new_names.items():
-        name = name.replace(old, new)
-    return name
 
 
 # ---- split_experts: splits, in place, tensors that hold all experts of a layer --------------------------------------
@@ -81,7 +75,7 @@ def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
 
 def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
     """Removes every tensor whose name matches pattern, and yields the tensor with the groups of the match. A tensor
-    with fewer than min_dim dimensions cannot be split, and stays. Later write_model reports the missing parts."""
+    with fewer than min_dim dimensions cannot be split, and stays: write_model reports the missing parts."""
     for name in list(tensors):
         match = re.fullmatch(pattern, name)
         if match is not None and tensors[name].dim() >= min_dim:

@@ -1,5 +1,4 @@
-"""Decodes the quantized types of GGUF. A block of such a type holds quantized values, scales and minima.
-gguf_quantized.py calls decode_rows and decode_mxfp4.
+"""Decodes GGUF's quantized types, for gguf_quantized.py. A block holds quantized values, scales and minima.
 
     groups = decode_rows(rows, GGMLType.Q4_K)    # rows: [N, bytes] uint8
     groups.q, groups.scales, groups.zeros    # w = (q - zero) * scale

@@ -1,5 +1,4 @@
-"""Makes a ModelConfig of a GGUF's metadata. First the metadata become the config.json of the same model, then
-hf_config.py reads the config.json.
+"""Makes a ModelConfig of a GGUF's metadata: turns the metadata into a config.json, which hf_config.py reads.
 
     config = read_gguf_config(metadata, tensors)    # both from gguf_file.py: read_gguf
 
@@ -110,12 +109,12 @@ def qwen3moe_fields(hf_config: dict) -> dict:
 
 
 def gpt_oss_fields(hf_config: dict) -> dict:
-    """Leaves YaRN's limits unrounded, as OpenAI's code does. llama.cpp rounds them."""
+    """Leaves YaRN's limits unrounded, as OpenAI's code does, while llama.cpp rounds the limits."""
     return {"rope_scaling": (hf_config["rope_scaling"] or {}) | {"truncate": False}}
 
 
-# If neither the metadata nor extra_fields have a field, the family's default counts. That is so for Gemma 3's local
-# rope_theta, for the layers with a window (Gemma 2, Gemma 3, gpt-oss), and for the layers without RoPE (SmolLM3).
+# Some fields are neither in the metadata nor in extra_fields, and have the family's default: Gemma 3's local
+# rope_theta, the layers with a window (Gemma 2, Gemma 3, gpt-oss), the layers without RoPE (SmolLM3).
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", extra_fields=llama_fields, interleaved_rope=True),
     "qwen2": Architecture("Qwen2ForCausalLM"),

@@ -2,8 +2,7 @@
 
     metadata, tensors = read_gguf(Path("model-00001-of-00003.gguf"))
 
-The gguf package has a reader, too. That reader takes seconds for a vocabulary, and believes the counts in a broken
-header.
+The gguf package's reader takes seconds for a vocabulary, and believes the counts in a broken header.
 """
 
 import math

@@ -1,5 +1,5 @@
 """Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored values (q) stay
-where a format can hold them.
+wherever one of our formats has room for q.
 
     kept = GGUFQuantizer(stacked, stored, row_order)    # chooses the formats
     write_model(path, CanonicalCheckpoint(config, tensors | kept.weights, kept.reader(read)))
@@ -33,15 +33,15 @@ from converters.quantized_weight import QuantizedWeight, check_finite_scales
 from converters.write_model import StackedTensor, check_finite_tensor
 from formats import MXFP4, GroupedInt8, Int4, Int8, Tensors, Unquantized, WeightFormat
 from formats.base import CHUNK_ELEMENTS
-from formats.integers import GroupwiseAsymmetric
+from formats.integers import GroupwiseAffine
 from utils.errors import UsageError
 
 SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of the GGUF's tensors
 INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
 SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
-# How much accuracy one weight loses if it is rounded again, in units of our choice. Rounding to 4 bits loses more where
-# q has more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more where more
-# inputs share a scale.
+# The accuracy that rounding a weight again loses, in units of our choice. Rounding to 4 bits loses more where q has
+# more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more in larger
+# groups.
 LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0, 16: 16.0}  # by the bits of q; 16: floats
 LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group size
 
@@ -50,7 +50,7 @@ LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group siz
 
 
 def keeps_q(block_type: BlockType, format: WeightFormat) -> bool:
-    if not isinstance(format, GroupwiseAsymmetric):
+    if not isinstance(format, GroupwiseAffine):
         return False
     return block_type.bits * format.elements_per_byte <= 8 and block_type.group_size % format.group_size == 0
 
@@ -60,8 +60,8 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
     stored q). The other groups are rounded again."""
     if not keeps_q(groups.block_type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
-    # A minimum makes a fractional zero, which is rounded to an integer. If q has fewer bits than the format, q
-    # and zeros are multiplied by factor to fill the format's bits. Then rounding a zero loses less.
+    # A minimum makes a fractional zero, which is rounded to an integer. If q has fewer bits than the format, q and
+    # zeros are multiplied by factor to fill the format's bits, so that rounding a zero loses less.
     factor = 2 ** (8 // format.elements_per_byte - groups.block_type.bits) if groups.block_type.has_minimum else 1
     zeros = (groups.zeros * factor * 2**format.zero_fraction_bits).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
@@ -83,7 +83,7 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
 
 @dataclass
 class TargetWeight:
-    """One of our weights, and the GGUF's tensors (parts) whose rows it stacks.
+    """A weight of model.pth, and the GGUF's tensors (parts) whose rows the weight stacks.
 
     formats: the formats that the weight may have, from the largest to the smallest. The largest one loses nothing.
     gentle_format: the smallest format that neither rounds q to fewer bits nor rounds q of 4 bits again.

@@ -2,7 +2,7 @@
 
     config = config_from_hf(json.load(open("config.json")))
 
-A field is refused if it changes the maths and model.py does not implement the change.
+A field that changes the maths is refused, unless model.py implements the change.
 """
 
 import math
@@ -15,10 +15,8 @@ from utils.errors import UsageError, convert_type_errors
 
 
 def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:
-    """Returns the config that hf_config describes: the contents of Hugging Face's config.json, with the old fields of
-    RoPE (rope_theta, rope_scaling) or the new one (rope_parameters).
-
-    generation: the contents of generation_config.json, which may name more end tokens."""
+    """hf_config: the contents of config.json, with RoPE's old fields (rope_theta, rope_scaling) or the new field
+    (rope_parameters). generation: the contents of generation_config.json, which may name more end tokens."""
     generation = generation or {}
     if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
@@ -31,9 +29,8 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
 
 
 def find_family(hf_config: dict) -> Family:
-    """Finds the family by model_type, as transformers does; transformers ignores "architectures". An unknown
-    architecture is refused if the folder has code for it (auto_map): such code may change the maths, although
-    model_type is "llama"."""
+    """Finds the family by model_type and not by "architectures", as transformers does. Refuses an unknown architecture
+    whose folder has code (auto_map), since such code may change the maths even if model_type is "llama"."""
     model_type = hf_config.get("model_type")
     names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
     name = names if isinstance(names, str) else names[0]
@@ -257,9 +254,8 @@ def read_rope(hf_config: dict, family: Family) -> dict:
 
 
 def replace_rope_parameters(hf_config: dict) -> dict:
-    """Removes rope_parameters, also a family's default, if config.json has rope_scaling, the older name. The exception:
-    if rope_parameters has an object for each type of layer, both stay. rope_scaling then changes the layers without a
-    sliding window."""
+    """Removes rope_parameters, also a family's default, if config.json has rope_scaling, the older name. Both stay if
+    rope_parameters has an object for each type of layer: rope_scaling changes the layers without a sliding window."""
     if not hf_config.get("rope_scaling") or has_layer_types(hf_config.get("rope_parameters")):
         return hf_config
     return hf_config | {"rope_parameters": None}

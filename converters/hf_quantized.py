@@ -26,7 +26,7 @@ from utils.files import read_json
 
 PLACE = "config.json: quantization_config"
 AWQ_VERSIONS = ("gemm",)
-MODELOPT_BLOCKS = "fp8_pb_wo"  # the quant_algo of FP8 with a scale for each block, whose shape is always the same
+MODELOPT_BLOCKS = "fp8_pb_wo"  # the quant_algo of FP8 with a scale for each block of MODELOPT_BLOCK_SHAPE
 MODELOPT_BLOCK_SHAPE = [128, 128]
 AUTO_ROUND = ("auto-round", "intel/auto-round")
 # Files in which AutoGPTQ, AutoAWQ and ModelOpt wrote quantization_config at first -> the default of quant_method
@@ -67,8 +67,8 @@ def read_quantization(folder: Path, hf_config: dict, tensors: SourceTensors) -> 
 
 
 def read_auto_round_config(quantization: dict) -> dict:
-    """Returns AutoRound's quantization_config as one of GPTQ or AWQ, since AutoRound packs weights as one of these.
-    extra_config has the fields of single layers, by name or regular expression: GPTQ's "dynamic"."""
+    """Returns AutoRound's quantization_config as GPTQ or AWQ would write the config, since AutoRound packs weights in
+    these formats. extra_config (fields of single layers, by name or regular expression) becomes GPTQ's "dynamic"."""
     check_one_of("data_type", quantization.get("data_type", "int"), ("int",))
     packing = quantization.get("packing_format") or quantization.get("backend") or ""
     dynamic = {}
@@ -93,7 +93,7 @@ def read_older_file(folder: Path) -> dict:
 
 
 def refuse_unknown_format(hf_config: dict, layer: QuantizedLayer) -> NoReturn:
-    """Raises UsageError for a checkpoint that does not state the format of its quantized weights, such as layer."""
+    """Raises UsageError for a checkpoint with quantized weights, such as layer, and without quantization_config."""
     what = f"{layer.name} is quantized, and config.json has no quantization_config"
     if "compression_config" in hf_config:
         raise UsageError(f"{what}; rename its compression_config, an older name of compressed-tensors")
@@ -202,15 +202,15 @@ def read_compressed(layer: QuantizedLayer, quantization: dict) -> QuantizedWeigh
 
 
 def read_block_shape(scheme: dict) -> list[int] | None:
-    """Returns the rows and columns of a block. Early versions of compressed-tensors wrote them as "128x128"."""
+    """Returns the rows and columns of a block. Early versions of compressed-tensors wrote "128x128"."""
     shape = scheme.get("block_structure")
     return [int(size) for size in shape.split("x")] if isinstance(shape, str) else shape
 
 
 def find_scheme(name: str, quantization: dict) -> dict:
     """Returns the scheme that config_groups gives for the weight of the layer called name. A group's targets are names
-    of layers, regular expressions after "re:", and types of layers. As in compressed-tensors a name takes precedence
-    over regular expressions, the alphabetically first of these over the others, and all of them over a type."""
+    of layers, regular expressions after "re:", and types of layers. The precedence is compressed-tensors': a name, the
+    alphabetically first regular expression, a type."""
     schemes = [scheme for scheme in quantization["config_groups"].values() if scheme.get("weights")]
     scheme_of = {target: scheme["weights"] for scheme in schemes for target in scheme["targets"]}
     for target in sorted(scheme_of, key=lambda target: (target.startswith("re:"), target)):

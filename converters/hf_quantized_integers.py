@@ -28,7 +28,7 @@ from torch import Tensor
 from converters.quantized_weight import QuantizedLayer, QuantizedWeight, stored_group_size, unpack_nibbles_interleaved
 from formats import GroupedInt8, Int4, Int8, Tensors
 from formats.base import slice_groups
-from formats.integers import GroupwiseAsymmetric
+from formats.integers import GroupwiseAffine
 from utils.errors import UsageError
 
 GPTQ_VERSIONS = ("gptq", "gptq_v2")  # by the names in config.json's checkpoint_format
@@ -38,8 +38,7 @@ AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the places of outputs 0 to 7 in a
 
 @dataclass
 class UnpackedWeight:
-    """A weight [N, K] in any of the formats above, with its words unpacked: w = (q - zero) * scale, with q and zero
-    unsigned."""
+    """A weight [N, K] in any of the formats above, unpacked: w = (q - zero) * scale, with q and zero unsigned."""
 
     shape: torch.Size
     bits: int
@@ -59,9 +58,9 @@ class UnpackedWeight:
         return bool((self.read_zeros() == self.middle).all())
 
     def to_weight(self, may_be_int8: bool = True) -> QuantizedWeight:
-        """Returns the weight in one of our formats, with the same values. may_be_int8: False if config.json says that
-        zero points are free. Then a zero point in the middle is an accident, and the layers that this one is stacked
-        with may have others, for which Int8 has no room."""
+        """Returns the weight in one of our formats, with the same values. may_be_int8: False if config.json says
+        asymmetric, since layers that are stacked with this layer may then have zero points for which Int8 has no
+        room."""
         if may_be_int8 and self.bits == 8 and self.scales.shape[1] == 1 and self.is_symmetric:
             return QuantizedWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
@@ -74,7 +73,7 @@ class UnpackedWeight:
         signed = (self.read_q() ^ self.middle).view(torch.int8)
         return {"weight": signed, "scales": self.scales[:, 0].float()}
 
-    def read_groups(self, format: GroupwiseAsymmetric) -> Tensors:
+    def read_groups(self, format: GroupwiseAffine) -> Tensors:
         q, k = self.read_q(), self.shape[1]
         if self.input_order is not None:
             q = q[:, self.input_order]
@@ -208,7 +207,7 @@ def find_dynamic(layer: QuantizedLayer, dynamic: dict) -> dict:
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, version: str) -> Tensor:
-    """Returns GPTQ's zero points [n_groups, N] uint8. Version 1 stores them minus one."""
+    """Returns GPTQ's zero points [n_groups, N] uint8. Version 1 stores zero - 1."""
     if version == "gptq":
         # Add 1 to every value in a word, with carries: GPTQ subtracted 1 from every value, with borrows.
         qzeros = qzeros + (0x11111111 if bits == 4 else 0x01010101)
@@ -216,8 +215,8 @@ def unpack_zeros(qzeros: Tensor, bits: int, version: str) -> Tensor:
 
 
 def find_version(layer: QuantizedLayer, qweight: Tensor, qzeros: Tensor, bits: int, n: int, quantization: dict) -> str:
-    """Returns the version of a layer's zero points: "gptq" (version 1) or "gptq_v2". The values tell the version if
-    they can. Otherwise config.json does, and version 1 is the default.
+    """Returns the version of a layer's zero points: "gptq" (version 1) or "gptq_v2". The values decide if
+    possible, otherwise config.json. The default is version 1.
 
         all zero points                 version
         the middle                      gptq_v2, since weights are symmetric
@@ -312,8 +311,8 @@ def compressed_weight(
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") in ("group", None)
     group_size = check_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
-    # Early versions of compressed-tensors left out zero points that are all 0. If a weight has only one zero point, the
-    # zero point may well be 0, so only a weight with several must store them
+    # Early versions of compressed-tensors left out zero points that are all 0. A single zero point may well
+    # be 0, so only a weight with several scales must store zero points
     if stated.get("symmetric") is False and layer.tensors["weight_scale"].numel() > 1:
         layer.require("weight_zero_point")
     read_zeros = take_zeros(layer, bits, n, n_groups)
@@ -326,7 +325,7 @@ def compressed_weight(
 
 
 def take_zeros(layer: QuantizedLayer, bits: int, n: int, n_groups: int) -> Callable[[], Tensor]:
-    """Takes compressed-tensors' zero points, if there are any. Returns a function that returns them unsigned, [N,
+    """Takes compressed-tensors' zero points, if there are any. Returns a function that reads the zero points as [N,
     n_groups] uint8."""
     kind = "weight_zero_point"
     if kind not in layer.tensors:

@@ -2,8 +2,8 @@
 
     read = to_canonical_layout(tensors, config, family)    # family: a row of families.py: FAMILIES
 
-If changed weights can express a difference between families, the model does not need to know the difference. So
-conversion splits fused matrices, reorders heads, and adds constants.
+Conversion splits fused matrices, reorders heads and adds constants, so that model.py knows fewer differences between
+families.
 """
 
 import re
@@ -18,17 +18,18 @@ from torch import Tensor
 from config import ModelConfig
 from converters.canonical_checkpoint import EMBEDDING, HEAD, SourceTensors, TensorReader
 from converters.families import Family
-from converters.family_tensors import LLAMA_NORMS_TO_CANONICAL, pop_matches, rename_tensor
+from converters.family_tensors import LLAMA_NORMS_TO_CANONICAL, pop_matches
 from converters.lora import Adapter, LoraMerger, replace_tensors
 from converters.quantized_weight import QuantizedWeight
+from earlier_checkpoints import rename_tensor
 from utils.errors import UsageError
 
 
 def to_canonical_layout(
     tensors: SourceTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
 ) -> TensorReader:
-    """Renames and splits tensors, in place. Returns a function that reads a tensor by its canonical name. adapter: a
-    LoRA adapter, which the function merges into the weights."""
+    """Renames and splits tensors, in place. Returns a function that reads a tensor by canonical name, and merges the
+    LoRA adapter, if given, into the tensor."""
     rename = partial(rename_tensor, new_names=LLAMA_NORMS_TO_CANONICAL | family.renames)
     split = partial(split_tensors, config=config, family=family)
     rename_all(tensors, rename)
@@ -61,8 +62,8 @@ def rename_all(tensors: SourceTensors, rename: Callable[[str], str]):
 
 
 def add_tied_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
-    """Adds the embedding if a checkpoint with tied embeddings has only the head. Adds the head if it must differ from
-    the embedding after conversion."""
+    """Adds the embedding if a checkpoint with tied embeddings has only the head. Adds the head if conversion changes
+    the embedding alone."""
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
         tensors[EMBEDDING] = tensors[HEAD]
     if config.tie_embeddings and family.layer_norm:  # conversion centers the embedding, but the head must not change
@@ -71,8 +72,8 @@ def add_tied_tensors(tensors: SourceTensors, config: ModelConfig, family: Family
 
 @dataclass(frozen=True)
 class CanonicalReader:
-    """read(name) returns a tensor by its canonical name, with all changes of its data. Reading makes these changes, so
-    that only one tensor is in memory at a time. Computed values are float32, since 16 bits would round them."""
+    """read(name) returns a tensor by canonical name, changed as model.py needs the tensor. Changes happen at reading,
+    so that only one tensor is in memory at a time. Computed values are float32, since 16 bits would round."""
 
     stored: SourceTensors  # renamed and split, but with the checkpoint's data
     config: ModelConfig
@@ -96,7 +97,7 @@ class CanonicalReader:
         return tensor if self.merge is None else self.merge(name, tensor)
 
     def computes(self, name: str) -> bool:
-        """Whether reading changes the numbers of the tensor, apart from an adapter."""
+        """Returns whether reading changes the numbers of the tensor, apart from an adapter."""
         return name in self.norm_biases or self.find_change(name) is not None
 
     def find_change(self, name: str) -> Callable[[Tensor], Tensor] | None:
@@ -112,18 +113,18 @@ class CanonicalReader:
 
 
 def mark_as_float32(tensors: SourceTensors, names: list[str]):
-    """Replaces those 16-bit tensors that reading makes float32 by empty tensors of float32."""
+    """Replaces 16-bit tensors among names, in place, by empty tensors of float32: the dtype that reading returns."""
     for name in names:
         if isinstance(tensors[name], Tensor) and tensors[name].dtype in (torch.float16, torch.bfloat16):
             tensors[name] = torch.empty_like(tensors[name], dtype=torch.float32, device="meta")
 
 
 def rope_row_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
-    """Returns our order of a head's elements. In our order the two elements of a RoPE pair are half a head apart, and
-    elements without RoPE come last in each half. Returns None if the elements are in our order already.
+    """Returns our order of a head's elements, or None if the elements are in our order already. In our order the two
+    elements of a RoPE pair are half a head apart, and elements without RoPE come last in each half.
 
-    interleaved: whether the two elements of a pair are neighbours, as in Meta's files. For six elements the function
-    then returns 0 2 4 1 3 5."""
+    interleaved: whether the two elements of a pair are neighbours, as in Meta's files: the order of six elements is
+    0 2 4 1 3 5."""
     rotary_dim = config.rotary_dim or config.head_dim
     if rotary_dim == config.head_dim and not interleaved:
         return None
@@ -134,8 +135,8 @@ def rope_row_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
 
 
 def reorder_heads(name: str, tensor: Tensor | QuantizedWeight, row_order: Tensor | None) -> Tensor | QuantizedWeight:
-    """Puts the rows of each head in row_order, which the function rope_row_order returns, if name is the name of a
-    tensor that makes queries or keys. Returns other tensors unchanged."""
+    """Puts the rows of each head in row_order (see rope_row_order) if the tensor called name makes queries or keys.
+    Returns any other tensor unchanged."""
     if row_order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
         return tensor
     return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(row_order)))[:, row_order].flatten())
@@ -146,9 +147,9 @@ def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | Quan
 
 
 def undo_act_order(tensors: SourceTensors):
-    """Undoes GPTQ's act-order in down_proj, in place. Act-order scatters the inputs of a group. The inputs of down_proj
-    are the outputs of gate_proj and up_proj. Sorting the rows of gate_proj and up_proj by input_order makes every group
-    of down_proj contiguous, and leaves the model's output unchanged."""
+    """Undoes GPTQ's act-order, which scatters the inputs of a group, in down_proj, in place. The inputs of down_proj
+    are the outputs of gate_proj and up_proj, whose rows are sorted by input_order: the model's output stays the
+    same."""
     for name, down in tensors.items():
         prefix, is_down, _ = name.rpartition("down_proj.weight")
         if not is_down or not isinstance(down, QuantizedWeight) or down.input_order is None:
@@ -217,8 +218,8 @@ def add_norm_bias(bias: Tensor, weight: Tensor | QuantizedWeight, norm_bias: Ten
 
 def center_outputs(tensor: Tensor, dim: int) -> Tensor:
     """Makes the mean of the outputs zero, in tensors that write to the residual stream x: the embedding, o_proj and
-    down_proj. Then x has mean zero, so LayerNorm(x) is RMSNorm(x). The model's output does not change, since every
-    LayerNorm subtracts the mean of x anyway. dim: the dimension of the outputs."""
+    down_proj. LayerNorm subtracts the mean of x anyway, and of an x with mean zero, LayerNorm(x) is RMSNorm(x). dim:
+    the dimension of the outputs."""
     return tensor - tensor.mean(dim, keepdim=True)
 
 
@@ -249,8 +250,8 @@ def kv_starts(config: ModelConfig) -> list[int]:
 
 
 def split_shared_expert(tensors: SourceTensors, config: ModelConfig):
-    """Splits a shared expert, n_shared_experts times as wide as the other experts, into experts of the usual width.
-    Their outputs add up to the shared expert's."""
+    """Splits a shared expert, n_shared_experts times as wide as all other experts, into experts of the usual width,
+    whose outputs add up to the output of the shared expert."""
     n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts
     for tensor, (prefix, projection) in pop_matches(tensors, r"(.*\.mlp)\.shared_expert\.(\w+)\.weight"):
         dim = 1 if projection == "down_proj" else 0

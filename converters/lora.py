@@ -24,7 +24,7 @@ from converters.source_files import ADAPTER_CONFIG
 from utils.errors import UsageError, convert_type_errors
 from utils.files import load_safetensors, load_torch_state_dict, read_json
 
-PREFIX = "base_model.model."  # PEFT's, before transformers' name of a module
+PREFIX = "base_model.model."  # PEFT puts this prefix before transformers' name of a module
 
 # Fields of adapter_config.json that change the maths, unless the value is null, false or empty -> the meaning
 UNSUPPORTED_FIELDS = {
@@ -95,7 +95,7 @@ def check_config(config: dict):
 
 
 def read_adapter_tensors(folder: Path) -> SourceTensors:
-    """Reads all tensors, by transformers' names, and checks that they are finite."""
+    """Reads all tensors, by transformers' names. Raises UsageError if a number is not finite."""
     if (folder / "adapter_model.safetensors").is_file():
         tensors = load_safetensors(folder / "adapter_model.safetensors")
     elif (folder / "adapter_model.bin").is_file():
@@ -165,8 +165,8 @@ def find_pattern(value_of: dict | None, module: str, default: float) -> float:
 
 
 def replace_tensors(adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str]):
-    """Replaces tensors of the model by whole tensors of the adapter. If the adapter changes the embedding or the head,
-    and the two are tied, the head becomes a tensor of its own."""
+    """Replaces tensors of the model by whole tensors of the adapter. A tied head becomes a tensor of its own if the
+    adapter changes the embedding or the head."""
     names = {rename(name) for name in (*adapter.deltas, *adapter.whole_tensors)}
     if config.tie_embeddings and names & {EMBEDDING, HEAD} and EMBEDDING in tensors:
         tensors.setdefault(HEAD, tensors[EMBEDDING])
@@ -181,14 +181,14 @@ def replace_tensors(adapter: Adapter, tensors: SourceTensors, config: ModelConfi
 
 
 class LoraMerger:
-    """Adds the adapter's delta to a weight: merge(name, weight). Conversion renames and splits weights, so LoraMerger
-    renames and splits the deltas in the same way."""
+    """merge(name, weight) adds the adapter's delta to a weight. The deltas are renamed and split as conversion renames
+    and splits the weights."""
 
     def __init__(
         self, adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str],
         split: Callable[[SourceTensors], None],
     ):
-        """tensors: the base model's, renamed and split."""
+        """tensors: the tensors of the base model, renamed and split."""
         self.rename, self.split = rename, split
         self.delta_of: dict[str, tuple[str, LoraDelta]] = {}  # tensor's name -> transformers' name, delta
         for name, delta in adapter.deltas.items():
@@ -198,7 +198,7 @@ class LoraMerger:
                 self.delta_of[part] = name, delta
         if adapter.has_all_layers:
             check_layers(self.delta_of, config.n_layers)
-        self.last: tuple[str, SourceTensors] = "", {}  # the delta computed last: name, parts
+        self.last: tuple[str, SourceTensors] = "", {}  # (name, parts) of the most recent delta
 
     def split_delta(self, name: str, delta: Tensor) -> SourceTensors:
         parts = {self.rename(name): delta}

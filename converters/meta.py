@@ -3,7 +3,7 @@
     model = read_meta(Path("checkpoints/Llama3.2-1B"))
 
 Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files have the same format.
-karpathy's tinyllamas differ in one thing: the params are in the file of the tensors (read_tinyllamas).
+A model of karpathy/tinyllamas has the params in the file of the tensors (read_tinyllamas).
 
 params.json does not state the length of the context. infer_llama_version takes the first row that applies:
 
@@ -26,10 +26,11 @@ from torch import Tensor
 
 from config import ModelConfig, RopeScaling
 from converters.canonical_checkpoint import EMBEDDING, HEAD, CanonicalCheckpoint, SourceTensors
-from converters.family_tensors import META_FFN_TO_CANONICAL, rename_tensor
+from converters.family_tensors import META_FFN_TO_CANONICAL
 from converters.hf_tensors import reorder_heads, rope_row_order
 from converters.meta_tokenizer import read_meta_tokenizer
 from converters.source_files import hint_at_subfolder
+from earlier_checkpoints import rename_tensor
 from utils.errors import UsageError, convert_type_errors
 from utils.files import is_state_dict, load_safetensors, load_torch_file, load_torch_state_dict, read_json
 
@@ -56,8 +57,8 @@ def to_canonical_name(name: str) -> str:
 
 
 def read_meta(folder: Path) -> CanonicalCheckpoint:
-    """Reads the model in folder. Also makes the tokenizer's files that folder lacks, and a note about values that
-    params.json lacks."""
+    """Reads the model in folder, makes the tokenizer's files that folder lacks, and notes the values that params.json
+    lacks."""
     path = folder / PARAMS
     params, files = read_json(path), shard_files(folder)
     shards = collect_shards(files)
@@ -82,7 +83,7 @@ def read_meta(folder: Path) -> CanonicalCheckpoint:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Lists the files of the shards in the order of the shards, and checks that no file is missing."""
+    """Returns the files in the order of the shards. Raises UsageError if a file is missing."""
     files = sorted(folder.glob("consolidated.*.pth"))
     for i, file in enumerate(files):
         if file.name != f"consolidated.{i:02d}.pth":
@@ -140,8 +141,8 @@ def check_params(params: dict):
 
 
 def check_shard_count(folder: Path, params: dict, shards: dict[str, list[Tensor]], n_files: int):
-    """Checks that no shards are missing: the columns of all shards of o_proj must add up to n_heads * head_dim. Also
-    checks that no shard is there twice."""
+    """Checks that no shard is missing (the columns of all shards of o_proj add up to n_heads * head_dim), and that no
+    shard is there twice."""
     name = "model.layers.0.self_attn.o_proj.weight"
     if name not in shards or shards[name][0].dim() != 2:
         return

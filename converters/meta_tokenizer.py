@@ -1,12 +1,11 @@
 """Converts the tokenizer of Meta's folders, for meta.py. Llama 3's tokenizer.model, a file of the tiktoken library,
-becomes a tokenizer.json. The tokenizer.model of Llama 1 and 2 is a file of sentencepiece, and stays as it is.
+becomes a tokenizer.json. Llama 1's and 2's tokenizer.model, a file of sentencepiece, stays unchanged.
 
     config, files = read_meta_tokenizer(folder, config)    # with the tokenizer's bos and end tokens; name -> content
 
-Every line of tokenizer.model is a token, in base64, and the token's rank. The rank is also the id. tiktoken splits a
-text into words with a regular expression. A word that is a token stays whole. Of any other word, tiktoken takes the
-bytes, and merges two neighbours again and again: the pair whose token has the lowest rank. tokenizer.json has a list of
-merges in place of the ranks.
+Every line of tokenizer.model is a token, in base64, and the token's rank, which is also the id. tiktoken splits a text
+into words with a regular expression. A word that is a token stays whole. The bytes of any other word are merged, again
+and again the pair of neighbours whose token has the lowest rank. tokenizer.json has a list of merges in place of ranks.
 """
 
 import base64
@@ -117,8 +116,8 @@ def make_tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[st
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Returns the pair of tokens that is merged to each token, in the order of the ranks. A token that only whole words
-    become, and that no merge makes, has no pair."""
+    """Returns the pair of tokens that is merged to each token, in the order of the ranks. A token that no merge makes,
+    but only a whole word, has no pair."""
     merges = []
     for token in sorted(ranks, key=ranks.get):
         parts = merge_pairs(token, ranks, ranks[token])
@@ -128,7 +127,7 @@ def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def merge_pairs(word: bytes, ranks: dict[bytes, int], end: int) -> list[bytes]:
-    """Returns the tokens of a word, with only the tokens whose ranks are below end."""
+    """Returns the tokens of a word. Only tokens whose ranks are below end count."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while len(parts) > 1:
         pair_ranks = [ranks.get(left + right, end) for left, right in zip(parts, parts[1:], strict=False)]

@@ -22,11 +22,11 @@ class QuantizedWeight:
     """A quantized weight [N, K], whose tensors are read only when read is called.
 
     format: Unquantized if no format can hold the weight, since a split has torn apart the groups of act-order.
-    read: returns the tensors of format. Scales may have a wider dtype than format's.
+    read: returns the tensors of format. Scales may have a wider dtype than format.scale_dtype.
     input_order: column i of the tensors multiplies x[..., input_order[i]]. None: column i multiplies x[..., i].
 
-    GPTQ's act-order quantizes the inputs that matter most first. So the inputs of a group are not neighbours. With its
-    columns in input_order, each group is contiguous."""
+    GPTQ's act-order quantizes the inputs that matter most first, so that the inputs of a group are no neighbours. With
+    the columns in input_order, each group is contiguous."""
 
     format: WeightFormat
     shape: torch.Size
@@ -67,15 +67,14 @@ class QuantizedWeight:
         return in_order
 
     def read_as(self, format: WeightFormat, dtype: torch.dtype) -> Tensors:
-        """Reads the weight in another format, which promote_formats has returned. The values stay the same. dtype: the
-        dtype of an Unquantized weight."""
+        """Reads the weight in a format of promote_formats, with the same values. dtype: the dtype if Unquantized."""
         if format == Unquantized():
             return {"weight": self.dequantize(dtype)}
         return self.format.promote_tensors(self.read(), format, self.shape[1])
 
     def is_storable(self) -> bool:
         """Returns whether model.pth can hold the weight in this format."""
-        return self.format in self.format.stored_formats() and self.shape[1] % self.format.input_multiple == 0
+        return self.format in self.format.stored_formats() and self.shape[1] % self.format.k_alignment == 0
 
 
 def promote_formats(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
@@ -101,7 +100,7 @@ def have_one_order(weights: list[QuantizedWeight]) -> bool:
 
 def stored_group_size(group_size: int, k: int) -> int:
     """Returns the group size in our checkpoint if group_size of k inputs share a scale: the largest of GROUP_SIZES that
-    divides group_size. So scales only have to be repeated. If none divides group_size, returns group_size."""
+    divides group_size, so that scales are only repeated. If none divides group_size, returns group_size."""
     if group_size >= k and group_size not in GROUP_SIZES:
         return CHANNEL_GROUP_SIZE
     fitting = [size for size in GROUP_SIZES if group_size % size == 0]
@@ -110,7 +109,7 @@ def stored_group_size(group_size: int, k: int) -> int:
 
 # ---- Reading another project's layer --------------------------------------------------------------------------------
 
-SCALE_DTYPES = (torch.float8_e8m0fnu, torch.float16, torch.bfloat16, torch.float32)  # the first holds powers of two
+SCALE_DTYPES = (torch.float8_e8m0fnu, torch.float16, torch.bfloat16, torch.float32)  # e8m0: powers of two
 MAY_BE_LEFT_OVER = {"weight_shape"}  # stored by compressed-tensors for all weights, but needed only for packed ones
 
 
@@ -129,7 +128,7 @@ class QuantizedLayer:
         return self.tensors[kind]
 
     def take(self, kind: str, dtypes: tuple[torch.dtype, ...], *dims: int) -> Tensor:
-        """Returns the tensor called kind, and checks its dtype and number of dimensions."""
+        """Returns the tensor called kind. Raises UsageError if the dtype or the number of dimensions is wrong."""
         tensor = self.require(kind)
         if tensor.dtype not in dtypes or tensor.dim() not in dims or not tensor.numel():
             found = f"{list(tensor.shape)} {tensor.dtype}"
@@ -139,7 +138,7 @@ class QuantizedLayer:
         return tensor
 
     def take_scales(self, kind: str, *dims: int) -> Tensor:
-        """Takes a tensor of scales, and checks that they are finite. Scales of 8 bits become float32."""
+        """Takes a tensor of scales. Raises UsageError if a scale is not finite. Scales of 8 bits become float32."""
         scales = self.take(kind, SCALE_DTYPES, *dims)
         if scales.dtype == torch.float8_e8m0fnu:
             scales = scales.float()

@@ -43,7 +43,7 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def hint_at_subfolder(folder: Path) -> str:
-    """Returns the end of an error message if folder holds no model, but a folder in it does: Meta's files lie in the
+    """Returns the end of an error message if a subfolder may hold the model that folder lacks: Meta's files are in the
     folder "original" of a repository, and the hub's cache has a folder for each version."""
     names = ("config.json", "params.json")
     settings = find_files(folder, [f"{depth}/{name}" for depth in ("*", "*/*") for name in names])

@@ -34,8 +34,8 @@ from model import meta_model
 from utils.errors import UsageError
 from utils.files import delete_if_possible, replace_file
 
-# A linear layer -> the norm before the layer. If the layer has an input_order (quantized_weight.py: QuantizedWeight),
-# layers.py: Linear permutes x before the fused norm. So conversion permutes the norm's weight; rms(x) stays the same.
+# A linear layer -> the norm before the layer. layers.py: Linear permutes x before the fused norm if the layer has an
+# input_order (quantized_weight.py: QuantizedWeight), so conversion permutes the norm's weight. rms(x) needs no order.
 NORM_BEFORE = {
     "attention.qkv_proj": "pre_attention_norm", "feed_forward.gate_up_proj": "pre_ffn_norm", "lm_head": "norm",
 }
@@ -49,7 +49,7 @@ Announcement = Callable[[], None]
 
 @dataclass
 class StackedTensor:
-    """One of our tensors: the canonical tensors called part_names, concatenated along dim 0."""
+    """A tensor of model.pth: the canonical tensors called part_names, concatenated along dim 0."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -64,9 +64,9 @@ class StackedTensor:
 
 
 def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcement | None = None) -> Path:
-    """Writes checkpoint to path, without the tokenizer's files. Returns the path. Its name says if and how weights are
-    quantized: model_int4.g128.pth. float64 becomes float32. Raises UsageError naming a tensor that is missing, left
-    over, of the wrong shape, or of the wrong dtype.
+    """Writes checkpoint to path, without the tokenizer's files. Returns the path, whose name gets the format of
+    quantized weights: model_int4.g128.pth. float64 becomes float32. Raises UsageError naming a tensor that is missing,
+    left over, of the wrong shape, or of the wrong dtype.
 
     announce: called after all checks, just before the data is read."""
     config, tensors, read = checkpoint.config, checkpoint.tensors, checkpoint.read
@@ -95,8 +95,8 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
 
 
 def check_left_over(tensors: SourceTensors, read: TensorReader):
-    """Raises UsageError if one of tensors would change the model's output. Ignores tensors that change nothing:
-    buffers, biases of zeros, and layers for multi-token prediction. Prints a line about the last kind."""
+    """Raises UsageError if one of tensors would change the model's output. Buffers, biases of zeros and layers for
+    multi-token prediction change nothing. Prints a line about layers for multi-token prediction."""
     extra = [name for name in tensors if EXTRA_LAYERS.search(name)]
     if extra:
         why = "this model does not predict several tokens at once"

@@ -63,7 +63,7 @@ def evaluate(lm, tasks: list[str], manager, limit: int | None, chat: bool = Fals
 
 
 def task_text(tasks: list[str], limit: int) -> str:
-    """Returns the texts that lm_eval gives a model to score in the first limit examples of each task."""
+    """Returns the texts that a model scores in the first limit examples of each task."""
     manager, texts = task_manager(tasks, None), []
 
     class RequestCollector(import_lm_eval().api.model.LM):
@@ -88,9 +88,9 @@ def task_text(tasks: list[str], limit: int) -> str:
 
 
 def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):
-    """Returns the model as lm_eval's TemplateLM. The class is defined in this function, since it needs lm_eval."""
+    """Returns the model as lm_eval's TemplateLM."""
 
-    class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):
+    class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):  # here, since TemplateLM needs lm_eval
         """HarnessModel implements the abstract methods of TemplateLM."""
 
     return Model(model, tokenizer, max_length, batch_size, compile)
@@ -121,8 +121,8 @@ class HarnessModel:
         raise UsageError("this task scores whole texts, and the model has no token to begin one with")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Encodes string. Text that is written like a special token becomes that token, since lm_eval passes a chat
-        template's special tokens as text."""
+        """Encodes string. The text of a special token becomes the special token, since lm_eval passes a chat template's
+        special tokens as text."""
         ids = self.tokenizer.encode_parts(self.tokenizer.split_at_special_tokens(string))
         if add_special_tokens is None:
             add_special_tokens = self.bos is None or not string.startswith(self.bos)
@@ -133,7 +133,7 @@ class HarnessModel:
         if template is None:
             raise UsageError("this checkpoint has no chat template; leave out --apply_chat_template")
         text = render(template, self.tokenizer.special_tokens_map, chat_history, add_generation_prompt)
-        if not add_generation_prompt:  # the model continues the last message, so cut what follows the message
+        if not add_generation_prompt:  # cut the text after the last message, which the model continues
             last = chat_history[-1]["content"].strip()
             text = text[: text.rindex(last) + len(last)]
         return text
@@ -167,7 +167,6 @@ class HarnessModel:
         return sums
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Generates the answers to requests, max_batch_size answers at a time."""
         answers = [self.build_sequence(*request.args, seed=i) for i, request in enumerate(requests)]
         scheduler = build_scheduler(self.model, answers, self.max_batch_size, self.compile)
         bar = tqdm(scheduler.run(answers), "generations", len(answers), disable=disable_tqdm or None)

@@ -37,7 +37,7 @@ def perplexity(
     model: Transformer, tokenizer: Tokenizer, text: str, length: int, batch_size: int = 1, compile: bool = False
 ) -> dict:
     """Computes the perplexity of text: exp of the mean negative log-likelihood of the tokens, in windows of length
-    tokens. The first token of a window is given, the other tokens are predicted."""
+    tokens. All tokens of a window but the first are predicted."""
     windows = split_windows(tokenizer, text, length)
     sequences = [ScoredSequence(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
     if not sequences:
@@ -75,7 +75,7 @@ def compute_scores(
     model: Transformer, sequences: list[ScoredSequence], batch_size: int = 1, compile: bool = False
 ) -> Iterator[Score]:
     """Yields the score of every sequence, the longest sequence first. In a batch, shorter sequences are padded on the
-    right. Attention is causal, so the padding does not change scores."""
+    right, which changes no score, since attention is causal."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     batch_size = min(batch_size, len(sequences))
     device = model.device
@@ -85,7 +85,7 @@ def compute_scores(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         inputs = [sequences[i].ids[:-1] for i in indices]
-        inputs += inputs[:1] * (batch_size - len(inputs))  # the last batch may be smaller; repeat its first sequence
+        inputs += inputs[:1] * (batch_size - len(inputs))  # a smaller last batch repeats a sequence
         tokens = pad(inputs).to(device)
         hidden = torch.cat(list(runner.prefill_chunks(tokens, start_pos)), dim=1)
         for i, x in zip(indices, hidden, strict=False):

@@ -1,4 +1,4 @@
-"""Weight formats: how a weight W [N, K] of N outputs and K inputs is stored. This is the one table of all formats:
+"""Weight formats: how a weight W [N, K] of N outputs and K inputs is stored. The one table of all formats:
 
     class         --mode   tensors of a checkpoint                              meaning
     Unquantized            weight [N, K], 16 or 32 bits
@@ -11,12 +11,10 @@
     MXFP4         mxfp4    weight [N, K / 2] uint8, scales [N, K / 32] uint8    w = e2m1(q) * 2^(scale - 127)
 
 q is an element of weight. Experts have one more dimension in front: [E, N, K]. group_size inputs of an output are a
-group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16. They are float16 if the
-weights come from a checkpoint of another project with float16 scales, since bfloat16 has fewer bits.
+group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16, or float16 if another
+project's checkpoint has float16 scales, for which bfloat16 has too few bits.
 
-Int8 has one scale for each output. GroupedInt8 has a scale and a zero point for each group, as Int4 does. Converters
-make GroupedInt8 from grouped weights of other projects that do not fit Int4, since they have more bits or other group
-sizes. --mode does not offer GroupedInt8.
+Only converters make GroupedInt8: from other projects' grouped weights with more bits or other group sizes than Int4.
 
 Int4 and MXFP4 store 8 elements in 4 bytes. Byte j holds element j in the low half and element j + 4 in the high half:
 
@@ -42,7 +40,7 @@ from formats.integers import GROUP_SIZES, GroupedInt8, Int4, Int8
 from utils.errors import UsageError
 
 __all__ = [
-    "Unquantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationScheme", "Tensors",
+    "Unquantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationConfig", "Tensors",
     "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
@@ -55,7 +53,7 @@ MODES = {  # by --mode
 
 
 @dataclass(frozen=True)
-class QuantizationScheme:
+class QuantizationConfig:
     """The format of every linear layer of a model: a default, and the layers with another format."""
 
     default: WeightFormat
@@ -63,7 +61,7 @@ class QuantizationScheme:
     act_order_layers: tuple[str, ...] = ()  # the layers with a tensor input_order
 
     @classmethod
-    def from_dict(cls, quantization: dict | None) -> "QuantizationScheme":
+    def from_dict(cls, quantization: dict | None) -> "QuantizationConfig":
         """The formats that a checkpoint's "quantization" describes. The dict is to_dict of the default format, with two
         more keys: "layers" has the to_dict of each layer with another format, "act_order" lists layers with a tensor
         input_order. Raises UsageError."""

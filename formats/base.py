@@ -9,12 +9,12 @@ from torch import Tensor
 
 from formats.cpu_layouts import to_blocks, words_to_blocks
 
-Tensors = dict[str, Tensor]  # those of one weight, by name: "weight" and, if the format has them, "scales" and "zeros"
-CHUNK_ELEMENTS = 2**18  # quantized or dequantized at a time: their float32 copies fit into the processor's cache
+Tensors = dict[str, Tensor]  # of a weight, by name: "weight" and, in some formats, "scales" and "zeros"
+CHUNK_ELEMENTS = 2**18  # quantized or dequantized at a time: float32 copies of a chunk fit into the processor's cache
 
 
 class WeightFormat:
-    """How a weight is stored: the interface of the formats, with defaults that suit most of them.
+    """How a weight is stored: the interface of the formats, with defaults that suit most formats.
 
     Int4 is a class. Int4(group_size=32) is an object, which says everything about one weight:
 
@@ -33,28 +33,28 @@ class WeightFormat:
 
     format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: Formats
     mode: str | None = None  # None: not quantized
-    is_import_only = False  # whether only the converters make the class, so that --mode does not offer it
+    is_import_only = False  # whether only the converters make the class, so that --mode does not offer the class
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
-    # The group sizes in the to_dict() of model.pth. None: to_dict() has no group size, and the object has the default
+    # The group sizes that model.pth may name. (None,): the class has one format, whose group size model.pth leaves out
     group_sizes: tuple[int | None, ...] = (None,)
     dtypes: dict[str, torch.dtype]  # of the tensors of a checkpoint, for the default of allocate
     elements_per_byte = 1  # of "weight"
-    input_multiple = 1  # K must be a multiple of this number
+    k_alignment = 1  # K must be a multiple of this number
     # Whether C++ rounds 16-bit activations to int8 (kernels/csrc/weights.h: INT8_ACTIVATIONS)
-    rounds_activations = False
-    shard_multiple = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
+    int8_activations = False
+    shard_alignment = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
 
     @property
     def name(self) -> str | None:
-        return f"{self.mode}.g{self.group_size}" if self.names_group_size else self.mode
+        return f"{self.mode}.g{self.group_size}" if self.has_group_size_suffix else self.mode
 
     def to_dict(self) -> dict | None:
         if not self.is_quantized:
             return None
-        return {"mode": self.mode} | ({"groupsize": self.group_size} if self.names_group_size else {})
+        return {"mode": self.mode} | ({"groupsize": self.group_size} if self.has_group_size_suffix else {})
 
     @property
-    def names_group_size(self) -> bool:
+    def has_group_size_suffix(self) -> bool:
         return self.group_size is not None and self.group_sizes != (None,)
 
     @classmethod
@@ -78,7 +78,7 @@ class WeightFormat:
 
     @classmethod
     def examples(cls) -> list["WeightFormat"]:
-        """Formats of this class, with which the tests try the class and its kernels."""
+        """Formats of this class that the tests try."""
         return [cls()]
 
     def allocate(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
@@ -106,8 +106,8 @@ class WeightFormat:
         raise NotImplementedError
 
     def promote_format(self, other: "WeightFormat") -> "WeightFormat | None":
-        """The smallest format that can hold weights of both formats without loss, or None: like torch.promote_types.
-        For weights of other projects that are stacked, such as q, k and v."""
+        """The smallest format that can hold weights of both formats without loss, or None: like torch.promote_types,
+        for stacked weights of other projects, such as q, k and v."""
         return self if self == other else None
 
     def promote_tensors(self, tensors: Tensors, promoted: "WeightFormat", in_features: int) -> Tensors:
@@ -137,19 +137,19 @@ class WeightFormat:
         return self.group_size or in_features
 
     def to_cpu_layout(self, tensors: Tensors) -> Tensors:
-        """The tensors as the C++ kernels read them, from those of a checkpoint. In most formats these are words int32
-        [..., N / 16, words of a row, 16], and scales and zeros [..., N / 16, n_groups, 16]."""
+        """Packs a checkpoint's tensors for the C++ kernels. The default, for most formats: weight becomes words int32
+        [..., N / 16, words of a row, 16], scales and zeros become [..., N / 16, n_groups, 16]."""
         words = words_to_blocks(tensors["weight"], 4 * self.elements_per_byte)
         return {"weight": words} | {name: to_blocks(t) for name, t in tensors.items() if name != "weight"}
 
     def to_triton_layout(self, tensors: Tensors) -> Tensors:
-        """The tensors as the Triton kernels read them, from those of a checkpoint, in the layout that
-        kernels/triton/formats.py: KERNEL_FORMATS has for the format. None stands for a tensor that is left out."""
+        """Packs a checkpoint's tensors for the Triton kernels, in the layout of the format in
+        kernels/triton/formats.py: KERNEL_FORMATS. None stands for a tensor that is left out."""
         raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method to_triton_layout")
 
     def kernels_can_read(self, in_features: int) -> bool:
-        """Whether the layouts of a W with in_features inputs are what kernels read. A backend may have further
-        conditions (ops/packing.py). The default is for quantized formats: kernels read 8 elements at a time."""
+        """Returns whether kernels read a weight with in_features inputs, apart from a backend's conditions
+        (ops/packing.py). The default is for quantized formats: kernels read 8 elements at a time."""
         return in_features % 8 == 0
 
 
@@ -192,7 +192,7 @@ def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
 
 def slice_groups(t: Tensor, start: int, length: int, group_size: int, new_group_size: int) -> Tensor:
     """Selects scales or zeros t [..., n_groups] for inputs [start, start + length) of W, in shorter groups of
-    new_group_size: for each short group, the scale or zero of the group of W around it."""
+    new_group_size. Each short group gets the scale or zero of the group that it is a part of."""
     first_inputs = range(start, start + length, new_group_size)
     return t[..., [i // group_size for i in first_inputs]]
 

@@ -1,9 +1,9 @@
 """The layout of weights for the C++ kernels. WeightFormat.to_cpu_layout calls these functions.
 
-A block is 16 rows of W. A word is four bytes of a row: 2, 4 or 8 elements of 16, 8 or 4 bits. A packed block
-has word 0 of all 16 rows, then word 1 of all 16 rows, and so on (kernels/csrc/weights.h draws a block). So a load of
-64 bytes fills a vector register, and the 16 lanes of the register are 16 outputs. Rows are padded to a multiple of
-ACT_GROUP_SIZE elements. Scales and zeros are packed likewise, group by group, without padding.
+A block is 16 rows of W. A word is four bytes of a row: 2, 4 or 8 elements of 16, 8 or 4 bits. A packed block has word 0
+of all 16 rows, then word 1 of all 16 rows, and so on (kernels/csrc/weights.h draws a block): a load of 64 bytes fills a
+vector register, whose 16 lanes are 16 outputs. Rows are padded to a multiple of ACT_GROUP_SIZE elements. Scales and
+zeros are packed likewise, group by group, without padding.
 """
 
 import torch

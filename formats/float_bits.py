@@ -1,7 +1,7 @@
-"""Floats of 8 and 4 bits: rounding to them, and decoding. floats.py and the converters call these functions.
+"""Rounding to floats of 8 and 4 bits, and decoding, for floats.py and the converters.
 
     e4m3 (FP8)     sign, 4 bits of exponent, 3 bits of mantissa: torch.float8_e4m3fn
-    e2m1 (FP4)     sign, 2 bits of exponent, 1 bit of mantissa: q 0 to 7 are E2M1_VALUES, q 8 to 15 are their negatives
+    e2m1 (FP4)     sign, 2 bits of exponent, 1 bit of mantissa: q 0 to 7 are E2M1_VALUES, q 8 to 15 the negatives
     e8m0 (MX)      8 bits of exponent with a bias of 127: powers of two
 
 MXFP4 is groups of e2m1. Each group has a scale, which is an e8m0 (OCP Microscaling Formats, version 1.0).
@@ -41,7 +41,7 @@ def decode_mxfp4(q: Tensor, scales: Tensor) -> Tensor:
 def encode_e2m1(x: Tensor) -> Tensor:
     """Rounds x to the nearest e2m1, ties to even: uint8. A magnitude above 6 becomes 6."""
     magnitude = x.abs().clamp(max=E2M1_VALUES[-1])
-    # Values from 0 to 2 are 0.5 apart, from 2 to 4 they are 1 apart, from 4 to 6 they are 2 apart
+    # Neighbouring values are 0.5 apart from 0 to 2, 1 apart from 2 to 4, 2 apart from 4 to 6
     q = torch.where(magnitude < 2, 2 * magnitude, torch.where(magnitude < 4, magnitude + 2, magnitude / 2 + 4))
     return q.round().to(torch.uint8) | (x < 0).to(torch.uint8) << 3
 
@@ -53,6 +53,6 @@ def decode_e2m1(q: Tensor) -> Tensor:
 
 
 def decode_e8m0(scales: Tensor) -> Tensor:
-    """2^(scale - 127), float32. The exponent of a float32 has the bias 127, too, so scale is shifted to its place. The
-    exception is 2^-127, a subnormal number with one bit set."""
+    """2^(scale - 127), float32. scale becomes the float32's exponent, which has the bias 127, too. The exception is
+    2^-127, a subnormal number with one bit set."""
     return (scales.int() << 23).clamp(min=1 << 22).view(torch.float32)

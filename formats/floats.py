@@ -10,13 +10,13 @@ from formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unp
 from formats.cpu_layouts import pair_rows, to_blocks, words_to_blocks
 from formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
 from formats.integers import GROUP_SIZES, join_groups, split_groups
-from formats.triton_layouts import by_column, pack_tiles, pack_words
+from formats.triton_layouts import pack_tiles, pack_words, to_column_major
 
 
 @dataclass(frozen=True)
 class Float8(WeightFormat):
-    """8-bit floats, e4m3: 4 bits of exponent, 3 bits of mantissa, up to 448, no infinity. Every group_size inputs of an
-    output share a scale. With None all inputs of an output share a scale."""
+    """8-bit floats, e4m3: 4 bits of exponent, 3 bits of mantissa, up to 448, no infinity. group_size inputs of an
+    output share a scale; None: all inputs of an output."""
 
     group_size: int | None = None
     format_id = 4
@@ -49,7 +49,7 @@ class Float8(WeightFormat):
         return {"weight": words, "scales": to_blocks(tensors["scales"])}
 
     def to_triton_layout(self, tensors):
-        return {"weight": pack_words(tensors["weight"]), "scales": by_column(tensors["scales"])}
+        return {"weight": pack_words(tensors["weight"]), "scales": to_column_major(tensors["scales"])}
 
     def promote_format(self, other):
         if not isinstance(other, Float8):
@@ -59,17 +59,17 @@ class Float8(WeightFormat):
 
 @dataclass(frozen=True)
 class MXFP4(WeightFormat):
-    """4-bit floats, e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. 32 inputs of an output share a scale. The
-    scale is a power of two, stored as an exponent (OCP Microscaling Formats, version 1.0)."""
+    """4-bit floats, e2m1. 32 inputs of an output share a scale, a power of two, stored as an exponent (OCP Microscaling
+    Formats, version 1.0)."""
 
     group_size: int = 32  # smaller in a shard that cuts through a group
     format_id = 5
     mode = "mxfp4"
     dtypes = {"weight": torch.uint8, "scales": torch.uint8}
     elements_per_byte = 2
-    rounds_activations = True
-    input_multiple = 32
-    shard_multiple = 8
+    int8_activations = True
+    k_alignment = 32
+    shard_alignment = 8
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         q, scales = round_mxfp4(split_groups(w.float(), self.group_size))
@@ -83,11 +83,11 @@ class MXFP4(WeightFormat):
     def fill_randomly(self, tensors, std):
         tensors["weight"].random_(0, 256)  # two e2m1 a byte, of standard deviation 2.93
         exponent = math.floor(math.log2(std / 2.93))
-        # A power of two is too coarse for std. So a share p of the scales gets the next exponent, which has 4 times the
-        # variance: 1 + 3 p is the wanted variance, relative to that of all scales with the first exponent
+        # A power of two is too coarse for std, so a share p of the scales gets the next exponent, with 4 times the
+        # variance. 1 + 3 p is the wanted variance, relative to the variance without larger exponents
         relative_variance = (std / 2.93 / 2**exponent) ** 2  # 1 to 4
         tensors["scales"].bernoulli_((relative_variance - 1) / 3).add_(exponent + E8M0_BIAS)
 
     def to_triton_layout(self, tensors):
         tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
-        return {"weight": tiles, "scales": by_column(tensors["scales"])}
+        return {"weight": tiles, "scales": to_column_major(tensors["scales"])}

@@ -21,7 +21,7 @@ class Int8(WeightFormat):
     format_id = 1
     mode = "int8"
     group_size = None
-    rounds_activations = True
+    int8_activations = True
 
     def allocate(self, shape, dtype, device):
         return {
@@ -52,14 +52,14 @@ class Int8(WeightFormat):
 
 
 @dataclass(frozen=True)
-class GroupwiseAsymmetric(WeightFormat):
+class GroupwiseAffine(WeightFormat):
     """What Int4 and GroupedInt8 have in common: w = (q - zero) * scale, with q >= 0. Every group_size inputs of an
     output share a scale and a zero point. The last group may be shorter."""
 
     group_size: int
     scale_dtype: torch.dtype = torch.bfloat16
 
-    rounds_activations = True
+    int8_activations = True
     mode: ClassVar[str]
     zero_fraction_bits: ClassVar[int]  # zeros are fixed-point numbers: the zero point is zeros / 2^zero_fraction_bits
 
@@ -93,19 +93,20 @@ class GroupwiseAsymmetric(WeightFormat):
     def promote_format(self, other):
         """GroupedInt8 can hold an Int4 of another project with the same scale_dtype, since the zero points of other
         projects are integers."""
-        if not isinstance(other, GroupwiseAsymmetric) or other.scale_dtype != self.scale_dtype:
+        if not isinstance(other, GroupwiseAffine) or other.scale_dtype != self.scale_dtype:
             return None
         format_class = type(self) if type(self) is type(other) else GroupedInt8
         return format_class(math.gcd(self.group_size, other.group_size), self.scale_dtype)
 
 
-class Int4(GroupwiseAsymmetric):
-    """q from 0 to 15. A zero point is a multiple of 1/16."""
+class Int4(GroupwiseAffine):
+    """q from 0 to 15. A zero point is a multiple of 1/16, from 0 to 255/16: an integer would shift the range of q by up
+    to half a step, and clamp weights at one end of the group."""
 
     format_id = 2
     mode = "int4"
     group_sizes = GROUP_SIZES
-    input_multiple = shard_multiple = 8
+    k_alignment = shard_alignment = 8
     elements_per_byte = 2
     zero_fraction_bits = 4
 
@@ -120,7 +121,7 @@ class Int4(GroupwiseAsymmetric):
 
     def round_groups(self, groups: Tensor, scales: Tensor, zeros: Tensor, k: int) -> Tensors:
         """The tensors for groups [N, n_groups, group_size] of rows of k elements. The last group may have padding."""
-        q = round_int4(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
+        q = quantize_affine(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
         return {"weight": self.pack_q(join_groups(q.to(torch.uint8), k)), "scales": scales, "zeros": zeros}
 
     def fill_randomly(self, tensors, std):
@@ -145,7 +146,7 @@ class Int4(GroupwiseAsymmetric):
         return unpack_nibbles(weight)
 
 
-class GroupedInt8(GroupwiseAsymmetric):
+class GroupedInt8(GroupwiseAffine):
     """q from 0 to 255. A zero point is an integer from 0 to 255."""
 
     format_id = 3
@@ -164,10 +165,11 @@ class GroupedInt8(GroupwiseAsymmetric):
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
-        # 254 and not 255: a scale that is rounded down makes q larger, and q must stay below 256
+        # 254 leaves headroom: bfloat16 may round the scale down by a factor of 1 + 2^-8, and the zero point is rounded,
+        # too. q is then below 254 * (1 + 2^-8) + 0.5 = 255.5. With 255, the group's largest weight could be clamped.
         scales, zeros = choose_range(groups, 254, self.scale_dtype)
         zeros = zeros.round().clamp(0, 255)
-        q = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 255)
+        q = quantize_affine(groups, scales.float()[..., None], zeros[..., None], max_q=255)
         return {
             "weight": self.pack_q(join_groups(q.to(torch.uint8), w.shape[-1])),
             "scales": scales,
@@ -188,8 +190,8 @@ class GroupedInt8(GroupwiseAsymmetric):
 
 
 def split_groups(w: Tensor, group_size: int) -> Tensor:
-    """[..., K] -> [..., n_groups, group_size]. A shorter last group is padded with the last element. So the minimum and
-    the maximum of the group stay the same."""
+    """[..., K] -> [..., n_groups, group_size]. A shorter last group is padded with the last element, which leaves the
+    group's minimum and maximum unchanged."""
     missing = -w.shape[-1] % group_size
     if missing:
         w = torch.cat([w, w[..., -1:].expand(*w.shape[:-1], missing)], dim=-1)
@@ -216,9 +218,9 @@ def choose_qparams(groups: Tensor, scale_dtype: torch.dtype = torch.bfloat16) ->
     return scales, encode_zeros(zero)
 
 
-def round_int4(w: Tensor, scale: Tensor | float, zero: Tensor) -> Tensor:
-    """Returns q in 0..15, such that (q - zero) * scale is nearest to w. All are float32."""
-    return (w / scale + zero).round_().clamp_(0, 15)
+def quantize_affine(w: Tensor, scale: Tensor | float, zero: Tensor, max_q: int = 15) -> Tensor:
+    """Returns the q in 0..max_q for which (q - zero) * scale is nearest to w. All are float32."""
+    return (w / scale + zero).round_().clamp_(0, max_q)
 
 
 def encode_zeros(zero: Tensor) -> Tensor:

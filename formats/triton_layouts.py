@@ -1,15 +1,15 @@
 """The layouts of weights for the Triton kernels. WeightFormat.to_triton_layout of each format calls some of these:
 
-    pack_tiles     tiles of 4-bit elements, in the order of a matrix unit (drawn below)
-    pack_words     four elements of 8 bits in a word
-    pack_scales    a scale and a zero point in one word
-    by_column      scales without zero points
+    pack_tiles         tiles of 4-bit elements, in the order of a matrix unit (drawn below)
+    pack_words         four elements of 8 bits in a word
+    pack_scales        a scale and a zero point in one word
+    to_column_major    scales without zero points
 
 kernels/triton/elements.py decodes the words in the kernels. Packing itself is plain PyTorch and does not need Triton.
 
 A row of W is an output, a column an input. A tile has 16 rows and 64 columns, in 128 words of 8 elements. A warp loads
-a tile with one instruction: lane l loads words 4 l to 4 l + 3. These words hold the elements that the matrix unit
-expects from lane l. So no element moves from lane to lane.
+a tile with one instruction: lane l loads words 4 l to 4 l + 3, the elements that the matrix unit expects from lane l,
+so that no element moves from lane to lane.
 
 The instruction mma.m16n8k16 of the matrix unit multiplies a matrix A [16, 16] with a matrix B [16, 8]. A is a part of
 W. Each lane of the warp holds 8 elements of A, four neighbours in each of two rows (kWidth = 4 in Triton, which
@@ -55,18 +55,18 @@ def pack_tiles(q: Tensor) -> Tensor:
 
 
 def pack_words(weight: Tensor) -> Tensor:
-    """Elements of 8 bits [..., K] -> words int32 [..., K / 4]. A word holds four neighbours in the order 0 2 1 3. So
-    elements 0 and 1 are 16 bits apart, and so are elements 2 and 3."""
+    """Elements of 8 bits [..., K] -> words int32 [..., K / 4]. A word holds four neighbours in the order 0 2 1 3, so
+    that neighbours 0 and 1, and 2 and 3, are 16 bits apart."""
     return weight.view(torch.uint8).unflatten(-1, (-1, 2, 2)).mT.flatten(-3).view(torch.int32)
 
 
 def pack_scales(scales: Tensor, zeros: Tensor) -> Tensor:
     """scales [..., N, n_groups] bfloat16 or float16, zeros [..., N, n_groups] uint8 -> words int32 [..., N, n_groups],
-    stored column by column. A word is the scale as a float32. The lowest 8 bits of this float32 are zero, so they hold
-    the zero point."""
-    return by_column(scales.float().view(torch.int32) | zeros.int())
+    stored column by column. A word is the scale as a float32, with the zero point in the lowest 8 bits, which are 0 in
+    a 16-bit scale."""
+    return to_column_major(scales.float().view(torch.int32) | zeros.int())
 
 
-def by_column(scales: Tensor) -> Tensor:
+def to_column_major(scales: Tensor) -> Tensor:
     """Returns scales [..., N, n_groups] with strides of [..., n_groups, N]: stored column by column."""
     return scales.mT.contiguous().mT

@@ -18,8 +18,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from config import ACTIVATIONS
 from formats import FORMATS
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from kernels.schema import MAX_CPU_TOKENS, SCHEMAS
+from utils.signals import defer_signals
 
 SOURCES = Path(__file__).parent / "csrc"
 CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
@@ -270,28 +269,6 @@ def run_compiler(command: list[str], env: dict[str, str]):
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
-
-
-@contextlib.contextmanager
-def defer_signals() -> Iterator[list[int]]:
-    """Defers signals that would end the process. Within this context a signal is only appended to the yielded list. The
-    signal takes effect at the end of the context. Python handles signals in the main thread alone, so other threads
-    defer nothing."""
-    held, handlers = [], {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        handlers = {s: handler for s, handler in handlers.items() if callable(handler) or handler == signal.SIG_DFL}
-    for signum in handlers:
-        signal.signal(signum, lambda signum, frame: held.append(signum))
-    try:
-        yield held
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        for signum in held:
-            if handlers[signum] == signal.SIG_DFL:
-                sys.exit(128 + signum)
-            handlers[signum](signum, None)
 
 
 def reason(e: Exception) -> str:

@@ -31,12 +31,10 @@ An OpList can hold the operations of kernels/schema.py: CAPTURABLE. A CPUGraph r
 which would be computed once, during the capture, and never again.
 """
 
-import contextlib
 import ctypes
-import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import build
 from kernels.schema import CAPTURABLE, CPU_NAMESPACE
+from utils.signals import defer_signals
 
 # A step keeps this many of the most recently used CPUGraphs, since a graph holds the memory of all activations.
 # Capturing again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
@@ -76,30 +75,14 @@ def capture(step: Callable) -> Callable:
             if on_gpu:
                 graph = CUDAGraph(step, args)
             else:
-                with delay_interrupt():
+                # An interrupt halfway would leave the kernels capturing. Then a program that goes on, such as a chat,
+                # would get results that no kernel has computed.
+                with defer_signals():
                     graph = CPUGraph(step, args)
         graphs[shapes] = graph
         return graph(args)
 
     return replay
-
-
-@contextlib.contextmanager
-def delay_interrupt() -> Iterator[None]:
-    """Delays Ctrl-C until the end of this context, some milliseconds later. An interrupt while an OpList begins or ends
-    would leave the kernels capturing. Then a program that goes on, such as a chat, would get results that no kernel has
-    computed."""
-    handler, interrupts = signal.getsignal(signal.SIGINT), []
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield  # nothing here raises KeyboardInterrupt
-        return
-    signal.signal(signal.SIGINT, lambda *args: interrupts.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if interrupts:
-        handler(*interrupts[0])
 
 
 def split_graph_at(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

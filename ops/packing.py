@@ -77,7 +77,7 @@ def cpu_kernels_can_read(matrix: WeightMatrix) -> bool:
     format = matrix.format
     has_struct = type(format).__name__ in build.cpp_formats()
     has_whole_groups = (
-        not format.rounds_activations or format.group_size is None or format.group_size % ACT_GROUP_SIZE == 0
+        not format.int8_activations or format.group_size is None or format.group_size % ACT_GROUP_SIZE == 0
     )
     return has_struct and has_whole_groups and format.kernels_can_read(matrix.in_features)
 

@@ -4,7 +4,7 @@
     python scripts/benchmark.py --config TinyLlama-1.1B --mode int4
     python scripts/benchmark.py --config checkpoints/M/model.pth            # or a config.json: the shape alone
     python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s of 1, 8 and 64 sequences at once
-    python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to its first token
+    python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to the first token
     python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
 
 Without the name of a command, benchmark.py runs the command "speed". Two commands are for GPUs:
@@ -17,7 +17,7 @@ Two commands need a real model:
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
 
-The speed of decoding is compared with memory's read bandwidth: the higher one of two measurements, before and after
+The speed of decoding is compared with memory's read bandwidth, the higher of two measurements, before and after
 decoding. A decode step reads the weights that it needs, and the keys and values of the tokens in the cache.
 """
 
@@ -125,7 +125,7 @@ def add_gpu_commands(subparsers):
     add("--minutes", type=float, default=9, help="stop all jobs after these minutes (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "benchmarks", help="folder of the JSON (default: %(default)s)")
 
-    parser = add_command(subparsers, gpu_jobs.transformers)
+    parser = add_command(subparsers, gpu_jobs.hf_transformers)
     add = parser.add_argument
     add("--config", required=True, help="as for the command speed, but only a Llama")
 

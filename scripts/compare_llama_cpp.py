@@ -5,10 +5,10 @@
     python scripts/compare_llama_cpp.py --gguf model.gguf --json result.json --plot result.png
     python scripts/compare_llama_cpp.py --gguf model.gguf --parallel 1 8 16 32 64      # sequences at a time
 
---gguf takes files that both convert_gguf.py and llama.cpp read. --config takes only Llama and models like it. First the
-weights become bfloat16; with --gguf each side converts the file itself. Then the other files are made: ours as by
-quantize.py, theirs by llama.cpp's quantizer, with its usual mixtures of types. All files together take five times the
-space of the bfloat16 weights, in $TMPDIR. A row of the table is a pair "ours / theirs":
+--gguf takes files that both convert_gguf.py and llama.cpp read, and each side converts the file to bfloat16. --config
+takes Llama and models with the same architecture. From bfloat16, quantize.py makes our other files, and llama.cpp's
+quantizer makes llama.cpp's other files. All files together take five times the space of the bfloat16 weights, in
+$TMPDIR. A row of the table is a pair "ours / theirs":
 
     pair                 ours                                          theirs
     bf16 / BF16          bfloat16                                      bfloat16
@@ -18,14 +18,13 @@ space of the bfloat16 weights, in $TMPDIR. A row of the table is a pair "ours / 
     int4.g32 / Q4_K_M    4 bits, scale and zero for 32 elements        a mixture of types of 4 bits and more
     bf16, int8 or int4.g32 / file, with --gguf                         the GGUF file itself
 
-llama.cpp's 4-bit files have the output head in 6 or 8 bits, ours have it in 4 bits. So llama.cpp's files are larger and
-closer to the original. The difference is large if the model is small and the vocabulary large.
+llama.cpp's 4-bit files have the output head in 6 or 8 bits, our files in 4 bits. llama.cpp's files are larger and
+closer to the original, above all if the model is small and the vocabulary large.
 
-Each side of a pair has a process, and the two processes take turns. A round measures memory's read bandwidth, then
-decoding on both sides, then prefill on both sides. All parts of a round follow each other at once, since bandwidth may
-change from second to second. In every second round llama.cpp comes first. Both sides decode greedily, and llama.cpp has
-its default settings. Bytes per token are the weights that a decode step reads, and the keys and values of the tokens in
-the cache.
+Each side of a pair has a process, and the two processes take turns. A round measures memory's read bandwidth, decoding
+on both sides, and prefill on both sides, without a pause, since bandwidth may change from second to second. In every
+second round llama.cpp comes first. Both sides decode greedily, and llama.cpp has its default settings. Bytes per token
+are the weights that a decode step reads, and the keys and values of the tokens in the cache.
 """
 
 import argparse

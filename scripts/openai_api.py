@@ -1,4 +1,4 @@
-"""Reads the requests of OpenAI's API, and writes the responses. serve.py sends them over HTTP.
+"""Reads the requests of OpenAI's API, and writes the responses, for serve.py.
 
     reply = Reply(data, is_chat, model_name, tokenizer, scheduler)    # data: the JSON of a request, as bytes
     reply.sequences             # what to compute (engine/sequence.py)
@@ -77,8 +77,8 @@ def encode_prompts(prompts, is_chat: bool, tokenizer: Tokenizer, max_seq_len: in
 
 
 def read_sampling_params(body: dict) -> SamplingParams:
-    """Reads the sampling options. The names temperature and top_p are OpenAI's. The names of the other fields of
-    SamplingParams are vLLM's."""
+    """Reads the sampling options: temperature and top_p by OpenAI's names, all other fields of SamplingParams by
+    vLLM's names."""
     params = SamplingParams.from_options({"temperature": 1.0} | body)  # OpenAI's default
     require(params.temperature <= 2, "temperature must be at most 2")
     return params

@@ -21,7 +21,7 @@
     cli/, generate.py               test_cli, test_mistakes, test_terminal, test_parallel_cli, test_speculative_cli
     llm.py                          test_library
     eval.py, evaluation/            test_eval
-    utils/                          test_machine, test_fuzz
+    utils/                          test_machine, test_fuzz; of signals test_kernels_builds, test_capture
     scripts/                        test_benchmark, test_benchmark_busy, test_compare, test_demo, test_download; of the
                                     server test_serve, test_serve_clients, test_serve_errors
     the pages, examples             test_readme, test_add_a_model, test_examples
@@ -47,5 +47,5 @@ Helpers and fixtures of several test files:
     tests/tp_ranks.py             the program of a rank, which torchrun starts, for test_tp
     tests/threads_test.cpp        the C++ program of test_threads
 
-A fixture of several test files is in fixtures.py, or in a file that they name in pytest_plugins.
+A fixture of several test files is in fixtures.py, or in a file that the test files name in pytest_plugins.
 """

@@ -2,15 +2,14 @@
 
     python -m tests.compile_triton
 
-A kernel must fit the GPU's shared memory, and must use its matrix units if Triton can use them on that GPU.
+A kernel must fit the GPU's shared memory, and must use the GPU's matrix units if Triton can.
 
 A kernel takes a second or two. To save time, all kernels are compiled for one GPU of each kind: without matrix units
-(Turing), with NVIDIA's (Ampere), and with AMD's (CDNA 3). For the other GPUs every function of a kernel is compiled
-once.
+(Turing), with NVIDIA's matrix units (Ampere), and with AMD's (CDNA 3). For every other GPU each function of a kernel is
+compiled once.
 
-Hopper's matmuls differ from Ampere's before their loop: they overlap with the previous kernel and prefetch W. The
-prefetch has one form for tiled formats and another for all other formats. So for Hopper one format of each kind is
-compiled.
+On Hopper a matmul overlaps with the previous kernel, and prefetches W before the loop, in one way for tiled formats and
+in another for all other formats: one format of each kind is compiled.
 """
 
 import multiprocessing
@@ -48,7 +47,7 @@ TYPES = {
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
 FORMATS = [format.format_class.examples()[0] for format in KERNEL_FORMATS]  # one of each class
 OTHER_GROUP_SIZES = [Int4(64), GroupedInt8(64), Float8(128)]
-# Only of these do the tile sizes depend on num_sms
+# The formats whose tile sizes depend on num_sms
 TILED_FORMATS = [f for f in FORMATS + OTHER_GROUP_SIZES if kernel_format(f.format_id).is_tiled]
 PREFETCHED_FORMATS = [Unquantized(), Int4(64)]  # not tiled, and tiled
 MANY_TOKENS = [(16, Unquantized()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
@@ -124,8 +123,8 @@ class Compiler:
 
 
 def specialize(kernel: JITFunction, values: dict) -> tuple[dict, dict, dict]:
-    """The types, constants and divisibility by 16 that Triton takes arguments for when it launches a kernel. Constants
-    and divisibility are by path: (1,) is the second argument, and (1, 0) the first field of a tuple there."""
+    """Returns the types, constants and divisibility by 16 for which Triton would compile a launch with these values.
+    Constants and divisibility are by path: (1,) is the second argument, (1, 0) the first field of a tuple there."""
     signature, constants, attributes = {}, {}, {}
 
     def type_of(value, path: tuple[int, ...]):

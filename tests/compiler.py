@@ -1,4 +1,4 @@
-"""A C++ compiler that takes no time, for tests of how kernels are built and cached: it copies a library that exists."""
+"""A C++ compiler that only copies a library, for tests of how kernels are built and cached."""
 
 import os
 from pathlib import Path

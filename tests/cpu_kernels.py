@@ -70,10 +70,10 @@ def rounded_activations(x: torch.Tensor) -> torch.Tensor:
     return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)[..., :k]
 
 
-def rounds_activations(format, dtype: torch.dtype) -> bool:
-    return format.rounds_activations and dtype != torch.float32
+def rounds_to_int8(format, dtype: torch.dtype) -> bool:
+    return format.int8_activations and dtype != torch.float32
 
 
 def as_seen(x: torch.Tensor, format) -> torch.Tensor:
     """Returns the activations that the kernels multiply with weights of format: x, or x rounded to int8."""
-    return rounded_activations(x) if rounds_activations(format, x.dtype) else x
+    return rounded_activations(x) if rounds_to_int8(format, x.dtype) else x

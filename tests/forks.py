@@ -1,5 +1,5 @@
-"""Runs the commands of this project in forks of the test's process, which have imported torch already. Tests stop these
-forks at any moment, or give them little memory."""
+"""Runs commands in forks of the test's process, which has imported torch already. Tests stop a fork at any moment, or
+give a fork little memory."""
 
 import multiprocessing
 import os

@@ -1,5 +1,4 @@
-"""Tiny quantized checkpoints, in the formats that other projects write, with the values of their weights. CASES lists
-them."""
+"""CASES: tiny quantized checkpoints, in the formats of other projects, with the values of the weights."""
 
 import json
 import math
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint
 from converters.write_model import NORM_BEFORE
-from formats import QuantizationScheme
+from formats import QuantizationConfig
 from layers import Linear
 from model import meta_model
 from tests.tiny import FAMILIES, convert, make_hf
@@ -134,8 +133,8 @@ def int_quantized(
 def float8(
     name: str, w: Tensor, rows: int | None, columns: int | None, kind: str, scale_dtype=torch.float32, dims: int = 2
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Rounds w to float8, with one scale for each block of rows x columns (None: all of them). dims: of the scales,
-    which ModelOpt stores with 4 dimensions."""
+    """Rounds w to float8, with one scale for each block of rows x columns (None: of all rows or columns). dims: the
+    number of dimensions of the scales, which is 4 in ModelOpt."""
     n, k = w.shape
     is_one = rows is columns is None
     rows, columns = rows or n, columns or k
@@ -196,7 +195,7 @@ def dequantized(path: Path) -> dict[str, Tensor]:
     """Returns every tensor of a checkpoint in float32, quantized weights dequantized. The inputs of a layer with an
     input_order are put back into the model's order."""
     config, quantization, tensors = read_checkpoint(path)
-    for name, linear in meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears():
+    for name, linear in meta_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears():
         if linear.format.is_quantized:
             parts = {kind: tensors.pop(f"{name}.{kind}") for kind in linear.tensors()}
             tensors[f"{name}.weight"] = linear.format.dequantize(parts, torch.float32)
@@ -217,7 +216,7 @@ def half_step(w: Tensor) -> Tensor:
 
 
 def check_weights(path: Path, reference: Path, is_exact: bool):
-    """Checks that every weight is the reference's, or within half a step of bfloat16 of it."""
+    """Checks that every weight equals the weight of reference, or differs by at most half a step of bfloat16."""
     ours, theirs = dequantized(path), dequantized(convert(reference))
     assert ours.keys() == theirs.keys()
     for name, w in theirs.items():
@@ -228,7 +227,7 @@ def check_weights(path: Path, reference: Path, is_exact: bool):
 def formats_of(path: Path) -> dict[str, str | None]:
     """Returns the names of the formats of layer 0's linear layers and of the head."""
     config, quantization, _ = read_checkpoint(path)
-    linears = meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears()
+    linears = meta_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears()
     return {name.split(".")[-1]: linear.format.name for name, linear in linears if "layers.1." not in name}
 
 

@@ -1,4 +1,4 @@
-"""Two tiny models behind servers in threads of the test's process, and clients. So tests can look into the engine.
+"""Two tiny models behind servers, and clients. The servers are threads, so that tests can look into the engine.
 
 Test files of scripts/serve.py name this file in pytest_plugins.
 """

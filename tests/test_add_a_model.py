@@ -112,7 +112,7 @@ def test_nf4_on_a_gpu(dtype):
         error = 2 * u if dtype == torch.bfloat16 else u
         check_matmuls(w, exact, torch.randn(n_tokens, k).to(dtype), 0 if dtype == torch.float32 else error, error)
 '''
-# Those of the tree's tests that go through a list of formats, but for those that take minutes
+# Tests that go through a list of formats, and take no minutes
 FORMAT_TESTS = ["tests/test_quantize.py", "tests/test_kernels.py", "tests/test_triton.py::test_every_format_is_checked"]
 EXAMPLES = {  # name -> diff, tests of ours, and which of the tree's tests also try it
     "top_n_sigma": (TOP_N_SIGMA_DIFF, TOP_N_SIGMA_TESTS, ["tests/test_sampling.py"]),
@@ -147,7 +147,8 @@ def tree(tmp_path):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_diff_finds_its_place(name):
-    """The old lines of each hunk are in the file exactly once, so git apply finds them after other changes, too."""
+    """The old lines of each hunk are in the file exactly once, so git apply finds the place after other changes,
+    too."""
     for file, hunks in re.findall(r"^--- a/(.*)\n\+\+\+ .*\n((?:[@ +-].*\n)*?)(?=---|\Z)", EXAMPLES[name][0], re.M):
         for hunk in re.split(r"^@@ .*\n", hunks, flags=re.M)[1:]:
             old = "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] in " -")

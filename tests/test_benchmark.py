@@ -18,7 +18,7 @@ import torch
 import ops
 from checkpoint import Checkpoint
 from converters.hf_config import config_from_hf
-from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized
+from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationConfig, Unquantized
 from loading import load_model, quantized_tensor_names
 from model import DTYPES, meta_model
 from scripts import benchmark
@@ -93,7 +93,7 @@ def test_random_weights_keep_the_size_of_activations(format):
 def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
-    on_meta = meta_model(config, QuantizationScheme(format))
+    on_meta = meta_model(config, QuantizationConfig(format))
     needed, quantized_names = on_meta.state_dict(), quantized_tensor_names(on_meta)
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     dtypes = {name: t.dtype if name in quantized_names else torch.float16 for name, t in needed.items()}
@@ -178,7 +178,7 @@ def test_commands(capsys):
             call_main(benchmark.main, *arguments.split())
         assert exit.value.code == status
     printed = capsys.readouterr().out
-    for command in ("speed", "check", "gpu", "transformers", "quantization", "speculation"):
+    for command in ("speed", "check", "gpu", "hf_transformers", "quantization", "speculation"):
         assert re.search(rf"^    {command}\s", printed, re.MULTILINE)
 
 

@@ -22,7 +22,8 @@ TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512)
 
 
 def test_report(tmp_path, capsys):
-    """In the table and in the JSON, the medians of one round are its numbers, and ratios and sums fit them."""
+    """In the table and in the JSON, the medians of one round are the numbers of the round, with fitting ratios and
+    sums."""
     save_random_checkpoint(tmp_path / "model.pth", TINY, torch.float32)
     flags = "--json --device cpu --mode int4 --max_new_tokens 20 --busy 1".split()
     call_main(benchmark.main, "--config", tmp_path / "model.pth", *flags)

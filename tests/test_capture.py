@@ -27,6 +27,7 @@ from scripts.kernel_checks.exact_results import (
     set_weight,
 )
 from tests.cpu_kernels import built, make_embedding, packed
+from utils.signals import defer_signals
 
 pytestmark = pytest.mark.usefixtures("library")
 FAMILIES = {
@@ -196,8 +197,11 @@ def test_other_operations_raise(operation):
 
 @built
 def test_ctrl_c_leaves_no_kernel_capturing():
-    """After Ctrl-C at any line of capture.py, KeyboardInterrupt is raised, and later kernels compute."""
+    """After Ctrl-C at any call of capture.py or signals.py, KeyboardInterrupt is raised, later kernels compute, and all
+    signals have the same handlers as before."""
     x, expected = torch.ones(37), torch.full((37,), 2.0)
+    files = {function.__code__.co_filename for function in (capture, defer_signals.__wrapped__)}
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     n_left = 0  # calls and returns until Ctrl-C
 
     def step(x):
@@ -205,7 +209,7 @@ def test_ctrl_c_leaves_no_kernel_capturing():
 
     def interrupt(frame, event, arg):
         nonlocal n_left
-        if frame.f_code.co_filename == capture.__code__.co_filename and event in ("call", "return"):
+        if frame.f_code.co_filename in files and event in ("call", "return"):
             n_left -= 1
             if n_left == 0:
                 signal.raise_signal(signal.SIGINT)
@@ -221,6 +225,7 @@ def test_ctrl_c_leaves_no_kernel_capturing():
         finally:
             sys.setprofile(None)
         assert torch.equal(step(x), expected) and torch.equal(captured(x), expected)
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
     assert n_interrupts > 10
 
 

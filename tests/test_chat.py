@@ -259,9 +259,9 @@ def test_stdin_that_is_not_text(chat_model, monkeypatch, capsys, errors):
 
 @pytest.fixture(scope="module")
 def fine_tune(tmp_path_factory) -> Path:
-    """Returns the folder of a model that was fine-tuned on ChatML. Its config names the base model's end token. The
-    model has more tokens than its tokenizer. After a line break it generates "<think>a</think>B<|im_end|>", with a
-    token before B that has no text."""
+    """Returns the folder of a model that was fine-tuned on ChatML: config.json names the base model's end token, and
+    the vocabulary of the model is larger than the vocabulary of the tokenizer. After a line break the model generates
+    "<think>a</think>B<|im_end|>", with a token before B that has no text."""
     size = 448
     hf = {
         "architectures": ["LlamaForCausalLM"],
@@ -300,7 +300,7 @@ def test_a_fine_tune_ends_its_turn(fine_tune, cli, ask, args):
 
 
 def test_thoughts_are_shown_but_forgotten(fine_tune, cli):
-    """Thoughts are printed, but are not part of later prompts, because the template leaves them out."""
+    """Thoughts are printed, but are not part of later prompts, because the template leaves thoughts out."""
     assert cli(fine_tune, "--chat", *GREEDY, stdin="Hi\nHo\n") == "<think>a</think>B\n" * 2
     conversation = LLM(fine_tune / "model.pth", "cpu", torch.float32).chat()
     for message in ("Hi", "Ho"):

@@ -88,7 +88,7 @@ def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
 
 
 def test_a_quantized_file_of_replaced_sources_is_stale(folder):
-    """A quantized file is not used after its sources were replaced, even if the file is newer than they are and the
+    """A quantized file is not used after the sources were replaced, even if the file is newer than the sources and the
     only model in the folder."""
     model, quantized, weights = ensure_converted(folder), folder / "model_int8.pth", folder / "model.safetensors"
     call_main(quantize.main, "--checkpoint_path", model)

@@ -1,4 +1,4 @@
-"""compare_llama_cpp.py gives both sides the same weights and computes its medians and ratios correctly. Runs without
+"""compare_llama_cpp.py gives both sides the same weights and computes the right medians and ratios. Runs without
 llama.cpp."""
 
 import shutil
@@ -39,7 +39,7 @@ VARIANTS = {
 
 @pytest.fixture(params=VARIANTS)
 def model(request, tmp_path):
-    """Returns (config, weights) of a checkpoint bf16.pth in tmp_path, and of BF16.gguf, which is made of it."""
+    """Returns (config, weights) of a checkpoint bf16.pth in tmp_path, and of BF16.gguf, made of the checkpoint."""
     config = replace(TINY, **VARIANTS[request.param])
     meta = checkpoint_tensors(random_model(config, Unquantized(), torch.device("meta"), torch.bfloat16))
     weights = {name: torch.randn(t.shape).bfloat16() for name, t in meta.items()}

@@ -374,8 +374,8 @@ for folder in sys.argv[2:]:
 
 
 def test_memory_is_one_tensor(tmp_path, llama):
-    """A conversion needs anonymous memory for one tensor. (Mapped pages of files can be dropped, so they do not
-    count.)"""
+    """A conversion needs anonymous memory for one tensor. (Mapped pages of files do not count, since Linux can drop
+    such pages.)"""
     dim, ffn, layers = 512, 2048, 7  # 120 MB; the largest of our tensors, gate_up_proj, is 8 MB
     sizes = {"hidden_size": dim, "intermediate_size": ffn, "num_hidden_layers": layers, "num_key_value_heads": 4}
     shapes = {"model.embed_tokens": (97, dim), "lm_head": (97, dim), "model.norm": (dim,)}

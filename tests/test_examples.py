@@ -178,7 +178,7 @@ def test_command_has_only_options_of_its_script(script, arguments, capsys):
     main = load_module(script).main
     first = arguments.split()[:1]
     if script != "scripts/benchmark.py":
-        first = []  # the others have no subcommands
+        first = []  # only benchmark.py has subcommands
     elif first[0].startswith("--"):
         first = ["speed"]
     with pytest.raises(SystemExit, match="0"):

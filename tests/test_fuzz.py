@@ -1,6 +1,6 @@
 """A broken file of any kind gives a working command, or one line and exit status 2: no traceback, no hang, no crash,
 and no memory as large as a header claims. The files are config.json, index.json, safetensors, GGUF, model.pth and the
-tokenizer's.
+files of a tokenizer.
 
 Each example is a folder. A process of its own (worker.py) runs the real commands on it, with bounded memory.
 """
@@ -155,7 +155,7 @@ def sentencepiece_model() -> bytes:
 @pytest.fixture
 def broken(good, tmp_path):
     """Returns a function (a folder of good, {name: content, or None for no such file}) that makes a folder with these
-    files and links to the others."""
+    files, and with links to all other files of good."""
 
     def make(folder: str, files: dict[str, bytes | None]) -> Path:
         shutil.rmtree(tmp_path)

@@ -245,7 +245,7 @@ def test_compiled_decode(family, use_kernels, rows, both_models, without_inducto
 def test_kernels_compile(family, both_models):
     """torch.compile of a model with kernels has no graph break, and gives the same logits."""
     ours = both_models(family)[1]
-    # One family goes all the way to machine code. The others show that their calls are captured without a break.
+    # One family goes all the way to machine code. All other families show that calls are captured without a break.
     step = torch.compile(ours, fullgraph=True, backend="inductor" if family == "qwen3" else "aot_eager")
     kv_cache, compiled_cache = KVCache(ours, 1, 20), KVCache(ours, 1, 20)
     tables = ours.build_position_tables(kv_cache)
@@ -268,7 +268,8 @@ def test_compiled_prefill(family, both_models, monkeypatch, without_inductor):
 
 
 def test_compiled_prefill_with_kernels(both_models, monkeypatch, without_inductor):
-    """A compiled prefill uses the kernels for prompts, if the CPU has them: its chunks have more tokens than a step."""
+    """A compiled prefill, whose chunks have more tokens than a step, uses the kernels for prompts if the CPU has
+    any."""
     without_inductor()
     monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 40)  # of two sequences
     cases = [(0, 37, 9), (29, 34, 1), (0, 63, 1)]

@@ -57,7 +57,7 @@ def theirs_of(rows: torch.Tensor, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_codes_are_kept(name):
-    """Blocks have the values that the gguf package computes, and our formats come as close to them as they can."""
+    """Blocks have the values that the gguf package computes, and our formats come as close as they can."""
     rows = random_rows(name)
     rows[0] = 0  # scales and minima of 0
     if name in ("Q4_1", "Q5_1"):  # a group of one number
@@ -87,8 +87,8 @@ def test_mxfp4_is_kept():
 
 
 def test_groups_far_from_zero_are_rounded_again():
-    """A group whose values are all far from 0 is rounded again, because Int4 and GroupedInt8 have no zero point for
-    it."""
+    """A group whose values are all far from 0 is rounded again, because Int4 and GroupedInt8 have no zero point so far
+    from 0."""
     rows = random_rows("Q4_1", n=4, k=64)
     rows[0, 2:4] = torch.tensor([2.0], dtype=torch.float16).view(torch.uint8)  # a minimum of some 200 steps
     groups, expected = decode_rows(rows, GGMLType.Q4_1), theirs_of(rows, "Q4_1")
@@ -114,8 +114,8 @@ def test_groups_far_from_zero_are_rounded_again():
     ],
 )
 def test_reported_rounding_error(name, format, largest):
-    """The reported error is that of rounding to a 254th, or a 15th, of the range of a group's codes: a step divided by
-    the root of 12."""
+    """The reported error is a step divided by the root of 12, for steps of a 254th, or a 15th, of the range of a
+    group's codes."""
     groups = decode_rows(random_rows(name), GGMLType[name])
     tensors, is_kept = convert_groups(groups, format)
     deviation = RoundingErrors()
@@ -246,8 +246,8 @@ MIXTURES = {
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_files(name, tmp_path, capsys):
-    """The weights are close to those of the same file in float32. The logits are those of transformers' model with our
-    weights, dequantized."""
+    """The weights are close to the same file's weights in float32. The logits are the logits of transformers' model
+    with our weights, dequantized."""
     family, sizes, default, others, formats, said, error = MIXTURES[name]
     theirs = make_llama(**sizes) if family == "llama" else make_hf(family, **sizes)
     file = write_gguf(tmp_path / "m.gguf", theirs, default, others=others)

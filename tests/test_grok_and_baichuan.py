@@ -78,8 +78,8 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def slopes(n_heads: int) -> torch.Tensor:
-    """Returns ALiBi's slopes. For a power of two n they are the geometric sequence whose first number and ratio are
-    2^(-8 / n). For any other n they are those of the power of two below n, followed by every second one of the power
+    """Returns ALiBi's slopes. For a power of two n, the slopes are the geometric sequence whose first number and ratio
+    are 2^(-8 / n). Any other n takes the slopes of the power of two below n, and then every second slope of the power
     above n."""
 
     def sequence(n: int) -> list[float]:

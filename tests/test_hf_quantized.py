@@ -238,7 +238,7 @@ def test_stacked_weights_get_a_format_that_holds_all_values(tmp_path, capsys):
 
     def quantize(name: str, w: Tensor):
         part = name.split(".")[-1]
-        if part == "o_proj" or (part, "layers.1" in name) == ("q_proj", True):  # modules_to_not_convert
+        if part == "o_proj" or (part, "layers.1" in name) == ("q_proj", True):  # unquantized
             return {f"{name}.weight": w}, w
         return gptq(name, w, 1, **how | changes.get(part, {}))
 

@@ -13,7 +13,7 @@ import torch
 import ops
 from config import ACTIVATIONS, is_gated
 from formats import MXFP4, Float8, Int4, Int8, Unquantized
-from formats.integers import GroupwiseAsymmetric
+from formats.integers import GroupwiseAffine
 from kernels.arguments import Epilogue
 from kernels.build import library
 from layers import ExpertsDown, Linear
@@ -28,7 +28,7 @@ from scripts.kernel_checks.exact_results import (
     make_norm,
     set_weight,
 )
-from tests.cpu_kernels import as_seen, built, make_embedding, packed, rounds_activations, step_of
+from tests.cpu_kernels import as_seen, built, make_embedding, packed, rounds_to_int8, step_of
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 pytestmark = pytest.mark.usefixtures("threads")
@@ -238,7 +238,7 @@ def test_linear_near_its_reference(format, rows):
             exact = x.double() @ matrix.T
             bound = bounds.product_error(x, bounds.magnitudes(plain), exact, dtype)
             bound = bound + bounds.U[dtype] * (x.double().abs() @ matrix.abs().T)  # weights are rounded, too
-            if rounds_activations(format, dtype):
+            if rounds_to_int8(format, dtype):
                 half_step = x.double().abs().max() / 254  # of an activation; the errors' signs are random
                 bound = bound + 5 * half_step * matrix.norm(dim=1)
             bounds.check(ours, exact, bound)
@@ -272,7 +272,7 @@ def test_extremes(format):
         w = make_linear(32, 64, format, dtype)
         if isinstance(format, Int8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
-        elif isinstance(format, GroupwiseAsymmetric):
+        elif isinstance(format, GroupwiseAffine):
             w.weight[:8], w.weight[8:16], w.scales[16:20], w.zeros[20:24], w.zeros[24:28] = 255, 0, 0, 255, 0
         elif isinstance(format, Float8):
             w.weight[:8], w.weight[8:16], w.scales[16:20] = 448, -448, 0
@@ -341,7 +341,7 @@ def test_format_without_a_struct(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_operations(dtype):
-    """add and activate equal PyTorch's to the last bit, or nearly if they compute an exponential."""
+    """add and activate equal PyTorch's to the last bit, or nearly where an exponential is computed."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
     assert torch.equal(ops.add(x, y, ops.CPU_BACKEND), x + y)

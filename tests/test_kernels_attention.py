@@ -26,7 +26,7 @@ ANY_TOKENS = ops.CPU_BACKEND.with_limits(attend=math.inf)  # kernels for prompts
 
 def check_attention(starts, n_tokens, n_heads, cache: LayerCache, tables, window, norms, **options):
     """Checks attention of n_tokens new tokens in each sequence, at the positions starts. The cache holds NaN where
-    nothing has been written yet. Afterwards it has the new tokens' keys and values, and nothing else has changed."""
+    nothing has been written yet. Only the new tokens' keys and values in the cache may change."""
     (_, n_kv_heads, _, d), dtype = cache.k.shape, cache.k.dtype
     start_pos = torch.tensor(starts)
     qkv = torch.randn(len(starts), n_tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
@@ -82,8 +82,8 @@ def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
 @pytest.mark.parametrize("norm", ["no norm", "norm of heads", "norm of all heads"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
-    """Sinks, scale and softcap, each alone and together, and with ALiBi. Sinks lie far below the scores, among them,
-    and far above."""
+    """Sinks, scale and softcap, each alone and together, and with ALiBi. Sinks are far below, among and far above the
+    scores."""
     torch.manual_seed(0)
     cos_sin = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 640)
     widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]

@@ -98,7 +98,7 @@ def test_formats_and_activations_are_the_same_in_both_languages():
     assert len(kernels.build.cpp_formats()) > 5 and len(kernels.build.cpp_activations()) > 5
     for i, format_class in enumerate(FORMATS[: len(kernels.build.cpp_formats())]):
         assert library.format_elements_per_byte(i) == format_class.elements_per_byte
-        assert library.format_rounds_activations(i) == format_class.rounds_activations
+        assert library.format_int8_activations(i) == format_class.int8_activations
     for i, activation in enumerate(kernels.build.cpp_activations(), 1):
         assert library.activation_is_gated(i) == is_gated(activation)
 
@@ -109,9 +109,9 @@ def test_without_this_cpus_instructions(march):
     """The kernels' tests pass on the code for CPUs with only AVX2, for CPUs of any kind, and for CPUs with AVX2 and
     AVX-VNNI, which only products of bytes use.
 
-    To save time, the sizes of heads are those that the code names, 64 and 128, and one other, since all sizes use the
-    same instructions. The code that shares work among threads is the same everywhere, and is not tested again. -O1
-    compiles faster than -O3, and with -O0 the tests would take longer."""
+    To save time, the sizes of heads are 64 and 128, which the code names, and one more, since all sizes use the same
+    instructions, and sharing work among threads, the same code everywhere, is not tested again. -O1 compiles faster
+    than -O3, and with -O0 the tests would take longer."""
     if os.environ.get("CXXFLAGS") or os.uname().machine != "x86_64":
         return
     needs_vnni = "avxvnni" in march

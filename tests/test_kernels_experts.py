@@ -19,17 +19,17 @@ from scripts.kernel_checks.exact_results import (
     make_linear,
     make_norm,
 )
-from tests.cpu_kernels import built, packed, rounds_activations
+from tests.cpu_kernels import built, packed, rounds_to_int8
 
 pytestmark = pytest.mark.usefixtures("threads")
 
 
 def check_near(ours: torch.Tensor, expected: torch.Tensor, format):
     """Checks a result that is two matmuls deep. The bound is a few roundings of the type and, if activations are
-    quantized, their rounding to 8 bits: half a step of 1/127 of a group's largest, which is about three times the
-    others, so 0.7 % of an activation, twice."""
+    rounded to int8, 0.7 % of an activation, twice: a step is 1/127 of a group's largest activation, which is about
+    three times as large as a typical activation, and the error is at most half a step."""
     error = (ours.double() - expected.double()).norm() / expected.double().norm()
-    assert error < (3e-2 if rounds_activations(format, ours.dtype) else 16 * bounds.U[ours.dtype])
+    assert error < (3e-2 if rounds_to_int8(format, ours.dtype) else 16 * bounds.U[ours.dtype])
 
 
 @built

@@ -60,9 +60,9 @@ TRUNCATIONS += [{"min_p": 0.3}, {"min_p": 1.0}, {"top_k": 50, "top_p": 0.9}, {"t
 @pytest.mark.parametrize("vocab_size", [1, 2, 15, 17, 300, 5000])
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
 def test_drawn_tokens(vocab_size, truncation):
-    """Draws follow the distribution, for few likely tokens, many, ties, of which the first ones are kept, and extreme
-    logits. n evenly spaced random numbers draw a token of probability p n p times, give or take one at each end of its
-    interval."""
+    """Draws follow the distribution: for few and many likely tokens, for ties, of which the first tokens are kept, and
+    for extreme logits. n evenly spaced random numbers draw a token of probability p n p times, give or take
+    one."""
     assert kernels.build.library()
     n, noise = 500, 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n

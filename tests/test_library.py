@@ -115,7 +115,7 @@ def test_texts_at_once(chat_model):
     llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
 
     def texts() -> list:
-        """Not one of them has begun."""
+        """Returns texts that have not begun."""
         chats = [llm.chat(), llm.chat(system="Be brief"), llm.chat(seed=3, temperature=2.0)]
         answers = [chat.answer(message, 12) for chat, message in zip(chats, ("Hi", "Ho", "Hi"), strict=True)]
         return [*answers, llm.generate("Hello", 12), llm.generate("Hi", 12), llm.generate("Hello", 12, seed=5)]

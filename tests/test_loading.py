@@ -225,7 +225,7 @@ BOT = 259  # <|bot|>
     ],
 )
 def test_end_tokens(tmp_path, settings, expected):
-    """The end tokens are those of the config, of the tokenizer and of the template, each once."""
+    """The config, the tokenizer and the template name end tokens, and each token counts once."""
     folder = random_folder(tmp_path, max_seq_len=64)
     rewrite_config(folder / "model.pth", eos_ids=(0, ord(".")))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

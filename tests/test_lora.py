@@ -1,4 +1,4 @@
-"""convert_hf_checkpoint.py --lora merges adapters as PEFT does, and refuses by name those that cannot be merged."""
+"""convert_hf_checkpoint.py --lora merges adapters as PEFT does, and refuses other adapters by name."""
 
 import copy
 import json

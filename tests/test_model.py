@@ -90,8 +90,8 @@ def test_prompts_longer_than_every_window(family, use_kernels, both_models):
     [("phi4-mini", 16), ("phi4-mini", 17), ("dynamic", 256), ("dynamic", 257), ("dynamic", 400)],
 )
 def test_rope_that_depends_on_the_length(family, n, both_models):
-    """RoPE is right below and above the trained context. It depends on the cache's length here, and on the tokens in
-    transformers."""
+    """RoPE is right below and above the trained context: here the cache's length counts, in transformers the number of
+    tokens."""
     theirs, ours = both_models(family, False)
     tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -137,7 +137,7 @@ def test_rope_tables_equal_transformers(rope):
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GptOssForCausalLM"])
 def test_yarn_stretches_the_context(architecture):
-    """rope_scaling alone stretches the context, as Qwen's pages say. It replaces the family's own scaling."""
+    """rope_scaling alone stretches the context, as Qwen's pages say. rope_scaling replaces the family's own scaling."""
     sizes = SIZES | {"max_position_embeddings": 64, "architectures": [architecture]}
     config = config_from_hf(sizes | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
     assert config.max_seq_len == 256 and config.rope_scaling.original_max_seq_len == 64

@@ -1,4 +1,4 @@
-"""gpt-oss as published, with experts in MXFP4: the conversion keeps them, and their values are transformers'."""
+"""gpt-oss as published: the experts stay in MXFP4, with the values that transformers reads."""
 
 import json
 

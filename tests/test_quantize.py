@@ -14,9 +14,9 @@ import gptq
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
-from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationScheme, Unquantized, format_from_dict
+from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationConfig, Unquantized, format_from_dict
 from formats.float_bits import E2M1_VALUES, round_mxfp4
-from formats.integers import GroupwiseAsymmetric, split_groups
+from formats.integers import GroupwiseAffine, split_groups
 from loading import load_model
 from model import KVCache
 from scripts.kernel_checks import exact_results
@@ -35,7 +35,7 @@ class Int4HQQ(Int4):
 
 
 def is_made(format) -> bool:
-    """Returns whether quantize.py makes files of the format. Only the converters make the others."""
+    """Returns whether quantize.py makes files of the format, and not only the converters."""
     return not format.is_import_only and format == type(format).from_options(format.group_size)
 
 
@@ -44,14 +44,14 @@ FORMATS = {format.name: format for format in QUANTIZED if is_made(format)}
 FORMATS |= {"int4.g64": Int4(64), "int4-hqq.g32": Int4HQQ(32)}
 IMPORTED = {repr(format): format for format in [*QUANTIZED, Int4(64, torch.float16)] if not is_made(format)}
 EVERY = FORMATS | IMPORTED
-INTEGERS = {name: format for name, format in EVERY.items() if isinstance(format, Int8 | GroupwiseAsymmetric)}
+INTEGERS = {name: format for name, format in EVERY.items() if isinstance(format, Int8 | GroupwiseAffine)}
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 10
 FLOAT_ERROR = 1e-5  # of a few float32 operations, relative to their result
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Returns a function: family -> a folder with its model.pth and tokenizer."""
+    """Returns a function: family -> a folder with model.pth and a tokenizer."""
     made = {}
 
     def make(family: str):
@@ -144,7 +144,7 @@ def test_every_format_is_tested():
 def test_a_header_names_its_format(format):
     parsed = format_from_dict(format.to_dict())
     assert parsed.to_dict() == format.to_dict() and parsed.name == format.name
-    assert QuantizationScheme.from_dict({"mode": "int8", "layers": {"a": format.to_dict()}}).of_layer("a") == parsed
+    assert QuantizationConfig.from_dict({"mode": "int8", "layers": {"a": format.to_dict()}}).of_layer("a") == parsed
 
 
 def test_a_format_id_is_a_position_in_the_table():
@@ -258,8 +258,7 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
 
 
 def test_hessians_are_of_what_each_linear_gets(folder):
-    """The Hessian of a layer is that of its own inputs. An expert's inputs are the tokens that the router sends to
-    it."""
+    """A layer's Hessian is a sum over the layer's own inputs: over the tokens that the router sends to an expert."""
     model = load_model(folder("qwen3-moe") / "model.pth", "cpu", torch.float32, use_kernels=False)
     tokens = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
     layer, kv_cache = model.layers[0], KVCache(model, 1, 12)

@@ -1,9 +1,8 @@
-"""The pages are right. Their commands and the Python example run on tiny random checkpoints, their tables are those
-that scripts/tables.py makes of benchmarks/*.json, and the files, functions and messages that they name exist. What
-docstrings and comments name exists, too.
+"""The pages are right. Commands and the Python example run on tiny random checkpoints, scripts/tables.py makes the same
+tables, and all files, functions and messages that a page, a docstring or a comment names exist.
 
-The mains of the commands are called in this process, because torch takes seconds to load; only torchrun starts others.
-A shell script runs with a python3 that records its arguments, and this process makes the recorded calls.
+Commands run in this process, since torch takes seconds to load; only torchrun starts processes. A shell script runs
+with a python3 that records the arguments, and this process makes the recorded calls.
 """
 
 import ast
@@ -60,7 +59,7 @@ echo >>"$CALLS"
 
 
 def copy_of_scripts(tree: Path) -> Path:
-    """Makes links to the scripts in tree, and a python3 in tree/bin that only records its arguments."""
+    """Makes links to the scripts in tree, and a python3 in tree/bin that only records the arguments."""
     for name in [*(path.name for path in ROOT.glob("*.py")), *PACKAGES, "scripts", "mixtral-moe", "tests"]:
         os.symlink(ROOT / name, tree / name)
     (tree / "bin").mkdir()
@@ -153,7 +152,7 @@ def test_messages():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_names_exists(page):
-    """The targets of links exist, also the headings, and so do files, and in `FILE: NAME ...` the names in that file."""
+    """Every link's file and heading exist, every `FILE` exists, and in `FILE: NAME` the file contains the name."""
     text = page.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
         file, _, anchor = target.partition("#")
@@ -173,16 +172,18 @@ def test_what_a_page_names_exists(page):
 
 
 def test_what_comments_name_exists():
-    """What docstrings and comments name exists, also in C++: files, and in FILE: NAME and NAME (FILE) the names in that
-    file. In Python every word_with_underscores must be somewhere in the code. (In C++ formulas have such words.) In
-    NAME (FILE), a NAME has underscores or capitals within, to tell it from other words."""
-    comments, code = {}, [path.read_text() for path in (ROOT / "tests").glob("*.py")]
-    for path in [*sources(), *(ROOT / "kernels/csrc").iterdir()]:
+    """Docstrings and comments, also of tests and C++, name files that exist, and in FILE: NAME and NAME (FILE) names in
+    that file. In Python every word with underscores is in the code, or is a test file. (C++ has these in formulas.)
+    In NAME (FILE), and in tests in FILE: NAME, a NAME has underscores or capitals within, which ordinary words lack."""
+    comments, code = {}, []
+    for path in [*sources(), *(ROOT / "tests").glob("*.py"), *(ROOT / "kernels/csrc").iterdir()]:
         split = split_comments if path.suffix == ".py" else split_cpp_comments
         comments[path], rest = split(path.read_text())
         code.append(rest)
+    files = [*comments, *(ROOT / "docs").iterdir(), *(ROOT / "scripts").glob("*.sh")]
     words = re.findall(r"\w+", " ".join(code))
     known = {*words, *(word.removesuffix("_ptr") for word in words)}  # of a kernel's pointer, the tensor's name
+    known |= {path.stem for path in (ROOT / "tests").iterdir()}
     for path, text in comments.items():
         named = re.findall(r"([\w/-]+\.(?:py|sh|h|cpp|md))\b(?:: ((?:\w+, )*\w+))?", text)
         before = re.findall(r"\b(\w*[a-z0-9][_A-Z]\w*) \(([\w/-]+\.(?:py|sh|h|cpp))\)", text)
@@ -190,11 +191,14 @@ def test_what_comments_name_exists():
             if file in ("llama.cpp", "Python.h"):
                 continue
             places = [folder / file for folder in (path.parent, path.parent.parent, ROOT, ROOT / "tests")]
+            if path.parent == ROOT / "tests":  # in a test, the name of a tested file may lack the folder
+                places += [place for place in files if f"/{place}".endswith(f"/{file}")]
+                names = ", ".join(re.findall(r"\w*[a-z0-9][_A-Z]\w*", names))
             found = [place for place in places if place.is_file()]
             assert found, f"{path}: {file}"
             for name in names.split(", ") if names else []:
                 assert re.search(rf"\b{name}\b", found[0].read_text()), f"{path}: {file}: {name}"
-        words = re.findall(r"\b[a-z][a-z0-9]*(?:_[a-z][a-z0-9]*)+\b(?!\.(?:md|pth))", text)
+        words = re.findall(r"\b[a-z][a-z0-9]*(?:_[a-z][a-z0-9]*)+\b(?!\.(?:md|pth|py))", text)
         assert path.suffix != ".py" or set(words) <= known, f"{path}: {set(words) - known}"
 
 
@@ -274,7 +278,7 @@ def test_imports_go_one_way():
 
 
 def nodes_that_run(node: ast.AST) -> list[ast.AST]:
-    """Returns node and all nodes in it, except those of `if TYPE_CHECKING:`."""
+    """Returns node and all nodes in it, except the nodes of `if TYPE_CHECKING:`."""
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         return [found for child in node.orelse for found in nodes_that_run(child)]
     return [node, *(found for child in ast.iter_child_nodes(node) for found in nodes_that_run(child))]

@@ -115,8 +115,8 @@ def test_repetition_penalty_equals_transformers(both_models):
 @settings(deadline=None)
 @given(st.data())
 def test_a_cache_holds_the_tokens_of_the_text(both_models, data):
-    """The ids and keys in a cache are the text's, after they are stored, copied, swapped, and stored again from an
-    earlier position on."""
+    """A cache holds the ids and keys of the text after storing, copying, swapping, and storing again from an earlier
+    position on."""
     n_texts, length, vocab_size = 3, 12, 9
     kv_cache, texts = KVCache(both_models("llama3")[1], n_texts, length), [[] for _ in range(n_texts)]
     for _ in range(data.draw(st.integers(1, 8))):

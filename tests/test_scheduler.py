@@ -84,7 +84,7 @@ def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, both_models):
 
 
 def test_a_conversation_that_has_moved_goes_on(both_models):
-    """A conversation goes on after its sequence moved to another slot. The old slot holds only the tokens before the
+    """A conversation goes on after the sequence moved to another slot. The old slot holds only the tokens before the
     move."""
     _, model = both_models("llama3", True)
     short, moving, other = [1, 2, 3], [4, 5, 6, 7], [9, 8, 7, 6]
@@ -285,7 +285,7 @@ def test_a_prompt_that_is_cancelled_leaves_no_nan():
 
 
 def test_logprobs(both_models):
-    """Log-probabilities are those of one forward over prompt and answer, for every sampling."""
+    """One forward over prompt and answer gives the same log-probabilities, for every sampling."""
     _, model = both_models("llama3", True)
     prompts = make_prompts(2)
     scheduler = Scheduler(model, 2, 48)

@@ -37,7 +37,7 @@ class Gate:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chat_server, monkeypatch):
-    """A client with a hundred steps for all rows hangs up, while more of its texts wait. The next client gets its
+    """A client with a hundred steps for all rows hangs up, while more texts of the client wait. The next client gets an
     answer after a few steps."""
     engine, n = chat_server.engine, N_ROWS + 2
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
@@ -66,8 +66,8 @@ UNREAD = {"prompt": "a", "n": 6, "max_tokens": 100, "logprobs": 20, "temperature
 
 
 def test_a_client_that_does_not_read(complete, chat_server):
-    """A client that does not read fills the connection's buffers. Other clients are served meanwhile. If it reads
-    later, nothing is missing. If it hangs up, its rows are free."""
+    """A client that does not read fills the connection's buffers. Other clients are served meanwhile. If the
+    client reads later, nothing is missing. If the client hangs up, the rows are free."""
     engine, connections = chat_server.engine, chat_server.server.server_state.connections
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
     expected, texts = answer().choices, [c.text for c in complete(model="m", **UNREAD | {"stream": False}).choices]

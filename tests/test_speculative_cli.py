@@ -149,8 +149,8 @@ def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """Returns a copy of the project with one of the two tiny models that the scripts use with TINY=1. The scripts make
-    the other one."""
+    """Returns a copy of the project with the tiny target of the scripts with TINY=1. The scripts make the tiny
+    draft."""
     tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
     target = tree / "checkpoints/tiny/target"
     write_folder("llama2", target)

@@ -1,5 +1,5 @@
-"""Conversations on a terminal: editing, history, pasted text and Ctrl-C. And through a pipe: files and lost lines. The
-messages that the model gets are those that /save writes.
+"""Conversations on a terminal (editing, history, pasted text and Ctrl-C) and through a pipe (files and lost lines). The
+model gets the messages that /save writes.
 
 The terminals are pseudo-terminals of forks of this process.
 """
@@ -23,7 +23,7 @@ from cli.script import run_script
 from engine.chat import Conversation
 from tests.byte_models import set_up
 
-# The template writes only the messages. So recall_model, which counts on after a digit, continues the last message.
+# The template writes only the messages, so recall_model, which counts on after a digit, continues the last message
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if not loop.last %}</s>{% endif %}{% endfor %}"
 UP, LEFT, RIGHT, HOME, END, BACKSPACE = "\x1b[A", "\x1b[D", "\x1b[C", "\x1b[H", "\x1b[F", "\x7f"
 ALT_ENTER, CTRL_C, CTRL_D = "\x1b\r", "\x03", "\x04"

@@ -1,4 +1,4 @@
-"""kernels/csrc/threads.h: how the threads of the CPU kernels share work, and how many of them a step uses."""
+"""kernels/csrc/threads.h: how the threads of the CPU kernels share work, and how many threads a step uses."""
 
 import os
 import shutil
@@ -14,8 +14,7 @@ SOURCE = Path(__file__).with_name("threads_test.cpp")
 
 @pytest.fixture(scope="module")
 def simulate(tmp_path_factory):
-    """Returns a function (n_cpus, n_repetitions, (busy_cpus, from, to)...) that returns how many threads each
-    repetition used. threads_test.cpp explains its other arguments."""
+    """Returns a function that runs threads_test.cpp, and returns how many threads each repetition used."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     program = tmp_path_factory.mktemp("threads") / "threads_test"
     subprocess.run([compiler, "-std=c++20", "-O1", "-fopenmp", SOURCE, "-o", program], check=True)

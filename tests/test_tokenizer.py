@@ -180,8 +180,8 @@ def test_tokenizer_model_like_transformers(tmp_path, legacy, form):
 @pytest.mark.parametrize("add_bos", [None, True, False])
 def test_json_bos(tmp_path, form, add_bos):
     """As in transformers, tokenizer.json decides whether a prompt begins with bos, and not the settings. A prompt does
-    not end in eos. A chat template decides for itself. A token that the settings name is special, whatever
-    tokenizer.json says."""
+    not end in eos. The prompt of a conversation begins as the chat template says. A token that the settings name is
+    special, whatever tokenizer.json says."""
     tok = train("llama3")
     tok.add_tokens([AddedToken("<end>", special=False, normalized=False)])
     tok.post_processor = bos_processor(tok, form)

@@ -96,13 +96,17 @@ def alone(files):
 def error_growth(n_ranks: int, n_alone: int) -> float:
     """By what factor the bfloat16 error of ranks may exceed that of one process.
 
-    Where the ranks' products are added up, each rank rounds its own; these errors are together as large as one of the
-    whole product's rounding. Then they are added in turn, and every intermediate sum, k of n parts, is rounded: k / n
-    of that error's square. Then comes the residual: one more. One process rounds n_alone times there, and everywhere
-    else as often as the ranks do. Squares of independent errors add up.
+    Squares of independent errors add up. In units of the squared error of rounding a whole product, a sum over n
+    ranks has
 
-    What is compared are medians of 24 tokens, whose errors differ by some 40 %. The standard error of a median is 1.25
-    times that over the square root of 24: 10 %, and of the quotient of two 15 %."""
+        the n products, each rounded by a rank                      1 together
+        the sums of k = 2 ... n products, each rounded              k / n each
+        the residual, added                                         1
+
+    One process rounds n_alone times there. Everywhere else ranks and one process round alike.
+
+    The test compares medians of 24 tokens, whose errors differ by some 40 %. The standard error of a median is 1.25 *
+    40 % over the square root of 24: 10 %, and of the quotient of two medians 15 %."""
     in_sums = sum(k / n_ranks for k in range(2, n_ranks + 1))
     return 1.15 * math.sqrt((1 + in_sums + 1) / n_alone)
 

@@ -50,8 +50,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, f
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_interpreter():
-    """Caches what takes Triton's interpreter 40 % of its time. Whenever a kernel calls a function, the interpreter
-    searches triton.language for builtins. For every operation it makes a table of NumPy's types."""
+    """Caches two results that take 40 % of the time of Triton's interpreter: the builtins of triton.language, searched
+    in every call of a function, and a table of NumPy's types, made for every operation."""
     convert_dtype, dtypes = interpreter._get_np_dtype, {}
 
     def numpy_dtype(dtype):
@@ -218,7 +218,7 @@ def test_unknown_format():
 
 
 def test_a_format_without_a_layout():
-    """A format without pack_for_triton gives an error that names the method. Formats with kernels have the method."""
+    """A format without to_triton_layout gives an error that names the method. Formats with kernels have the method."""
 
     @dataclass(frozen=True)
     class NoLayout(WeightFormat):
@@ -261,7 +261,7 @@ def test_sample_of_what_is_not_finite(value):
 
 
 def test_attention_stays_in_the_cache():
-    """Positions before 0 or beyond the cache are neither read nor written, and the others are right."""
+    """Positions before 0 or beyond the cache are neither read nor written, and all other positions are right."""
     torch.manual_seed(0)
     tables, G, D = PositionTables(rope_table(ModelConfig(64, 1, 4, 2, 16, 64, 64, 64), 16)), 2, 16
     k, v = torch.randn(2, 5, G, 24, D).unbind()
@@ -284,7 +284,7 @@ def test_attention_stays_in_the_cache():
 
 
 def tiny_model(family: str, n_layers: int):
-    """Returns a model smaller than those of tests/tiny.py, since the interpreter is slow."""
+    """Returns a model smaller than in tests/tiny.py, since the interpreter is slow."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 40, "num_hidden_layers": n_layers}
     if family == "mixtral":
         sizes["num_local_experts"] = 4

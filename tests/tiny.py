@@ -12,7 +12,7 @@ import transformers as hf
 
 from checkpoint import read_checkpoint, save_checkpoint
 from converters.convert_folder import convert_folder
-from formats import QuantizationScheme
+from formats import QuantizationConfig
 from loading import load_model
 from model import KVCache, meta_model
 from scripts.tiny_model import write_tokenizer
@@ -172,8 +172,8 @@ def call_main(main, *args):
         main()
 
 
-# Version of model.pth -> the names that the next version replaced: new name -> old name. The table is not derived from
-# earlier_checkpoints.py: UPGRADES, so a mistake there fails a test.
+# Version of model.pth -> the names that the next version replaced: new name -> old name. The table is written apart
+# from UPGRADES (earlier_checkpoints.py), so that a mistake there fails a test.
 EARLIER_TENSORS = {  # by regular expressions
     5: {r"\.pre_(\w+_norm)\.": r".\1."},
     2: {r"^embed_tokens\.": "tok_embeddings.", r"^lm_head\.": "output."},
@@ -255,11 +255,11 @@ def quantize_embedding(source: Path, target: Path, is_tied: bool = True) -> Path
 
 
 def give_input_orders(source: Path, target: Path):
-    """Copies source, a quantized checkpoint, to target, and gives every linear layer a random order of inputs. The
-    result is another model, with orders like those of GPTQ's act-order."""
+    """Copies source, a quantized checkpoint, to target, and gives every linear layer a random order of inputs, as
+    GPTQ's act-order has. The result is another model."""
     config, quantization, tensors = read_checkpoint(source)
     generator = torch.Generator().manual_seed(0)
-    linears = dict(meta_model(config, QuantizationScheme.from_dict(quantization)).quantizable_linears())
+    linears = dict(meta_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears())
     names = [name for name, linear in linears.items() if linear.n_experts is None]
     for name in names:
         order = torch.randperm(linears[name].in_features, generator=generator)

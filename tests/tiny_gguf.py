@@ -154,8 +154,8 @@ def add_tensors(writer: gguf.GGUFWriter, theirs, default_type: str, others: dict
 
 
 def random_blocks(qtype: gguf.GGMLQuantizationType, shape: tuple[int, ...], rng) -> np.ndarray:
-    """Returns random bytes that stand for weights of about 0.05. The floats among them are the scales of blocks. If
-    blocks have a minimum, too, the minimum is at most as many codes away from 0 as there are codes."""
+    """Returns random bytes that stand for weights of about 0.05. The floats in a block are scales and, in some
+    types, a minimum, which is at most as many steps away from 0 as there are codes."""
     blocks = rng.integers(0, 256, gguf.quant_shape_to_byte_shape(shape, qtype), dtype=np.uint8)
     blocks = blocks.reshape(-1, gguf.GGML_QUANT_SIZES[qtype][1])
     floats = {  # byte in the block: size

@@ -1,4 +1,4 @@
-"""A rank that torchrun starts in test_tp.py: it compares and then dies, or waits for Ctrl-C.
+"""A rank that torchrun starts in test_tp.py. The rank compares and then dies, or waits for Ctrl-C.
 
     torchrun --standalone --nproc_per_node=2 tests/tp_ranks.py compare FOLDER RESULTS.json
     torchrun --standalone --nproc_per_node=2 tests/tp_ranks.py wait
@@ -30,7 +30,7 @@ from cli.ranks import process_group  # noqa: E402
 from engine import generation  # noqa: E402
 from engine.runner import ModelRunner  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
-from formats import QuantizationScheme  # noqa: E402
+from formats import QuantizationConfig  # noqa: E402
 from model import KVCache, Transformer, meta_model  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)
@@ -228,7 +228,7 @@ def bytes_read(path: Path) -> dict:
     tensors."""
     config, quantization, tensors = read_checkpoint(path)
     tensors = with_tied_head(config, tensors)
-    model = meta_model(config, QuantizationScheme.from_dict(quantization))
+    model = meta_model(config, QuantizationConfig.from_dict(quantization))
     shard_tensor = tp.tensor_sharder(model)
     with BytesRead(tensors.values()) as read:
         parts = {name: shard_tensor(name, t) for name, t in tensors.items()}

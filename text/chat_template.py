@@ -2,8 +2,8 @@
 
     render(template, {"eos_token": "</s>"}, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
-A template is a program in jinja2's language, and anyone may have written it. So render runs the template in a sandbox
-with limited time and memory. tokenizer.py: Tokenizer calls render.
+A template is a program in jinja2's language by an unknown author, so render runs the template in a sandbox with limited
+time and memory.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ MAX_REPEATED = 10**6  # characters or list items that one multiplication in a te
 
 
 def render(template: str, names: dict[str, str], messages: list[dict], add_generation_prompt: bool) -> str:
-    """Renders messages by template. The template gets the variables and functions that transformers provides. names:
-    the texts of special tokens by name, such as bos_token."""
+    """Renders messages with transformers' variables and functions. names: the texts of special tokens, by a name such
+    as bos_token."""
     values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
         with time_limit(MAX_SECONDS):
@@ -52,9 +52,8 @@ def render(template: str, names: dict[str, str], messages: list[dict], add_gener
 
 
 def read_message(message) -> dict:
-    """Checks a message, which may come from anywhere. Returns the message as templates expect it: {"role": ...,
-    "content": text}. As in OpenAI's API, content may be a list of parts {"type": "text", "text": ...}, and the role
-    "developer" means "system"."""
+    """Returns a message from a user as {"role": ..., "content": text}. Raises UsageError. As in OpenAI's API, content
+    may be a list of parts {"type": "text", "text": ...}, and the role "developer" means "system"."""
     try:
         role, content = message["role"], message["content"]
         if isinstance(content, list):
@@ -120,8 +119,8 @@ def multiply(a, b):
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TemplateError if this context takes longer than seconds. There is no limit in threads other than the main
-    thread, since only the main thread receives signals."""
+    """Raises TemplateError if this context takes longer than seconds. Only the main thread has a limit, since only the
+    main thread receives signals."""
 
     def stop(signum, frame):
         raise TemplateError(f"it takes more than {seconds} s")

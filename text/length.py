@@ -13,8 +13,8 @@ SAMPLE_GROWTH = 4
 def exceeds(tokenizer: Tokenizer, prompt: str | list[Part], n_tokens: int) -> bool:
     """Returns whether prompt certainly has more than n_tokens tokens. prompt: a text to continue, or a prompt's parts.
 
-    Encodes only the beginning of prompt, and a longer beginning if the first one has few tokens. What follows can
-    change the last tokens of a beginning, but not half of all its tokens. So a beginning must have twice n_tokens."""
+    Encodes longer and longer beginnings of prompt, until a beginning has twice n_tokens. The text after a beginning can
+    change the last tokens of the beginning, but not half of the tokens."""
     if isinstance(prompt, list) and count_special_tokens(prompt) > n_tokens:
         return True
     length = SAMPLE_LENGTH * n_tokens

@@ -29,8 +29,8 @@ from text.tokenizer_files import (
 )
 from utils.errors import UsageError
 
-# A mark in text that is not to be read as a special token. A random number occurs in no user's text. The mark consists
-# of digits, since a template's filters, such as upper, change no digits.
+# A mark in text that is not to be read as a special token: a random number, which occurs in no user's text, in digits,
+# which no filter of a template, such as upper, changes.
 SENTINEL = str(secrets.randbits(128))
 MATCHES_NOTHING = "(?!)"  # a regular expression
 
@@ -45,7 +45,7 @@ class Tokenizer:
     bos_ids: list[int]  # the ids with which every text begins: bos_token, or none
     special_token_ids: dict[str, int]  # a special token's text -> its id
     added_token_ids: dict[str, int] = {}  # text -> id of added tokens that are not special and that the library lacks
-    ids_with_lstrip: set[int]  # special and added tokens that swallow the white space before them
+    ids_with_lstrip: set[int]  # special and added tokens that swallow white space on the left
     drops_space: bool  # whether the library puts a space before a text, which decoding drops
 
     def __init__(self, config: TokenizerConfig):
@@ -77,7 +77,7 @@ class Tokenizer:
         tokens that are written in a message stay text. Raises UsageError if the checkpoint has no template, or if the
         template fails."""
         starts = self.special_token_starts()
-        # SENTINEL after the first character of a special token's text: so split_at_special_tokens does not find it
+        # SENTINEL after the first character of a special token's text hides the text from split_at_special_tokens
         marked = [message | {"content": starts.sub(rf"\g<0>{SENTINEL}", message["content"])} for message in messages]
         return self.split_at_special_tokens(self.render_chat(marked, add_generation_prompt=True))
 
@@ -115,9 +115,8 @@ class Tokenizer:
         return self.added_token_ids
 
     def drop_special_tokens(self, n_tokens: int):
-        """Drops special and added tokens whose ids are n_tokens or more: their texts become plain text. Does nothing if
-        other tokens have such ids, too. Gemma 3's tokenizer has such a token, for images, for which the smallest Gemma
-        3 has no embedding."""
+        """Turns special and added tokens whose ids are n_tokens or more into plain text. Does nothing if an ordinary
+        token has such an id. The smallest Gemma 3 has no embedding for the tokenizer's image token."""
         droppable = {*self.special_token_ids.values(), *self.added_token_ids.values()}
         if all(i in droppable for i in range(n_tokens, self.vocab_size)):
             self.special_token_ids = {piece: i for piece, i in self.special_token_ids.items() if i < n_tokens}
@@ -130,7 +129,6 @@ class Tokenizer:
         return re.compile(starts or MATCHES_NOTHING)
 
     def split_at_special_tokens(self, text: str) -> list[Part]:
-        """Splits text at its special tokens, which become ids. Removes every SENTINEL."""
         return split_at(text, self.special_token_ids)
 
     def encode_parts(self, parts: list[Part]) -> list[int]:
@@ -173,7 +171,7 @@ class IncrementalDetokenizer:
         return self.stop_finder.push(self.utf8.decode(data))
 
     def end(self) -> str:
-        """Returns the text that was held back, with U+FFFD for an incomplete character. The caller has no more ids."""
+        """Returns the text that was held back, with U+FFFD for an incomplete character. No id may follow."""
         return self.stop_finder.push(self.utf8.decode(b"", final=True)) + self.stop_finder.end()
 
     @property
@@ -201,8 +199,8 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
 
 
 class StopStringFinder:
-    """Cuts a text that arrives in pieces before the first stop string. Holds back the end of the text as long as that
-    end may be the beginning of a stop string."""
+    """Cuts a text that arrives in pieces before the first stop string. Holds back the end of the text while the end may
+    be the beginning of a stop string."""
 
     def __init__(self, stop: Iterable[str]):
         self.stop = tuple(stop)
@@ -225,7 +223,7 @@ class StopStringFinder:
         return text[:n_known]
 
     def end(self) -> str:
-        """Returns the text that was held back. The caller has no more pieces."""
+        """Returns the text that was held back. No piece may follow."""
         rest, self.held = self.held, ""
         return rest
 
@@ -268,8 +266,8 @@ class JsonTokenizer(Tokenizer):
         self.byte_of = byte_level_alphabet()
 
     def add_placeholders(self):
-        """Adds a placeholder token for each special token, and makes the library read the special tokens themselves as
-        text. So encode_parts can join text and placeholders to one string, which the library encodes as a whole."""
+        """Adds a placeholder token for each special token, and makes the library read special tokens as text, so that
+        encode_parts can join text and placeholders to one string, which the library encodes as a whole."""
         self.library.encode_special_tokens = True
         self.placeholder = {i: f"<{SENTINEL}:{i}>" for i in self.special_tokens}
         placeholders = []
@@ -296,7 +294,7 @@ class JsonTokenizer(Tokenizer):
             return bytes(self.byte_of[character] for character in piece)
         if not self.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes.fromhex(piece[3:5])
-        # The decoder may drop a space at the start of a text. So decode "a" and the piece, and cut off the "a".
+        # After an "a", which is cut off, since the decoder may drop a space at the start of a text
         return self.decode_pieces(["a", piece])[1:].encode()
 
     def decode_pieces(self, pieces: list[str]) -> str:
@@ -304,8 +302,8 @@ class JsonTokenizer(Tokenizer):
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """Returns the byte for each character of a byte-level piece, as in GPT-2. A byte that is a printable character is
-    written as that character. The other bytes are written, in order, as U+0100, U+0101 ..."""
+    """Returns the byte for each character of a byte-level piece, as in GPT-2. A printable byte stands for the same
+    character. All other bytes are, in order, U+0100, U+0101 ..."""
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     printing = [byte for byte in range(256) if chr(byte) in alphabet]
     others = [byte for byte in range(256) if chr(byte) not in alphabet]
@@ -366,8 +364,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def split_at_added_tokens(self, part: Part) -> list[Part]:
-        """Splits a text at added tokens that are not special. Unlike a special token, such a token may be written in a
-        chat's message."""
+        """Splits a text at added tokens that are not special: a chat's message may contain such a token."""
         return split_at(part, self.added_token_ids) if isinstance(part, str) else [part]
 
     def swallow_spaces(self, parts: list[Part]) -> list[Part]:

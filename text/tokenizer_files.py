@@ -3,9 +3,9 @@
     config = read_tokenizer_config(Path("checkpoints/SmolLM2-135M-Instruct"))
     library = read_tokenizer_json(Path("checkpoints/SmolLM2-135M-Instruct/tokenizer.json"))
 
-The tokenizer itself is tokenizer.json, or tokenizer.model (sentencepiece), or vocab.json with merges.txt. The other
-files describe special tokens, added tokens and the chat template. TokenizerConfig holds what the other files say. Where
-the files disagree, the same file wins as in transformers.
+The tokenizer is in tokenizer.json, or tokenizer.model (sentencepiece), or vocab.json with merges.txt. TokenizerConfig
+holds the contents of all other files: special tokens, added tokens, the chat template. Where files disagree, the same
+file wins as in transformers.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ VOCAB_CLASSES = {
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What the files beside the tokenizer say. Any of these files may be missing."""
+    """The contents of the files beside the tokenizer. Each of these files may be missing."""
 
     fields: dict  # of tokenizer_config.json; fields of special_tokens_map.json may override them
     special_tokens_map: dict[str, str]  # bos_token, eos_token ... -> text of the special token
@@ -121,7 +121,7 @@ def refuse_broken(path: Path) -> Iterator[None]:
 
 
 def special_tokens(fields: dict) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """Returns the special tokens in fields: the named ones as a dict, and the others."""
+    """Returns (special tokens with a name, such as bos_token, by name; special tokens without a name)."""
     named = {key: value for key, value in fields.items() if isinstance(value, AddedToken)}
     unnamed = next((fields[key] for key in UNNAMED_TOKENS if fields.get(key)), [])
     if isinstance(unnamed, dict):
@@ -159,7 +159,7 @@ def read_chat_template(folder: Path, fields: dict) -> str | None:
     return template
 
 
-# ---- The tokenizers themselves --------------------------------------------------------------------------------------
+# ---- The libraries' tokenizers --------------------------------------------------------------------------------------
 
 
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:

@@ -1,4 +1,4 @@
-"""The errors that a user's mistake causes. Any function may raise them, and cli/script.py prints them as one line."""
+"""The errors of a user's mistake. Any function may raise such an error, which cli/script.py prints as one line."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""Reads text, JSON, safetensors, and what torch.save wrote: a broken file raises UsageError. Replaces small files
+"""Reads text, JSON, safetensors and PyTorch's files: a broken file raises UsageError. Replaces small files
 atomically."""
 
 import contextlib
@@ -41,8 +41,8 @@ def read_json(path: Path, default=None):
 
 
 def replace_file(path: Path, content: bytes):
-    """Writes content to a temporary file, and then renames that file to path. So other processes see the old content or
-    the new one, never a part. Raises OSError."""
+    """Writes content to a temporary file, and renames the file to path, so that other processes never see a part of
+    content. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_bytes(content)
@@ -52,17 +52,17 @@ def replace_file(path: Path, content: bytes):
 
 
 def delete_if_possible(path: Path):
-    """Deletes path if it exists. Raises no OSError, which would replace the error after which path is deleted: in a
-    read-only folder, deleting fails, too."""
+    """Deletes path if possible. Raises no OSError, for example in a read-only folder, since callers clean up after
+    another error, which must not be hidden."""
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 def load_torch_file(path: Path, legacy: bool = False):
-    """Reads what torch.save wrote to path. Tensors are memory-mapped. Refuses pickles that hold more than weights:
-    such pickles can run code.
+    """Reads a file of torch.save, with memory-mapped tensors. Refuses a pickle that holds more than weights, since the
+    pickle can run code.
 
-    legacy: also reads files of PyTorch versions before 1.6, whose tensors cannot be mapped."""
+    legacy: also reads files of PyTorch before 1.6, whose tensors cannot be mapped."""
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file")
     refuse_lfs_pointer(path)

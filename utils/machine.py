@@ -32,10 +32,10 @@ CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
 # In a control group's folder: the file of the limit, the file of the usage, and the line of memory.stat with the bytes
-# that can be dropped. The first row is for version 2 of control groups, the second row for version 1.
+# that can be dropped
 MEMORY_FILES = [
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", "inactive_file"),  # version 2 of control groups
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
 ]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variables that PyTorch reads
 MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # the numbers in Linux's headers
@@ -80,8 +80,8 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
-    """Measures a CPU's read bandwidth on the first of tensors, so that it needs no new memory. Returns None if all
-    tensors are less than twice as large as the processor's caches, which would make the sums too fast."""
+    """Measures a CPU's read bandwidth on the first of tensors, which needs no new memory. Returns None if all tensors
+    are less than twice as large as the processor's caches, which would make the sums too fast."""
     cached, n_bytes, chosen = cache_bytes(), 0, []
     for tensor in tensors:
         if n_bytes >= max(2 * cached, READ_BYTES // 2):
@@ -155,8 +155,8 @@ def free_memory() -> float:
 def free_in_cgroup(folder: Path) -> float:
     """Returns the bytes that a control group's limit leaves, or infinity without a limit.
 
-    Linux counts pages that cache files, such as a checkpoint just read, as memory in use. When memory runs short, Linux
-    drops the cached pages that were not used lately (inactive_file). So this function counts those pages as free."""
+    Linux counts pages that cache files, such as a checkpoint just read, as memory in use. The pages not used lately
+    (inactive_file) count as free here, since Linux drops these pages when memory runs short."""
     for limit_file, usage_file, inactive in MEMORY_FILES:
         with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", which means no limit
             limit = int((folder / limit_file).read_text())
@@ -167,8 +167,8 @@ def free_in_cgroup(folder: Path) -> float:
 
 
 def cgroup_folders(controller: str) -> list[Path]:
-    """Returns the folders of the control groups that this process is in. A container is a control group. A group may
-    lie in another group, whose limits count, too. controller: "memory" or "cpu"."""
+    """Returns the folders of this process's control groups (a container is one), and of the groups around the groups,
+    whose limits count, too. controller: "memory" or "cpu"."""
     folders = []
     with contextlib.suppress(OSError, ValueError):
         for line in PROCESS_CGROUPS.read_text().splitlines():  # version 2: "0::/a/b"; version 1: "4:memory:/a/b"
@@ -209,14 +209,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def drop_pages(t: Tensor):
-    """Releases the pages of t, which must lie in a memory-mapped file. The pages no longer count as memory in use. If t
-    is used again, the operating system reads the file again."""
+    """Releases the pages of t, which must lie in a memory-mapped file, so that the pages no longer count as memory in
+    use. A later use of t reads the file again."""
     madvise(t, MADV_DONTNEED)
 
 
 def use_huge_pages(t: Tensor):
-    """Asks for pages of 2 MB instead of 4 KB for t. The caller must not have written to t yet. With 4 KB, translating
-    addresses costs a fifth of the bandwidth."""
+    """Asks for pages of 2 MB instead of 4 KB for t, before anything is written to t. With 4 KB, translating addresses
+    costs a fifth of the bandwidth."""
     madvise(t, MADV_HUGEPAGE)
 
 
@@ -241,9 +241,9 @@ def limit_threads():
 
 
 def allowed_threads() -> int:
-    """Returns how many CPUs this process may use at a time: those in the affinity mask, but no more than the control
-    groups' quotas. A quota is rounded down. With one thread more, Linux would stop threads for a part of every
-    period, and the other threads would wait for them."""
+    """Returns how many CPUs this process may use at a time: the CPUs of the affinity mask, but no more than the control
+    groups' quotas. A quota is rounded down: with one thread more, Linux would stop a thread for a part of every period,
+    and all other threads would wait."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = min(map(cpu_quota, cgroup_folders("cpu")), default=math.inf)
     return max(1, int(min(n_cpus, quota)))

@@ -370,7 +370,7 @@ int max_unquantized_tokens(int is_bf16) {
 int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 
-// The rest is for the tests. These functions return what Python says, too: a format's 8 / bits and rounds_activations
+// The rest is for the tests. These functions return what Python says, too: a format's 8 / bits and int8_activations
 // (formats/), and an activation's is_gated (config.py).
 int format_elements_per_byte(int id) {
   return dispatch(Formats{}, id, []<typename F>(F) {
@@ -378,7 +378,7 @@ int format_elements_per_byte(int id) {
     else return F::ELEMENTS_PER_WORD / 4;
   });
 }
-int format_rounds_activations(int id) {
+int format_int8_activations(int id) {
   return dispatch(Formats{}, id, []<typename F>(F) { return F::INT8_ACTIVATIONS; });
 }
 int activation_is_gated(int id) { return is_gated(Activation{id}); }

@@ -3,7 +3,7 @@
     speed.py            the command speed: speed and memory of a shape, with random weights
     busy.py             speed --busy: decoding beside other programs
     tune_triton.py      speed --tune: the fastest tile sizes of a GPU's matmuls
-    gpu_jobs.py         the commands gpu and transformers: a table of models, formats and engines
+    gpu_jobs.py         the commands gpu and hf_transformers: a table of models, formats and engines
     real_models.py      the commands quantization and speculation: gains and costs with a real model
 
 and scripts/compare_llama_cpp.py calls

@@ -12,7 +12,7 @@ in each of four ways, one after the other:
     one_thread_beside_busy    one        a process that keeps one core busy
     two                       all        a second process that decodes         both together at least 0.9 of alone
 
-Before every text there is a pause, after which decoding begins with all threads. So the time includes the search for
+Before every text there is a pause, after which decoding begins with all threads: the time includes the search for
 the best number of threads. The other processes read from a pipe of this process. When this process ends, for whatever
 reason, the pipe is closed, and the other processes end.
 """
@@ -67,7 +67,7 @@ def measure_round(timed_model: "TimedModel", second: Connection, n_threads: int)
     times = timed_model.time_text(n_threads)
     their_times = send_request(second, "stop")
     first_of_two = tokens_per_sec(times)
-    n_theirs = sum(times[0] < t <= times[-1] for t in their_times)  # their tokens while both decoded
+    n_theirs = sum(times[0] < t <= times[-1] for t in their_times)  # tokens of the second process while both decoded
     second_of_two = n_theirs / (times[-1] - times[0])
     return {
         "alone_tokens_per_sec": alone,
@@ -131,7 +131,7 @@ def second_process(*arguments) -> Iterator[Connection]:
     spawn = multiprocessing.get_context("spawn")
     connection, their_end = spawn.Pipe()
     process = spawn.Process(target=serve_decode_requests, args=(their_end, *arguments), daemon=True)
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it, so Ctrl-C prints nothing
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits SIG_IGN: Ctrl-C prints nothing
     process.start()
     signal.signal(signal.SIGINT, on_interrupt)
     their_end.close()

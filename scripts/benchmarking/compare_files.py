@@ -151,8 +151,8 @@ def gguf_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> Iterator[tu
 
 
 def make_theirs(files: dict[str, Path], threads: int) -> str:
-    """Makes the files in llama.cpp's formats: BF16 from the file of --gguf, if there is one, and the others from BF16.
-    Returns llama.cpp's description of its build."""
+    """Makes the files in llama.cpp's formats: BF16 from the file of --gguf, if there is one, and every other file from
+    BF16. Returns llama.cpp's description of the build."""
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Runs the commands "gpu" and "transformers" of benchmark.py: a table of models, weight formats and engines on a GPU.
+"""The commands gpu and hf_transformers of benchmark.py: a table of models, weight formats and engines on a GPU.
 
     python scripts/benchmark.py gpu                          # checks, then the table, as far as time allows
     python scripts/benchmark.py gpu --only check             # jobs whose name has "check" in it
@@ -27,6 +27,7 @@ from statistics import median
 
 import torch
 
+from cli.common_args import PRECISIONS
 from scripts.benchmarking.speed import copy_bandwidth, find_config
 from utils.errors import UsageError
 from utils.files import ROOT
@@ -63,7 +64,7 @@ def gpu(args: argparse.Namespace):
 
 
 def in_batches(jobs: dict[str, list[str]]) -> list[list[str]]:
-    """Groups the names of jobs that run at the same time. All checks run together, since they mostly compile. Every
+    """Groups the names of jobs that run at the same time. All checks run together, since checks mostly compile. Every
     other job runs alone."""
     checks = [job for job in jobs if job.startswith("check")]
     return [checks, *([job] for job in jobs if job not in checks)]
@@ -71,7 +72,7 @@ def in_batches(jobs: dict[str, list[str]]) -> list[list[str]]:
 
 def all_jobs(tune: bool) -> dict[str, list[str]]:
     """Returns the arguments of benchmark.py for each job, by the job's name. The most important jobs come first."""
-    jobs = {f"check {dtype}": ["check", "--precision", dtype] for dtype in ("bfloat16", "float16", "float32")}
+    jobs = {f"check {dtype}": ["check", "--precision", dtype] for dtype in PRECISIONS}
     engines = {"ours": ["--tune"] if tune else [], "plain": ["--kernels", "off", "--decode_only"]}
     for engine, flags in engines.items():
         for model in MODELS:
@@ -79,12 +80,12 @@ def all_jobs(tune: bool) -> dict[str, list[str]]:
             arguments = ["speed", "--config", shape, "--compile", "--json", *FLAGS[format], *flags]
             jobs[f"{engine} {model}"] = arguments
     for shape in ("Llama-3.1-8B", "Llama-3.2-1B"):
-        jobs[f"transformers {shape} bf16"] = ["transformers", "--config", shape]
+        jobs[f"transformers {shape} bf16"] = ["hf_transformers", "--config", shape]
     return jobs
 
 
 def start(arguments: list[str], end: float) -> dict:
-    """Runs benchmark.py with arguments. Returns the JSON object that it prints last, or {"error": reason}."""
+    """Runs benchmark.py with arguments. Returns the JSON object in the last line of stdout, or {"error": reason}."""
     seconds = end - time.monotonic()
     if seconds < LEAST_SECONDS:
         return {"error": "no time left"}
@@ -119,12 +120,12 @@ def speed_cell(outcome: dict) -> str:
 # ---- An engine -------------------------------------------------------------------------------------------------------
 
 
-def transformers(args: argparse.Namespace):
+def hf_transformers(args: argparse.Namespace):
     """Decoding by Hugging Face transformers on a GPU, in bfloat16, with its static cache, which compiles the step."""
-    import transformers as hf_transformers
+    import transformers
 
     config = find_config(args.config)
-    hf_config = hf_transformers.LlamaConfig(
+    hf_config = transformers.LlamaConfig(
         hidden_size=config.dim,
         intermediate_size=config.ffn_dim,
         num_hidden_layers=config.n_layers,
@@ -137,7 +138,7 @@ def transformers(args: argparse.Namespace):
         eos_token_id=None,
     )
     with torch.device("cuda"):
-        model = hf_transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).eval()
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).eval()
     step_seconds = time_transformers_step(model)
     active_weight_bytes = sum(p.nbytes for p in model.parameters())  # a tied head and embedding count once
     if not config.tie_embeddings:
@@ -145,7 +146,7 @@ def transformers(args: argparse.Namespace):
     result = {
         "decode_tokens_per_sec": 1 / step_seconds,
         "decode_share_of_copy": active_weight_bytes / step_seconds / copy_bandwidth(),
-        "version": hf_transformers.__version__,
+        "version": transformers.__version__,
     }
     print(json.dumps(result))
 

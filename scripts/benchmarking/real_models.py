@@ -88,8 +88,8 @@ def measure_speeds(files: dict[str, Path]) -> tuple[dict[str, float], list[float
 
 
 def link_checkpoint(path: Path, folder: Path) -> Path:
-    """Links the checkpoint at path, and the files beside it, into folder. So quantize.py finds the tokenizer in folder,
-    and writes into folder. Returns the link to the checkpoint."""
+    """Links the checkpoint at path, and the tokenizer's files, into folder, where quantize.py then writes. Returns the
+    link to the checkpoint."""
     for file in path.absolute().parent.iterdir():
         if file.suffix != ".pth":
             (folder / file.name).symlink_to(file)
@@ -133,7 +133,7 @@ PROMPTS = {"edit": (EDIT, 0.0), "story": (STORY, 0.0), "story, drawn": (STORY, 1
 
 
 def speculation(args: argparse.Namespace):
-    """Tokens/s of a chat model with speculation, divided by its tokens/s without."""
+    """Tokens/s of a chat model with speculation, divided by tokens/s without speculation."""
     draft, device = args.draft_checkpoint_path, pick_device(args.device)
     k = DEFAULT_SPECULATE_K["draft" if draft else "lookup"] if args.speculate_k is None else args.speculate_k
     flags = ["--checkpoint_path", args.checkpoint_path, "--device", device, "--precision", args.precision]

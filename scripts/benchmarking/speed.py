@@ -73,7 +73,7 @@ def find_config(name: str) -> ModelConfig:
 
 
 def random_model(config: ModelConfig, format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """Makes a model whose linear layers have format, as a checkpoint stores it: not packed for the kernels."""
+    """Makes a model whose linear layers have format, not packed for the kernels."""
     model = meta_model(config).to(dtype)
     for _, linear in model.quantizable_linears():
         linear.set_format(format)
@@ -110,7 +110,7 @@ def fill_randomly(module: nn.Module):
 
 
 def checkpoint_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Returns the tensors of model as a checkpoint holds them: those of a tied head only as the embedding's."""
+    """Returns the tensors of model as a checkpoint holds them: a tied head has no tensors."""
     tensors = model.state_dict()
     if model.is_tied:
         del tensors["lm_head.weight"]
@@ -128,7 +128,7 @@ def save_random_checkpoint(path: Path, config: ModelConfig, dtype: torch.dtype):
 
 
 def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightFormat, device: torch.device) -> dict:
-    """Makes a random model and measures it. args: the options of the command "speed"."""
+    """Measures a random model. args: the options of the command speed."""
     memory_before = peak_memory(device)
     began = time.perf_counter()
     model = random_model(config, format, device, getattr(torch, args.precision))

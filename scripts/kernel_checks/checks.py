@@ -148,7 +148,7 @@ def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
     checks += [partial(check_rms_norm, dtype, *norm) for norm in NORMS]
     checks.append(partial(check_permute_inputs, dtype))
     for format, size in product(sizes.expert_formats, sizes.experts):
-        if size[2] % format.input_multiple == 0:
+        if size[2] % format.k_alignment == 0:
             checks += [partial(check_gate_up, dtype, format, size), partial(check_down, dtype, format, size)]
     checks += [partial(check_route, *router, norm_topk_prob) for router in ROUTERS for norm_topk_prob in (False, True)]
     checks += [partial(check_sample, vocab_size) for vocab_size in sizes.vocab_sizes]

@@ -18,7 +18,7 @@ import torch
 import formats
 import ops
 from formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
-from formats.integers import GroupwiseAsymmetric
+from formats.integers import GroupwiseAffine
 from kernels.arguments import AttentionParams, LayerCache, PositionTables
 from layers import Linear, LinearBase, RMSNorm
 from ops.attention import apply_rope, norm_heads
@@ -148,7 +148,7 @@ def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
     sums of slices are scaled and added up, and a few roundings (1 / rms, bias, residual) follow. If a format's numbers
     are no integers of a few bits, every term may be rounded: float8's range is wider than the 24 bits of a float32.
     terms: the sum of all magnitudes."""
-    has_exact_sums = isinstance(format, Unquantized | Int8 | GroupwiseAsymmetric | MXFP4)
+    has_exact_sums = isinstance(format, Unquantized | Int8 | GroupwiseAffine | MXFP4)
     n_sums = (0 if format.group_size is None else k / 16) if has_exact_sums else k
     return (n_sums + 12) * U32 * terms
 
