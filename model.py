@@ -1,8 +1,8 @@
 """The model: one Transformer for every supported family, with or without a mixture of experts.
 
-    Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache, position_tables) -> logits
+    Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
-    KVCache           the keys, values and ids of earlier tokens; allocated once and passed in
+    KVCache           the keys, values and ids of earlier tokens, and the tables of positions; allocated once, passed in
 
 The layers that hold the weights are in layers.py. Every computation is an operation of ops/dispatch.py, which calls a
 kernel or plain PyTorch. So one forward runs on every device.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import ops
 from config import ModelConfig
 from formats import QuantizationScheme, Unquantized, WeightFormat
-from kernels.arguments import AttentionParams, LayerCache, PositionTables
+from kernels.arguments import AttentionParams, LayerCache
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
 from ops.backend import Backend
 from rope import alibi_slopes, rope_tables
@@ -48,21 +48,16 @@ class Transformer(nn.Module):
         scale, softcap = config.logit_scale, config.logit_softcap or 0.0
         self.lm_head = Linear(config.dim, config.vocab_size, config.head_bias, out_scale=scale, softcap=softcap)
 
-    def forward(
-        self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache", position_tables: list[PositionTables]
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
-        kv_cache must hold the keys and values of all earlier tokens. forward adds those of the new tokens.
-        position_tables: the result of build_position_tables for kv_cache."""
-        return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache, position_tables))
+        kv_cache must hold the keys and values of all earlier tokens. forward adds those of the new tokens."""
+        return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache))
 
-    def compute_hidden(
-        self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache", position_tables: list[PositionTables]
-    ) -> Tensor:
+    def compute_hidden(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
         """forward without the final norm and the head: [B, T, dim]."""
         x = self.embed(tokens)
-        for block, cache, tables in zip(self.layers, kv_cache.layers, position_tables, strict=True):
-            x = block(x, start_pos, cache, tables)
+        for block, cache in zip(self.layers, kv_cache.layers, strict=True):
+            x = block(x, start_pos, cache)
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -126,18 +121,6 @@ class Transformer(nn.Module):
         n_elements = sum(2 * block.attention.n_kv_heads * block.attention.head_dim for block in self.layers)
         return n_elements * self.dtype.itemsize
 
-    def build_position_tables(self, kv_cache: "KVCache") -> list[PositionTables]:
-        """Makes the tables of each layer, for kv_cache and for narrower views of it. RoPE's angles depend on the
-        cache's max_seq_len if RoPE is of type dynamic or longrope."""
-        tables = []
-        cos_sin_tables = rope_tables(self.config, kv_cache.max_seq_len, self.device)
-        for block, cos_sin in zip(self.layers, cos_sin_tables, strict=True):
-            slopes = block.attention.alibi_slopes
-            if slopes is not None:
-                slopes = torch.tensor(slopes, dtype=torch.float32, device=self.device)
-            tables.append(PositionTables(cos_sin, slopes))
-        return tables
-
 
 def round_to_dtype(value: float, dtype: torch.dtype) -> float:
     """Rounds a positive number to the nearest number of dtype, ties to even. Without a tensor, since a captured step
@@ -183,16 +166,16 @@ class TransformerBlock(nn.Module):
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
         self.post_ffn_norm = norm(config.post_norm)
 
-    def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache, tables: PositionTables) -> Tensor:
+    def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim].
 
         The sublayers, attention and feed_forward, take norm and residual as arguments, since kernels fuse them with
         matmuls: the norm with a sublayer's first matmul, the residual with its last one. A post-norm comes after the
         last matmul, so the post-norm takes the residual."""
         if self.post_attention_norm is None:  # x + attention(norm(x))
-            x = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm, residual=x)
+            x = self.attention(x, start_pos, cache, norm=self.pre_attention_norm, residual=x)
         else:  # x + post_norm(attention(norm(x)))
-            y = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm)
+            y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
             x = self.post_attention_norm(y, residual=x)
 
         if self.post_ffn_norm is None:  # x + feed_forward(norm(x))
@@ -233,11 +216,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.q_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
 
     def forward(
-        self, x: Tensor, start_pos: Tensor, cache: LayerCache, tables: PositionTables, norm: RMSNorm | None,
-        residual: Tensor | None = None,
+        self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = ops.attend(qkv, self.attention_params(), cache, tables, start_pos, self.backend)  # [B, T, H D]
+        y = ops.attend(qkv, self.attention_params(), cache, start_pos, self.backend)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
@@ -303,7 +285,8 @@ class KVCache:
     in the cache, where they do no harm: attention and the repetition penalty read no further than the last token of the
     text, and the next step overwrites the rest.
 
-    layers: the keys and values of each layer.
+    layers: the keys and values of each layer, and the tables that RoPE and ALiBi need at every position. The tables are
+        the cache's, because the angles of RoPE of type dynamic or longrope depend on max_seq_len.
     token_ids [B, S]: for the repetition penalty, which depends on the whole text. Steps with the penalty store the ids,
         and so do all steps of the scheduler, since a later sequence with the penalty may reuse the cached tokens."""
 
@@ -318,10 +301,14 @@ class KVCache:
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.device = model.device
         self.layers = []
-        for block in model.layers:
+        cos_sin_tables = rope_tables(model.config, max_seq_len, self.device)
+        for block, cos_sin in zip(model.layers, cos_sin_tables, strict=True):
             shape = (batch_size, block.attention.n_kv_heads, max_seq_len, block.attention.head_dim)
             k, v = (torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(2))
-            self.layers.append(LayerCache(k, v))
+            slopes = block.attention.alibi_slopes
+            if slopes is not None:
+                slopes = torch.tensor(slopes, dtype=torch.float32, device=self.device)
+            self.layers.append(LayerCache(k, v, cos_sin, slopes))
         self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
 
     def narrow_length(self, n: int) -> "KVCache":
@@ -329,7 +316,7 @@ class KVCache:
         so a shorter view costs less."""
         view = copy.copy(self)
         view.max_seq_len = n
-        view.layers = [LayerCache(cache.k[:, :, :n], cache.v[:, :, :n]) for cache in self.layers]
+        view.layers = [cache._replace(k=cache.k[:, :, :n], v=cache.v[:, :, :n]) for cache in self.layers]
         view.token_ids = self.token_ids[:, :n]
         return view
 
@@ -339,7 +326,7 @@ class KVCache:
             return self
         view, rows = copy.copy(self), slice(start, start + n)
         view.batch_size = n
-        view.layers = [LayerCache(cache.k[rows], cache.v[rows]) for cache in self.layers]
+        view.layers = [cache._replace(k=cache.k[rows], v=cache.v[rows]) for cache in self.layers]
         view.token_ids = self.token_ids[rows]
         return view
 

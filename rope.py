@@ -3,7 +3,7 @@
     rope_tables(config, length, device)    cos and sin of every position's angles: [length, D/2, 2] for each layer
     alibi_slopes(n_heads)                  how fast each head's scores fall with the distance
 
-model.py: Transformer.build_position_tables makes both into tensors for a KV cache.
+model.py: KVCache keeps both beside the keys and values, as tensors.
 """
 
 import math

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 import collectives
 from engine.sampling import apply_repetition_penalty, sample, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
-from kernels.arguments import PositionTables
 from kernels.build import find_compiler
 from kernels.capture import call_with_graph_threads, capture
 from model import KVCache, Transformer
@@ -95,7 +94,6 @@ class ModelRunner:
     ):
         """params: of prefill and decode. compile, compile_prefill: as the options of generate.py."""
         self.model, self.kv_cache, self.compile, self.device = model, kv_cache, compile, model.device
-        self.position_tables = model.build_position_tables(kv_cache)
         self.sampler = Sampler(params, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
@@ -130,7 +128,7 @@ class ModelRunner:
             if self.compiled_model and is_long and not model.has_kernels_for(*chunk.shape):
                 model = self.compiled_model
             used_cache = kv_cache.narrow_length(n_cached + offset + chunk.shape[1])
-            yield model.compute_hidden(chunk, start_pos + offset, used_cache, self.position_tables)
+            yield model.compute_hidden(chunk, start_pos + offset, used_cache)
             offset += chunk.shape[1]
 
     # ---- Decoding and verification ----
@@ -141,7 +139,7 @@ class ModelRunner:
 
     def build_step(self, sampler: Callable = return_logits) -> "Step":
         """Returns a step that ends with sampler."""
-        return Step(EagerStep(self.model, self.kv_cache, self.position_tables, sampler), self.compile)
+        return Step(EagerStep(self.model, self.kv_cache, sampler), self.compile)
 
 
 # ---- Steps: Step chooses the mode ------------------------------------------------------------------------------------
@@ -191,10 +189,8 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Mode:
 class EagerStep:
     """A step as plain calls. The other modes capture or compile these calls."""
 
-    def __init__(
-        self, model: Transformer, kv_cache: KVCache, position_tables: list[PositionTables], sampler: Callable
-    ):
-        self.model, self.kv_cache, self.position_tables, self.sampler = model, kv_cache, position_tables, sampler
+    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
+        self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
         self.has_kernels_for = cache(model.has_kernels_for)  # slow, since the method goes through all modules
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
@@ -205,7 +201,7 @@ class EagerStep:
         if not self.has_kernels_for(*tokens.shape):
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
-        return self.model(tokens, start_pos, used_cache, self.position_tables)
+        return self.model(tokens, start_pos, used_cache)
 
 
 class CPUGraphStep:
@@ -234,7 +230,7 @@ class CompiledStep:
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
         used_cache = self.eager_step.kv_cache.narrow_batch(0, len(tokens))
-        hidden = self.model.compute_hidden(tokens, start_pos, used_cache, self.eager_step.position_tables)
+        hidden = self.model.compute_hidden(tokens, start_pos, used_cache)
         return self.head(hidden, tokens, start_pos, *inputs)
 
 

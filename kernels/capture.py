@@ -2,7 +2,7 @@
 Python takes some milliseconds, about as long as computing the operations of a small model. The graph is a CUDA graph on
 a GPU, and a CPU graph on a CPU: lists of calls of C++ kernels.
 
-    step = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, position_tables))
+    step = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
     logits = step(tokens, start_pos)       # the first call with these shapes captures; every later call replays
 
 A call copies the arguments into the graph's inputs, and returns the graph's outputs, which the next call overwrites.

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from config import is_gated
-from kernels.arguments import ACTIVATION_IDS, AttentionParams, Epilogue, Filters, LayerCache, PositionTables
+from kernels.arguments import ACTIVATION_IDS, AttentionParams, Epilogue, Filters, LayerCache
 from ops import torch_ops
 from ops.backend import Backend
 
@@ -127,8 +127,7 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
 
 
 def attend(
-    qkv: Tensor, params: AttentionParams, cache: LayerCache, tables: PositionTables, start_pos: Tensor,
-    backend: Backend,
+    qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: Backend
 ) -> Tensor:
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
@@ -136,11 +135,11 @@ def attend(
     kernel = backend.kernel("attend", B * T, n_new_tokens=T, heads_per_kv_head=params.n_heads // cache.k.shape[1])
     if kernel is None:
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
-        q = rope_and_cache(qkv, params, cache, tables.cos_sin, positions, backend)
-        return torch_ops.cached_attention(q, params, cache, tables.alibi_slopes, positions)
+        q = rope_and_cache(qkv, params, cache, cache.cos_sin, positions, backend)
+        return torch_ops.cached_attention(q, params, cache, cache.alibi_slopes, positions)
     return kernel(
         contiguous(qkv), contiguous(start_pos), cache.k, cache.v,
-        cos_sin=tables.cos_sin, alibi_slopes=tables.alibi_slopes, **params._asdict(),
+        cos_sin=cache.cos_sin, alibi_slopes=cache.alibi_slopes, **params._asdict(),
     )
 
 
@@ -148,7 +147,7 @@ def rope_and_cache(
     qkv: Tensor, params: AttentionParams, cache: LayerCache, cos_sin: Tensor, positions: Tensor, backend: Backend
 ) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
-    contiguous in each sequence. cos_sin: PositionTables.cos_sin. Returns the queries [B, T, H, D]."""
+    contiguous in each sequence. cos_sin: LayerCache.cos_sin. Returns the queries [B, T, H, D]."""
     kernel = backend.kernel("rope_and_cache", count_tokens(qkv))
     if kernel is None:
         return torch_ops.rope_and_cache(qkv, params, cache, cos_sin, positions)

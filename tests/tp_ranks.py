@@ -164,7 +164,7 @@ def load(path: Path, dtype: torch.dtype, use_kernels: bool = True, sharded: bool
 
 def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
     start_pos, kv_cache = torch.zeros(len(tokens), dtype=torch.long), KVCache(model, *tokens.shape)
-    return model(tokens, start_pos, kv_cache, model.build_position_tables(kv_cache))
+    return model(tokens, start_pos, kv_cache)
 
 
 def tokens_of(model: Transformer, prompt: Tensor, params=SamplingParams(), compile=False) -> list[list[int]]:  # noqa: B008
@@ -195,9 +195,8 @@ def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor, of_ranks:
 def decoded_logits(model: Transformer, tokens: Tensor) -> Tensor:
     """Returns the logits of tokens [B, T], decoded one by one."""
     kv_cache, logits = KVCache(model, *tokens.shape), []
-    tables = model.build_position_tables(kv_cache)
     for i, token in enumerate(tokens.split(1, dim=1)):
-        logits.append(model(token, torch.full((len(tokens),), i), kv_cache, tables))
+        logits.append(model(token, torch.full((len(tokens),), i), kv_cache))
     return torch.cat(logits, dim=1)
 
 
