@@ -27,7 +27,7 @@ from engine.chat import Conversation
 from engine.generation import PlainLoop, generate, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling_params import GREEDY, SamplingParams
-from engine.scheduler import Scheduler, SlotLoop, build_scheduler
+from engine.scheduler import Scheduler, build_scheduler
 from engine.sequence import LogitsProcessor, Sequence, build_sequence, check_seed
 from loading import load
 from model import KVCache
@@ -65,9 +65,8 @@ class LLM:
         self.model, self.tokenizer = load(self.checkpoint_path, **options)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         # The loop of the last text that has ended. The loop's KV cache and captured steps serve the next text. Only one
-        # loop is kept, and one scheduler, since a KV cache is large.
+        # loop is kept, since a KV cache is large.
         self.free_loop: PlainLoop | None = None
-        self.free_scheduler: Scheduler | None = None  # with one slot; the same for texts of a SlotLoop
 
     def generate(
         self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), seed: int | None = None,
@@ -81,10 +80,12 @@ class LLM:
         logits_processor: a function (token ids so far, logits [V]) -> logits [V], called before each token is sampled.
         sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change.
 
-        With seed or logits_processor a GPU waits for the host between two tokens (engine/__init__.py)."""
+        With logits_processor a Scheduler runs the text (engine/__init__.py), with a KV cache of its own. Then a GPU
+        waits for the host between two tokens."""
         options = {"stop": stop, "seed": seed, "logits_processor": logits_processor}
         options["params"] = self.params.override(sampling)
-        return self.stream(self.build_sequence(prompt, max_new_tokens, self.max_seq_len, **options))
+        sequence = self.build_sequence(prompt, max_new_tokens, self.max_seq_len, **options)
+        return self.stream(sequence) if logits_processor is None else self.stream_with_scheduler(sequence)
 
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
@@ -123,8 +124,8 @@ class LLM:
         seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i.
         sampling: as for generate."""
         params = self.params.override(sampling)
-        loop = self.take_loop(params) if seed is None else SlotLoop(self.take_scheduler(), params, seed)
-        return Conversation(self.tokenizer, loop, self.max_seq_len, self.model.config.eos_ids, system, stop)
+        eos_ids = self.model.config.eos_ids
+        return Conversation(self.tokenizer, self.take_loop(params), self.max_seq_len, eos_ids, system, stop, seed)
 
     def build_loop(
         self, params: SamplingParams, batch_size: int = 1, max_seq_len: int | None = None, compile_prefill: bool = False
@@ -159,29 +160,24 @@ class LLM:
         kv_cache = loop.runner.kv_cache  # fits any params; a captured step contains them
         return PlainLoop(ModelRunner(self.model, kv_cache, params, self.compile))
 
-    def take_scheduler(self) -> Scheduler:
-        """Returns a Scheduler with one slot, which no text uses."""
-        scheduler, self.free_scheduler = self.free_scheduler, None
-        if scheduler is None:
-            return Scheduler(self.model, 1, self.max_seq_len, self.compile)
-        scheduler.slots[0].cached_ids = []  # a cached prefix could change the text, by the rounding of 16 bits
-        return scheduler
-
     def stream(self, sequence: Sequence) -> Iterator[str]:
-        is_plain = sequence.seed is None and sequence.logits_processor is None
-        if is_plain:
-            loop = self.take_loop(sequence.params)
-        else:
-            loop = SlotLoop(self.take_scheduler(), sequence.params, sequence.seed, sequence.logits_processor)
+        loop = self.take_loop(sequence.params)
         try:
-            for (text,) in stream_texts(loop, [sequence], sequence.prompt_ids):
+            for (text,) in stream_texts(loop, [sequence], sequence.prompt_ids, generator=sequence.generator):
                 if text:
                     yield text
         finally:
-            if is_plain:
-                self.free_loop = loop
-            else:
-                self.free_scheduler = loop.scheduler
+            self.free_loop = loop
+
+    def stream_with_scheduler(self, sequence: Sequence) -> Iterator[str]:
+        scheduler = Scheduler(self.model, 1, self.max_seq_len, self.compile)
+        scheduler.submit(sequence)
+        while scheduler.has_unfinished_sequences():
+            for update in scheduler.step():
+                if sequence.error:
+                    raise UsageError(sequence.error)
+                if update.text:
+                    yield update.text
 
 
 def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
 from engine.generation import DecodeLoop, stream_texts
-from engine.sequence import Sequence, check_stop
+from engine.sequence import Sequence, build_generator, check_seed, check_stop
 from text.chat_template import read_message
 from text.length import exceeds
 from text.tokenizer import Tokenizer, common_prefix_length
@@ -38,16 +38,20 @@ class Conversation:
 
     def __init__(
         self, tokenizer: Tokenizer, loop: DecodeLoop, max_seq_len: int, eos_ids: Collection[int],
-        system: str | None = None, stop: tuple[str, ...] = (),
+        system: str | None = None, stop: tuple[str, ...] = (), seed: int | None = None,
     ):
         """Raises UsageError if the checkpoint has no chat template, or if the template refuses a system message.
 
         max_seq_len: how many tokens the KV cache of loop holds.
         system: the system message.
-        stop: strings that end an answer. The answer does not contain them."""
+        stop: strings that end an answer. The answer does not contain them.
+        seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i; None:
+            all draw from PyTorch's global generator."""
         check_stop(stop)
+        check_seed(seed)
         self.tokenizer, self.loop = tokenizer, loop
         self.max_seq_len, self.eos_ids, self.stop = max_seq_len, eos_ids, stop
+        self.next_seed = seed
         self.system: list[dict] = []  # the system message, or nothing
         self.messages: list[dict] = []  # of the user and of the model, in turn
         self.sequence: Sequence | None = None  # the last answer
@@ -153,8 +157,11 @@ class Conversation:
         self.messages += new_messages
         answer = self.messages[-1]
         self.finish_reason = "interrupted"  # overwritten below unless the caller stops early
+        generator = build_generator(self.next_seed)
+        if self.next_seed is not None:
+            self.next_seed += 1
         try:
-            for (piece,) in stream_texts(self.loop, [sequence], ids, n_cached):
+            for (piece,) in stream_texts(self.loop, [sequence], ids, n_cached, generator):
                 # The newest token is not in the cache: the model takes that token as input only in the next step.
                 self.cached_ids += not_cached
                 not_cached = sequence.new_ids[-1:]

@@ -31,6 +31,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -64,15 +65,16 @@ def check_sampled_ids(ids: list[int]) -> list[int]:
 @dataclass(frozen=True)
 class Sampler:
     """The end of a step: the logits [B, n, V] after the last n of tokens [B, T] -> the next tokens [B], equal on all
-    ranks. speculate.py has two more samplers, for verification and for a draft."""
+    ranks. uniform [B, 1]: random numbers of ModelRunner.draw_uniform; None if sampling is greedy. speculate.py has two
+    more samplers, for verification and for a draft."""
 
     params: SamplingParams
     token_ids: Tensor  # [B, S], of the KV cache
     backend: Backend  # the model's
 
-    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
         logits = self.penalize(logits, tokens, start_pos)
-        return collectives.broadcast(sample(logits[:, -1], self.params, self.backend))
+        return collectives.broadcast(sample(logits[:, -1], self.params, self.backend, uniform))
 
     def penalize(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
         if self.params.needs_token_ids:
@@ -101,9 +103,11 @@ class ModelRunner:
     # ---- Prefill. The B sequences are in neighbouring slots of the KV cache, from first_slot on ----
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        """Returns the next tokens [B]."""
-        return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos)
+    def prefill(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """Returns the next tokens [B]. uniform [B, 1]: as of draw_uniform; None: draw_uniform's next."""
+        if uniform is None:
+            uniform = next(self.draw_uniform(1, len(tokens)))
+        return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos, uniform)
 
     def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
         """Returns the logits [B, 1, V] after the last of tokens."""
@@ -133,9 +137,29 @@ class ModelRunner:
 
     # ---- Decoding and verification ----
 
-    def decode(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B]: see Step."""
-        return self.decode_step(tokens, start_pos)
+    def decode(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B]: see Step. uniform: as in
+        prefill."""
+        if uniform is None:
+            uniform = next(self.draw_uniform(1, len(tokens)))
+        return self.decode_step(tokens, start_pos, uniform)
+
+    def draw_uniform(
+        self, n_steps: int, batch_size: int, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor | None]:
+        """Yields the random numbers in [0, 1) with which each of n_steps steps samples: uniform [B, 1], or None if
+        sampling is greedy. generator: of the host; None: PyTorch's global one.
+
+        The host draws the numbers of all steps at once, before the first step, and a step takes its numbers as an
+        input. So a captured step serves every generator, and the host need not wait for a step to draw the next."""
+        if self.sampler.params.is_greedy:
+            yield from repeat(None, n_steps)
+            return
+        uniform = torch.rand(n_steps, batch_size, 1, dtype=torch.float64, generator=generator)
+        has_float64 = self.device.type in ("cpu", "cuda")  # MPS, for example, has not
+        uniform = uniform.to(self.device, torch.float64 if has_float64 else torch.float32)
+        for i in range(n_steps):
+            yield uniform[i]
 
     def build_step(self, sampler: Callable = return_logits) -> "Step":
         """Returns a step that ends with sampler."""
@@ -158,7 +182,7 @@ class Step:
         self.steps: dict[Mode, Callable] = {}
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         eager_step = self.eager_step
         mode = choose_mode(eager_step.has_kernels_for(*tokens.shape), eager_step.model.device.type, self.compile)
         if mode not in self.steps:  # built at first use: importing Inductor takes a second and 150 MB
@@ -193,7 +217,7 @@ class EagerStep:
         self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
         self.has_kernels_for = cache(model.has_kernels_for)  # slow, since the method goes through all modules
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
 
     def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
@@ -210,7 +234,7 @@ class CPUGraphStep:
     def __init__(self, eager_step: EagerStep):
         self.sampler, self.graph = eager_step.sampler, capture(eager_step.compute_logits)
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         return call_with_graph_threads(self.sampler, self.graph(tokens, start_pos), tokens, start_pos, *inputs)
 
 
@@ -221,14 +245,14 @@ class CompiledStep:
     def __init__(self, eager_step: EagerStep):
         model, sampler = eager_step.model, eager_step.sampler
 
-        def head(hidden: Tensor, *inputs: Tensor):
+        def head(hidden: Tensor, *inputs: Tensor | None):
             return sampler(model.compute_logits(hidden), *inputs)
 
         options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
         self.eager_step, self.head = eager_step, torch.compile(head, **options)
         self.model = compile_blocks(model, **options)
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor):
+    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         used_cache = self.eager_step.kv_cache.narrow_batch(0, len(tokens))
         hidden = self.model.compute_hidden(tokens, start_pos, used_cache)
         return self.head(hidden, tokens, start_pos, *inputs)

@@ -37,7 +37,7 @@ import collectives
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import apply_repetition_penalty, sample, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
-from engine.sequence import LogitsProcessor, Logprobs, Sequence, SequenceUpdate, check_length, check_seed
+from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer
 from ops.backend import TORCH_BACKEND, Backend
@@ -252,35 +252,6 @@ class Scheduler:
         if sequence.finish_reason:
             self.free_slot(i)
         return update
-
-
-class SlotLoop:
-    """A DecodeLoop (generation.py) in a Scheduler with one slot. In contrast to PlainLoop, texts may have
-    random numbers of their own and a logits_processor."""
-
-    def __init__(
-        self, scheduler: Scheduler, params: SamplingParams, seed: int | None,
-        logits_processor: LogitsProcessor | None = None,
-    ):
-        """seed: text i, counted from 0, samples with seed + i; None: as for Sequence."""
-        check_seed(seed)
-        self.scheduler, self.params, self.seed, self.logits_processor = scheduler, params, seed, logits_processor
-
-    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-        """As DecodeLoop.generate. n_cached is not used: the scheduler itself finds the prefix that the slot holds."""
-        options = {"seed": self.seed, "logits_processor": self.logits_processor}
-        if self.seed is not None:
-            self.seed += 1  # of the next text
-        sequence = Sequence(token_ids, max_new_tokens, self.params, **options)
-        self.scheduler.submit(sequence)
-        try:
-            while sequence.finish_reason is None:
-                for update in self.scheduler.step():
-                    if sequence.error:
-                        raise UsageError(sequence.error)
-                    yield update.new_ids
-        finally:
-            self.scheduler.cancel(sequence)
 
 
 def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int, compile: bool = False) -> Scheduler:

@@ -60,8 +60,8 @@ class Sequence:
     tokenizer: Tokenizer | None = None  # None: the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
-    # Only a Scheduler uses the next three.
-    seed: int | None = None  # of the sequence's own random numbers; None: PyTorch's global generator
+    seed: int | None = None  # of generator; None: PyTorch's global generator
+    # Only a Scheduler uses the next two.
     logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
     n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
     # At max_new_tokens, True keeps back an incomplete character, or the possible start of a stop string, for resume.
@@ -88,9 +88,7 @@ class Sequence:
 
     @cached_property
     def generator(self) -> torch.Generator:
-        if self.seed is None:
-            return torch.default_generator
-        return torch.Generator().manual_seed(to_64_bits(self.seed))
+        return build_generator(self.seed)
 
     def append(self, token: int, logprobs: Logprobs | None = None) -> SequenceUpdate:
         """Adds a new token. Decides whether the sequence ends. A sequence that has ended takes no more tokens."""
@@ -172,6 +170,12 @@ def encode_prompt(
 def check_seed(seed: int | None):
     if seed is not None:
         check_integer("seed", seed)
+
+
+def build_generator(seed: int | None) -> torch.Generator:
+    """Returns a generator of a text's own random numbers, or PyTorch's global one if seed is None. PlainLoop and
+    Scheduler take one number of float64 from the generator for each new token, so a seed gives one text in both."""
+    return torch.default_generator if seed is None else torch.Generator().manual_seed(to_64_bits(seed))
 
 
 def to_64_bits(seed: int) -> int:

@@ -65,7 +65,8 @@ class Proposer(Protocol):
 
 
 class SpeculativeLoop(PlainLoop):
-    """A PlainLoop whose steps also verify what proposer proposes. The batch size is 1."""
+    """A PlainLoop whose steps also verify what proposer proposes. The batch size is 1. All random numbers are those of
+    PyTorch's global generators, since nobody knows before a verification how many numbers the verification needs."""
 
     def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
         """k: the most tokens to propose at a time."""
@@ -78,7 +79,9 @@ class SpeculativeLoop(PlainLoop):
         self.n_tokens_per_step: list[int] = []
 
     @torch.inference_mode()
-    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+    def generate(
+        self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: None = None
+    ) -> Iterator[list[int]]:
         """Yields the new tokens one by one, each as [1]: see DecodeLoop."""
         self.n_tokens_per_step.clear()
         token_ids, n_left = list(token_ids), max_new_tokens
