@@ -45,8 +45,9 @@ class Transformer(nn.Module):
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        scale, softcap = config.logit_scale, config.logit_softcap or 0.0
-        self.lm_head = Linear(config.dim, config.vocab_size, config.head_bias, out_scale=scale, softcap=softcap)
+        self.lm_head = Linear(
+            config.dim, config.vocab_size, config.head_bias, out_scale=config.logit_scale, softcap=config.logit_softcap
+        )
 
     def forward(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
@@ -202,7 +203,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.scale = config.attention_scale or config.head_dim**-0.5
-        self.softcap, self.window = config.attention_softcap or 0.0, config.window(layer_idx) or 0
+        self.softcap = config.attention_softcap
+        self.window = config.window(layer_idx) or 0
         self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
             q_heads, k_heads = (config.n_heads, config.n_kv_heads) if config.qk_norm_across_heads else (1, 1)
@@ -211,8 +213,8 @@ class Attention(nn.Module):
         if config.sinks:
             self.sinks = nn.Parameter(torch.empty(config.n_heads), requires_grad=False)
         self.alibi_slopes = alibi_slopes(config.n_heads) if config.alibi else None
-        qkv_dim, clip = config.q_dim + 2 * config.kv_dim, config.clip_qkv or 0.0
-        self.qkv_proj = Linear(config.dim, qkv_dim, config.qkv_bias, clip=clip)
+        qkv_dim = config.q_dim + 2 * config.kv_dim
+        self.qkv_proj = Linear(config.dim, qkv_dim, config.qkv_bias, clip=config.clip_qkv)
         self.o_proj = Linear(config.q_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
 
     def forward(
