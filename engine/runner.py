@@ -111,14 +111,13 @@ class ModelRunner:
 
     def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
         """Returns the logits [B, 1, V] after the last of tokens."""
+        return self.model.compute_logits(self.fill_kv_cache(tokens, start_pos, first_slot))
+
+    def fill_kv_cache(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
+        """Computes keys and values. Returns the hidden states after the last of tokens: [B, 1, dim]."""
         for hidden in self.prefill_chunks(tokens, start_pos, first_slot):
             last_hidden = hidden[:, -1:]
-        return self.model.compute_logits(last_hidden)
-
-    def fill_kv_cache(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0):
-        """Computes only keys and values."""
-        for _ in self.prefill_chunks(tokens, start_pos, first_slot):
-            pass
+        return last_hidden
 
     def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
         """Runs the blocks on one chunk after the other. Yields the hidden states of each chunk: [B, chunk, dim]. With
@@ -191,15 +190,12 @@ class Step:
 
 
 def build_in_mode(mode: Mode, eager_step: "EagerStep") -> Callable:
-    match mode, eager_step.model.device.type:
-        case "captured", "cpu":
-            return CPUGraphStep(eager_step)
-        case "captured", "cuda":
-            return capture(eager_step)
-        case "compiled", "cuda" if can_be_one_graph(eager_step.model):
-            return capture(CompiledStep(eager_step))
-        case "compiled", _:
-            return CompiledStep(eager_step)
+    model = eager_step.model
+    if mode == "captured":
+        return CPUGraphStep(eager_step) if model.device.type == "cpu" else capture(eager_step)
+    if mode == "compiled":
+        step = CompiledStep(eager_step)
+        return capture(step) if model.device.type == "cuda" and can_be_one_graph(model) else step
     return eager_step
 
 
@@ -211,7 +207,8 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Mode:
 
 
 class EagerStep:
-    """A step as plain calls. The other modes capture or compile these calls."""
+    """A step as plain calls, which the other modes capture or compile. Not a part of Step: a captured method of Step
+    would be a reference cycle, which keeps the KV cache in memory until Python's next garbage collection."""
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
         self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
