@@ -95,10 +95,12 @@ def compute_hessians(
     """Returns the Hessians of the linear layers in block i, by name: [K, K], or [E, K, K] for experts.
 
     block_inputs: [1, T, dim] for each window."""
-    sums, hooks = {}, []
+    sums: dict[str, Tensor] = {}
+    hooks = []
 
     def add_inputs(name: str, linear: LinearBase, args: tuple, kwargs: dict):
-        x, norm = args[0], kwargs.get("norm")
+        x = args[0]
+        norm = kwargs.get("norm")
         if norm is not None:
             x = norm(x)
         if linear.n_experts is None:
@@ -173,7 +175,8 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
     diagonal [..., K]: the damped Hessian's, in the order of w's columns.
     order [..., K]: the columns in the order of rounding.
     upper [..., K, K]: the upper Cholesky factor of the inverse Hessian, in the order of rounding."""
-    group_size, k = config.group_size, w.shape[-1]
+    group_size = config.group_size
+    k = w.shape[-1]
     padded = F.pad(diagonal[..., None, :], (0, -k % group_size))  # the padding of a short last group has importance 0
     importance = padded.unflatten(-1, (-1, group_size))
     scales, zeros = fit_scales_and_zeros(split_groups(w, group_size), importance)  # [..., N, n_groups]

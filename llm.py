@@ -59,7 +59,8 @@ class LLM:
         if not isinstance(checkpoint_path, Path | str):
             raise UsageError(f"checkpoint_path must be a path, not {checkpoint_path!r:.80}")
         check_integer("max_seq_len", max_seq_len, 1)
-        self.params, self.compile = GREEDY.override(sampling), compile
+        self.params = GREEDY.override(sampling)
+        self.compile = compile
         self.checkpoint_path = ensure_converted(checkpoint_path)
         options = {"device": pick_device(device), "dtype": dtype, "use_kernels": use_kernels}
         self.model, self.tokenizer = load(self.checkpoint_path, **options)
@@ -104,7 +105,8 @@ class LLM:
         check_integer("parallel", parallel, 1)
         check_seed(seed)
         options = {"stop": stop, "logits_processor": logits_processor, "params": self.params.override(sampling)}
-        context, sequences = self.model.config.max_seq_len, []
+        context = self.model.config.max_seq_len
+        sequences = []
         for i, prompt in enumerate(prompts):
             options["seed"] = None if seed is None else seed + i
             try:

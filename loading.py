@@ -57,7 +57,8 @@ def load_model(
     sharded: with several ranks, read only this rank's shard (tp.py); False: read the whole model."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be {DTYPES[0]}, {DTYPES[1]} or {DTYPES[2]}, not {dtype!r:.80}")
-    path, device = Path(path), torch.device(device)
+    path = Path(path)
+    device = torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
     model = meta_model(config, QuantizationScheme.from_dict(quantization))
 

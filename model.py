@@ -201,7 +201,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.softcap = config.attention_softcap
         self.window = config.window(layer_idx) or 0
@@ -260,8 +261,10 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.moe, self.activation = config.moe, config.activation
-        n_experts, bias = config.moe.n_experts + config.moe.n_shared_experts, config.moe.bias
+        self.moe = config.moe
+        self.activation = config.activation
+        n_experts = config.moe.n_experts + config.moe.n_shared_experts
+        bias = config.moe.bias
         n_logits = config.moe.n_experts + (1 if config.moe.n_shared_experts else 0)
         self.router = Linear(config.dim, n_logits, bias)
         self.gate_up_proj = ExpertsGateUp(config.dim, sum(config.gate_up_dims), bias, n_experts)
@@ -326,7 +329,8 @@ class KVCache:
         """A view of n sequences, the first of which is number start."""
         if n == self.batch_size:  # always, except in a scheduler's steps
             return self
-        view, rows = copy.copy(self), slice(start, start + n)
+        view = copy.copy(self)
+        rows = slice(start, start + n)
         view.batch_size = n
         view.layers = [cache._replace(k=cache.k[rows], v=cache.v[rows]) for cache in self.layers]
         view.token_ids = self.token_ids[rows]

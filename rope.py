@@ -48,7 +48,8 @@ def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
 
     RoPE is arXiv:2104.09864. "llama3" was published with Llama 3.1. "dynamic" and "longrope" depend on length, which is
     the KV cache's."""
-    dim, theta, scaling = config.rotary_dim or config.head_dim, config.rope_theta, config.rope_scaling
+    dim = config.rotary_dim or config.head_dim
+    theta, scaling = config.rope_theta, config.rope_scaling
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     freqs = 1.0 / theta**exponents
     if scaling is None:

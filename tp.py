@@ -67,14 +67,16 @@ def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
 
     A q/k norm over all heads together needs all heads. So with such a norm every rank computes all of attention, and
     only o_proj is sharded."""
-    shards_heads, qkv_dims = not config.qk_norm_across_heads, (config.q_dim, config.kv_dim, config.kv_dim)
-    qkv_proj = {"qkv_proj": ShardSpec("column", qkv_dims, head_size=config.head_dim)} if shards_heads else {}
-    return qkv_proj | {
+    plan = {
         "o_proj": ShardSpec("row", (config.q_dim,), head_size=config.head_dim),
         "gate_up_proj": ShardSpec("column", config.gate_up_dims),
         "down_proj": ShardSpec("row", (config.ffn_dim,)),
         "lm_head": ShardSpec("column", (config.vocab_size,)),
     }
+    if not config.qk_norm_across_heads:
+        qkv_dims = (config.q_dim, config.kv_dim, config.kv_dim)
+        plan["qkv_proj"] = ShardSpec("column", qkv_dims, head_size=config.head_dim)
+    return plan
 
 
 def shard_range(size: int, head_size: int, rank: int, n_ranks: int) -> tuple[int, int]:
@@ -116,7 +118,8 @@ def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
 
 def check_device(device: torch.device):
     """Raises UsageError unless device is the CPU or an accelerator that no other rank uses."""
-    local_rank, n_devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    n_devices = torch.accelerator.device_count()
     if device.type != "cpu" and (local_rank >= n_devices or device.index not in (None, local_rank)):
         raise UsageError(f"every process needs a device of its own, and here are {n_devices}; "
                          "start fewer, or give no number in --device")
@@ -126,8 +129,10 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
     """Shards model, which is on the meta device. Returns the function that shards the checkpoint's tensors.
 
     device: where the shard will be."""
-    plan, linears, n_ranks = tp_plan(model.config), dict(model.quantizable_linears()), world_size()
     check_device(device)
+    plan = tp_plan(model.config)
+    linears = dict(model.quantizable_linears())
+    n_ranks = world_size()
     coarsest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_multiple)
     check_can_shard(model.config, coarsest, n_ranks)
     shard_tensor = tensor_sharder(model)
@@ -150,7 +155,9 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
 
 def tensor_sharder(model: Transformer) -> ShardTensor:
     """Returns shard_tensor for the checkpoint of model, which is not sharded yet."""
-    plan, linears, n_heads = tp_plan(model.config), dict(model.quantizable_linears()), model.config.n_heads
+    plan = tp_plan(model.config)
+    linears = dict(model.quantizable_linears())
+    n_heads = model.config.n_heads
     formats = {name: linear.format for name, linear in linears.items()}  # shard_model changes linear.format
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:

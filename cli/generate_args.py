@@ -258,7 +258,8 @@ def with_chat_options(prompt: str | list[dict], args: argparse.Namespace) -> str
 
 def read_prompt_file(path: Path) -> list[str | list[dict]]:
     """Reads a text, or the messages of a chat, from each line. Skips empty lines, and names them on stderr."""
-    lines, prompts = read_text(path).split("\n"), []
+    lines = read_text(path).split("\n")
+    prompts = []
     while lines and not lines[-1].strip():  # a file usually ends with a line break: no message about that
         del lines[-1]
     for number, line in enumerate(lines, start=1):

@@ -49,8 +49,11 @@ class Conversation:
             all draw from PyTorch's global generator."""
         check_stop(stop)
         check_seed(seed)
-        self.tokenizer, self.loop = tokenizer, loop
-        self.max_seq_len, self.eos_ids, self.stop = max_seq_len, eos_ids, stop
+        self.tokenizer = tokenizer
+        self.loop = loop
+        self.max_seq_len = max_seq_len
+        self.eos_ids = eos_ids
+        self.stop = stop
         self.next_seed = seed
         self.system: list[dict] = []  # the system message, or nothing
         self.messages: list[dict] = []  # of the user and of the model, in turn
@@ -132,7 +135,8 @@ class Conversation:
 
         if exceeds(self.tokenizer, message, self.max_seq_len):
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
-        n_pairs, ids = 0, ids_without(0)
+        n_pairs = 0
+        ids = ids_without(0)
         if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * DROP_BELOW):
             # Drop as few pairs as possible. If even all pairs do not free enough, drop all.
             n_pairs = bisect_left(range(len(earlier) // 2), True, key=is_enough)

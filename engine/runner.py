@@ -95,7 +95,10 @@ class ModelRunner:
         compile_prefill: bool = False,
     ):
         """params: of prefill and decode. compile, compile_prefill: as the options of generate.py."""
-        self.model, self.kv_cache, self.compile, self.device = model, kv_cache, compile, model.device
+        self.model = model
+        self.kv_cache = kv_cache
+        self.compile = compile
+        self.device = model.device
         self.sampler = Sampler(params, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
@@ -124,7 +127,8 @@ class ModelRunner:
         compile_prefill, chunks with more tokens than the kernels take run compiled blocks."""
         kv_cache = self.kv_cache.narrow_batch(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
-        n_cached, offset = int(start_pos.max()), 0
+        n_cached = int(start_pos.max())
+        offset = 0
         for chunk in tokens.split(max(1, chunk_tokens // len(tokens)), dim=1):
             model = self.model
             is_long = chunk.numel() >= MIN_COMPILED_TOKENS
@@ -229,7 +233,8 @@ class CPUGraphStep:
     """A step on a CPU. A CPU graph holds only the operations of kernels/schema.py, and a sampler has others."""
 
     def __init__(self, eager_step: EagerStep):
-        self.sampler, self.graph = eager_step.sampler, capture(eager_step.compute_logits)
+        self.sampler = eager_step.sampler
+        self.graph = capture(eager_step.compute_logits)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         return call_with_graph_threads(self.sampler, self.graph(tokens, start_pos), tokens, start_pos, *inputs)
@@ -246,7 +251,8 @@ class CompiledStep:
             return sampler(model.compute_logits(hidden), *inputs)
 
         options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
-        self.eager_step, self.head = eager_step, torch.compile(head, **options)
+        self.eager_step = eager_step
+        self.head = torch.compile(head, **options)
         self.model = compile_blocks(model, **options)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):

@@ -82,7 +82,9 @@ class Scheduler:
         compile: capture the steps on a GPU, too.
         chunk_tokens: how many tokens of prompts are computed between two decode steps: one chunk of a long prompt, or
             several short prompts."""
-        self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
+        self.model = model
+        self.max_seq_len = max_seq_len
+        self.chunk_tokens = chunk_tokens
         self.kv_cache = KVCache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
         self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.has_kernels_for(n_slots, 1))
@@ -190,8 +192,10 @@ class Scheduler:
 
     def prefill(self, i: int, n: int) -> list[SequenceUpdate]:
         """Computes the next n tokens of the prompt in slot i. After the last one, samples the first new token."""
-        slot, device = self.slots[i], self.runner.device
-        prompt_ids, n_cached = slot.sequence.prompt_ids, len(slot.cached_ids)
+        slot = self.slots[i]
+        device = self.runner.device
+        prompt_ids = slot.sequence.prompt_ids
+        n_cached = len(slot.cached_ids)
         chunk = prompt_ids[n_cached : n_cached + n]
         tokens = torch.tensor([chunk], device=device)
         start_pos = torch.tensor([n_cached], device=device)
@@ -207,7 +211,8 @@ class Scheduler:
 
     def decode(self, n: int) -> list[SequenceUpdate]:
         self.move_decoding_first(n)
-        slots, device = self.slots[:n], self.runner.device
+        slots = self.slots[:n]
+        device = self.runner.device
         last_ids = [slot.sequence.new_ids[-1] for slot in slots]
         tokens = torch.tensor(last_ids, device=device)[:, None]
         start_pos = torch.tensor([len(slot.cached_ids) for slot in slots], device=device)

@@ -84,7 +84,8 @@ class SpeculativeLoop(PlainLoop):
     ) -> Iterator[list[int]]:
         """Yields the new tokens one by one, each as [1]: see DecodeLoop."""
         self.n_tokens_per_step.clear()
-        token_ids, n_left = list(token_ids), max_new_tokens
+        token_ids = list(token_ids)
+        n_left = max_new_tokens
         acceptance = AcceptanceRate()
         self.proposer.rewind(n_cached)
         prompt = torch.tensor([token_ids[n_cached:]], device=self.device)
