@@ -56,7 +56,7 @@ class Sequence:
     params: SamplingParams = GREEDY
     _: KW_ONLY
     prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages; only for reports
-    is_answer: bool = False  # whether the text is a chat's answer, which begins anew, or continues prompt_ids
+    starts_new_text: bool = False  # True: a chat's answer; False: the text continues that of prompt_ids
     tokenizer: Tokenizer | None = None  # None: the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
@@ -83,7 +83,7 @@ class Sequence:
         self.detokenizer = None
         if self.tokenizer is not None:
             # A tokenizer may drop the space at the beginning of a text, but not between a prompt and its continuation.
-            prefix_ids = () if self.is_answer else self.prompt_ids
+            prefix_ids = () if self.starts_new_text else self.prompt_ids
             self.detokenizer = IncrementalDetokenizer(self.tokenizer, prefix_ids, self.stop)
 
     @cached_property
@@ -138,8 +138,8 @@ def build_sequence(
     ids = encode_prompt(prompt, tokenizer, config.max_seq_len)
     check_length(len(ids), max_new_tokens, max_seq_len or config.max_seq_len, hint)
     options = {"eos_ids": config.eos_ids} | options
-    is_answer = isinstance(prompt, list)
-    return Sequence(ids, max_new_tokens, prompt=prompt, is_answer=is_answer, tokenizer=tokenizer, **options)
+    is_chat = isinstance(prompt, list)
+    return Sequence(ids, max_new_tokens, prompt=prompt, starts_new_text=is_chat, tokenizer=tokenizer, **options)
 
 
 def encode_prompt(
