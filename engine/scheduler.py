@@ -110,13 +110,13 @@ class Scheduler:
         for i, slot in enumerate(self.slots):
             if slot.sequence is sequence:
                 if slot.is_prefilling:  # no logits have shown yet whether the keys and values are finite
-                    self.forget_tokens(i)
+                    self.reset_slot(i)
                 self.free_slot(i)
 
     def free_slot(self, i: int):
         self.slots[i].sequence, self.slots[i].freed_step = None, self.n_steps
 
-    def forget_tokens(self, i: int):
+    def reset_slot(self, i: int):
         """Clears slot i, whose keys and values may not be finite. Attention hides a position by multiplying its value
         with 0. But 0 * NaN is NaN."""
         self.kv_cache.clear_sequence(i)
@@ -154,7 +154,7 @@ class Scheduler:
         self.n_steps += 1
         n_decoding = sum(slot.is_decoding for slot in self.slots)
         if self.may_prefill(n_decoding):
-            self.schedule_next()
+            self.admit()
             for i, slot in enumerate(self.slots):
                 if slot.is_prefilling:
                     return self.prefill(i, self.chunk_tokens if n_decoding else self.max_seq_len)
@@ -166,7 +166,7 @@ class Scheduler:
         decode step. But after chunk_tokens tokens of prompts, the n_decoding sequences have waited long enough."""
         return n_decoding == 0 or self.prefill_tokens_since_decode < self.chunk_tokens
 
-    def schedule_next(self):
+    def admit(self):
         """Moves the next sequence from the queue into a free slot, unless there is none or another prompt is being
         computed. Copies the longest prefix that the prompt shares with any slot. The prefix never contains the prompt's
         last token, since only a token that is computed gives logits.
@@ -250,7 +250,7 @@ class Scheduler:
         sequence = self.slots[i].sequence
         if token < 0:  # logits that are not finite end this sequence, and no other
             update = sequence.fail(NOT_FINITE)
-            self.forget_tokens(i)
+            self.reset_slot(i)
         else:
             n_top = sequence.n_logprobs
             update = sequence.append(token, None if n_top is None else compute_logprobs(logits, token, n_top))
