@@ -67,7 +67,7 @@ class LLM:
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         # The loop of the last text that has ended. The loop's KV cache and captured steps serve the next text. Only one
         # loop is kept, since a KV cache is large.
-        self.free_loop: PlainLoop | None = None
+        self.idle_loop: PlainLoop | None = None
 
     def generate(
         self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), seed: int | None = None,
@@ -154,7 +154,7 @@ class LLM:
 
     def take_loop(self, params: SamplingParams) -> PlainLoop:
         """Returns a PlainLoop whose KV cache no text uses."""
-        loop, self.free_loop = self.free_loop, None
+        loop, self.idle_loop = self.idle_loop, None
         if loop is None:
             return self.build_loop(params)
         if loop.runner.sampler.params == params:
@@ -169,7 +169,7 @@ class LLM:
                 if text:
                     yield text
         finally:
-            self.free_loop = loop
+            self.idle_loop = loop
 
     def stream_with_scheduler(self, sequence: Sequence) -> Iterator[str]:
         scheduler = Scheduler(self.model, 1, self.max_seq_len, self.compile)

@@ -125,7 +125,7 @@ def test_texts_at_once(chat_model):
     in_turns = None
     gc.collect()
     alive = [o for o in gc.get_objects() if type(o) is KVCache and o.token_ids.shape[1] == 160]
-    assert [id(o) for o in alive] == [id(llm.free_loop.runner.kv_cache)]
+    assert [id(o) for o in alive] == [id(llm.idle_loop.runner.kv_cache)]
 
 
 WRONG_ARGUMENTS = [
@@ -180,7 +180,7 @@ def test_sampling_options_of_a_call(chat_model):
         assert (text(hot, temperature=0), text(greedy, temperature=5)) == expected
         assert (text(greedy), text(hot)) == expected
     assert text(hot, top_k=1) == expected[0] and text(greedy, temperature=5, top_k=None) != expected[1]
-    assert greedy.free_loop is not None
+    assert greedy.idle_loop is not None
 
     pieces = greedy.generate("Hello", max_new_tokens=20)
     first = next(pieces)
