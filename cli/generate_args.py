@@ -46,6 +46,7 @@ def parse_args(doc: str) -> argparse.Namespace:
     has_prompt = args.prompt is not None or args.prompt_file is not None
     if args.prompt is None:
         args.prompt = DEFAULT_PROMPT
+    # conversation, speculative and sampling_params are no options: several options together make each of them.
     args.conversation = args.interactive or (args.chat and not has_prompt)
     if args.max_new_tokens is None:
         args.max_new_tokens = sys.maxsize if args.conversation else DEFAULT_MAX_NEW_TOKENS
