@@ -18,9 +18,9 @@ from torch import Tensor
 
 import collectives
 import tp
-from checkpoint import has_tied_head, read_checkpoint, with_tied_head
+from checkpoint import has_tied_head, meta_model, read_checkpoint, with_tied_head
 from formats import QuantizationScheme
-from model import DTYPES, Transformer, meta_model
+from model import DTYPES, Transformer
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UsageError
 from utils.machine import check_memory, drop_pages

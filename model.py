@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import ops
 from config import ModelConfig
-from formats import QuantizationScheme, Unquantized, WeightFormat
+from formats import Unquantized, WeightFormat
 from kernels.arguments import AttentionParams, LayerCache
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
 from ops.backend import Backend
@@ -29,8 +29,6 @@ from utils.errors import UsageError
 from utils.machine import check_memory
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations (--precision)
-UNQUANTIZED = Unquantized()
-ALL_UNQUANTIZED = QuantizationScheme(UNQUANTIZED)
 
 
 class Transformer(nn.Module):
@@ -41,7 +39,7 @@ class Transformer(nn.Module):
         self.config = config
         # The format of most linear layers in the checkpoint, for reports. A layer's own format may be another one, also
         # because weights without kernels are dequantized while loading (ops/packing.py: dequantize_weights).
-        self.checkpoint_format: WeightFormat = UNQUANTIZED
+        self.checkpoint_format: WeightFormat = Unquantized()
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -129,28 +127,6 @@ def round_to_dtype(value: float, dtype: torch.dtype) -> float:
     _, exponent = math.frexp(value)  # value is in [2^(exponent - 1), 2^exponent)
     ulp = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # the distance between two numbers of dtype there
     return round(value / ulp) * ulp
-
-
-def meta_model(config: ModelConfig, formats: QuantizationScheme = ALL_UNQUANTIZED) -> Transformer:
-    """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
-    quantized only if formats names the embedding. Raises UsageError if formats names a layer that the model does not
-    have, or gives an input_order to a layer that cannot have one."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    linears = dict(model.quantizable_linears())
-    unknown = formats.overrides.keys() - linears.keys() - {"embed_tokens"}
-    if unknown:
-        raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")
-    model.checkpoint_format = formats.default
-    for name, linear in linears.items():
-        linear.set_format(formats.of_layer(name))
-    model.embed_tokens.set_format(formats.overrides.get("embed_tokens", UNQUANTIZED))
-    for name in formats.act_order_layers:
-        linear = linears.get(name)
-        if not isinstance(linear, Linear):
-            raise UsageError(f"the checkpoint's quantization gives {name} an order of inputs, which it cannot have")
-        linear.set_tensor("input_order", torch.empty(linear.in_features, dtype=torch.int32, device="meta"))
-    return model
 
 
 class TransformerBlock(nn.Module):

@@ -6,10 +6,11 @@ import torch
 import transformers as hf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from checkpoint import meta_model
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
-from model import KVCache, meta_model, round_to_dtype
+from model import KVCache, round_to_dtype
 from rope import rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
 from utils.errors import UsageError

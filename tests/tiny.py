@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers as hf
 
-from checkpoint import read_checkpoint, save_checkpoint
+from checkpoint import meta_model, read_checkpoint, save_checkpoint
 from converters.convert_folder import convert_folder
 from formats import QuantizationScheme
 from loading import load_model
-from model import KVCache, meta_model
+from model import KVCache
 from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
 

@@ -25,13 +25,13 @@ import formats  # noqa: E402
 import generate  # noqa: E402
 import loading  # noqa: E402
 import tp  # noqa: E402
-from checkpoint import read_checkpoint, with_tied_head  # noqa: E402
+from checkpoint import meta_model, read_checkpoint, with_tied_head  # noqa: E402
 from cli.ranks import process_group  # noqa: E402
 from engine import generation  # noqa: E402
 from engine.runner import ModelRunner  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
 from formats import QuantizationScheme  # noqa: E402
-from model import KVCache, Transformer, meta_model  # noqa: E402
+from model import KVCache, Transformer  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)
 CASES = {
