@@ -79,7 +79,7 @@ def generate_text(
     args: argparse.Namespace, prompt: Sequence, loop: DecodeLoop, labels: list
 ) -> list[Sequence]:
     """Continues prompt in a batch of args.batch_size sequences. Without --json, prints the first text while it is
-    generated, and then the others. labels: as for print_label."""
+    generated, and then all other texts. labels: the argument of print_label."""
     batch = [replace(prompt) for _ in range(args.batch_size)]
     if not args.json:
         print_label([*labels, ("sequence", 1, len(batch))])

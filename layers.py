@@ -115,7 +115,7 @@ class Linear(LinearBase):
     epilogue: an Epilogue of out_scale, softcap and clip. Its activation is 0, since forward gets the activation.
     input_order: int32 [K], or None; for checkpoints of GPTQ with act-order. Column i of the stored W belongs to input
     input_order[i], so forward permutes x first. A fused norm follows the permutation, so the norm's weight is stored
-    permuted, too.
+    in the same order.
     aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
 
     def __init__(

@@ -52,8 +52,8 @@ class LLM:
     ):
         """checkpoint_path: model.pth; or a model's folder or .gguf, which converters/checkpoint_path.py converts once.
         device: by default the machine's accelerator, or the CPU if there is none.
-        dtype: of the activations, and of all weights that are not quantized.
-        max_seq_len: the most tokens of generate's texts and of a conversation. The model's context is a limit, too.
+        dtype: the type of the activations, and of all weights that are not quantized.
+        max_seq_len: the most tokens of generate's texts and of a conversation, at most the model's context.
         compile, use_kernels: as --compile and --kernels of generate.py.
         sampling: fields of SamplingParams, such as temperature. Fields that are given to a method override these."""
         if not isinstance(checkpoint_path, Path | str):
@@ -77,7 +77,7 @@ class LLM:
         strings. A second call may start before the first text has ended: every call has its own KV cache.
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}].
-        seed: of the text's own random numbers; None: PyTorch's global ones.
+        seed: the seed of the text's own random numbers; None: draw PyTorch's global ones.
         logits_processor: a function (token ids so far, logits [V]) -> logits [V], called before each token is sampled.
         sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change.
 

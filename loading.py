@@ -27,8 +27,8 @@ from utils.machine import check_memory, drop_pages
 
 
 def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:
-    """Returns the model in path, and the tokenizer from the same folder. The tokenizer's end tokens become end tokens
-    of the model, too. Raises UsageError if the tokenizer, without special tokens, has more tokens than the model.
+    """Returns the model in path, and the tokenizer from the same folder. The end tokens of the tokenizer are added to
+    those of the model. Raises UsageError if the tokenizer, without special tokens, has more tokens than the model.
 
     options: the arguments of load_model."""
     model = load_model(path, **options)
@@ -52,7 +52,7 @@ def load_model(
 ) -> Transformer:
     """Reads the model in path onto device, ready for inference.
 
-    dtype: of activations and of all tensors except those of quantized weights.
+    dtype: the type of activations and of all tensors except those of quantized weights.
     use_kernels: use this project's kernels if the device has them; False: use only PyTorch.
     sharded: with several ranks, read only this rank's shard (tp.py); False: read the whole model."""
     if dtype not in DTYPES:
@@ -132,7 +132,7 @@ def move_tensors(
 ) -> dict[str, Tensor]:
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
 
-    shard_tensor: of tp.shard_model; None: keep every tensor whole."""
+    shard_tensor: the result of tp.shard_model; None: keep every tensor whole."""
     moved = {}
     for name, tensor in tensors.items():
         shard = tensor if shard_tensor is None else shard_tensor(name, tensor)

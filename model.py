@@ -61,7 +61,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]."""
-        scale = round_to_dtype(self.config.embed_scale, self.dtype)  # transformers rounds the scale, too
+        scale = round_to_dtype(self.config.embed_scale, self.dtype)  # as transformers rounds the scale
         return ops.embed(tokens, self.embed_tokens, scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
         return self.norm.weight.device
 
     def tie_embedding(self):
-        """Makes lm_head the embedding, too: one layer under two names."""
+        """Makes lm_head and embed_tokens one layer under two names."""
         # The head owns the weight, because a step reads all of the head's weight, so the head's kernels decide how the
         # weight is packed. The embedding reads a few rows, which works with any packing. model.pth also has the weight
         # only once, but under the embedding's name (checkpoint.py: has_tied_head).
@@ -94,7 +94,8 @@ class Transformer(nn.Module):
         matrices = [module for module in self.modules() if isinstance(module, WeightMatrix)]
         ops.pack_weights(matrices, self.dtype, is_mmapped)
         for module in self.modules():
-            if isinstance(module, RMSNorm):  # has nothing to pack, so kernels take the norm wherever they take the head
+            # A norm has no packed form. A norm uses the head's backend: if the head has kernels, so do norms.
+            if isinstance(module, RMSNorm):
                 module.backend = self.lm_head.backend
 
     def quantizable_linears(self) -> Iterator[tuple[str, LinearBase]]:
@@ -232,8 +233,8 @@ class FeedForward(nn.Module):
 class MoE(nn.Module):
     """A mixture of experts (Mixtral, arXiv:2401.04088). For each token the router chooses top_k experts, each a
     feed-forward. The sum of their outputs is weighted by the softmax of the router's logits. norm_topk_prob: the chosen
-    weights are scaled to sum to one, as Mixtral's always are. Shared experts (Qwen2-MoE) are the last ones; every token
-    uses them."""
+    weights are scaled to sum to one, as Mixtral's always are. Every token uses the shared experts (Qwen2-MoE), whose
+    ids are the highest."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -263,8 +264,8 @@ class MoE(nn.Module):
 class KVCache:
     """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. The cache does not count its
     tokens: every step passes the position of each sequence's first new token. Proposals that a speculation rejects stay
-    in the cache, where they do no harm: attention and the repetition penalty read no further than the last token of the
-    text, and the next step overwrites the rest.
+    in the cache, where the proposals do no harm: attention and the repetition penalty read no further than the last
+    token of the text, and the next steps overwrite what follows.
 
     layers: the keys and values of each layer, and the tables that RoPE and ALiBi need at every position. The tables are
         the cache's, because the angles of RoPE of type dynamic or longrope depend on max_seq_len.

@@ -10,7 +10,8 @@ routers.
     o_proj, down_proj         row-parallel, along the inputs: a rank computes partial sums, which an all-reduce adds up
     lm_head                   column-parallel: an all-gather concatenates the logits
 
-The names are Megatron's, and speak of W^T. tp_plan returns this table. loading.py: load_model takes two steps:
+Column and row are Megatron's words. Megatron stores W^T, so its columns are our rows: the outputs. tp_plan returns this
+table. loading.py: load_model takes two steps:
 
     shard_model           before the tensors are read: shards the empty model, and returns shard_tensor, which gives
                           this rank's shard of a tensor of the checkpoint
@@ -19,8 +20,8 @@ The names are Megatron's, and speak of W^T. tp_plan returns this table. loading.
 cli/ranks.py: process_group connects the processes of generate.py and eval.py. Then all ranks run the same code, except
 in these places:
 
-    only rank 0            converts a checkpoint, while the others wait    collectives.py: call_on_rank_0
-                           prints; the others discard what they print      cli/ranks.py: silence, wait_for_rank_0
+    only rank 0            converts a checkpoint, while other ranks wait   collectives.py: call_on_rank_0
+                           prints; other ranks discard what they print     cli/ranks.py: silence, wait_for_rank_0
                            reads what the user types, and sends it         cli/ranks.py: input_lines; cli/terminal.py
                            keeps the biases of o_proj and down_proj        shard_row_parallel
     every rank another     device                                          cli/ranks.py: process_group; check_device

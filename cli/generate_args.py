@@ -199,7 +199,7 @@ def build_sampling_params(args: argparse.Namespace) -> SamplingParams:
     try:
         return SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     except UsageError as e:
-        raise UsageError(f"--{e}") from None  # the message begins with the field's name; the option has that name, too
+        raise UsageError(f"--{e}") from None  # the message begins with the name of field and option
 
 
 # ---- Prompts ---------------------------------------------------------------------------------------------------------

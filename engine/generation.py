@@ -52,8 +52,9 @@ def run_steps(
 
 
 def read_one_step_later(steps: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yields the tokens of every step on the host. On a GPU, step i + 1 is queued before the host waits for the tokens
-    of step i, so the GPU computes while the host handles tokens. On a CPU step i + 1 would only delay the tokens."""
+    """Yields the tokens of every step on the host. Queues step i + 1 before the host waits for the tokens of step i, so
+    that the GPU computes while the host handles the tokens. A CPU would compute step i + 1 first, and then yield step
+    i's tokens late."""
     copy = HostCopy(next(steps))
     for tokens in steps:
         next_copy = HostCopy(tokens)

@@ -64,9 +64,11 @@ def check_sampled_ids(ids: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The end of a step: the logits [B, n, V] after the last n of tokens [B, T] -> the next tokens [B], equal on all
-    ranks. uniform [B, 1]: random numbers of ModelRunner.draw_uniform; None if sampling is greedy. speculate.py has two
-    more samplers, for verification and for a draft."""
+    """The end of a prefill or decode step. Samples the next token of each sequence, the same token on all ranks.
+    speculate.py has the samplers for verification and for a draft.
+
+    logits [B, n, V]: the logits after the last n of tokens [B, T].
+    uniform [B, 1]: random numbers from ModelRunner.draw_uniform; None: sampling is greedy."""
 
     params: SamplingParams
     token_ids: Tensor  # [B, S], of the KV cache
@@ -94,7 +96,7 @@ class ModelRunner:
         self, model: Transformer, kv_cache: KVCache, params: SamplingParams = GREEDY, compile: bool = False,
         compile_prefill: bool = False,
     ):
-        """params: of prefill and decode. compile, compile_prefill: as the options of generate.py."""
+        """params: sampling parameters for prefill and decode. compile, compile_prefill: the options of generate.py."""
         self.model = model
         self.kv_cache = kv_cache
         self.compile = compile
@@ -107,7 +109,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Returns the next tokens [B]. uniform [B, 1]: as of draw_uniform; None: draw_uniform's next."""
+        """Returns the next tokens [B]. uniform [B, 1]: random numbers from draw_uniform, which prefill calls if uniform
+        is None."""
         if uniform is None:
             uniform = next(self.draw_uniform(1, len(tokens)))
         return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos, uniform)
@@ -123,8 +126,8 @@ class ModelRunner:
         return last_hidden
 
     def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
-        """Runs the blocks on one chunk after the other. Yields the hidden states of each chunk: [B, chunk, dim]. With
-        compile_prefill, chunks with more tokens than the kernels take run compiled blocks."""
+        """Runs the blocks on chunks of tokens, one after another. Yields the hidden states of each chunk:
+        [B, chunk, dim]. With compile_prefill, a chunk that is too long for the kernels runs compiled blocks."""
         kv_cache = self.kv_cache.narrow_batch(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
         n_cached = int(start_pos.max())
@@ -141,7 +144,7 @@ class ModelRunner:
     # ---- Decoding and verification ----
 
     def decode(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B]: see Step. uniform: as in
+        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B]: see Step. uniform: as for
         prefill."""
         if uniform is None:
             uniform = next(self.draw_uniform(1, len(tokens)))
@@ -150,11 +153,12 @@ class ModelRunner:
     def draw_uniform(
         self, n_steps: int, batch_size: int, generator: torch.Generator | None = None
     ) -> Iterator[Tensor | None]:
-        """Yields the random numbers in [0, 1) with which each of n_steps steps samples: uniform [B, 1], or None if
-        sampling is greedy. generator: of the host; None: PyTorch's global one.
+        """Yields the random numbers in [0, 1) of each step: uniform [B, 1], or None if sampling is greedy.
 
-        The host draws the numbers of all steps at once, before the first step, and a step takes its numbers as an
-        input. So a captured step serves every generator, and the host need not wait for a step to draw the next."""
+        The host draws the numbers of all steps before the first step, and each step takes its numbers as an input. So
+        one captured step serves every generator, and a GPU never waits for a draw.
+
+        generator: a generator on the CPU; None: PyTorch's global one."""
         if self.sampler.params.is_greedy:
             yield from repeat(None, n_steps)
             return
@@ -266,7 +270,7 @@ def compile_blocks(model: Transformer, **options) -> Transformer:
     compilation serves all blocks, since a block's weights are inputs of the compiled graph."""
     check_compiler()
     compiled = copy.copy(model)
-    compiled._modules = dict(model._modules)  # copy.copy shares this dict, so setting layers would change model, too
+    compiled._modules = dict(model._modules)  # copy.copy shares this dict, so setting layers would change model
     compiled.layers = nn.ModuleList(torch.compile(block, **options) for block in model.layers)
     return compiled
 

@@ -79,7 +79,7 @@ class Scheduler:
 
         n_slots: the most sequences that run at a time.
         max_seq_len: the most tokens of a sequence, prompt included.
-        compile: capture the steps on a GPU, too.
+        compile: capture the steps also on a GPU.
         chunk_tokens: how many tokens of prompts are computed between two decode steps: one chunk of a long prompt, or
             several short prompts."""
         self.model = model
@@ -127,7 +127,7 @@ class Scheduler:
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
         """Yields (number, sequence) for each of sequences, in their order, when it has ended. A sequence that submit
-        refuses gets an error, and the others still run. After Ctrl-C, yields the sequences that have ended,
+        refuses gets an error, and all other sequences run. After Ctrl-C, yields the sequences that have ended,
         and raises KeyboardInterrupt again."""
         left = deque(enumerate(sequences))
         for _, sequence in left:
@@ -191,7 +191,8 @@ class Scheduler:
         sequence.start_time = time.perf_counter()
 
     def prefill(self, i: int, n: int) -> list[SequenceUpdate]:
-        """Computes the next n tokens of the prompt in slot i. After the last one, samples the first new token."""
+        """Computes the next n tokens of the prompt in slot i. After the prompt's last token, samples the first new
+        token."""
         slot = self.slots[i]
         device = self.runner.device
         prompt_ids = slot.sequence.prompt_ids

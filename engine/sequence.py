@@ -64,8 +64,8 @@ class Sequence:
     # Only a Scheduler uses the next two.
     logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
     n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
-    # At max_new_tokens, True keeps back an incomplete character, or the possible start of a stop string, for resume.
-    # False gives all of the text, with U+FFFD for an incomplete character.
+    # What to do with undecodable trailing bytes and a half-matched stop string when the length limit is reached. True:
+    # keep them for resume. False: flush them (incomplete UTF-8 becomes U+FFFD).
     hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
@@ -130,8 +130,8 @@ def build_sequence(
     """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt,
     check_length and check_stop do.
 
-    config: the model's.
-    max_seq_len, hint: as for check_length; None: the model's context.
+    config: the model's config.
+    max_seq_len, hint: the arguments of check_length. The default of max_seq_len is the model's context.
     options: further fields of Sequence. The default of eos_ids is the model's."""
     check_integer("max_new_tokens", max_new_tokens, 1)
     check_stop(options.get("stop", ()))

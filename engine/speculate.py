@@ -40,9 +40,8 @@ MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # number, near the largest, serves all weights: too large a number makes speculation gain less, but too small a number
 # makes a text slower than without speculation.
 VERIFY_COST = 0.1
-# AcceptanceRate counts accepted and rejected tokens, beginning with the priors. Every step moves the counts towards the
-# priors by a decay factor. Steps without a proposal move the counts, too, so that some time after bad proposals the
-# rate is high enough to propose again.
+# AcceptanceRate counts accepted and rejected tokens, beginning with the priors. Every step decays the counts towards
+# the priors, also a step without a proposal: otherwise nothing would be proposed again after a few bad proposals.
 PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5
 EMA_DECAY = 0.9  # the factor of a step that verifies tokens
 IDLE_DECAY = 0.97  # the factor of a step without a proposal

@@ -111,8 +111,8 @@ def split_graph_at(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def call_with_graph_threads(fn: Callable, *args):
-    """Returns fn(*args), computed with as many threads as CPU graphs use. On a busy machine CPU graphs use fewer
-    threads. Further threads of PyTorch would spin for cores that other programs hold."""
+    """Returns fn(*args), computed with as many threads as CPU graphs use: fewer on a busy machine, where more threads
+    would spin while other programs hold the cores."""
     n_threads = torch.get_num_threads()
     n_graph_threads = n_threads if library is None else library.op_list_threads()
     if n_graph_threads == n_threads:
