@@ -64,8 +64,10 @@ class Proposer(Protocol):
 
 
 class SpeculativeLoop(PlainLoop):
-    """A PlainLoop whose steps also verify what proposer proposes. The batch size is 1. All random numbers are those of
-    PyTorch's global generators, since nobody knows before a verification how many numbers the verification needs."""
+    """A PlainLoop whose steps also verify what proposer proposes. The batch size is 1.
+
+    All random numbers are those of PyTorch's global generators (torch.manual_seed): a seed gives another text than
+    without speculation anyway, since rejection sampling draws other numbers."""
 
     def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
         """k: the most tokens to propose at a time."""
@@ -79,9 +81,9 @@ class SpeculativeLoop(PlainLoop):
 
     @torch.inference_mode()
     def generate(
-        self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: None = None
+        self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        """Yields the new tokens one by one, each as [1]: see DecodeLoop."""
+        """Yields the new tokens one by one, each as [1]: see DecodeLoop. generator has no effect."""
         self.n_tokens_per_step.clear()
         token_ids = list(token_ids)
         n_left = max_new_tokens
