@@ -177,7 +177,7 @@ def lists_to_tuples(fields: dict) -> dict:
 # cause, or change the text silently.
 
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not make model.py create millions of modules
-MAX_SIZE = 2**31  # of a dimension, in elements or tokens
+MAX_SIZE = 2**31  # the limit of a dimension, in elements or tokens
 
 
 def check_dimensions(config: ModelConfig):

@@ -100,7 +100,7 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
 def check_tensors(path: Path, model: Transformer, tensors: dict[str, Tensor], quantized_names: set[str]):
     """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
 
-    tensors: the checkpoint's, with those of a tied head.
+    tensors: the tensors of the checkpoint, with those of a tied head.
     quantized_names: the tensors whose dtypes must equal the model's. Others may be of any floating-point type."""
     needed = model.state_dict()
     for name in sorted(needed.keys() | tensors.keys()):  # embed_tokens before a tied lm_head

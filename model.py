@@ -28,7 +28,7 @@ from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
 from utils.machine import check_memory
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations (--precision)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the choices for activations (--precision)
 
 
 class Transformer(nn.Module):

@@ -58,7 +58,7 @@ class ShardSpec:
     """How a linear layer is sharded."""
 
     style: str  # "column": column-parallel, along the outputs; "row": row-parallel, along the inputs
-    sizes: tuple[int, ...]  # of each matrix that one weight stacks, such as q, k and v; each is sharded separately
+    sizes: tuple[int, ...]  # the width of each matrix that one weight stacks (q, k and v); each is sharded by itself
     head_size: int = 1  # elements of a head, which stay on one rank; 1: the layer has no heads
 
 
@@ -113,7 +113,7 @@ def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
         return False
     if kv_heads % n_ranks and n_ranks % kv_heads:
         return False
-    inputs_per_rank = heads // n_ranks * config.head_dim, width // n_ranks  # of o_proj and down_proj
+    inputs_per_rank = heads // n_ranks * config.head_dim, width // n_ranks  # the inputs of o_proj and of down_proj
     return all(n % format.shard_multiple == 0 for n in inputs_per_rank)
 
 

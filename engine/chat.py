@@ -56,9 +56,9 @@ class Conversation:
         self.stop = stop
         self.next_seed = seed
         self.system: list[dict] = []  # the system message, or nothing
-        self.messages: list[dict] = []  # of the user and of the model, in turn
+        self.messages: list[dict] = []  # the user's and the model's, in turn
         self.sequence: Sequence | None = None  # the last answer
-        self.finish_reason: str | None = None  # of the last answer: "stop" or one of RESUMABLE; None: no answer
+        self.finish_reason: str | None = None  # why the last answer ended: "stop" or one of RESUMABLE; None: no answer
         # The iterator of the last answer. A strong reference would be a cycle, which keeps the KV cache of an unused
         # conversation in memory until Python's next garbage collection.
         self.running: weakref.ref[Iterator[str]] | None = None

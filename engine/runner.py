@@ -51,7 +51,7 @@ from utils.errors import UsageError
 CPU_PREFILL_CHUNK_TOKENS = 2048
 GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
-Mode = Literal["captured", "compiled", "eager"]  # of a step: see the table above
+Mode = Literal["captured", "compiled", "eager"]  # the modes of a step: see the table above
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 
 
@@ -71,8 +71,8 @@ class Sampler:
     uniform [B, 1]: random numbers from ModelRunner.draw_uniform; None: sampling is greedy."""
 
     params: SamplingParams
-    token_ids: Tensor  # [B, S], of the KV cache
-    backend: Backend  # the model's
+    token_ids: Tensor  # [B, S], KVCache.token_ids
+    backend: Backend  # the backend of the model's head
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
         logits = self.penalize(logits, tokens, start_pos)

@@ -60,7 +60,7 @@ class Sequence:
     tokenizer: Tokenizer | None = None  # None: the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
-    seed: int | None = None  # of generator; None: PyTorch's global generator
+    seed: int | None = None  # the seed of self.generator; None: PyTorch's global generator
     # Only a Scheduler uses the next two.
     logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
     n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
@@ -69,10 +69,10 @@ class Sequence:
     hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
-    text: str = field(default="", init=False)  # of the new tokens
+    text: str = field(default="", init=False)  # the text of the new tokens
     finish_reason: str | None = field(default=None, init=False)  # "stop": end token or stop string; "length"; "error"
     error: str | None = field(default=None, init=False)
-    logprobs: list[Logprobs] = field(default_factory=list, init=False)  # of each new token, if n_logprobs is not None
+    logprobs: list[Logprobs] = field(default_factory=list, init=False)  # one a new token, if n_logprobs is not None
     start_time: float = field(default_factory=time.perf_counter, init=False)  # when prefill began
     token_times: list[float] = field(default_factory=list, init=False)  # when each new token arrived
 

@@ -53,7 +53,7 @@ class Proposal(NamedTuple):
 
 
 class Proposer(Protocol):
-    cost: float  # of proposing one token
+    cost: float  # the cost of proposing one token
 
     def propose(self, token_ids: list[int], k: int) -> Proposal | None:
         """Returns k tokens that may follow token_ids, or None if the proposer has no guess. token_ids must begin with
@@ -75,7 +75,7 @@ class SpeculativeLoop(PlainLoop):
         self.proposer, self.k, self.device = proposer, k, runner.device
         sampler = runner.sampler
         self.verify_step = runner.build_step(RejectionSampler(sampler.params, sampler.token_ids, sampler.backend))
-        self.verify_cost = estimate_verify_cost(runner.model)  # of one proposed token
+        self.verify_cost = estimate_verify_cost(runner.model)  # the cost to verify one proposed token
         # How many tokens of the last text each step gave, and the caller took. Step 0 is prefill.
         self.n_tokens_per_step: list[int] = []
 
@@ -315,8 +315,8 @@ class DraftSampler:
     draft's tokens are accepted."""
 
     params: SamplingParams
-    backend: Backend  # the draft's
-    vocab_size: int  # the model's; the draft may pad the same vocabulary to a larger size
+    backend: Backend  # the backend of the draft's head
+    vocab_size: int  # the vocabulary of the model; the draft may pad the same vocabulary to a larger size
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, -1, : self.vocab_size]
