@@ -329,12 +329,12 @@ def test_many_sequences(small_gpu):
         w.set_format(Int8())
         for name, tensor in tensors.items():
             w.set_tensor(name, tensor)
-    k_and_v = torch.randn(2, *KVCache(model, 12, 64).layers[0].k.shape)
+    k, v = torch.randn(2, *KVCache(model, 12, 64).layers[0].k.shape)
 
     def step() -> torch.Tensor:
         kv_cache = KVCache(model, 12, 64)
-        for cache, values in zip(kv_cache.layers[0], k_and_v, strict=True):
-            cache.copy_(values)
+        kv_cache.layers[0].k.copy_(k)
+        kv_cache.layers[0].v.copy_(v)
         with torch.inference_mode():
             return model(torch.arange(3, 15)[:, None], start_pos, kv_cache)
 
