@@ -29,10 +29,15 @@ from tqdm import tqdm
 
 from config import ModelConfig
 from earlier_checkpoints import UPGRADES, upgrade
+from formats import QuantizationConfig, Unquantized
+from layers import Linear
+from model import Transformer
 from utils.errors import UsageError
 from utils.files import delete_if_possible, is_state_dict, load_torch_file
 
 CHECKPOINT_VERSION = "gpt-fast/7"  # if a name changes, so does the version: earlier_checkpoints.py gets a row
+UNQUANTIZED = Unquantized()
+ALL_UNQUANTIZED = QuantizationConfig(UNQUANTIZED)
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
 
 
@@ -139,3 +144,28 @@ def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str,
         return tensors
     embedding = {name: tensor for name, tensor in tensors.items() if name.startswith("embed_tokens.")}
     return tensors | {name.replace("embed_tokens.", "lm_head."): tensor for name, tensor in embedding.items()}
+
+
+# ---- The empty model ------------------------------------------------------------------------------------------------
+
+
+def meta_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZED) -> Transformer:
+    """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
+    quantized only if formats names the embedding. Raises UsageError if formats names a layer that the model does not
+    have, or gives an input_order to a layer that cannot have one."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    linears = dict(model.quantizable_linears())
+    unknown = formats.overrides.keys() - linears.keys() - {"embed_tokens"}
+    if unknown:
+        raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")
+    model.checkpoint_format = formats.default
+    for name, linear in linears.items():
+        linear.set_format(formats.of_layer(name))
+    model.embed_tokens.set_format(formats.overrides.get("embed_tokens", UNQUANTIZED))
+    for name in formats.act_order_layers:
+        linear = linears.get(name)
+        if not isinstance(linear, Linear):
+            raise UsageError(f"the checkpoint's quantization gives {name} an order of inputs, which it cannot have")
+        linear.set_tensor("input_order", torch.empty(linear.in_features, dtype=torch.int32, device="meta"))
+    return model

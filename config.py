@@ -61,8 +61,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """None means that an option is off, or what the option's comment says. Kernels take 0 for an option that is off;
-    model.py turns None into 0."""
+    """None means that an option is off, or what the option's comment says."""
 
     dim: int  # width of the residual stream
     n_layers: int  # transformer blocks
@@ -90,8 +89,8 @@ class ModelConfig:
     layer_has_window: tuple[bool, ...] | None = None  # whether each layer has the window; None means all have
     sinks: bool = False  # every head has a score for attending to nothing
     attention_scale: float | None = None  # multiplies the scores; None means 1 / sqrt(head_dim)
-    attention_softcap: float | None = None  # scores become softcap * tanh(score / softcap)
-    clip_qkv: float | None = None  # queries, keys and values are clamped to [-clip_qkv, clip_qkv]
+    attention_softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: off
+    clip_qkv: float = 0.0  # queries, keys and values are clamped to [-clip_qkv, clip_qkv]; 0: off
 
     # Positions
     rope_theta: float = 10000.0  # the base of RoPE's frequencies
@@ -106,7 +105,7 @@ class ModelConfig:
     embed_scale: float = 1.0  # multiplies the embedding's output
     residual_scale: float = 1.0  # multiplies the outputs of attention and feed-forward before the residual is added
     logit_scale: float = 1.0  # multiplies the logits
-    logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
+    logit_softcap: float = 0.0  # logits become softcap * tanh(logit / softcap); 0: off
 
     # Tokens
     bos_id: int | None = None  # the token with which a text begins
@@ -152,14 +151,13 @@ class ModelConfig:
 
     def to_dict(self) -> dict:
         """Returns the dict that model.pth stores."""
-        return asdict(self) | {name: 0.0 for name in ZERO_IN_FILES if getattr(self, name) is None}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict) -> "ModelConfig":
         """Makes the config from the dict that model.pth stores."""
         try:
             fields = lists_to_tuples(fields)
-            fields |= {name: None for name in ZERO_IN_FILES if fields.get(name) == 0}
             if fields["rope_scaling"]:
                 fields["rope_scaling"] = RopeScaling(**lists_to_tuples(fields["rope_scaling"]))
             if fields["moe"]:
@@ -167,10 +165,6 @@ class ModelConfig:
             return cls(**fields)
         except (AttributeError, TypeError, KeyError) as e:
             raise UsageError(f"the checkpoint's config does not fit this version ({e}); convert it again") from None
-
-
-# Options that are 0 in model.pth where ModelConfig has None, so that all versions of the file have the same values.
-ZERO_IN_FILES = ("attention_softcap", "clip_qkv", "logit_softcap")
 
 
 def lists_to_tuples(fields: dict) -> dict:
@@ -183,7 +177,7 @@ def lists_to_tuples(fields: dict) -> dict:
 # cause, or change the text silently.
 
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not make model.py create millions of modules
-MAX_SIZE = 2**31  # of a dimension, in elements or tokens
+MAX_SIZE = 2**31  # the limit of a dimension, in elements or tokens
 
 
 def check_dimensions(config: ModelConfig):
@@ -215,8 +209,11 @@ def check_options(config: ModelConfig):
     """A scale of 0 or NaN would ruin the logits, and model.py ignores options that a mixture of experts lacks."""
     for name in "norm_eps rope_theta embed_scale residual_scale logit_scale".split():
         check_positive_number(f"the model's {name}", getattr(config, name))
-    for name in "attention_scale attention_softcap clip_qkv local_rope_theta logit_softcap".split():
+    for name in "attention_scale local_rope_theta".split():
         if getattr(config, name) is not None:
+            check_positive_number(f"the model's {name}", getattr(config, name))
+    for name in "attention_softcap clip_qkv logit_softcap".split():
+        if getattr(config, name) != 0:
             check_positive_number(f"the model's {name}", getattr(config, name))
     if config.activation not in ACTIVATIONS:
         raise UsageError(f"activation {config.activation!r} is not supported; {', '.join(ACTIVATIONS)} are")

@@ -66,7 +66,7 @@ def main():
     # Check everything else before loading the model, which takes long.
     text = read_text(args.text_file) if args.text_file else None
     manager = task_manager(args.tasks, args.include_path) if args.tasks else None
-    load_options = common_args.load_options(args)
+    load_options = common_args.build_load_options(args)
     model, tokenizer = load(ensure_converted(args.checkpoint_path), **load_options)
     length = context = model.config.max_seq_len
     if args.max_seq_len is not None:

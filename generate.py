@@ -31,7 +31,7 @@ from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
 from engine.generation import DecodeLoop, stream_texts
 from engine.sequence import Sequence, to_64_bits
-from llm import LLM  # the README once said: from generate import LLM
+from llm import LLM
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
@@ -39,7 +39,8 @@ OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --b
 def main():
     args = parse_args(__doc__)
     common_args.set_threads(args.threads)
-    load_options, prompts = common_args.load_options(args), read_prompts(args)
+    load_options = common_args.build_load_options(args)
+    prompts = read_prompts(args)
     args.checkpoint_path = ensure_converted(args.checkpoint_path)  # last, since converting may take half an hour
     if args.draft_checkpoint_path:
         args.draft_checkpoint_path = ensure_converted(args.draft_checkpoint_path)
@@ -78,7 +79,7 @@ def generate_text(
     args: argparse.Namespace, prompt: Sequence, loop: DecodeLoop, labels: list
 ) -> list[Sequence]:
     """Continues prompt in a batch of args.batch_size sequences. Without --json, prints the first text while it is
-    generated, and then the others. labels: as for print_label."""
+    generated, and then all other texts. labels: the argument of print_label."""
     batch = [replace(prompt) for _ in range(args.batch_size)]
     if not args.json:
         print_label([*labels, ("sequence", 1, len(batch))])

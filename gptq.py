@@ -26,7 +26,7 @@ from evaluation.scoring import split_windows
 from formats import Int4, Tensors
 from formats.base import pack_nibbles
 from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
-from kernels.arguments import LayerCache, PositionTables
+from kernels.arguments import LayerCache
 from layers import ExpertsGateUp, LinearBase
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
@@ -54,17 +54,15 @@ def quantize_model(
     start_pos = torch.zeros(1, dtype=torch.long, device=device)
     # One cache serves all windows: every window begins at position 0, and overwrites the previous window.
     kv_cache = KVCache(model, 1, windows.shape[1])
-    position_tables = model.build_position_tables(kv_cache)
     block_inputs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, block in enumerate(model.layers):
         block.to(device)
-        cache = LayerCache(*(t.to(device) for t in kv_cache.layers[i]))
-        tables = PositionTables(*(t if t is None else t.to(device) for t in position_tables[i]))
-        hessians = compute_hessians(model, i, block_inputs, start_pos, cache, tables)
+        cache = LayerCache(*(t if t is None else t.to(device) for t in kv_cache.layers[i]))
+        hessians = compute_hessians(model, i, block_inputs, start_pos, cache)
         for name in list(hessians):
             hessian = hessians.pop(name)  # frees the Hessian's memory before the next layer
             yield name, quantize_linear(name, model.get_submodule(name), hessian, config)
-        block_inputs = [block(x, start_pos, cache, tables) for x in block_inputs]
+        block_inputs = [block(x, start_pos, cache) for x in block_inputs]
         block.to("meta")
     model.norm.to(device)
     model.lm_head.to(device)
@@ -92,15 +90,17 @@ def check_finite_weight(name: str, weight: Tensor):
 
 
 def compute_hessians(
-    model: Transformer, i: int, block_inputs: list[Tensor], start_pos: Tensor, cache: LayerCache, tables: PositionTables
+    model: Transformer, i: int, block_inputs: list[Tensor], start_pos: Tensor, cache: LayerCache
 ) -> dict[str, Tensor]:
     """Returns the Hessians of the linear layers in block i, by name: [K, K], or [E, K, K] for experts.
 
     block_inputs: [1, T, dim] for each window."""
-    sums, hooks = {}, []
+    sums: dict[str, Tensor] = {}
+    hooks = []
 
     def add_inputs(name: str, linear: LinearBase, args: tuple, kwargs: dict):
-        x, norm = args[0], kwargs.get("norm")
+        x = args[0]
+        norm = kwargs.get("norm")
         if norm is not None:
             x = norm(x)
         if linear.n_experts is None:
@@ -119,7 +119,7 @@ def compute_hessians(
         sums[name] = torch.zeros(*experts, linear.in_features, linear.in_features, device=linear.weight.device)
         hooks.append(linear.register_forward_pre_hook(partial(add_inputs, name), with_kwargs=True))
     for x in block_inputs:
-        model.layers[i](x, start_pos, cache, tables)
+        model.layers[i](x, start_pos, cache)
     for hook in hooks:
         hook.remove()
     return sums
@@ -175,7 +175,8 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
     diagonal [..., K]: the damped Hessian's, in the order of w's columns.
     order [..., K]: the columns in the order of rounding.
     upper [..., K, K]: the upper Cholesky factor of the inverse Hessian, in the order of rounding."""
-    group_size, k = config.group_size, w.shape[-1]
+    group_size = config.group_size
+    k = w.shape[-1]
     padded = F.pad(diagonal[..., None, :], (0, -k % group_size))  # the padding of a short last group has importance 0
     importance = padded.unflatten(-1, (-1, group_size))
     scales, zeros = fit_scales_and_zeros(split_groups(w, group_size), importance)  # [..., N, n_groups]

@@ -101,8 +101,8 @@ class WeightMatrix(nn.Module):
 
 
 class LinearBase(WeightMatrix):
-    """A WeightMatrix for matmuls, with a bias [N], of experts [E, N], or None. All WeightMatrices but the embedding:
-    those that quantize.py quantizes and tp.py shards."""
+    """A WeightMatrix for matmuls, with a bias [N], of experts [E, N], or None. quantize.py quantizes and tp.py shards
+    every LinearBase of a model except the routers."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None):
         super().__init__(in_features, out_features, n_experts)
@@ -112,15 +112,18 @@ class LinearBase(WeightMatrix):
 class Linear(LinearBase):
     """y = epilogue(x W^T + bias).
 
-    epilogue: an Epilogue of the constructor's keyword arguments. Its activation stays 0: forward gets the activation.
+    epilogue: an Epilogue of out_scale, softcap and clip. Its activation is 0, since forward gets the activation.
     input_order: int32 [K], or None; for checkpoints of GPTQ with act-order. Column i of the stored W belongs to input
     input_order[i], so forward permutes x first. A fused norm follows the permutation, so the norm's weight is stored
-    permuted, too.
+    in the same order.
     aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, **epilogue: float):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, *, out_scale: float = 1.0, softcap: float = 0.0,
+        clip: float = 0.0,
+    ):
         super().__init__(in_features, out_features, bias)
-        self.epilogue = Epilogue(0, **epilogue)
+        self.epilogue = Epilogue(out_scale=out_scale, softcap=softcap, clip=clip)
         self.aten_weight: AtenInt8 | AtenInt4 | None = None
         self.register_buffer("input_order", None)
 
@@ -156,7 +159,8 @@ class ExpertsDown(LinearBase):
 
 
 class Embedding(WeightMatrix):
-    """W [V, dim] has a row for every token. ops/linear.py: embed looks up rows, also in a head that is tied."""
+    """W [V, dim] has a row for every token. Embedding has no forward, because a tied head, which is a Linear, takes the
+    place of the Embedding (model.py: tie_embedding): model.py: embed calls ops/linear.py: embed with either layer."""
 
     is_embedding = True
 

@@ -27,7 +27,7 @@ from engine.chat import Conversation
 from engine.generation import PlainLoop, generate, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling_params import GREEDY, SamplingParams
-from engine.scheduler import Scheduler, SlotLoop, build_scheduler
+from engine.scheduler import Scheduler, build_scheduler
 from engine.sequence import LogitsProcessor, Sequence, build_sequence, check_seed
 from loading import load
 from model import KVCache
@@ -52,22 +52,22 @@ class LLM:
     ):
         """checkpoint_path: model.pth; or a model's folder or .gguf, which converters/checkpoint_path.py converts once.
         device: by default the machine's accelerator, or the CPU if there is none.
-        dtype: of the activations, and of all weights that are not quantized.
-        max_seq_len: the most tokens of generate's texts and of a conversation. The model's context is a limit, too.
+        dtype: the type of the activations, and of all weights that are not quantized.
+        max_seq_len: the most tokens of generate's texts and of a conversation, at most the model's context.
         compile, use_kernels: as --compile and --kernels of generate.py.
         sampling: fields of SamplingParams, such as temperature. Fields that are given to a method override these."""
         if not isinstance(checkpoint_path, Path | str):
             raise UsageError(f"checkpoint_path must be a path, not {checkpoint_path!r:.80}")
         check_integer("max_seq_len", max_seq_len, 1)
-        self.params, self.compile = GREEDY.override(sampling), compile
+        self.params = GREEDY.override(sampling)
+        self.compile = compile
         self.checkpoint_path = ensure_converted(checkpoint_path)
         options = {"device": pick_device(device), "dtype": dtype, "use_kernels": use_kernels}
         self.model, self.tokenizer = load(self.checkpoint_path, **options)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         # The loop of the last text that has ended. The loop's KV cache and captured steps serve the next text. Only one
-        # loop is kept, and one scheduler, since a KV cache is large.
-        self.free_loop: PlainLoop | None = None
-        self.free_scheduler: Scheduler | None = None  # with one slot; the same for texts of a SlotLoop
+        # loop is kept, since a KV cache is large.
+        self.idle_loop: PlainLoop | None = None
 
     def generate(
         self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), seed: int | None = None,
@@ -77,14 +77,16 @@ class LLM:
         strings. A second call may start before the first text has ended: every call has its own KV cache.
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}].
-        seed: of the text's own random numbers; None: PyTorch's global ones.
+        seed: the seed of the text's own random numbers; None: draw PyTorch's global ones.
         logits_processor: a function (token ids so far, logits [V]) -> logits [V], called before each token is sampled.
         sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change.
 
-        With seed or logits_processor a GPU waits for the host between two tokens (engine/__init__.py)."""
+        With logits_processor a Scheduler runs the text (engine/__init__.py), with a KV cache of its own. Then a GPU
+        waits for the host between two tokens."""
         options = {"stop": stop, "seed": seed, "logits_processor": logits_processor}
         options["params"] = self.params.override(sampling)
-        return self.stream(self.build_sequence(prompt, max_new_tokens, self.max_seq_len, **options))
+        sequence = self.build_sequence(prompt, max_new_tokens, self.max_seq_len, **options)
+        return self.stream(sequence) if logits_processor is None else self.stream_with_scheduler(sequence)
 
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
@@ -103,7 +105,8 @@ class LLM:
         check_integer("parallel", parallel, 1)
         check_seed(seed)
         options = {"stop": stop, "logits_processor": logits_processor, "params": self.params.override(sampling)}
-        context, sequences = self.model.config.max_seq_len, []
+        context = self.model.config.max_seq_len
+        sequences = []
         for i, prompt in enumerate(prompts):
             options["seed"] = None if seed is None else seed + i
             try:
@@ -123,8 +126,8 @@ class LLM:
         seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i.
         sampling: as for generate."""
         params = self.params.override(sampling)
-        loop = self.take_loop(params) if seed is None else SlotLoop(self.take_scheduler(), params, seed)
-        return Conversation(self.tokenizer, loop, self.max_seq_len, self.model.config.eos_ids, system, stop)
+        eos_ids = self.model.config.eos_ids
+        return Conversation(self.tokenizer, self.take_loop(params), self.max_seq_len, eos_ids, system, stop, seed)
 
     def build_loop(
         self, params: SamplingParams, batch_size: int = 1, max_seq_len: int | None = None, compile_prefill: bool = False
@@ -151,7 +154,7 @@ class LLM:
 
     def take_loop(self, params: SamplingParams) -> PlainLoop:
         """Returns a PlainLoop whose KV cache no text uses."""
-        loop, self.free_loop = self.free_loop, None
+        loop, self.idle_loop = self.idle_loop, None
         if loop is None:
             return self.build_loop(params)
         if loop.runner.sampler.params == params:
@@ -159,29 +162,24 @@ class LLM:
         kv_cache = loop.runner.kv_cache  # fits any params; a captured step contains them
         return PlainLoop(ModelRunner(self.model, kv_cache, params, self.compile))
 
-    def take_scheduler(self) -> Scheduler:
-        """Returns a Scheduler with one slot, which no text uses."""
-        scheduler, self.free_scheduler = self.free_scheduler, None
-        if scheduler is None:
-            return Scheduler(self.model, 1, self.max_seq_len, self.compile)
-        scheduler.slots[0].cached_ids = []  # a cached prefix could change the text, by the rounding of 16 bits
-        return scheduler
-
     def stream(self, sequence: Sequence) -> Iterator[str]:
-        is_plain = sequence.seed is None and sequence.logits_processor is None
-        if is_plain:
-            loop = self.take_loop(sequence.params)
-        else:
-            loop = SlotLoop(self.take_scheduler(), sequence.params, sequence.seed, sequence.logits_processor)
+        loop = self.take_loop(sequence.params)
         try:
-            for (text,) in stream_texts(loop, [sequence], sequence.prompt_ids):
+            for (text,) in stream_texts(loop, [sequence], sequence.prompt_ids, generator=sequence.generator):
                 if text:
                     yield text
         finally:
-            if is_plain:
-                self.free_loop = loop
-            else:
-                self.free_scheduler = loop.scheduler
+            self.idle_loop = loop
+
+    def stream_with_scheduler(self, sequence: Sequence) -> Iterator[str]:
+        scheduler = Scheduler(self.model, 1, self.max_seq_len, self.compile)
+        scheduler.submit(sequence)
+        while scheduler.has_unfinished_sequences():
+            for update in scheduler.step():
+                if sequence.error:
+                    raise UsageError(sequence.error)
+                if update.text:
+                    yield update.text
 
 
 def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:

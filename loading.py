@@ -18,17 +18,17 @@ from torch import Tensor
 
 import collectives
 import tp
-from checkpoint import has_tied_head, read_checkpoint, with_tied_head
+from checkpoint import has_tied_head, meta_model, read_checkpoint, with_tied_head
 from formats import QuantizationConfig
-from model import DTYPES, Transformer, meta_model
+from model import DTYPES, Transformer
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UsageError
 from utils.machine import check_memory, drop_pages
 
 
 def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:
-    """Returns the model in path, and the tokenizer from the same folder. The tokenizer's end tokens become end tokens
-    of the model, too. Raises UsageError if the tokenizer, without special tokens, has more tokens than the model.
+    """Returns the model in path, and the tokenizer from the same folder. The end tokens of the tokenizer are added to
+    those of the model. Raises UsageError if the tokenizer, without special tokens, has more tokens than the model.
 
     options: the arguments of load_model."""
     model = load_model(path, **options)
@@ -52,12 +52,13 @@ def load_model(
 ) -> Transformer:
     """Reads the model in path onto device, ready for inference.
 
-    dtype: of activations and of all tensors except those of quantized weights.
+    dtype: the type of activations and of all tensors except those of quantized weights.
     use_kernels: use this project's kernels if the device has them; False: use only PyTorch.
     sharded: with several ranks, read only this rank's shard (tp.py); False: read the whole model."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be {DTYPES[0]}, {DTYPES[1]} or {DTYPES[2]}, not {dtype!r:.80}")
-    path, device = Path(path), torch.device(device)
+    path = Path(path)
+    device = torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
     model = meta_model(config, QuantizationConfig.from_dict(quantization))
 
@@ -99,7 +100,7 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
 def check_tensors(path: Path, model: Transformer, tensors: dict[str, Tensor], quantized_names: set[str]):
     """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
 
-    tensors: the checkpoint's, with those of a tied head.
+    tensors: the tensors of the checkpoint, with those of a tied head.
     quantized_names: the tensors whose dtypes must equal the model's. Others may be of any floating-point type."""
     needed = model.state_dict()
     for name in sorted(needed.keys() | tensors.keys()):  # embed_tokens before a tied lm_head
@@ -131,7 +132,7 @@ def move_tensors(
 ) -> dict[str, Tensor]:
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
 
-    shard_tensor: of tp.shard_model; None: keep every tensor whole."""
+    shard_tensor: the result of tp.shard_model; None: keep every tensor whole."""
     moved = {}
     for name, tensor in tensors.items():
         shard = tensor if shard_tensor is None else shard_tensor(name, tensor)

@@ -1,8 +1,8 @@
 """The model: one Transformer for every supported family, with or without a mixture of experts.
 
-    Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache, position_tables) -> logits
+    Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
-    KVCache           the keys, values and ids of earlier tokens; allocated once and passed in
+    KVCache           the keys, values and ids of earlier tokens, and the tables of positions; allocated once, passed in
 
 The layers that hold the weights are in layers.py. Every computation is an operation of ops/, which calls a
 kernel or plain PyTorch. So one forward runs on every device.
@@ -20,17 +20,15 @@ from torch import Tensor, nn
 
 import ops
 from config import ModelConfig
-from formats import QuantizationConfig, Unquantized, WeightFormat
-from kernels.arguments import AttentionParams, LayerCache, PositionTables
+from formats import Unquantized, WeightFormat
+from kernels.arguments import AttentionParams, LayerCache
 from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
 from ops.backend import Backend
 from rope import alibi_slopes, rope_tables
 from utils.errors import UsageError
 from utils.machine import check_memory
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations (--precision)
-UNQUANTIZED = Unquantized()
-ALL_UNQUANTIZED = QuantizationConfig(UNQUANTIZED)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the choices for activations (--precision)
 
 
 class Transformer(nn.Module):
@@ -41,33 +39,29 @@ class Transformer(nn.Module):
         self.config = config
         # The format of most linear layers in the checkpoint, for reports. A layer's own format may be another one, also
         # because weights without kernels are dequantized while loading (ops/packing.py: dequantize_weights).
-        self.checkpoint_format: WeightFormat = UNQUANTIZED
+        self.checkpoint_format: WeightFormat = Unquantized()
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        scale, softcap = config.logit_scale, config.logit_softcap or 0.0
-        self.lm_head = Linear(config.dim, config.vocab_size, config.head_bias, out_scale=scale, softcap=softcap)
+        self.lm_head = Linear(
+            config.dim, config.vocab_size, config.head_bias, out_scale=config.logit_scale, softcap=config.logit_softcap
+        )
 
-    def forward(
-        self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache", position_tables: list[PositionTables]
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
         """tokens [B, T] -> float32 logits [B, T, V]. start_pos [B] is where each sequence's first new token stands.
-        kv_cache must hold the keys and values of all earlier tokens. forward adds those of the new tokens.
-        position_tables: the result of build_position_tables for kv_cache."""
-        return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache, position_tables))
+        kv_cache must hold the keys and values of all earlier tokens. forward adds those of the new tokens."""
+        return self.compute_logits(self.compute_hidden(tokens, start_pos, kv_cache))
 
-    def compute_hidden(
-        self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache", position_tables: list[PositionTables]
-    ) -> Tensor:
+    def compute_hidden(self, tokens: Tensor, start_pos: Tensor, kv_cache: "KVCache") -> Tensor:
         """forward without the final norm and the head: [B, T, dim]."""
         x = self.embed(tokens)
-        for block, cache, tables in zip(self.layers, kv_cache.layers, position_tables, strict=True):
-            x = block(x, start_pos, cache, tables)
+        for block, cache in zip(self.layers, kv_cache.layers, strict=True):
+            x = block(x, start_pos, cache)
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]."""
-        scale = round_to_dtype(self.config.embed_scale, self.dtype)  # transformers rounds the scale, too
+        scale = round_to_dtype(self.config.embed_scale, self.dtype)  # as transformers rounds the scale
         return ops.embed(tokens, self.embed_tokens, scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
@@ -84,7 +78,7 @@ class Transformer(nn.Module):
         return self.norm.weight.device
 
     def tie_embedding(self):
-        """Makes lm_head the embedding, too: one layer under two names."""
+        """Makes lm_head and embed_tokens one layer under two names."""
         # The head owns the weight, because a step reads all of the head's weight, so the head's kernels decide how the
         # weight is packed. The embedding reads a few rows, which works with any packing. model.pth also has the weight
         # only once, but under the embedding's name (checkpoint.py: has_tied_head).
@@ -100,7 +94,8 @@ class Transformer(nn.Module):
         matrices = [module for module in self.modules() if isinstance(module, WeightMatrix)]
         ops.pack_weights(matrices, self.dtype, is_mmapped)
         for module in self.modules():
-            if isinstance(module, RMSNorm):  # has nothing to pack, so kernels take the norm wherever they take the head
+            # A norm has no packed form. A norm uses the head's backend: if the head has kernels, so do norms.
+            if isinstance(module, RMSNorm):
                 module.backend = self.lm_head.backend
 
     def quantizable_linears(self) -> Iterator[tuple[str, LinearBase]]:
@@ -128,18 +123,6 @@ class Transformer(nn.Module):
         n_elements = sum(2 * block.attention.n_kv_heads * block.attention.head_dim for block in self.layers)
         return n_elements * self.dtype.itemsize
 
-    def build_position_tables(self, kv_cache: "KVCache") -> list[PositionTables]:
-        """Makes the tables of each layer, for kv_cache and for narrower views of it. RoPE's angles depend on the
-        cache's max_seq_len if RoPE is of type dynamic or longrope."""
-        tables = []
-        cos_sin_tables = rope_tables(self.config, kv_cache.max_seq_len, self.device)
-        for block, cos_sin in zip(self.layers, cos_sin_tables, strict=True):
-            slopes = block.attention.alibi_slopes
-            if slopes is not None:
-                slopes = torch.tensor(slopes, dtype=torch.float32, device=self.device)
-            tables.append(PositionTables(cos_sin, slopes))
-        return tables
-
 
 def round_to_dtype(value: float, dtype: torch.dtype) -> float:
     """Rounds a positive number to the nearest number of dtype, ties to even. Without a tensor, since a captured step
@@ -147,28 +130,6 @@ def round_to_dtype(value: float, dtype: torch.dtype) -> float:
     _, exponent = math.frexp(value)  # value is in [2^(exponent - 1), 2^exponent)
     ulp = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # the distance between two numbers of dtype there
     return round(value / ulp) * ulp
-
-
-def meta_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZED) -> Transformer:
-    """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
-    quantized only if formats names the embedding. Raises UsageError if formats names a layer that the model does not
-    have, or gives an input_order to a layer that cannot have one."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    linears = dict(model.quantizable_linears())
-    unknown = formats.overrides.keys() - linears.keys() - {"embed_tokens"}
-    if unknown:
-        raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")
-    model.checkpoint_format = formats.default
-    for name, linear in linears.items():
-        linear.set_format(formats.of_layer(name))
-    model.embed_tokens.set_format(formats.overrides.get("embed_tokens", UNQUANTIZED))
-    for name in formats.act_order_layers:
-        linear = linears.get(name)
-        if not isinstance(linear, Linear):
-            raise UsageError(f"the checkpoint's quantization gives {name} an order of inputs, which it cannot have")
-        linear.set_tensor("input_order", torch.empty(linear.in_features, dtype=torch.int32, device="meta"))
-    return model
 
 
 class TransformerBlock(nn.Module):
@@ -185,16 +146,16 @@ class TransformerBlock(nn.Module):
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
         self.post_ffn_norm = norm(config.post_norm)
 
-    def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache, tables: PositionTables) -> Tensor:
+    def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim].
 
         The sublayers, attention and feed_forward, take norm and residual as arguments, since kernels fuse them with
         matmuls: the norm with a sublayer's first matmul, the residual with its last one. A post-norm comes after the
         last matmul, so the post-norm takes the residual."""
         if self.post_attention_norm is None:  # x + attention(norm(x))
-            x = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm, residual=x)
+            x = self.attention(x, start_pos, cache, norm=self.pre_attention_norm, residual=x)
         else:  # x + post_norm(attention(norm(x)))
-            y = self.attention(x, start_pos, cache, tables, norm=self.pre_attention_norm)
+            y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
             x = self.post_attention_norm(y, residual=x)
 
         if self.post_ffn_norm is None:  # x + feed_forward(norm(x))
@@ -219,9 +180,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
         self.scale = config.attention_scale or config.head_dim**-0.5
-        self.softcap, self.window = config.attention_softcap or 0.0, config.window(layer_idx) or 0
+        self.softcap = config.attention_softcap
+        self.window = config.window(layer_idx) or 0
         self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
             q_heads, k_heads = (config.n_heads, config.n_kv_heads) if config.qk_norm_across_heads else (1, 1)
@@ -230,16 +193,15 @@ class Attention(nn.Module):
         if config.sinks:
             self.sinks = nn.Parameter(torch.empty(config.n_heads), requires_grad=False)
         self.alibi_slopes = alibi_slopes(config.n_heads) if config.alibi else None
-        qkv_dim, clip = config.q_dim + 2 * config.kv_dim, config.clip_qkv or 0.0
-        self.qkv_proj = Linear(config.dim, qkv_dim, config.qkv_bias, clip=clip)
+        qkv_dim = config.q_dim + 2 * config.kv_dim
+        self.qkv_proj = Linear(config.dim, qkv_dim, config.qkv_bias, clip=config.clip_qkv)
         self.o_proj = Linear(config.q_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
 
     def forward(
-        self, x: Tensor, start_pos: Tensor, cache: LayerCache, tables: PositionTables, norm: RMSNorm | None,
-        residual: Tensor | None = None,
+        self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = ops.attend(qkv, self.attention_params(), cache, tables, start_pos, self.backend)  # [B, T, H D]
+        y = ops.attend(qkv, self.attention_params(), cache, start_pos, self.backend)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
@@ -273,13 +235,15 @@ class FeedForward(nn.Module):
 class MoE(nn.Module):
     """A mixture of experts (Mixtral, arXiv:2401.04088). For each token the router chooses top_k experts, each a
     feed-forward. The sum of their outputs is weighted by the softmax of the router's logits. norm_topk_prob: the chosen
-    weights are scaled to sum to one, as Mixtral's always are. Shared experts (Qwen2-MoE) are the last ones; every token
-    uses them."""
+    weights are scaled to sum to one, as Mixtral's always are. Every token uses the shared experts (Qwen2-MoE), whose
+    ids are the highest."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.moe, self.activation = config.moe, config.activation
-        n_experts, bias = config.moe.n_experts + config.moe.n_shared_experts, config.moe.bias
+        self.moe = config.moe
+        self.activation = config.activation
+        n_experts = config.moe.n_experts + config.moe.n_shared_experts
+        bias = config.moe.bias
         n_logits = config.moe.n_experts + (1 if config.moe.n_shared_experts else 0)
         self.router = Linear(config.dim, n_logits, bias)
         self.gate_up_proj = ExpertsGateUp(config.dim, sum(config.gate_up_dims), bias, n_experts)
@@ -302,10 +266,11 @@ class MoE(nn.Module):
 class KVCache:
     """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. The cache does not count its
     tokens: every step passes the position of each sequence's first new token. Proposals that a speculation rejects stay
-    in the cache, where they do no harm: attention and the repetition penalty read no further than the last token of the
-    text, and the next step overwrites the rest.
+    in the cache, where the proposals do no harm: attention and the repetition penalty read no further than the last
+    token of the text, and the next steps overwrite what follows.
 
-    layers: the keys and values of each layer.
+    layers: the keys and values of each layer, and the tables that RoPE and ALiBi need at every position. The tables are
+        the cache's, because the angles of RoPE of type dynamic or longrope depend on max_seq_len.
     token_ids [B, S]: for the repetition penalty, which depends on the whole text. Steps with the penalty store the ids,
         and so do all steps of the scheduler, since a later sequence with the penalty may reuse the cached tokens."""
 
@@ -320,10 +285,14 @@ class KVCache:
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.device = model.device
         self.layers = []
-        for block in model.layers:
+        cos_sin_tables = rope_tables(model.config, max_seq_len, self.device)
+        for block, cos_sin in zip(model.layers, cos_sin_tables, strict=True):
             shape = (batch_size, block.attention.n_kv_heads, max_seq_len, block.attention.head_dim)
             k, v = (torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(2))
-            self.layers.append(LayerCache(k, v))
+            slopes = block.attention.alibi_slopes
+            if slopes is not None:
+                slopes = torch.tensor(slopes, dtype=torch.float32, device=self.device)
+            self.layers.append(LayerCache(k, v, cos_sin, slopes))
         self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
 
     def narrow_length(self, n: int) -> "KVCache":
@@ -331,7 +300,7 @@ class KVCache:
         so a shorter view costs less."""
         view = copy.copy(self)
         view.max_seq_len = n
-        view.layers = [LayerCache(cache.k[:, :, :n], cache.v[:, :, :n]) for cache in self.layers]
+        view.layers = [cache._replace(k=cache.k[:, :, :n], v=cache.v[:, :, :n]) for cache in self.layers]
         view.token_ids = self.token_ids[:, :n]
         return view
 
@@ -339,9 +308,10 @@ class KVCache:
         """A view of n sequences, the first of which is number start."""
         if n == self.batch_size:  # always, except in a scheduler's steps
             return self
-        view, rows = copy.copy(self), slice(start, start + n)
+        view = copy.copy(self)
+        rows = slice(start, start + n)
         view.batch_size = n
-        view.layers = [LayerCache(cache.k[rows], cache.v[rows]) for cache in self.layers]
+        view.layers = [cache._replace(k=cache.k[rows], v=cache.v[rows]) for cache in self.layers]
         view.token_ids = self.token_ids[rows]
         return view
 

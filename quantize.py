@@ -35,7 +35,7 @@ from torch import Tensor
 
 import formats
 import gptq
-from checkpoint import read_checkpoint, save_checkpoint, with_tied_head
+from checkpoint import meta_model, read_checkpoint, save_checkpoint, with_tied_head
 from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
@@ -45,7 +45,6 @@ from formats import Int4, Tensors, WeightFormat
 from formats.base import in_chunks
 from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
 from loading import load
-from model import meta_model
 from utils.errors import UsageError, check_integer
 from utils.files import read_text
 from utils.machine import drop_pages, pick_device

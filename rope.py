@@ -3,7 +3,7 @@
     rope_tables(config, length, device)    cos and sin of every position's angles: [length, D/2, 2] for each layer
     alibi_slopes(n_heads)                  how fast each head's scores fall with the distance
 
-model.py: Transformer.build_position_tables makes both into tensors for a KV cache.
+model.py: KVCache keeps both beside the keys and values, as tensors.
 """
 
 import math
@@ -17,7 +17,7 @@ from config import ModelConfig, RopeScaling
 
 def rope_tables(config: ModelConfig, length: int, device: torch.device) -> list[Tensor]:
     """Returns the table of each layer (see rope_table). Layers with the same angles share a table."""
-    table = local_table = rope_table(config, length).to(device)  # of layers without a window, and with a window
+    table = local_table = rope_table(config, length).to(device)  # local_table: for layers with a window
     if config.local_rope_theta is not None:
         local_config = replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
         local_table = rope_table(local_config, length).to(device)
@@ -48,7 +48,8 @@ def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
 
     RoPE is arXiv:2104.09864. "llama3" was published with Llama 3.1. "dynamic" and "longrope" depend on length, which is
     the KV cache's."""
-    dim, theta, scaling = config.rotary_dim or config.head_dim, config.rope_theta, config.rope_scaling
+    dim = config.rotary_dim or config.head_dim
+    theta, scaling = config.rope_theta, config.rope_scaling
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     freqs = 1.0 / theta**exponents
     if scaling is None:
@@ -66,7 +67,7 @@ def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
         case "yarn":
             ramp = yarn_ramp(scaling, dim, theta)
         case "llama3":
-            rotations = original * freqs / (2 * math.pi)  # of each pair within the trained context
+            rotations = original * freqs / (2 * math.pi)  # how often each pair rotates within the trained context
             ramp = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     # ramp 1: the pair rotates many times within the trained context, and keeps its frequency.
     # ramp 0: the pair rotates less than about once, and its frequency is divided by factor.

@@ -10,7 +10,8 @@ routers.
     o_proj, down_proj         row-parallel, along the inputs: a rank computes partial sums, which an all-reduce adds up
     lm_head                   column-parallel: an all-gather concatenates the logits
 
-The names are Megatron's, and speak of W^T. tp_plan returns this table. loading.py: load_model takes two steps:
+Column and row are Megatron's words. Megatron stores W^T, so its columns are our rows: the outputs. tp_plan returns this
+table. loading.py: load_model takes two steps:
 
     shard_model           before the tensors are read: shards the empty model, and returns shard_tensor, which gives
                           this rank's shard of a tensor of the checkpoint
@@ -19,8 +20,8 @@ The names are Megatron's, and speak of W^T. tp_plan returns this table. loading.
 cli/ranks.py: process_group connects the processes of generate.py and eval.py. Then all ranks run the same code, except
 in these places:
 
-    only rank 0            converts a checkpoint, while the others wait    collectives.py: call_on_rank_0
-                           prints; the others discard what they print      cli/ranks.py: silence, wait_for_rank_0
+    only rank 0            converts a checkpoint, while other ranks wait   collectives.py: call_on_rank_0
+                           prints; other ranks discard what they print     cli/ranks.py: silence, wait_for_rank_0
                            reads what the user types, and sends it         cli/ranks.py: input_lines; cli/terminal.py
                            keeps the biases of o_proj and down_proj        shard_row_parallel
     every rank another     device                                          cli/ranks.py: process_group; check_device
@@ -57,7 +58,7 @@ class ShardSpec:
     """How a linear layer is sharded."""
 
     style: str  # "column": column-parallel, along the outputs; "row": row-parallel, along the inputs
-    sizes: tuple[int, ...]  # of each matrix that one weight stacks, such as q, k and v; each is sharded separately
+    sizes: tuple[int, ...]  # the width of each matrix that one weight stacks (q, k and v); each is sharded by itself
     head_size: int = 1  # elements of a head, which stay on one rank; 1: the layer has no heads
 
 
@@ -67,14 +68,16 @@ def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
 
     A q/k norm over all heads together needs all heads. So with such a norm every rank computes all of attention, and
     only o_proj is sharded."""
-    shards_heads, qkv_dims = not config.qk_norm_across_heads, (config.q_dim, config.kv_dim, config.kv_dim)
-    qkv_proj = {"qkv_proj": ShardSpec("column", qkv_dims, head_size=config.head_dim)} if shards_heads else {}
-    return qkv_proj | {
+    plan = {
         "o_proj": ShardSpec("row", (config.q_dim,), head_size=config.head_dim),
         "gate_up_proj": ShardSpec("column", config.gate_up_dims),
         "down_proj": ShardSpec("row", (config.ffn_dim,)),
         "lm_head": ShardSpec("column", (config.vocab_size,)),
     }
+    if not config.qk_norm_across_heads:
+        qkv_dims = (config.q_dim, config.kv_dim, config.kv_dim)
+        plan["qkv_proj"] = ShardSpec("column", qkv_dims, head_size=config.head_dim)
+    return plan
 
 
 def shard_range(size: int, head_size: int, rank: int, n_ranks: int) -> tuple[int, int]:
@@ -110,13 +113,14 @@ def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
         return False
     if kv_heads % n_ranks and n_ranks % kv_heads:
         return False
-    inputs_per_rank = heads // n_ranks * config.head_dim, width // n_ranks  # of o_proj and down_proj
+    inputs_per_rank = heads // n_ranks * config.head_dim, width // n_ranks  # the inputs of o_proj and of down_proj
     return all(n % format.shard_alignment == 0 for n in inputs_per_rank)
 
 
 def check_device(device: torch.device):
     """Raises UsageError unless device is the CPU or an accelerator that no other rank uses."""
-    local_rank, n_devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    n_devices = torch.accelerator.device_count()
     if device.type != "cpu" and (local_rank >= n_devices or device.index not in (None, local_rank)):
         raise UsageError(f"every process needs a device of its own, and here are {n_devices}; "
                          "start fewer, or give no number in --device")
@@ -126,8 +130,10 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
     """Shards model, which is on the meta device. Returns the function that shards the checkpoint's tensors.
 
     device: where the shard will be."""
-    plan, linears, n_ranks = tp_plan(model.config), dict(model.quantizable_linears()), world_size()
     check_device(device)
+    plan = tp_plan(model.config)
+    linears = dict(model.quantizable_linears())
+    n_ranks = world_size()
     coarsest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_alignment)
     check_can_shard(model.config, coarsest, n_ranks)
     shard_tensor = tensor_sharder(model)
@@ -150,7 +156,9 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
 
 def tensor_sharder(model: Transformer) -> ShardTensor:
     """Returns shard_tensor for the checkpoint of model, which is not sharded yet."""
-    plan, linears, n_heads = tp_plan(model.config), dict(model.quantizable_linears()), model.config.n_heads
+    plan = tp_plan(model.config)
+    linears = dict(model.quantizable_linears())
+    n_heads = model.config.n_heads
     formats = {name: linear.format for name, linear in linears.items()}  # shard_model changes linear.format
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:

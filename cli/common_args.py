@@ -48,7 +48,7 @@ def device_and_dtype(args: argparse.Namespace):
     return pick_device(args.device), getattr(torch, args.precision)
 
 
-def load_options(args: argparse.Namespace) -> dict:
+def build_load_options(args: argparse.Namespace) -> dict:
     """Returns arguments of loading.load, from --device, --precision and, in scripts that have it, --kernels."""
     device, dtype = device_and_dtype(args)
     return {"device": device, "dtype": dtype, "use_kernels": getattr(args, "kernels", "auto") == "auto"}

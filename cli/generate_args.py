@@ -46,6 +46,7 @@ def parse_args(doc: str) -> argparse.Namespace:
     has_prompt = args.prompt is not None or args.prompt_file is not None
     if args.prompt is None:
         args.prompt = DEFAULT_PROMPT
+    # conversation, speculative and sampling_params are no options: several options together make each of them.
     args.conversation = args.interactive or (args.chat and not has_prompt)
     if args.max_new_tokens is None:
         args.max_new_tokens = sys.maxsize if args.conversation else DEFAULT_MAX_NEW_TOKENS
@@ -198,7 +199,7 @@ def build_sampling_params(args: argparse.Namespace) -> SamplingParams:
     try:
         return SamplingParams(**{field.name: getattr(args, field.name) for field in fields(SamplingParams)})
     except UsageError as e:
-        raise UsageError(f"--{e}") from None  # the message begins with the field's name; the option has that name, too
+        raise UsageError(f"--{e}") from None  # the message begins with the name of field and option
 
 
 # ---- Prompts ---------------------------------------------------------------------------------------------------------
@@ -258,7 +259,8 @@ def with_chat_options(prompt: str | list[dict], args: argparse.Namespace) -> str
 
 def read_prompt_file(path: Path) -> list[str | list[dict]]:
     """Reads a text, or the messages of a chat, from each line. Skips empty lines, and names them on stderr."""
-    lines, prompts = read_text(path).split("\n"), []
+    lines = read_text(path).split("\n")
+    prompts = []
     while lines and not lines[-1].strip():  # a file usually ends with a line break: no message about that
         del lines[-1]
     for number, line in enumerate(lines, start=1):

@@ -16,7 +16,7 @@ from utils.errors import OutOfMemoryError, UsageError
 
 def generate_in_parallel(args: argparse.Namespace, model: Transformer, sequences: list[Sequence], stats: dict):
     """Runs args.parallel sequences at a time, and prints the results in the order of sequences. If a sequence has or
-    gets an error, the others still run, and UsageError is raised at the end. After Ctrl-C, prints the sequences that
+    gets an error, all other sequences run, and UsageError is raised at the end. After Ctrl-C, prints the sequences that
     have ended.
 
     stats: more fields for --json."""
@@ -27,7 +27,8 @@ def generate_in_parallel(args: argparse.Namespace, model: Transformer, sequences
         if n_fitting == 0:
             raise
         raise UsageError(f"{e}; --parallel {n_fitting} fits, or fewer --max_new_tokens") from None
-    start, not_printed = time.perf_counter(), dict(enumerate(sequences))
+    start = time.perf_counter()
+    not_printed = dict(enumerate(sequences))
 
     def print_sequence(i: int):
         sequence = not_printed[i]
@@ -48,7 +49,8 @@ def generate_in_parallel(args: argparse.Namespace, model: Transformer, sequences
         for i in [i for i, sequence in not_printed.items() if sequence.finish_reason]:
             print_sequence(i)
         raise
-    seconds, n_new_tokens = time.perf_counter() - start, sum(len(sequence.new_ids) for sequence in sequences)
+    seconds = time.perf_counter() - start
+    n_new_tokens = sum(len(sequence.new_ids) for sequence in sequences)
     print(f"{n_new_tokens} tokens in {seconds:.2f} s: {n_new_tokens / seconds:.1f} tokens/s in total", file=sys.stderr)
     if n_failed := sum(sequence.error is not None for sequence in sequences):
         raise UsageError(f"{n_failed} of {len(sequences)} prompts could not be completed")

@@ -118,10 +118,13 @@ def tokens_per_step(accept_counts: list[int]) -> float:
 
 
 def print_summary(result: dict, model: Transformer):
-    counts, speculation = result["accept_counts"], ""
+    counts = result["accept_counts"]
+    speculation = ""
     if counts is not None:
         speculation = f", {tokens_per_step(counts):.2f} tokens a step"
-    used, percentage, readable = result["bandwidth_gb_per_sec"], "", measured_bandwidth(model)
+    used = result["bandwidth_gb_per_sec"]
+    percentage = ""
+    readable = measured_bandwidth(model)
     if readable is not None:
         percentage = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
     # decode_tokens_per_sec is of one sequence: all sequences of a batch take every step together.

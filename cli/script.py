@@ -50,7 +50,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
         exit_interrupted()
     except Exception as e:
         if isinstance(e, OSError):
-            # Python flushes stdout at exit. After an error of stdout a flush would fail, too. So /dev/null takes the
+            # Python flushes stdout at exit. After an error of stdout a flush would fail again. So /dev/null takes the
             # rest of stdout.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):

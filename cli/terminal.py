@@ -157,7 +157,8 @@ class ChatCommands:
     def stream_answer(self, start: Callable[[], Iterator[str]]):
         """Prints the answer that start() begins, piece by piece, and then a note on the answer's end. Ctrl-C ends the
         answer, but not the conversation."""
-        conversation, is_stopped = self.conversation, False
+        conversation = self.conversation
+        is_stopped = False
         try:
             pieces = start()
             if conversation.n_dropped and not self.has_said_full:

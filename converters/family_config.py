@@ -53,13 +53,13 @@ def gemma2(hf_config: dict) -> dict:
         "activation": "geglu" if hf_config.get("hidden_activation") == "gelu" else "geglu_tanh",
         "post_norm": True,
         "attention_scale": required(hf_config, "query_pre_attn_scalar") ** -0.5,
-        "attention_softcap": hf_config.get("attn_logit_softcapping") or None,
-        "logit_softcap": hf_config.get("final_logit_softcapping") or None,
+        "attention_softcap": hf_config.get("attn_logit_softcapping") or 0.0,
+        "logit_softcap": hf_config.get("final_logit_softcapping") or 0.0,
     }
 
 
 def gemma3(hf_config: dict) -> dict:
-    return gemma2(hf_config) | {"attention_softcap": None}  # transformers does not use attn_logit_softcapping
+    return gemma2(hf_config) | {"attention_softcap": 0.0}  # transformers does not use attn_logit_softcapping
 
 
 def smollm3(hf_config: dict) -> dict:
@@ -152,7 +152,7 @@ def baichuan(hf_config: dict) -> dict:
 def dbrx(hf_config: dict) -> dict:
     if hf_config.get("tie_word_embeddings"):  # conversion centers the embedding, but the head must not change
         raise UsageError("config.json: tie_word_embeddings = True is not supported for DBRX")
-    return {"norm_eps": 1e-5, "clip_qkv": hf_config["clip_qkv"] or None}
+    return {"norm_eps": 1e-5, "clip_qkv": hf_config["clip_qkv"] or 0.0}
 
 
 # ---- default_layer_types --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import save_checkpoint
+from checkpoint import meta_model, save_checkpoint
 from config import ModelConfig
 from converters.canonical_checkpoint import (
     CANONICAL_PARTS,
@@ -30,7 +30,6 @@ from converters.canonical_checkpoint import (
 )
 from converters.quantized_weight import QuantizedWeight, have_one_order, promote_formats
 from formats import Unquantized, WeightFormat
-from model import meta_model
 from utils.errors import UsageError
 from utils.files import delete_if_possible, replace_file
 

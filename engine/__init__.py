@@ -11,13 +11,14 @@
     async_engine.py       many callers at once, in asyncio
     chat.py               Conversation: a chat's messages and answers in one KV cache
 
-Two loops run decode steps. PlainLoop (generation.py) and SpeculativeLoop (speculate.py) continue one prompt. The
-Scheduler (scheduler.py) runs many prompts. SlotLoop is a Scheduler with one slot, used in the place of a PlainLoop:
+PlainLoop (generation.py) and SpeculativeLoop (speculate.py) continue one prompt. The Scheduler (scheduler.py) runs many
+prompts:
 
-                                            PlainLoop,        Scheduler,
-                                            SpeculativeLoop   SlotLoop
+                                            PlainLoop,        Scheduler
+                                            SpeculativeLoop
 
-    used by  LLM.generate, LLM.chat         without seed      with seed or logits_processor
+    used by  LLM.chat                       yes               -
+             LLM.generate                   yes               with logits_processor
              LLM.generate_many              -                 yes
              generate.py                    yes               with --parallel or --logprobs
              scripts/serve.py, eval.py      -                 yes
@@ -27,7 +28,6 @@ Scheduler (scheduler.py) runs many prompts. SlotLoop is a Scheduler with one slo
     on a GPU the next step is queued        PlainLoop         -
       before the host has the token
     sampling within a GPU's captured step   yes               -
-    random numbers                          PyTorch's         PyTorch's, or of each sequence's seed
     SamplingParams                          one for all       of each sequence
     log-probabilities, logits_processor     -                 yes
     prefix caching                          in a chat         between all prompts

@@ -35,7 +35,8 @@ class AsyncEngine:
     async def generate(self, sequences: list[Sequence]) -> AsyncIterator[list[SequenceUpdate]]:
         """Yields the updates after each step, until all sequences have ended. If the caller stops early, the slots
         of sequences become free. Raises GenerationError if one of sequences fails."""
-        inbox, n_left = [], len(sequences)
+        inbox: list[SequenceUpdate] = []
+        n_left = len(sequences)
         try:
             for sequence in sequences:
                 self.scheduler.check(sequence)  # here, since nobody would see an error that submit raises in the thread

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
 from engine.generation import DecodeLoop, stream_texts
-from engine.sequence import Sequence, check_stop
+from engine.sequence import Sequence, build_generator, check_seed, check_stop
 from text.chat_template import read_message
 from text.length import exceeds
 from text.tokenizer import Tokenizer, common_prefix_length
@@ -38,20 +38,27 @@ class Conversation:
 
     def __init__(
         self, tokenizer: Tokenizer, loop: DecodeLoop, max_seq_len: int, eos_ids: Collection[int],
-        system: str | None = None, stop: tuple[str, ...] = (),
+        system: str | None = None, stop: tuple[str, ...] = (), seed: int | None = None,
     ):
         """Raises UsageError if the checkpoint has no chat template, or if the template refuses a system message.
 
         max_seq_len: how many tokens the KV cache of loop holds.
         system: the system message.
-        stop: strings that end an answer. The answer does not contain them."""
+        stop: strings that end an answer. The answer does not contain them.
+        seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i; None:
+            all draw from PyTorch's global generator."""
         check_stop(stop)
-        self.tokenizer, self.loop = tokenizer, loop
-        self.max_seq_len, self.eos_ids, self.stop = max_seq_len, eos_ids, stop
+        check_seed(seed)
+        self.tokenizer = tokenizer
+        self.loop = loop
+        self.max_seq_len = max_seq_len
+        self.eos_ids = eos_ids
+        self.stop = stop
+        self.next_seed = seed
         self.system: list[dict] = []  # the system message, or nothing
-        self.messages: list[dict] = []  # of the user and of the model, in turn
+        self.messages: list[dict] = []  # the user's and the model's, in turn
         self.sequence: Sequence | None = None  # the last answer
-        self.finish_reason: str | None = None  # of the last answer: "stop" or one of RESUMABLE; None: no answer
+        self.finish_reason: str | None = None  # why the last answer ended: "stop" or one of RESUMABLE; None: no answer
         # The iterator of the last answer. A strong reference would be a cycle, which keeps the KV cache of an unused
         # conversation in memory until Python's next garbage collection.
         self.running: weakref.ref[Iterator[str]] | None = None
@@ -87,7 +94,7 @@ class Conversation:
         ids = self.make_room(self.messages, message, [], max_new_tokens)
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
         options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "hold_incomplete": True}
-        sequence = Sequence(ids, limit, is_answer=True, **options)
+        sequence = Sequence(ids, limit, starts_new_text=True, **options)
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.start_answer(sequence, ids, new_messages)
 
@@ -128,7 +135,8 @@ class Conversation:
 
         if exceeds(self.tokenizer, message, self.max_seq_len):
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
-        n_pairs, ids = 0, ids_without(0)
+        n_pairs = 0
+        ids = ids_without(0)
         if self.max_seq_len - len(ids) < min(max_new_tokens, self.max_seq_len * DROP_BELOW):
             # Drop as few pairs as possible. If even all pairs do not free enough, drop all.
             n_pairs = bisect_left(range(len(earlier) // 2), True, key=is_enough)
@@ -153,8 +161,11 @@ class Conversation:
         self.messages += new_messages
         answer = self.messages[-1]
         self.finish_reason = "interrupted"  # overwritten below unless the caller stops early
+        generator = build_generator(self.next_seed)
+        if self.next_seed is not None:
+            self.next_seed += 1
         try:
-            for (piece,) in stream_texts(self.loop, [sequence], ids, n_cached):
+            for (piece,) in stream_texts(self.loop, [sequence], ids, n_cached, generator):
                 # The newest token is not in the cache: the model takes that token as input only in the next step.
                 self.cached_ids += not_cached
                 not_cached = sequence.new_ids[-1:]

@@ -4,8 +4,8 @@
     for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-generate is the loop. A DecodeLoop is a loop bound to a model: this loop, speculate.py's or scheduler.py's.
-engine/__init__.py compares the loops. stream_texts goes from a DecodeLoop's tokens to text.
+generate is the loop. A DecodeLoop is a loop bound to a model: this loop or speculate.py's. engine/__init__.py compares
+both with the Scheduler. stream_texts goes from a DecodeLoop's tokens to text.
 
 Shapes: B sequences, T new tokens per sequence.
 """
@@ -20,35 +20,41 @@ from engine.runner import ModelRunner, check_sampled_ids
 from engine.sequence import Sequence
 
 
-def generate(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+def generate(
+    runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
+) -> Iterator[list[int]]:
     """Yields the next token of each sequence, max_new_tokens times. The KV cache already holds n_cached tokens before
     prompt [B, T]. The cache must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits
-    are not finite."""
-    steps = run_steps(runner, prompt, n_cached, max_new_tokens)
+    are not finite. generator: as in ModelRunner.draw_uniform."""
+    steps = run_steps(runner, prompt, n_cached, max_new_tokens, generator)
     if prompt.is_cuda:
         steps = read_one_step_later(steps)
     for tokens in steps:
         yield check_sampled_ids(tokens.tolist())
 
 
-def run_steps(runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int) -> Iterator[Tensor]:
+def run_steps(
+    runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int, generator: torch.Generator | None
+) -> Iterator[Tensor]:
     """Runs prefill, then the decode steps. Yields each step's tokens [B] on the device. The next step may overwrite the
     tokens, which may be a static buffer of a captured graph."""
     start_pos = torch.full(prompt.shape[:1], n_cached, device=prompt.device)
-    tokens = runner.prefill(prompt, start_pos)
+    uniforms = runner.draw_uniform(max_new_tokens, len(prompt), generator)
+    tokens = runner.prefill(prompt, start_pos, next(uniforms))
     start_pos = start_pos + prompt.shape[1]
     yield tokens
-    for _ in range(max_new_tokens - 1):
+    for uniform in uniforms:
         # Token -1 stands for logits that are not finite. On a GPU this step starts before the host has checked the
         # tokens, and the embedding has no row -1, so clamp the tokens.
-        tokens = runner.decode(tokens[:, None].clamp(min=0), start_pos)
+        tokens = runner.decode(tokens[:, None].clamp(min=0), start_pos, uniform)
         start_pos = start_pos + 1
         yield tokens
 
 
 def read_one_step_later(steps: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yields the tokens of every step on the host. On a GPU, step i + 1 is queued before the host waits for the tokens
-    of step i, so the GPU computes while the host handles tokens. On a CPU step i + 1 would only delay the tokens."""
+    """Yields the tokens of every step on the host. Queues step i + 1 before the host waits for the tokens of step i, so
+    that the GPU computes while the host handles the tokens. A CPU would compute step i + 1 first, and then yield step
+    i's tokens late."""
     copy = HostCopy(next(steps))
     for tokens in steps:
         next_copy = HostCopy(tokens)
@@ -72,21 +78,24 @@ class HostCopy:
 
 
 class DecodeLoop(Protocol):
-    """A loop that continues one text: PlainLoop, SpeculativeLoop of speculate.py, or SlotLoop of scheduler.py."""
+    """A loop that continues one text: PlainLoop, or SpeculativeLoop of speculate.py."""
 
-    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+    def generate(
+        self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
+    ) -> Iterator[list[int]]:
         """Continues token_ids, of which the first n_cached are in the KV cache, in each of B sequences. Yields the next
-        token of each sequence, [B], max_new_tokens times."""
+        token of each sequence, [B], max_new_tokens times. generator: as in ModelRunner.draw_uniform."""
 
 
 def stream_texts(
-    loop: DecodeLoop, batch: list[Sequence], token_ids: list[int], n_cached: int = 0
+    loop: DecodeLoop, batch: list[Sequence], token_ids: list[int], n_cached: int = 0,
+    generator: torch.Generator | None = None,
 ) -> Iterator[list[str]]:
     """Continues token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have ended.
     Yields the new text of each sequence after every token. The sequences are samples of one prompt, with one limit of
-    new tokens."""
+    new tokens, and draw from one generator: see DecodeLoop."""
     max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
-    for ids in loop.generate(token_ids, n_cached, max_new_tokens):
+    for ids in loop.generate(token_ids, n_cached, max_new_tokens, generator):
         yield [sequence.append(token).text for sequence, token in zip(batch, ids, strict=True)]
         if all(sequence.finish_reason for sequence in batch):
             break
@@ -98,9 +107,11 @@ class PlainLoop:
     def __init__(self, runner: ModelRunner):
         self.runner = runner
 
-    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
+    def generate(
+        self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
+    ) -> Iterator[list[int]]:
         prompt = torch.tensor([token_ids[n_cached:]] * self.runner.kv_cache.batch_size, device=self.runner.device)
-        return generate(self.runner, prompt, n_cached, max_new_tokens)
+        return generate(self.runner, prompt, n_cached, max_new_tokens, generator)
 
     @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):

@@ -37,7 +37,7 @@ import collectives
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import apply_repetition_penalty, sample, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
-from engine.sequence import LogitsProcessor, Logprobs, Sequence, SequenceUpdate, check_length, check_seed
+from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer
 from ops.backend import TORCH_BACKEND, Backend
@@ -79,10 +79,12 @@ class Scheduler:
 
         n_slots: the most sequences that run at a time.
         max_seq_len: the most tokens of a sequence, prompt included.
-        compile: capture the steps on a GPU, too.
+        compile: capture the steps also on a GPU.
         chunk_tokens: how many tokens of prompts are computed between two decode steps: one chunk of a long prompt, or
             several short prompts."""
-        self.model, self.max_seq_len, self.chunk_tokens = model, max_seq_len, chunk_tokens
+        self.model = model
+        self.max_seq_len = max_seq_len
+        self.chunk_tokens = chunk_tokens
         self.kv_cache = KVCache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
         self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.has_kernels_for(n_slots, 1))
@@ -108,13 +110,13 @@ class Scheduler:
         for i, slot in enumerate(self.slots):
             if slot.sequence is sequence:
                 if slot.is_prefilling:  # no logits have shown yet whether the keys and values are finite
-                    self.forget_tokens(i)
+                    self.reset_slot(i)
                 self.free_slot(i)
 
     def free_slot(self, i: int):
         self.slots[i].sequence, self.slots[i].freed_step = None, self.n_steps
 
-    def forget_tokens(self, i: int):
+    def reset_slot(self, i: int):
         """Clears slot i, whose keys and values may not be finite. Attention hides a position by multiplying its value
         with 0. But 0 * NaN is NaN."""
         self.kv_cache.clear_sequence(i)
@@ -125,7 +127,7 @@ class Scheduler:
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
         """Yields (number, sequence) for each of sequences, in their order, when it has ended. A sequence that submit
-        refuses gets an error, and the others still run. After Ctrl-C, yields the sequences that have ended,
+        refuses gets an error, and all other sequences run. After Ctrl-C, yields the sequences that have ended,
         and raises KeyboardInterrupt again."""
         left = deque(enumerate(sequences))
         for _, sequence in left:
@@ -152,7 +154,7 @@ class Scheduler:
         self.n_steps += 1
         n_decoding = sum(slot.is_decoding for slot in self.slots)
         if self.may_prefill(n_decoding):
-            self.schedule_next()
+            self.admit()
             for i, slot in enumerate(self.slots):
                 if slot.is_prefilling:
                     return self.prefill(i, self.chunk_tokens if n_decoding else self.max_seq_len)
@@ -164,7 +166,7 @@ class Scheduler:
         decode step. But after chunk_tokens tokens of prompts, the n_decoding sequences have waited long enough."""
         return n_decoding == 0 or self.prefill_tokens_since_decode < self.chunk_tokens
 
-    def schedule_next(self):
+    def admit(self):
         """Moves the next sequence from the queue into a free slot, unless there is none or another prompt is being
         computed. Copies the longest prefix that the prompt shares with any slot. The prefix never contains the prompt's
         last token, since only a token that is computed gives logits.
@@ -189,9 +191,12 @@ class Scheduler:
         sequence.start_time = time.perf_counter()
 
     def prefill(self, i: int, n: int) -> list[SequenceUpdate]:
-        """Computes the next n tokens of the prompt in slot i. After the last one, samples the first new token."""
-        slot, device = self.slots[i], self.runner.device
-        prompt_ids, n_cached = slot.sequence.prompt_ids, len(slot.cached_ids)
+        """Computes the next n tokens of the prompt in slot i. After the prompt's last token, samples the first new
+        token."""
+        slot = self.slots[i]
+        device = self.runner.device
+        prompt_ids = slot.sequence.prompt_ids
+        n_cached = len(slot.cached_ids)
         chunk = prompt_ids[n_cached : n_cached + n]
         tokens = torch.tensor([chunk], device=device)
         start_pos = torch.tensor([n_cached], device=device)
@@ -207,7 +212,8 @@ class Scheduler:
 
     def decode(self, n: int) -> list[SequenceUpdate]:
         self.move_decoding_first(n)
-        slots, device = self.slots[:n], self.runner.device
+        slots = self.slots[:n]
+        device = self.runner.device
         last_ids = [slot.sequence.new_ids[-1] for slot in slots]
         tokens = torch.tensor(last_ids, device=device)[:, None]
         start_pos = torch.tensor([len(slot.cached_ids) for slot in slots], device=device)
@@ -245,42 +251,13 @@ class Scheduler:
         sequence = self.slots[i].sequence
         if token < 0:  # logits that are not finite end this sequence, and no other
             update = sequence.fail(NOT_FINITE)
-            self.forget_tokens(i)
+            self.reset_slot(i)
         else:
             n_top = sequence.n_logprobs
             update = sequence.append(token, None if n_top is None else compute_logprobs(logits, token, n_top))
         if sequence.finish_reason:
             self.free_slot(i)
         return update
-
-
-class SlotLoop:
-    """A DecodeLoop (generation.py) in a Scheduler with one slot. In contrast to PlainLoop, texts may have
-    random numbers of their own and a logits_processor."""
-
-    def __init__(
-        self, scheduler: Scheduler, params: SamplingParams, seed: int | None,
-        logits_processor: LogitsProcessor | None = None,
-    ):
-        """seed: text i, counted from 0, samples with seed + i; None: as for Sequence."""
-        check_seed(seed)
-        self.scheduler, self.params, self.seed, self.logits_processor = scheduler, params, seed, logits_processor
-
-    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-        """As DecodeLoop.generate. n_cached is not used: the scheduler itself finds the prefix that the slot holds."""
-        options = {"seed": self.seed, "logits_processor": self.logits_processor}
-        if self.seed is not None:
-            self.seed += 1  # of the next text
-        sequence = Sequence(token_ids, max_new_tokens, self.params, **options)
-        self.scheduler.submit(sequence)
-        try:
-            while sequence.finish_reason is None:
-                for update in self.scheduler.step():
-                    if sequence.error:
-                        raise UsageError(sequence.error)
-                    yield update.new_ids
-        finally:
-            self.scheduler.cancel(sequence)
 
 
 def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int, compile: bool = False) -> Scheduler:

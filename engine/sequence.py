@@ -56,23 +56,23 @@ class Sequence:
     params: SamplingParams = GREEDY
     _: KW_ONLY
     prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages; only for reports
-    is_answer: bool = False  # whether the text is a chat's answer, which begins anew, or continues prompt_ids
+    starts_new_text: bool = False  # True: a chat's answer; False: the text continues that of prompt_ids
     tokenizer: Tokenizer | None = None  # None: the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
-    # Only a Scheduler uses the next three.
-    seed: int | None = None  # of the sequence's own random numbers; None: PyTorch's global generator
+    seed: int | None = None  # the seed of self.generator; None: PyTorch's global generator
+    # Only a Scheduler uses the next two.
     logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
     n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
-    # At max_new_tokens, True keeps back an incomplete character, or the possible start of a stop string, for resume.
-    # False gives all of the text, with U+FFFD for an incomplete character.
+    # What to do with undecodable trailing bytes and a half-matched stop string when the length limit is reached. True:
+    # keep them for resume. False: flush them (incomplete UTF-8 becomes U+FFFD).
     hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
-    text: str = field(default="", init=False)  # of the new tokens
+    text: str = field(default="", init=False)  # the text of the new tokens
     finish_reason: str | None = field(default=None, init=False)  # "stop": end token or stop string; "length"; "error"
     error: str | None = field(default=None, init=False)
-    logprobs: list[Logprobs] = field(default_factory=list, init=False)  # of each new token, if n_logprobs is not None
+    logprobs: list[Logprobs] = field(default_factory=list, init=False)  # one a new token, if n_logprobs is not None
     start_time: float = field(default_factory=time.perf_counter, init=False)  # when prefill began
     token_times: list[float] = field(default_factory=list, init=False)  # when each new token arrived
 
@@ -83,14 +83,12 @@ class Sequence:
         self.detokenizer = None
         if self.tokenizer is not None:
             # A tokenizer may drop the space at the beginning of a text, but not between a prompt and its continuation.
-            prefix_ids = () if self.is_answer else self.prompt_ids
+            prefix_ids = () if self.starts_new_text else self.prompt_ids
             self.detokenizer = IncrementalDetokenizer(self.tokenizer, prefix_ids, self.stop)
 
     @cached_property
     def generator(self) -> torch.Generator:
-        if self.seed is None:
-            return torch.default_generator
-        return torch.Generator().manual_seed(to_64_bits(self.seed))
+        return build_generator(self.seed)
 
     def append(self, token: int, logprobs: Logprobs | None = None) -> SequenceUpdate:
         """Adds a new token. Decides whether the sequence ends. A sequence that has ended takes no more tokens."""
@@ -132,16 +130,16 @@ def build_sequence(
     """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt,
     check_length and check_stop do.
 
-    config: the model's.
-    max_seq_len, hint: as for check_length; None: the model's context.
+    config: the model's config.
+    max_seq_len, hint: the arguments of check_length. The default of max_seq_len is the model's context.
     options: further fields of Sequence. The default of eos_ids is the model's."""
     check_integer("max_new_tokens", max_new_tokens, 1)
     check_stop(options.get("stop", ()))
     ids = encode_prompt(prompt, tokenizer, config.max_seq_len)
     check_length(len(ids), max_new_tokens, max_seq_len or config.max_seq_len, hint)
     options = {"eos_ids": config.eos_ids} | options
-    is_answer = isinstance(prompt, list)
-    return Sequence(ids, max_new_tokens, prompt=prompt, is_answer=is_answer, tokenizer=tokenizer, **options)
+    is_chat = isinstance(prompt, list)
+    return Sequence(ids, max_new_tokens, prompt=prompt, starts_new_text=is_chat, tokenizer=tokenizer, **options)
 
 
 def encode_prompt(
@@ -172,6 +170,12 @@ def encode_prompt(
 def check_seed(seed: int | None):
     if seed is not None:
         check_integer("seed", seed)
+
+
+def build_generator(seed: int | None) -> torch.Generator:
+    """Returns a generator of a text's own random numbers, or PyTorch's global one if seed is None. PlainLoop and
+    Scheduler take one number of float64 from the generator for each new token, so a seed gives one text in both."""
+    return torch.default_generator if seed is None else torch.Generator().manual_seed(to_64_bits(seed))
 
 
 def to_64_bits(seed: int) -> int:

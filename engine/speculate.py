@@ -40,9 +40,8 @@ MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # number, near the largest, serves all weights: too large a number makes speculation gain less, but too small a number
 # makes a text slower than without speculation.
 VERIFY_COST = 0.1
-# AcceptanceRate counts accepted and rejected tokens, beginning with the priors. Every step moves the counts towards the
-# priors by a decay factor. Steps without a proposal move the counts, too, so that some time after bad proposals the
-# rate is high enough to propose again.
+# AcceptanceRate counts accepted and rejected tokens, beginning with the priors. Every step decays the counts towards
+# the priors, also a step without a proposal: otherwise nothing would be proposed again after a few bad proposals.
 PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5
 EMA_DECAY = 0.9  # the factor of a step that verifies tokens
 IDLE_DECAY = 0.97  # the factor of a step without a proposal
@@ -54,7 +53,7 @@ class Proposal(NamedTuple):
 
 
 class Proposer(Protocol):
-    cost: float  # of proposing one token
+    cost: float  # the cost of proposing one token
 
     def propose(self, token_ids: list[int], k: int) -> Proposal | None:
         """Returns k tokens that may follow token_ids, or None if the proposer has no guess. token_ids must begin with
@@ -65,7 +64,10 @@ class Proposer(Protocol):
 
 
 class SpeculativeLoop(PlainLoop):
-    """A PlainLoop whose steps also verify what proposer proposes. The batch size is 1."""
+    """A PlainLoop whose steps also verify what proposer proposes. The batch size is 1.
+
+    All random numbers are those of PyTorch's global generators (torch.manual_seed): a seed gives another text than
+    without speculation anyway, since rejection sampling draws other numbers."""
 
     def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
         """k: the most tokens to propose at a time."""
@@ -73,15 +75,18 @@ class SpeculativeLoop(PlainLoop):
         self.proposer, self.k, self.device = proposer, k, runner.device
         sampler = runner.sampler
         self.verify_step = runner.build_step(RejectionSampler(sampler.params, sampler.token_ids, sampler.backend))
-        self.verify_cost = estimate_verify_cost(runner.model)  # of one proposed token
+        self.verify_cost = estimate_verify_cost(runner.model)  # the cost to verify one proposed token
         # How many tokens of the last text each step gave, and the caller took. Step 0 is prefill.
         self.n_tokens_per_step: list[int] = []
 
     @torch.inference_mode()
-    def generate(self, token_ids: list[int], n_cached: int, max_new_tokens: int) -> Iterator[list[int]]:
-        """Yields the new tokens one by one, each as [1]: see DecodeLoop."""
+    def generate(
+        self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
+    ) -> Iterator[list[int]]:
+        """Yields the new tokens one by one, each as [1]: see DecodeLoop. generator has no effect."""
         self.n_tokens_per_step.clear()
-        token_ids, n_left = list(token_ids), max_new_tokens
+        token_ids = list(token_ids)
+        n_left = max_new_tokens
         acceptance = AcceptanceRate()
         self.proposer.rewind(n_cached)
         prompt = torch.tensor([token_ids[n_cached:]], device=self.device)
@@ -310,8 +315,8 @@ class DraftSampler:
     draft's tokens are accepted."""
 
     params: SamplingParams
-    backend: Backend  # the draft's
-    vocab_size: int  # the model's; the draft may pad the same vocabulary to a larger size
+    backend: Backend  # the backend of the draft's head
+    vocab_size: int  # the vocabulary of the model; the draft may pad the same vocabulary to a larger size
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, -1, : self.vocab_size]

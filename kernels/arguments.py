@@ -66,15 +66,10 @@ class Filters(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of earlier tokens, in a layer."""
+    """What a layer's attention knows about earlier tokens: their keys and values, and the tables that tell positions
+    apart. rope.py makes the tables for all positions of the cache."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]
-
-
-class PositionTables(NamedTuple):
-    """How a layer's attention tells positions apart. Made once for all positions of a KV cache (model.py:
-    build_position_tables)."""
-
-    cos_sin: Tensor  # [S or more, D/2, 2] float32: cos and sin of the angles of every position
+    cos_sin: Tensor  # [S or more, D/2, 2] float32: cos and sin of RoPE's angles at every position
     alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores

@@ -2,7 +2,7 @@
 Python takes some milliseconds, about as long as computing the operations of a small model. The graph is a CUDA graph on
 a GPU, and a CPU graph on a CPU: lists of calls of C++ kernels.
 
-    step = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, position_tables))
+    step = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
     logits = step(tokens, start_pos)       # the first call with these shapes captures; every later call replays
 
 A call copies the arguments into the graph's inputs, and returns the graph's outputs, which the next call overwrites.
@@ -94,8 +94,8 @@ def split_graph_at(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def call_with_graph_threads(fn: Callable, *args):
-    """Returns fn(*args), computed with as many threads as CPU graphs use. On a busy machine CPU graphs use fewer
-    threads. Further threads of PyTorch would spin for cores that other programs hold."""
+    """Returns fn(*args), computed with as many threads as CPU graphs use: fewer on a busy machine, where more threads
+    would spin while other programs hold the cores."""
     n_threads = torch.get_num_threads()
     n_graph_threads = n_threads if library is None else library.op_list_threads()
     if n_graph_threads == n_threads:

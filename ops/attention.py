@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.arguments import AttentionParams, LayerCache, PositionTables
+from kernels.arguments import AttentionParams, LayerCache
 from ops.backend import Backend, contiguous, count_tokens
 from ops.linear import apply_softcap, rms_norm_torch
 
@@ -21,8 +21,7 @@ EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a
 
 
 def attend(
-    qkv: Tensor, params: AttentionParams, cache: LayerCache, tables: PositionTables, start_pos: Tensor,
-    backend: Backend,
+    qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: Backend
 ) -> Tensor:
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
@@ -30,11 +29,11 @@ def attend(
     kernel = backend.find_kernel("attend", B * T, query_len=T, heads_per_kv_head=params.n_heads // cache.k.shape[1])
     if kernel is None:
         positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
-        q = rope_and_cache(qkv, params, cache, tables.cos_sin, positions, backend)
-        return cached_attention(q, params, cache, tables.alibi_slopes, positions)
+        q = rope_and_cache(qkv, params, cache, cache.cos_sin, positions, backend)
+        return cached_attention(q, params, cache, cache.alibi_slopes, positions)
     return kernel(
         contiguous(qkv), contiguous(start_pos), cache.k, cache.v,
-        cos_sin=tables.cos_sin, alibi_slopes=tables.alibi_slopes, **params._asdict(),
+        cos_sin=cache.cos_sin, alibi_slopes=cache.alibi_slopes, **params._asdict(),
     )
 
 
@@ -42,7 +41,7 @@ def rope_and_cache(
     qkv: Tensor, params: AttentionParams, cache: LayerCache, cos_sin: Tensor, positions: Tensor, backend: Backend
 ) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
-    contiguous in each sequence. cos_sin: PositionTables.cos_sin. Returns the queries [B, T, H, D]."""
+    contiguous in each sequence. cos_sin: LayerCache.cos_sin. Returns the queries [B, T, H, D]."""
     kernel = backend.find_kernel("rope_and_cache", count_tokens(qkv))
     if kernel is None:
         return rope_and_cache_torch(qkv, params, cache, cos_sin, positions)

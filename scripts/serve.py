@@ -67,7 +67,7 @@ def main():
     require("" not in (args.host, args.api_key), "an empty --host or --api_key would let in everybody: leave it out")
     common_args.set_threads(args.threads)
     listener = listen(args.host, args.port)
-    llm = LLM(args.checkpoint_path, max_seq_len=args.max_seq_length, **common_args.load_options(args))
+    llm = LLM(args.checkpoint_path, max_seq_len=args.max_seq_length, **common_args.build_load_options(args))
     engine = AsyncEngine(Scheduler(llm.model, args.parallel, llm.max_seq_len, args.compile))
     server = Server(engine, llm.tokenizer, llm.checkpoint_path.absolute().parent.name, args.api_key)
     host = f"[{args.host}]" if ":" in args.host else args.host

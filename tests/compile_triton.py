@@ -28,7 +28,7 @@ from triton.runtime import JITFunction
 import ops
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.arguments import Filters, LayerCache, PositionTables
+from kernels.arguments import Filters, LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from kernels.triton.formats import KERNEL_FORMATS, kernel_format
 from layers import ExpertsDown, ExpertsGateUp
@@ -201,14 +201,14 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
         ops.sample(torch.randn(1, 5000), temperature, Filters(), ops.TRITON_BACKEND)
     ops.sample(torch.randn(1, 5000), 1, Filters(top_p=0.9), ops.TRITON_BACKEND)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
-    cache, tables = LayerCache(k, v), PositionTables(torch.randn(9000, 32, 2))
+    cache = LayerCache(k, v, torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)
-    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, tables, start_pos, 8, ops.TRITON_BACKEND)
+    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, start_pos, 8, ops.TRITON_BACKEND)
     # 64 queries of a key/value head are the most. All options are on, because no option needs less shared memory.
     norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
-    tables = tables._replace(alibi_slopes=torch.zeros(16))
+    cache = cache._replace(alibi_slopes=torch.zeros(16))
     qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)
-    attend(qkv, cache, tables, start_pos, 16, ops.TRITON_BACKEND, 100, *norms, sinks, softcap=50.0)
+    attend(qkv, cache, start_pos, 16, ops.TRITON_BACKEND, 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):

@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint import read_checkpoint
+from checkpoint import meta_model, read_checkpoint
 from converters.write_model import NORM_BEFORE
 from formats import QuantizationConfig
 from layers import Linear
-from model import meta_model
 from tests.tiny import FAMILIES, convert, make_hf
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import ops
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, meta_model
 from converters.hf_config import config_from_hf
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationConfig, Unquantized
 from loading import load_model, quantized_tensor_names
-from model import DTYPES, meta_model
+from model import DTYPES
 from scripts import benchmark
 from scripts.benchmarking import gpu_jobs, real_models
 from scripts.benchmarking import speed as benchmark_speed

@@ -13,7 +13,7 @@ import kernels.build
 import ops
 from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
-from kernels.arguments import LayerCache, PositionTables
+from kernels.arguments import LayerCache
 from kernels.capture import MAX_CPU_GRAPHS, call_with_graph_threads, capture, split_graph_at
 from kernels.schema import CAPTURABLE
 from layers import ExpertsDown, ExpertsGateUp, WeightMatrix
@@ -68,8 +68,7 @@ def test_replay_equals_the_step(format, dtype, family):
     when shapes alternate."""
     model = make_model(format, dtype, **FAMILIES[family])
     caches = [KVCache(model, 2, 40) for _ in range(2)]
-    tables = model.build_position_tables(caches[0])
-    captured = capture(lambda tokens, start_pos: model(tokens, start_pos, caches[1], tables))
+    captured = capture(lambda tokens, start_pos: model(tokens, start_pos, caches[1]))
     generator = torch.Generator().manual_seed(1)
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
@@ -77,7 +76,7 @@ def test_replay_equals_the_step(format, dtype, family):
             assert model.has_kernels_for(2, n_tokens)
             torch.set_num_threads(threads)
             tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
-            expected = model(tokens, torch.tensor(start_pos), caches[0], tables)
+            expected = model(tokens, torch.tensor(start_pos), caches[0])
             assert torch.equal(captured(tokens, torch.tensor(start_pos)), expected)
     torch.set_num_threads(1)
     for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
@@ -101,13 +100,13 @@ def test_every_argument_is_captured(format):
     gate_up = make_linear(96, dim, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsGateUp)
     down = make_linear(dim, 48, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsDown)
     packed(torch.nn.ModuleList([embedding, qkv_proj, head, router, gate_up, down]))
-    tables = PositionTables(rope_table(config, 40), torch.rand(n_heads))
-    caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind()) for _ in range(2)]
+    tables = rope_table(config, 40), torch.rand(n_heads)
+    caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), *tables) for _ in range(2)]
 
     def step(tokens, start_pos, cache):
         x = ops.embed(tokens, embedding, 8.0, torch.float32)
         y = attend(
-            qkv_proj(x), cache, tables, start_pos, n_heads, ops.CPU_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
+            qkv_proj(x), cache, start_pos, n_heads, ops.CPU_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
             softcap=2.0,
         )
         x = norm(y, residual=x)
@@ -128,11 +127,11 @@ def test_every_argument_is_captured(format):
 def test_capture_computes_nothing_and_results_are_overwritten():
     model = make_model(Unquantized(), torch.float32)
     kv_cache = KVCache(model, 1, 8)
-    tables, calls = model.build_position_tables(kv_cache), []
+    calls = []
 
     def step(tokens, start_pos):
         calls.append(1)
-        return model(tokens, start_pos, kv_cache, tables)
+        return model(tokens, start_pos, kv_cache)
 
     captured, position = capture(step), torch.zeros(1, dtype=torch.long)
     first = captured(torch.tensor([[5]]), position)
@@ -182,17 +181,16 @@ def test_other_operations_raise(operation):
     """An operation that an OpList cannot hold raises, and the next capture works."""
     model = make_model(Unquantized(), torch.float32)
     kv_cache, token, position = KVCache(model, 1, 8), torch.tensor([[5]]), torch.zeros(1, dtype=torch.long)
-    tables = model.build_position_tables(kv_cache)
 
     def step(tokens, start_pos):
-        logits = model(tokens, start_pos, kv_cache, tables)
+        logits = model(tokens, start_pos, kv_cache)
         return torch.softmax(logits, -1) if operation is torch.softmax else operation(logits)
 
     with pytest.raises(RuntimeError, match="is no operation of ops/"):
         capture(step)(token, position)
     with torch.inference_mode():
-        captured = capture(lambda *inputs: model(*inputs, kv_cache, tables)[:, -1].view(-1))  # views may
-        assert torch.equal(captured(token, position), model(token, position, kv_cache, tables).flatten())
+        captured = capture(lambda *inputs: model(*inputs, kv_cache)[:, -1].view(-1))  # views may
+        assert torch.equal(captured(token, position), model(token, position, kv_cache).flatten())
 
 
 @built
@@ -259,8 +257,7 @@ def test_a_step_with_an_activation_without_a_kernel_is_not_captured():
 def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
     model = make_model(Unquantized(), torch.float32)
     kv_cache = KVCache(model, 1, 4)
-    tables = model.build_position_tables(kv_cache)
-    captured = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache, tables))
+    captured = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
     captured(torch.tensor([[5]]), torch.tensor([3]))
     for token, position, said in [(5, 4, "no room"), (5, -1, "no room"), (97, 0, "vocabulary"), (-1, 0, "vocabulary")]:
         before = kv_cache.layers[0].k.clone()

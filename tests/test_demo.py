@@ -15,7 +15,6 @@ from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from loading import load_model
 from model import KVCache
-from tests.tiny import forward
 from text.tokenizer import load_tokenizer
 from utils.files import ROOT
 
@@ -48,7 +47,7 @@ def test_real_weights_equal_transformers(demo, tmp_path, monkeypatch):
     assert ids == hf.AutoTokenizer.from_pretrained(FOLDER, gguf_file=GGUF)(TEXT)["input_ids"]
     tokens, kv_cache = torch.tensor([ids]), KVCache(ours, 1, len(ids) + 30)
     with torch.inference_mode():
-        logits = forward(ours, tokens, torch.tensor([0]), kv_cache)
+        logits = ours(tokens, torch.tensor([0]), kv_cache)
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-3, rtol=1e-3)
     new = [i for (i,) in generate(ModelRunner(ours, kv_cache, SamplingParams()), tokens, 0, 30)]
     expected = theirs.generate(tokens, max_new_tokens=30, do_sample=False, eos_token_id=-1)

@@ -104,7 +104,7 @@ def given(tree) -> dict:
     return {
         "LLM": LLM, "Path": Path, "json": json, "torch": torch, "KVCache": KVCache, "SamplingParams": SamplingParams,
         "model": model, "tokenizer": tokenizer, "kv_cache": kv_cache, "runner": runner, "device": model.device,
-        "position_tables": runner.position_tables, "params": SamplingParams(), "logits": torch.randn(1, 320),
+        "params": SamplingParams(), "logits": torch.randn(1, 320),
         "prompt": prompt, "tokens": prompt[:, :1], "start_pos": torch.tensor([0]), "prompt_ids": ids, "token_ids": ids,
         "ids": ids, "token": ids[0], "sequences": [], "text": "Once upon a time. " * 9, "template": "{{ eos_token }}",
         "messages": [{"role": "user", "content": "Hello"}],

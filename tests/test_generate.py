@@ -15,7 +15,7 @@ from engine.runner import ModelRunner, choose_mode
 from engine.sampling_params import SamplingParams
 from kernels import build
 from model import KVCache
-from tests.tiny import FAMILIES, forward
+from tests.tiny import FAMILIES
 
 SOME = ["llama3", "mistral-window", "mixtral"]  # dense, with a window, of experts
 GREEDY = SamplingParams()
@@ -60,7 +60,7 @@ def test_rescoring_gives_the_same_log_probabilities(family, both_models, monkeyp
     new = new_tokens(fresh_runner(ours, 3, 64, SamplingParams(temperature=1.0)), prompt, 30)
     assert torch.unique(new).numel() > 20  # tokens are drawn, and differ
     with torch.inference_mode():
-        rescored = forward(ours, torch.cat([prompt, new], 1), torch.zeros(3, dtype=torch.long), KVCache(ours, 3, 60))
+        rescored = ours(torch.cat([prompt, new], 1), torch.zeros(3, dtype=torch.long), KVCache(ours, 3, 60))
     seen, rescored = torch.stack(seen, 1), rescored[:, 29:-1]
     seen, rescored = (x.log_softmax(-1).gather(-1, new[..., None]) for x in (seen, rescored))
     torch.testing.assert_close(seen, rescored, atol=1e-4, rtol=1e-4)
@@ -140,6 +140,17 @@ def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one(n, mon
     for i in range(1, n):
         expected += [f"queue {i}", f"record {i}", f"wait {i - 1}"]
     assert calls == [*expected, f"wait {n - 1}"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_random_numbers_are_those_of_single_draws(batch_size, both_models):
+    """draw_uniform draws the numbers of all steps at once. They are those that as many draws of one number give, which
+    is how a Scheduler draws."""
+    runner = fresh_runner(both_models("llama3")[1], batch_size, 8, SamplingParams(1.0))
+    drawn = list(runner.draw_uniform(300, batch_size, torch.Generator().manual_seed(5)))
+    generator = torch.Generator().manual_seed(5)
+    singles = [torch.rand(1, dtype=torch.float64, generator=generator) for _ in range(300 * batch_size)]
+    assert torch.equal(torch.stack(drawn), torch.cat(singles).view(300, batch_size, 1))
 
 
 def test_modes_of_a_step():
@@ -248,12 +259,11 @@ def test_kernels_compile(family, both_models):
     # One family goes all the way to machine code. All other families show that calls are captured without a break.
     step = torch.compile(ours, fullgraph=True, backend="inductor" if family == "qwen3" else "aot_eager")
     kv_cache, compiled_cache = KVCache(ours, 1, 20), KVCache(ours, 1, 20)
-    tables = ours.build_position_tables(kv_cache)
     for i in range(4):
         token, position = torch.tensor([[i + 5]]), torch.tensor([i])
         with torch.inference_mode():
-            expected = forward(ours, token, position, kv_cache)
-            torch.testing.assert_close(step(token, position, compiled_cache, tables), expected)
+            expected = ours(token, position, kv_cache)
+            torch.testing.assert_close(step(token, position, compiled_cache), expected)
 
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])

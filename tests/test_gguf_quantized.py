@@ -31,7 +31,7 @@ from converters.write_model import StackedTensor
 from formats import MXFP4, GroupedInt8, Unquantized
 from loading import load_model
 from model import KVCache
-from tests.tiny import forward, make_hf
+from tests.tiny import make_hf
 from tests.tiny_gguf import make_llama, random_blocks, write_gguf
 from utils.errors import UsageError
 
@@ -276,7 +276,7 @@ def test_files(name, tmp_path, capsys):
     tokens, start = torch.arange(3, 40)[None], torch.zeros(1, dtype=torch.long)
     with torch.inference_mode():
         on_kernels = load_model(path, dtype=torch.float32)
-        logits = [forward(model, tokens, start, KVCache(model, 1, 40)) for model in (ours, on_kernels, dense)]
+        logits = [model(tokens, start, KVCache(model, 1, 40)) for model in (ours, on_kernels, dense)]
     assert (logits[0] - logits[2]).norm() <= 1e-5 * logits[2].norm()  # both in float32
     torch.testing.assert_close(logits[0], logits[1], atol=1e-3, rtol=1e-3)
 

@@ -9,7 +9,7 @@ from formats import Int4
 from layers import Linear
 from model import KVCache
 from tests.test_quantize import random_matrix, rounded, shapes_of
-from tests.tiny import forward, make_hf, to_ours
+from tests.tiny import make_hf, to_ours
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -57,7 +57,7 @@ def test_calibration_runs_the_model():
     for layer in model.layers:
         layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
     with torch.inference_mode():
-        forward(model, windows, torch.zeros(1, dtype=torch.long), KVCache(model, 1, 24))
+        model(windows, torch.zeros(1, dtype=torch.long), KVCache(model, 1, 24))
     expected, outputs[:] = list(outputs), []
     config = gptq.GPTQConfig(32, damp=0.1, block_size=16, act_order=True)
     assert len(list(gptq.quantize_model(model, windows, torch.device("cpu"), config))) == 4 * len(model.layers) + 1

@@ -18,7 +18,7 @@ from engine.sampling_params import SamplingParams
 from loading import load_model
 from model import KVCache
 from rope import alibi_slopes
-from tests.tiny import call_main, convert, forward, make_hf
+from tests.tiny import call_main, convert, make_hf
 from utils.errors import UsageError
 
 DIM, N_LAYERS, H, G, D, FFN, V, E = 32, 2, 4, 2, 8, 48, 97, 4
@@ -178,7 +178,7 @@ def logits_in_parts(model, tokens: torch.Tensor) -> torch.Tensor:
     kv_cache, logits, starts = KVCache(model, 2, 20), torch.empty(2, 20, model.config.vocab_size), [0, 0]
     for n in (11, 1, 8):
         rows = torch.stack([row[start : start + n] for row, start in zip(tokens, starts, strict=True)])
-        for b, part in enumerate(forward(model, rows, torch.tensor(starts), kv_cache)):
+        for b, part in enumerate(model(rows, torch.tensor(starts), kv_cache)):
             logits[b, starts[b] : starts[b] + n] = part
         starts = [11, 5] if n == 11 else [start + n for start in starts]
     return torch.cat([logits[0], logits[1, :14]])

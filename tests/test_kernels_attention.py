@@ -7,7 +7,7 @@ import torch
 
 import ops
 from config import ModelConfig
-from kernels.arguments import LayerCache, PositionTables
+from kernels.arguments import LayerCache
 from model import DTYPES
 from ops import attention
 from rope import alibi_slopes, rope_table
@@ -24,27 +24,27 @@ pytestmark = pytest.mark.usefixtures("threads")
 ANY_TOKENS = ops.CPU_BACKEND.with_limits(attend=math.inf)  # kernels for prompts, too, where PyTorch may be faster
 
 
-def check_attention(starts, n_tokens, n_heads, cache: LayerCache, tables, window, norms, **options):
+def check_attention(starts, n_tokens, n_heads, cache: LayerCache, window, norms, **options):
     """Checks attention of n_tokens new tokens in each sequence, at the positions starts. The cache holds NaN where
     nothing has been written yet. Only the new tokens' keys and values in the cache may change."""
     (_, n_kv_heads, _, d), dtype = cache.k.shape, cache.k.dtype
     start_pos = torch.tensor(starts)
     qkv = torch.randn(len(starts), n_tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-    before = LayerCache(cache.k.clone(), cache.v.clone())
-    ours = attend(qkv, cache, tables, start_pos, n_heads, ANY_TOKENS, window, *norms, **options)
-    exact = exact_attention(qkv, before, tables, start_pos, n_heads, window, norms, factor=dtype, **options)
+    before = cache._replace(k=cache.k.clone(), v=cache.v.clone())
+    ours = attend(qkv, cache, start_pos, n_heads, ANY_TOKENS, window, *norms, **options)
+    exact = exact_attention(qkv, before, start_pos, n_heads, window, norms, factor=dtype, **options)
     bounds.check(ours, *exact)
-    k, v, k_error = exact_cache(qkv, before, tables.cos_sin, start_pos, n_heads, norms)
+    k, v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
     bounds.check(cache.k.nan_to_num(9), k.nan_to_num(9), k_error)
     assert torch.equal(cache.v.nan_to_num(9), v.nan_to_num(9))
 
 
-def make_cache(starts, n_kv_heads, length, d, dtype) -> LayerCache:
+def make_cache(starts, n_kv_heads, length, d, dtype, cos_sin, slopes=None) -> LayerCache:
     """Makes a cache. starts: how many tokens each sequence has."""
     k, v = torch.randn(2, len(starts), n_kv_heads, length, d).to(dtype).unbind()
     for b, start in enumerate(starts):
         k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
-    return LayerCache(k, v)
+    return LayerCache(k, v, cos_sin, slopes)
 
 
 @built
@@ -55,12 +55,12 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
     """Sequences have different positions, in a cache that holds NaN where nothing has been written yet."""
     torch.manual_seed(0)
     config = ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024)
-    tables = PositionTables(rope_table(config, 640))
+    cos_sin = rope_table(config, 640)
     for qk_norm in (False, True):
         norms = [make_norm(d, dtype) if qk_norm else None for _ in "qk"]
         for tokens, starts in [(1, [0]), (1, [600]), (1, [255, 3, 639]), (4, [3, 510]), (8, [509]), (8, [0])]:
-            cache = make_cache(starts, n_kv_heads, 640, d, dtype)
-            check_attention(starts, tokens, n_heads, cache, tables, window, norms)
+            cache = make_cache(starts, n_kv_heads, 640, d, dtype, cos_sin)
+            check_attention(starts, tokens, n_heads, cache, window, norms)
 
 
 @built
@@ -69,12 +69,12 @@ def test_attention(n_heads, n_kv_heads, d, window, dtype):
 def test_attention_of_many_tokens(n_heads, n_kv_heads, d, dtype):
     """Attention of more tokens, in one sequence or in many, with longer splits than few tokens have."""
     torch.manual_seed(0)
-    tables = PositionTables(rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 4096), 1410))
+    cos_sin = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 4096), 1410)
     for window, tokens, starts in [
         (0, 9, [510]), (0, 64, [0]), (0, 33, [1340]), (300, 7, [0, 1390, 3, 600]), (0, 1, list(range(0, 1020, 60))),
     ]:
-        cache = make_cache(starts, n_kv_heads, max(starts) + tokens + 8, d, dtype)
-        check_attention(starts, tokens, n_heads, cache, tables, window, norms=(None, None))
+        cache = make_cache(starts, n_kv_heads, max(starts) + tokens + 8, d, dtype, cos_sin)
+        check_attention(starts, tokens, n_heads, cache, window, norms=(None, None))
 
 
 @built
@@ -96,8 +96,8 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
         (300, {"sinks": sinks, "scale": 0.3, "softcap": 5.0}, slopes),
     ]:
         for tokens, starts in [(1, [0]), (1, [255, 3, 639]), (4, [3, 510])]:
-            cache = make_cache(starts, n_kv_heads, 640, d, dtype)
-            check_attention(starts, tokens, n_heads, cache, PositionTables(cos_sin, alibi), window, norms, **options)
+            cache = make_cache(starts, n_kv_heads, 640, d, dtype, cos_sin, alibi)
+            check_attention(starts, tokens, n_heads, cache, window, norms, **options)
 
 
 @built
@@ -108,18 +108,19 @@ def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, m
     """The kernel rope_and_cache and PyTorch's attention together, for more tokens than a step has."""
     torch.manual_seed(0)
     monkeypatch.setattr(attention, "EAGER_QUERIES", 30)
-    tables = PositionTables(rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180))
+    cos_sin = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180)
     widths = {"no norm": None, "norm of heads": (d, d), "norm of all heads": (n_heads * d, n_kv_heads * d)}[norm]
     norms = [None, None] if widths is None else [make_norm(width, dtype) for width in widths]
     for window, options in [(0, {}), (20, {}), (20, {"sinks": torch.randn(n_heads).to(dtype)})]:
         for starts in ([0, 0], [5, 110]):
             k, v = torch.randn(2, 2, n_kv_heads, 180, d).to(dtype).unbind()
-            before, start_pos = LayerCache(k.clone(), v.clone()), torch.tensor(starts)
+            cache, start_pos = LayerCache(k, v, cos_sin), torch.tensor(starts)
+            before = cache._replace(k=k.clone(), v=v.clone())
             qkv = torch.randn(2, 70, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-            ours = attend(qkv, LayerCache(k, v), tables, start_pos, n_heads, ops.CPU_BACKEND, window, *norms, **options)
-            y, bound = exact_attention(qkv, before, tables, start_pos, n_heads, window, norms, factor=dtype, **options)
+            ours = attend(qkv, cache, start_pos, n_heads, ops.CPU_BACKEND, window, *norms, **options)
+            y, bound = exact_attention(qkv, before, start_pos, n_heads, window, norms, factor=dtype, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # PyTorch rounds weights too
-            exact_k, exact_v, k_error = exact_cache(qkv, before, tables.cos_sin, start_pos, n_heads, norms)
+            exact_k, exact_v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
             bounds.check(k, exact_k, k_error)
             assert torch.equal(v, exact_v)
 
@@ -139,21 +140,21 @@ def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype):
         (65, [0], 0, None, {}), (200, [131], 0, None, {}), (33, [0, 367], 0, None, {}), (130, [7], 1, None, {}),
         (90, [200, 0, 3], 70, None, {}), (150, [0], 0, slopes, {}), (66, [64], 5, slopes, everything),
     ]:
-        cache = make_cache(starts, n_kv_heads, 400, d, dtype)
-        check_attention(starts, tokens, n_heads, cache, PositionTables(cos_sin, alibi), window, norms, **options)
+        cache = make_cache(starts, n_kv_heads, 400, d, dtype, cos_sin, alibi)
+        check_attention(starts, tokens, n_heads, cache, window, norms, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_reference(dtype):
     """PyTorch's attention against the same exact result, also for more tokens than the kernels take."""
     torch.manual_seed(0)
-    tables = PositionTables(rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64))
+    cos_sin = rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64)
     for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 0), (20, [0, 0], 6), (20, [44, 3], 9), (64, [0], 100)]:
         start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16).to(dtype)
         k, v = torch.randn(2, len(starts), 2, 64, 16).to(dtype).unbind()
-        cache = LayerCache(k, v)
-        y, bound = exact_attention(qkv, cache, tables, start_pos, 6, window, (None, None), factor=dtype)
-        ours = attend(qkv, cache, tables, start_pos, 6, ops.TORCH_BACKEND, window)
+        cache = LayerCache(k, v, cos_sin)
+        y, bound = exact_attention(qkv, cache, start_pos, 6, window, (None, None), factor=dtype)
+        ours = attend(qkv, cache, start_pos, 6, ops.TORCH_BACKEND, window)
         bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # SDPA rounds weights too
 
 
@@ -168,9 +169,9 @@ def test_attention_reference_sinks_scale_softcap():
         for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 6), (64, [0], 100)]:
             start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
-            cache, tables = LayerCache(k, v), PositionTables(cos_sin, alibi)
-            y, bound = exact_attention(qkv, cache, tables, start_pos, 6, window, norms, factor=torch.float32, **options)
-            ours = attend(qkv, cache, tables, start_pos, 6, ops.TORCH_BACKEND, window, *norms, **options)
+            cache = LayerCache(k, v, cos_sin, alibi)
+            y, bound = exact_attention(qkv, cache, start_pos, 6, window, norms, factor=torch.float32, **options)
+            ours = attend(qkv, cache, start_pos, 6, ops.TORCH_BACKEND, window, *norms, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
 
 
@@ -178,24 +179,24 @@ def test_attention_reference_sinks_scale_softcap():
 def test_what_does_not_fit_is_refused():
     """New tokens beyond the cache raise an error, and nothing is written."""
     cos_sin, weight = rope_table(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64), 8), torch.zeros(1, 2, 8, 16)
-    cache, tables = LayerCache(weight, weight.clone()), PositionTables(cos_sin)
+    cache = LayerCache(weight, weight.clone(), cos_sin)
     for rows, tokens, start_pos in [(2, 1, [0]), (1, 1, [8]), (1, 1, [-1]), (1, 2, [7]), (1, 1, [0, 1]), (1, 65, [0])]:
         with pytest.raises(RuntimeError, match="no room"):
-            attend(torch.randn(rows, tokens, 128), cache, tables, torch.tensor(start_pos), 4, ANY_TOKENS)
+            attend(torch.randn(rows, tokens, 128), cache, torch.tensor(start_pos), 4, ANY_TOKENS)
     with pytest.raises(RuntimeError, match="int64"):
-        attend(torch.randn(1, 1, 128), cache, tables, torch.zeros(1, dtype=torch.int32), 4, ops.CPU_BACKEND)
+        attend(torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.int32), 4, ops.CPU_BACKEND)
     with pytest.raises(RuntimeError, match="type"):
-        attend(torch.randn(1, 1, 128).half(), cache, tables, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND)
+        attend(torch.randn(1, 1, 128).half(), cache, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND)
     for norms, sinks, said in [
         ((64, 16), 4, "wide"), ((16, 32), 4, "wide"), ((48, 32), 4, "wide"), ((64, 32), 3, r"\[H\]"),
     ]:
         q_norm, k_norm = (make_norm(width, torch.float32) for width in norms)
         with pytest.raises(RuntimeError, match=said):
             attend(
-                torch.randn(1, 1, 128), cache, tables, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND, 0, q_norm,
+                torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND, 0, q_norm,
                 k_norm, torch.zeros(sinks),
             )
     for slopes in (torch.zeros(3), torch.zeros(4).half()):
         with pytest.raises(RuntimeError, match="slopes"):
-            with_slopes = PositionTables(cos_sin, slopes)
-            attend(torch.randn(1, 1, 128), cache, with_slopes, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND)
+            with_slopes = cache._replace(alibi_slopes=slopes)
+            attend(torch.randn(1, 1, 128), with_slopes, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND)

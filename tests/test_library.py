@@ -110,8 +110,7 @@ def test_llm(chat_model, cli):
 
 
 def test_texts_at_once(chat_model):
-    """Two chats and other texts, in turns, are what they are alone. Then the LLM keeps one KV cache of a PlainLoop,
-    and one of a SlotLoop."""
+    """Two chats and other texts, in turns, are what they are alone. Then the LLM keeps one KV cache."""
     llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
 
     def texts() -> list:
@@ -125,9 +124,8 @@ def test_texts_at_once(chat_model):
     assert ["".join(parts) for parts in zip(*in_turns, strict=True)] == alone
     in_turns = None
     gc.collect()
-    kept = [llm.free_loop.runner.kv_cache, llm.free_scheduler.kv_cache]
     alive = [o for o in gc.get_objects() if type(o) is KVCache and o.token_ids.shape[1] == 160]
-    assert {id(o) for o in alive} == {id(o) for o in kept}
+    assert [id(o) for o in alive] == [id(llm.idle_loop.runner.kv_cache)]
 
 
 WRONG_ARGUMENTS = [
@@ -182,7 +180,7 @@ def test_sampling_options_of_a_call(chat_model):
         assert (text(hot, temperature=0), text(greedy, temperature=5)) == expected
         assert (text(greedy), text(hot)) == expected
     assert text(hot, top_k=1) == expected[0] and text(greedy, temperature=5, top_k=None) != expected[1]
-    assert greedy.free_loop is not None
+    assert greedy.idle_loop is not None
 
     pieces = greedy.generate("Hello", max_new_tokens=20)
     first = next(pieces)
@@ -213,12 +211,31 @@ def test_seeds(chat_model):
     chats = [llm.chat(seed=3) for _ in range(2)]
     first, second = (["".join(chat.answer(message, 12)) for message in ("Hi", "Oh")] for chat in chats)
     assert first == second
+    messages = [{"role": "user", "content": "Hi"}]
+    assert first[0] == "".join(llm.generate(messages, 12, seed=3))
+    messages += [{"role": "assistant", "content": first[0]}, {"role": "user", "content": "Oh"}]
+    assert first[1] == "".join(llm.generate(messages, 12, seed=4))
 
-    def unseeded() -> list:
-        torch.manual_seed(0)
-        return ["".join(llm.generate("Hello", 20)), *llm.generate_many(["Hello"], max_new_tokens=20)]
 
-    assert unseeded() == unseeded()
+def test_without_a_seed(chat_model):
+    """Texts follow torch.manual_seed, also one text in every loop. A greedy text draws no random number."""
+    llm = LLM(chat_model / "model.pth", device="cpu", temperature=2.0)
+
+    def texts() -> list[str]:
+        texts = []
+        for text in (
+            llm.generate("Hello", 20), (text for _, text in llm.generate_many(["Hello"], max_new_tokens=20)),
+            llm.generate("Hello", 20, logits_processor=lambda ids, logits: logits),
+        ):
+            torch.manual_seed(7)
+            texts.append("".join(text))
+        return texts
+
+    assert texts() == ["".join(llm.generate("Hello", 20, seed=7))] * 3
+    torch.manual_seed(5)
+    for generated in (llm.generate("Hello", 20, temperature=0), llm.chat(temperature=0).answer("Hello", 20)):
+        assert len("".join(generated)) > 0
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
 
 
 @pytest.mark.parametrize("result", [

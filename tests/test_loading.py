@@ -13,7 +13,7 @@ from formats import GroupedInt8, Int4, Int8, Unquantized
 from loading import load, load_model
 from model import KVCache
 from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder
-from tests.tiny import call_main, forward, give_input_orders, quantize_embedding
+from tests.tiny import call_main, give_input_orders, quantize_embedding
 from utils.errors import UsageError
 
 
@@ -87,7 +87,7 @@ def test_layers_in_other_formats(folder, tmp_path):
         unquantized.get_submodule(layer).set_tensor("weight", linear.dequantized_weight(torch.float32))
     with torch.inference_mode():
         start, models = torch.zeros(1, dtype=torch.long), (model, plain, unquantized)
-        logits = [forward(model, tokens, start, KVCache(model, 1, 9)) for model in models]
+        logits = [model(tokens, start, KVCache(model, 1, 9)) for model in models]
     assert torch.equal(logits[1], logits[2])
     # The kernels sum in another order. Sums of some 100 products in float32 are off by up to 100 * 2^-24 of their terms
     assert (logits[0] - logits[1]).norm() < 1e-5 * logits[1].norm()
@@ -116,8 +116,8 @@ def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
         assert name == "unquantized" or model.is_tied == is_tied
         with torch.inference_mode():
             cache = KVCache(model, 2, 41)
-            prompt = forward(model, tokens, torch.tensor([0, 0]), cache)
-            logits[name] = prompt, forward(model, tokens[:, :1], torch.tensor([40, 40]), cache)
+            prompt = model(tokens, torch.tensor([0, 0]), cache)
+            logits[name] = prompt, model(tokens[:, :1], torch.tensor([40, 40]), cache)
     assert plain.embed_tokens.format.is_quantized and models["kernels"].has_kernels_for(2, 1)
     for ours, expected in zip(logits["kernels"], logits["unquantized"], strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
@@ -173,8 +173,8 @@ def test_orders_of_inputs(act_order, monkeypatch):
     with torch.inference_mode():
         for name, model in models.items():
             cache = KVCache(model, 2, 62)
-            prompt = forward(model, tokens[:, :60], torch.tensor([0, 0]), cache)
-            logits[name] = torch.cat([prompt, forward(model, tokens[:, 60:62], torch.tensor([60, 60]), cache)], dim=1)
+            prompt = model(tokens[:, :60], torch.tensor([0, 0]), cache)
+            logits[name] = torch.cat([prompt, model(tokens[:, 60:62], torch.tensor([60, 60]), cache)], dim=1)
     assert models["kernels"].has_kernels_for(2, 2)
     for name in ("kernels", "PyTorch", "no compiler"):
         # The kernels sum in another order: see test_layers_in_other_formats

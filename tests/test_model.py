@@ -6,12 +6,13 @@ import torch
 import transformers as hf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from checkpoint import meta_model
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
-from model import KVCache, meta_model, round_to_dtype
+from model import KVCache, round_to_dtype
 from rope import rope_table
-from tests.tiny import FAMILIES, LAYER_TYPES, SIZES, forward
+from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
 from utils.errors import UsageError
 
 
@@ -23,9 +24,9 @@ def test_logits_equal_transformers(family, use_kernels, both_models):
     start, kv_cache = torch.zeros(2, dtype=torch.long), KVCache(ours, 2, 128)
     with torch.inference_mode():
         expected = theirs(tokens).logits
-        whole = forward(ours, tokens, start, KVCache(ours, 2, 128))
+        whole = ours(tokens, start, KVCache(ours, 2, 128))
         ends = [0, 7, 24, 80, *range(81, 121)]  # three chunks, then token by token
-        parts = [forward(ours, tokens[:, a:b], start + a, kv_cache) for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [ours(tokens[:, a:b], start + a, kv_cache) for a, b in zip(ends, ends[1:], strict=False)]
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)
 
@@ -39,15 +40,15 @@ def test_rows_have_positions_of_their_own(family, use_kernels, both_models):
     tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(1))
     together, starts = KVCache(ours, 2, 64), torch.tensor([30, 7])
     with torch.inference_mode():
-        forward(ours, tokens[:, :30], torch.zeros(2, dtype=torch.long), together)
+        ours(tokens[:, :30], torch.zeros(2, dtype=torch.long), together)
         logits = []
         for n in (1, 3, 9, 17):
             rows = torch.stack([tokens[b, start : start + n] for b, start in enumerate(starts.tolist())])
-            logits.append(forward(ours, rows, starts, together))
+            logits.append(ours(rows, starts, together))
             starts = starts + n
         for b, first in enumerate((30, 7)):
             alone = KVCache(ours, 1, 64)
-            expected = forward(ours, tokens[b : b + 1, : first + 30], torch.tensor([0]), alone)[0, first:]
+            expected = ours(tokens[b : b + 1, : first + 30], torch.tensor([0]), alone)[0, first:]
             torch.testing.assert_close(torch.cat(logits, 1)[b], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -78,7 +79,7 @@ def test_prompts_longer_than_every_window(family, use_kernels, both_models):
     with torch.inference_mode():
         expected = theirs(tokens).logits
         for length in (n, 256):
-            logits = forward(ours, tokens, torch.tensor([0]), KVCache(ours, 1, length))
+            logits = ours(tokens, torch.tensor([0]), KVCache(ours, 1, length))
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -97,7 +98,7 @@ def test_rope_that_depends_on_the_length(family, n, both_models):
     with torch.inference_mode():
         kv_cache = KVCache(ours, 1, n)
         chunks = [(0, tokens[:, :9]), (9, tokens[:, 9:])]
-        parts = [forward(ours, chunk, torch.tensor([start]), kv_cache) for start, chunk in chunks]
+        parts = [ours(chunk, torch.tensor([start]), kv_cache) for start, chunk in chunks]
         torch.testing.assert_close(torch.cat(parts, 1), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
 
 

@@ -21,7 +21,7 @@ from loading import load_model
 from model import KVCache
 from scripts.kernel_checks import exact_results
 from scripts.kernel_checks.exact_results import format_label
-from tests.tiny import convert, forward, write_folder
+from tests.tiny import convert, write_folder
 from text.tokenizer import load_tokenizer
 from utils.errors import UsageError
 from utils.files import ROOT
@@ -86,7 +86,7 @@ def shapes_of(tensors: dict) -> dict:
 def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
     """Returns the logits [B, T, V] of tokens [B, T]."""
     start_pos = torch.zeros(len(tokens), dtype=torch.long)
-    return forward(model, tokens, start_pos, KVCache(model, *tokens.shape))
+    return model(tokens, start_pos, KVCache(model, *tokens.shape))
 
 
 @pytest.mark.parametrize("k", [8, 24, 64, 72, 200])
@@ -277,9 +277,9 @@ def test_hessians_are_of_what_each_linear_gets(folder):
         keep("down", lambda args, kwargs: (args[0][0], args[1][0])), with_kwargs=True
     )
     with torch.inference_mode():
-        start_pos, tables = torch.zeros(1, dtype=torch.long), model.build_position_tables(kv_cache)
+        start_pos = torch.zeros(1, dtype=torch.long)
         inputs = [model.embed(tokens)]
-        hessians = gptq.compute_hessians(model, 0, inputs, start_pos, kv_cache.layers[0], tables[0])
+        hessians = gptq.compute_hessians(model, 0, inputs, start_pos, kv_cache.layers[0])
     hidden, topk_ids = seen["down"]  # [T, top_k, F], [T, top_k]
     names = ("attention.qkv_proj", "attention.o_proj", "feed_forward.gate_up_proj", "feed_forward.down_proj")
     assert hessians.keys() == {f"layers.0.{name}" for name in names}

@@ -22,7 +22,7 @@ from formats import MXFP4, Float8, Int4, Int8
 from llm import LLM
 from loading import load
 from model import KVCache, Transformer
-from tests.tiny import forward, make_hf, to_ours
+from tests.tiny import make_hf, to_ours
 from text.tokenizer import StopStringFinder
 from utils.errors import UsageError
 
@@ -298,7 +298,7 @@ def test_logprobs(both_models):
     for prompt, answer in zip(prompts, found, strict=False):
         ids = [*prompt, *(update.new_ids[0] for update in answer)]
         with torch.inference_mode():
-            logits = forward(model, torch.tensor([ids[:-1]]), torch.tensor([0]), KVCache(model, 1, len(ids)))[0]
+            logits = model(torch.tensor([ids[:-1]]), torch.tensor([0]), KVCache(model, 1, len(ids)))[0]
         expected = logits[len(prompt) - 1 :].log_softmax(-1)
         for update, logprobs in zip(answer, expected, strict=True):
             (found_logprobs,), (token,) = update.logprobs, update.new_ids

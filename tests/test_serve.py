@@ -10,7 +10,6 @@ import torch
 from model import KVCache
 from tests.byte_models import VOCAB_SIZE
 from tests.serving import SECONDS, USER, client_of, joined
-from tests.tiny import forward
 
 pytest_plugins = ["tests.serving"]
 
@@ -152,7 +151,7 @@ def score(server, ids: list[int], n_prompt: int) -> torch.Tensor:
     """Returns the log-probabilities [n, V] after each of ids from the end of the prompt on, but not after the last."""
     with torch.inference_mode():
         kv_cache = KVCache(server.model, 1, len(ids))
-        logits = forward(server.model, torch.tensor([ids[:-1]]), torch.tensor([0]), kv_cache)
+        logits = server.model(torch.tensor([ids[:-1]]), torch.tensor([0]), kv_cache)
     return logits[0, n_prompt - 1 :].log_softmax(-1)
 
 

@@ -21,7 +21,7 @@ import ops
 from config import ModelConfig
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.triton_layouts import pack_tiles
-from kernels.arguments import Filters, LayerCache, PositionTables
+from kernels.arguments import Filters, LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
 from layers import LinearBase
@@ -41,7 +41,7 @@ from scripts.kernel_checks.exact_results import (
     make_linear,
     use_triton,
 )
-from tests.tiny import forward, make_hf, to_ours
+from tests.tiny import make_hf, to_ours
 from utils.files import ROOT
 
 U32 = bounds.U[torch.float32]
@@ -263,17 +263,18 @@ def test_sample_of_what_is_not_finite(value):
 def test_attention_stays_in_the_cache():
     """Positions before 0 or beyond the cache are neither read nor written, and all other positions are right."""
     torch.manual_seed(0)
-    tables, G, D = PositionTables(rope_table(ModelConfig(64, 1, 4, 2, 16, 64, 64, 64), 16)), 2, 16
+    cos_sin, G, D = rope_table(ModelConfig(64, 1, 4, 2, 16, 64, 64, 64), 16), 2, 16
     k, v = torch.randn(2, 5, G, 24, D).unbind()
     for cache in (k, v):
         cache[:, :, :4], cache[:, :, 20:] = torch.nan, torch.nan
-    before, inside = LayerCache(k.clone(), v.clone()), slice(4, 20)
+    before, inside = LayerCache(k.clone(), v.clone(), cos_sin), slice(4, 20)
     start_pos, qkv = torch.tensor([15, 18, 1000, -1, -1000]), torch.randn(5, 1, (4 + 2 * G) * D)
-    ours = attend(qkv, LayerCache(k[:, :, inside], v[:, :, inside]), tables, start_pos, 4, ops.TRITON_BACKEND)
+    cache = LayerCache(k[:, :, inside], v[:, :, inside], cos_sin)
+    ours = attend(qkv, cache, start_pos, 4, ops.TRITON_BACKEND)
     assert ours[:3].isfinite().all()
     fits = slice(0, 1)
-    cache = LayerCache(before.k[fits, :, inside], before.v[fits, :, inside])
-    bounds.check(ours[fits], *exact_attention(qkv[fits], cache, tables, start_pos[fits], 4, 0, (None, None)))
+    cache = LayerCache(before.k[fits, :, inside], before.v[fits, :, inside], cos_sin)
+    bounds.check(ours[fits], *exact_attention(qkv[fits], cache, start_pos[fits], 4, 0, (None, None)))
     for after, old in ((k, before.k), (v, before.v)):
         assert not torch.equal(after[0, :, 19], old[0, :, 19])
         after[0, :, 19] = old[0, :, 19]
@@ -296,10 +297,9 @@ def tiny_model(family: str, n_layers: int):
 def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
     """Returns the logits of a prompt's many tokens together, then of two single tokens, then of four together."""
     kv_cache, start, logits = KVCache(model, 1, 200), 0, []
-    tables = model.build_position_tables(kv_cache)
     with torch.inference_mode():
         for tokens in prompt[None].split([len(prompt) - 6, 1, 1, 4], dim=1):
-            logits.append((step or model)(tokens, torch.tensor([start]), kv_cache, tables))
+            logits.append((step or model)(tokens, torch.tensor([start]), kv_cache))
             start += tokens.shape[1]
     return torch.cat(logits, dim=1)
 
@@ -336,14 +336,14 @@ def test_many_sequences(small_gpu):
         w.set_format(Int8())
         for name, tensor in tensors.items():
             w.set_tensor(name, tensor)
-    k_and_v = torch.randn(2, *KVCache(model, 12, 64).layers[0].k.shape)
+    k, v = torch.randn(2, *KVCache(model, 12, 64).layers[0].k.shape)
 
     def step() -> torch.Tensor:
         kv_cache = KVCache(model, 12, 64)
-        for cache, values in zip(kv_cache.layers[0], k_and_v, strict=True):
-            cache.copy_(values)
+        kv_cache.layers[0].k.copy_(k)
+        kv_cache.layers[0].v.copy_(v)
         with torch.inference_mode():
-            return forward(model, torch.arange(3, 15)[:, None], start_pos, kv_cache)
+            return model(torch.arange(3, 15)[:, None], start_pos, kv_cache)
 
     expected = step()
     use_triton(model)

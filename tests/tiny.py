@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers as hf
 
-from checkpoint import read_checkpoint, save_checkpoint
+from checkpoint import meta_model, read_checkpoint, save_checkpoint
 from converters.convert_folder import convert_folder
 from formats import QuantizationConfig
 from loading import load_model
-from model import KVCache, meta_model
+from model import KVCache
 from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
 
@@ -221,16 +221,12 @@ def to_ours(theirs, use_kernels: bool = True):
         return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32, use_kernels)
 
 
-def forward(model, tokens: torch.Tensor, start_pos: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
-    return model(tokens, start_pos, kv_cache, model.build_position_tables(kv_cache))
-
-
 def same_logits(path: Path, theirs, atol: float = 1e-4, use_kernels: bool = True):
     """Checks that the model in path, in float32, gives transformers' logits."""
     ours = load_model(path, torch.device("cpu"), torch.float32, use_kernels)
     tokens = torch.randint(0, theirs.config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        logits = forward(ours, tokens, torch.tensor([0]), KVCache(ours, 1, 24))
+        logits = ours(tokens, torch.tensor([0]), KVCache(ours, 1, 24))
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=atol, rtol=1e-4)
 
 

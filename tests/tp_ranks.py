@@ -25,13 +25,13 @@ import formats  # noqa: E402
 import generate  # noqa: E402
 import loading  # noqa: E402
 import tp  # noqa: E402
-from checkpoint import read_checkpoint, with_tied_head  # noqa: E402
+from checkpoint import meta_model, read_checkpoint, with_tied_head  # noqa: E402
 from cli.ranks import process_group  # noqa: E402
 from engine import generation  # noqa: E402
 from engine.runner import ModelRunner  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
 from formats import QuantizationConfig  # noqa: E402
-from model import KVCache, Transformer, meta_model  # noqa: E402
+from model import KVCache, Transformer  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)
 CASES = {
@@ -164,7 +164,7 @@ def load(path: Path, dtype: torch.dtype, use_kernels: bool = True, sharded: bool
 
 def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
     start_pos, kv_cache = torch.zeros(len(tokens), dtype=torch.long), KVCache(model, *tokens.shape)
-    return model(tokens, start_pos, kv_cache, model.build_position_tables(kv_cache))
+    return model(tokens, start_pos, kv_cache)
 
 
 def tokens_of(model: Transformer, prompt: Tensor, params=SamplingParams(), compile=False) -> list[list[int]]:  # noqa: B008
@@ -195,9 +195,8 @@ def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor, of_ranks:
 def decoded_logits(model: Transformer, tokens: Tensor) -> Tensor:
     """Returns the logits of tokens [B, T], decoded one by one."""
     kv_cache, logits = KVCache(model, *tokens.shape), []
-    tables = model.build_position_tables(kv_cache)
     for i, token in enumerate(tokens.split(1, dim=1)):
-        logits.append(model(token, torch.full((len(tokens),), i), kv_cache, tables))
+        logits.append(model(token, torch.full((len(tokens),), i), kv_cache))
     return torch.cat(logits, dim=1)
 
 

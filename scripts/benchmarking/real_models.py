@@ -20,11 +20,10 @@ from statistics import median
 
 import torch
 
-from checkpoint import read_checkpoint, with_tied_head
+from checkpoint import meta_model, read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.checkpoint_path import ensure_converted
-from model import meta_model
 from quantize import GROUP_SIZE_MODES, QUANTIZERS
 from scripts import tables
 from utils.errors import UsageError

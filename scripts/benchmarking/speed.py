@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from checkpoint import read_checkpoint, save_checkpoint
+from checkpoint import meta_model, read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.hf_config import config_from_hf
 from engine.generation import generate
@@ -30,7 +30,7 @@ from engine.sequence import Sequence
 from engine.step_bytes import active_weight_bytes, step_bytes
 from formats import Unquantized, WeightFormat
 from layers import Embedding, Linear, LinearBase, RMSNorm
-from model import KVCache, Transformer, meta_model
+from model import KVCache, Transformer
 from utils.errors import UsageError
 from utils.files import read_json
 from utils.machine import cpu_name, peak_memory, read_bandwidth, synchronize

@@ -14,11 +14,11 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 import ops
+from checkpoint import meta_model
 from config import ModelConfig, is_gated
 from formats import WeightFormat
 from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_info, table_key
 from layers import Linear, RMSNorm
-from model import meta_model
 from scripts.benchmarking.speed import fill_randomly, random_linear
 from utils.files import replace_file
 

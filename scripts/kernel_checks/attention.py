@@ -5,7 +5,7 @@ from torch import Tensor
 
 import ops
 from config import ModelConfig
-from kernels.arguments import LayerCache, PositionTables
+from kernels.arguments import LayerCache
 from rope import alibi_slopes, rope_table
 from scripts.kernel_checks.exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
 
@@ -27,13 +27,13 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
         k, v = torch.randn(2, n_sequences, n_kv_heads, full_length, head_dim).to(dtype).unbind()
         for b, start in enumerate(starts):
             k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
-        tables, before = PositionTables(cos_sin, slopes), LayerCache(k.clone(), v.clone())
-        view = LayerCache(k[:, :, :length], v[:, :, :length])
-        ours = attend(qkv, view, tables, start_pos, n_heads, ops.TRITON_BACKEND, window, *norms, **arguments)
+        before = LayerCache(k.clone(), v.clone(), cos_sin, slopes)
+        view = before._replace(k=k[:, :, :length], v=v[:, :, :length])
+        ours = attend(qkv, view, start_pos, n_heads, ops.TRITON_BACKEND, window, *norms, **arguments)
         case = f"{heads}, window {window}, {n_tokens} tokens from {starts} on, options {options}"
-        y, error = exact_attention(qkv, before, tables, start_pos, n_heads, window, norms, **arguments)
+        y, error = exact_attention(qkv, before, start_pos, n_heads, window, norms, **arguments)
         yield Comparison("attend", case, ours, y, error)
-        exact_k, exact_v, k_error = exact_cache(qkv, before, cos_sin, start_pos, n_heads, norms)
+        exact_k, exact_v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
         yield Comparison("attend", f"{case}: keys", k.nan_to_num(9), exact_k.nan_to_num(9), k_error)
         yield Comparison("attend", f"{case}: values", v.nan_to_num(9), exact_v.nan_to_num(9), torch.zeros(()))
 

@@ -19,7 +19,7 @@ import formats
 import ops
 from formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
 from formats.integers import GroupwiseAffine
-from kernels.arguments import AttentionParams, LayerCache, PositionTables
+from kernels.arguments import AttentionParams, LayerCache
 from layers import Linear, LinearBase, RMSNorm
 from ops.attention import apply_rope, norm_heads
 from ops.backend import Backend
@@ -110,15 +110,15 @@ def make_norm(dim: int, dtype: torch.dtype) -> RMSNorm:
 
 
 def attend(
-    qkv, cache: LayerCache, tables: PositionTables, start_pos, n_heads: int, backend: Backend, window: int = 0,
-    q_norm=None, k_norm=None, sinks=None, scale: float | None = None, **options,
+    qkv, cache: LayerCache, start_pos, n_heads: int, backend: Backend, window: int = 0, q_norm=None,
+    k_norm=None, sinks=None, scale: float | None = None, **options,
 ):
     """Makes AttentionParams of the norms and options, and calls ops.attend."""
     scale = scale or cache.k.shape[-1] ** -0.5
     if q_norm is not None:
         options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "eps": q_norm.eps}
     params = AttentionParams(n_heads, scale, window, sinks=sinks, **options)
-    return ops.attend(qkv, params, cache, tables, start_pos, backend)
+    return ops.attend(qkv, params, cache, start_pos, backend)
 
 
 # ---- Exact data -----------------------------------------------------------------------------------------------------
@@ -231,8 +231,7 @@ def pytorch_error(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tens
 
 
 def attention_factors(
-    qkv: torch.Tensor, cache: LayerCache, cos_sin: torch.Tensor, start_pos: torch.Tensor, n_heads: int, norms,
-    factor: torch.dtype,
+    qkv: torch.Tensor, cache: LayerCache, start_pos: torch.Tensor, n_heads: int, norms, factor: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the tensors that the kernel multiplies, in float64: q [B, T, G, H / G, D], and k and v [B, G, S, D] with
     the new tokens. q and k are normed, rotated, and rounded to the type factor."""
@@ -241,7 +240,7 @@ def attention_factors(
     q, k, v = qkv.float().view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, H or G, D]
     if norms[0] is not None:
         q, k = (norm_heads(t, norm.weight, norm.eps) for t, norm in zip((q, k), norms, strict=True))
-    q, k = (apply_rope(t, cos_sin[positions]).to(factor) for t in (q, k))
+    q, k = (apply_rope(t, cache.cos_sin[positions]).to(factor) for t in (q, k))
     k_all, v_all = cache.k.double().nan_to_num(), cache.v.double().nan_to_num()  # NaN where nothing is written yet
     sequences = torch.arange(B)[:, None]
     k_all[sequences, :, positions], v_all[sequences, :, positions] = k.double(), v.double()
@@ -249,15 +248,15 @@ def attention_factors(
 
 
 def exact_attention(
-    qkv, cache: LayerCache, tables: PositionTables, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None,
-    softcap=0.0, factor: torch.dtype | None = None,
+    qkv, cache: LayerCache, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0,
+    factor: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the output of attention in float64, and the error of a kernel. cache: as before the call of the kernel.
     factor: the type in which the kernel multiplies (None: the Triton kernels' type)."""
     (_, T, _), (_, G, S, D), factor = qkv.shape, cache.k.shape, factor or factor_dtype(qkv.dtype)
     scale = D**-0.5 if scale is None else scale
     positions = start_pos[:, None] + torch.arange(T)
-    q, k_all, v_all = attention_factors(qkv, cache, tables.cos_sin, start_pos, n_heads, norms, factor)
+    q, k_all, v_all = attention_factors(qkv, cache, start_pos, n_heads, norms, factor)
     keys = torch.arange(S)
     sees = keys <= positions[..., None]
     if window:
@@ -266,9 +265,9 @@ def exact_attention(
     if softcap:
         scores = apply_softcap(scores, softcap)
     farthest = 0
-    if tables.alibi_slopes is not None:
+    if cache.alibi_slopes is not None:
         distances = (positions[..., None] - keys).where(sees, 0)  # [B, T, S]
-        bias = tables.alibi_slopes.double().view(G, -1, 1) * distances[:, :, None, None]
+        bias = cache.alibi_slopes.double().view(G, -1, 1) * distances[:, :, None, None]
         scores, farthest = scores - bias, bias.max()
     scores = scores.masked_fill(~sees[:, :, None, None], -torch.inf)
     if sinks is not None:
@@ -290,7 +289,7 @@ def exact_attention(
 
 
 def exact_cache(
-    qkv, before: LayerCache, cos_sin: torch.Tensor, start_pos, n_heads: int, norms
+    qkv, before: LayerCache, start_pos, n_heads: int, norms
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the keys and values in the cache after the step, and the error of the keys. The error of new keys comes
     from the norm, from rounding and from a flip. Old keys and all values are exact."""
@@ -299,7 +298,7 @@ def exact_cache(
     _, new_k, new_v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, G, D]
     if norms[1] is not None:
         new_k = norm_heads(new_k, norms[1].weight, norms[1].eps)
-    new_k = apply_rope(new_k, cos_sin[new[2]])
+    new_k = apply_rope(new_k, before.cos_sin[new[2]])
     k, v, k_error = before.k.clone(), before.v.clone(), torch.zeros(before.k.shape, dtype=torch.float64)
     k[new], v[new] = new_k, new_v
     relative = (G * D + 8) * U32 + 4 * bounds.U[qkv.dtype]
