@@ -55,9 +55,7 @@ class Backend:
     operations without an entry.
     max_new_tokens, max_queries: further limits of the operation attend: the new tokens of a sequence; new tokens times
     query heads of a key/value head.
-    filters: the fields of kernels/arguments.py: Filters that the kernel of sample takes.
-    takes_uniform: whether this kernel draws by a uniform random number for each sequence, and takes a temperature for
-    each sequence. Otherwise the kernel draws by exponential noise for each logit."""
+    filters: the fields of kernels/arguments.py: Filters that the kernel of sample takes."""
 
     name: str
     namespace: str | None = None
@@ -65,7 +63,6 @@ class Backend:
     max_new_tokens: float = math.inf
     max_queries: float = math.inf
     filters: frozenset[str] = frozenset()
-    takes_uniform: bool = False
 
     def kernel(
         self, name: str, n_tokens: int, n_new_tokens: int = 1, heads_per_kv_head: int = 1
@@ -94,11 +91,9 @@ class Backend:
         has_kernels = n_tokens <= min(self.max_tokens.values(), default=0)
         return has_kernels and self.kernel("attend", n_tokens, n_new_tokens, heads_per_kv_head) is not None
 
-    def supports_sampling(self, filters: Filters, has_uniform: bool = False) -> bool:
-        """Whether there is a kernel of sample that takes these filters, and random numbers if has_uniform."""
-        if self.namespace is None or (has_uniform and not self.takes_uniform):
-            return False
-        return self.filters >= filters.active()
+    def supports_sampling(self, filters: Filters) -> bool:
+        """Whether there is a kernel of sample that takes these filters."""
+        return self.namespace is not None and self.filters >= filters.active()
 
     def with_limits(self, **max_tokens: float) -> "Backend":
         """This backend with other limits, by operation."""
@@ -113,7 +108,6 @@ CPU_BACKEND = Backend(
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *MATMULS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
     filters=frozenset(["top_k", "top_p", "min_p"]),
-    takes_uniform=True,
 )
 TRITON_BACKEND = Backend(
     "triton",

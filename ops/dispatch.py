@@ -216,20 +216,17 @@ def sample(
     """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
     likeliest one. The id is -1 for a sequence with a logit that is not finite.
 
-    uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
-    temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature; only with uniform."""
-    if not backend.supports_sampling(filters, uniform is not None):
+    uniform: random numbers float64 [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
+    temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature, which must not be 0."""
+    if not backend.supports_sampling(filters):
         return torch_ops.sample(logits, temperature, filters, uniform, temperatures)
-    logits, exponential = contiguous(logits), None
     if temperature == 0:
         uniform = None
-    elif not backend.takes_uniform:
-        exponential = torch.empty_like(logits, dtype=torch.float64).exponential_()
     elif uniform is None:
         uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
     return backend.required_kernel("sample")(
-        logits, temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
-        top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform), exponential=exponential,
+        contiguous(logits), temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
+        top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform),
     )
 
 

@@ -349,14 +349,9 @@ def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
     token of probability 0 is never drawn.
 
     uniform: the random numbers [B, 1], in [0, 1); None: PyTorch's generator makes them."""
-    if probs.is_cuda and uniform is None:
-        # An exponential race, like the Gumbel-max trick: with E[i] drawn from Exp(1), the argmax of p[i] / E[i] is i
-        # with probability p[i]. On a GPU an elementwise kernel and an argmax are faster than a cumulative sum.
-        exponential = torch.empty_like(probs, dtype=torch.float64).exponential_()
-        return (probs / exponential).argmax(-1)
     # Inverse transform sampling: take the first token whose cumulative probability exceeds the random number. Not every
     # accelerator has float64.
-    dtype = torch.float64 if probs.device.type == "cpu" else torch.float32
+    dtype = torch.float64 if probs.device.type in ("cpu", "cuda") else torch.float32
     cumulative = probs.cumsum(-1, dtype=dtype)
     if uniform is None:
         uniform = torch.rand(len(probs), 1, dtype=dtype, device=probs.device)

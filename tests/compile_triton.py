@@ -54,7 +54,7 @@ PREFETCHED_FORMATS = [Unquantized(), Int4(64)]  # not tiled, and tiled
 MANY_TOKENS = [(16, Unquantized()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
 OTHERS = Counter(fused_linear_kernel=3, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=1)
-OTHERS.update(attend_kernel=2, sample_kernel=3, top_p_min_p_kernel=1, permute_inputs_kernel=1)
+OTHERS.update(attend_kernel=2, sample_kernel=4, top_p_min_p_kernel=2, permute_inputs_kernel=1)
 ALL_OTHERS = OTHERS + Counter(fused_linear_kernel=8, moe_combine_kernel=2)
 
 
@@ -200,7 +200,8 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
         down(hidden, topk_ids, topk_weights)
     for temperature in (0, 1):
         ops.sample(torch.randn(1, 5000), temperature, Filters(), ops.TRITON_BACKEND)
-    ops.sample(torch.randn(1, 5000), 1, Filters(top_p=0.9), ops.TRITON_BACKEND)
+    for temperatures in (None, torch.ones(1, 1)):
+        ops.sample(torch.randn(1, 5000), 1, Filters(top_p=0.9), ops.TRITON_BACKEND, temperatures=temperatures)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
     cache, tables = LayerCache(k, v), PositionTables(torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)

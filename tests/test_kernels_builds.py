@@ -73,7 +73,7 @@ def test_functions_take_the_arguments_of_the_schemas():
     changes = [
         ("double softcap, double clip", "double clip, double softcap"),
         ("int64_t k, ScalarType dtype", "double k, ScalarType dtype"),
-        ("OptTensor uniform, OptTensor exponential)", "OptTensor uniform)"),
+        ("double min_p,\n              OptTensor uniform)", "double min_p)"),
     ]
     for change in changes:
         assert change[0] in ops_cpp

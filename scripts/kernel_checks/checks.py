@@ -18,7 +18,6 @@ from torch import Tensor
 import ops
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, Int4, Int8, Unquantized, WeightFormat
-from kernels.arguments import Filters
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
 from ops import torch_ops
 from ops.dispatch import FUSED_GLU_MULTIPLE
@@ -40,7 +39,6 @@ from scripts.kernel_checks.exact_results import (
     factor_dtype,
     format_label,
     integers,
-    kept_tokens,
     make_linear,
     make_norm,
     matrix_and_bias,
@@ -51,6 +49,7 @@ from scripts.kernel_checks.exact_results import (
     use_triton,
     with_residual,
 )
+from scripts.kernel_checks.sampling import check_distribution, check_sample
 
 Check = partial[Iterator[Comparison]]
 
@@ -358,43 +357,3 @@ def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int
     case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
     yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)
-
-
-# ---- Sampling --------------------------------------------------------------------------------------------------------
-
-
-def check_sample(vocab_size: int):
-    """Checks that greedy sampling finds the first of the likeliest tokens, or returns -1 if a logit is not finite. With
-    noise, checks the score of the chosen token, the best one of those that top_p and min_p keep."""
-    logits = torch.randint(-20, 20, (3, vocab_size)).float()
-    expected = logits.argmax(-1)
-    logits[2, 3], expected[2] = torch.nan, -1
-    ours = ops.sample(logits, 0.0, Filters(), ops.TRITON_BACKEND)
-    yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
-    logits = torch.randn(3, vocab_size)
-    noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
-    for temperature, top_p, min_p in product((1e-30, 0.7, 1e30), (1.0, 0.613, 1e-9), (0.0, 0.05)):
-        ours = torch.ops.gptfast_triton.sample(
-            logits, temperature=temperature, temperatures=None, top_k=0, top_p=top_p, min_p=min_p, uniform=None,
-            exponential=noise,
-        )
-        scores = logits - temperature * noise.float().log()
-        bound = 4 * U32 * scores.abs().amax(-1)
-        scores = scores.masked_fill(~kept_tokens(logits, temperature, top_p=top_p, min_p=min_p), -torch.inf)
-        chosen = scores.gather(-1, ours[:, None])[:, 0]
-        case = f"{vocab_size} tokens, temperature {temperature}, top_p {top_p}, min_p {min_p}"
-        yield Comparison("sample", case, chosen, scores.amax(-1), bound)
-
-
-def check_distribution(operation: str):
-    """Checks how often each token is drawn: within five standard deviations. multinomial is PyTorch code, but differs
-    between GPU and CPU."""
-    probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 1000
-    if operation == "sample":
-        logits = (probabilities.log() * temperature).clamp(min=-1e30)
-        tokens = ops.sample(logits.expand(n, 5), temperature, Filters(), ops.TRITON_BACKEND)
-    else:
-        n = 100_000
-        tokens = torch_ops.multinomial(probabilities.expand(n, 5))
-    deviation = (probabilities * (1 - probabilities) / n).sqrt()
-    yield Comparison(operation, "distribution", tokens.bincount(minlength=5) / n, probabilities, 5 * deviation + U32)
