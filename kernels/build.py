@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
     """
     check_formats((SOURCES / "weights.h").read_text())
     check_sizes((SOURCES / "weights.h").read_text())
-    check_activations((SOURCES / "simd.h").read_text())
+    check_activations((SOURCES / "activation.h").read_text())
     check_parameters((SOURCES / "ops.cpp").read_text())
     library = find_or_compile()
     if library is not None:
@@ -72,13 +72,14 @@ def check_formats(weights_h: str):
         raise ImportError(f"kernels/csrc/weights.h: Formats lists {theirs}; formats/: FORMATS lists {ours}")
 
 
-def check_activations(simd_h: str):
-    """Raises ImportError unless Activation in csrc/simd.h has the order of config.py: ACTIVATIONS, as check_formats
-    does for formats. ACTIVATIONS may have more at its end: activations without C++ kernels."""
+def check_activations(activation_h: str):
+    """Raises ImportError unless Activation in csrc/activation.h has the order of config.py: ACTIVATIONS, since an
+    activation's number is its position in both. ACTIVATIONS may have more at its end: activations without C++
+    kernels."""
     ours = ["NONE", *(name.upper() for name in ACTIVATIONS)]
-    *theirs, _count = re.findall(r"\w+", re.search(r"enum class Activation : int64_t {(.+?)}", simd_h, re.S)[1])
+    *theirs, _count = re.findall(r"\w+", re.search(r"enum class Activation : int64_t {(.+?)}", activation_h, re.S)[1])
     if theirs != ours[: len(theirs)]:
-        raise ImportError(f"kernels/csrc/simd.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
+        raise ImportError(f"kernels/csrc/activation.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
 
 
 def check_sizes(weights_h: str):

@@ -15,7 +15,7 @@ The backends compute the same functions, but round differently. With activations
                       every step of an operation is rounded.
     kernels           Most results within an operation stay float32, and the last one is rounded. Exceptions:
     CPU_BACKEND       A matmul with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16
-                      with a scale each (kernels/csrc/activations.h: quantize_token). AMX (kernels/csrc/amx.h) and
+                      with a scale each (kernels/csrc/prologue.h: quantize_token). AMX (kernels/csrc/amx.h) and
                       prefill (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds
                       x / rms(x), and then multiplies with its weight, as PyTorch does.
     TRITON_BACKEND    A fused norm rounds x * weight to 16 bits, and divides by rms(x) after the matmul

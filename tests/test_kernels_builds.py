@@ -49,11 +49,11 @@ def test_both_lists_of_formats_have_one_order():
 
 
 def test_both_lists_of_activations_have_one_order():
-    simd_h = (kernels.build.SOURCES / "simd.h").read_text()
-    kernels.build.check_activations(simd_h)
+    activation_h = (kernels.build.SOURCES / "activation.h").read_text()
+    kernels.build.check_activations(activation_h)
     changes = [("NONE, SWIGLU, GEGLU,", "NONE, GEGLU, SWIGLU,"), ("RELU2, COUNT", "RELU2, MISH, COUNT")]
-    for wrong in [simd_h.replace(*change) for change in changes]:
-        with pytest.raises(ImportError, match="simd.h: Activation lists .*; config.py: ACTIVATIONS lists"):
+    for wrong in [activation_h.replace(*change) for change in changes]:
+        with pytest.raises(ImportError, match="activation.h: Activation lists .*; config.py: ACTIVATIONS lists"):
             kernels.build.check_activations(wrong)
 
 

@@ -4,7 +4,7 @@
 //     WeightTiles        a block of weights as tiles
 #pragma once
 
-#include "activations.h"
+#include "prologue.h"
 #include "prefetch.h"
 
 // Truncates a and b to bf16. Lane i of the result is the pair (a[i], b[i]).

@@ -16,7 +16,7 @@
 // Some loops copy the addresses of the tokens to x [M], a local array, which the compiler can keep in registers.
 #pragma once
 
-#include "activations.h"
+#include "prologue.h"
 #include "prefetch.h"
 
 // ---- Integers and 4-bit floats --------------------------------------------------------------------------------------

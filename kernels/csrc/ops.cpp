@@ -8,11 +8,11 @@
 //
 // The headers, in the order in which to read them:
 //
-//     simd.h           vectors of 16 floats
+//     simd.h           vectors of 16 floats; activation.h: activations of feed-forwards
 //     threads.h        how threads share work, and how many there are
 //     op_list.h        operations: executed, captured or replayed
 //     weights.h        packed weights and their formats (float8.h: 8-bit floats)
-//     activations.h    the prologue of matmuls: norm, quantization
+//     prologue.h       the prologue of matmuls: norm, quantization
 //     dot.h, amx.h     the matmul with blocks of weights; amx.h is for many tokens (dot_quantized.h, dot_unquantized.h)
 //     linear.h, moe.h, rope_and_cache.h, attention.h, sampling.h    the operations; softmax.h: attention's softmax
 //     prefill_linear.h, prefill_attention.h                         the operations for many tokens; microkernel.h

@@ -17,7 +17,7 @@
 constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
 constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most whose sums fit in registers
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
-constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale when rounded to int8 (activations.h)
+constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale when rounded to int8 (prologue.h)
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Packed weights are in blocks of 16 outputs
 // and in words of 4 bytes. The words of 16 outputs are adjacent:
