@@ -29,7 +29,7 @@ template <typename F> struct WordDequantizer {
   void set_group(const Weights& w, int64_t i) { group = F::scales_and_zeros(w, i); }
   void dequantize(i32x16 words, i32x16* rows) const {
     const auto weight = [&](int j) {
-      return add_half_ulp((as_float(F::element(words, j)) - group.zeros) * group.scales);
+      return add_half_ulp((to_float(F::element(words, j)) - group.zeros) * group.scales);
     };
     for (int j = 0; j < F::ELEMENTS_PER_WORD; j += 2) rows[j / 2] = bf16_pairs(weight(j), weight(j + 1));
   }
@@ -44,7 +44,7 @@ template <> struct WordDequantizer<Int8> {
   void set_group(const Weights&, int64_t) {}
   void dequantize(i32x16 words, i32x16* rows) const {
     words ^= 0x80808080;  // q + 128 becomes q
-    const auto q = [&](int j) { return as_float(words << (24 - 8 * j) >> 24); };
+    const auto q = [&](int j) { return to_float(words << (24 - 8 * j) >> 24); };
     rows[0] = bf16_pairs(q(0), q(1)), rows[1] = bf16_pairs(q(2), q(3));
   }
 };

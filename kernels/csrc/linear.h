@@ -137,7 +137,7 @@ template <typename T> struct AddOp {
 // Computes out [F::ELEMENTS_PER_WORD inputs, 16 outputs] from the 16 words at data. The elements are not scaled yet.
 template <typename F> void unpack_words(F, const char* data, f32x16* out) {
   const i32x16 words = load<i32x16>(data);
-  for (int j = 0; j < F::ELEMENTS_PER_WORD; j++) out[j] = as_float(F::element(words, j));
+  for (int j = 0; j < F::ELEMENTS_PER_WORD; j++) out[j] = to_float(F::element(words, j));
 }
 inline void unpack_words(Float8, const char* data, f32x16* out) { unpack_float8(load<i32x16>(data), out); }
 

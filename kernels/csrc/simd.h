@@ -154,8 +154,8 @@ inline f32x16 decode_e8m0(const uint8_t* exponents) {
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
-inline f32x16 as_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
-inline f32x16 as_float(f32x16 v) { return v; }
+inline f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+inline f32x16 to_float(f32x16 v) { return v; }
 
 const f32x16 IOTA = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
