@@ -19,8 +19,8 @@ inline f32x16 add_half_ulp(f32x16 v) { return (f32x16)((u32x16)v + 0x8000); }
 //     dequantize(words, rows)    16 words -> ELEMENTS_PER_WORD / 2 rows. Row i has elements 2 i and 2 i + 1 of each
 //                                output, which is the VNNI layout that AMX and vdpbf16ps read
 //
-// amx.h and prefill_linear.h apply the scales that WordDequantizer leaves out: output_scales, and with SCALE_AFTER_SUM
-// the scales of groups.
+// amx.h and prefill_linear.h apply the scales that WordDequantizer leaves out: channel scales, and with SCALE_AFTER_SUM
+// group scales.
 //
 // The template dequantizes any format. Specializations for single formats follow, which are faster.
 template <typename F> struct WordDequantizer {

@@ -100,7 +100,7 @@ void dot_int8(const Weights& w, const int64_t* blocks, const MBlock& m_block, co
         total[b][m] += (to_float(dot_block(weights[b], x[m][i])) + x[m][i].zero_term) * x[m][i].scale;
   }
   for (int b = 0; b < BLOCKS; b++) {
-    const f32x16 scale = Int8::output_scales(w, blocks[b]);
+    const f32x16 scale = Int8::channel_scales(w, blocks[b]);
     for (int m = 0; m < M; m++) out[b][m] = total[b][m] * scale;
   }
 }
@@ -155,7 +155,7 @@ void dot_dequantized(const Weights& w, int64_t block, const float* const* tokens
       }
     }
   }
-  for (int m = 0; m < M; m++) out[m] = total[m] * F::output_scales(w, block);
+  for (int m = 0; m < M; m++) out[m] = total[m] * F::channel_scales(w, block);
 }
 
 // ---- 8-bit floats ---------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ template <typename F, typename Visit> void for_each_tile(const Weights& w, int64
   for (int64_t begin = 0, end, group = block * w.n_groups; begin < w.k; begin = end, group++) {
     end = std::min(w.k, begin + w.group_size);
     const auto [group_scales, zeros] = F::scales_and_zeros(w, group);
-    const ScalesAndZeros scales_and_zeros{group_scales * F::output_scales(w, block), zeros};
+    const ScalesAndZeros scales_and_zeros{group_scales * F::channel_scales(w, block), zeros};
     for (int64_t k = begin; k < end; k += LANES) {
       f32x16 tile[LANES] = {};
       for (int64_t i = 0; i < LANES && k + i < end; i += F::ELEMENTS_PER_WORD, data += 64)
