@@ -46,10 +46,10 @@ TYPES = {
     torch.float64: "fp64",
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
-FORMATS = [format.format_class.examples()[0] for format in KERNEL_FORMATS]  # one of each class
+COMPILED_FORMATS = [format.format_class.examples()[0] for format in KERNEL_FORMATS]  # one of each class
 OTHER_GROUP_SIZES = [Int4(64), GroupedInt8(64), Float8(128)]
 # Only of these do the tile sizes depend on num_sms
-TILED_FORMATS = [f for f in FORMATS + OTHER_GROUP_SIZES if kernel_format(f.format_id).is_tiled]
+TILED_FORMATS = [f for f in COMPILED_FORMATS + OTHER_GROUP_SIZES if kernel_format(f.format_id).is_tiled]
 PREFETCHED_FORMATS = [Unquantized(), Int4(64)]  # not tiled, and tiled
 MANY_TOKENS = [(16, Unquantized()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
@@ -76,7 +76,7 @@ class Gpu:
             return TILED_FORMATS
         if self.has_pdl and self.has_matrix_units:
             return PREFETCHED_FORMATS
-        return FORMATS + OTHER_GROUP_SIZES if self.compiles_all else FORMATS
+        return COMPILED_FORMATS + OTHER_GROUP_SIZES if self.compiles_all else COMPILED_FORMATS
 
     @property
     def has_larger_tiles(self) -> bool:

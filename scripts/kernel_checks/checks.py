@@ -24,7 +24,7 @@ from ops.dispatch import FUSED_GLU_MULTIPLE
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.attention import ATTENTION_OPTIONS, check_attention
 from scripts.kernel_checks.exact_results import (
-    FORMATS,
+    CHECKED_FORMATS,
     MAGIC_BIASES,
     TRITON_FORMATS,
     U32,
@@ -69,7 +69,7 @@ class Sizes:
     linears: list[tuple]  # N, K, whether there is a bias, numbers of tokens
     random_linears: list[tuple]  # N, K, tokens
     matrices: list[tuple]  # N, K
-    few_linears: list[tuple]  # as linears, for formats that are not in FORMATS; K is a multiple of 32
+    few_linears: list[tuple]  # as linears, for formats that are not in CHECKED_FORMATS; K is a multiple of 32
     expert_formats: list[WeightFormat]
     experts: list[tuple]  # E, dim, ffn_dim, whether there are biases, numbers of tokens
     attention: list[tuple]  # (n_heads, n_kv_heads, head_dim), window, caches (see check_attention), options
@@ -134,10 +134,10 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
 def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
     """Returns all checks. A check is a partial of a function at module level, since pickle can send such a partial to
     another process."""
-    checks = [partial(check_linear, dtype, *case) for case in product(FORMATS, sizes.linears)]
-    checks += [partial(check_random_linear, dtype, *case) for case in product(FORMATS, sizes.random_linears)]
-    checks += [partial(check_rows, dtype, *case) for case in product(FORMATS, sizes.matrices)]
-    for format, (n, k, has_bias, token_counts) in product(TRITON_FORMATS[len(FORMATS) :], sizes.few_linears):
+    checks = [partial(check_linear, dtype, *case) for case in product(CHECKED_FORMATS, sizes.linears)]
+    checks += [partial(check_random_linear, dtype, *case) for case in product(CHECKED_FORMATS, sizes.random_linears)]
+    checks += [partial(check_rows, dtype, *case) for case in product(CHECKED_FORMATS, sizes.matrices)]
+    for format, (n, k, has_bias, token_counts) in product(TRITON_FORMATS[len(CHECKED_FORMATS) :], sizes.few_linears):
         checks.append(partial(check_linear, dtype, format, (n, k, has_bias, token_counts)))
         checks.append(partial(check_random_linear, dtype, format, (n, k, token_counts[-1])))
         checks.append(partial(check_rows, dtype, format, (n, k)))
