@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CPU_BLOCK_N = 16  # rows of a block
-ACT_GROUP_SIZE = 16  # activations that share a scale when rounded to int8 (kernels/csrc/activations.h: ActGroup)
+ACT_GROUP_SIZE = 16  # activations that share a scale when rounded to int8 (kernels/csrc/prologue.h: ActGroup)
 
 
 def words_to_blocks(weight: Tensor, elements_per_word: int) -> Tensor:

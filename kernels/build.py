@@ -54,7 +54,7 @@ def library() -> ctypes.CDLL | None:
     """
     check_formats((SOURCES / "weights.h").read_text())
     check_sizes((SOURCES / "weights.h").read_text())
-    check_activations((SOURCES / "simd.h").read_text())
+    check_activations((SOURCES / "activation.h").read_text())
     check_parameters((SOURCES / "ops.cpp").read_text())
     library = find_or_compile()
     if library is not None:
@@ -71,17 +71,16 @@ def cpp_formats() -> list[str]:
 @cache
 def cpp_activations() -> list[str]:
     """The activations of config.py: ACTIVATIONS that the C++ kernels compute."""
-    return list_activations((SOURCES / "simd.h").read_text())
+    return list_activations((SOURCES / "activation.h").read_text())
 
 
 def list_formats(weights_h: str) -> list[str]:
     return re.findall(r"\w+", re.search(r"using Formats = FormatList<(.+?)>", weights_h, re.S)[1])
 
 
-def list_activations(simd_h: str) -> list[str]:
-    _none, *names, _count = re.findall(
-        r"\w+", re.search(r"enum class Activation : int64_t {(.+?)}", simd_h, re.S)[1].lower()
-    )
+def list_activations(activation_h: str) -> list[str]:
+    enum = re.search(r"enum class Activation : int64_t {(.+?)}", activation_h, re.S)[1]
+    _none, *names, _count = re.findall(r"\w+", enum.lower())
     return names
 
 
@@ -93,12 +92,12 @@ def check_formats(weights_h: str):
         raise ImportError(f"kernels/csrc/weights.h: Formats lists {theirs}; formats/: FORMATS lists {ours}")
 
 
-def check_activations(simd_h: str):
-    """Raises ImportError unless Activation in csrc/simd.h has the order of config.py: ACTIVATIONS, as check_formats
-    does for formats. ACTIVATIONS may have more at its end: activations without C++ kernels."""
-    ours, theirs = list(ACTIVATIONS), list_activations(simd_h)
+def check_activations(activation_h: str):
+    """Raises ImportError unless Activation in csrc/activation.h has the order of config.py: ACTIVATIONS, as
+    check_formats does for formats. ACTIVATIONS may have more at its end: activations without C++ kernels."""
+    ours, theirs = list(ACTIVATIONS), list_activations(activation_h)
     if theirs != ours[: len(theirs)]:
-        raise ImportError(f"kernels/csrc/simd.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
+        raise ImportError(f"kernels/csrc/activation.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
 
 
 def check_sizes(weights_h: str):

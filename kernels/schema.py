@@ -170,11 +170,10 @@ def fake_dequantize(*, w, k, dtype):
     return w.weight.new_empty(w.n, k, dtype=dtype)
 
 
-# Takes the logits that a CPU graph computes, so sample comes after the graph. At temperature 0 there are no random
-# numbers. Otherwise C++ takes uniform [B, 1], and Triton exponential [B, V] (Backend.takes_uniform).
+# Takes the logits that a CPU graph computes, so sample comes after the graph. At temperature 0 uniform is None.
 @define(
     "sample(Tensor logits, *, float temperature, Tensor? temperatures, int top_k, float top_p, float min_p, "
-    "Tensor? uniform, Tensor? exponential) -> Tensor",
+    "Tensor? uniform) -> Tensor",
     capturable=False,
 )
 def fake_sample(logits, **_):

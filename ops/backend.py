@@ -15,7 +15,7 @@ The backends compute the same functions, but round differently. With activations
                       every step of an operation is rounded.
     kernels           Most steps of an operation stay float32, and only the last result is rounded. Exceptions:
     CPU_BACKEND       A matmul with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16
-                      with a scale each (kernels/csrc/activations.h: quantize_token). AMX (kernels/csrc/amx.h) and
+                      with a scale each (kernels/csrc/prologue.h: quantize_token). AMX (kernels/csrc/amx.h) and
                       prefill (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds
                       x / rms(x), and then multiplies with the norm's weight, as PyTorch does.
     TRITON_BACKEND    A fused norm rounds x * weight to 16 bits, and divides by rms(x) after the matmul
@@ -58,9 +58,7 @@ class Backend:
     key/value head.
     activations: the activations that the kernels compute. Plain PyTorch computes other activations, after the kernel
     of the matmul.
-    filters: the fields of kernels/arguments.py: Filters that the kernel of sample takes.
-    takes_uniform: whether the kernel of sample draws by a uniform random number for each sequence, and takes a
-    temperature for each sequence. Otherwise the kernel draws by exponential noise for each logit."""
+    filters: the fields of kernels/arguments.py: Filters that the kernel of sample takes."""
 
     name: str
     namespace: str | None = None
@@ -69,7 +67,6 @@ class Backend:
     max_queries: float = math.inf
     activations: frozenset[str] = frozenset()
     filters: frozenset[str] = frozenset()
-    takes_uniform: bool = False
 
     def find_kernel(self, name: str, n_tokens: int, query_len: int = 1, heads_per_kv_head: int = 1) -> Callable | None:
         """The kernel of the operation called name, for a step of n_tokens tokens of all sequences. None: plain PyTorch
@@ -100,11 +97,9 @@ class Backend:
             has_kernels = has_kernels and activation in self.activations
         return has_kernels and self.find_kernel("attend", n_tokens, query_len, heads_per_kv_head) is not None
 
-    def supports_sampling(self, filters: Filters, has_uniform: bool = False) -> bool:
-        """Whether there is a kernel of sample that takes these filters, and random numbers if has_uniform."""
-        if self.namespace is None or (has_uniform and not self.takes_uniform):
-            return False
-        return self.filters >= filters.active()
+    def supports_sampling(self, filters: Filters) -> bool:
+        """Whether there is a kernel of sample that takes these filters."""
+        return self.namespace is not None and self.filters >= filters.active()
 
     def with_limits(self, **token_limits: float) -> "Backend":
         """This backend with other limits, by operation."""
@@ -120,7 +115,6 @@ CPU_BACKEND = Backend(
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
     activations=frozenset(build.cpp_activations()),
     filters=frozenset(["top_k", "top_p", "min_p"]),
-    takes_uniform=True,
 )
 TRITON_BACKEND = Backend(
     "triton",

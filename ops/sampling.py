@@ -32,20 +32,17 @@ def sample(
     """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
     likeliest token. The id is -1 for a sequence with a logit that is not finite.
 
-    uniform: random numbers [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
-    temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature; only with uniform."""
-    if not backend.supports_sampling(filters, uniform is not None):
+    uniform: random numbers float64 [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
+    temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature, which must not be 0."""
+    if not backend.supports_sampling(filters):
         return sample_torch(logits, temperature, filters, uniform, temperatures)
-    logits, exponential = contiguous(logits), None
     if temperature == 0:
         uniform = None
-    elif not backend.takes_uniform:
-        exponential = torch.empty_like(logits, dtype=torch.float64).exponential_()
     elif uniform is None:
         uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
     return backend.get_kernel("sample")(
-        logits, temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
-        top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform), exponential=exponential,
+        contiguous(logits), temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
+        top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform),
     )
 
 
@@ -97,14 +94,9 @@ def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
     token of probability 0 is never drawn.
 
     uniform: the random numbers [B, 1], in [0, 1); None: PyTorch's generator makes them."""
-    if probs.is_cuda and uniform is None:
-        # An exponential race, like the Gumbel-max trick: with E[i] drawn from Exp(1), the argmax of p[i] / E[i] is i
-        # with probability p[i]. On a GPU an elementwise kernel and an argmax are faster than a cumulative sum.
-        exponential = torch.empty_like(probs, dtype=torch.float64).exponential_()
-        return (probs / exponential).argmax(-1)
     # Inverse transform sampling: take the first token whose cumulative probability exceeds the random number. Not every
     # accelerator has float64.
-    dtype = torch.float64 if probs.device.type == "cpu" else torch.float32
+    dtype = torch.float64 if probs.device.type in ("cpu", "cuda") else torch.float32
     cumulative = probs.cumsum(-1, dtype=dtype)
     if uniform is None:
         uniform = torch.rand(len(probs), 1, dtype=dtype, device=probs.device)

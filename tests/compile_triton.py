@@ -45,15 +45,15 @@ TYPES = {
     torch.float64: "fp64",
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
-FORMATS = [format.format_class.examples()[0] for format in KERNEL_FORMATS]  # one of each class
+COMPILED_FORMATS = [format.format_class.examples()[0] for format in KERNEL_FORMATS]  # one of each class
 OTHER_GROUP_SIZES = [Int4(64), GroupedInt8(64), Float8(128)]
-# The formats whose tile sizes depend on num_sms
-TILED_FORMATS = [f for f in FORMATS + OTHER_GROUP_SIZES if kernel_format(f.format_id).is_tiled]
+# Only of these do the tile sizes depend on num_sms
+TILED_FORMATS = [f for f in COMPILED_FORMATS + OTHER_GROUP_SIZES if kernel_format(f.format_id).is_tiled]
 PREFETCHED_FORMATS = [Unquantized(), Int4(64)]  # not tiled, and tiled
 MANY_TOKENS = [(16, Unquantized()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
 OTHERS = Counter(fused_linear_kernel=3, rms_norm_kernel=1, route_kernel=2, moe_combine_kernel=1)
-OTHERS.update(attend_kernel=2, sample_kernel=3, top_p_min_p_kernel=1, permute_inputs_kernel=1)
+OTHERS.update(attend_kernel=2, sample_kernel=4, top_p_min_p_kernel=2, permute_inputs_kernel=1)
 ALL_OTHERS = OTHERS + Counter(fused_linear_kernel=8, moe_combine_kernel=2)
 
 
@@ -75,7 +75,7 @@ class Gpu:
             return TILED_FORMATS
         if self.has_pdl and self.has_matrix_units:
             return PREFETCHED_FORMATS
-        return FORMATS + OTHER_GROUP_SIZES if self.compiles_all else FORMATS
+        return COMPILED_FORMATS + OTHER_GROUP_SIZES if self.compiles_all else COMPILED_FORMATS
 
     @property
     def has_larger_tiles(self) -> bool:
@@ -199,7 +199,8 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
         down(hidden, topk_ids, topk_weights)
     for temperature in (0, 1):
         ops.sample(torch.randn(1, 5000), temperature, Filters(), ops.TRITON_BACKEND)
-    ops.sample(torch.randn(1, 5000), 1, Filters(top_p=0.9), ops.TRITON_BACKEND)
+    for temperatures in (None, torch.ones(1, 1)):
+        ops.sample(torch.randn(1, 5000), 1, Filters(top_p=0.9), ops.TRITON_BACKEND, temperatures=temperatures)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
     cache = LayerCache(k, v, torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)

@@ -31,6 +31,10 @@ from scripts.kernel_checks.exact_results import (
 from tests.cpu_kernels import as_seen, built, make_embedding, packed, rounds_to_int8, step_of
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
+EPILOGUES = [  # N, K, scale, softcap, clip
+    (33, 72, 0.25, 0.0, 0.0), (64, 72, 0.03, 5.0, 0.0), (33, 72, 1.0, 5.0, 0.0), (64, 8, 1e-3, 30.0, 0.0),
+    (33, 72, 1.0, 0.0, 6.0), (64, 72, 0.5, 5.0, 4.0),
+]
 pytestmark = pytest.mark.usefixtures("threads")
 EXACT_IN_BF16 = Unquantized | Int8 | MXFP4  # no scales but powers of two, or only after the sum
 ANY_TOKENS = ops.CPU_BACKEND.with_limits(fused_linear=math.inf)  # the kernel for prompts, too
@@ -41,31 +45,31 @@ ANY_TOKENS = ops.CPU_BACKEND.with_limits(fused_linear=math.inf)  # the kernel fo
 @built
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear(format, dtype):
+@pytest.mark.parametrize("n, k", SIZES)
+def test_linear(format, dtype, n, k):
     torch.manual_seed(0)
-    for n, k in SIZES:
-        w = make_linear(n, k, format, dtype, bias=n % 2 == 0)
-        matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
-        bias = 0 if w.bias is None else w.bias.double()
-        packed(w)
-        norm = make_norm(k, dtype)
-        for rows in (1, 2, 5, 8):
-            x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
-            normed = rms_norm_torch(x, norm.weight, norm.eps)
-            seen = as_seen(normed, format)
-            y = seen.double() @ matrix.T + bias
-            step = step_of(normed, quantized=seen is not normed) + step_of(normed, quantized=False)
-            wide_bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
-            bounds.check(ops.fused_linear(x, w, norm, out_dtype=torch.float32), y, wide_bound)
-            bounds.check(ops.fused_linear(x, w, norm), y, wide_bound + bounds.rounding_error(y, dtype))
-            total = y + residual.double()
-            ours = ops.fused_linear(x, w, norm, residual)
-            bounds.check(ours, total, wide_bound + bounds.rounding_error(total, dtype))
-            if n % 2 == 0:
-                for activation in ACTIVATIONS:
-                    ours = ops.fused_linear(x, w, norm, activation=activation)
-                    fused = n % 32 == 0 or not is_gated(activation)
-                    check_activated(ours, activation, y, wide_bound, fused)
+    w = make_linear(n, k, format, dtype, bias=n % 2 == 0)
+    matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
+    bias = 0 if w.bias is None else w.bias.double()
+    packed(w)
+    norm = make_norm(k, dtype)
+    for rows in (1, 2, 5, 8):
+        x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
+        normed = rms_norm_torch(x, norm.weight, norm.eps)
+        seen = as_seen(normed, format)
+        y = seen.double() @ matrix.T + bias
+        step = step_of(normed, quantized=seen is not normed) + step_of(normed, quantized=False)
+        wide_bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
+        bounds.check(ops.fused_linear(x, w, norm, out_dtype=torch.float32), y, wide_bound, rows)
+        bounds.check(ops.fused_linear(x, w, norm), y, wide_bound + bounds.rounding_error(y, dtype), rows)
+        total = y + residual.double()
+        ours = ops.fused_linear(x, w, norm, residual)
+        bounds.check(ours, total, wide_bound + bounds.rounding_error(total, dtype), rows)
+        if n % 2 == 0:
+            for activation in ACTIVATIONS:
+                ours = ops.fused_linear(x, w, norm, activation=activation)
+                fused = n % 32 == 0 or not is_gated(activation)
+                check_activated(ours, activation, y, wide_bound, fused, rows)
 
 
 @built
@@ -87,6 +91,7 @@ def test_linear_of_many_tokens(format, dtype):
             x, residual = torch.randn(tokens, k).to(dtype), torch.randn(tokens, n).to(dtype)
             x[2], x[4, 1] = 0, torch.nan  # zeros and NaN change no other token's result
             for given_norm in (None, norm):
+                case = f"{n}x{k}, {tokens} tokens, norm: {given_norm is not None}"
                 normed = rms_norm_torch(x, norm.weight, norm.eps) if given_norm else x
                 rounds_weights = on_amx and tokens > 8 or tokens > 64
                 seen = normed if rounds_weights else as_seen(normed, format)
@@ -98,12 +103,13 @@ def test_linear_of_many_tokens(format, dtype):
                     bound = bound + bounds.U[dtype] * (seen.double().abs() @ matrix.abs().T)
                 ours = ops.fused_linear(x, w, given_norm, residual)
                 total = y + residual.double()
-                assert ours[4].isnan().all()
+                assert ours[4].isnan().all(), case
                 others = torch.arange(tokens) != 4
-                bounds.check(ours[others], total[others], (bound + bounds.rounding_error(total, dtype))[others])
+                bound_of_total = bound + bounds.rounding_error(total, dtype)
+                bounds.check(ours[others], total[others], bound_of_total[others], case)
                 if n % 32 == 0:
                     ours = ops.fused_linear(x, w, given_norm, activation="swiglu")
-                    check_activated(ours[others], "swiglu", y[others], bound[others], fused=True)
+                    check_activated(ours[others], "swiglu", y[others], bound[others], True, case)
     if not is_bf16:
         with pytest.raises(RuntimeError, match="1 to MAX_CPU_TOKENS"):
             torch.ops.gptfast_cpu.fused_linear(
@@ -114,67 +120,67 @@ def test_linear_of_many_tokens(format, dtype):
 
 @built
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
-def test_linear_of_a_prompt(format):
+@pytest.mark.parametrize("n, k, tokens", [(176, 544, 70), (96, 1032, 131), (64, 520, 600)])
+def test_linear_of_a_prompt(format, n, k, tokens):
     """Matmuls with several panels of inputs, several tasks, and a last task of fewer outputs or tokens
     (csrc/prefill_linear.h)."""
     if not library().has_prefill_linear(True):
         pytest.skip("this CPU has no instructions for bf16, or AMX")
     torch.manual_seed(0)
-    for n, k, tokens in [(176, 544, 70), (96, 1032, 131), (64, 520, 600)]:
-        w, norm = make_linear(n, k, format, torch.bfloat16, bias=True), make_norm(k, torch.bfloat16)
-        matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
-        packed(w).backend = ANY_TOKENS
-        x, residual = torch.randn(tokens, k).bfloat16(), torch.randn(tokens, n).bfloat16()
-        normed = rms_norm_torch(x, norm.weight, norm.eps)
-        y = normed.double() @ matrix.T + w.bias.double()
-        step = 2 * step_of(normed, quantized=False)
-        bound = bounds.product_error(normed, magnitude, y, torch.float32, step)
-        if not isinstance(format, EXACT_IN_BF16):
-            bound = bound + bounds.U[torch.bfloat16] * (normed.double().abs() @ matrix.abs().T)
-        bounds.check(ops.fused_linear(x, w, norm, out_dtype=torch.float32), y, bound)
-        total = y + residual.double()
-        ours = ops.fused_linear(x, w, norm, residual)
-        bounds.check(ours, total, bound + bounds.rounding_error(total, torch.bfloat16))
-        check_activated(ops.fused_linear(x, w, norm, activation="swiglu"), "swiglu", y, bound, fused=n % 32 == 0)
+    w, norm = make_linear(n, k, format, torch.bfloat16, bias=True), make_norm(k, torch.bfloat16)
+    matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
+    packed(w).backend = ANY_TOKENS
+    x, residual = torch.randn(tokens, k).bfloat16(), torch.randn(tokens, n).bfloat16()
+    normed = rms_norm_torch(x, norm.weight, norm.eps)
+    y = normed.double() @ matrix.T + w.bias.double()
+    step = 2 * step_of(normed, quantized=False)
+    bound = bounds.product_error(normed, magnitude, y, torch.float32, step)
+    if not isinstance(format, EXACT_IN_BF16):
+        bound = bound + bounds.U[torch.bfloat16] * (normed.double().abs() @ matrix.abs().T)
+    bounds.check(ops.fused_linear(x, w, norm, out_dtype=torch.float32), y, bound)
+    total = y + residual.double()
+    ours = ops.fused_linear(x, w, norm, residual)
+    bounds.check(ours, total, bound + bounds.rounding_error(total, torch.bfloat16))
+    check_activated(ops.fused_linear(x, w, norm, activation="swiglu"), "swiglu", y, bound, fused=n % 32 == 0)
 
 
-def check_activated(ours: torch.Tensor, activation: str, x: torch.Tensor, error: torch.Tensor, fused: bool):
+def check_activated(
+    ours: torch.Tensor, activation: str, x: torch.Tensor, error: torch.Tensor, fused: bool, case: object = ""
+):
     """Checks that ours is ops.activate of x, for an x with an error of at most error."""
     if not fused:  # then x is rounded before
         error = error + bounds.rounding_error(x.abs() + error, ours.dtype)
     y, bound = activate_with_error(x, error, activation)
-    bounds.check(ours, y, bound + bounds.rounding_error(y.abs() + bound, ours.dtype))
+    error = bound + bounds.rounding_error(y.abs() + bound, ours.dtype)
+    bounds.check(ours, y, error, f"{activation}, {case}")
 
 
 @built
 @pytest.mark.parametrize("format", [Unquantized(), Int4(32)], ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_scale_and_softcap(format, dtype):
+@pytest.mark.parametrize("n, k, scale, softcap, clip", EPILOGUES)
+def test_linear_scale_and_softcap(format, dtype, n, k, scale, softcap, clip):
     """Scale, softcap and clip follow bias and activation and precede the residual. The results lie where softcap is
     nearly linear, where it bends, and where it is flat."""
     torch.manual_seed(0)
-    for n, k, scale, softcap, clip in [
-        (33, 72, 0.25, 0.0, 0.0), (64, 72, 0.03, 5.0, 0.0), (33, 72, 1.0, 5.0, 0.0), (64, 8, 1e-3, 30.0, 0.0),
-        (33, 72, 1.0, 0.0, 6.0), (64, 72, 0.5, 5.0, 4.0),
-    ]:
-        w = make_linear(n, k, format, dtype, bias=True, out_scale=scale, softcap=softcap, clip=clip)
-        matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
-        packed(w)
-        for rows in (1, 5):
-            x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
-            seen = as_seen(x, format)
-            product = seen.double() @ matrix.T + w.bias.double()
-            step = step_of(x, quantized=True) if seen is not x else 0.0
-            error = bounds.product_error(seen, magnitude, product, torch.float32, step)
-            y, bound = softcap_with_error(product, error, scale, softcap, clip)
-            bounds.check(ops.fused_linear(x, w, out_dtype=torch.float32), y, bound)
-            total = y + residual.double()
-            bound = bound + bounds.rounding_error(total, dtype)
-            bounds.check(ops.fused_linear(x, w, residual=residual), total, bound)
-            if n % 32 == 0:
-                y, bound = softcap_with_error(*activate_with_error(product, error, "geglu_tanh"), scale, softcap, clip)
-                ours = ops.fused_linear(x, w, activation="geglu_tanh")
-                bounds.check(ours, y, bound + bounds.rounding_error(y, dtype))
+    w = make_linear(n, k, format, dtype, bias=True, out_scale=scale, softcap=softcap, clip=clip)
+    matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
+    packed(w)
+    for rows in (1, 5):
+        x, residual = torch.randn(1, rows, k).to(dtype), torch.randn(1, rows, n).to(dtype)
+        seen = as_seen(x, format)
+        product = seen.double() @ matrix.T + w.bias.double()
+        step = step_of(x, quantized=True) if seen is not x else 0.0
+        error = bounds.product_error(seen, magnitude, product, torch.float32, step)
+        y, bound = softcap_with_error(product, error, scale, softcap, clip)
+        bounds.check(ops.fused_linear(x, w, out_dtype=torch.float32), y, bound, rows)
+        total = y + residual.double()
+        bound = bound + bounds.rounding_error(total, dtype)
+        bounds.check(ops.fused_linear(x, w, residual=residual), total, bound, rows)
+        if n % 32 == 0:
+            y, bound = softcap_with_error(*activate_with_error(product, error, "geglu_tanh"), scale, softcap, clip)
+            ours = ops.fused_linear(x, w, activation="geglu_tanh")
+            bounds.check(ours, y, bound + bounds.rounding_error(y, dtype), rows)
 
 
 @pytest.mark.parametrize("n, prepare", [(64, lambda w: w), pytest.param(48, packed, marks=built)])
@@ -223,25 +229,25 @@ def test_softcap_of_extremes():
 @built
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("rows", [0, 1, 5, 64, 65])
-def test_linear_near_its_reference(format, rows):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_near_its_reference(format, rows, dtype):
     """The result differs from the weight-only matmul only by the rounding of activations, for every number of rows."""
-    for dtype in DTYPES:
-        torch.manual_seed(0)
-        plain = make_linear(96, 200, format, dtype)
-        torch.manual_seed(0)
-        fast = packed(make_linear(96, 200, format, dtype))
-        x = torch.randn(rows, 200).to(dtype)
-        expected, ours = ops.fused_linear(x, plain), ops.fused_linear(x, fast)
-        assert expected.shape == ours.shape == (rows, 96)
-        if rows:
-            matrix = plain.dequantized_weight(torch.float32).double()
-            exact = x.double() @ matrix.T
-            bound = bounds.product_error(x, bounds.magnitudes(plain), exact, dtype)
-            bound = bound + bounds.U[dtype] * (x.double().abs() @ matrix.abs().T)  # weights are rounded, too
-            if rounds_to_int8(format, dtype):
-                half_step = x.double().abs().max() / 254  # of an activation; the errors' signs are random
-                bound = bound + 5 * half_step * matrix.norm(dim=1)
-            bounds.check(ours, exact, bound)
+    torch.manual_seed(0)
+    plain = make_linear(96, 200, format, dtype)
+    torch.manual_seed(0)
+    fast = packed(make_linear(96, 200, format, dtype))
+    x = torch.randn(rows, 200).to(dtype)
+    expected, ours = ops.fused_linear(x, plain), ops.fused_linear(x, fast)
+    assert expected.shape == ours.shape == (rows, 96)
+    if rows:
+        matrix = plain.dequantized_weight(torch.float32).double()
+        exact = x.double() @ matrix.T
+        bound = bounds.product_error(x, bounds.magnitudes(plain), exact, dtype)
+        bound = bound + bounds.U[dtype] * (x.double().abs() @ matrix.abs().T)  # weights are rounded, too
+        if rounds_to_int8(format, dtype):
+            half_step = x.double().abs().max() / 254  # of an activation; the errors' signs are random
+            bound = bound + 5 * half_step * matrix.norm(dim=1)
+        bounds.check(ours, exact, bound)
 
 
 @built
@@ -251,7 +257,7 @@ def test_dequantize_packed(format, dtype):
     for n, k in SIZES:
         w = make_linear(n, k, format, dtype)
         expected = w.dequantized_weight(dtype)
-        assert torch.equal(packed(w).dequantized_weight(dtype), expected)
+        assert torch.equal(packed(w).dequantized_weight(dtype), expected), (n, k)
         packs_unquantized = dtype == torch.bfloat16 and library().has_prefill_linear(True)
         assert w.is_packed == (format.is_quantized or packs_unquantized)
     experts = make_linear(48, 72, format, dtype, n_experts=3, kind=ExpertsDown)
@@ -265,34 +271,34 @@ def test_dequantize_packed(format, dtype):
 
 @built
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
-def test_extremes(format):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extremes(format, dtype):
     """Results are within the bounds for weights and scales at the ends of their ranges. Activations that are not finite
     affect only their own row."""
-    for dtype in DTYPES:
-        w = make_linear(32, 64, format, dtype)
-        if isinstance(format, Int8):
-            w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
-        elif isinstance(format, GroupwiseAffine):
-            w.weight[:8], w.weight[8:16], w.scales[16:20], w.zeros[20:24], w.zeros[24:28] = 255, 0, 0, 255, 0
-        elif isinstance(format, Float8):
-            w.weight[:8], w.weight[8:16], w.scales[16:20] = 448, -448, 0
-            w.weight[20:32] = (w.weight[20:32].float() * 2.0**-13).to(w.weight.dtype)  # most are subnormal, or 0
-        elif isinstance(format, MXFP4):
-            w.weight[:8], w.weight[8:16], w.scales[16:20], w.scales[20:24] = 255, 0x77, 0, 1
-        matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
-        x = torch.randn(2, 64).to(dtype)
-        seen = as_seen(x, format)
-        packed(w)
-        y = seen.double() @ matrix.T
-        step = step_of(x, quantized=True) if seen is not x else 0.0
-        bounds.check(ops.fused_linear(x, w), y, bounds.product_error(seen, magnitude, y, dtype, step))
-        assert not ops.fused_linear(torch.zeros(1, 64, dtype=dtype), w).any()
-        for bad in (torch.nan, torch.inf, -torch.inf):
-            x[1, 3] = bad
-            y = ops.fused_linear(x, w)
-            assert y[0].isfinite().all()
-            finite = y[1].isfinite()
-            assert not finite.all() if isinstance(format, Unquantized) else not finite.any()
+    w = make_linear(32, 64, format, dtype)
+    if isinstance(format, Int8):
+        w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
+    elif isinstance(format, GroupwiseAffine):
+        w.weight[:8], w.weight[8:16], w.scales[16:20], w.zeros[20:24], w.zeros[24:28] = 255, 0, 0, 255, 0
+    elif isinstance(format, Float8):
+        w.weight[:8], w.weight[8:16], w.scales[16:20] = 448, -448, 0
+        w.weight[20:32] = (w.weight[20:32].float() * 2.0**-13).to(w.weight.dtype)  # most are subnormal, or 0
+    elif isinstance(format, MXFP4):
+        w.weight[:8], w.weight[8:16], w.scales[16:20], w.scales[20:24] = 255, 0x77, 0, 1
+    matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
+    x = torch.randn(2, 64).to(dtype)
+    seen = as_seen(x, format)
+    packed(w)
+    y = seen.double() @ matrix.T
+    step = step_of(x, quantized=True) if seen is not x else 0.0
+    bounds.check(ops.fused_linear(x, w), y, bounds.product_error(seen, magnitude, y, dtype, step))
+    assert not ops.fused_linear(torch.zeros(1, 64, dtype=dtype), w).any()
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x[1, 3] = bad
+        y = ops.fused_linear(x, w)
+        assert y[0].isfinite().all()
+        finite = y[1].isfinite()
+        assert not finite.all() if isinstance(format, Unquantized) else not finite.any()
 
 
 @built
@@ -372,13 +378,14 @@ def test_permute_inputs(dtype):
 
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_embed(dtype):
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
+def test_embed(dtype, format):
     """embed equals PyTorch's to the last bit, for any number of tokens, also if the last group of a row is short."""
     torch.manual_seed(0)
-    for format in CPU_FORMATS:
-        for k in (37,) if isinstance(format, Unquantized) else (64, 72):
-            check_embed(make_embedding(50, k, format, dtype), dtype)
-    check_embed(make_linear(50, 72, Unquantized(), dtype), dtype)  # a head that is the embedding, too
+    for k in (37,) if isinstance(format, Unquantized) else (64, 72):
+        check_embed(make_embedding(50, k, format, dtype), dtype)
+    if isinstance(format, Unquantized):
+        check_embed(make_linear(50, 72, format, dtype), dtype)  # a head that is the embedding, too
 
 
 def check_embed(table, dtype):
@@ -405,8 +412,8 @@ def test_rms_norm(dtype):
             # The sum of squares, and the rounding before the product with the weight
             bound = ((k + 8) * bounds.U[torch.float32] + bounds.U[dtype]) * exact.abs() + bounds.SMALLEST[dtype]
             bound = bound + bounds.rounding_error(exact, dtype)
-            bounds.check(norm(x), exact, bound)
+            bounds.check(norm(x), exact, bound, (k, rows))
             total = exact + residual.double()
-            bounds.check(norm(x, residual), total, bound + bounds.rounding_error(total, dtype))
+            bounds.check(norm(x, residual), total, bound + bounds.rounding_error(total, dtype), (k, rows))
     with pytest.raises(RuntimeError, match="shape"):
         norm(x[:, :2], residual[:, :1])

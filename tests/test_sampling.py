@@ -205,9 +205,9 @@ def test_no_kernel_draws_with_an_option_that_it_does_not_take():
     for backend in (ops.CPU_BACKEND, ops.TRITON_BACKEND):
         assert backend.supports_sampling(MoreFilters(top_p=0.9))
         assert not backend.supports_sampling(MoreFilters(top_n_sigma=1.0))
-    assert ops.CPU_BACKEND.supports_sampling(Filters(top_k=5), has_uniform=True)
+    assert ops.CPU_BACKEND.supports_sampling(Filters(top_k=5))
+    assert ops.TRITON_BACKEND.supports_sampling(Filters(top_p=0.9, min_p=0.1))
     assert not ops.TRITON_BACKEND.supports_sampling(Filters(top_k=5))
-    assert not ops.TRITON_BACKEND.supports_sampling(Filters(), has_uniform=True)
     assert not ops.TORCH_BACKEND.supports_sampling(Filters())
 
 

@@ -257,6 +257,17 @@ def test_sample_of_what_is_not_finite(value):
         assert tokens[0] >= 0 and tokens[1] == -1
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_row_draws_the_token_that_it_draws_alone(top_p):
+    """Also with a temperature of its own."""
+    logits, uniform = torch.randn(6, 300), torch.rand(6, 1, dtype=torch.float64)
+    temperatures, filters = torch.logspace(-30, 3, 6)[:, None], Filters(top_p=top_p)
+    together = ops.sample(logits, 1.0, filters, ops.TRITON_BACKEND, uniform, temperatures)
+    for i, temperature in enumerate(temperatures[:, 0].tolist()):
+        alone = ops.sample(logits[i : i + 1], temperature, filters, ops.TRITON_BACKEND, uniform[i : i + 1])
+        assert alone == together[i]
+
+
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 

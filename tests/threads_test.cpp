@@ -58,7 +58,7 @@ int main(int argc, char** argv) {
   for (int n_threads = 1; n_cpus == 0 && n_threads <= 64; n_threads++) {
     int64_t most = 0;
     for (int thread = 0; thread < n_threads; thread++) {
-      const Range range = range_of_thread(thread, n_threads, n_repetitions);
+      const Range range = split_range(thread, n_threads, n_repetitions);
       most = std::max(most, range.end - range.begin);
     }
     printf("%d\n", int(most));

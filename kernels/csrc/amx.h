@@ -97,8 +97,8 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
     }
   }
   if constexpr (!F::SCALE_AFTER_SUM) store_sums(out);
-  if constexpr (F::HAS_OUTPUT_SCALES) {
-    const f32x16 scale = F::output_scales(w, block);
+  if constexpr (F::HAS_CHANNEL_SCALES) {
+    const f32x16 scale = F::channel_scales(w, block);
     for (int i = 0; i < 16 * N; i++) out[i] *= scale;
   }
 }

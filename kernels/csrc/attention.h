@@ -265,7 +265,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   //             partial = p v         [count, D]         the values       next_keys
   template <int64_t D> void attend_to_split(const Shared& shared, const Task& task, const T* next_keys) const {
     const int64_t first_head = task.kv_head * heads_per_kv_head(), end_head = first_head + heads_per_kv_head();
-    const Range tokens = range_of_thread(task.token_block, n_token_blocks(), n_tokens);
+    const Range tokens = split_range(task.token_block, n_token_blocks(), n_tokens);
     const int64_t first = first_index(task, tokens.begin);
     int64_t index = first;
     for (int64_t t = tokens.begin; t < tokens.end; t++)

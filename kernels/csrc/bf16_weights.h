@@ -4,7 +4,7 @@
 //     WeightTiles        a block of weights as tiles
 #pragma once
 
-#include "activations.h"
+#include "prologue.h"
 #include "prefetch.h"
 
 // Truncates a and b to bf16. Lane i of the result is the pair (a[i], b[i]).
@@ -19,8 +19,8 @@ inline f32x16 add_half_ulp(f32x16 v) { return (f32x16)((u32x16)v + 0x8000); }
 //     dequantize(words, rows)    16 words -> ELEMENTS_PER_WORD / 2 rows. Row i has elements 2 i and 2 i + 1 of each
 //                                output, which is the VNNI layout that AMX and vdpbf16ps read
 //
-// amx.h and prefill_linear.h apply the scales that WordDequantizer leaves out: output_scales, and with SCALE_AFTER_SUM
-// the scales of groups.
+// amx.h and prefill_linear.h apply the scales that WordDequantizer leaves out: channel scales, and with SCALE_AFTER_SUM
+// group scales.
 //
 // The template dequantizes any format. Specializations for single formats follow, which are faster.
 template <typename F> struct WordDequantizer {
@@ -29,7 +29,7 @@ template <typename F> struct WordDequantizer {
   void set_group(const Weights& w, int64_t i) { group = F::scales_and_zeros(w, i); }
   void dequantize(i32x16 words, i32x16* rows) const {
     const auto weight = [&](int j) {
-      return add_half_ulp((as_float(F::element(words, j)) - group.zeros) * group.scales);
+      return add_half_ulp((to_float(F::element(words, j)) - group.zeros) * group.scales);
     };
     for (int j = 0; j < F::ELEMENTS_PER_WORD; j += 2) rows[j / 2] = bf16_pairs(weight(j), weight(j + 1));
   }
@@ -44,7 +44,7 @@ template <> struct WordDequantizer<Int8> {
   void set_group(const Weights&, int64_t) {}
   void dequantize(i32x16 words, i32x16* rows) const {
     words ^= 0x80808080;  // q + 128 becomes q
-    const auto q = [&](int j) { return as_float(words << (24 - 8 * j) >> 24); };
+    const auto q = [&](int j) { return to_float(words << (24 - 8 * j) >> 24); };
     rows[0] = bf16_pairs(q(0), q(1)), rows[1] = bf16_pairs(q(2), q(3));
   }
 };

@@ -10,6 +10,7 @@
 #include <array>
 #include <utility>
 
+#include "activation.h"
 #include "dot_quantized.h"
 #include "dot_unquantized.h"
 

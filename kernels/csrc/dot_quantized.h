@@ -16,7 +16,7 @@
 // Some loops copy the addresses of the tokens to x [M], a local array, which the compiler can keep in registers.
 #pragma once
 
-#include "activations.h"
+#include "prologue.h"
 #include "prefetch.h"
 
 // ---- Integers and 4-bit floats --------------------------------------------------------------------------------------
@@ -97,10 +97,10 @@ void dot_int8(const Weights& w, const int64_t* blocks, const MBlock& m_block, co
 #pragma GCC unroll 8  // so that the sums stay in registers
     for (int m = 0; m < M; m++)
       for (int b = 0; b < BLOCKS; b++)
-        total[b][m] += (as_float(dot_block(weights[b], x[m][i])) + x[m][i].compensation) * x[m][i].scale;
+        total[b][m] += (to_float(dot_block(weights[b], x[m][i])) + x[m][i].zero_term) * x[m][i].scale;
   }
   for (int b = 0; b < BLOCKS; b++) {
-    const f32x16 scale = Int8::output_scales(w, blocks[b]);
+    const f32x16 scale = Int8::channel_scales(w, blocks[b]);
     for (int m = 0; m < M; m++) out[b][m] = total[b][m] * scale;
   }
 }
@@ -129,11 +129,11 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const MBlock& m_block,
 #pragma GCC unroll 8  // so that the sums stay in registers
       for (int m = 0; m < M; m++)
         for (int b = 0; b < BLOCKS; b++)
-          partial[b][m] += as_float(dot_block(weights[b], x[m][i])) * x[m][i].scale;
+          partial[b][m] += to_float(dot_block(weights[b], x[m][i])) * x[m][i].scale;
     }
     for (int b = 0; b < BLOCKS; b++) {
       const auto [scale, zero] = F::scales_and_zeros(w, blocks[b] * w.n_groups + group);
-      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].compensation) * scale;
+      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].running_sum) * scale;
     }
   }
   for (int b = 0; b < BLOCKS; b++)
@@ -150,12 +150,12 @@ void dot_dequantized(const Weights& w, int64_t block, const float* const* tokens
     for (const int64_t end = std::min(w.k, k + w.group_size); k < end; data += 64) {
       const i32x16 words = load<i32x16>(data);
       for (int j = 0; j < F::ELEMENTS_PER_WORD; j++, k++) {
-        const f32x16 weight = (as_float(F::element(words, j)) - zero) * scale;
+        const f32x16 weight = (to_float(F::element(words, j)) - zero) * scale;
         for (int m = 0; m < M; m++) total[m] += weight * tokens[m][k];
       }
     }
   }
-  for (int m = 0; m < M; m++) out[m] = total[m] * F::output_scales(w, block);
+  for (int m = 0; m < M; m++) out[m] = total[m] * F::channel_scales(w, block);
 }
 
 // ---- 8-bit floats ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@
 // weights are packed, and 1.4 if they are not (Zen 5, 80 GB/s).
 #pragma once
 
-#include "activations.h"
+#include "prologue.h"
 #include "prefetch.h"
 
 // Multiplies packed bf16 weights with M tokens.

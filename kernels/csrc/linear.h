@@ -137,7 +137,7 @@ template <typename T> struct AddOp {
 // Computes out [F::ELEMENTS_PER_WORD inputs, 16 outputs] from the 16 words at data. The elements are not scaled yet.
 template <typename F> void unpack_words(F, const char* data, f32x16* out) {
   const i32x16 words = load<i32x16>(data);
-  for (int j = 0; j < F::ELEMENTS_PER_WORD; j++) out[j] = as_float(F::element(words, j));
+  for (int j = 0; j < F::ELEMENTS_PER_WORD; j++) out[j] = to_float(F::element(words, j));
 }
 inline void unpack_words(Float8, const char* data, f32x16* out) { unpack_float8(load<i32x16>(data), out); }
 
@@ -149,7 +149,7 @@ template <typename F, typename Visit> void for_each_tile(const Weights& w, int64
   for (int64_t begin = 0, end, group = block * w.n_groups; begin < w.k; begin = end, group++) {
     end = std::min(w.k, begin + w.group_size);
     const auto [group_scales, zeros] = F::scales_and_zeros(w, group);
-    const ScalesAndZeros scales_and_zeros{group_scales * F::output_scales(w, block), zeros};
+    const ScalesAndZeros scales_and_zeros{group_scales * F::channel_scales(w, block), zeros};
     for (int64_t k = begin; k < end; k += LANES) {
       f32x16 tile[LANES] = {};
       for (int64_t i = 0; i < LANES && k + i < end; i += F::ELEMENTS_PER_WORD, data += 64)

@@ -75,7 +75,9 @@ using Ops = std::vector<std::unique_ptr<AnyOp>>;
 struct OpList {
   Ops ops;
   int n_replays = 0;
-  double second_seconds = 0;  // the duration of the second replay; the first replay also waits for new memory
+  // The duration of the second replay, since the first replay also waits for new memory. ThreadCount::add compares the
+  // durations of later replays with reference_seconds.
+  double reference_seconds = 0;
 };
 
 // Executes ops in one parallel region. Returns the sum of all threads' stalls in seconds.
@@ -113,8 +115,8 @@ inline const char* replay(OpList& list, bool adapt_threads) {
   const double start = now();
   const double stalled = execute(list.ops, adapt_threads ? thread_count.next(most, start - last_end) : most);
   const double end = last_end = now();
-  if (++list.n_replays == 2) list.second_seconds = end - start;
-  if (adapt_threads && list.n_replays > 2) thread_count.add(end, end - start, stalled, list.second_seconds);
+  if (++list.n_replays == 2) list.reference_seconds = end - start;
+  if (adapt_threads && list.n_replays > 2) thread_count.add(end, end - start, stalled, list.reference_seconds);
   return nullptr;
 }
 

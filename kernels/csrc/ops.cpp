@@ -8,11 +8,11 @@
 //
 // The headers, in the order in which to read them:
 //
-//     simd.h           vectors of 16 floats
+//     simd.h           vectors of 16 floats; activation.h: activations of feed-forwards
 //     threads.h        how threads share work, and how many there are
 //     op_list.h        operations: executed, captured or replayed
 //     weights.h        packed weights and their formats (float8.h: 8-bit floats)
-//     activations.h    the prologue of matmuls: norm, quantization
+//     prologue.h       the prologue of matmuls: norm, quantization
 //     dot.h, amx.h     the matmul with blocks of weights; amx.h is for many tokens (dot_quantized.h, dot_unquantized.h)
 //     linear.h, moe.h, rope_and_cache.h, attention.h, sampling.h    the operations; softmax.h: attention's softmax
 //     prefill_linear.h, prefill_attention.h                         the operations for many tokens; microkernel.h
@@ -328,7 +328,7 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
 }
 
 Tensor sample(Tensor logits, double temperature, OptTensor temperatures, int64_t top_k, double top_p, double min_p,
-              OptTensor uniform, OptTensor exponential) {
+              OptTensor uniform) {
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && logits.dim() == 2 &&
                   logits.numel() > 0, "logits must be float32 [B, V]");
   const int64_t m = logits.size(0);
@@ -336,8 +336,7 @@ Tensor sample(Tensor logits, double temperature, OptTensor temperatures, int64_t
                                uniform->numel() == m), "random numbers must be float64 [B, 1]");
   STD_TORCH_CHECK(!temperatures || (temperatures->scalar_type() == ScalarType::Float && temperatures->is_contiguous() &&
                                     temperatures->numel() == m), "temperatures must be float32 [B, 1]");
-  STD_TORCH_CHECK(!exponential && (uniform || temperature == 0),
-                  "a temperature above 0 needs random numbers, and this kernel takes uniform ones");
+  STD_TORCH_CHECK(uniform || temperature == 0, "a temperature above 0 needs random numbers");
   STD_TORCH_CHECK(top_k >= 0 && top_p > 0 && min_p >= 0 && min_p <= 1, "top_k, top_p or min_p is out of range");
   Tensor tokens = torch::stable::new_empty(logits, Sizes{m}, ScalarType::Long);
   submit(SampleOp{.logits = ptr<float>(logits), .m = m, .n = logits.size(1), .uniform = ptr<double>(uniform),

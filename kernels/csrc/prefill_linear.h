@@ -124,7 +124,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   void store_outputs(const float* acc, int64_t first_block, const int64_t* blocks, Range tokens) const {
     BlockSums sums[4];
     for (int64_t i = 0; i < 4; i++) {
-      const f32x16 scale = dispatch_format(w, [&]<typename F>(F) { return F::output_scales(w, blocks[i]); });
+      const f32x16 scale = dispatch_format(w, [&]<typename F>(F) { return F::channel_scales(w, blocks[i]); });
       for (int64_t r = 0; r < tokens.end - tokens.begin; r++)
         sums[i][r] = load_vec(acc + r * NR + i * LANES) * scale;
     }

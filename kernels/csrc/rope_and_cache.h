@@ -10,7 +10,7 @@
 //                           q      k_cache   v_cache      at the token's position
 #pragma once
 
-#include "activations.h"
+#include "prologue.h"
 
 // Applies RoPE: rotates each pair (x[i], x[i + d / 2]) of x [d] by cos_sin [d / 2, 2] (cos, sin). out [d] may be x.
 template <typename T> void apply_rope(const T* x, const float* cos_sin, int64_t d, T* out) {

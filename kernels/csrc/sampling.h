@@ -30,7 +30,7 @@ struct SampleOp {
   static constexpr float SMALLEST_TEMPERATURE = 1e-30f;  // a smaller divisor could round to 0
 
   Range part_range(int64_t part) const {
-    const Range vecs = range_of_thread(part, N_PARTS, divide_up(n, LANES));
+    const Range vecs = split_range(part, N_PARTS, divide_up(n, LANES));
     return {vecs.begin * LANES, std::min(vecs.end * LANES, n)};
   }
   int64_t padded_n() const { return round_up(n, LANES); }

@@ -154,8 +154,8 @@ inline f32x16 decode_e8m0(const uint8_t* exponents) {
 
 // ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
-inline f32x16 as_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
-inline f32x16 as_float(f32x16 v) { return v; }
+inline f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+inline f32x16 to_float(f32x16 v) { return v; }
 
 const f32x16 IOTA = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -337,55 +337,4 @@ inline f32x16 apply_softcap(f32x16 x, float softcap) { return softcap * tanh_vec
 inline f32x16 clamp(f32x16 x, float limit) {
   x = x > limit ? f32x16{} + limit : x;
   return x < -limit ? f32x16{} - limit : x;
-}
-
-// Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2, the distribution function of the normal distribution. NaN stays NaN.
-// Formula 7.1.26 of Abramowitz and Stegun gives erf with an error of at most 1.5e-7:
-//     1 - erf(z) = (a1 t + a2 t^2 + ... + a5 t^5) e^(-z^2)  for z >= 0, with t = 1 / (1 + 0.3275911 z)
-inline f32x16 normal_cdf(f32x16 x) {
-  const f32x16 z = 0.70710678f * (x < 0.0f ? -x : x), t = 1 / (1 + 0.3275911f * z);
-  f32x16 p = f32x16{} + 1.061405429f;
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const f32x16 tail = 0.5f * t * p * exp_vec(-z * z);  // Phi(-|x|)
-  return x < 0.0f ? tail : 1 - tail;
-}
-
-// The activation of a feed-forward. The order is that of ACTIVATIONS in config.py, which build.py checks. COUNT is the
-// number of the others.
-enum class Activation : int64_t {
-  NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, GELU_PYTORCH_TANH, RELU2, COUNT
-};
-
-// Whether the feed-forward has a gate projection beside its up projection, as config.py: is_gated says.
-inline bool is_gated(Activation activation) {
-  switch (activation) {
-    case Activation::SWIGLU: case Activation::GEGLU: case Activation::GEGLU_TANH: case Activation::CLAMPED_SWIGLU:
-      return true;
-    case Activation::NONE: case Activation::GELU_PYTORCH_TANH: case Activation::RELU2: case Activation::COUNT: break;
-  }
-  return false;
-}
-
-// x * Phi(x) with the tanh form of Phi: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + ...)
-inline f32x16 gelu_tanh(f32x16 x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
-
-// Computes activation(x) * up, as ops/linear.py does: x is the gate projection's output. If the activation is not
-// gated, computes activation(x), and up is not used.
-inline f32x16 activate_vec(f32x16 x, f32x16 up, Activation activation) {
-  switch (activation) {
-    case Activation::NONE: return x;
-    case Activation::COUNT: break;
-    case Activation::SWIGLU: return x / (1 + exp_vec(-x)) * up;
-    case Activation::GEGLU: return x * normal_cdf(x) * up;
-    case Activation::GEGLU_TANH: return gelu_tanh(x) * up;
-    case Activation::CLAMPED_SWIGLU:
-      x = x > 7.0f ? f32x16{} + 7 : x;
-      return x / (1 + exp_vec(-1.702f * x)) * (clamp(up, 7) + 1);
-    case Activation::GELU_PYTORCH_TANH: return gelu_tanh(x);
-    case Activation::RELU2: return x < 0.0f ? f32x16{} : x * x;  // NaN stays NaN
-  }
-  __builtin_unreachable();  // ops.cpp refuses other ids
 }

@@ -21,12 +21,12 @@ inline double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// A range of tasks, [begin, end). range_of_thread returns the range of one of n_threads threads that share n tasks.
+// [begin, end)
 struct Range { int64_t begin, end; };
-inline Range range_of_thread(int64_t thread, int64_t n_threads, int64_t n) {
-  return {n * thread / n_threads, n * (thread + 1) / n_threads};
-}
-inline Range thread_range(int64_t n) { return range_of_thread(omp_get_thread_num(), omp_get_num_threads(), n); }
+// Splits [0, n) into n_parts ranges of nearly equal size, and returns range i.
+inline Range split_range(int64_t i, int64_t n_parts, int64_t n) { return {n * i / n_parts, n * (i + 1) / n_parts}; }
+// The range of n tasks that the calling thread of a parallel region has.
+inline Range thread_range(int64_t n) { return split_range(omp_get_thread_num(), omp_get_num_threads(), n); }
 
 // Lets the threads of a parallel region wait for each other. wait spins briefly and then yields the CPU, since on a
 // busy machine the last thread may need this CPU. OpenMP's barrier would go on spinning. The time after the spinning is
@@ -98,7 +98,7 @@ class ThreadCount {
   int64_t first_window = 0;  // the window of the clock in which the first one began
   int n_timed = 0;
   double total_seconds = 0, total_stalled = 0;
-  double total_relative = 0;  // of relative times: seconds / once_seconds (see add)
+  double total_relative = 0;  // of relative times: seconds / reference_seconds (see add)
 
  public:
   // Returns how many of n threads the next repetition uses. pause_seconds is the time since the last repetition.
@@ -107,11 +107,11 @@ class ThreadCount {
     return current;
   }
 
-  // Takes the times of a repetition: when it ended, how long it took, how long its threads stalled (the sum over all
-  // threads), and how long the same computation took once.
-  void add(double end, double seconds, double stalled_seconds, double once_seconds) {
+  // Takes the times of a repetition: when the repetition ended, how long the repetition took, how long its threads
+  // stalled (the sum over all threads), and how long an earlier repetition of the same computation took.
+  void add(double end, double seconds, double stalled_seconds, double reference_seconds) {
     const int64_t window = int64_t(end / WINDOW_SECONDS);
-    const double relative = seconds / once_seconds;
+    const double relative = seconds / reference_seconds;
     if (n_timed++ == 0) first_window = int64_t((end - seconds) / WINDOW_SECONDS);
     total_seconds += seconds, total_stalled += stalled_seconds, total_relative += relative;
     const bool is_hopeless = before_trial && current > before_trial && relative > (1 + MAX_LOSS) * mean_before_trial;

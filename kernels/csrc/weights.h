@@ -17,7 +17,7 @@
 constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
 constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most whose sums fit in registers
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
-constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale when rounded to int8 (activations.h)
+constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale when rounded to int8 (prologue.h)
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Packed weights are in blocks of 16 outputs
 // and in words of 4 bytes. The words of 16 outputs are adjacent:
@@ -84,7 +84,7 @@ struct Weights {
 // (linear.h).
 
 // The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
-// (q - zero) * scale, or for (q - zero) * scale * output_scale if the format has HAS_OUTPUT_SCALES.
+// (q - zero) * scale, or for (q - zero) * scale * channel_scale if the format has HAS_CHANNEL_SCALES.
 struct ScalesAndZeros { f32x16 scales, zeros; };
 
 // A format derives from these defaults.
@@ -93,10 +93,10 @@ struct FormatDefaults {
   static constexpr bool BF16_ACTIVATIONS = false;  // whether the matmul takes bf16 activations without conversion
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // from this number of tokens amx.h is faster than dot.h
   static constexpr bool HAS_ZEROS = false;                // whether there is a tensor of zero points
-  static constexpr bool HAS_OUTPUT_SCALES = false;        // whether each output has one more scale
+  static constexpr bool HAS_CHANNEL_SCALES = false;       // whether each output has a scale, beside group scales
   static constexpr bool SCALE_AFTER_SUM = false;          // whether amx.h scales sums of groups, not weights
   static constexpr int32_t SHARED_ZERO = 0;               // the zero point of all weights, or 0 if zero points differ
-  static f32x16 output_scales(const Weights&, int64_t /* block */) { return f32x16{} + 1; }
+  static f32x16 channel_scales(const Weights&, int64_t /* block */) { return f32x16{} + 1; }
 };
 
 struct Unquantized : FormatDefaults {
@@ -112,14 +112,14 @@ struct PackedBf16 : FormatDefaults {
 };
 
 struct Int8 : FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = true, HAS_OUTPUT_SCALES = true;
+  static constexpr bool INT8_ACTIVATIONS = true, HAS_CHANNEL_SCALES = true;
   static constexpr int32_t SHARED_ZERO = 128;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 4;
   static i32x16 element(i32x16 words, int j) { return (words >> (8 * j)) & 255; }
   static ScalesAndZeros scales_and_zeros(const Weights&, int64_t) {
     return {f32x16{} + 1, f32x16{} + float(SHARED_ZERO)};
   }
-  static f32x16 output_scales(const Weights& w, int64_t block) {
+  static f32x16 channel_scales(const Weights& w, int64_t block) {
     return load_partial(reinterpret_cast<const float*>(w.scales), block * BLOCK_N, w.n);
   }
 };

@@ -25,7 +25,7 @@ Then, in every decode step:
     formats.py: dot_int4                acc += scale * (q x - zero * sum of x), by calling
         weights.py: load_tiles              words of 8 elements
         elements.py: tiles_to_floats        words to the left operand of tl.dot, by int4_pair
-        weights.py: load_slice_scales       words of a scale and a zero point
+        weights.py: load_group_scales       words of a scale and a zero point
         elements.py: unpack_scale_words     words to scales and zero points
         formats.py: dot_with_zeros          tl.dot on the tensor cores
 """

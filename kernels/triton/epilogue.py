@@ -11,41 +11,30 @@ import triton
 import triton.language as tl
 
 
-class EpilogueArguments(NamedTuple):
-    """The arguments of fused_linear_kernel for the epilogue. None means that the step is left out."""
+class EpilogueScalars(NamedTuple):
+    """The numbers of the epilogue. None means that the step is left out."""
 
-    bias_ptr: tl.tensor | None  # [N], of experts [E, N]
-    residual_ptr: tl.tensor | None  # [M, N_OUT]
     out_scale: tl.tensor | None
     softcap: tl.tensor | None
     clip: tl.tensor | None
-
-
-class EpilogueOperands(NamedTuple):
-    """What a program has loaded for the epilogue. None means that the step is left out."""
-
-    bias: tl.tensor | None  # [BLOCK_N, 1]
-    out_scale: tl.tensor | None
-    softcap: tl.tensor | None
-    clip: tl.tensor | None
-    residual: tl.tensor | None  # [BLOCK_OUT, BLOCK_M]
 
 
 @triton.jit
-def epilogue(y, operands, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
-    """y [BLOCK_N, BLOCK_M] -> [BLOCK_OUT, BLOCK_M]"""
-    if operands.bias is not None:
-        y += operands.bias
+def epilogue(y, bias, scalars, residual, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
+    """y [BLOCK_N, BLOCK_M] -> [BLOCK_OUT, BLOCK_M]. bias [BLOCK_N, 1] and residual [BLOCK_OUT, BLOCK_M] may be
+    None."""
+    if bias is not None:
+        y += bias
     if ACTIVATION is not None:
         y = activate(y, ACTIVATION, IS_GATED)
-    if operands.out_scale is not None:
-        y *= operands.out_scale
-    if operands.softcap is not None:
-        y = apply_softcap(y, operands.softcap)
-    if operands.clip is not None:
-        y = tl.clamp(y, -operands.clip, operands.clip, propagate_nan=tl.PropagateNan.ALL)
-    if operands.residual is not None:
-        y += operands.residual
+    if scalars.out_scale is not None:
+        y *= scalars.out_scale
+    if scalars.softcap is not None:
+        y = apply_softcap(y, scalars.softcap)
+    if scalars.clip is not None:
+        y = tl.clamp(y, -scalars.clip, scalars.clip, propagate_nan=tl.PropagateNan.ALL)
+    if residual is not None:
+        y += residual
     return y
 
 

@@ -47,9 +47,9 @@ from kernels.triton.weights import (
     TILE_K,
     TILE_N,
     TILE_WORDS,
+    load_group_scales,
     load_rows,
     load_scales,
-    load_slice_scales,
     load_tiles,
 )
 
@@ -82,7 +82,7 @@ def dequantize_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, 
 @triton.jit
 def dot_grouped_int8(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     q = load_rows(w, k_starts, K, x.shape[1])  # [K_SLICES, BLOCK_N, SLICE_K]
-    scale, zero = unpack_scale_words(load_slice_scales(w, k_starts, K, GROUP_SIZE))
+    scale, zero = unpack_scale_words(load_group_scales(w, k_starts, K, GROUP_SIZE))
     return acc + dot_with_zeros(q.to(x.dtype), x, scale, zero - 128)
 
 
@@ -119,7 +119,7 @@ def dot_float8(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr
     if GROUP_SIZE >= K:
         return tl.dot(elements, x, acc, input_precision="ieee")
     else:
-        return acc + load_slice_scales(w, k_starts, K, GROUP_SIZE) * tl.dot(elements, x, input_precision="ieee")
+        return acc + load_group_scales(w, k_starts, K, GROUP_SIZE) * tl.dot(elements, x, input_precision="ieee")
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def dequantize_float8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N
 @triton.jit
 def dot_int4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
-    scale, zero = unpack_scale_words(load_slice_scales(w, k_starts, K, GROUP_SIZE))
+    scale, zero = unpack_scale_words(load_group_scales(w, k_starts, K, GROUP_SIZE))
     q = tiles_to_floats(words, w.magic_number, int4_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
     return acc + dot_with_zeros(q, x, scale, zero * 0.0625 + magic_bias(x.dtype))
 
@@ -163,7 +163,7 @@ def dequantize_tile(w_ptr, tile_n, tile_k, K, DECODE: tl.constexpr):
 @triton.jit
 def dot_mxfp4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
-    scale = decode_e8m0(load_slice_scales(w, k_starts, K, GROUP_SIZE))
+    scale = decode_e8m0(load_group_scales(w, k_starts, K, GROUP_SIZE))
     q = tiles_to_floats(words, w.magic_number, e2m1_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
     return acc + scale * tl.dot(q * e2m1_bias_factor(x.dtype), x, input_precision="ieee")
 
@@ -190,7 +190,7 @@ class KernelFormat(NamedTuple):
     """A weight format for the kernels. A scale is applied in one of two ways:
 
         channel scale    one float32 for an output: multiplies the output after the loop over K
-        slice scale      any other scale: multiplies the sum of a slice, in dot_.... A slice lies in one group"""
+        group scale      any other scale: multiplies the sum of a slice, in dot_.... A slice lies in one group"""
 
     format_class: type[WeightFormat]
     is_tiled: bool  # the layout of W: tiles of words of 8 elements, or rows of elements or words (weights.py)
@@ -212,7 +212,7 @@ class KernelFormat(NamedTuple):
         """Returns whether fused_linear applies the scales after the loop over K."""
         return self.scales is Scales.FLOAT32 and group_size >= k
 
-    def has_slice_scales(self, group_size: int, k: int) -> bool:
+    def has_group_scales(self, group_size: int, k: int) -> bool:
         """Returns whether dot_... applies the scales, to the sum of each slice."""
         return self.scales is not Scales.NONE and not self.has_channel_scales(group_size, k)
 

@@ -235,15 +235,15 @@ def guess_many_tokens(
     times as many bytes as the rows. So block_n is the candidate with which the busiest multiprocessor reads the fewest
     bytes.
 
-    The registers of a warp bound the tile. A warp has block_n * block_m sums for each slice, and with slice scales
+    The registers of a warp bound the tile. A warp has block_n * block_m sums for each slice, and with group scales
     twice as many: the result of tl.dot is scaled before it is added to the sums. In a step a warp executes at most 64
     instructions of the matrix unit, 128 with zero points."""
     format = kernel_format(format_id)
-    has_slice_scales = format.has_slice_scales(group_size, k)
-    slice_k, max_sums = (min(64, group_size), 2048) if has_slice_scales else (64, 4096)
+    has_group_scales = format.has_group_scales(group_size, k)
+    slice_k, max_sums = (min(64, group_size), 2048) if has_group_scales else (64, 4096)
 
     def bits_of_column(block_n: int) -> float:
-        scale_bits = 32 / slice_k if has_slice_scales else 0
+        scale_bits = 32 / slice_k if has_group_scales else 0
         return block_n * (format.bits + scale_bits) + block_m * 16
 
     def bits_of_busiest(block_n: int) -> float:

@@ -1,10 +1,11 @@
 """The choice of the next token on a GPU, in Triton.
 
-    sample    logits and noise -> token ids, registered as torch.ops.gptfast_triton.sample
+    sample    logits and uniform random numbers -> token ids, registered as torch.ops.gptfast_triton.sample
 
-A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is the argmax of logits / T - log E,
-where E is noise of the exponential distribution, one number for each logit. So sample_kernel needs neither a softmax
-nor a sum. sample_kernel takes the argmax of logits - T log E, which also works for T = 0.
+A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is the argmax of logits / T + G,
+where G is Gumbel noise, one number for each logit. So sample_kernel needs neither a softmax nor a sum. sample_kernel
+takes the argmax of logits + T G, which also works for T = 0. A row has one random number, which seeds the noise of all
+its logits (gumbel_noise).
 
 top_p and min_p keep the likeliest tokens. The drawn token is the argmax among these. A second kernel finds it without
 sorting, by rejections as in FlashInfer's sampling kernels:
@@ -30,7 +31,9 @@ from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaph
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
 TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel, of which one program may go through all tokens
 # A smaller divisor could round to 0, and a larger factor could make scores infinite.
-SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-30, 1e30
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = tl.constexpr(1e-30), tl.constexpr(1e30)
+SEEDS = tl.constexpr(2.0**53)  # float64 has 53 bits, so a uniform random number in [0, 1) has at most as many values
+SMALL_UNIFORM = tl.constexpr(2.0**-6)  # below, gumbel_noise computes the exponential noise by its Taylor series
 
 
 class BlockResults(NamedTuple):
@@ -44,9 +47,9 @@ class BlockResults(NamedTuple):
 
 @triton.jit
 def sample_kernel(
-    logits_ptr, noise_ptr, tokens_ptr, sums_ptr,  # [B, V], [B, V], [B], [2, B] or None
+    logits_ptr, uniform_ptr, tokens_ptr, sums_ptr,  # [B, V], [B] or None, [B], [2, B] or None
     results,  # BlockResults
-    temperature, V,
+    temperature, temperatures_ptr, V,  # a number, [B] or None, a number
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
     N_BLOCKS_PADDED: tl.constexpr,  # N_BLOCKS, padded to a power of two
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
@@ -60,10 +63,10 @@ def sample_kernel(
     block, sequence = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(logits_ptr + sequence * V + token, mask=token < V, other=-1e38)
+    temperature = load_temperature(temperature, temperatures_ptr, sequence)
     scores = logits
-    if noise_ptr is not None:
-        noise = tl.load(noise_ptr + sequence * V + token, mask=token < V, other=1.0)
-        scores -= temperature * tl.log(noise.to(tl.float32))
+    if uniform_ptr is not None:
+        scores += temperature * gumbel_noise(load_seed(uniform_ptr, sequence), token)
     is_finite = tl.abs(logits) < float("inf")  # false for NaN, too
     scores = tl.where(is_finite, scores, float("inf"))
     best_score, best_index = tl.max(scores, axis=0), tl.argmax(scores, axis=0)
@@ -78,6 +81,34 @@ def sample_kernel(
         tl.store(tokens_ptr + sequence, best_of_all.to(tl.int64))
         if sums_ptr is not None:
             combine_sums(results.sums_ptr, sums_ptr, temperature, N_BLOCKS, N_BLOCKS_PADDED)
+
+
+@triton.jit
+def load_temperature(temperature, temperatures_ptr, sequence):
+    if temperatures_ptr is not None:
+        temperature = tl.load(temperatures_ptr + sequence)
+    return tl.minimum(tl.maximum(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
+
+
+@triton.jit
+def load_seed(uniform_ptr, sequence):
+    """Returns the bits of the sequence's random number as an integer, the seed of the sequence's noise."""
+    return (tl.load(uniform_ptr + sequence) * SEEDS).to(tl.int64)
+
+
+@triton.jit
+def gumbel_noise(seed, token):
+    """Returns a random number for each token, a function of the seed and the token. So both kernels draw with the same
+    noise.
+
+    The noise is G = -log E with E = -log(1 - u). u and 1 - u come from 32 random bits of Philox, a generator that needs
+    no state. The highest score has a small E, which needs a small relative error. But for small u, 1 - u has lost most
+    bits of u. There E is u + u^2 / 2 + u^3 / 3."""
+    bits = tl.randint(seed, token)
+    u = (bits.to(tl.float32) + 0.5) * 2**-32  # the 0.5 keeps both u and 1 - u above 0
+    complement = ((0xFFFFFFFF - bits).to(tl.float32) + 0.5) * 2**-32  # 1 - u
+    exponential = tl.where(u < SMALL_UNIFORM, u + u * u * (0.5 + u / 3), -tl.log(complement))
+    return -tl.log(exponential)
 
 
 @triton.jit
@@ -117,9 +148,9 @@ def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.co
 
 @triton.jit
 def top_p_min_p_kernel(
-    logits_ptr, noise_ptr, tokens_ptr, sums_ptr,  # [B, V], [B, V], [B], [2, B]
+    logits_ptr, uniform_ptr, tokens_ptr, sums_ptr,  # [B, V], [B], [B], [2, B]
     block_above_ptr, semaphores_ptr,  # [B, N_BLOCKS], [B]
-    temperature, top_p, min_p, V,
+    temperature, temperatures_ptr, top_p, min_p, V,  # temperatures: [B] or None
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
@@ -128,7 +159,8 @@ def top_p_min_p_kernel(
     The last program of a sequence to finish decides, and goes on alone."""
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     block, sequence = tl.program_id(0), tl.program_id(1)
-    row_logits_ptr, row_noise_ptr = logits_ptr + sequence * V, noise_ptr + sequence * V
+    row_logits_ptr = logits_ptr + sequence * V
+    temperature, seed = load_temperature(temperature, temperatures_ptr, sequence), load_seed(uniform_ptr, sequence)
     candidate = tl.load(tokens_ptr + sequence).to(tl.int32)  # -1 if a logit is not finite
     threshold = tl.load(row_logits_ptr + tl.maximum(candidate, 0))
     largest = tl.load(sums_ptr + sequence)
@@ -142,7 +174,7 @@ def top_p_min_p_kernel(
         above = tl.sum(tl.load(block_above_ptrs, mask=index < N_BLOCKS, other=0.0, cache_modifier=".cg"), axis=0)
         while (candidate >= 0) & is_excluded(above, enough, top_p, tl.exp((threshold - largest) / temperature), min_p):
             candidate = best_of_likelier(
-                row_logits_ptr, row_noise_ptr, threshold, candidate, temperature, V, BLOCK_V, N_BLOCKS
+                row_logits_ptr, seed, threshold, candidate, temperature, V, BLOCK_V, N_BLOCKS
             )
             threshold = tl.load(row_logits_ptr + candidate)
             sums = tl.zeros((BLOCK_V,), tl.float32)
@@ -177,7 +209,7 @@ def is_excluded(above, enough, top_p, weight, min_p):
 
 @triton.jit
 def best_of_likelier(
-    row_logits_ptr, row_noise_ptr, threshold, candidate, temperature, V, BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr
+    row_logits_ptr, seed, threshold, candidate, temperature, V, BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr
 ):
     """Returns the best of the tokens that are likelier than the candidate."""
     best_scores = tl.full((BLOCK_V,), -float("inf"), tl.float32)
@@ -185,8 +217,7 @@ def best_of_likelier(
     for i in range(N_BLOCKS):
         token = i * BLOCK_V + tl.arange(0, BLOCK_V)
         logits = tl.load(row_logits_ptr + token, mask=token < V, other=-float("inf"))
-        noise = tl.load(row_noise_ptr + token, mask=token < V, other=1.0)
-        scores = logits - temperature * tl.log(noise.to(tl.float32))
+        scores = logits + temperature * gumbel_noise(seed, token)
         is_better = is_likelier(logits, token, threshold, candidate) & (scores > best_scores)
         best_scores = tl.where(is_better, scores, best_scores)
         best_tokens = tl.where(is_better, token, best_tokens)
@@ -196,38 +227,37 @@ def best_of_likelier(
 
 @triton_op
 def sample(
-    logits: Tensor, *, temperature: float, temperatures: None, top_k: int, top_p: float, min_p: float, uniform: None,
-    exponential: Tensor | None,
+    logits: Tensor, *, temperature: float, temperatures: Tensor | None, top_k: int, top_p: float, min_p: float,
+    uniform: Tensor | None,
 ) -> Tensor:
     """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives -1.
 
-    exponential: random numbers [B, V] of the exponential distribution. None: the ids are those of the likeliest
-    tokens."""
-    assert temperatures is None and top_k == 0 and uniform is None  # Backend.supports_sampling
+    uniform: float64 random numbers [B, 1] in [0, 1). None: the ids are those of the likeliest tokens.
+    temperatures: float32 [B, 1], in place of temperature."""
+    assert top_k == 0  # Backend.supports_sampling
     batch, vocab_size = logits.shape
-    temperature = min(max(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
-    has_top_p_or_min_p = exponential is not None and (top_p < 1 or min_p > 0)
+    has_top_p_or_min_p = uniform is not None and (top_p < 1 or min_p > 0)
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
     tokens = fake_sample(logits)
     sums = logits.new_empty(2, batch) if has_top_p_or_min_p else None
     grid = n_blocks, batch
     sample_kernel[grid](
-        logits_ptr=logits, noise_ptr=exponential, tokens_ptr=tokens, sums_ptr=sums,
+        logits_ptr=logits, uniform_ptr=uniform, tokens_ptr=tokens, sums_ptr=sums,
         results=BlockResults(
             logits.new_empty(batch, n_blocks), logits.new_empty(batch, n_blocks, dtype=torch.int32),
             logits.new_empty(2, batch, n_blocks) if has_top_p_or_min_p else None, semaphores(logits.device, batch),
         ),
-        temperature=temperature, V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks,
+        temperature=temperature, temperatures_ptr=temperatures, V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks,
         N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
     )
     if has_top_p_or_min_p:
         n_blocks = triton.cdiv(vocab_size, TOP_P_BLOCK_V)
         grid = n_blocks, batch
         top_p_min_p_kernel[grid](
-            logits_ptr=logits, noise_ptr=exponential, tokens_ptr=tokens, sums_ptr=sums,
+            logits_ptr=logits, uniform_ptr=uniform, tokens_ptr=tokens, sums_ptr=sums,
             block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device, batch),
-            temperature=temperature, top_p=top_p, min_p=min_p, V=vocab_size, BLOCK_V=TOP_P_BLOCK_V,
-            N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), num_warps=TOP_P_WARPS,
-            **pdl_options(logits.device, grid),
+            temperature=temperature, temperatures_ptr=temperatures, top_p=top_p, min_p=min_p, V=vocab_size,
+            BLOCK_V=TOP_P_BLOCK_V, N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks),
+            num_warps=TOP_P_WARPS, **pdl_options(logits.device, grid),
         )
     return tokens

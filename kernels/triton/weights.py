@@ -3,7 +3,7 @@
     program_outputs    which outputs, that is rows of W, a program computes
     program_weights, weights_of_expert    the ProgramWeights of a program, and of one of its experts
     prefetch_weights   prefetches the first weights of a program into the L2 cache
-    slice_starts, load_rows, load_tiles, load_slice_scales    load what one step of fused_linear's loop multiplies
+    slice_starts, load_rows, load_tiles, load_group_scales    load what one step of fused_linear's loop multiplies
     load_scales        loads the scales of a tile that is dequantized
 
 W has one of two layouts:
@@ -156,7 +156,7 @@ def load_tiles(w, k, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUT: tl.const
 
 
 @triton.jit
-def load_slice_scales(w, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
+def load_group_scales(w, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
     """Loads the scales of the rows of the program, in the slices that begin at columns k_starts [K_SLICES]:
     [K_SLICES, BLOCK_N, 1]. A slice lies in one group. The scales are stored as [n_groups, N]."""
     offsets = (k_starts // GROUP_SIZE)[:, None] * w.N + w.offs_n[None, :]

@@ -18,15 +18,13 @@ from torch import Tensor
 import ops
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, Int4, Int8, Unquantized, WeightFormat
-from kernels.arguments import Filters
 from layers import ExpertsDown, ExpertsGateUp, RMSNorm
 from ops.experts import route_torch
 from ops.linear import FUSED_GLU_MULTIPLE, apply_softcap
-from ops.sampling import multinomial
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.attention import ATTENTION_OPTIONS, check_attention
 from scripts.kernel_checks.exact_results import (
-    FORMATS,
+    CHECKED_FORMATS,
     MAGIC_BIASES,
     TRITON_FORMATS,
     U32,
@@ -41,7 +39,6 @@ from scripts.kernel_checks.exact_results import (
     factor_dtype,
     format_label,
     integers,
-    kept_tokens,
     make_linear,
     make_norm,
     matrix_and_bias,
@@ -52,6 +49,7 @@ from scripts.kernel_checks.exact_results import (
     use_triton,
     with_residual,
 )
+from scripts.kernel_checks.sampling import check_distribution, check_sample
 
 Check = partial[Iterator[Comparison]]
 
@@ -71,7 +69,7 @@ class Sizes:
     linears: list[tuple]  # N, K, whether there is a bias, numbers of tokens
     random_linears: list[tuple]  # N, K, tokens
     matrices: list[tuple]  # N, K
-    few_linears: list[tuple]  # as linears, for formats that are not in FORMATS; K is a multiple of 32
+    few_linears: list[tuple]  # as linears, for formats that are not in CHECKED_FORMATS; K is a multiple of 32
     expert_formats: list[WeightFormat]
     experts: list[tuple]  # E, dim, ffn_dim, whether there are biases, numbers of tokens
     attention: list[tuple]  # (n_heads, n_kv_heads, head_dim), window, caches (see check_attention), options
@@ -136,10 +134,10 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
 def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
     """Returns all checks. A check is a partial of a function at module level, since pickle can send such a partial to
     another process."""
-    checks = [partial(check_linear, dtype, *case) for case in product(FORMATS, sizes.linears)]
-    checks += [partial(check_random_linear, dtype, *case) for case in product(FORMATS, sizes.random_linears)]
-    checks += [partial(check_rows, dtype, *case) for case in product(FORMATS, sizes.matrices)]
-    for format, (n, k, has_bias, token_counts) in product(TRITON_FORMATS[len(FORMATS) :], sizes.few_linears):
+    checks = [partial(check_linear, dtype, *case) for case in product(CHECKED_FORMATS, sizes.linears)]
+    checks += [partial(check_random_linear, dtype, *case) for case in product(CHECKED_FORMATS, sizes.random_linears)]
+    checks += [partial(check_rows, dtype, *case) for case in product(CHECKED_FORMATS, sizes.matrices)]
+    for format, (n, k, has_bias, token_counts) in product(TRITON_FORMATS[len(CHECKED_FORMATS) :], sizes.few_linears):
         checks.append(partial(check_linear, dtype, format, (n, k, has_bias, token_counts)))
         checks.append(partial(check_random_linear, dtype, format, (n, k, token_counts[-1])))
         checks.append(partial(check_rows, dtype, format, (n, k)))
@@ -359,43 +357,3 @@ def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int
     case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
     yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)
-
-
-# ---- Sampling --------------------------------------------------------------------------------------------------------
-
-
-def check_sample(vocab_size: int):
-    """Checks that greedy sampling finds the first of the likeliest tokens, or returns -1 if a logit is not finite. With
-    noise, checks the score of the chosen token, the best one of those that top_p and min_p keep."""
-    logits = torch.randint(-20, 20, (3, vocab_size)).float()
-    expected = logits.argmax(-1)
-    logits[2, 3], expected[2] = torch.nan, -1
-    ours = ops.sample(logits, 0.0, Filters(), ops.TRITON_BACKEND)
-    yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
-    logits = torch.randn(3, vocab_size)
-    noise = torch.empty(3, vocab_size, dtype=torch.float64).exponential_()
-    for temperature, top_p, min_p in product((1e-30, 0.7, 1e30), (1.0, 0.613, 1e-9), (0.0, 0.05)):
-        ours = torch.ops.gptfast_triton.sample(
-            logits, temperature=temperature, temperatures=None, top_k=0, top_p=top_p, min_p=min_p, uniform=None,
-            exponential=noise,
-        )
-        scores = logits - temperature * noise.float().log()
-        bound = 4 * U32 * scores.abs().amax(-1)
-        scores = scores.masked_fill(~kept_tokens(logits, temperature, top_p=top_p, min_p=min_p), -torch.inf)
-        chosen = scores.gather(-1, ours[:, None])[:, 0]
-        case = f"{vocab_size} tokens, temperature {temperature}, top_p {top_p}, min_p {min_p}"
-        yield Comparison("sample", case, chosen, scores.amax(-1), bound)
-
-
-def check_distribution(operation: str):
-    """Checks how often each token is drawn: within five standard deviations. multinomial is PyTorch code, but differs
-    between GPU and CPU."""
-    probabilities, temperature, n = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2]), 0.5, 1000
-    if operation == "sample":
-        logits = (probabilities.log() * temperature).clamp(min=-1e30)
-        tokens = ops.sample(logits.expand(n, 5), temperature, Filters(), ops.TRITON_BACKEND)
-    else:
-        n = 100_000
-        tokens = multinomial(probabilities.expand(n, 5))
-    deviation = (probabilities * (1 - probabilities) / n).sqrt()
-    yield Comparison(operation, "distribution", tokens.bincount(minlength=5) / n, probabilities, 5 * deviation + U32)

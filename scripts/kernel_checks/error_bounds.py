@@ -52,8 +52,10 @@ def rounding_error(y: Tensor, dtype: torch.dtype) -> Tensor:
     return U[dtype] * y.double().abs() + SMALLEST[dtype]
 
 
-def check(ours: Tensor, exact: Tensor, bound: Tensor):
-    assert ours.shape == exact.shape
+def check(ours: Tensor, exact: Tensor, bound: Tensor, case: object = ""):
+    """Asserts that all errors are within bound. case: for the message."""
+    assert ours.shape == exact.shape, case
     error = (ours.double() - exact.double()).abs()
     worst = (error - bound).argmax()
-    assert (error <= bound).all(), (error.flatten()[worst].item(), bound.expand_as(error).flatten()[worst].item())
+    largest = f"{case}: error {error.flatten()[worst].item()}, bound {bound.expand_as(error).flatten()[worst].item()}"
+    assert (error <= bound).all(), largest

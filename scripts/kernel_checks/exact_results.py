@@ -26,13 +26,13 @@ from ops.backend import Backend
 from ops.linear import activate_torch, apply_softcap
 from scripts.kernel_checks import error_bounds as bounds
 
-FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
-QUANTIZED = FORMATS[1:]
+CHECKED_FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
+QUANTIZED = CHECKED_FORMATS[1:]
 CPU_FORMATS = [format for format_class in formats.FORMATS for format in format_class.examples()]
-TRITON_FORMATS = [*FORMATS, Int4(32, torch.float16)]
+TRITON_FORMATS = [*CHECKED_FORMATS, Int4(32, torch.float16)]
 TRITON_FORMATS += [  # a format with a method to_triton_layout has kernels
     format for format in CPU_FORMATS
-    if format not in FORMATS and type(format).to_triton_layout is not WeightFormat.to_triton_layout
+    if format not in CHECKED_FORMATS and type(format).to_triton_layout is not WeightFormat.to_triton_layout
 ]
 U32 = bounds.U[torch.float32]
 MAGIC_BIASES = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # kernels/triton/elements.py: magic_bias

@@ -43,22 +43,22 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 //
 //     sum of (w - zero) * x  =  sum of w * x  -  zero * (sum of x)
 //
-// All outputs need the same sum of x, so quantize_token computes this sum once and stores it as the compensation, which
-// is oneDNN's name (ggml: s of block_q8_1). The format of w decides what is stored:
+// All outputs need the same sum of x, so quantize_token computes this sum once (ggml: s of block_q8_1). If all weights
+// of the format F have one zero point, F::SHARED_ZERO, quantize_token multiplies the zero point, too. Otherwise each
+// group of weights has a zero point, and spans several ActGroups. Then an ActGroup has the sum of x from the first
+// ActGroup of the group of weights on. dot_grouped reads the last ActGroup, which has the whole sum. With groups of 48
+// weights, and sums s0, s1, ... of ActGroups:
 //
-//     F::SHARED_ZERO    All weights have one zero point, so the zero point is multiplied here, too. The compensation is
-//                       -zero * (sum of q), of the ActGroup alone.
-//     other formats     Each group of weights has a zero point, and spans several ActGroups. The compensation is the
-//                       sum of x from the first ActGroup of the group of weights on. So the last ActGroup has the whole
-//                       sum, which dot_grouped reads. With groups of 48 weights, and sums s0, s1, ... of ActGroups:
-//
-//         group of weights    0                             1
-//         ActGroup            0     1          2            3     4          5
-//         compensation        s0    s0 + s1    s0+s1+s2     s3    s3 + s4    s3+s4+s5
-//                                              read                          read
+//     group of weights    0                             1
+//     ActGroup            0     1          2            3     4          5
+//     running_sum         s0    s0 + s1    s0+s1+s2     s3    s3 + s4    s3+s4+s5
+//                                          read                          read
 struct ActGroup {
   float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
-  float compensation;
+  union {
+    float zero_term;    // with F::SHARED_ZERO: -zero * (sum of q)
+    float running_sum;  // with other formats
+  };
   int8_t q[ACT_GROUP_SIZE];
 };
 
@@ -88,8 +88,8 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
     ActGroup& act_group = groups[k / ACT_GROUP_SIZE];
     act_group.scale = max[0] * (1 / 127.0f) + max[0] * 0.0f;  // infinity becomes NaN
     running_sum = (k % w.group_size == 0 ? 0 : running_sum) + sum * act_group.scale;
-    if constexpr (F::SHARED_ZERO) act_group.compensation = -F::SHARED_ZERO * sum;
-    else act_group.compensation = running_sum;
+    if constexpr (F::SHARED_ZERO) act_group.zero_term = -F::SHARED_ZERO * sum;
+    else act_group.running_sum = running_sum;
     std::memcpy(act_group.q, &bytes, ACT_GROUP_SIZE);
   }
 }
