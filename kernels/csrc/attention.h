@@ -20,7 +20,7 @@
 #include "rope_and_cache.h"
 #include "softmax.h"
 
-constexpr int64_t TOKEN_BLOCK = 8;  // the most new tokens of a task, which reads a split once for all of them
+constexpr int64_t TOKEN_BLOCK = 8;  // the most new tokens of a task, which reads a split once for all its tokens
 constexpr int64_t SPLIT_LEN = 256;  // the keys of a split, for up to TOKEN_BLOCK tokens
 constexpr int64_t MAX_SPLIT_LEN = SPLIT_LEN * (MAX_CPU_TOKENS / TOKEN_BLOCK);
 
@@ -64,8 +64,8 @@ inline f32x16 apply_score_mod(f32x16 qk, const ScoreMod& mod, f32x16 distance) {
 }
 
 // Computes the scores [n] of q [d] and k [n, d], 16 keys at a time, and returns the largest score. Scores beyond n, up
-// to a multiple of 16, become -infinity. distance is the first key's. If next is not null, also prefetches
-// the values next [n / stride, d]: one value for every stride keys.
+// to a multiple of 16, become -infinity. distance (see ScoreMod) is the distance of the first key. If next is not null,
+// score_keys also prefetches the values next [n / stride, d]: one value for every stride keys.
 template <int64_t D, typename T>
 float score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreMod& mod, int64_t distance,
                  float* scores, const T* next, int64_t stride) {
@@ -139,7 +139,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   const T* sinks;             // [n_heads] or null
   const float* alibi_slopes;  // [n_heads] or null
   float scale, softcap;       // a softcap of 0 changes nothing
-  int64_t window;             // how many keys a token sees, its own included; 0 means all
+  int64_t window;             // how many keys a token sees, including the key of the token; 0 means all
   T* out;                     // [batch, n_tokens, n_heads, head_dim]
 
   int64_t heads_per_kv_head() const { return n_heads / n_kv_heads; }
@@ -187,7 +187,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     combine_splits(shared);
   }
 
-  // Phase 1, with the barrier after it. Prefill has the same phase.
+  // Phase 1 and the barrier after phase 1. Prefill has the same phase.
   void rope_and_cache(T* q, Barrier& barrier) const {
     RopeAndCacheOp<T> op = *this;
     op.q = q;
@@ -239,7 +239,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     return {task.b + 1, 0, 0, 0};
   }
 
-  // next_keys: the keys of the thread's next task, or null if it has the same keys.
+  // next_keys: the keys of the thread's next task, or null if the next task has the same keys.
   void attend_to_split(const Shared& shared, const Task& task, const T* next_keys) const {
     if (head_dim == 64) attend_to_split<64>(shared, task, next_keys);
     else if (head_dim == 128) attend_to_split<128>(shared, task, next_keys);

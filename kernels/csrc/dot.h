@@ -1,8 +1,8 @@
-// The matmul of 1 to MAX_CPU_TOKENS tokens with blocks of weights of any format. With one token it is a GEMV.
+// The matmul of 1 to MAX_CPU_TOKENS tokens with blocks of weights of any format. The matmul of one token is a GEMV.
 //
-// A matmul with few tokens is memory-bound: it takes as long as reading the weights. The loops read each weight once,
-// prefetch later weights (prefetch.h), and keep the sums of up to BLOCK_M tokens in registers. For more tokens, the
-// loops read a block of weights several times. After the first time the block is in the cache.
+// A matmul with few tokens is memory-bound: the matmul takes as long as reading the weights. The loops read each weight
+// once, prefetch later weights (prefetch.h), and keep the sums of up to BLOCK_M tokens in registers. For more tokens,
+// the loops read a block of weights several times. After the first time the block is in the cache.
 //
 // matmul calls matmul_by_format, which calls run_loop, which calls a loop of dot_quantized.h or dot_unquantized.h.
 #pragma once
@@ -26,8 +26,8 @@ void run_loop(const Weights& w, const int64_t* blocks, const MBlock& m_block, co
 // Returns how many of m tokens an m-block may have.
 template <typename T> int64_t most_tokens(const Weights& w, int64_t m) {
   const bool is_unquantized = dispatch_format(w, []<typename F>(F) { return std::is_same_v<F, Unquantized>; });
-  // dot_unquantized has four sums for each token: those of 6 tokens fit in wide registers, and those of 8 do not. Even
-  // so, one loop over 8 tokens is faster than two loops over 4.
+  // dot_unquantized has four sums for each token. The sums of 6 tokens fit in wide registers, and the sums of 8 tokens
+  // do not. Even so, one loop over 8 tokens is faster than two loops over 4.
   const bool fits_one_m_block = m <= BLOCK_M;
   return is_unquantized && HAS_WIDE_REGISTERS && !fits_one_m_block ? 6 : BLOCK_M;
 }
@@ -75,7 +75,7 @@ template <typename F, int M, int BLOCKS, typename X>
 void run_loop(const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
               f32x16* const* out) {
   if constexpr (std::is_same_v<F, Unquantized>) {
-    // The loads of one or two tokens are few beside those of the weights, so nothing is gained by sharing them.
+    // The loads of one or two tokens are few beside the loads of the weights, so sharing would gain nothing.
     constexpr int OUTPUTS_IN_STEP = M <= 2 ? 1 : 4;
     for (int b = 0; b < BLOCKS; b++) dot_unquantized<M, OUTPUTS_IN_STEP>(w, blocks[b], m_block, tokens, out[b]);
   } else if constexpr (std::is_same_v<F, PackedBf16> && std::is_same_v<X, bf16>) {

@@ -6,7 +6,7 @@
 // Packed weights are faster with several tokens. Memory is read in order, and the activations of a token once for 16
 // outputs. Weights that are not packed need the activations once for each output, or several rows are read side by
 // side, which is not the order of memory. With k = 2048 a step of 5 tokens takes as long as 1.0 steps of one token if
-// weights are packed, and 1.4 if they are not (Zen 5, 80 GB/s).
+// weights are packed, and 1.4 steps if weights are not packed (Zen 5, 80 GB/s).
 #pragma once
 
 #include "prologue.h"
@@ -46,7 +46,7 @@ void dot_packed_bf16(const Weights& w, const int64_t* blocks, const MBlock& m_bl
     }
 }
 
-// ---- Weights that are not packed -------------------------------------------------------------------------------------
+// ---- Weights that are not packed ------------------------------------------------------------------------------------
 
 // Adds the dot product of 64 bytes of a and b to acc. The dot product is the sum of all lanes: dot_unquantized adds up
 // the lanes of acc after the loop.

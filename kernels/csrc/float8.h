@@ -14,7 +14,7 @@
 // The bf16 instructions multiply pairs of inputs. Unpack instructions take the lower or the upper half of each 16 bytes
 // and widen each byte to 16 bits. The result is a register that holds one pair of inputs for each of the 16 outputs.
 //
-// The functions here return 1/256 of the weights. The bits of a weight become those of an f16 unchanged, which saves an
+// The functions here return 1/256 of the weights. The bits of a weight become bits of an f16 unchanged, which saves an
 // addition for each weight. But an f16's exponent has the bias 15, and not 7:
 //
 //     e4m3    0  0111 100              1.5 * 2^(7 - 7)   =  1.5
@@ -83,8 +83,8 @@ inline Bf16Pairs float8_to_bf16(i32x16 words) {
 // 4 inputs of 16 outputs, as pairs of floats. Lanes 2 i and 2 i + 1 of vector h have a pair of output 8 h + i.
 struct FloatPairs { f32x16 inputs01[2], inputs23[2]; };
 
-// Converts e4m3 to f16 and then to float. The f16 has the bits s 0eeee mmm0000000. To make them, puts the byte into the
-// upper half of 16 bits, shifts right by one, and clears the copy of the sign.
+// Converts e4m3 to f16 and then to float. The f16 has the bits s 0eeee mmm0000000. To make these bits, puts the byte
+// into the upper half of 16 bits, shifts right by one, and clears the copy of the sign.
 inline FloatPairs float8_to_float(i32x16 words) {
 #if defined(__AVX512BW__)
   const auto convert = [](__m512i upper_bytes, f32x16* out) {

@@ -68,7 +68,7 @@ template <typename T> struct RMSNormOp {
   const T* residual;  // [m, k] or null
   T* out;
 
-  // The threads share the elements. Each thread computes the rms of every token that it has elements of, which is
+  // The threads share the elements. A thread that has elements of a token computes the rms of the token, which is
   // cheaper than a barrier.
   void execute(char*, Barrier&) const {
     const int64_t vecs_per_token = divide_up(k, LANES);
@@ -101,7 +101,7 @@ template <typename T> struct PermuteInputsOp {
   }
 };
 
-// out [m, f] = activation(gate) * up, for x [m, 2 f], a row of which is f gates and f ups. If the activation is not
+// out [m, f] = activation(gate) * up, for x [m, 2 f]. A row of x is f gates and f ups. If the activation is not
 // gated, out [m, f] = activation(x [m, f]).
 template <typename T> struct ActivateOp {
   const T* x;
@@ -197,7 +197,8 @@ template <typename T> struct EmbedOp {
   }
 };
 
-// Computes out [n, k] = the dequantized weights of packed format F. Prefill calls it, and prefill is never captured.
+// Computes out [n, k] = the dequantized weights of packed format F. Only prefill dequantizes, and prefill is never
+// captured.
 //
 // Unpacking gives vectors that hold one input of 16 outputs. Transposing 16 such vectors gives vectors that hold 16
 // inputs of one output, which are a piece of a row of out.

@@ -1,11 +1,11 @@
 // The operations of a mixture of experts: route, experts_gate_up and experts_down, in order of execution. route chooses
-// the experts of each token; the other two multiply with the weights of the chosen experts. ops.cpp submits the
-// operations.
+// the experts of each token; experts_gate_up and experts_down multiply with the weights of the chosen experts. ops.cpp
+// submits the operations.
 #pragma once
 
 #include "dot.h"
 
-// A pair of a token and one of its experts is an index into topk_ids [m, top_k], flattened: topk_ids[pair] is the
+// A pair of a token and an expert of the token is an index into topk_ids [m, top_k], flattened: topk_ids[pair] is the
 // expert, and pair / top_k is the token. A batch is 1 to MAX_CPU_TOKENS pairs with the same expert.
 struct ExpertBatch {
   int64_t expert;

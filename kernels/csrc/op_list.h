@@ -1,5 +1,5 @@
-// Operations and OpLists. A small model computes an operation in microseconds, about as long as Python takes to call
-// it. So a CPU replays a captured list of operations, an OpList, as a GPU replays a CUDA graph. Without OpLists, a
+// Operations and OpLists. A small model computes an operation in microseconds, about as long as Python takes for the
+// call. So a CPU replays a captured list of operations, an OpList, as a GPU replays a CUDA graph. Without OpLists, a
 // small model ran at 0.4 to 0.7 of the speed (docs/how_it_works.md).
 //
 // The threads of an OpenMP parallel region execute an operation together. Each thread computes a range of the tasks.
@@ -39,7 +39,7 @@ class Scratch {
 
 // ---- Operations -----------------------------------------------------------------------------------------------------
 
-// An operation is a struct that holds the addresses and sizes of its inputs and outputs. It has one to three functions:
+// An operation is a struct that holds the addresses and sizes of inputs and outputs, with one to three functions:
 //
 //     void execute(char* shared, Barrier&) const    Every thread of the region calls execute. The output is complete
 //                                                   when all threads have returned. barrier.wait() separates phases.
@@ -102,7 +102,8 @@ inline const char* validate(const Ops& ops) {
   return nullptr;
 }
 
-// All OpLists use the same number of threads, since changing the number between OpLists would cost more than it gains.
+// All OpLists use the same number of threads, since a change of the number between OpLists costs more than the change
+// gains.
 inline thread_local ThreadCount thread_count;
 
 // Executes an OpList. If the value of an input is wrong, computes nothing and returns the message.

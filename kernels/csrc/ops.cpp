@@ -1,12 +1,9 @@
 // The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Kernels trust addresses and sizes, also when a
 // CPU graph is replayed, so tensors are checked here. Each function checks its tensors, allocates the output, and
 // submits the operation (op_list.h: submit). kernels/build.py compiles this file, which includes the headers, and
-// compares the parameters of the functions with the schemas.
+// compares the parameters of the functions with the schemas (kernels/schema.py). ops/ describes the operations.
 //
-//     ops/                     describes the operations
-//     kernels/schema.py        has the schemas of the functions
-//
-// The headers, in the order in which to read them:
+// The headers, in reading order:
 //
 //     simd.h           vectors of 16 floats; activation.h: activations of feed-forwards
 //     threads.h        how threads share work, and how many there are
@@ -182,7 +179,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
   return out;
 }
 
-// Checks the values of input_order here, and not when a CPU graph is replayed: they are as constant as a weight.
+// Checks the values of input_order here, and not when a CPU graph is replayed: input_order is as constant as a weight.
 Tensor permute_inputs(Tensor x, Tensor input_order) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {}), n = input_order.numel();
   STD_TORCH_CHECK(input_order.scalar_type() == ScalarType::Int && input_order.is_contiguous() &&
@@ -365,7 +362,7 @@ int max_unquantized_tokens(int is_bf16) {
   return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_CPU_TOKENS : MAX_CPU_TOKENS / 2;
 }
 // Return whether fused_linear and attend compute more than MAX_CPU_TOKENS tokens faster than PyTorch does. Where bf16
-// has AMX, PyTorch uses it, and the two were not compared.
+// has AMX, PyTorch multiplies with AMX, and the two were not compared.
 int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 

@@ -1,15 +1,15 @@
-// What the loops of dot.h prefetch. A core reaches memory's bandwidth only if it asks for weights long before it
-// multiplies them.
+// What the loops of dot.h prefetch. A core reaches memory's bandwidth only if weights are asked for long before they
+// are multiplied.
 //
 // A loop prefetches PREFETCH bytes ahead, in the order in which weights are read. A loop over two adjacent blocks reads
-// both in step. Then a loop reads the next two, so the order is
+// both blocks in step. Then a loop reads the next two blocks, so the order is
 //
 //     block 0  ------->  block 2  ------->  block 4
 //     block 1  ------->  block 3  ------->  block 5
 //
 // If there are too many tokens for one loop, the tokens are cut into m-blocks of up to BLOCK_M tokens, and the loop for
-// each m-block reads the same blocks. The first loop reads the blocks from memory, the others from the cache. So that
-// memory is never idle, each of n loops prefetches an n-th of the next blocks:
+// each m-block reads the same blocks. The first loop reads the blocks from memory, and the other loops read the blocks
+// from the cache. So that memory is never idle, each of n loops prefetches an n-th of the next blocks:
 //
 //     tokens 0-3    read blocks 0 and 1, prefetch the first half of blocks 2 and 3
 //     tokens 4-8    read blocks 0 and 1, prefetch the second half
@@ -20,17 +20,17 @@
 // A core that reads 40 GB/s at a latency of 200 ns has 8,000 bytes in flight. L1 then still has room for activations.
 constexpr int64_t PREFETCH = 8192;
 
-// Which of the m-blocks a loop multiplies, and how many of its blocks of weights are adjacent in memory: 1 or 2.
+// Which m-block a loop multiplies, and how many blocks of weights are adjacent in memory: 1 or 2.
 struct MBlock { int64_t index, n_m_blocks, n_adjacent; };
 
 // Prefetches for a loop over M tokens that reads BLOCKS blocks in step.
 template <int M, int BLOCKS> class Prefetcher {
   static constexpr bool IS_ONLY = M <= 2;  // one or two tokens are the only m-block
-  int64_t distance;   // in bytes, from the first weights of a block to the weights that are prefetched with them
+  int64_t distance;   // in bytes, from the first weights of a block to the weights that are prefetched first
   int64_t step = 64;  // bytes to prefetch for 64 bytes read
-  // A loop that reads blocks 0 and 1 in step goes on with blocks 2 and 3. So the weights to prefetch for the last
-  // `distance` bytes of block 0 are in block 2, although block 1 follows in memory. From offset jump_from on, the
-  // address therefore jumps over a block, which has jump_bytes:
+  // A loop reads blocks 0 and 1 in step, and then blocks 2 and 3. Near the end of block 0, `distance` bytes further
+  // would be block 1, which is being read already. So from offset jump_from on, jump_bytes are added, which skips
+  // block 1:
   //
   //     | block 0      read | block 1            | block 2  prefetched     |
   //                     |<--- distance + jump_bytes --->|

@@ -10,10 +10,11 @@
 //             acc    +=  p v                                    [MR, head_dim]
 //     out = acc / l_i
 //
-// PyTorch computes the scores of all keys up to the last token, and then masks those that a token does not see, unless
-// the new tokens are the first ones. Here the time depends on the number of keys that the tokens see.
+// PyTorch computes the scores of all keys up to the last token, and then masks the keys that a token does not see,
+// unless the sequence begins with the new tokens. Here the time depends on the number of keys that the tokens see.
 //
-// With registers of 64 bytes this is 2 to 4 times as fast as PyTorch (docs/measurements.md). Other CPUs call PyTorch.
+// With registers of 64 bytes these loops are 2 to 4 times as fast as PyTorch (docs/measurements.md). Other CPUs call
+// PyTorch.
 #pragma once
 
 #include "attention.h"

@@ -32,7 +32,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   static constexpr int64_t PANEL_K = 256, PANEL_PAIRS = PANEL_K / 2, PANEL_BYTES = PANEL_K * sizeof(bf16);
   // With 96 tokens, dequantization takes a few percent of the time of the matmul; with fewer tokens it would take more.
   static constexpr int64_t MIN_BLOCK_TOKENS = 96, MAX_BLOCK_TOKENS = 516;
-  static constexpr int64_t TASKS_PER_THREAD = 8;  // enough that no thread ends much later than the others
+  static constexpr int64_t TASKS_PER_THREAD = 8;  // enough that no thread ends much later than other threads
 
   int64_t n_panels() const { return divide_up(w.k, PANEL_K); }
   int64_t padded_m() const { return round_up(m, MR); }
@@ -73,7 +73,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
 
   // Computes the outputs of out_blocks_per_task() blocks, from first_block on, for the tokens [begin, end).
   void matmul_task(const VnniPair* x_pairs, int64_t first_block, Range tokens) const {
-    int64_t blocks[4];  // of W. Beyond the last block, the last one is multiplied again, and its outputs are not stored
+    int64_t blocks[4];  // of W. Beyond the last block, the last block is repeated, and the outputs are not stored
     for (int64_t i = 0; i < 4; i++) {
       const int64_t out_block = first_block + (is_gated(activation) ? i / 2 : i);
       const bool is_up = is_gated(activation) && i % 2;

@@ -8,14 +8,14 @@
 
 #include "op_list.h"
 
-// Computes tokens [m] from logits [m, n]. Without uniform, takes the likeliest token, of tied tokens the first. With
-// uniform, draws a token by exp(logit / temperature) among those that top_k, top_p and min_p keep. If a logit is not
-// finite, writes -1.
+// Computes tokens [m] from logits [m, n]. Without uniform, SampleOp takes the likeliest token, or the first of tied
+// tokens. With uniform, SampleOp draws a token by exp(logit / temperature) among the tokens that top_k, top_p and min_p
+// keep. If a logit is not finite, the token is -1.
 struct SampleOp {
   const float* logits;
   int64_t m, n;
   const double* uniform;      // [m], random numbers in [0, 1), or null
-  const float* temperatures;  // [m], or null: temperature is that of all rows
+  const float* temperatures;  // [m], or null: all rows have temperature
   float temperature;
   int64_t top_k;  // 0 means all
   double top_p;   // 1 means all
@@ -82,7 +82,8 @@ struct SampleOp {
 
   // ---- Drawing ------------------------------------------------------------------------------------------------------
 
-  // Computes weights exp((logit - largest logit) / temperature) of the tokens in range. The likeliest token has 1.
+  // Computes weights exp((logit - largest logit) / temperature) of the tokens in range. The likeliest token has the
+  // weight 1.
   void compute_weights(int64_t row, Range range, const float* largest, float* weights) const {
     const float max = *std::max_element(largest, largest + N_PARTS);
     const float divisor = std::max(temperatures ? temperatures[row] : temperature, SMALLEST_TEMPERATURE);
@@ -99,8 +100,8 @@ struct SampleOp {
     Sum operator+(const Sum& other) const { return {weight + other.weight, n_tokens + other.n_tokens}; }
   };
 
-  // Sums up those of weights [size] that exceed threshold. size is a multiple of LANES. A higher threshold never gives
-  // a larger sum: the additions always have the same order, so rounding cannot change that.
+  // Returns the sum of the weights [size] that exceed threshold. size is a multiple of LANES. A higher threshold never
+  // gives a larger sum, also with rounding, since the additions always have the same order.
   static Sum sum_above(float threshold, const float* weights, int64_t size) {
     Sum total{};
     i32x16 n_tokens{};
@@ -139,9 +140,10 @@ struct SampleOp {
     return n;
   }
 
-  // Finds the fewest likeliest tokens that are enough, by is_enough(Sum). Returns a threshold that only their weights
-  // exceed. Of tokens of equal weight keeps the first ones: sets the weights of the others to 0. If all tokens above
-  // low are not enough, returns low. The bits of positive floats are ordered like the floats, so the bits are bisected:
+  // Finds the smallest set of likeliest tokens for which is_enough(Sum) is true. Returns t such that the set is
+  // {weight > t}. Ties at the border: later tokens are removed from weights by setting their weights to 0. If all
+  // tokens above low are not enough, returns low. The bits of positive floats are ordered like the floats, so the bits
+  // are bisected:
   //
   //     0 ........ low ........ middle ........ high ........ 1
   //                 |                            |
@@ -174,8 +176,8 @@ struct SampleOp {
     return low;
   }
 
-  // Draws a token by weights [padded_n], and overwrites some. Inverse transform sampling: takes the first token at
-  // which the cumulative sum exceeds uniform times the sum of all.
+  // Draws a token by weights [padded_n], and overwrites some weights. Inverse transform sampling: draw takes the first
+  // token at which the cumulative sum exceeds uniform times the sum of all weights.
   int64_t draw(float* weights, double uniform) const {
     const int64_t size = padded_n();
     float threshold = 0;
@@ -201,6 +203,6 @@ struct SampleOp {
         if (weights[i] > threshold) token = i, sum += weights[i];
       return token;
     }
-    return -1;  // not reached, since the sum after the last block is the sum of all
+    return -1;  // not reached, since the sum after the last block is the sum of all weights
   }
 };

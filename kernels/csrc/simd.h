@@ -25,7 +25,7 @@ typedef int64_t i64x8 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
-// Whether an f32x16 fits in one register. CPUs with such registers have 32 of them.
+// Whether an f32x16 fits in one register. CPUs with such registers have 32 registers.
 #if defined(__AVX512F__)
 constexpr bool HAS_WIDE_REGISTERS = true;
 #else
@@ -55,7 +55,7 @@ template <typename T> inline T load(const void* p) {
   return v;
 }
 
-// load_vec loads 16 elements and converts them to float.
+// load_vec loads 16 elements and converts the elements to float.
 #if defined(__AVX512F__)
 inline f32x16 load_vec(const bf16* p) { return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16); }
 inline f32x16 load_vec(const f16* p) { return (f32x16)_mm512_cvtph_ps(load<__m256i>(p)); }
@@ -222,7 +222,7 @@ inline f32x16 transpose_reduce_add(f32x16* v) {
   return v[0];
 }
 
-// Return the lanes of even or odd index: those of a in lanes 0-7, those of b in lanes 8-15.
+// Return the lanes of even or odd index: a's lanes in lanes 0-7, b's lanes in lanes 8-15.
 inline f32x16 even_lanes(f32x16 a, f32x16 b) {
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 }
@@ -233,7 +233,8 @@ inline f32x16 odd_lanes(f32x16 a, f32x16 b) {
 // Transposes 16 vectors of 16 words: swaps lane j of v[i] and lane i of v[j].
 //
 // The address of an element is 8 bits, vvvvllll: the index of the vector, then the lane. Each round interleaves vectors
-// 0-7 with vectors 8-15, so the highest bit of the address becomes the lowest. Four rounds make it llllvvvv.
+// 0-7 with vectors 8-15, so the highest bit of the address becomes the lowest. After four rounds the address is
+// llllvvvv.
 template <typename V> inline void transpose(V* v) {
   V from[16];
 #pragma GCC unroll 4

@@ -1,9 +1,9 @@
-// The softmax of attention, computed for some of the keys at a time. attention.h and prefill_attention.h share it.
+// The softmax of attention, computed for some of the keys at a time, for attention.h and prefill_attention.h.
 //
 //     softmax(scores) v  =  (the sum of p v) / (the sum of p)      with p = 2^(score * log2(e) - m_i)
 //
 // The quotient is the same for every m_i. The maximum of the exponents keeps p from overflowing. If a score is NaN, m_i
-// ignores the score, but its p is NaN, and so is the output.
+// ignores the score, but the p of the score is NaN, and so is the output.
 #pragma once
 
 #include "simd.h"
@@ -12,7 +12,7 @@
 // score * log2(e), and l_i is the sum of p.
 struct SoftmaxState { float m_i, l_i; };
 
-// Computes p = 2^(score * exponent_scale - m_i) for scores [n], 16 at a time: store(p, i) gets those of scores i to
+// Computes p = 2^(score * exponent_scale - m_i) for scores [n], 16 at a time: store(p, i) gets p of scores i to
 // i + 15. Returns the sum of p. Scores beyond n, up to a multiple of 16, must be -infinity.
 inline float exponentiate(const float* scores, int64_t n, float exponent_scale, float m_i, auto store) {
   f32x16 l_i = {};

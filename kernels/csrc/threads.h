@@ -38,7 +38,7 @@ class Barrier {
  public:
   void wait() {
     const int this_round = round.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {  // the last one
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {  // the last thread
       arrived.store(0, std::memory_order_relaxed);
       round.store(this_round + 1, std::memory_order_release);
       return;
@@ -95,7 +95,7 @@ class ThreadCount {
   double mean_before_trial = 0;  // the mean relative time before the current trial
 
   // Of the repetitions since the last decision:
-  int64_t first_window = 0;  // the window of the clock in which the first one began
+  int64_t first_window = 0;  // the window of the clock in which the first repetition began
   int n_timed = 0;
   double total_seconds = 0, total_stalled = 0;
   double total_relative = 0;  // of relative times: seconds / reference_seconds (see add)

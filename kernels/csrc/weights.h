@@ -7,7 +7,7 @@
 // W has a name at each stage:
 //
 //     Tensor weight      what PyTorch passes to ops.cpp
-//     Weights w          addresses and sizes of the packed W, its scales and its zeros; all other files get a Weights
+//     Weights w          addresses and sizes of the packed W, scales and zeros; all other files get a Weights
 //     UnpackedWeights    a few words of a block as bytes in registers (dot_quantized.h)
 #pragma once
 

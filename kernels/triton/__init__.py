@@ -1,4 +1,4 @@
-"""The Triton kernels: the operations of a decode step on a GPU. In the order in which to read them:
+"""The Triton kernels: the operations of a decode step on a GPU. In reading order:
 
     linear.py       fused_linear: the matmul of a few tokens with a weight; rms_norm and permute_inputs
     formats.py      for each weight format, how fused_linear multiplies and how W is dequantized; dequantize and embed
@@ -21,7 +21,7 @@ A weight of int4 takes this way. It is packed once, when the model is loaded:
 Then, in every decode step:
 
     linear.py: fused_linear             looks up KERNEL_FORMATS, chooses the tile sizes, launches the kernel
-    linear.py: fused_linear_kernel      the loop over K; in each step it calls DOT, which is dot_int4
+    linear.py: fused_linear_kernel      the loop over K; each step calls DOT, which is dot_int4
     formats.py: dot_int4                acc += scale * (q x - zero * sum of x), by calling
         weights.py: load_tiles              words of 8 elements
         elements.py: tiles_to_floats        words to the left operand of tl.dot, by int4_pair

@@ -178,7 +178,7 @@ def dequantize_mxfp4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N,
 
 
 class Scales(Enum):
-    """The packed scales: [n_groups, N], those of Int8 [N]."""
+    """The packed scales: [n_groups, N], or [N] of Int8."""
 
     NONE = "none"
     FLOAT32 = "float32"

@@ -41,7 +41,7 @@ class NewHeads(NamedTuple):
 
 @triton.jit
 def load_new_queries(qkv_ptr, kv_head, T, HEADS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Loads the queries that use kv_head: its heads of token 0, its heads of token 1, and so on."""
+    """Loads the queries that use kv_head: all heads of token 0, all heads of token 1, and so on."""
     offs_m = tl.arange(0, BLOCK_M)
     token = offs_m // HEADS.HEADS_PER_KV_HEAD
     head = kv_head * HEADS.HEADS_PER_KV_HEAD + offs_m % HEADS.HEADS_PER_KV_HEAD
@@ -68,8 +68,8 @@ def norm_and_rope(
     x, norm_weight_ptr, heads_ptr, cos_sin_ptr, start, S, T, eps,
     NORM_HEADS: tl.constexpr, HEADS: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """Norms new queries or keys x, if there is a weight, and rotates them: lo and hi [X, BLOCK_HALF]. Those beyond the
-    end of the cache become zeros."""
+    """Norms new queries or keys x, if there is a weight, and applies RoPE: lo and hi [X, BLOCK_HALF]. Heads beyond
+    the end of the cache become zeros."""
     position = start + x.token
     mask = x.mask & is_inside(position, S)
     lo, hi = x.lo.to(tl.float32), x.hi.to(tl.float32)

@@ -5,7 +5,7 @@ evenly its programs share the GPU (tile sizes), and how long the GPU idles betwe
     has_matrix_units, min_block_m, dot_dtype    what a matmul needs to know, by device and by type of x
     pdl_options                 arguments for the launch of a kernel that may overlap with the previous kernel
     pdl_wait                    the first call in every kernel
-    semaphores, is_last_program    how the last program to finish finds out that it is the last
+    semaphores, is_last_program    how a program finds out that all other programs have finished
     choose_tiles                the tile sizes of y = x W^T: from tuned.json or by a rule
 
 tuned.json beside this file has the fastest tile sizes that were measured, by GPU and matmul.
@@ -85,8 +85,8 @@ def gpu_info(device: torch.device) -> Gpu:
 
 
 def has_matrix_units(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether matmuls with x in dtype use matrix units. In float32 they do not, since matrix units would round
-    x to fewer bits."""
+    """Returns whether matmuls with x in dtype use matrix units. Matmuls in float32 do not, since matrix units would
+    round x to fewer bits."""
     return dtype != torch.float32 and gpu_info(device).min_block_m > 1
 
 
@@ -139,10 +139,11 @@ def all_semaphores(device: torch.device) -> Tensor:
 @triton.jit
 def is_last_program(semaphore_ptr, N_PROGRAMS: tl.constexpr):
     """Whether this program is the last of N_PROGRAMS that share a semaphore. A program calls this function once, after
-    its stores. The last program can then load what all of them have stored, but only with loads that bypass the L1
-    cache (.cg), which may have older values.
+    its stores. The last program can then load what all programs have stored, but only with loads that bypass the
+    L1 cache (.cg), which may have older values.
 
-    Each program adds one to the semaphore. The last program finds the others counted, and sets it back to zero."""
+    Each program adds one to the semaphore. The last program finds all other programs counted, and sets the semaphore
+    back to zero."""
     tl.debug_barrier()  # all threads of the program have stored before the program counts
     is_last = tl.atomic_add(semaphore_ptr, 1, sem="acq_rel") == N_PROGRAMS - 1
     if is_last:
@@ -180,7 +181,7 @@ def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> s
 
 
 def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int, n_tokens: int = 1) -> TileConfig:
-    """Returns the tile sizes for x [..., K] and W [n, K]: those of tuned.json, or a guess. A guess takes at most 99 KB
+    """Returns the tile sizes for x [..., K] and W [n, K], from tuned.json or by a guess. A guess takes at most 99 KB
     of shared memory per program, or 64 KB if min_block_m is not 8: AMD's MI300 and NVIDIA's Turing have no more.
 
     gated: W is a gate projection above an up projection. A program needs 16 rows of each.

@@ -140,7 +140,7 @@ def fused_linear_kernel(
             x_index = y_index if X_IS_PER_PAIR else offs_m
         w, bias_ptr = weights_of_expert(w, bias_ptr, expert, K, LAYOUT)
     # The operands of the epilogue are loaded before the loop, so that the epilogue does not wait for memory. Only the
-    # residual of many tokens is loaded after the loop, since registers have no room for it during the loop
+    # residual of many tokens is loaded after the loop, since registers have no room during the loop
     y_offsets, mask_y = output_offsets(y_index, mask_m, N_OUT, SIZES.BLOCK_OUT)
     channel_scale = load_column(w.scales_ptr if LAYOUT.HAS_CHANNEL_SCALES else None, w)
     bias = load_column(bias_ptr, w)
@@ -189,8 +189,8 @@ def pairs_of(expert, topk_ids_ptr, token, n_tokens, TOP_K: tl.constexpr, NUM_TOK
 
 @triton.jit
 def output_offsets(y_index, mask_m, N_OUT, BLOCK_OUT: tl.constexpr):
-    """Returns where the outputs of the program are in y, for the rows y_index [BLOCK_M] of y, and which of them exist:
-    [BLOCK_OUT, BLOCK_M] both."""
+    """Returns where the outputs of the program are in y, for the rows y_index [BLOCK_M] of y, and which outputs exist.
+    Both are [BLOCK_OUT, BLOCK_M]."""
     offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     return y_index[None, :] * N_OUT + offs_out[:, None], mask_m[None, :] & (offs_out < N_OUT)[:, None]
 
@@ -216,7 +216,7 @@ def load_residual(residual_ptr, y_offsets, mask_y):
 def load_x(
     x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, NUM_TOKENS: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Loads inputs offs_k [K_SLICES, SLICE_K] of the tokens at rows x_index [BLOCK_M] of x, and multiplies them with
+    """Loads inputs offs_k [K_SLICES, SLICE_K] of the tokens at rows x_index [BLOCK_M] of x, and multiplies with
     the weight of the norm: [K_SLICES, SLICE_K, BLOCK_M]."""
     mask_k = offs_k < K
     if NUM_TOKENS == 1:  # the same token in every column

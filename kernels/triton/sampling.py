@@ -29,11 +29,11 @@ from kernels.schema import fake_sample, triton_op
 from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
-TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel, of which one program may go through all tokens
+TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel. One program may go through all tokens
 # A smaller divisor could round to 0, and a larger factor could make scores infinite.
 SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = tl.constexpr(1e-30), tl.constexpr(1e30)
 SEEDS = tl.constexpr(2.0**53)  # float64 has 53 bits, so a uniform random number in [0, 1) has at most as many values
-SMALL_UNIFORM = tl.constexpr(2.0**-6)  # below, gumbel_noise computes the exponential noise by its Taylor series
+SMALL_UNIFORM = tl.constexpr(2.0**-6)  # below, gumbel_noise computes -log(1 - u) by its Taylor series
 
 
 class BlockResults(NamedTuple):
@@ -55,8 +55,8 @@ def sample_kernel(
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
     """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
-    The last program of a sequence to finish finds the best token of all blocks. A logit that is not finite gets the
-    score infinity and the token -1, so -1 is the result of the sequence.
+    The last program of a sequence to finish finds the best token of all blocks. A non-finite logit gets the score +inf
+    and the token -1, so it wins the argmax and the row returns -1.
 
     sums: for each sequence the largest logit, and the sum of the weights exp((logit - largest logit) / temperature)."""
     pdl_wait(USE_PDL, TRIGGER_EARLY)
@@ -123,7 +123,7 @@ def store_sum(block_sums_ptr, logits, mask, temperature, N_BLOCKS: tl.constexpr)
 
 @triton.jit
 def combine_sums(block_sums_ptr, sums_ptr, temperature, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr):
-    """Stores the largest logit and the sum of the weights of the program's sequence, from those of all its blocks."""
+    """Stores the largest logit and the sum of the weights of the program's sequence, from the results of all blocks."""
     sequence, n_blocks_of_all = tl.program_id(1), tl.num_programs(1) * N_BLOCKS
     block = tl.arange(0, N_BLOCKS_PADDED)
     row_ptr, mask = block_sums_ptr + sequence * N_BLOCKS + block, block < N_BLOCKS
@@ -186,7 +186,7 @@ def top_p_min_p_kernel(
 
 @triton.jit
 def likelier_weights(row_logits_ptr, block, threshold, candidate, largest, temperature, V, BLOCK_V: tl.constexpr):
-    """Returns the weights of a block's tokens [BLOCK_V], 0 for those that are not likelier than the candidate."""
+    """Returns the weights of a block's tokens [BLOCK_V], 0 for tokens that are not likelier than the candidate."""
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(row_logits_ptr + token, mask=token < V, other=-float("inf"))
     weights = tl.exp((logits - largest) / temperature)
@@ -195,15 +195,15 @@ def likelier_weights(row_logits_ptr, block, threshold, candidate, largest, tempe
 
 @triton.jit
 def is_likelier(logits, token, threshold, candidate):
-    """Whether each token is likelier than the candidate, whose logit is threshold. Of tied tokens the first one counts
-    as the likeliest."""
+    """Whether each token is likelier than the candidate, whose logit is threshold. Of tied tokens the first counts as
+    the likeliest."""
     return (logits > threshold) | ((logits == threshold) & (token < candidate))
 
 
 @triton.jit
 def is_excluded(above, enough, top_p, weight, min_p):
     """Whether top_p or min_p excludes a token. above is the sum of the weights of all likelier tokens: 0 for the
-    likeliest token, which is never excluded. weight is the token's own. The likeliest has the weight 1."""
+    likeliest token, which is never excluded. weight is the token's weight. The likeliest token has the weight 1."""
     return (above > 0) & (((above >= enough) & (top_p < 1)) | (weight < min_p))
 
 
@@ -232,7 +232,7 @@ def sample(
 ) -> Tensor:
     """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives -1.
 
-    uniform: float64 random numbers [B, 1] in [0, 1). None: the ids are those of the likeliest tokens.
+    uniform: float64 random numbers [B, 1] in [0, 1). None: the likeliest tokens are taken.
     temperatures: float32 [B, 1], in place of temperature."""
     assert top_k == 0  # Backend.supports_sampling
     batch, vocab_size = logits.shape

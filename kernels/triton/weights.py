@@ -47,7 +47,7 @@ class BlockSizes(NamedTuple):
 
 
 class ProgramWeights(NamedTuple):
-    """The weights of a program of fused_linear: some rows of W [N, K]. In arguments it is called w."""
+    """The weights of a program of fused_linear: some rows of W [N, K]. Arguments of this type are called w."""
 
     ptr: tl.tensor
     scales_ptr: tl.tensor
@@ -84,7 +84,7 @@ def program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, SIZES: tl.constex
 
 @triton.jit
 def weights_of_expert(w, bias_ptr, expert, K: tl.constexpr, LAYOUT: tl.constexpr):
-    """Returns w and bias_ptr at the matrix of expert, from those at the first expert of a stack [E, N, K]."""
+    """Returns w and bias_ptr at the matrix of expert. Takes w and bias_ptr at the first expert of a stack [E, N, K]."""
     first_output = expert * w.N  # among the outputs of all experts
     w_ptr, scales_ptr = w.ptr + first_output * LAYOUT.STRIDE, w.scales_ptr
     if scales_ptr is not None:
