@@ -228,6 +228,22 @@ def test_softcap_of_extremes():
 
 @built
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
+def test_a_token_does_not_depend_on_the_tokens_beside_it(format):
+    """Every row of a batch is the row alone, to the last bit. (AMX and plain rows of bf16 sum in another order.)"""
+    if library().has_amx_bf16():
+        pytest.skip("AMX multiplies many tokens")
+    torch.manual_seed(0)
+    w = packed(make_linear(64, 200, format, torch.bfloat16))
+    if not w.is_packed:
+        pytest.skip("plain rows of bf16")
+    x = torch.randn(64, 200).bfloat16()
+    alone = torch.cat([ops.fused_linear(row, w) for row in x.split(1)])
+    for n_tokens in (*range(2, 20), 33, 64):
+        assert torch.equal(ops.fused_linear(x[:n_tokens], w), alone[:n_tokens]), n_tokens
+
+
+@built
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("rows", [0, 1, 5, 64, 65])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_near_its_reference(format, rows, dtype):

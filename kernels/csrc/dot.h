@@ -14,6 +14,9 @@
 #include "dot_quantized.h"
 #include "dot_unquantized.h"
 
+template <typename F> constexpr bool IS_QUANTIZED = !std::is_same_v<F, Unquantized> && !std::is_same_v<F, PackedBf16>;
+constexpr int MAX_UNQUANTIZED_TOKENS = 6;  // the tokens of an m-block of unquantized weights, if there are several
+
 using BlockSums = f32x16[MAX_CPU_TOKENS];  // the outputs of a block of weights: [tokens, BLOCK_N]
 
 template <int M, typename T>
@@ -25,11 +28,11 @@ void run_loop(const Weights& w, const int64_t* blocks, const MBlock& m_block, co
 
 // Returns how many of m tokens an m-block may have.
 template <typename T> int64_t most_tokens(const Weights& w, int64_t m) {
-  const bool is_unquantized = dispatch_format(w, []<typename F>(F) { return std::is_same_v<F, Unquantized>; });
-  // dot_unquantized has four sums for each token. The sums of 6 tokens fit in wide registers, and the sums of 8 tokens
-  // do not. Even so, one loop over 8 tokens is faster than two loops over 4.
+  const bool is_quantized = dispatch_format(w, []<typename F>(F) { return IS_QUANTIZED<F>; });
+  // The loops of dot_unquantized.h have up to four sums for each token. The sums of 6 tokens fit in wide registers, and
+  // the sums of 8 tokens do not. Even so, one loop over 8 tokens is faster than two loops over 4.
   const bool fits_one_m_block = m <= BLOCK_M;
-  return is_unquantized && HAS_WIDE_REGISTERS && !fits_one_m_block ? 6 : BLOCK_M;
+  return is_quantized || !HAS_WIDE_REGISTERS || fits_one_m_block ? BLOCK_M : MAX_UNQUANTIZED_TOKENS;
 }
 
 // Returns the addresses of matmul_by_format for 1, 2, ... BLOCK_M tokens.
@@ -62,8 +65,9 @@ void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks,
     // Two blocks in step share the loads of the activations, but need registers for twice as many sums. As long as the
     // matmul is memory-bound, one block after the other is faster, which reads memory in order.
     constexpr bool IS_BF16 = F::BF16_ACTIVATIONS && std::is_same_v<ActElement<F, T>, bf16>;
-    constexpr bool GAINS_BY_SHARING = ROUNDS_TO_INT8<F, T> ? M > 2 : IS_BF16 && M > 4;
-    const bool is_memory_bound = M <= 5 && m_block.n_m_blocks == 1;
+    constexpr bool FITS_REGISTERS = IS_QUANTIZED<F> || M <= MAX_UNQUANTIZED_TOKENS;
+    constexpr bool GAINS_BY_SHARING = ROUNDS_TO_INT8<F, T> ? M > 2 : IS_BF16 && M > 4 && FITS_REGISTERS;
+    const bool is_memory_bound = (M <= 5 || !IS_QUANTIZED<F>) && m_block.n_m_blocks == 1;
     if constexpr (HAS_WIDE_REGISTERS && GAINS_BY_SHARING)
       if (n_blocks == 2 && !is_memory_bound) return run_loop<F, M, 2>(w, blocks, m_block, typed, out);
     for (int64_t b = 0; b < n_blocks; b++) run_loop<F, M, 1>(w, blocks + b, m_block, typed, out + b);

@@ -16,8 +16,9 @@
 template <int M, int BLOCKS>
 void dot_packed_bf16(const Weights& w, const int64_t* blocks, const MBlock& m_block, const bf16* const* tokens,
                      f32x16* const* out) {
-  // Independent sums along k hide the latency of the additions. All sums fit in registers.
-  constexpr int UNROLL = M * BLOCKS <= 2 ? 8 : M * BLOCKS <= 5 ? 4 : M * BLOCKS <= 8 ? 2 : 1;
+  // Two independent sums hide a part of the additions' latency. Two for any number of tokens: so a token's result does
+  // not depend on how many tokens are multiplied together, and a text not on the texts beside it.
+  constexpr int UNROLL = 2;
   const char* data[BLOCKS];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   const Prefetcher<M, BLOCKS> prefetch(w, m_block);
@@ -25,7 +26,8 @@ void dot_packed_bf16(const Weights& w, const int64_t* blocks, const MBlock& m_bl
   const auto step = [&](int64_t word, int u) {
     i32x16 words[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
-      prefetch(data[b], 64 * word);
+      // Two blocks in step are for several m-blocks, each of which prefetches at most half of the next weights.
+      if (BLOCKS == 1 || u == 0) prefetch(data[b], 64 * word);
       words[b] = load<i32x16>(data[b] + 64 * word);
     }
 #pragma GCC unroll 8  // so that the sums stay in registers
@@ -36,14 +38,11 @@ void dot_packed_bf16(const Weights& w, const int64_t* blocks, const MBlock& m_bl
   };
   int64_t word = 0;
   for (; word + UNROLL <= w.k / 2; word += UNROLL)
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int u = 0; u < UNROLL; u++) step(word + u, u);
-  for (; word < w.k / 2; word++) step(word, 0);
+  if (word < w.k / 2) step(word, 0);
   for (int b = 0; b < BLOCKS; b++)
-    for (int m = 0; m < M; m++) {
-      out[b][m] = acc[b][m][0];
-      for (int u = 1; u < UNROLL; u++) out[b][m] += acc[b][m][u];
-    }
+    for (int m = 0; m < M; m++) out[b][m] = acc[b][m][0] + acc[b][m][1];
 }
 
 // ---- Weights that are not packed ------------------------------------------------------------------------------------
