@@ -59,6 +59,9 @@ class LLM:
         if not isinstance(checkpoint_path, Path | str):
             raise UsageError(f"checkpoint_path must be a path, not {checkpoint_path!r:.80}")
         check_integer("max_seq_len", max_seq_len, 1)
+        for name, value in (("compile", compile), ("use_kernels", use_kernels)):
+            if not isinstance(value, bool):
+                raise UsageError(f"{name} must be True or False, not {value!r:.80}")
         self.params = GREEDY.override(sampling)
         self.compile = compile
         self.checkpoint_path = ensure_converted(checkpoint_path)

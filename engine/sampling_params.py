@@ -1,6 +1,5 @@
 """SamplingParams: the options of sampling, which are also options of the command line and of the server's requests."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
@@ -32,7 +31,7 @@ class SamplingParams:
     temperature is 0 in Python, 0.8 in generate.py (as in gpt-fast) and 1 in the server (as in OpenAI's API)."""
 
     temperature: float = sampling_field(
-        float, 0.0, "0 takes the likeliest token", "0 or more", lambda t: 0 <= t < math.inf
+        float, 0.0, "0 takes the likeliest token", "0 to 1000000", lambda t: 0 <= t <= 1e6
     )
     _: KW_ONLY
     top_k: int | None = sampling_field(

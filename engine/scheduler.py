@@ -289,11 +289,14 @@ def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor
             row = sequence.logits_processor(sequence.prompt_ids + sequence.new_ids, rows[i])
             if not isinstance(row, Tensor) or row.shape != rows[i].shape or not row.is_floating_point():
                 raise UsageError("logits_processor must return a tensor of floats, of the shape of its logits")
-            if not row.max().isfinite():  # NaN if any is NaN
+            row = row.to(logits)
+            largest = row.max()  # NaN if any logit is NaN
+            if not largest.isfinite():
                 raise UsageError("logits_processor returned NaN or infinity, or excluded every token")
-            rows[i] = row.to(logits)
-    # sample takes -inf for an error of the model. A float32 sum of any vocabulary's EXCLUDED_LOGIT is still finite.
-    return torch.stack(rows).clamp(min=EXCLUDED_LOGIT)
+            # sample takes -inf for an error of the model. Without the subtraction, which changes no probability, a
+            # logit that the function only made small could become EXCLUDED_LOGIT.
+            rows[i] = (row - largest).clamp(min=EXCLUDED_LOGIT)
+    return torch.stack(rows)
 
 
 def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH_BACKEND) -> Tensor:

@@ -240,7 +240,7 @@ def test_without_a_seed(chat_model):
 
 @pytest.mark.parametrize("result", [
     lambda logits: logits[:10], lambda logits: logits[None], lambda logits: None, lambda logits: logits.long(),
-    lambda logits: logits * torch.nan, lambda logits: logits - torch.inf,
+    lambda logits: logits * torch.nan, lambda logits: logits - torch.inf, lambda logits: logits.double() * 1e300,
 ])
 def test_a_logits_processor_that_is_wrong(chat_model, result):
     llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
@@ -264,12 +264,17 @@ def test_logits_processor(chat_model):
         others[allowed[len(seen) % 2 - 1]] = False
         return logits.masked_fill(others, -torch.inf)
 
-    for options in ({}, {"temperature": 2.0}, {"temperature": 0.5, "top_p": 0.9, "seed": 1}):
+    for options in ({}, {"temperature": 1e6}, {"temperature": 0.5, "top_p": 0.9, "seed": 1}):
         seen.clear()
         assert "".join(llm.generate("Hello", 6, logits_processor=alternate, **options)) == "ababab"
         new_ids = (allowed * 3)[:5]
         assert seen == [prompt_ids + new_ids[:n] for n in range(6)]
     assert "".join(llm.generate("Hello", 12, logits_processor=lambda ids, logits: logits)) == free
+
+    def allow_with_a_small_logit(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor(allowed[0]), -3e38)
+
+    assert "".join(llm.generate("Hello", 3, logits_processor=allow_with_a_small_logit, temperature=1.0)) == "aaa"
     many = llm.generate_many(["Hello", "Hello"], max_new_tokens=12, logits_processor=lambda ids, logits: -logits)
     texts = [text for _, text in many]
     assert texts[0] == texts[1] != free == "".join(llm.generate("Hello", 12))

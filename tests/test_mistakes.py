@@ -34,7 +34,7 @@ from utils.files import ROOT
         ("--num_samples=0", "num_samples"),
         ("--threads=0", "--threads must be 1 to 1024, not 0"),
         ("--batch_size=0", "batch_size"),
-        ("--temperature=-1", "--temperature must be 0 or more, not -1.0"),
+        ("--temperature=-1", "--temperature must be 0 to 1000000, not -1.0"),
         ("--temperature=nan", "temperature"),
         ("--top_k=0", "--top_k must be at least 1, not 0"),
         ("--top_p=0", "--top_p must be above 0 and at most 1, not 0.0"),
