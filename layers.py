@@ -7,8 +7,8 @@
     ExpertsGateUp, ExpertsDown    matmuls with the W of each expert that the router chose
     Embedding      a row of W for every token
 
-A forward calls an operation of ops/ with the layer itself. The operation runs on the kernels of the layer's
-backend or in plain PyTorch. model.py composes the layers.
+A forward calls an operation of ops/ with the layer itself. The operation runs on the kernels of the layer's backend or
+in plain PyTorch. model.py composes the layers.
 """
 
 import torch

@@ -24,7 +24,7 @@ import torch
 
 from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
-from engine.generation import PlainLoop, generate, stream_texts
+from engine.generation import DecodeLoop, generate, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.scheduler import Scheduler, build_scheduler
@@ -70,7 +70,7 @@ class LLM:
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         # The loop of the last text that has ended. The loop's KV cache and captured steps serve the next text. Only one
         # loop is kept, since a KV cache is large.
-        self.idle_loop: PlainLoop | None = None
+        self.idle_loop: DecodeLoop | None = None
 
     def generate(
         self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), seed: int | None = None,
@@ -134,15 +134,15 @@ class LLM:
 
     def build_loop(
         self, params: SamplingParams, batch_size: int = 1, max_seq_len: int | None = None, compile_prefill: bool = False
-    ) -> PlainLoop:
-        """Returns a loop with a KV cache of its own, for token ids in and out: see PlainLoop.
+    ) -> DecodeLoop:
+        """Returns a loop with a KV cache of its own, for token ids in and out: see DecodeLoop.
 
         max_seq_len: the most tokens of a sequence; None: the LLM's max_seq_len."""
         max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
         check_integer("batch_size", batch_size, 1)
         check_integer("max_seq_len", max_seq_len, 1)
         kv_cache = KVCache(self.model, batch_size, max_seq_len)
-        return PlainLoop(ModelRunner(self.model, kv_cache, params, self.compile, compile_prefill))
+        return DecodeLoop(ModelRunner(self.model, kv_cache, params, self.compile, compile_prefill))
 
     # ---- What the methods above share ----
 
@@ -155,15 +155,15 @@ class LLM:
         options["hint"] = hint if max_seq_len < config.max_seq_len else ""
         return build_sequence(prompt, self.tokenizer, config, max_new_tokens, max_seq_len, **options)
 
-    def take_loop(self, params: SamplingParams) -> PlainLoop:
-        """Returns a PlainLoop whose KV cache no text uses."""
+    def take_loop(self, params: SamplingParams) -> DecodeLoop:
+        """Returns a DecodeLoop whose KV cache no text uses."""
         loop, self.idle_loop = self.idle_loop, None
         if loop is None:
             return self.build_loop(params)
         if loop.runner.sampler.params == params:
             return loop
         kv_cache = loop.runner.kv_cache  # fits any params; a captured step contains them
-        return PlainLoop(ModelRunner(self.model, kv_cache, params, self.compile))
+        return DecodeLoop(ModelRunner(self.model, kv_cache, params, self.compile))
 
     def stream(self, sequence: Sequence) -> Iterator[str]:
         loop = self.take_loop(sequence.params)

@@ -4,8 +4,8 @@
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys, values and ids of earlier tokens, and the tables of positions; allocated once, passed in
 
-The layers that hold the weights are in layers.py. Every computation is an operation of ops/, which calls a
-kernel or plain PyTorch. So one forward runs on every device.
+The layers that hold the weights are in layers.py. Every computation is an operation of ops/, which calls a kernel or
+plain PyTorch, so one forward runs on every device. The maths is in ops/linear.py, ops/attention.py and ops/experts.py.
 
 Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
 heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K] has N outputs and K inputs.

@@ -11,7 +11,7 @@ import torch
 
 import collectives
 from cli.ranks import communication_share
-from engine.generation import PlainLoop
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeLoop
@@ -59,7 +59,7 @@ def required_seq_len(
     return longest + args.max_new_tokens
 
 
-def build_loop(args: argparse.Namespace, llm: LLM, max_seq_len: int, draft: Transformer | None) -> PlainLoop:
+def build_loop(args: argparse.Namespace, llm: LLM, max_seq_len: int, draft: Transformer | None) -> DecodeLoop:
     """Returns the loop. With speculation the draft model proposes tokens, or prompt lookup if draft is None."""
     plain = llm.build_loop(args.sampling_params, args.batch_size, max_seq_len, args.compile_prefill)
     if not args.speculative:
@@ -82,7 +82,7 @@ def warn_without_kernels(k: int, model: Transformer):
 
 
 @torch.inference_mode()
-def compile_steps(args: argparse.Namespace, loop: PlainLoop, sequences: list[Sequence]) -> dict:
+def compile_steps(args: argparse.Namespace, loop: DecodeLoop, sequences: list[Sequence]) -> dict:
     """Compiles or captures what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
     captures a step at its first use. The first prompt overwrites what the KV caches then hold. Returns compile_seconds,
     a field of --json."""

@@ -11,21 +11,22 @@
     async_engine.py       many callers at once, in asyncio
     chat.py               Conversation: a chat's messages and answers in one KV cache
 
-PlainLoop (generation.py) and SpeculativeLoop (speculate.py) continue one prompt. The Scheduler (scheduler.py) runs many
-prompts:
+One prompt: DecodeLoop (generation.py), or SpeculativeLoop (speculate.py), which is faster for some texts. Many prompts:
+the Scheduler (scheduler.py), which also has more options:
 
-                                            PlainLoop,        Scheduler
+                                            DecodeLoop,       Scheduler
                                             SpeculativeLoop
 
     used by  LLM.chat                       yes               -
              LLM.generate                   yes               with logits_processor
              LLM.generate_many              -                 yes
              generate.py                    yes               with --parallel or --logprobs
-             scripts/serve.py, eval.py      -                 yes
+             scripts/serve.py               -                 yes
+             eval.py                        -                 for tasks that generate text
 
     a batch of samples of one prompt        yes               as several sequences
     speculation                             yes               -
-    on a GPU the next step is queued        PlainLoop         -
+    on a GPU the next step is queued        DecodeLoop        -
       before the host has the token
     sampling within a GPU's captured step   yes               -
     SamplingParams                          one for all       of each sequence

@@ -4,14 +4,13 @@
     for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-generate is the loop. A DecodeLoop is a loop bound to a model: this loop or speculate.py's. engine/__init__.py compares
-both with the Scheduler. stream_texts goes from a DecodeLoop's tokens to text.
+generate is the loop. A DecodeLoop is the loop bound to a runner, and stream_texts goes from its tokens to text.
+engine/__init__.py compares the loop with the Scheduler.
 
 Shapes: B sequences, T new tokens per sequence.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -77,14 +76,31 @@ class HostCopy:
         return self.tokens
 
 
-class DecodeLoop(Protocol):
-    """A loop that continues one text: PlainLoop, or SpeculativeLoop of speculate.py."""
+class DecodeLoop:
+    """generate, bound to a runner: continues one text with a decode step for every token. SpeculativeLoop
+    (speculate.py) is a DecodeLoop whose steps also verify proposals."""
+
+    def __init__(self, runner: ModelRunner):
+        self.runner = runner
 
     def generate(
         self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
         """Continues token_ids, of which the first n_cached are in the KV cache, in each of B sequences. Yields the next
         token of each sequence, [B], max_new_tokens times. generator: as in ModelRunner.draw_uniform."""
+        prompt = torch.tensor([token_ids[n_cached:]] * self.runner.kv_cache.batch_size, device=self.runner.device)
+        return generate(self.runner, prompt, n_cached, max_new_tokens, generator)
+
+    @torch.inference_mode()
+    def warm_up(self, max_new_tokens: int):
+        """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
+        Overwrites the first tokens of the KV cache."""
+        zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
+        self.runner.decode(zeros, zeros[:, 0])
+
+    def accept_counts(self) -> list[int] | None:
+        """Returns how many steps of the last text accepted 0, 1 ... k proposed tokens. None: nothing proposes."""
+        return None
 
 
 def stream_texts(
@@ -99,27 +115,3 @@ def stream_texts(
         yield [sequence.append(token).text for sequence, token in zip(batch, ids, strict=True)]
         if all(sequence.finish_reason for sequence in batch):
             break
-
-
-class PlainLoop:
-    """A DecodeLoop with a decode step for every token. speculate.py: SpeculativeLoop inherits from this class."""
-
-    def __init__(self, runner: ModelRunner):
-        self.runner = runner
-
-    def generate(
-        self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
-    ) -> Iterator[list[int]]:
-        prompt = torch.tensor([token_ids[n_cached:]] * self.runner.kv_cache.batch_size, device=self.runner.device)
-        return generate(self.runner, prompt, n_cached, max_new_tokens, generator)
-
-    @torch.inference_mode()
-    def warm_up(self, max_new_tokens: int):
-        """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
-        Overwrites the first tokens of the KV cache."""
-        zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
-        self.runner.decode(zeros, zeros[:, 0])
-
-    def accept_counts(self) -> list[int] | None:
-        """Returns how many steps of the last text accepted 0, 1 ... k proposed tokens. None: nothing proposes."""
-        return None

@@ -3,8 +3,8 @@
     sample(logits, SamplingParams())                          # the likeliest token
     sample(logits, SamplingParams(temperature=0.8, top_k=50))
 
-apply_repetition_penalty comes before sample. sample is an operation (ops/sampling.py). No
-function waits for the device, so that the next step can start before the host has read the sampled token.
+apply_repetition_penalty comes before sample. sample is an operation (ops/sampling.py). No function waits for the
+device, so that the next step can start before the host has read the sampled token.
 """
 
 import torch

@@ -173,7 +173,7 @@ def check_seed(seed: int | None):
 
 
 def build_generator(seed: int | None) -> torch.Generator:
-    """Returns a generator of a text's own random numbers, or PyTorch's global one if seed is None. PlainLoop and
+    """Returns a generator of a text's own random numbers, or PyTorch's global one if seed is None. DecodeLoop and
     Scheduler take one number of float64 from the generator for each new token, so a seed gives one text in both."""
     return torch.default_generator if seed is None else torch.Generator().manual_seed(to_64_bits(seed))
 

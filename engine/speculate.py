@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import collectives
-from engine.generation import PlainLoop
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner, Sampler, check_sampled_ids
 from engine.sampling import probabilities, sample
 from engine.sampling_params import SamplingParams
@@ -63,8 +63,8 @@ class Proposer(Protocol):
         """Tells the proposer that the next text may differ from the previous text after the first n tokens."""
 
 
-class SpeculativeLoop(PlainLoop):
-    """A PlainLoop whose steps also verify what proposer proposes. The batch size is 1.
+class SpeculativeLoop(DecodeLoop):
+    """A DecodeLoop whose steps also verify what proposer proposes. The batch size is 1.
 
     All random numbers are those of PyTorch's global generators (torch.manual_seed): a seed gives another text than
     without speculation anyway, since rejection sampling draws other numbers."""

@@ -2,8 +2,9 @@
 
 Layers compute with operations alone. So one forward serves every device, and a CPU can capture a step as lists of
 operations (kernels/capture.py). An operation asks a backend for a kernel: the backend of the layer, or the argument
-backend. Without a kernel, NAME_torch in the same file computes the operation in plain PyTorch: in prefill, on other
-devices and with --kernels off. The tests compare the kernels with plain PyTorch.
+backend. Without a kernel, plain PyTorch computes the operation: in prefill, on other devices and with --kernels off.
+The functions for this are in the second part of the same file; NAME_torch is all of the operation NAME. The tests
+compare the kernels with plain PyTorch.
 
     backend.py     the backends: which operations have kernels, and for how many tokens; how rounding differs
     aten.py        matmuls with quantized weights by PyTorch's own kernels, without a C++ compiler

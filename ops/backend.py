@@ -87,8 +87,8 @@ class Backend:
     def supports_step(self, batch_size: int, query_len: int, heads_per_kv_head: int, activation: str) -> bool:
         """Whether kernels compute every operation in the table, for query_len tokens in each of batch_size
         sequences. Then the step can be captured. A CPU graph holds only kernels, so CPU_BACKEND has a kernel for every
-        operation. A CUDA graph also holds PyTorch's operations, so TRITON_BACKEND has no kernels for embed,
-        activate and add.
+        operation. A CUDA graph also holds PyTorch's operations, so the table of TRITON_BACKEND lacks activate, add and
+        embed (whose kernel is for packed embeddings alone).
 
         heads_per_kv_head, activation: those of the model."""
         n_tokens = batch_size * query_len

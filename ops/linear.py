@@ -125,7 +125,7 @@ def embed(tokens: Tensor, table: WeightMatrix, scale: float, dtype: torch.dtype)
 
 def matmul(x: Tensor, linear: Linear) -> Tensor:
     """x W^T [+ bias] for x [..., K]: [..., N]."""
-    n_tokens = x.numel() // x.shape[-1]
+    n_tokens = count_tokens(x)
     if linear.aten_weight is not None and n_tokens <= aten.MAX_ATEN_TOKENS:
         y = aten.multiply(x.flatten(0, -2), linear.aten_weight).view(*x.shape[:-1], -1)
         return y if linear.bias is None else y + linear.bias

@@ -130,7 +130,7 @@ def test_an_interrupted_answer_stays(chat_model):
     """After Ctrl-C, the next answer equals one with an empty cache and only the tokens before the interrupt."""
     model, tokenizer = load(chat_model / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
-    loop = generation.PlainLoop(ModelRunner(model, kv_cache))
+    loop = generation.DecodeLoop(ModelRunner(model, kv_cache))
     conversation = Conversation(tokenizer, loop, CONTEXT, model.config.eos_ids)
     pieces = conversation.answer("Hi", 12)
     heard = next(pieces) + next(pieces)

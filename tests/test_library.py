@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.chat import Conversation
-from engine.generation import PlainLoop
+from engine.generation import DecodeLoop
 from engine.sampling_params import SamplingParams
 from llm import LLM, KVCache, ModelRunner, generate, load
 from tests.tiny import PACKAGES
@@ -41,7 +41,7 @@ def test_conversation(chat_model, cli):
     kv_cache, other_kv_cache = (KVCache(model, 1, 160) for _ in range(2))
     runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
     other = generate(other_runner, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
-    loop = PlainLoop(runner)
+    loop = DecodeLoop(runner)
     conversation = Conversation(tokenizer, loop, kv_cache.max_seq_len, model.config.eos_ids)
     answers, other_ids = [], []
     for message in ("Hi", "how are you?"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 import ops
-from engine.generation import PlainLoop
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling import probabilities, sample, seen_token_mask, store_token_ids
 from engine.sampling_params import SamplingParams
@@ -94,7 +94,7 @@ def test_repetition_penalty_equals_transformers(both_models):
 
     kv_cache, ids = KVCache(ours, 1, 64), prompt[0].tolist()
     runner = ModelRunner(ours, kv_cache, params)
-    loop = PlainLoop(runner)
+    loop = DecodeLoop(runner)
     assert [i for (i,) in loop.generate(ids, 0, n)] == expected
     rest = loop.generate(ids + expected[:5], 44, n - 5)  # as a conversation goes on
     assert [i for (i,) in rest] == expected[5:]

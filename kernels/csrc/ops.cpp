@@ -121,8 +121,8 @@ Activation check_activation(int64_t id) {
 }
 
 Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
-              int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
-              int64_t activation, double out_scale, double softcap, double clip, bool float32_out) {
+                    int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
+                    int64_t activation, double out_scale, double softcap, double clip, bool float32_out) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight, residual});
   const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(m <= MAX_CPU_TOKENS || (HAS_PREFILL_LINEAR && is_bf16),
@@ -240,7 +240,7 @@ int64_t qkv_width(const Tensor& k_cache, int64_t n_heads) {
 }
 
 Tensor rope_and_cache(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor cos_sin, int64_t n_heads,
-              OptTensor q_norm_weight, OptTensor k_norm_weight, double eps) {
+                      OptTensor q_norm_weight, OptTensor k_norm_weight, double eps) {
   const int64_t batch = k_cache.size(0), d = k_cache.size(3);
   const int64_t m = check_rows(qkv, qkv_width(k_cache, n_heads), {k_cache, v_cache, q_norm_weight, k_norm_weight});
   Tensor q = torch::stable::new_empty(qkv, Sizes{batch, m / batch, n_heads, d});
