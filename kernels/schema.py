@@ -60,7 +60,7 @@ def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = N
     return register
 
 
-def triton_op(function: Callable) -> Callable:
+def register_triton(function: Callable) -> Callable:
     """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name,
     also for CPU tensors, on which Triton's interpreter runs. function takes the arguments of the schema, with those of
     WEIGHT as one argument, w."""

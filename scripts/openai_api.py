@@ -34,7 +34,9 @@ def parse_request(data: bytes) -> dict:
         raise UsageError(f"the request is not JSON: {e}") from None
     require(isinstance(body, dict), "the request must be a JSON object")
     for name, no_op in UNSUPPORTED.items():
-        require(body.get(name) in (None, 0, "", [], {}, no_op), f"{name} is not supported")
+        value = body.get(name)
+        is_no_op = value in (None, 0, "", [], {}, no_op) and value is not True  # True equals 1
+        require(is_no_op, f"{name} is not supported")
     return {name: value for name, value in body.items() if value is not None}
 
 

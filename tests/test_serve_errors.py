@@ -56,6 +56,7 @@ WRONG = [
     ({"prompt": "a", "echo": True}, "echo"),
     ({"prompt": "a", "suffix": "b"}, "suffix"),
     ({"prompt": "a", "best_of": 2}, "best_of"),
+    ({"prompt": "a", "best_of": True}, "best_of"),
     ({"prompt": "a", "stream": "false"}, "stream must be true or false"),
     ({"messages": []}, "messages"),
     ({"messages": "Hello"}, "messages"),

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.arguments import AttentionParams
-from kernels.schema import fake_attend, triton_op
+from kernels.schema import fake_attend, register_triton
 from kernels.triton.epilogue import apply_softcap
 from kernels.triton.heads import (
     HeadLayout,
@@ -278,7 +278,7 @@ def combine_splits(
 # ---- The operation --------------------------------------------------------------------------------------------------
 
 
-@triton_op
+@register_triton
 def attend(
     qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos_sin: Tensor, alibi_slopes: Tensor | None,
     **params,

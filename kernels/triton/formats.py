@@ -32,7 +32,7 @@ from triton import JITFunction
 
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from kernels.arguments import WeightArguments
-from kernels.schema import fake_dequantize, fake_embed, triton_op
+from kernels.schema import fake_dequantize, fake_embed, register_triton
 from kernels.triton.elements import (
     decode_e8m0,
     e2m1_bias_factor,
@@ -267,7 +267,7 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, DEQUANTIZE: tl
     tl.store(y_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], w, mask=mask)
 
 
-@triton_op
+@register_triton
 def dequantize(*, w: WeightArguments, k: int, dtype: torch.dtype) -> Tensor:
     """Dequantizes a packed weight to W [n, k]."""
     y = fake_dequantize(w=w, k=k, dtype=dtype)
@@ -293,7 +293,7 @@ def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, 
     tl.store(y_ptrs, y, mask=mask)
 
 
-@triton_op
+@register_triton
 def embed(tokens: Tensor, *, w: WeightArguments, k: int, dtype: torch.dtype, scale: float) -> Tensor:
     """Dequantizes the rows of W [n, k] at tokens [...], and multiplies them with scale: [..., k]."""
     y = fake_embed(tokens, w=w, k=k, dtype=dtype)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.arguments import ACTIVATION_IDS, GATED_IDS, WeightArguments
-from kernels.schema import fake_permute_inputs, fake_rms_norm, output_width, triton_op
+from kernels.schema import fake_permute_inputs, fake_rms_norm, output_width, register_triton
 from kernels.triton.elements import magic_number_for
 from kernels.triton.epilogue import EpilogueScalars, epilogue
 from kernels.triton.formats import kernel_format
@@ -257,7 +257,7 @@ def inverse_rms(squares, eps, NUM_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M
     return tl.rsqrt(total / K + eps)
 
 
-@triton_op
+@register_triton
 def fused_linear(
     x: Tensor, *, w: WeightArguments, bias: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 0.0,
     residual: Tensor | None = None, activation: int = 0, out_scale: float = 1.0, softcap: float = 0.0,
@@ -335,7 +335,7 @@ def rms_norm_kernel(
     tl.store(y_ptr + offsets, y, mask=mask)
 
 
-@triton_op
+@register_triton
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
     """Computes [residual +] x / rms(x) * weight over the last dimension."""
     y, dim = fake_rms_norm(x), x.shape[-1]
@@ -369,7 +369,7 @@ def permute_inputs_kernel(
     tl.store(y_ptr + tl.program_id(0) * N + offs_n, x, mask=mask)
 
 
-@triton_op
+@register_triton
 def permute_inputs(x: Tensor, input_order: Tensor) -> Tensor:
     """Returns x[..., input_order], for x [..., K] and input_order int32 [N]: [..., N]."""
     k, n = x.shape[-1], len(input_order)

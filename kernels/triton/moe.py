@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.arguments import WeightArguments
-from kernels.schema import fake_experts_down, fake_route, triton_op
+from kernels.schema import fake_experts_down, fake_route, register_triton
 from kernels.triton.launch import pdl_options, pdl_wait
 from kernels.triton.linear import fused_linear
 
@@ -73,14 +73,14 @@ def moe_combine_kernel(
     tl.store(out_ptr + token * N + offs_n, total, mask=offs_n < N)
 
 
-@triton_op
+@register_triton
 def experts_gate_up(x: Tensor, **arguments) -> Tensor:
     """Multiplies x [..., dim] with the experts topk_ids [..., top_k] of W [E, n, dim]: [..., top_k, n or n / 2].
     bias is [E, n]. All arguments are as in fused_linear. An expert that several tokens have is read once."""
     return fused_linear(x, **arguments)
 
 
-@triton_op
+@register_triton
 def experts_down(
     hidden: Tensor, *, w: WeightArguments, bias: Tensor | None, topk_ids: Tensor, topk_weights: Tensor,
     residual: Tensor | None,
@@ -96,7 +96,7 @@ def experts_down(
     return out
 
 
-@triton_op
+@register_triton
 def route(logits: Tensor, *, top_k: int, norm_topk_prob: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
     """Returns (topk_weights, topk_ids) for float32 logits [..., E], or [..., E + 1] with shared experts. Both are
     [..., top_k + n_shared_experts]. norm_topk_prob: the weights of the top_k experts are scaled to sum to one."""

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import fake_sample, triton_op
+from kernels.schema import fake_sample, register_triton
 from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
@@ -225,7 +225,7 @@ def best_of_likelier(
     return tl.sum(tl.where(tl.arange(0, BLOCK_V) == best, best_tokens, 0), axis=0)
 
 
-@triton_op
+@register_triton
 def sample(
     logits: Tensor, *, temperature: float, temperatures: Tensor | None, top_k: int, top_p: float, min_p: float,
     uniform: Tensor | None,
