@@ -15,7 +15,7 @@
 #include "dot_unquantized.h"
 
 template <typename F> constexpr bool IS_QUANTIZED = !std::is_same_v<F, Unquantized> && !std::is_same_v<F, PackedBf16>;
-constexpr int MAX_UNQUANTIZED_TOKENS = 6;  // the tokens of an m-block of unquantized weights, if there are several
+constexpr int UNQUANTIZED_BLOCK_M = 6;  // the tokens of an m-block of unquantized weights, if there are several
 
 using BlockSums = f32x16[MAX_CPU_TOKENS];  // the outputs of a block of weights: [tokens, BLOCK_N]
 
@@ -32,7 +32,7 @@ template <typename T> int64_t most_tokens(const Weights& w, int64_t m) {
   // The loops of dot_unquantized.h have up to four sums for each token. The sums of 6 tokens fit in wide registers, and
   // the sums of 8 tokens do not. Even so, one loop over 8 tokens is faster than two loops over 4.
   const bool fits_one_m_block = m <= BLOCK_M;
-  return is_quantized || !HAS_WIDE_REGISTERS || fits_one_m_block ? BLOCK_M : MAX_UNQUANTIZED_TOKENS;
+  return is_quantized || !HAS_WIDE_REGISTERS || fits_one_m_block ? BLOCK_M : UNQUANTIZED_BLOCK_M;
 }
 
 // Returns the addresses of matmul_by_format for 1, 2, ... BLOCK_M tokens.
@@ -65,7 +65,7 @@ void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks,
     // Two blocks in step share the loads of the activations, but need registers for twice as many sums. As long as the
     // matmul is memory-bound, one block after the other is faster, which reads memory in order.
     constexpr bool IS_BF16 = F::BF16_ACTIVATIONS && std::is_same_v<ActElement<F, T>, bf16>;
-    constexpr bool FITS_REGISTERS = IS_QUANTIZED<F> || M <= MAX_UNQUANTIZED_TOKENS;
+    constexpr bool FITS_REGISTERS = IS_QUANTIZED<F> || M <= UNQUANTIZED_BLOCK_M;
     constexpr bool GAINS_BY_SHARING = ROUNDS_TO_INT8<F, T> ? M > 2 : IS_BF16 && M > 4 && FITS_REGISTERS;
     const bool is_memory_bound = (M <= 5 || !IS_QUANTIZED<F>) && m_block.n_m_blocks == 1;
     if constexpr (HAS_WIDE_REGISTERS && GAINS_BY_SHARING)

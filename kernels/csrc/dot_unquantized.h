@@ -9,8 +9,8 @@
 // weights are packed, and 1.4 steps if weights are not packed (Zen 5, 80 GB/s).
 #pragma once
 
-#include "prologue.h"
 #include "prefetch.h"
+#include "prologue.h"
 
 // Multiplies packed bf16 weights with M tokens.
 template <int M, int BLOCKS>

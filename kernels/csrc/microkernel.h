@@ -31,13 +31,8 @@ template <typename T> constexpr int64_t VNNI_SIZE = 1;
 
 // acc[lane] += the dot product of pair a and pair b[lane].
 template <typename T> inline void dot_pairs(f32x16& acc, VnniPair a, const VnniPair* b) {
-#if defined(__AVX512BF16__)
-  if constexpr (VNNI_SIZE<T> == 2) {
-    acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a), load<__m512bh>(b));
-    return;
-  }
-#endif
-  acc += std::bit_cast<float>(a) * load<f32x16>(b);
+  if constexpr (VNNI_SIZE<T> == 2) dot2(acc, i32x16{} + int32_t(a), load<i32x16>(b));
+  else acc += std::bit_cast<float>(a) * load<f32x16>(b);
 }
 
 // c [MR, NR] = a [MR, n] b [n, NR], or += if accumulates. a_stride, b_stride and c_stride lead from a row to the next,
