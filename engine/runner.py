@@ -44,6 +44,7 @@ from kernels.build import find_compiler
 from kernels.capture import call_with_graph_threads, capture
 from model import KVCache, Transformer
 from ops.backend import Backend
+from ops.sampling import uniform_dtype
 from utils.errors import UsageError
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
@@ -163,8 +164,7 @@ class ModelRunner:
             yield from repeat(None, n_steps)
             return
         uniform = torch.rand(n_steps, batch_size, 1, dtype=torch.float64, generator=generator)
-        has_float64 = self.device.type in ("cpu", "cuda")  # MPS, for example, has not
-        uniform = uniform.to(self.device, torch.float64 if has_float64 else torch.float32)
+        uniform = uniform.to(self.device, uniform_dtype(self.device))
         for i in range(n_steps):
             yield uniform[i]
 

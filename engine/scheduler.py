@@ -41,6 +41,7 @@ from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer
 from ops.backend import TORCH_BACKEND, Backend
+from ops.sampling import uniform_dtype
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
 from utils.machine import free_memory
@@ -317,7 +318,8 @@ def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = T
             continue
         uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in group])
         temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in group])
-        ids[indices] = sample(rows, options, backend, uniform.to(logits.device), temperatures)
+        uniform = uniform.to(logits.device, uniform_dtype(logits.device))
+        ids[indices] = sample(rows, options, backend, uniform, temperatures)
     return ids
 
 

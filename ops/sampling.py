@@ -89,14 +89,19 @@ def filtered_probs(
     return probs, ids
 
 
+def uniform_dtype(device: torch.device) -> torch.dtype:
+    """The type of the random numbers on device: float64, but float32 on an accelerator that may lack float64, as MPS
+    does."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
 def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Draws a token for each sequence: probs [B, V] -> ids [B]. The probabilities of a sequence need not sum to one. A
     token of probability 0 is never drawn.
 
     uniform: the random numbers [B, 1], in [0, 1); None: PyTorch's generator makes them."""
-    # Inverse transform sampling: take the first token whose cumulative probability exceeds the random number. Not every
-    # accelerator has float64.
-    dtype = torch.float64 if probs.device.type in ("cpu", "cuda") else torch.float32
+    # Inverse transform sampling: take the first token whose cumulative probability exceeds the random number.
+    dtype = uniform_dtype(probs.device)
     cumulative = probs.cumsum(-1, dtype=dtype)
     if uniform is None:
         uniform = torch.rand(len(probs), 1, dtype=dtype, device=probs.device)
