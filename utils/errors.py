@@ -1,4 +1,4 @@
-"""The errors of a user's mistake. Any function may raise such an error, which cli/script.py prints as one line."""
+"""Errors for mistakes of the user. Any function may raise one; cli/script.py prints it as one line."""
 
 import contextlib
 import re
@@ -10,13 +10,13 @@ class UsageError(ValueError):
 
 
 class OutOfMemoryError(UsageError):
-    """Memory is too small. run_script appends the script's advice to the message (cli/script.py)."""
+    """There is too little memory. run_script appends the script's advice to the message."""
 
 
 def check_integer(name: str, value, low: int | None = None, high: int | None = None):
-    """Raises UsageError unless value is an integer from low to high, of which None means no limit. name: what the user
-    calls value."""
-    if type(value) is not int:  # a bool is an int, too, but a mistake
+    """Raises UsageError unless value is an integer from low to high, where None means no limit. name: what the user
+    calls the value."""
+    if type(value) is not int:  # isinstance would let a bool through
         raise UsageError(f"{name} must be an integer, not {value!r:.80}")
     if (low is not None and value < low) or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"{low} to {high}"
@@ -25,8 +25,8 @@ def check_integer(name: str, value, low: int | None = None, high: int | None = N
 
 @contextlib.contextmanager
 def convert_type_errors(where: str, *others: type[Exception]) -> Iterator[None]:
-    """Turns the errors that a value of the wrong type or size causes within this context into UsageError. where: the
-    file that holds the value, for the message. others: more types of errors."""
+    """Turns the errors that a value of the wrong type or size causes into UsageError. where: the file that holds the
+    value, for the message. others: more types of errors to convert."""
     try:
         yield
     except UsageError:

@@ -1,4 +1,4 @@
-"""Reads text, JSON, safetensors and PyTorch's files: a broken file raises UsageError. Replaces small files
+"""Reads text, JSON, safetensors and files of torch.save; a broken file raises UsageError. Also replaces small files
 atomically."""
 
 import contextlib
@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, default=None):
-    """Reads the JSON in path. If path does not exist, returns default, or raises UsageError if default is None."""
+    """Reads a JSON file. If it does not exist, returns default, or raises UsageError if default is None."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -41,8 +41,8 @@ def read_json(path: Path, default=None):
 
 
 def replace_file(path: Path, content: bytes):
-    """Writes content to a temporary file, and renames the file to path, so that other processes never see a part of
-    content. Raises OSError."""
+    """Writes content to a temporary file and renames it to path, so that no other process sees a half-written file.
+    Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_bytes(content)
@@ -52,23 +52,23 @@ def replace_file(path: Path, content: bytes):
 
 
 def delete_if_possible(path: Path):
-    """Deletes path if possible. Raises no OSError, for example in a read-only folder, since callers clean up after
-    another error, which must not be hidden."""
+    """Deletes path if possible. An OSError, as in a read-only folder, is ignored: callers clean up after another error,
+    which it must not hide."""
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 def load_torch_file(path: Path, legacy: bool = False):
-    """Reads a file of torch.save, with memory-mapped tensors. Refuses a pickle that holds more than weights, since the
-    pickle can run code.
+    """Reads a file of torch.save, with memory-mapped tensors. Refuses a pickle that holds more than weights, since it
+    could run code.
 
-    legacy: also reads files of PyTorch before 1.6, whose tensors cannot be mapped."""
+    legacy: also read files of PyTorch before 1.6, whose tensors cannot be mapped."""
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file")
     refuse_lfs_pointer(path)
     mmap = not legacy or zipfile.is_zipfile(path)
     try:
-        with warnings.catch_warnings():  # torch.load warns of unusual kinds of tensors, which the callers refuse
+        with warnings.catch_warnings():  # torch.load warns about unusual kinds of tensors, which callers refuse
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as e:  # torch.load raises a dozen types on broken input
@@ -93,13 +93,13 @@ def load_safetensors(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as e:
         raise UsageError(f"{file} is truncated or not safetensors: {e}") from None
     except ValueError as e:
-        if "UntypedStorage" in str(e):  # PyTorch makes this of about every second Ctrl-C or SIGTERM in load_file
+        if "UntypedStorage" in str(e):  # what PyTorch makes of about every second Ctrl-C or SIGTERM in load_file
             raise KeyboardInterrupt from None
         raise
 
 
 def refuse_lfs_pointer(path: Path):
-    """Raises UsageError if path holds the few lines that `git clone`, without Git LFS, writes for a large file."""
+    """Raises UsageError if path is the stub that `git clone` leaves in place of a large file without Git LFS."""
     try:
         with open(path, "rb") as file:
             is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER

@@ -5,7 +5,7 @@
     read_bandwidth(device)                         # bytes per second
     limit_threads()                                # no more threads than CPUs that this process may use
 
-drop_pages and use_huge_pages tell the operating system how this process will use a tensor's memory.
+drop_pages and use_huge_pages tell the operating system how a tensor's memory will be used.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from torch import Tensor
 
 from utils.errors import OutOfMemoryError, UsageError
 
-READ_BYTES = 2**29  # read_bandwidth reads this much at a time, which is more than a processor's caches hold
-UNKNOWN_CACHE_BYTES = 2**28  # the size of all caches that is assumed if the system reports none
+READ_BYTES = 2**29  # read_bandwidth reads this much at a time: more than a processor's caches hold
+UNKNOWN_CACHE_BYTES = 2**28  # the assumed size of all caches if the system reports none
 CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
-# In a control group's folder: the file of the limit, the file of the usage, and the line of memory.stat with the bytes
-# that can be dropped
+# In a control group's folder: the file with the limit, the file with the usage, and the line of memory.stat that counts
+# the bytes Linux can drop
 MEMORY_FILES = [
     ("memory.max", "memory.current", "inactive_file"),  # version 2 of control groups
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
@@ -42,17 +42,17 @@ MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # the numbers in Linux's headers
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Returns the device called name. With None, returns the accelerator, or the CPU if there is none."""
+    """Returns the device called name. None means the accelerator, or the CPU if there is none."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # fails if the device is missing, or has no memory, as "meta" has none
+        torch.empty(1, device=device).item()  # fails if the device is missing or, like "meta", has no memory
         if device.type != "cpu" and device.index is not None:
             torch.accelerator.set_device_index(device.index)  # synchronize and peak_memory use the current device
         return device
-    except Exception:  # each backend raises its own type
+    except Exception:  # every backend raises a type of its own
         available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
         raise UsageError(f"device {name!r} is not available here; this machine has: {available}") from None
 
@@ -72,16 +72,16 @@ def cpu_name() -> str:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Returns the bytes per second at which a sum over 512 MiB reads memory, the best of five. No step can read weights
-    faster. Raises MemoryError or RuntimeError (see is_out_of_memory) if there is no room for 512 MiB."""
+    """Returns the bytes per second at which a sum over 512 MiB reads memory, the best of five runs. No step can read
+    weights faster. Raises MemoryError or RuntimeError if there is no room (see is_out_of_memory)."""
     if device.type == "cpu" and free_memory() < READ_BYTES:
         raise MemoryError
     return sum_bandwidth([torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)])
 
 
 def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
-    """Measures a CPU's read bandwidth on the first of tensors, which needs no new memory. Returns None if all tensors
-    are less than twice as large as the processor's caches, which would make the sums too fast."""
+    """Measures a CPU's read bandwidth on the first few tensors, and so needs no new memory. Returns None if all of them
+    together are less than twice as large as the processor's caches, which would make the sums too fast."""
     cached, n_bytes, chosen = cache_bytes(), 0, []
     for tensor in tensors:
         if n_bytes >= max(2 * cached, READ_BYTES // 2):
@@ -92,7 +92,7 @@ def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
 
 
 def sum_bandwidth(tensors: list[Tensor]) -> float:
-    """Returns the bytes per second at which sums over int64 tensors read memory, the best of five."""
+    """tensors: int64. Returns the bytes per second of the best of five runs."""
     seconds = []
     for _ in range(5):
         synchronize(tensors[0].device)
@@ -105,11 +105,11 @@ def sum_bandwidth(tensors: list[Tensor]) -> float:
 
 
 def merge_adjacent(tensors: list[Tensor]) -> list[Tensor]:
-    """Returns the memory of CPU tensors as int64 tensors. Tensors that are adjacent in memory become one tensor, since
-    calling the sum of a small tensor takes longer than the sum."""
+    """Returns the memory of CPU tensors as int64 tensors. Neighbours in memory become one tensor, since calling the sum
+    of a small tensor takes longer than the sum itself."""
     spans: list[list[int]] = []  # [start, end) of each, in bytes
     for start, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors):
-        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # so short a gap is in the tensors' pages, and can be read
+        if spans and start - spans[-1][1] < mmap.PAGESIZE:  # so short a gap lies in the tensors' own pages: readable
             spans[-1][1] = max(end, spans[-1][1])
         else:
             spans.append([start, end])
@@ -118,7 +118,7 @@ def merge_adjacent(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def cache_bytes() -> int:
-    """Returns the size of all last-level caches together, in bytes."""
+    """Returns the bytes of all last-level caches together."""
     for level in ("index3", "index2"):
         sizes = {}  # the list of CPUs that share a cache -> the size of that cache
         with contextlib.suppress(OSError, ValueError):
@@ -134,9 +134,9 @@ def cache_bytes() -> int:
 
 
 def free_memory() -> float:
-    """Returns the bytes of main memory that this process can still allocate: the least of what the machine, the control
-    groups and `ulimit -v` leave. Returns infinity if the system reports nothing. Linux kills a process that uses more
-    memory than that, without a message."""
+    """Returns the bytes of main memory that this process can still allocate, the least of what the machine, the control
+    groups and `ulimit -v` leave. Linux kills a process that takes more, without a message. Returns infinity if the
+    system reports nothing."""
     free = [math.inf]
     with contextlib.suppress(OSError, ValueError):  # the machine: free pages, pages that cache files, and swap
         words = Path("/proc/meminfo").read_text().split()  # MemAvailable: 123 kB SwapFree: 456 kB ...
@@ -155,8 +155,8 @@ def free_memory() -> float:
 def free_in_cgroup(folder: Path) -> float:
     """Returns the bytes that a control group's limit leaves, or infinity without a limit.
 
-    Linux counts pages that cache files, such as a checkpoint just read, as memory in use. The pages not used lately
-    (inactive_file) count as free here, since Linux drops these pages when memory runs short."""
+    Linux counts pages that cache files, such as a checkpoint just read, as memory in use. Those not used lately
+    (inactive_file) count as free here, since Linux drops them when memory runs short."""
     for limit_file, usage_file, inactive in MEMORY_FILES:
         with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", which means no limit
             limit = int((folder / limit_file).read_text())
@@ -167,8 +167,8 @@ def free_in_cgroup(folder: Path) -> float:
 
 
 def cgroup_folders(controller: str) -> list[Path]:
-    """Returns the folders of this process's control groups (a container is one), and of the groups around the groups,
-    whose limits count, too. controller: "memory" or "cpu"."""
+    """Returns the folders of this process's control groups (a container is one) and of their parents, whose limits
+    apply as well. controller: "memory" or "cpu"."""
     folders = []
     with contextlib.suppress(OSError, ValueError):
         for line in PROCESS_CGROUPS.read_text().splitlines():  # version 2: "0::/a/b"; version 1: "4:memory:/a/b"
@@ -176,14 +176,13 @@ def cgroup_folders(controller: str) -> list[Path]:
             if controllers and controller not in controllers.split(","):
                 continue
             root = CGROUPS / controller if controllers else CGROUPS
-            folder = root / group.strip("/")  # a container may show only root; then the other folders do not exist
+            folder = root / group.strip("/")  # in a container, perhaps only root exists
             folders += [f for f in (folder, *folder.parents) if f.is_relative_to(root)]
     return folders
 
 
 def check_memory(n_bytes: int, what: str):
-    """Raises OutOfMemoryError if main memory has no room for n_bytes. what: the part that needs the memory, for the
-    message."""
+    """Raises OutOfMemoryError if main memory has no room for n_bytes. what: what needs them, for the message."""
     free = free_memory()
     if n_bytes > free:
         needed, available = n_bytes / 1e9, free / 1e9
@@ -191,14 +190,14 @@ def check_memory(n_bytes: int, what: str):
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """Returns whether e means that memory ran out. PyTorch's allocators raise RuntimeError then."""
+    """Whether e means that memory ran out, for which PyTorch's allocators raise RuntimeError."""
     if isinstance(e, RuntimeError):
         return re.search("out of memory|allocate memory|bad_alloc", str(e)) is not None
     return isinstance(e, MemoryError)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes that this process has used at a time: of tensors on a GPU, else of main memory."""
+    """Returns the most bytes that this process has used at a time: for tensors on a GPU, otherwise of main memory."""
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).max_memory_allocated()
     with contextlib.suppress(OSError, ValueError):  # not ru_maxrss, which in a child process starts at the parent's
@@ -209,19 +208,19 @@ def peak_memory(device: torch.device) -> int:
 
 
 def drop_pages(t: Tensor):
-    """Releases the pages of t, which must lie in a memory-mapped file, so that the pages no longer count as memory in
-    use. A later use of t reads the file again."""
+    """Releases the pages of t, which must lie in a memory-mapped file: they no longer count as memory in use, and the
+    next access reads them from the file again."""
     madvise(t, MADV_DONTNEED)
 
 
 def use_huge_pages(t: Tensor):
-    """Asks for pages of 2 MB instead of 4 KB for t, before anything is written to t. With 4 KB, translating addresses
-    costs a fifth of the bandwidth."""
+    """Asks for pages of 2 MB instead of 4 KB for t. Call it before anything is written to t. With 4 KB, translating
+    addresses costs a fifth of the bandwidth."""
     madvise(t, MADV_HUGEPAGE)
 
 
 def madvise(t: Tensor, advice: int):
-    """Calls Linux's madvise for the pages that lie completely in t. Does nothing on other systems."""
+    """Calls madvise for the pages that lie entirely within t. Does nothing on systems other than Linux."""
     start = math.ceil(t.data_ptr() / mmap.PAGESIZE) * mmap.PAGESIZE
     end = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE  # rounded down
     if sys.platform == "linux" and end > start:
@@ -232,8 +231,8 @@ def madvise(t: Tensor, advice: int):
 
 
 def limit_threads():
-    """Makes PyTorch use no more threads than allowed_threads. PyTorch's default is one for each physical core, whatever
-    a container's quota is. Does nothing if the user has set one of THREAD_VARIABLES."""
+    """Makes PyTorch use at most allowed_threads(). By default it starts one for each physical core, whatever a
+    container's quota is. Does nothing if the user has set one of THREAD_VARIABLES."""
     if not any(os.environ.get(name) for name in THREAD_VARIABLES):
         n_threads = min(torch.get_num_threads(), allowed_threads())
         if n_threads < torch.get_num_threads():
@@ -241,16 +240,16 @@ def limit_threads():
 
 
 def allowed_threads() -> int:
-    """Returns how many CPUs this process may use at a time: the CPUs of the affinity mask, but no more than the control
-    groups' quotas. A quota is rounded down: with one thread more, Linux would stop a thread for a part of every period,
-    and all other threads would wait."""
+    """Returns how many CPUs this process may use at a time: those of the affinity mask, within the control groups'
+    quotas. A quota is rounded down, since with one thread more, Linux would suspend a thread for part of every period
+    while all others wait for it."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = min(map(cpu_quota, cgroup_folders("cpu")), default=math.inf)
     return max(1, int(min(n_cpus, quota)))
 
 
 def cpu_quota(folder: Path) -> float:
-    """Returns how many CPUs a control group may keep busy on average, or infinity without a limit."""
+    """Returns how many CPUs a control group may keep busy on average; infinity means no limit."""
     with contextlib.suppress(OSError, ValueError):  # version 2: "150000 100000"; "max 100000" means no limit
         quota, period = (folder / "cpu.max").read_text().split()
         return int(quota) / int(period)

@@ -1,4 +1,4 @@
-"""Defers the signals that end a process, while C++ or another process must not be left halfway."""
+"""Defers the signals that end a process while C++ code or another process must not be interrupted halfway."""
 
 import contextlib
 import signal
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[list[int]]:
-    """Appends SIGINT, SIGTERM and SIGHUP to the yielded list. The signals take effect when the context ends. Python
-    handles signals in the main thread alone, so other threads defer nothing."""
+    """Collects SIGINT, SIGTERM and SIGHUP in the yielded list, and lets them take effect when the context ends. Python
+    handles signals only in the main thread, so other threads defer nothing."""
     held, handlers = [], {}
     if threading.current_thread() is threading.main_thread():
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
