@@ -4,13 +4,14 @@
     broadcast                         tensors, at the end of a step; the samplers call it
     gather_objects, call_on_rank_0    Python values, outside of steps
 
-Collectives of tensors use gloo between CPUs and NCCL between GPUs. If the GPUs can read each other's memory, the
-all-reduce of a small tensor, such as a decode step's, uses peer memory instead of NCCL (choose_all_reduce).
+Tensors travel over gloo between CPUs and over NCCL between GPUs. If the GPUs can read each other's memory, small
+tensors, such as those of a decode step, are reduced over peer memory instead (choose_all_reduce).
 """
 
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache, wraps
@@ -24,17 +25,10 @@ from kernels.capture import split_graph_at
 from utils.errors import UsageError
 
 ONE_SHOT_BYTES = 2**18  # up to this size, a one-shot all-reduce over peer memory is faster than NCCL
-c10d = torch.ops._c10d_functional  # PyTorch's functional collectives, since torch.compile can trace them
-
-
-class Stopwatch:
-    """Sums up the time of collectives between CPUs in this process, apart from collectives of a compiled step, since
-    torch.compile cannot trace a clock."""
-
-    seconds = 0.0
-
-
-stopwatch = Stopwatch()
+c10d = torch.ops._c10d_functional  # the functional collectives, which torch.compile can trace
+# Name of a collective -> the time this process has spent in it. Only between CPUs, and not in a compiled step, since
+# torch.compile cannot trace a clock
+collective_seconds: Counter[str] = Counter()
 
 
 def world_size() -> int:
@@ -42,17 +36,16 @@ def world_size() -> int:
 
 
 def collective(join_ranks: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Decorator for a function that joins x of all ranks. With one rank the result is x.
+    """Decorator for a function that joins the x of all ranks. With one rank the result is x itself.
 
-    A CUDA graph contains the collectives of the captured step. A CPU graph is split at each collective
-    (kernels/capture.py: split_graph_at)."""
+    A CUDA graph captures the collective. A CPU graph cannot, so it is split there."""
 
     def timed(x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return join_ranks(x)
         start = time.perf_counter()
         result = join_ranks(x)
-        stopwatch.seconds += time.perf_counter() - start
+        collective_seconds[join_ranks.__name__] += time.perf_counter() - start
         return result
 
     @wraps(join_ranks)
@@ -64,19 +57,18 @@ def collective(join_ranks: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
 
 @collective
 def all_reduce(x: Tensor) -> Tensor:
-    """Returns the sum of x over all ranks."""
     return c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group_name()))
 
 
 @collective
 def broadcast(x: Tensor) -> Tensor:
-    """Returns x of rank 0. Samplers broadcast the tokens, since a program may not have seeded all ranks alike."""
+    """Returns the x of rank 0. Samplers broadcast their tokens, because the ranks may have been seeded differently."""
     return c10d.wait_tensor(c10d.broadcast(x.contiguous(), 0, group_name()))
 
 
 @collective
 def all_gather(x: Tensor) -> Tensor:
-    """Concatenates x [..., X] of all ranks: [..., ranks * X]."""
+    """x [..., X] of each rank -> [..., ranks * X]"""
     stacked = c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous(), world_size(), group_name()))
     return stacked.unflatten(0, (world_size(), -1)).movedim(0, -2).flatten(-2)  # [ranks, ..., X] -> [..., ranks * X]
 
@@ -98,8 +90,8 @@ def choose_all_reduce(like: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def can_one_shot(like: Tensor) -> bool:
-    """Returns whether this rank can use PyTorch's one-shot all-reduce: the rank's GPU can read the memory of all other
-    GPUs, and the operation supports dtype and number of ranks. With 2, 4 or 8 ranks all ranks add in the same order."""
+    """Whether this rank can use PyTorch's one-shot all-reduce: its GPU can read the memory of all others, and the
+    operation supports the dtype and the number of ranks. With 2, 4 or 8 ranks, all of them add in the same order."""
     n_ranks = world_size()
     if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float32) or n_ranks not in (2, 4, 8):
         return False
@@ -111,8 +103,8 @@ def can_one_shot(like: Tensor) -> bool:
 
 @cache
 def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Returns an all-reduce that is one kernel, over PyTorch's symmetric memory. The all-reduce is a custom op with its
-    own buffer, so that CUDA graphs see a fixed address."""
+    """Returns an all-reduce that is one kernel over PyTorch's symmetric memory. It is a custom op with a buffer of its
+    own, so that CUDA graphs see a fixed address."""
     import torch.distributed._symmetric_memory as symmetric_memory  # imported here, since only several GPUs need it
 
     group = group_name()
@@ -130,20 +122,19 @@ def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[T
 
 
 def gather_objects(value) -> list:
-    """Returns the values of all ranks, on every rank."""
+    """Returns the values of all ranks, in the order of ranks, on every rank."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-# For the keys of broadcast_json: every call needs a new key, since a key stays set
-broadcast_numbers = count()
+broadcast_numbers = count()  # for broadcast_json's keys: a key stays set, so every call needs a new one
 
 
 def broadcast_json(store: dist.Store, function: Callable[[], object]):
-    """Calls function on rank 0 while all other ranks wait, without a time-out. Returns the result, which must be JSON
-    serializable, on every rank."""
+    """Calls function on rank 0 while the other ranks wait, however long it takes. Every rank returns the result, which
+    must be JSON serializable."""
     key = f"result {next(broadcast_numbers)}"
     if dist.get_rank() == 0:
         store.set(key, json.dumps(function()))
@@ -152,8 +143,7 @@ def broadcast_json(store: dist.Store, function: Callable[[], object]):
 
 
 def call_on_rank_0(function: Callable[[], str]) -> str:
-    """Calls function on rank 0 while all other ranks wait. Returns the result, or raises the UsageError, on every
-    rank."""
+    """Calls function on rank 0 while the other ranks wait. Every rank returns its result, or raises its UsageError."""
 
     def result_or_error() -> tuple[str | None, str | None]:
         try:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from collectives import broadcast_json, stopwatch, world_size
+from collectives import broadcast_json, collective_seconds, world_size
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if a rank dies, torchrun ends the other ranks at once
 
@@ -94,9 +94,10 @@ def communication_share(step: Callable[[], Tensor]) -> float | None:
     Returns None for a compiled step on a CPU, whose collectives nobody times."""
     device_type = step().device.type  # the first call may capture or compile
     if device_type == "cpu":
-        before = stopwatch.seconds
+        before = collective_seconds.total()
         seconds = time_steps(step)
-        return (stopwatch.seconds - before) / seconds if stopwatch.seconds > before else None
+        spent = collective_seconds.total() - before
+        return spent / seconds if spent else None
     # The profiler also sees the collectives in a graph. On a CPU, the profiler would print lines of its own, and its
     # thread calls getenv, which crashes if another thread sets an environment variable.
     with torch.autograd.profiler.profile(use_device=device_type) as profile:
