@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes Mixtral ready to run: downloads 93 GB, converts and quantizes to int8. MODES="int8 int4" quantizes to both. TINY=1
-# makes a tiny random Mixtral instead.
+# Makes Mixtral ready to run: downloads 93 GB, converts them and quantizes to int8. MODES="int8 int4" quantizes to both.
+# TINY=1 makes a tiny random Mixtral instead.
 #   ./mixtral-moe/prepare.sh [OWNER/NAME]      or      MODEL_REPO=OWNER/NAME ./mixtral-moe/prepare.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
