@@ -1,4 +1,4 @@
-"""Measures speed and memory of any model's shape, with random weights and without a download. Also checks the kernels.
+"""Measures the speed and memory of any model's shape, with random weights and no download. Also checks the kernels.
 
     python scripts/benchmark.py --config TinyLlama-1.1B --compile
     python scripts/benchmark.py --config TinyLlama-1.1B --mode int4
@@ -7,18 +7,18 @@
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to the first token
     python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
 
-Without the name of a command, benchmark.py runs the command "speed". Two commands are for GPUs:
+The commands above are short for "benchmark.py speed". Two more are for GPUs:
 
     python scripts/benchmark.py check --precision bfloat16      # every kernel against PyTorch
     python scripts/benchmark.py gpu --minutes 9                 # checks, then a table of models, formats and engines
 
-Two commands need a real model:
+Two need a real model:
 
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
 
-The speed of decoding is compared with memory's read bandwidth, the higher of two measurements, before and after
-decoding. A decode step reads the weights that it needs, and the keys and values of the tokens in the cache.
+Decoding is compared with the memory's read bandwidth, measured before and after it; the higher number counts. A decode
+step reads the weights that it needs, and the keys and values of the tokens in the cache.
 """
 
 import argparse
@@ -55,8 +55,7 @@ from utils.files import ROOT
 from utils.machine import pick_device
 
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
-# Options that the result of the command "speed" repeats
-REPORTED_OPTIONS = (
+REPORTED_OPTIONS = (  # which the result of the command "speed" repeats
     "config", "compile", "device", "precision", "mode", "groupsize", "prompt_tokens", "max_new_tokens", "kernels",
 )
 
@@ -214,8 +213,8 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
 
 
 def measure_cold_start(args: argparse.Namespace, config: ModelConfig) -> dict:
-    """Measures the seconds from the start of generate.py --compile to the first byte of text on stdout. The first run
-    has empty caches of compiled code, the second run has full caches. The checkpoint was just written, so both runs
+    """Measures the seconds from the start of generate.py --compile to the first byte of text on stdout: once with empty
+    caches of compiled code, and once with what the first run left there. The checkpoint was just written, so both runs
     find it in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder, "model.pth"), Path(folder, "cache")

@@ -5,10 +5,10 @@
     python scripts/compare_llama_cpp.py --gguf model.gguf --json result.json --plot result.png
     python scripts/compare_llama_cpp.py --gguf model.gguf --parallel 1 8 16 32 64      # sequences at a time
 
---gguf takes files that both convert_gguf.py and llama.cpp read, and each side converts the file to bfloat16. --config
-takes Llama and models with the same architecture. From bfloat16, quantize.py makes our other files, and llama.cpp's
-quantizer makes llama.cpp's other files. All files together take five times the space of the bfloat16 weights, in
-$TMPDIR. A row of the table is a pair "ours / theirs":
+--gguf takes files that both convert_gguf.py and llama.cpp read, and each side converts them to bfloat16. --config takes
+Llama and models of the same architecture. From bfloat16, each side makes its other files with its own quantizer. All
+files together take five times the space of the bfloat16 weights, in $TMPDIR. A row of the table is a pair "ours /
+theirs":
 
     pair                 ours                                          theirs
     bf16 / BF16          bfloat16                                      bfloat16
@@ -18,13 +18,13 @@ $TMPDIR. A row of the table is a pair "ours / theirs":
     int4.g32 / Q4_K_M    4 bits, scale and zero for 32 elements        a mixture of types of 4 bits and more
     bf16, int8 or int4.g32 / file, with --gguf                         the GGUF file itself
 
-llama.cpp's 4-bit files have the output head in 6 or 8 bits, our files in 4 bits. llama.cpp's files are larger and
-closer to the original, above all if the model is small and the vocabulary large.
+In 4-bit files, llama.cpp stores the output head in 6 or 8 bits, and we in 4. So its files are larger and closer to the
+original, above all if the model is small and the vocabulary large.
 
-Each side of a pair has a process, and the two processes take turns. A round measures memory's read bandwidth, decoding
-on both sides, and prefill on both sides, without a pause, since bandwidth may change from second to second. In every
-second round llama.cpp comes first. Both sides decode greedily, and llama.cpp has its default settings. Bytes per token
-are the weights that a decode step reads, and the keys and values of the tokens in the cache.
+Each side of a pair runs in a process of its own, and the two take turns. A round measures the memory's read bandwidth,
+decoding on both sides and prefill on both sides, without a pause, since bandwidth may change from second to second. In
+every second round llama.cpp goes first. Both sides decode greedily, and llama.cpp keeps its default settings. Bytes per
+token are the weights that a decode step reads, and the keys and values of the tokens in the cache.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main():
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """Makes both sides' files and measures both sides. Returns what --json writes."""
+    """Makes the files of both sides and measures both. Returns what --json writes."""
     torch.set_num_threads(args.threads)
     build.library()  # compiles before the first round, and prints a line if that fails
     with tempfile.TemporaryDirectory() as name:
@@ -107,7 +107,7 @@ def compare(args: argparse.Namespace) -> dict:
         with new_process() as process:
             system_info = result_of(process.submit(make_theirs, files, args.threads))
         sizes = bytes_per_token(files)
-        os.sync()  # otherwise the files are written to the disk during the measurement, which costs bandwidth
+        os.sync()  # otherwise writing the files to disk would take bandwidth during the measurement
         with tqdm(total=len(pairs) * (args.rounds + 1), desc="measure", disable=None, leave=False) as bar:
             tasks = args.parallel or TASKS
             rounds = [measure(files, pair, sizes, args.rounds, args.threads, bar, tasks) for pair in pairs]
@@ -151,7 +151,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def plot(result: dict, path: Path, draw: Callable):
-    """Draws result into the file at path. draw(axes, rows) draws the pairs."""
+    """Draws result into the file at path. draw(axes, rows) draws one row for each pair."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")

@@ -4,12 +4,12 @@
     python scripts/convert_gguf.py model-00001-of-00003.gguf --checkpoint_dir checkpoints/model    # and the other parts
     python scripts/convert_gguf.py model.Q4_1.gguf --checkpoint_dir checkpoints/model --keep       # stays quantized
 
-Tensors may be F32, F16, BF16 or any quantized type that the gguf package dequantizes. The vocabulary becomes
-tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece). The tokens bos and eos and the chat template go to
+Tensors may be F32, F16, BF16 or any quantized type that the gguf package can dequantize. The vocabulary becomes
+tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece). The bos and eos tokens and the chat template go to
 tokenizer_config.json.
 
-With --keep quantized weights stay quantized, and are not rounded again if the result fits 1.1 times the GGUF's size.
-The format of most weights is part of the result's name: model_int4.g32.pth. The command prints how each type was
+With --keep, quantized weights stay quantized, and none is rounded again unless the result would be larger than 1.1
+times the GGUF. Its name tells the format of most weights: model_int4.g32.pth. The command prints how each type was
 converted. --keep takes Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K and MXFP4.
 """
 

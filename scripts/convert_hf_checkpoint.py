@@ -1,4 +1,4 @@
-"""Converts a checkpoint's folder, in Hugging Face's or Meta's format, to model.pth.
+"""Converts a folder in Hugging Face's or Meta's format to model.pth.
 
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B
     python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/meta-llama/Llama-3.2-1B --lora my-adapter
@@ -9,11 +9,11 @@ The folder holds one of these:
 - Meta's params.json and consolidated.00.pth, consolidated.01.pth ...; Llama 3's tokenizer.model becomes tokenizer.json
 - one .pt of karpathy's tinyllamas
 
-A quantized checkpoint of Hugging Face (GPTQ, AWQ, compressed-tensors, FP8, MXFP4) keeps its values. The result's name
-says the format, as in model_int4.g128.pth: docs/quantized_checkpoints.md.
+A quantized checkpoint from Hugging Face (GPTQ, AWQ, compressed-tensors, FP8, MXFP4) keeps its values, and the name of
+the result tells their format, as in model_int4.g128.pth (docs/quantized_checkpoints.md).
 
 --lora merges a LoRA adapter of PEFT into a model in Hugging Face's format. The result is my-adapter/model.pth. If the
-adapter has no tokenizer, the base model's tokenizer is copied. The base model's model.pth does not change.
+adapter has no tokenizer, the base model's is copied. The base model's own model.pth does not change.
 """
 
 import sys

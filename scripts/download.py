@@ -1,4 +1,4 @@
-"""Downloads the files that the converter needs from a repository of the Hugging Face hub to checkpoints/OWNER/NAME.
+"""Downloads a model from the Hugging Face hub to checkpoints/OWNER/NAME, but only the files that conversion needs.
 
     python scripts/download.py --repo_id meta-llama/Llama-3.2-1B --hf_token hf_...
     python scripts/download.py --repo_id karpathy/tinyllamas/stories15M    # one .pt, in a folder of its own
@@ -27,9 +27,9 @@ from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from utils.errors import UsageError
 
 SETTINGS = {"config.json", "generation_config.json", "quantize_config.json", "quant_config.json", *TOKENIZER_FILES}
-# file -> pattern: for a repository with the file, or the file's index.json, the weights are what matches the pattern.
-# The first row that applies counts. consolidated*.safetensors is left out: a second copy of the weights, under other
-# names.
+# If a repository has the file on the left, or its index.json, the weights are the files that match the pattern on the
+# right. The first row that applies counts. consolidated*.safetensors holds a second copy of the weights, under other
+# names, so it is left out.
 WEIGHTS = {
     "model.safetensors": r"(?!consolidated)[^/]+\.safetensors",
     "pytorch_model.bin": r"pytorch_model[^/]*\.bin",
@@ -44,7 +44,7 @@ def main():
     logging.set_verbosity_error()  # where huggingface_hub only warns, download raises an error
     if not sys.stderr.isatty():
         disable_progress_bars()
-    exit_on_interrupt()  # otherwise Ctrl-C waits for files that are being downloaded
+    exit_on_interrupt()  # otherwise Ctrl-C would wait for the files that are being downloaded
     download(args.repo_id, args.hf_token or None)
     print(f"wrote checkpoints/{args.repo_id}")
 
@@ -60,7 +60,7 @@ def download(repo_id: str, token: str | None):
         snapshot_download(repo, revision=info.sha, allow_patterns=files, local_dir=folder, token=token)
     except UsageError:
         raise
-    except Exception as e:  # the network's errors, whose types change with huggingface_hub, and the disk's
+    except Exception as e:  # errors of the disk or the network; the latter's types change with huggingface_hub
         raise UsageError(explain_error(repo, e)) from None
     for file in files:
         if not (folder / file).is_file():  # snapshot_download may only warn
@@ -70,7 +70,7 @@ def download(repo_id: str, token: str | None):
 
 
 def choose_files(repo: str, names: set[str], stem: str | None = None) -> list[str]:
-    """Chooses the files of a repository to download: for stem.pt or, without a stem, for the repository's model."""
+    """Chooses which files of a repository to download: those for stem.pt or, without a stem, for its model."""
     if stem is None and "config.json" in names:
         for file, pattern in WEIGHTS.items():
             index = f"{file}.index.json"

@@ -1,4 +1,4 @@
-# Sets python: that of .venv if there is one. prepare.sh, speculate.sh and mixtral-moe/generate.sh source this file, with
-# the project's folder as root.
+# Sets python to that of .venv, if there is one. prepare.sh, speculate.sh and mixtral-moe/generate.sh source this file.
+# They set root, the project's folder.
 python=python3
 if [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi

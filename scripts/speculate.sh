@@ -7,8 +7,8 @@
 #   70B_int4       Llama-2-70B, 4 bits                     Llama-2-7B, 4 bits
 #   tp_70B_bf16    Llama-2-70B, 16 bits, on 8 devices      Llama-2-7B, 4 bits       (RANKS=n: on n devices)
 #
-# More arguments go to generate.py. First make the files with MODES=int4 ./scripts/prepare.sh OWNER/NAME, for the
-# repositories of both models (see below). TINY=1 takes two tiny random models instead, and makes their files.
+# More arguments go to generate.py. First make the files of both models (see below for their repositories) with
+# MODES=int4 ./scripts/prepare.sh OWNER/NAME. TINY=1 instead makes and takes two tiny random models.
 set -euo pipefail
 from=$PWD run=
 cd "$(dirname "$0")/.."

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# One of the set-ups of speculate.sh, by the name that gpt-fast gave it.
+# A setup of speculate.sh, under the name it has in gpt-fast.
 exec "$(dirname "$0")/speculate.sh" tp_70B_bf16 "$@"

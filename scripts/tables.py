@@ -1,8 +1,8 @@
-"""Writes the tables of README.md and docs/measurements.md, from the results of benchmark.py and compare_llama_cpp.py.
+"""Writes the results of benchmark.py and compare_llama_cpp.py into the tables of README.md and docs/measurements.md.
 
     python scripts/tables.py            # a test fails while a page differs from what this script writes
 
-A table is between <!-- NAME --> and <!-- /NAME -->, and has one or more rows for every benchmarks/*_NAME.json.
+A table stands between <!-- NAME --> and <!-- /NAME -->, with at least one row for every benchmarks/*_NAME.json.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs/measurements.md"]
 
-TABLES = {  # name -> columns: (header, template of a cell, which a row's values fill)
+TABLES = {  # name -> columns: (header, template of a cell)
     "speed": [
         ("shape", "{config}, {weights}"),
         ("decode, tokens/s", "{decode_tokens_per_sec:.1f}"),
@@ -83,7 +83,6 @@ def main():
 
 
 def with_tables(text: str) -> str:
-    """Replaces each table in text by a table of the results in benchmarks/*.json."""
     for name in TABLES:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin in text:
@@ -106,16 +105,16 @@ def table(name: str, *results: dict) -> str:
 
 
 def rows(name: str, result: dict) -> list[dict]:
-    """Returns a table's rows for the contents of a JSON file: the values of each row."""
+    """Returns, for each row that a JSON file adds to a table, the values for the cells."""
     match name:
         case "speed":
-            # Quantized weights have no entry: the measured peak includes the memory that quantizing took.
+            # Left empty for quantized weights, because the measured peak includes the memory that quantizing took
             overhead = "" if result["mode"] else f"{result['peak_over_weights_and_kv_bytes'] / 1e6:.0f}"
             return [result | {"weights": weights_name(result), "overhead_mb": overhead}]
         case "busy":
             return [result | {"weights": weights_name(result)}]
         case "llama_cpp":
-            model = result["model"].removesuffix(".Q4_1.gguf")  # the file of demo.sh
+            model = result["model"].removesuffix(".Q4_1.gguf")  # the file that demo.sh downloads
             same_bits = [pair for pair in result["pairs"] if pair["theirs"]["file"] != "file"]
             return [pair | {"name": model} for pair in same_bits]
         case "parallel":

@@ -1,5 +1,5 @@
-"""Makes a tiny model with random weights and a tokenizer of bytes, as a repository of the hub holds it. prepare.sh
-calls this script if TINY_FAMILY is set. The script needs transformers (requirements-dev.txt).
+"""Makes a tiny model with random weights and a tokenizer of bytes, in the files of a hub repository. prepare.sh runs
+this if TINY_FAMILY is set. It needs transformers (requirements-dev.txt).
 
     python scripts/tiny_model.py mixtral checkpoints/tiny/mixtral
 """

@@ -1,5 +1,5 @@
-# Makes .venv. demo.sh and test.sh source this file, and set needs: the arguments of pip install. If needs or one of the
-# requirements files changes, .venv is made again.
+# Makes .venv. demo.sh and test.sh source this file and set needs, the arguments of pip install. When needs or one of
+# the requirements files changes, the packages are installed again.
 stamp=.venv/$(echo "$needs" | cat - requirements.txt requirements-dev.txt | cksum | tr -d ' ').done
 if [ ! -f "$stamp" ]; then
     echo "Setting up .venv ..." >&2
