@@ -2,7 +2,7 @@
 
     path = ensure_converted(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # model.pth in the folder, made if missing
 
-The converters are imported only if something must be converted.
+The converters are imported only when something has to be converted.
 """
 
 import re
@@ -26,8 +26,8 @@ from utils.errors import UsageError
 
 
 def ensure_converted(path: Path | str) -> Path:
-    """Returns the model.pth of a folder or a .gguf, and any other path unchanged. Converts if model.pth is missing,
-    older than the source files, or made from other files. Rank 0 converts while all other ranks wait."""
+    """Returns the model.pth for a folder or a .gguf, and any other path unchanged. Converts if model.pth is missing,
+    older than its sources, or made from other files. Rank 0 converts while the other ranks wait."""
     path = Path(path)
     if path.is_dir():
         return Path(call_on_rank_0(partial(model_of_folder, path)))
@@ -53,7 +53,7 @@ def model_of_folder(folder: Path) -> str:
 
 
 def model_of_gguf(file: Path) -> str:
-    """Returns the model.pth of a GGUF. model.pth and the tokenizer's files are in a folder beside the GGUF."""
+    """Returns the model.pth of a GGUF. With the tokenizer, it is in a folder beside the GGUF."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
     match = re.fullmatch(GGUF_PART, file.stem)
@@ -70,8 +70,8 @@ def model_of_gguf(file: Path) -> str:
 
 
 def find_model(folder: Path, sources: list[Path]) -> Path | None:
-    """Returns folder's model.pth or, without one, its only model_FORMAT.pth (quantized weights). Returns None if there
-    is neither. A model does not count if any of sources is newer, or if the model was made from other files."""
+    """Returns the model.pth in folder or, without one, the only model_FORMAT.pth (quantized weights), or None. A model
+    does not count if it is older than any of sources, or was made from other files."""
     if have_changed(folder, sources):
         return None
     newest = max((file.stat().st_mtime for file in sources), default=0)

@@ -31,9 +31,9 @@ AUTO_GPTQ_FILE = "gptq_model-*.safetensors"  # early versions put bits and group
 
 
 def convert_folder(folder: Path, lora: Path | None = None, announce: Announcement | None = None) -> Path:
-    """Writes model.pth into folder, and returns the path. If weights are quantized, the file's name says how.
+    """Writes model.pth into folder and returns its path. If weights are quantized, the name tells their format.
 
-    lora: a folder with an adapter, into which the merged model.pth is written. announce: see write_model."""
+    lora: the folder of an adapter, where the merged model.pth then goes. announce: see write_model."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     target = folder if lora is None else lora
@@ -63,7 +63,6 @@ def how_to_merge(lora: Path) -> str:
 
 
 def read_hf(folder: Path, adapter: Adapter | None = None) -> CanonicalCheckpoint:
-    """Reads a folder in Hugging Face's format, and merges adapter, if given, into the weights."""
     hf_config = read_json(folder / "config.json")
     if adapter is not None:
         check_not_quantized(folder, hf_config)
@@ -74,8 +73,8 @@ def read_hf(folder: Path, adapter: Adapter | None = None) -> CanonicalCheckpoint
 
 
 def read_config(folder: Path, hf_config: dict) -> tuple[ModelConfig, str]:
-    """Returns the model's config, without bos and end tokens that the vocabulary lacks, and a note about these.
-    hf_config: the contents of config.json."""
+    """Returns the config, without bos and end tokens that the vocabulary lacks, and a note about those. hf_config: the
+    contents of config.json."""
     config = config_from_hf(hf_config, read_json(folder / "generation_config.json", {}))
     known = range(config.vocab_size)
     note, unknown = "", [i for i in (config.bos_id, *config.eos_ids) if i is not None and i not in known]
@@ -88,8 +87,7 @@ def read_config(folder: Path, hf_config: dict) -> tuple[ModelConfig, str]:
 
 
 def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> SourceTensors:
-    """Returns all tensors of the folder, memory-mapped, with a QuantizedWeight for each quantized weight. hf_config:
-    the contents of config.json."""
+    """Returns all tensors of the folder, memory-mapped, with a QuantizedWeight for each quantized one."""
     tensors = read_state_dict(folder)
     quantization = read_quantization(folder, hf_config, tensors)
     if quantization is not None:
@@ -98,7 +96,6 @@ def read_tensors(folder: Path, hf_config: dict, config: ModelConfig) -> SourceTe
 
 
 def merge_folders(folder: Path, lora: Path) -> CanonicalCheckpoint:
-    """folder: the base model. lora: the folder of the adapter."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: --lora needs a model in Hugging Face's format")
     if lora.resolve() == folder.resolve():
@@ -111,15 +108,15 @@ def merge_folders(folder: Path, lora: Path) -> CanonicalCheckpoint:
 
 
 def check_not_quantized(folder: Path, hf_config: dict):
-    """Raises UsageError if the base model is quantized. The exception is gpt-oss (mxfp4), since adapters change the
-    attention of gpt-oss, which is not quantized."""
+    """Raises UsageError if the base model is quantized. gpt-oss (mxfp4) is an exception, since its adapters change
+    attention, which is not quantized."""
     quantization = hf_config.get("quantization_config") if isinstance(hf_config, dict) else None
     if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
         what = f"{folder} is quantized (config.json: quantization_config), and an adapter cannot be merged into that"
         raise UsageError(f"{what}: give the model that it was made from")
 
 
-# ---- Hugging Face's weights: safetensors or pytorch_model.bin, in one file or many ----------------------------------
+# ---- Weights of Hugging Face: safetensors or pytorch_model.bin, in one file or many ---------------------------------
 
 
 def read_state_dict(folder: Path) -> SourceTensors:
@@ -136,7 +133,7 @@ def read_state_dict(folder: Path) -> SourceTensors:
 
 
 def read_shards(file_of: dict[str, str], index: Path, load: Callable[[Path], SourceTensors]) -> SourceTensors:
-    """Returns the tensors of all files of an index. If two files have a tensor, file_of decides."""
+    """Returns the tensors of all files in an index. If two files hold the same one, file_of decides."""
     tensors = {}
     for file in sorted(set(file_of.values())):
         for name, tensor in load(index.parent / file).items():
@@ -148,7 +145,7 @@ def read_shards(file_of: dict[str, str], index: Path, load: Callable[[Path], Sou
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Returns the index's weight_map: the file of each tensor."""
+    """Returns the weight_map of an index: the file of each tensor."""
     content = read_json(index)
     file_of = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):

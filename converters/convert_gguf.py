@@ -62,9 +62,9 @@ def convert_gguf(
     file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, keep: bool = False,
     announce: Announcement | None = None,
 ) -> Path:
-    """Writes model.pth, with weights in dtype, and the tokenizer's files to folder. Returns the path of model.pth.
+    """Writes model.pth, with weights in dtype, and the tokenizer to folder. Returns the path of model.pth.
 
-    keep: quantized weights stay quantized, the name of model.pth has the format, and a report is printed.
+    keep: leave quantized weights quantized, put the format into the name of model.pth, and print a report.
     announce: see write_model."""
     if file.is_dir():
         raise UsageError(f"{file} is a folder; give a .gguf file")
@@ -89,14 +89,14 @@ def convert_gguf(
     return path
 
 
-# ---- From the GGUF's tensors to canonical ones ----------------------------------------------------------------------
+# ---- From tensors of a GGUF to canonical ones -----------------------------------------------------------------------
 
 
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
 ) -> tuple[SourceTensors, TensorReader]:
-    """Returns the tensors (on the meta device) and the read function of a CanonicalCheckpoint. Gemma's norms need no
-    change, since a GGUF holds 1 + w."""
+    """Returns the tensors (on the meta device) and the read function of a CanonicalCheckpoint. The norms of Gemma need
+    no change, since a GGUF stores 1 + w."""
     renamed = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(tensor.shape(), dtype=dtype, device="meta") for name, tensor in renamed.items()}
     row_order = gguf_rope_row_order(config, architecture)
@@ -116,7 +116,7 @@ def rename_gguf_tensors(
 def keep_quantized(
     stored: dict[str, GGUFTensor], config: ModelConfig, tensors: SourceTensors, architecture: Architecture
 ) -> GGUFQuantizer:
-    """tensors: the tensors that rename_gguf_tensors returns."""
+    """tensors: from rename_gguf_tensors"""
     renamed = split_gguf_tensors(stored, config, architecture)
     return GGUFQuantizer(plan_stacks(config, tensors), renamed, gguf_rope_row_order(config, architecture))
 
@@ -129,7 +129,6 @@ def gguf_rope_row_order(config: ModelConfig, architecture: Architecture) -> Tens
 def split_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
-    """Returns the GGUF's tensors by canonical names."""
     renamed: dict[str, GGUFTensor] = {}
     for name, tensor in stored.items():
         if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
@@ -140,8 +139,8 @@ def split_gguf_tensors(
 def split_tensor(
     name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
-    """Returns the canonical tensors that a GGUF's tensor holds, by name: one tensor, several tensors stacked along the
-    rows, or a tensor for each expert."""
+    """Returns the canonical tensors that a tensor of a GGUF holds, by name: one, several stacked along the rows, or one
+    for each expert."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, module, kind = match.groups() if match else (None, "", None)
     names = GGUF_TO_CANONICAL | architecture.names

@@ -1,5 +1,5 @@
-"""Lists the families: FAMILIES has a row for each architecture, and the class Family explains the columns. Columns that
-are functions are in family_config.py (functions of config.json) and family_tensors.py (functions of tensors).
+"""The table of families: FAMILIES has a row for each architecture, and the class Family explains the columns. Some are
+functions, in family_config.py (of config.json) and family_tensors.py (of tensors).
 
 To add a family, add a row. docs/add_a_model.md has an example.
 """
@@ -52,7 +52,7 @@ from converters.family_tensors import (
 
 @dataclass(frozen=True)
 class Family:
-    """How to read the config.json of one architecture, and how to make the tensors canonical."""
+    """How to read the config.json of one architecture, and how to make its tensors canonical."""
 
     model_type: str  # the value of config.json's "model_type"
     defaults: dict  # transformers' defaults for fields that config.json leaves out, beyond COMMON_DEFAULTS
@@ -61,36 +61,36 @@ class Family:
     rename_fields: Callable[[dict], dict] = lambda hf_config: hf_config
 
     # Sliding window
-    sliding_layers: str = "none"  # the layers with a window: "none", "all", or "layer_types" (config.json lists them)
-    default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json lacks layer_types; None: an error
+    sliding_layers: str = "none"  # which layers have a window: "none", "all", or "layer_types" (config.json lists them)
+    default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json lacks layer_types; None is an error
     needs_use_sliding_window: bool = False  # layers have a window only if use_sliding_window is true
     scales_sliding_rope: bool = True  # False: rope_scaling changes only layers without a window
     sliding_rope_theta_field: str | None = None  # config.json's name of rope_theta for layers with a window
 
     # Feed-forward
     ffn_dim_field: str = "intermediate_size"
-    n_experts_fields: tuple[str, ...] = ()  # config.json's names of n_experts; the first found counts; (): no experts
-    norm_topk_prob: bool | None = True  # MoEConfig's norm_topk_prob; None: config.json has the value
+    n_experts_fields: tuple[str, ...] = ()  # n_experts in config.json; the first found counts; () if there are none
+    norm_topk_prob: bool | None = True  # norm_topk_prob of MoEConfig; None if config.json has it
     shared_expert: bool = False  # whether every token also uses an expert of shared_expert_intermediate_size
     experts_bias: bool = False  # whether the router and the experts have biases
 
-    # Everything else that changes the maths. A later source of a ModelConfig field overrides an earlier source:
-    # defaults, config.json, config_overrides, read_overrides. rename_fields comes first. A field of HF_NO_OP_VALUES
-    # (hf_config.py) may have another value only if supported_fields has the field, which read_overrides then reads and
-    # checks.
+    # Everything else that changes the maths. rename_fields runs first. After that, each of these sources of a
+    # ModelConfig field overrides the ones before it: defaults, config.json, config_overrides, read_overrides. A field
+    # in HF_NO_OP_VALUES (hf_config.py) may have another value only if it is in supported_fields; then read_overrides
+    # reads and checks it.
     supported_fields: tuple[str, ...] = ()  # fields of HF_NO_OP_VALUES that may have other values
     config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig with one value for the whole family
     read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
 
-    # Tensors, at conversion. family_tensors.py defines the renames and functions, hf_tensors.py applies them.
+    # Tensors, at conversion. family_tensors.py defines these renames and functions, and hf_tensors.py applies them.
     renames: dict[str, str] = field(default_factory=dict)  # part of a name -> part of a canonical name; in order
     # Splits tensors that hold all experts of a layer
     split_experts: Callable[[SourceTensors, ModelConfig], None] = split_stacked_experts
-    # Whether conversion scales the rows of the head to length one
+    # Whether conversion scales each row of the head to length one
     normalizes_head: Callable[[ModelConfig], bool] = lambda config: False
-    norm_offset: float = 0.0  # added to the weights of norms: Gemma computes x * (1 + w)
-    layer_norm: bool = False  # whether norms subtract the mean of x; conversion makes the mean zero
-    norm_bias: bool = False  # whether LayerNorms have biases; conversion adds each bias to the layers after the norm
+    norm_offset: float = 0.0  # added to the weights of norms; Gemma computes x * (1 + w)
+    layer_norm: bool = False  # whether norms subtract the mean of x; conversion makes it zero
+    norm_bias: bool = False  # whether LayerNorms have biases; conversion moves each into the layers after the norm
     interleaved_rope: bool = False  # whether RoPE pairs elements 2 i and 2 i + 1, instead of i and i + rotary_dim / 2
 
 

@@ -1,11 +1,11 @@
-"""Reads fields of config.json that only one family has, or a few. families.py: FAMILIES lists these functions.
+"""Reads fields of config.json that only one family has, or a few. families.py: FAMILIES says which family uses what.
 
-A function for Family.read_overrides has the family's name, and returns fields of ModelConfig. How to read a field:
+A function for Family.read_overrides is called like its family, and returns fields of ModelConfig. How to read a field:
 
-    hf_config[name]              the field has a value in the defaults of every family that reads it
-    required(hf_config, name)    the field has no default: an error if config.json lacks it
-    hf_config.get(name)          the model works without the field
-    read_flag(hf_config, name)   true or false; missing means false
+    hf_config[name]              if every family that reads it has a default
+    required(hf_config, name)    if there is no default; raises UsageError if config.json lacks the field
+    hf_config.get(name)          if the model works without it
+    read_flag(hf_config, name)   if it is true or false; missing means false
 """
 
 from config import MAX_MODULES
@@ -17,7 +17,7 @@ SILU_NAMES = ("silu", "swish")
 
 
 def required(hf_config: dict, *names: str):
-    """Returns the value of a field that config.json must have, by the first of names that config.json has."""
+    """Returns the value of a field that config.json must have, under the first of names that it has."""
     for name in names:
         if hf_config.get(name) is not None:
             return hf_config[name]
@@ -32,8 +32,8 @@ def read_flag(hf_config: dict, name: str) -> bool:
 
 
 def layer_numbers(hf_config: dict) -> range:
-    """Returns the numbers of the layers, from 0. Returns at most MAX_MODULES numbers, since a senseless
-    num_hidden_layers would fill the memory before ModelConfig refuses the value."""
+    """Returns the numbers of the layers, from 0, but at most MAX_MODULES of them: an absurd num_hidden_layers would
+    fill memory before ModelConfig refuses it."""
     return range(min(required(hf_config, "num_hidden_layers"), MAX_MODULES))
 
 
@@ -42,7 +42,7 @@ def layer_numbers(hf_config: dict) -> range:
 
 def gemma(hf_config: dict) -> dict:
     for name in ("hidden_activation", "hidden_act"):
-        # null is the default. Gemma's first config.json calls the tanh form "gelu", too
+        # null is the default. The first config.json of Gemma says "gelu" for the tanh form, too
         if hf_config.get(name) not in (None, "gelu", "gelu_pytorch_tanh"):
             raise UsageError(f"config.json: {name} = {hf_config[name]!r} is not supported")
     return {"embed_scale": required(hf_config, "hidden_size") ** 0.5, "activation": "geglu_tanh"}
@@ -63,8 +63,8 @@ def gemma3(hf_config: dict) -> dict:
 
 
 def smollm3(hf_config: dict) -> dict:
-    """A layer without RoPE has a 0 in no_rope_layers. Without that list, every no_rope_layer_interval-th layer has no
-    RoPE."""
+    """no_rope_layers has a 0 for each layer without RoPE. If the list is missing, these are every
+    no_rope_layer_interval-th layer."""
     n_layers = required(hf_config, "num_hidden_layers")
     interval = hf_config.get("no_rope_layer_interval") or 4
     has_rope = hf_config.get("no_rope_layers") or [(i + 1) % interval for i in layer_numbers(hf_config)]
@@ -87,7 +87,7 @@ def starcoder2(hf_config: dict) -> dict:
 
 
 def ungated(hf_config: dict, activation: str) -> dict:
-    """Checks that hidden_act is the family's activation, which has no gate and transformers' name."""
+    """Checks that hidden_act is the activation of the family, which has no gate and is called as in transformers."""
     found = hf_config["hidden_act"]
     if found != activation:
         raise UsageError(f"config.json: hidden_act = {found!r} is not supported")
@@ -137,7 +137,7 @@ def grok(hf_config: dict) -> dict:
 
 
 def baichuan(hf_config: dict) -> dict:
-    """Baichuan 7B has RoPE, and states the context as max_position_embeddings. Baichuan 13B has ALiBi, and states
+    """Baichuan 7B has RoPE and states its context as max_position_embeddings; 13B has ALiBi and says
     model_max_length."""
     dim = required(hf_config, "hidden_size")
     if hf_config.get("max_position_embeddings") is None:
@@ -163,19 +163,19 @@ def all_sliding(hf_config: dict) -> list[str]:
 
 
 def sliding_from_max_window_layers(hf_config: dict) -> list[str]:
-    """Returns a window for all layers but the first max_window_layers."""
+    """All layers but the first max_window_layers have a window."""
     first = hf_config["max_window_layers"]
     return ["sliding_attention" if i >= first else "full_attention" for i in layer_numbers(hf_config)]
 
 
 def sliding_below_max_window_layers(hf_config: dict) -> list[str]:
-    """Returns a window for the even layers below max_window_layers: layers 0, 2 and so on."""
+    """Layers 0, 2, 4 ... below max_window_layers have a window."""
     end = hf_config["max_window_layers"]
     return ["full_attention" if i % 2 or i >= end else "sliding_attention" for i in layer_numbers(hf_config)]
 
 
 def full_attention_every(n: int, hf_config: dict) -> list[str]:
-    """Returns a window for all layers but every n-th."""
+    """All layers but every n-th have a window."""
     return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf_config)]
 
 
@@ -184,7 +184,7 @@ def gemma3_layer_types(hf_config: dict) -> list[str]:
 
 
 def smollm3_layer_types(hf_config: dict) -> list[str]:
-    """Returns a window for exactly the layers that have no RoPE, if use_sliding_window is true."""
+    """Exactly the layers without RoPE have a window, if use_sliding_window is true."""
     if not read_flag(hf_config, "use_sliding_window"):
         return full_attention_every(1, hf_config)
     return ["full_attention" if has_rope else "sliding_attention" for has_rope in smollm3(hf_config)["layer_has_rope"]]
@@ -194,7 +194,7 @@ def smollm3_layer_types(hf_config: dict) -> list[str]:
 
 
 def rename_phi3(hf_config: dict) -> dict:
-    """In older files of Phi 3 "yarn" and "su" mean longrope."""
+    """In older files of Phi 3, "yarn" and "su" mean longrope."""
     for name in ("rope_parameters", "rope_scaling"):
         rope = hf_config.get(name)
         if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
@@ -209,7 +209,7 @@ DBRX_FIELDS_TO_LLAMA = {
 
 
 def rename_dbrx(hf_config: dict) -> dict:
-    """Renames DBRX's fields, and lifts the fields of attn_config and ffn_config to the top level."""
+    """Renames fields, and lifts those of attn_config and ffn_config to the top level."""
     hf_config = {DBRX_FIELDS_TO_LLAMA.get(name, name): value for name, value in hf_config.items()}
     attention = hf_config.get("attn_config") or {}
     ffn = hf_config.get("ffn_config") or {}

@@ -1,4 +1,4 @@
-"""Renames and splits tensors that only one family has, for the rows of families.py: FAMILIES."""
+"""Renames and splits tensors that only one family has. The rows of families.py: FAMILIES name these functions."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from converters.canonical_checkpoint import SourceTensors
 
 # ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
 
-# For every family. A name in a family's own renames takes precedence
+# For every family, but its own renames take precedence
 LLAMA_NORMS_TO_CANONICAL = {
     ".input_layernorm.": ".pre_attention_norm.", ".post_attention_layernorm.": ".pre_ffn_norm.",
 }
@@ -42,14 +42,14 @@ DBRX_TO_CANONICAL = {
 
 
 # ---- split_experts: splits, in place, tensors that hold all experts of a layer --------------------------------------
-# The parts are views: splitting reads nothing.
+# The parts are views, so splitting reads nothing.
 
 
 def split_stacked_experts(tensors: SourceTensors, config: ModelConfig, are_transposed: bool = False):
     """Splits gate_up_proj [E, 2F, dim] and down_proj [E, dim, F], as transformers 5 writes them.
 
-    are_transposed: whether every expert's matrix is transposed, as in gpt-oss. The columns of gate and up then
-    alternate, and there may be biases."""
+    are_transposed: whether each expert's matrix is transposed, as in gpt-oss. If so, columns of gate and up alternate,
+    and there may be biases."""
     for experts, (prefix, projection, is_bias) in pop_matches(
         tensors, r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?"
     ):
@@ -66,7 +66,7 @@ def split_stacked_experts(tensors: SourceTensors, config: ModelConfig, are_trans
 
 
 def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
-    """Splits w1, v1 and w2. Each is [E F, dim] and stacks all experts. The matrix of an expert in w2 is transposed."""
+    """Splits w1, v1 and w2 [E F, dim], which stack all experts. In w2 the matrix of each expert is transposed."""
     projections = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
     for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
         for e, tensor in enumerate(experts.tensor_split(config.moe.n_experts)):
@@ -74,8 +74,8 @@ def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
 
 
 def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-    """Removes every tensor whose name matches pattern, and yields the tensor with the groups of the match. A tensor
-    with fewer than min_dim dimensions cannot be split, and stays: write_model reports the missing parts."""
+    """Removes every tensor whose name matches pattern, and yields it with the groups of the match. A tensor with fewer
+    than min_dim dimensions stays, since it cannot be split: write_model will report the missing parts."""
     for name in list(tensors):
         match = re.fullmatch(pattern, name)
         if match is not None and tensors[name].dim() >= min_dim:
@@ -86,6 +86,6 @@ def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Itera
 
 
 def is_baichuan2(config: ModelConfig) -> bool:
-    """Returns whether this is Baichuan 2, which scales every row of the head to length one. Baichuan 1's vocabulary has
-    64000 tokens, Baichuan 2's has another size."""
+    """Whether this is Baichuan 2, which scales every row of the head to length one. The vocabulary tells: Baichuan 1
+    has 64000 tokens, Baichuan 2 another number."""
     return config.vocab_size != 64000

@@ -1,7 +1,7 @@
-"""Decodes GGUF's quantized types, for gguf_quantized.py. A block holds quantized values, scales and minima.
+"""Decodes the quantized types of GGUF, for gguf_quantized.py. A block holds quantized values, scales and minima.
 
     groups = decode_rows(rows, GGMLType.Q4_K)    # rows: [N, bytes] uint8
-    groups.q, groups.scales, groups.zeros    # w = (q - zero) * scale
+    groups.q, groups.scales, groups.zeros        # w = (q - zero) * scale
 """
 
 from collections.abc import Callable
@@ -25,12 +25,12 @@ FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 class BlockType:
     """A quantized type of GGUF. A weight is q * scale + offset.
 
-    decode: blocks [..., bytes] uint8 -> q [..., inputs] uint8, scales and offsets [..., n_groups] float32."""
+    decode: blocks [..., bytes] uint8 -> q [..., inputs] uint8, scales and offsets [..., n_groups] float32"""
 
-    bits: int  # of a quantized value
+    bits: int  # of q
     group_size: int
     decode: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-    has_minimum: bool = False  # whether blocks store minima, so that offset / scale need not be an integer
+    has_minimum: bool = False  # whether blocks store minima; if so, offset / scale need not be an integer
 
 
 def read_float16(blocks: Tensor, start: int) -> Tensor:
@@ -45,7 +45,7 @@ def select_bits(packed: Tensor, bit: int, n: int = 1) -> Tensor:
 def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
     """Returns the 32 quantized values of a block of Q4_0, Q4_1, Q5_0 or Q5_1:
 
-        n_header bytes    scale, and perhaps minimum
+        n_header bytes    the scale, and perhaps the minimum
         4 bytes           the fifth bit of every value, only in Q5_0 and Q5_1
         16 bytes          the lower four bits of every value"""
     start = n_header + (4 if fifth_bit else 0)
@@ -73,15 +73,13 @@ def decode_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes Q4_K. 32 bytes hold q of two groups: the first group in the low halves, the second group in the
-    high halves."""
+    """32 bytes hold the q of two groups: the first in the low nibbles, the second in the high nibbles."""
     scales, offsets = decode_k_scales(blocks)
     return unpack_nibbles_planar(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-2), scales, offsets
 
 
 def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes Q5_K. The low 4 bits are stored as in Q4_K. Byte i of qh holds the fifth bits of input i of all 8
-    groups."""
+    """The low 4 bits are stored as in Q4_K. Byte i of qh holds the fifth bit of input i for each of the 8 groups."""
     scales, offsets = decode_k_scales(blocks)
     qh, low = blocks[..., 16:48], unpack_nibbles_planar(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
     high = torch.cat([select_bits(qh, group) for group in range(8)], dim=-1)
@@ -89,8 +87,8 @@ def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the scales and offsets of Q4_K and Q5_K: [..., 8] each. A block has one float16 scale and one float16
-    minimum. Each group multiplies the scale and the minimum with two 6-bit integers, packed into 12 bytes:
+    """Returns the scales and offsets of Q4_K and Q5_K: [..., 8] each. A block has a scale and a minimum in float16.
+    Each group multiplies them by two 6-bit integers of its own, which are packed into 12 bytes:
 
         byte i     bits 0-5                                    bits 6-7
         0 - 3      scale of group i                            upper 2 bits of the scale of group i + 4
@@ -105,7 +103,7 @@ def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_q6_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes Q6_K. A block has two halves of 128 inputs, and an int8 scale for every 16 inputs. Each half has
+    """A block has two halves of 128 inputs, and an int8 scale for every 16 inputs. Each half has
 
         ql    64 bytes    in byte i the lower 4 bits of inputs i (low half) and i + 64 (high half)
         qh    32 bytes    in byte i the upper 2 bits of inputs i, i + 32, i + 64 and i + 96, from bit 0 on"""
@@ -133,7 +131,7 @@ BLOCK_TYPES = {
 
 @dataclass
 class GroupedRows:
-    """Rows of a GGUF's tensor: w = (q - zero) * scale, with q [N, K], scales and zeros [N, n_groups] in float32."""
+    """Decoded rows of a tensor: w = (q - zero) * scale, with q [N, K], and float32 scales and zeros [N, n_groups]."""
 
     block_type: BlockType
     q: Tensor
@@ -141,7 +139,7 @@ class GroupedRows:
     zeros: Tensor
 
     def expand(self, per_group: Tensor) -> Tensor:
-        """Repeats each group's value for every input: [N, n_groups] -> [N, K]."""
+        """Repeats the value of a group for each of its inputs: [N, n_groups] -> [N, K]."""
         return per_group[..., None].expand(*per_group.shape, self.block_type.group_size).flatten(-2)
 
     def dequantize(self) -> Tensor:
@@ -149,12 +147,11 @@ class GroupedRows:
 
 
 def decode_rows(rows: Tensor, ggml_type: GGMLType) -> GroupedRows:
-    """Decodes rows [N, bytes] uint8 of a quantized type."""
     block_type, (_, block_bytes) = BLOCK_TYPES[ggml_type], GGML_QUANT_SIZES[ggml_type]
     q, scales, offsets = (t.flatten(-2) for t in block_type.decode(rows.unflatten(-1, (-1, block_bytes))))
     groups, is_constant = GroupedRows(block_type, q, scales, -offsets / scales), scales == 0
-    # With a scale of 0, all weights of a group equal the offset. Store an offset above 0 as q 1, zero 0, scale offset,
-    # and an offset below 0 as q 0, zero 1, scale -offset.
+    # With a scale of 0, all weights of a group equal its offset. Represent an offset above 0 by q 1, zero 0 and scale
+    # offset, and one below 0 by q 0, zero 1 and scale -offset.
     if is_constant.any():
         groups.scales = torch.where(is_constant, offsets.abs(), scales)
         groups.zeros = torch.where(is_constant, (offsets < 0).float(), groups.zeros)
@@ -163,7 +160,7 @@ def decode_rows(rows: Tensor, ggml_type: GGMLType) -> GroupedRows:
 
 
 def decode_mxfp4(rows: Tensor) -> Tensors:
-    """Returns the tensors of our MXFP4 for rows of GGUF's MXFP4. A block holds an exponent and 32 values."""
+    """Returns the tensors of our MXFP4 for rows in the MXFP4 of GGUF, whose blocks hold an exponent and 32 values."""
     blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[GGMLType.MXFP4][1]))
     weight = pack_nibbles(unpack_nibbles_planar(blocks[..., 1:]).flatten(-2))
     return {"weight": weight, "scales": blocks[..., 0].contiguous()}

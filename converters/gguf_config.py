@@ -1,4 +1,4 @@
-"""Makes a ModelConfig of a GGUF's metadata: turns the metadata into a config.json, which hf_config.py reads.
+"""Makes a ModelConfig from the metadata of a GGUF: turns them into a config.json, which hf_config.py reads.
 
     config = read_gguf_config(metadata, tensors)    # both from gguf_file.py: read_gguf
 
@@ -16,7 +16,7 @@ from converters.gguf_file import GGUFTensor
 from converters.hf_config import config_from_hf
 from utils.errors import UsageError
 
-# GGUF's name of a field, without the architecture's prefix ("llama.") -> config.json's name
+# Name of a field in a GGUF, without the prefix of its architecture ("llama.") -> name in config.json
 REQUIRED_FIELDS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -40,7 +40,7 @@ GGUF_FIELDS = REQUIRED_FIELDS | {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
-# Fields that change the maths in a way that model.py does not implement -> the values that change nothing
+# Fields that change the maths in a way that model.py does not implement -> values that change nothing
 GGUF_NO_OP_VALUES = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -55,7 +55,7 @@ GGUF_NO_OP_VALUES = {
     "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
-# Tensors that belong to no module: divisors of RoPE's frequencies, in all contexts or in long and in short ones
+# Tensors that belong to no module: divisors of the RoPE frequencies, for all contexts or for long and short ones
 ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 
@@ -68,10 +68,10 @@ class Architecture:
 
     family: str  # a key of families.py: FAMILIES
     fields: dict[str, str] = field(default_factory=dict)  # more rows of GGUF_FIELDS
-    extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # config.json's fields that the metadata lack
+    extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # fields of config.json that the metadata lack
     names: dict[str, str] = field(default_factory=dict)  # more rows of convert_gguf.py: GGUF_TO_CANONICAL
-    ffn_up_has_gate: bool = False  # whether ffn_up stacks the rows of gate above the rows of up
-    interleaved_rope: bool = False  # whether the two rows of a RoPE pair are neighbours in Q and K, as in Meta's files
+    ffn_up_has_gate: bool = False  # whether ffn_up stacks gate above up
+    interleaved_rope: bool = False  # whether the two rows of a RoPE pair are adjacent in Q and K, as in Meta's files
 
 
 def llama_fields(hf_config: dict) -> dict:
@@ -88,15 +88,15 @@ def gemma3_fields(hf_config: dict) -> dict:
 
 
 def query_dim(hf_config: dict, n_layers_of_27b: int) -> int:
-    """Returns query_pre_attn_scalar, whose square root divides the scores: head_dim, but dim / n_heads in models of
-    27B."""
+    """Returns query_pre_attn_scalar, whose square root divides the scores: head_dim, except dim / n_heads in the 27B
+    models."""
     if hf_config["num_hidden_layers"] == n_layers_of_27b:
         return hf_config["hidden_size"] // hf_config["num_attention_heads"]
     return hf_config["head_dim"]
 
 
 def olmo2_fields(hf_config: dict) -> dict:
-    """Returns Olmo 3's fields if there is a window. Olmo 2 has the same GGUF architecture, but no window."""
+    """With a window this is Olmo 3. Olmo 2 has the same architecture in GGUF, but no window."""
     return {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"} if hf_config.get("sliding_window") else {}
 
 
@@ -109,12 +109,12 @@ def qwen3moe_fields(hf_config: dict) -> dict:
 
 
 def gpt_oss_fields(hf_config: dict) -> dict:
-    """Leaves YaRN's limits unrounded, as OpenAI's code does, while llama.cpp rounds the limits."""
+    """Leaves the limits of YaRN unrounded, as OpenAI's code does; llama.cpp rounds them."""
     return {"rope_scaling": (hf_config["rope_scaling"] or {}) | {"truncate": False}}
 
 
-# Some fields are neither in the metadata nor in extra_fields, and have the family's default: Gemma 3's local
-# rope_theta, the layers with a window (Gemma 2, Gemma 3, gpt-oss), the layers without RoPE (SmolLM3).
+# Some fields are neither in the metadata nor in extra_fields, and take the default of the family: the local rope_theta
+# (Gemma 3), which layers have a window (Gemma 2, Gemma 3, gpt-oss), which layers have no RoPE (SmolLM3).
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", extra_fields=llama_fields, interleaved_rope=True),
     "qwen2": Architecture("Qwen2ForCausalLM"),
@@ -153,8 +153,7 @@ def find_architecture(metadata: dict) -> Architecture:
 
 
 def read_gguf_config(metadata: dict, tensors: dict[str, GGUFTensor]) -> ModelConfig:
-    """Returns the config. Raises UsageError if a feature is not supported, and other errors if metadata are missing or
-    broken."""
+    """Raises UsageError if a feature is not supported, and other errors if metadata are missing or broken."""
     try:
         config = config_from_hf(gguf_to_config_json(metadata, tensors))
     except UsageError as e:
@@ -171,7 +170,7 @@ def read_gguf_config(metadata: dict, tensors: dict[str, GGUFTensor]) -> ModelCon
 
 
 def gguf_to_config_json(metadata: dict, tensors: dict[str, GGUFTensor]) -> dict:
-    """Returns the contents of config.json that the same model would have."""
+    """Returns what config.json would hold for the same model."""
     name, architecture = metadata["general.architecture"], find_architecture(metadata)
     fields = {key.removeprefix(f"{name}."): value for key, value in metadata.items()}
     check_fields(fields, name)
@@ -185,12 +184,12 @@ def gguf_to_config_json(metadata: dict, tensors: dict[str, GGUFTensor]) -> dict:
     hf_config |= window_pattern(fields.get("attention.sliding_window_pattern")) | {
         "vocab_size": tensors["token_embd.weight"].data.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "partial_rotary_factor": Fraction(rotary_dim, hf_config["head_dim"]),  # exact; a float might round down
+        "partial_rotary_factor": Fraction(rotary_dim, hf_config["head_dim"]),  # exact, since a float might round down
         "rope_scaling": rope_scaling(name, fields, tensors),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": [i for i in end_ids if i is not None],
     }
-    defaults = {  # llama.cpp's defaults, which differ from the family's
+    defaults = {  # of llama.cpp, which differ from those of the family
         "architectures": [architecture.family],
         "num_key_value_heads": hf_config["num_attention_heads"],
         "rope_theta": 10000.0,
@@ -209,8 +208,8 @@ def check_fields(fields: dict, name: str):
 
 
 def window_pattern(pattern: int | list | None) -> dict:
-    """Returns the field of config.json that says which layers have the window. A list as pattern has an entry for each
-    layer. A number as pattern means that every pattern-th layer has no window."""
+    """Returns the field of config.json that says which layers have the window. pattern: a list with an entry for each
+    layer, or a number n if every n-th layer has none."""
     if isinstance(pattern, list):
         return {"layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern]}
     return {} if pattern is None else {"sliding_window_pattern": pattern}
@@ -243,6 +242,6 @@ def rope_scaling(name: str, fields: dict, tensors: dict[str, GGUFTensor]) -> dic
 
 
 def read_divisors(stored: GGUFTensor) -> RopeScaling:
-    """Returns the scaling that divides each of RoPE's frequencies by a stored divisor: Llama 3.1's, for example."""
+    """Returns the scaling that divides each RoPE frequency by a stored number. Llama 3.1 has one, for example."""
     divisors = tuple(stored.data.view(np.float32).tolist())
     return RopeScaling("longrope", factor=1.0, short_factor=divisors, long_factor=divisors)

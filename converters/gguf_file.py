@@ -1,8 +1,8 @@
-"""Reads the metadata and the tensors of a GGUF file, or of all parts of a split GGUF. Tensors stay memory-mapped.
+"""Reads the metadata and the tensors of a GGUF file, or of all parts of a split one. Tensors stay memory-mapped.
 
     metadata, tensors = read_gguf(Path("model-00001-of-00003.gguf"))
 
-The gguf package's reader takes seconds for a vocabulary, and believes the counts in a broken header.
+The reader in the gguf package would take seconds for a vocabulary, and believe the counts in a broken header.
 """
 
 import math
@@ -23,13 +23,13 @@ SCALARS = {  # type -> letter in a format of the module struct
     GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
 }
 KNOWN_TYPES = {ggml_type.value for ggml_type in GGMLQuantizationType}
-MAX_TYPE = 256  # more than there will be; a larger number means that the file is broken
-MAX_COUNT = 2**24  # the most tensors, fields, elements or characters; more means that the header is broken
+MAX_TYPE = 256  # more types than there will ever be; a larger number means that the file is broken
+MAX_COUNT = 2**24  # of tensors, fields, elements or characters; a larger number means that the header is broken
 
 
 @dataclass
 class GGUFTensor:
-    """A tensor as the file stores it, perhaps quantized."""
+    """A tensor as it is stored, perhaps quantized."""
 
     ggml_type: GGMLQuantizationType
     data: np.ndarray  # uint8 [..., bytes of a row]
@@ -39,8 +39,7 @@ class GGUFTensor:
 
 
 def read_gguf(file: Path) -> tuple[dict, dict[str, GGUFTensor]]:
-    """Returns the metadata and the tensors of file. If file is a part of a split GGUF, returns the tensors of all
-    parts."""
+    """Returns the metadata and the tensors. If file is a part of a split GGUF, these are the tensors of all parts."""
     metadata, tensors = read_part(file)
     n_parts = metadata.get("split.count", 1)
     if type(n_parts) is not int or n_parts <= 1:
@@ -105,13 +104,13 @@ def parse(data: np.ndarray) -> tuple[dict, dict[str, GGUFTensor]]:
 
 
 class Header:
-    """Reads the header of a GGUF file value by value: the metadata, and the name, shape and offset of every tensor."""
+    """Reads the header of a GGUF file value by value: metadata, and the name, shape and offset of each tensor."""
 
     def __init__(self, data: np.ndarray):
         self.data, self.offset = data, 0
 
     def scalar(self, form: str):
-        """Reads a value. form: the value's format in the module struct."""
+        """form: the format of the value, for the module struct"""
         (value,) = struct.unpack_from("<" + form, self.data, self.offset)
         self.offset += struct.calcsize("<" + form)
         return value

@@ -1,16 +1,16 @@
 """Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored values (q) stay
-wherever one of our formats has room for q.
+wherever one of our formats has room for them.
 
     kept = GGUFQuantizer(stacked, stored, row_order)    # chooses the formats
     write_model(path, CanonicalCheckpoint(config, tensors | kept.weights, kept.reader(read)))
     print(*kept.report(), sep="\\n")    # how each type was converted
 
 A GGUF stores quantized values of 4, 5, 6 or 8 bits, and for every 16 or 32 inputs a scale and sometimes a minimum.
-Values of 4 bits become Int4, all other values GroupedInt8, with the GGUF's groups. Only scales and zeros are rounded.
-MXFP4 stays MXFP4. Weights that are stacked, such as q, k and v, get one format: floats, if some are floats.
+Values of 4 bits become Int4, all others GroupedInt8, with the same groups. Only scales and zeros are rounded. MXFP4
+stays MXFP4. Weights that are stacked, such as q, k and v, get one format: floats, if some are floats.
 
-The file may be SIZE_LIMIT times as large as the GGUF. If the file would be larger, some weights are rounded again to
-smaller formats: first the weights that lose the least accuracy for each saved byte.
+The result may be SIZE_LIMIT times as large as the GGUF. If it would be larger, some weights are rounded again to
+smaller formats, beginning with those that lose the least accuracy for each saved byte.
 """
 
 import re
@@ -36,12 +36,11 @@ from formats.base import CHUNK_ELEMENTS
 from formats.integers import GroupwiseAffine
 from utils.errors import UsageError
 
-SIZE_LIMIT = 1.1  # the largest size of the result, as a multiple of the size of the GGUF's tensors
+SIZE_LIMIT = 1.1  # how large the result may be, as a multiple of the tensors in the GGUF
 INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
 SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
-# The accuracy that rounding a weight again loses, in units of our choice. Rounding to 4 bits loses more where q has
-# more bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more in larger
-# groups.
+# The accuracy lost by rounding a weight again, in units of our choice. Rounding to 4 bits loses more where q has more
+# bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more in larger groups.
 LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0, 16: 16.0}  # by the bits of q; 16: floats
 LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group size
 
@@ -56,12 +55,12 @@ def keeps_q(block_type: BlockType, format: WeightFormat) -> bool:
 
 
 def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, Tensor]:
-    """Converts groups to format. Returns (the tensors of format, is_kept [N, n_groups]: whether a group keeps the
-    stored q). The other groups are rounded again."""
+    """Returns (the tensors of format, is_kept [N, n_groups]: whether a group keeps the stored q). All other groups are
+    rounded again."""
     if not keeps_q(groups.block_type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
-    # A minimum makes a fractional zero, which is rounded to an integer. If q has fewer bits than the format, q and
-    # zeros are multiplied by factor to fill the format's bits, so that rounding a zero loses less.
+    # A minimum makes a fractional zero, which is rounded to an integer. If the format has more bits than q, both q and
+    # zeros are multiplied by a factor that fills them, so that rounding a zero loses less.
     factor = 2 ** (8 // format.elements_per_byte - groups.block_type.bits) if groups.block_type.has_minimum else 1
     zeros = (groups.zeros * factor * 2**format.zero_fraction_bits).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
@@ -69,7 +68,7 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
     per_group = {"scales": scales, "zeros": zeros, "is_kept": is_kept}
     repeats = groups.block_type.group_size // format.group_size
     tensors = {"q": groups.q * factor} | {name: t.repeat_interleave(repeats, -1) for name, t in per_group.items()}
-    if not is_kept.all():  # some groups' zeros are beyond 0 ... 255
+    if not is_kept.all():  # some groups have zeros beyond 0 to 255
         rounded = format.quantize(groups.dequantize())
         rounded["q"] = format.unpack_q(rounded["weight"])
         where = {"q": groups.expand(is_kept), "scales": tensors["is_kept"], "zeros": tensors["is_kept"]}
@@ -83,11 +82,11 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
 
 @dataclass
 class TargetWeight:
-    """A weight of model.pth, and the GGUF's tensors (parts) whose rows the weight stacks.
+    """A weight of model.pth, and the tensors of the GGUF (parts) whose rows it stacks.
 
-    formats: the formats that the weight may have, from the largest to the smallest. The largest one loses nothing.
+    formats: those that it may have, from the largest, which loses nothing, to the smallest.
     gentle_format: the smallest format that neither rounds q to fewer bits nor rounds q of 4 bits again.
-    n_bytes: the weight's size in each format."""
+    n_bytes: its size in each format."""
 
     name: str
     stacked: StackedTensor
@@ -126,7 +125,7 @@ class TargetWeight:
     def loss(self, format: WeightFormat) -> float:
         total = 0.0
         for part in self.parts:
-            block_type = BLOCK_TYPES.get(part.ggml_type)  # None: floats or MXFP4
+            block_type = BLOCK_TYPES.get(part.ggml_type)  # None for floats and MXFP4
             if isinstance(format, Unquantized | MXFP4) or block_type is not None and keeps_q(block_type, format):
                 continue
             bits = 16 if block_type is None else block_type.bits
@@ -135,8 +134,8 @@ class TargetWeight:
         return total
 
     def cheapest_downgrade(self, n_excess: float) -> tuple[float, int]:
-        """Returns (price, index) of the smaller format with the lowest price. price: the loss for each saved byte.
-        index: into formats. At most n_excess of the saved bytes count, since no more are needed."""
+        """Returns (price, index into formats) of the smaller format with the lowest price, which is the loss for each
+        saved byte. At most n_excess of the saved bytes count, since no more are needed."""
         now, *smaller = self.formats
         prices = []
         for format in smaller:
@@ -147,9 +146,9 @@ class TargetWeight:
 
 
 def choose_formats(targets: list[TargetWeight], n_bytes: float):
-    """Chooses the format of every weight in targets. If possible, all weights together take at most n_bytes."""
+    """Chooses the format of every target so that all of them take at most n_bytes, if that is possible."""
     n_excess = sum(target.n_bytes[target.format] for target in targets) - n_bytes
-    targets = middle_layers_first(targets)  # at equal prices, layers in the middle come first
+    targets = middle_layers_first(targets)  # min takes the first of several with the same price
     while n_excess > 0:
         steps = [(*target.cheapest_downgrade(n_excess), target) for target in targets if len(target.formats) > 1]
         if not steps:
@@ -158,12 +157,12 @@ def choose_formats(targets: list[TargetWeight], n_bytes: float):
         n_excess -= target.n_bytes[target.format] - target.n_bytes[target.formats[i]]
         del target.formats[:i]
     if n_excess > 0:
-        for target in targets:  # n_bytes is out of reach, so small formats would lose bits in vain
+        for target in targets:  # n_bytes is out of reach, so smaller formats would lose bits in vain
             target.formats = [target.gentle_format]
 
 
 def middle_layers_first(targets: list[TargetWeight]) -> list[TargetWeight]:
-    """Sorts targets by the distance of the layer from the middle layer, since the first and last layers matter most."""
+    """Sorts targets by the distance from the middle layer, since the first and last layers matter most."""
     layers = {target.name: int(match[1]) for target in targets if (match := re.match(r"layers\.(\d+)\.", target.name))}
     middle = max(layers.values(), default=0) / 2
     return sorted(targets, key=lambda target: abs(layers.get(target.name, 2 * middle) - middle))
@@ -174,13 +173,13 @@ def middle_layers_first(targets: list[TargetWeight]) -> list[TargetWeight]:
 
 @dataclass
 class RoundingErrors:
-    """Sums up how far the converted weights of one type are from the GGUF's weights."""
+    """Sums up how far the converted weights of one type are from the originals."""
 
     n_tensors: int = 0
     largest: float = 0.0  # error in groups that keep the stored q, in steps of q
     n_groups: int = 0
-    n_rounded: int = 0  # groups that are rounded again
-    squared_errors: float = 0.0  # sum over the weights that are rounded again
+    n_rounded: int = 0  # groups that were rounded again
+    squared_errors: float = 0.0  # sum over the weights in those groups
     squared_steps: float = 0.0  # sum of squared scales over the same weights
 
     def add(self, groups: GroupedRows, format: WeightFormat, tensors: Tensors, is_kept: Tensor):
@@ -206,9 +205,9 @@ class RoundingErrors:
 
 
 class GGUFQuantizer:
-    """Holds the weights of a GGUF that stay quantized: weights, by canonical names.
+    """Its weights are those of a GGUF that stay quantized, by canonical names.
 
-    stacked: our tensors. stored: the GGUF's tensors by canonical names. row_order: see hf_tensors.py: reorder_heads."""
+    stacked: our tensors. stored: the tensors of the GGUF by canonical names. row_order: see reorder_heads."""
 
     def __init__(self, stacked: dict[str, StackedTensor], stored: dict[str, GGUFTensor], row_order: Tensor | None):
         targets, other_bytes = [], 0
@@ -223,8 +222,8 @@ class GGUFQuantizer:
         choose_formats(targets, SIZE_LIMIT * self.stored_bytes - other_bytes)
         self.n_bytes = other_bytes + sum(target.n_bytes[target.format] for target in targets)
         self.errors: dict[tuple[str, str], RoundingErrors] = defaultdict(RoundingErrors)  # by type and format
-        self.became_unquantized: Counter[str] = Counter()  # by type: tensors that are stacked with floats
-        self.n_rounded: Counter[tuple[str, str]] = Counter()  # by type and format: floats that are quantized
+        self.became_unquantized: Counter[str] = Counter()  # tensors that are stacked with floats, by type
+        self.n_rounded: Counter[tuple[str, str]] = Counter()  # floats that become quantized, by type and format
         self.weights: dict[str, QuantizedWeight] = {}
         for target in targets:
             if isinstance(target.format, Unquantized):
@@ -236,12 +235,10 @@ class GGUFQuantizer:
                 self.weights[part_name] = QuantizedWeight(target.format, torch.Size(part.shape()), read)
 
     def reader(self, read: TensorReader) -> TensorReader:
-        """Returns a TensorReader that returns a weight of self.weights, if there is one by the name, and else calls
-        read."""
         return lambda name: self.weights[name] if name in self.weights else read(name)
 
     def read(self, name: str, stored: GGUFTensor, format: WeightFormat, row_order: Tensor | None) -> Tensors:
-        """Reads the GGUF's tensor called name, as the tensors of format."""
+        """Reads the tensor called name, as the tensors of format."""
         if stored.ggml_type not in BLOCK_TYPES and format != MXFP4():
             self.n_rounded[stored.ggml_type.name, format.name] += 1
             weight = torch.from_numpy(gguf.dequantize(stored.data, stored.ggml_type))
@@ -269,8 +266,8 @@ class GGUFQuantizer:
         return {kind: reorder_heads(name, t, row_order) for kind, t in whole.items()}
 
     def report(self) -> list[str]:
-        """Returns lines that say how each type was converted, and how large the result is. All weights must have been
-        read."""
+        """Returns lines that tell how each type was converted and how large the result is. Call it after all weights
+        have been read."""
         lines = []
         for (type_name, format_name), errors in sorted(self.errors.items()):
             lines.append(f"{type_name}: {errors.n_tensors} tensors to {format_name}, {errors}")

@@ -1,9 +1,9 @@
-"""Makes a tokenizer's files from the vocabulary in a GGUF's metadata.
+"""Makes the files of a tokenizer from the vocabulary in the metadata of a GGUF.
 
     files = make_tokenizer_files(metadata)    # name -> contents
 
-The files are tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece), and tokenizer_config.json. To add a
-value of tokenizer.ggml.pre, add a row to SPLITS.
+They are tokenizer.json (byte-level BPE) or tokenizer.model (sentencepiece), and tokenizer_config.json. To add a value
+of tokenizer.ggml.pre, add a row to SPLITS.
 """
 
 import json
@@ -35,7 +35,7 @@ SPLITS = {  # tokenizer.ggml.pre -> regular expressions, which split one after t
     "gpt-4o": [GPT4O],
     "tekken": [TEKKEN],
 }
-# A text begins with bos; a word in the vocabulary needs no merges
+# A text begins with bos, and a word in the vocabulary needs no merges
 LIKE_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 LIKE_GLM4 = ("chatglm-bpe", "glm4")  # a text begins with GLM4_PREFIX
 GLM4_PREFIX = ("[gMASK]", "<sop>")
@@ -44,8 +44,8 @@ UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type a
 
 
 def make_tokenizer_files(metadata: dict) -> dict[str, bytes]:
-    """Returns the files' contents, by name. Raises UsageError if a tokenizer is not supported, and other errors if
-    metadata are missing or broken."""
+    """Returns the contents of the files, by name. Raises UsageError if the tokenizer is not supported, and other errors
+    if metadata are missing or broken."""
     pieces = metadata["tokenizer.ggml.tokens"]
     model, pre = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
     bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
@@ -73,14 +73,14 @@ def make_tokenizer_files(metadata: dict) -> dict[str, bytes]:
 
 
 def byte_level_bpe(metadata: dict, prefix: list[int]) -> Tokenizer:
-    """Makes a tokenizer that puts the tokens of prefix before a text."""
+    """prefix: the tokens to put before every text"""
     pieces, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in SPLITS:
         raise UsageError(f"tokenizer.ggml.pre = {pre!r} is not supported; these are: {', '.join(SPLITS)}")
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    for merge in merges:  # the library panics at such merges
+    for merge in merges:  # at such a merge the library panics
         if len(merge) != 2 or not ids.keys() >= {*merge, "".join(merge)}:
             raise ValueError("tokenizer.ggml.merges makes what is no token")
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in LIKE_LLAMA3))
@@ -103,9 +103,8 @@ def byte_level_bpe(metadata: dict, prefix: list[int]) -> Tokenizer:
 
 
 def sentencepiece_model(metadata: dict) -> bytes:
-    """Returns the contents of tokenizer.model."""
     try:
-        from sentencepiece import sentencepiece_model_pb2  # here, since only this import needs protobuf
+        from sentencepiece import sentencepiece_model_pb2  # imported here, since only this needs protobuf
     except ImportError as e:
         raise UsageError(f"this file's tokenizer needs `pip install protobuf` ({e})") from None
 
@@ -114,7 +113,7 @@ def sentencepiece_model(metadata: dict) -> bytes:
     model = sentencepiece_model_pb2.ModelProto()
     for i, (piece, score, token_type) in enumerate(zip(pieces, metadata["tokenizer.ggml.scores"], types, strict=True)):
         if token_type == USER_DEFINED:
-            piece = piece.replace(" ", "▁")  # sentencepiece writes a space as ▁, a GGUF as a space
+            piece = piece.replace(" ", "▁")  # as sentencepiece writes a space
         model.pieces.add(piece=piece, score=score, type=UNKNOWN if i == unknown else token_type)
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
@@ -122,7 +121,7 @@ def sentencepiece_model(metadata: dict) -> bytes:
     bos, eos = metadata.get("tokenizer.ggml.bos_token_id", -1), metadata.get("tokenizer.ggml.eos_token_id", -1)
     for name, i in {"bos": bos, "eos": eos, "unk": unknown}.items():
         setattr(trainer, f"{name}_id", i)
-        if i >= 0:  # sentencepiece finds the token by its piece
+        if i >= 0:  # sentencepiece looks the token up by its piece
             setattr(trainer, f"{name}_piece", pieces[i])
     normalizer = model.normalizer_spec
     normalizer.name = "identity"

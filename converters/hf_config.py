@@ -1,8 +1,8 @@
-"""Makes a ModelConfig of Hugging Face's config.json. A row of families.py: FAMILIES says how.
+"""Makes a ModelConfig from a config.json of Hugging Face. A row of families.py: FAMILIES says how.
 
     config = config_from_hf(json.load(open("config.json")))
 
-A field that changes the maths is refused, unless model.py implements the change.
+A field that changes the maths is refused unless model.py implements the change.
 """
 
 import math
@@ -15,7 +15,7 @@ from utils.errors import UsageError, convert_type_errors
 
 
 def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:
-    """hf_config: the contents of config.json, with RoPE's old fields (rope_theta, rope_scaling) or the new field
+    """hf_config: the contents of config.json, with the old fields for RoPE (rope_theta, rope_scaling) or the new one
     (rope_parameters). generation: the contents of generation_config.json, which may name more end tokens."""
     generation = generation or {}
     if not isinstance(hf_config, dict) or not isinstance(generation, dict):
@@ -29,8 +29,8 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
 
 
 def find_family(hf_config: dict) -> Family:
-    """Finds the family by model_type and not by "architectures", as transformers does. Refuses an unknown architecture
-    whose folder has code (auto_map), since such code may change the maths even if model_type is "llama"."""
+    """Finds the family by model_type rather than "architectures", as transformers does. Refuses an unknown architecture
+    that comes with code (auto_map), since the code may change the maths even if model_type is "llama"."""
     model_type = hf_config.get("model_type")
     names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
     name = names if isinstance(names, str) else names[0]
@@ -46,8 +46,8 @@ def find_family(hf_config: dict) -> Family:
 
 # ---- What is not supported ------------------------------------------------------------------------------------------
 
-# Fields that change the maths -> the no-op values, which change nothing. null and false are no-ops, too. Any other
-# value is refused, unless the family has the field in supported_fields.
+# Fields that change the maths -> the values that change nothing, besides null and false. Any other value is refused,
+# unless the family has the field in supported_fields.
 HF_NO_OP_VALUES = {
     "hidden_act": SILU_NAMES,
     "attn_logit_softcapping": (),
@@ -64,12 +64,12 @@ HF_NO_OP_VALUES = {
     "decoder_sparse_step": (1,),
     "use_bidirectional_attention": (),
 }
-# A field of ModelConfig -> config.json's name of the field, for error messages
+# Field of ModelConfig -> its name in config.json, for error messages
 OUR_NAMES_TO_HF = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
 }
-# Fields that only architectures with unsupported parts have -> the part
+# Fields that tell of an unsupported part -> the part
 UNSUPPORTED_PARTS = {
     "vision_config": "a model of images and text",
     "audio_config": "a model of sound and text",
@@ -92,7 +92,7 @@ def check_no_op_values(fields: dict, family: Family):
 
 
 def check_layer_types(hf_config: dict):
-    """Checks that layer_types fits the layers, and names only kinds of attention that model.py has."""
+    """Checks that layer_types has an entry for each layer, and names only kinds of attention that model.py has."""
     types, n_layers = hf_config.get("layer_types"), required(hf_config, "num_hidden_layers")
     if types is None:
         return
@@ -104,7 +104,7 @@ def check_layer_types(hf_config: dict):
 
 
 def unsupported_part(hf_config: dict) -> str | None:
-    """Returns which part of an unknown architecture model.py lacks, or None if config.json names no such part."""
+    """Returns which part of an unknown architecture model.py lacks, or None if config.json names none."""
     for name, meaning in UNSUPPORTED_PARTS.items():
         if hf_config.get(name):
             return f"config.json's {name} means {meaning}"
@@ -132,7 +132,7 @@ def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelCo
 
 
 def with_hf_names(message: str, hf_config: dict, family: Family) -> str:
-    """Replaces ModelConfig's names of fields by config.json's names, in an error message of config.py."""
+    """Replaces names of ModelConfig fields by those in config.json, in an error message of config.py."""
     for ours, theirs in (OUR_NAMES_TO_HF | {"ffn_dim": family.ffn_dim_field}).items():
         message = re.sub(rf"(the model's )?\b{ours}\b", theirs, message)
     if not hf_config.get("rope_scaling"):
@@ -141,7 +141,6 @@ def with_hf_names(message: str, hf_config: dict, family: Family) -> str:
 
 
 def read_sizes(hf_config: dict, family: Family) -> dict:
-    """Reads ModelConfig's sizes, norm_eps, biases and tie_embeddings."""
     n_heads = required(hf_config, "num_attention_heads")
     has_attention_bias = read_flag(hf_config, "attention_bias")
     return dict(
@@ -199,7 +198,7 @@ def read_moe(hf_config: dict, family: Family) -> MoEConfig | None:
 
 
 def read_n_shared_experts(hf_config: dict, family: Family) -> int:
-    """Returns how many experts of ffn_dim the shared expert equals. config.json describes one wide shared expert."""
+    """Returns how many experts of ffn_dim are as wide as the one shared expert that config.json describes."""
     shared_dim = required(hf_config, "shared_expert_intermediate_size")
     ffn_dim = required(hf_config, family.ffn_dim_field)
     if shared_dim % ffn_dim:
@@ -212,7 +211,7 @@ def read_n_shared_experts(hf_config: dict, family: Family) -> int:
 
 
 def read_sliding_window(hf_config: dict, family: Family) -> dict:
-    """Reads ModelConfig's sliding_window and, if only some layers have a window, layer_has_window."""
+    """Returns sliding_window and, if only some layers have a window, layer_has_window."""
     window = hf_config.get("sliding_window")
     if not window or family.sliding_layers == "none":
         return {}
@@ -234,7 +233,7 @@ def read_sliding_window(hf_config: dict, family: Family) -> dict:
 
 
 def read_rope(hf_config: dict, family: Family) -> dict:
-    """Reads ModelConfig's fields of RoPE. Also returns max_seq_len if RoPE's scaling makes the context longer."""
+    """Returns the fields for RoPE, and also max_seq_len if its scaling makes the context longer."""
     rope, sliding_rope = collect_rope_fields(hf_config, family)
     check_no_op_values(rope, family)
     theta, scaling = rope["rope_theta"], read_rope_scaling(rope, hf_config)
@@ -254,23 +253,24 @@ def read_rope(hf_config: dict, family: Family) -> dict:
 
 
 def replace_rope_parameters(hf_config: dict) -> dict:
-    """Removes rope_parameters, also a family's default, if config.json has rope_scaling, the older name. Both stay if
-    rope_parameters has an object for each type of layer: rope_scaling changes the layers without a sliding window."""
+    """Removes rope_parameters, even if it is the default of the family, if config.json has the older rope_scaling. Both
+    stay if rope_parameters has an object for each type of layer: then rope_scaling changes the layers without a sliding
+    window."""
     if not hf_config.get("rope_scaling") or has_layer_types(hf_config.get("rope_parameters")):
         return hf_config
     return hf_config | {"rope_parameters": None}
 
 
 def has_layer_types(rope) -> bool:
-    """Returns whether rope, the value of rope_parameters, is a dict with an object for each type of layer."""
+    """Whether rope, the value of rope_parameters, has an object for each type of layer."""
     return isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
 
 
 def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | None]:
-    """Returns RoPE's fields (rope_theta, rope_type, factor and so on) for the layers without a sliding window, and for
-    the layers with a sliding window. The second is None if all layers have the same fields.
+    """Returns the fields for RoPE (rope_theta, rope_type, factor and so on) of layers without a sliding window and of
+    layers with one. The latter is None if all layers have the same fields.
 
-    rope_theta may be a field of config.json itself. All other fields are in rope_parameters or, in older files, in
+    rope_theta may be at the top level of config.json. All other fields are in rope_parameters or, in older files, in
     rope_scaling. Both may have an object for each type of layer."""
     unscaled = {"rope_theta": hf_config["rope_theta"], "rope_type": "default"}
     rope, sliding_rope = dict(unscaled), None
@@ -292,7 +292,7 @@ def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | N
 
 
 def read_rope_scaling(rope: dict, hf_config: dict) -> RopeScaling | None:
-    rope_type = {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])  # "su": the older name
+    rope_type = {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])  # "su" is the older name
     if rope_type == "default":
         return None
     max_seq_len = required(hf_config, "max_position_embeddings")
@@ -323,7 +323,7 @@ def read_llama3(rope: dict) -> dict:
 
 
 def read_yarn(rope: dict, factor: float) -> dict:
-    """Reads YaRN (arXiv:2309.00071). With mscale, attention_factor is computed as in DeepSeek's models."""
+    """YaRN is described in arXiv:2309.00071. With mscale, attention_factor is computed as in DeepSeek models."""
 
     def log_scale(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0

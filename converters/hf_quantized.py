@@ -1,11 +1,10 @@
-"""Finds the quantized layers of a Hugging Face checkpoint, for convert_folder.py. Weights keep their values: nothing is
-rounded again.
+"""Finds the quantized layers of a Hugging Face checkpoint, for convert_folder.py. Their weights keep their values.
 
     quantization = read_quantization(folder, hf_config, tensors)    # hf_config: the contents of config.json
     collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
 
-The tensors say which layers are quantized. docs/quantized_checkpoints.md says which contradictions of config.json are
-errors, and lists the formats. hf_quantized_integers.py and hf_quantized_floats.py read the weights.
+The tensors decide which layers are quantized. docs/quantized_checkpoints.md lists the formats, and what is an error if
+config.json contradicts the tensors. hf_quantized_integers.py and hf_quantized_floats.py read the weights.
 """
 
 import re
@@ -26,29 +25,29 @@ from utils.files import read_json
 
 PLACE = "config.json: quantization_config"
 AWQ_VERSIONS = ("gemm",)
-MODELOPT_BLOCKS = "fp8_pb_wo"  # the quant_algo of FP8 with a scale for each block of MODELOPT_BLOCK_SHAPE
+MODELOPT_BLOCKS = "fp8_pb_wo"  # the quant_algo that has a scale for each block of MODELOPT_BLOCK_SHAPE
 MODELOPT_BLOCK_SHAPE = [128, 128]
 AUTO_ROUND = ("auto-round", "intel/auto-round")
-# Files in which AutoGPTQ, AutoAWQ and ModelOpt wrote quantization_config at first -> the default of quant_method
+# Files that early versions of AutoGPTQ, AutoAWQ and ModelOpt wrote in place of quantization_config -> their method
 OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-# Fields that name a version of the format -> the versions that are supported. Programs use different fields.
+# Fields that name a version of the format, which differ between programs -> the versions that are supported
 VERSIONS = {
     "gptq": {"checkpoint_format": GPTQ_VERSIONS, "format": GPTQ_VERSIONS},
     "awq": {"version": AWQ_VERSIONS, "checkpoint_format": AWQ_VERSIONS, "format": AWQ_VERSIONS},
     "modelopt": {"quant_algo": ("fp8", "fp8_per_channel_per_token", MODELOPT_BLOCKS)},
 }
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-DENSE = "dense"  # no weight is quantized, but perhaps the KV cache
-TRANSFORMED_WEIGHTS = ("weight_input", "weight_output")  # locations of transform_config
-MIXED = "mixed-precision"  # each of config_groups has its own format
-# Names of scales for activations and for the KV cache. Here activations and the KV cache keep 16 bits.
+DENSE = "dense"  # no weight is quantized, though perhaps the KV cache is
+TRANSFORMED_WEIGHTS = ("weight_input", "weight_output")  # locations in transform_config
+MIXED = "mixed-precision"  # each of config_groups has a format of its own
+# Names of scales for activations and the KV cache, which keep 16 bits here
 ACTIVATION_SCALES = re.compile(r"\.(input|output|activation|kv|[qkv])_(global_)?(scale|zero_point|scale_ub)$")
 OF_WEIGHT = re.compile(r"(qweight|qzeros|scales|g_idx|weight(_\w+)?)$")
 
 
 def read_quantization(folder: Path, hf_config: dict, tensors: SourceTensors) -> dict | None:
-    """Returns quantization_config of config.json, or None if no weight is quantized. Fields that quantization_config
-    lacks come from a file of OLDER_FILES. Checks that the method is supported."""
+    """Returns the quantization_config of config.json, or None if no weight is quantized. Fields that it lacks come from
+    OLDER_FILES. Checks that the method is supported."""
     older, quantization = read_older_file(folder), hf_config.get("quantization_config")
     if quantization is None:
         layers = find_layers(tensors)
@@ -67,8 +66,8 @@ def read_quantization(folder: Path, hf_config: dict, tensors: SourceTensors) -> 
 
 
 def read_auto_round_config(quantization: dict) -> dict:
-    """Returns AutoRound's quantization_config as GPTQ or AWQ would write the config, since AutoRound packs weights in
-    these formats. extra_config (fields of single layers, by name or regular expression) becomes GPTQ's "dynamic"."""
+    """Returns a quantization_config of AutoRound as GPTQ or AWQ would write it, since AutoRound packs weights in their
+    formats. extra_config (fields of single layers, by name or regular expression) becomes the "dynamic" of GPTQ."""
     check_one_of("data_type", quantization.get("data_type", "int"), ("int",))
     packing = quantization.get("packing_format") or quantization.get("backend") or ""
     dynamic = {}
@@ -80,7 +79,7 @@ def read_auto_round_config(quantization: dict) -> dict:
 
 
 def read_older_file(folder: Path) -> dict:
-    """Returns the contents of the file of OLDER_FILES in folder, with quant_method. Returns {} if there is none."""
+    """Returns the contents of the first of OLDER_FILES in folder, with quant_method, or {} if there is none."""
     for file, method in OLDER_FILES.items():
         fields = read_json(folder / file, {})
         if isinstance(fields, dict) and method == "modelopt":
@@ -93,7 +92,7 @@ def read_older_file(folder: Path) -> dict:
 
 
 def refuse_unknown_format(hf_config: dict, layer: QuantizedLayer) -> NoReturn:
-    """Raises UsageError for a checkpoint with quantized weights, such as layer, and without quantization_config."""
+    """Refuses a checkpoint that has quantized weights, such as layer, but no quantization_config."""
     what = f"{layer.name} is quantized, and config.json has no quantization_config"
     if "compression_config" in hf_config:
         raise UsageError(f"{what}; rename its compression_config, an older name of compressed-tensors")
@@ -121,7 +120,7 @@ def check_supported(quantization: dict):
 
 
 def check_transforms(transforms: dict):
-    """Refuses rotations of activations. Rotations of weights are part of the stored weights."""
+    """Refuses rotations of activations. Those of weights are already part of the stored weights."""
     for scheme in (transforms.get("config_groups") or {}).values():
         for place in scheme["apply"]:
             if place["location"] not in TRANSFORMED_WEIGHTS:
@@ -135,8 +134,8 @@ def check_one_of(field: str, value, supported: tuple[str, ...]):
 
 
 def collect_quantized(tensors: SourceTensors, quantization: dict, config: ModelConfig):
-    """Replaces the tensors of every quantized layer by one QuantizedWeight, in place. Removes the scales of activations
-    and of the KV cache. Raises UsageError if quantization contradicts the tensors, or if no layer is quantized."""
+    """Replaces the tensors of each quantized layer by one QuantizedWeight, in place. Removes the scales of activations
+    and the KV cache. Raises UsageError if quantization contradicts the tensors, or if no layer is quantized."""
     n_before = len(tensors)
     if quantization["quant_method"] == "mxfp4":
         split_mxfp4(tensors)
@@ -156,13 +155,12 @@ def collect_quantized(tensors: SourceTensors, quantization: dict, config: ModelC
 
 
 def is_only_kv_cache(quantization: dict) -> bool:
-    """Returns whether quantization, of compressed-tensors, quantizes no weight, but the KV cache."""
+    """Whether this is compressed-tensors that quantizes the KV cache and no weight."""
     is_compressed = quantization["quant_method"] == "compressed-tensors"
     return is_compressed and not quantization.get("config_groups") and bool(quantization.get("kv_cache_scheme"))
 
 
 def find_layers(tensors: dict[str, Tensor]) -> list[QuantizedLayer]:
-    """Finds the quantized layers, each with the tensors of its weight."""
     layers: dict[str, QuantizedLayer] = {}
     for name, tensor in tensors.items():
         layer_name, _, kind = name.rpartition(".")
@@ -187,7 +185,6 @@ def read_modelopt(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
 
 
 def read_compressed(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
-    """Reads a weight of compressed-tensors. quantization: config.json's quantization_config."""
     for ignored in quantization.get("ignore") or []:
         if matches_target(layer.name, ignored):
             layer.refuse("a quantized weight", f"that {ignored!r} (ignore) is not quantized")
@@ -202,15 +199,15 @@ def read_compressed(layer: QuantizedLayer, quantization: dict) -> QuantizedWeigh
 
 
 def read_block_shape(scheme: dict) -> list[int] | None:
-    """Returns the rows and columns of a block. Early versions of compressed-tensors wrote "128x128"."""
+    """Returns [rows, columns]. Early versions of compressed-tensors wrote "128x128"."""
     shape = scheme.get("block_structure")
     return [int(size) for size in shape.split("x")] if isinstance(shape, str) else shape
 
 
 def find_scheme(name: str, quantization: dict) -> dict:
-    """Returns the scheme that config_groups gives for the weight of the layer called name. A group's targets are names
-    of layers, regular expressions after "re:", and types of layers. The precedence is compressed-tensors': a name, the
-    alphabetically first regular expression, a type."""
+    """Returns the scheme in config_groups for the weight of the layer called name. The targets of a group are names of
+    layers, regular expressions after "re:", and types of layers. A name counts first, then the alphabetically first
+    regular expression, then the type, as in compressed-tensors."""
     schemes = [scheme for scheme in quantization["config_groups"].values() if scheme.get("weights")]
     scheme_of = {target: scheme["weights"] for scheme in schemes for target in scheme["targets"]}
     for target in sorted(scheme_of, key=lambda target: (target.startswith("re:"), target)):
@@ -228,7 +225,7 @@ def matches_target(name: str, target: str) -> bool:
     return target == name
 
 
-# quant_method -> the function that reads a layer. mxfp4 is not here, since a tensor holds many layers: split_mxfp4.
+# quant_method -> the function that reads a layer. A tensor of mxfp4 holds many layers, so split_mxfp4 reads those.
 LAYER_READERS: dict[str, Callable[[QuantizedLayer, dict], QuantizedWeight]] = {
     "awq": awq_weight,
     "compressed-tensors": read_compressed,

@@ -1,4 +1,4 @@
-"""Reads weights of FP8 (e4m3) and MXFP4 from Hugging Face's checkpoints into QuantizedWeight, without rounding.
+"""Reads FP8 (e4m3) and MXFP4 weights of Hugging Face checkpoints into QuantizedWeight, without rounding.
 hf_quantized.py calls float8_weight for each layer, and split_mxfp4 once.
 
     fp8                          weight [N, K], weight_scale_inv [N / 128, K / 128]: a scale for each block
@@ -7,7 +7,7 @@ hf_quantized.py calls float8_weight for each layer, and split_mxfp4 once.
     mxfp4 (gpt-oss)              X_blocks [E, N, K / 32, 16] for E experts: two numbers in a byte, the low half first
                                  X_scales [E, N, K / 32]: exponents of powers of two, with a bias of 127
 
-The checkpoints also say how to round activations to 8 bits. Here activations keep 16 bits.
+These checkpoints may also ask for activations of 8 bits. Here they keep 16.
 """
 
 import math
@@ -32,8 +32,7 @@ E8M0_NAN = 0xFF
 
 
 def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> QuantizedWeight:
-    """Reads a weight of FP8. block_shape: how many outputs and inputs share a scale. None: a scale for each output, or
-    one scale for the whole weight."""
+    """block_shape: how many outputs and inputs share a scale, or None if each output has one, or the whole weight."""
     weight = layer.take("weight", (torch.float8_e4m3fn,), 2)
     n, k = weight.shape
     kind = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
@@ -41,7 +40,7 @@ def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> Quant
         scales, n_rows, n_columns, format = layer.take_row_scales(kind, n), 1, k, Float8()
     else:
         scales, (n_rows, n_columns) = layer.take_scales(kind, 2, 4), block_shape
-        if scales.dim() == 4:  # ModelOpt's [n_blocks, 1, n_blocks, 1]
+        if scales.dim() == 4:  # [n_blocks, 1, n_blocks, 1] of ModelOpt
             scales = scales.flatten(-2).flatten(0, 1)
         format = Float8(stored_group_size(n_columns, k))
     n_blocks = math.ceil(n / n_rows), math.ceil(k / n_columns)
@@ -58,8 +57,8 @@ def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> Quant
 
 
 def split_mxfp4(tensors: dict[str, Tensor | QuantizedWeight]):
-    """Replaces gpt-oss's tensors, which stack the projections of all experts, by a weight for each expert, in place. In
-    gate_up_proj the rows of gate and up alternate."""
+    """Replaces tensors of gpt-oss, which stack all experts, by a weight for each projection of each expert, in place.
+    In gate_up_proj, rows of gate and up alternate."""
     for blocks_name in list(tensors):
         match = re.fullmatch(r"((.*\.experts)\.(gate_up_proj|down_proj))_blocks", blocks_name)
         if match is None:
@@ -87,7 +86,7 @@ def check_mxfp4(name: str, blocks: Tensor, scales: Tensor):
 
 
 def mxfp4_weight(name: str, blocks: Tensor, scales: Tensor) -> QuantizedWeight:
-    """Makes a weight of blocks [N, K / 32, 16] and scales [N, K / 32]. name: the tensor's name, for error messages."""
+    """blocks: [N, K / 32, 16]. scales: [N, K / 32]. name: of the tensor, for error messages."""
 
     def read() -> Tensors:
         check_finite_scales(f"{name}_scales", scales != E8M0_NAN)

@@ -1,9 +1,9 @@
 """Reads weights of 4 and 8 bits from GPTQ, AWQ and compressed-tensors into QuantizedWeight, without rounding.
 hf_quantized.py calls gptq_weight, awq_weight, packed_weight and int8_weight.
 
-In every format w = (q - zero) * scale, with a scale and a zero point for every output and group of inputs. The formats
-differ in the layout of the tensors. A word is an int32 and holds 8 values of 4 bits or 4 values of 8 bits, the lowest
-bits first. With 4 bits:
+In every format w = (q - zero) * scale, with a scale and a zero point for each output and group of inputs. What differs
+is the layout of the tensors. A word is an int32 and holds 8 values of 4 bits or 4 values of 8 bits, the lowest bits
+first. With 4 bits:
 
                           q                         scales         zero points
     GPTQ                  qweight [K / 8, N]        [n_groups, N]  qzeros [n_groups, N / 8]
@@ -11,9 +11,9 @@ bits first. With 4 bits:
     compressed-tensors:
       pack-quantized      weight_packed [N, K / 8]  [N, n_groups]  weight_zero_point [N / 8, n_groups], or 8
       int-quantized       weight [N, K] int8        [N, n_groups]  weight_zero_point [N, n_groups] int8, or 0
-                          (int8 also if values have 4 bits)
+                          (int8 even if values have 4 bits)
 
-Version 1 of GPTQ's format stores zero - 1 in qzeros. A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7.
+Version 1 of GPTQ stores zero - 1 in qzeros. A word of AWQ holds 8 outputs in the order 0 2 4 6 1 3 5 7.
 """
 
 import math
@@ -31,7 +31,7 @@ from formats.base import slice_groups
 from formats.integers import GroupwiseAffine
 from utils.errors import UsageError
 
-GPTQ_VERSIONS = ("gptq", "gptq_v2")  # by the names in config.json's checkpoint_format
+GPTQ_VERSIONS = ("gptq", "gptq_v2")  # as checkpoint_format in config.json calls them
 SAMPLED_OUTPUTS, MIN_SAMPLED_WEIGHTS = 256, 2048  # for infer_version
 AWQ_UNPACK_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the places of outputs 0 to 7 in a word
 
@@ -46,7 +46,7 @@ class UnpackedWeight:
     scales: Tensor  # [N, n_groups]
     read_q: Callable[[], Tensor]  # returns [N, K] uint8
     read_zeros: Callable[[], Tensor]  # returns [N, n_groups] uint8
-    input_order: Tensor | None = None  # order of inputs in which groups are contiguous; None: groups are so already
+    input_order: Tensor | None = None  # the order of inputs that makes groups contiguous; None if they already are
 
     @property
     def middle(self) -> int:
@@ -59,8 +59,7 @@ class UnpackedWeight:
 
     def to_weight(self, may_be_int8: bool = True) -> QuantizedWeight:
         """Returns the weight in one of our formats, with the same values. may_be_int8: False if config.json says
-        asymmetric, since layers that are stacked with this layer may then have zero points for which Int8 has no
-        room."""
+        asymmetric, since layers that are stacked with this one may then have zero points, which Int8 cannot store."""
         if may_be_int8 and self.bits == 8 and self.scales.shape[1] == 1 and self.is_symmetric:
             return QuantizedWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
@@ -77,7 +76,7 @@ class UnpackedWeight:
         q, k = self.read_q(), self.shape[1]
         if self.input_order is not None:
             q = q[:, self.input_order]
-        # Scales keep their dtype here, so that a weight that becomes unquantized is rounded only once
+        # Scales keep their dtype here, so that a weight that becomes unquantized is rounded just once
         tensors = {"scales": self.scales, "zeros": self.read_zeros() << format.zero_fraction_bits}
         sizes = min(self.group_size, k), format.group_size
         groups = {name: slice_groups(t, 0, k, *sizes).contiguous() for name, t in tensors.items()}
@@ -91,7 +90,7 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
         of 16 bits                                       unchanged
         float32, exact in bfloat16 or float16            bfloat16 or float16
         float32, within the normal range of float16      float16: a scale changes by at most 2^-11 of itself
-        other float32                                    float32, for which no format exists here"""
+        other float32                                    float32, for which there is no format here"""
     if scales.dtype != torch.float32:
         return scales.dtype
     for dtype in (torch.bfloat16, torch.float16):
@@ -103,14 +102,14 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """Unpacks int32 [..., n] to uint8 [..., n * 32 / bits], the lowest bits first."""
-    # flatten, since a single word in a row may have any stride, and PyTorch's view does not take every stride
+    """int32 [..., n] -> uint8 [..., n * 32 / bits], the lowest bits first"""
+    # flatten, since rows of a single word may have strides that view(dtype) refuses
     by_byte = words.contiguous().flatten().view(torch.uint8).unflatten(0, (*words.shape[:-1], -1))
     return by_byte if bits == 8 else unpack_nibbles_interleaved(by_byte)
 
 
 def infer_bits(layer: QuantizedLayer, n_words: int, n_values: int) -> int:
-    """Returns how many bits a value has, 4 or 8, where n_words hold n_values."""
+    """Returns how many bits a value has, 4 or 8, if n_words hold n_values."""
     for bits in (4, 8):
         if math.ceil(n_values * bits / 32) == n_words:
             return bits
@@ -118,7 +117,7 @@ def infer_bits(layer: QuantizedLayer, n_words: int, n_values: int) -> int:
 
 
 def to_integer(field: str, value) -> int | None:
-    """Returns the integer in a field of quantization_config. Some programs write integers as strings."""
+    """Returns the value of a field of quantization_config. Some programs write integers as strings."""
     if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
         return int(value)
     if not isinstance(value, int | None) or isinstance(value, bool):
@@ -127,8 +126,8 @@ def to_integer(field: str, value) -> int | None:
 
 
 def check_group_size(layer: QuantizedLayer, stated: int | None, k: int, n_groups: int) -> int:
-    """Returns the group size that config.json states, and checks that it fits n_groups. -1 and None mean that all k
-    inputs are one group."""
+    """Returns the group size that config.json states, after a check that it fits n_groups. -1 and None mean one group
+    of all k inputs."""
     stated = to_integer("group_size", stated)
     group_size = k if stated in (None, -1) else stated
     if group_size < 1 or math.ceil(k / group_size) != n_groups:
@@ -139,17 +138,17 @@ def check_group_size(layer: QuantizedLayer, stated: int | None, k: int, n_groups
 def read_input_order(
     layer: QuantizedLayer, kind: str, k: int, group_size: int, n_groups: int, is_required: bool
 ) -> Tensor | None:
-    """Returns the order of the inputs in which every group is contiguous, or None if groups are contiguous already.
+    """Returns the order of the inputs in which every group is contiguous, or None if they are contiguous already.
 
-    kind: the tensor that holds the group of each input (g_idx). is_required: whether config.json says act-order, so
-    that the tensor must exist."""
+    kind: the tensor that holds the group of each input (g_idx). is_required: whether config.json says act-order, in
+    which case this tensor must exist."""
     if kind not in layer.tensors:
         if is_required and n_groups > 1:
             raise UsageError(f"tensor {layer.name}.{kind} is missing, although config.json says act-order (desc_act)")
         return None
     g_idx = layer.take(kind, (torch.int32, torch.int64), 1)
     layer.expect_shape(kind, k)
-    if kind == "weight_g_idx" and (g_idx == -1).all():  # how compressed-tensors says that there is no order
+    if kind == "weight_g_idx" and (g_idx == -1).all():  # means no order in compressed-tensors
         return None
     unknown = g_idx[(g_idx < 0) | (g_idx >= n_groups)]
     if len(unknown):
@@ -167,7 +166,6 @@ def read_input_order(
 
 
 def gptq_weight(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
-    """Reads a weight of GPTQ. quantization: config.json's quantization_config."""
     quantization = quantization | find_dynamic(layer, quantization.get("dynamic") or {})
     qweight, qzeros, scales = take_qweight(layer)
     n_groups, n = scales.shape
@@ -194,9 +192,8 @@ def gptq_weight(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
 
 
 def find_dynamic(layer: QuantizedLayer, dynamic: dict) -> dict:
-    """Returns what "dynamic" states for a layer in place of quantization_config's fields. The keys of dynamic are
-    regular expressions, after "+:" or nothing; the first that matches counts. "-:" means layers that are not
-    quantized."""
+    """Returns the fields that "dynamic" overrides for a layer. Its keys are regular expressions, after "+:" or nothing,
+    or after "-:" for layers that are not quantized. The first that matches counts."""
     for pattern, fields in dynamic.items():
         sign, expression = (pattern[:2], pattern[2:]) if pattern[:2] in ("+:", "-:") else ("+:", pattern)
         if re.match(expression, layer.name):
@@ -207,21 +204,21 @@ def find_dynamic(layer: QuantizedLayer, dynamic: dict) -> dict:
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, version: str) -> Tensor:
-    """Returns GPTQ's zero points [n_groups, N] uint8. Version 1 stores zero - 1."""
+    """Returns zero points [n_groups, N] uint8. Version 1 stores zero - 1."""
     if version == "gptq":
-        # Add 1 to every value in a word, with carries: GPTQ subtracted 1 from every value, with borrows.
+        # Adds 1 to every value in a word, with carries, as GPTQ subtracted it, with borrows
         qzeros = qzeros + (0x11111111 if bits == 4 else 0x01010101)
     return unpack_words(qzeros, bits)
 
 
 def find_version(layer: QuantizedLayer, qweight: Tensor, qzeros: Tensor, bits: int, n: int, quantization: dict) -> str:
-    """Returns the version of a layer's zero points: "gptq" (version 1) or "gptq_v2". The values decide if
-    possible, otherwise config.json. The default is version 1.
+    """Returns the version of a layer's zero points: "gptq" (version 1) or "gptq_v2". The values decide if they can,
+    otherwise config.json. The default is version 1.
 
         all zero points                 version
-        the middle                      gptq_v2, since weights are symmetric
-        the middle minus one            gptq, since weights are symmetric
-        other, 4 bits                   the version in which the mean of q - zero is about 0; see infer_version"""
+        the middle                      gptq_v2, as the weights are symmetric
+        the middle minus one            gptq, as the weights are symmetric
+        other, 4 bits                   the one in which the mean of q - zero is about 0; see infer_version"""
     stated = stated_version(quantization)
     stored, middle = unpack_zeros(qzeros, bits, "gptq_v2")[:, :n], 1 << (bits - 1)
     if (stored == middle).all():
@@ -235,16 +232,16 @@ def find_version(layer: QuantizedLayer, qweight: Tensor, qzeros: Tensor, bits: i
 
 
 def stated_version(quantization: dict) -> str | None:
-    """Returns the version that config.json states. GPTQModel writes checkpoint_format, some programs write format."""
+    """Returns the version in config.json. GPTQModel writes checkpoint_format, some other programs write format."""
     return quantization.get("checkpoint_format") or quantization.get("format")
 
 
 def infer_version(qweight: Tensor, qzeros: Tensor, n: int) -> str | None:
-    """Returns the version of GPTQ in which the weights' mean is about 0, or None if that is not clear.
+    """Returns the version in which the mean of the weights is about 0, or None if that is not clear.
 
-    The two versions differ by one step of the weight's 4 bits. The mean of a layer's weights is far below a step, so
-    the mean of q - zero is about 0 in the right version, and about 1 or -1 in the other one. Samples of outputs are
-    enough. Weights with another mean, such as weights that are all positive, do not tell the version."""
+    The zero points of the two versions differ by one step of the 4 bits. The mean of a layer's weights is far below a
+    step, so the mean of q - zero is about 0 in the right version, and about 1 or -1 in the other. A sample of outputs
+    is enough. Weights with another mean, such as all positive ones, do not tell the version."""
     outputs = slice(0, min(n, SAMPLED_OUTPUTS))
     q = unpack_words(qweight[:, outputs].T, 4)  # [outputs, K]
     if q.numel() < MIN_SAMPLED_WEIGHTS:
@@ -256,7 +253,6 @@ def infer_version(qweight: Tensor, qzeros: Tensor, n: int) -> str | None:
 
 
 def awq_weight(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
-    """Reads a weight of AWQ. quantization: config.json's quantization_config."""
     qweight, qzeros, scales = take_qweight(layer)
     (k, n_words), (n_groups, n) = qweight.shape, scales.shape
     bits = infer_bits(layer, n_words, n)
@@ -272,7 +268,7 @@ def awq_weight(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
 
     shape = torch.Size([n, k])
     weight = UnpackedWeight(shape, 4, group_size, scales.T, lambda: unpack_awq(qweight), lambda: unpack_awq(qzeros))
-    return weight.to_weight()  # GPTQModel states sym true beside zero_point true, so sym means nothing in AWQ
+    return weight.to_weight()  # for AWQ, GPTQModel writes sym true beside zero_point true, so sym means nothing
 
 
 def take_qweight(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,7 +280,7 @@ def take_qweight(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed_weight(layer: QuantizedLayer, stated: dict) -> QuantizedWeight:
-    """Reads a weight of pack-quantized. stated: the weight's scheme in config.json."""
+    """Reads pack-quantized. stated: the scheme for the weight in config.json."""
     packed = layer.take("weight_packed", (torch.int32,), 2)
     shape = layer.take("weight_shape", (torch.int32, torch.int64), 1).tolist()
     if len(shape) != 2 or min(shape) < 1 or shape[0] != len(packed):
@@ -295,7 +291,7 @@ def packed_weight(layer: QuantizedLayer, stated: dict) -> QuantizedWeight:
 
 
 def int8_weight(layer: QuantizedLayer, stated: dict) -> QuantizedWeight:
-    """Reads a weight of int-quantized. stated: the weight's scheme in config.json."""
+    """Reads int-quantized. stated: the scheme for the weight in config.json."""
     weight = layer.take("weight", (torch.int8,), 2)
     bits = 4 if to_integer("num_bits", stated.get("num_bits")) == 4 else 8
     read_q = partial(signed_to_unsigned, layer, "weight", weight, bits)
@@ -311,8 +307,8 @@ def compressed_weight(
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") in ("group", None)
     group_size = check_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
-    # Early versions of compressed-tensors left out zero points that are all 0. A single zero point may well
-    # be 0, so only a weight with several scales must store zero points
+    # Early versions of compressed-tensors left out zero points that are all 0. A single one may well be 0, so only
+    # weights with several scales must have them
     if stated.get("symmetric") is False and layer.tensors["weight_scale"].numel() > 1:
         layer.require("weight_zero_point")
     read_zeros = take_zeros(layer, bits, n, n_groups)
@@ -325,8 +321,8 @@ def compressed_weight(
 
 
 def take_zeros(layer: QuantizedLayer, bits: int, n: int, n_groups: int) -> Callable[[], Tensor]:
-    """Takes compressed-tensors' zero points, if there are any. Returns a function that reads the zero points as [N,
-    n_groups] uint8."""
+    """Takes the zero points of compressed-tensors, if there are any. Returns a function that reads them: [N, n_groups]
+    uint8."""
     kind = "weight_zero_point"
     if kind not in layer.tensors:
         return lambda: torch.full((n, n_groups), 1 << (bits - 1), dtype=torch.uint8)
@@ -341,7 +337,7 @@ def take_zeros(layer: QuantizedLayer, bits: int, n: int, n_groups: int) -> Calla
 
 
 def signed_to_unsigned(layer: QuantizedLayer, kind: str, numbers: Tensor, bits: int) -> Tensor:
-    """Returns numbers of this many bits, stored as int8 in the tensor called kind, with the middle as their zero."""
+    """numbers: of this many bits, from the int8 tensor called kind. Returns them as uint8, with the middle as zero."""
     middle = 1 << (bits - 1)
     if bits == 4 and ((numbers < -middle) | (numbers >= middle)).any():
         layer.refuse(f"numbers beyond {-middle} to {middle - 1} in {kind}", f"num_bits {bits}")

@@ -1,9 +1,8 @@
-"""Gives the tensors of any family in a Hugging Face checkpoint canonical names and layout (canonical_checkpoint.py).
+"""Gives the tensors of a Hugging Face checkpoint of any family canonical names and layout (canonical_checkpoint.py).
 
     read = to_canonical_layout(tensors, config, family)    # family: a row of families.py: FAMILIES
 
-Conversion splits fused matrices, reorders heads and adds constants, so that model.py knows fewer differences between
-families.
+Fused matrices are split, heads reordered and constants added, so that model.py sees fewer differences between families.
 """
 
 import re
@@ -28,8 +27,8 @@ from utils.errors import UsageError
 def to_canonical_layout(
     tensors: SourceTensors, config: ModelConfig, family: Family, adapter: Adapter | None = None
 ) -> TensorReader:
-    """Renames and splits tensors, in place. Returns a function that reads a tensor by canonical name, and merges the
-    LoRA adapter, if given, into the tensor."""
+    """Renames and splits tensors, in place. Returns a function that reads a tensor by canonical name, with the LoRA
+    adapter, if given, merged into it."""
     rename = partial(rename_tensor, new_names=LLAMA_NORMS_TO_CANONICAL | family.renames)
     split = partial(split_tensors, config=config, family=family)
     rename_all(tensors, rename)
@@ -48,10 +47,10 @@ def to_canonical_layout(
 def rename_all(tensors: SourceTensors, rename: Callable[[str], str]):
     """Renames tensors, in place. Raises UsageError if two tensors get the same name."""
     if not any(name.startswith("model.") for name in tensors) and any(name.startswith("layers.") for name in tensors):
-        # transformers omits "model." if it saves a model without a head
+        # transformers leaves out "model." when it saves a model without a head
         for name in [name for name in tensors if name != HEAD]:
             tensors[f"model.{name}"] = tensors.pop(name)
-    # All at once, since a new name may be another tensor's old name, and tensors may be in any order
+    # All at once, since the new name of one tensor may be the old name of another, and they may come in any order
     old_name = {rename(name): name for name in tensors}
     if len(old_name) < len(tensors):
         name = min(tensors.keys() - old_name.values())
@@ -62,8 +61,8 @@ def rename_all(tensors: SourceTensors, rename: Callable[[str], str]):
 
 
 def add_tied_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
-    """Adds the embedding if a checkpoint with tied embeddings has only the head. Adds the head if conversion changes
-    the embedding alone."""
+    """Of tied embeddings, adds the embedding if only the head is stored, and the head if conversion changes only the
+    embedding."""
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
         tensors[EMBEDDING] = tensors[HEAD]
     if config.tie_embeddings and family.layer_norm:  # conversion centers the embedding, but the head must not change
@@ -72,15 +71,15 @@ def add_tied_tensors(tensors: SourceTensors, config: ModelConfig, family: Family
 
 @dataclass(frozen=True)
 class CanonicalReader:
-    """read(name) returns a tensor by canonical name, changed as model.py needs the tensor. Changes happen at reading,
-    so that only one tensor is in memory at a time. Computed values are float32, since 16 bits would round."""
+    """read(name) returns a tensor by canonical name, changed to what model.py needs. This happens on reading, so that
+    only one tensor is in memory at a time. Computed values are float32, since 16 bits would round them."""
 
-    stored: SourceTensors  # renamed and split, but with the checkpoint's data
+    stored: SourceTensors  # renamed and split, but with the data of the checkpoint
     config: ModelConfig
     family: Family
-    merge: LoraMerger | None  # None: there is no adapter
-    norm_biases: dict[str, Tensor]  # the result of pop_norm_biases
-    row_order: Tensor | None  # the result of rope_row_order
+    merge: LoraMerger | None  # None without an adapter
+    norm_biases: dict[str, Tensor]  # from pop_norm_biases
+    row_order: Tensor | None  # from rope_row_order
 
     def __call__(self, name: str) -> Tensor | QuantizedWeight:
         tensor, change = self.read_merged(name), self.find_change(name)
@@ -97,11 +96,11 @@ class CanonicalReader:
         return tensor if self.merge is None else self.merge(name, tensor)
 
     def computes(self, name: str) -> bool:
-        """Returns whether reading changes the numbers of the tensor, apart from an adapter."""
+        """Whether reading changes numbers of the tensor, apart from an adapter."""
         return name in self.norm_biases or self.find_change(name) is not None
 
     def find_change(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """Returns the function that changes the numbers of a tensor, or None. The function takes float32."""
+        """Returns the function that changes the numbers of a tensor, from float32 to float32, or None."""
         if name == HEAD and self.family.normalizes_head(self.config):
             return F.normalize
         if name.endswith("norm.weight") and self.family.norm_offset:
@@ -113,18 +112,18 @@ class CanonicalReader:
 
 
 def mark_as_float32(tensors: SourceTensors, names: list[str]):
-    """Replaces 16-bit tensors among names, in place, by empty tensors of float32: the dtype that reading returns."""
+    """Replaces 16-bit tensors among names, in place, by empty ones of float32, the dtype that reading will return."""
     for name in names:
         if isinstance(tensors[name], Tensor) and tensors[name].dtype in (torch.float16, torch.bfloat16):
             tensors[name] = torch.empty_like(tensors[name], dtype=torch.float32, device="meta")
 
 
 def rope_row_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
-    """Returns our order of a head's elements, or None if the elements are in our order already. In our order the two
-    elements of a RoPE pair are half a head apart, and elements without RoPE come last in each half.
+    """Returns the order that puts the elements of a head where model.py expects them, or None if they are there
+    already: the two elements of a RoPE pair are half a head apart, and elements without RoPE come last in each half.
 
-    interleaved: whether the two elements of a pair are neighbours, as in Meta's files: the order of six elements is
-    0 2 4 1 3 5."""
+    interleaved: whether the two elements of a pair are stored as neighbours, as in Meta's files. Six elements then get
+    the order 0 2 4 1 3 5."""
     rotary_dim = config.rotary_dim or config.head_dim
     if rotary_dim == config.head_dim and not interleaved:
         return None
@@ -136,7 +135,7 @@ def rope_row_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
 
 def reorder_heads(name: str, tensor: Tensor | QuantizedWeight, row_order: Tensor | None) -> Tensor | QuantizedWeight:
     """Puts the rows of each head in row_order (see rope_row_order) if the tensor called name makes queries or keys.
-    Returns any other tensor unchanged."""
+    Other tensors stay as they are."""
     if row_order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
         return tensor
     return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(row_order)))[:, row_order].flatten())
@@ -147,9 +146,8 @@ def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | Quan
 
 
 def undo_act_order(tensors: SourceTensors):
-    """Undoes GPTQ's act-order, which scatters the inputs of a group, in down_proj, in place. The inputs of down_proj
-    are the outputs of gate_proj and up_proj, whose rows are sorted by input_order: the model's output stays the
-    same."""
+    """Undoes the act-order of down_proj, in place. Its inputs are the outputs of gate_proj and up_proj, so sorting
+    their rows by input_order leaves the output of the model the same."""
     for name, down in tensors.items():
         prefix, is_down, _ = name.rpartition("down_proj.weight")
         if not is_down or not isinstance(down, QuantizedWeight) or down.input_order is None:
@@ -157,13 +155,13 @@ def undo_act_order(tensors: SourceTensors):
         gate_up = [f"{prefix}{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias")]
         gate_up = [part for part in gate_up if part in tensors]
         if any(isinstance(tensors[part], Tensor) and tensors[part].dim() > 1 for part in gate_up):
-            continue  # a sorted unquantized weight would be a copy in memory
+            continue  # sorting an unquantized weight would hold a copy of it in memory
         for part in gate_up:
             tensors[part] = select_rows(tensors[part], down.input_order)
         tensors[name] = replace(down, input_order=None)
 
 
-# LayerNorm -> ModelConfig's name of the biases of the layers after the norm, and these layers
+# LayerNorm -> the field of ModelConfig for biases of the layers after it, and these layers
 LINEARS_AFTER_NORM = {
     "pre_attention_norm": ("qkv_bias", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
     "pre_ffn_norm": ("ffn_bias", ["mlp.up_proj"]),
@@ -172,14 +170,13 @@ LINEARS_AFTER_NORM = {
 
 
 def with_norm_biases(config: ModelConfig) -> ModelConfig:
-    """Returns the config after pop_norm_biases."""
     return replace(config, **dict.fromkeys((bias for bias, _ in LINEARS_AFTER_NORM.values()), True))
 
 
 def pop_norm_biases(tensors: SourceTensors, config: ModelConfig) -> dict[str, Tensor]:
-    """Removes the biases [dim] of LayerNorms from tensors. Returns {name of the bias of a linear layer: the bias of the
-    norm before the layer}. A linear layer without a bias gets a bias of zeros. down_proj gets one, too, since in
-    model.py both projections of a feed-forward have biases or none. config: before with_norm_biases."""
+    """Removes the biases [dim] of LayerNorms from tensors. Returns {name of a linear layer's bias: bias of the norm
+    before it}. A linear layer without a bias gets one of zeros. So does down_proj, since in model.py either both
+    projections of a feed-forward have biases or neither. config: before with_norm_biases."""
     norm_biases = {}
     for name in list(tensors):
         match = re.fullmatch(rf"(.*\.)({'|'.join(LINEARS_AFTER_NORM)})\.weight", name)
@@ -201,7 +198,7 @@ def pop_norm_biases(tensors: SourceTensors, config: ModelConfig) -> dict[str, Te
 
 
 def add_zero_biases(tensors: SourceTensors, paths: list[str], dtype: torch.dtype):
-    """Adds a bias of zeros to each linear layer of paths. Raises UsageError if the layer has a bias already."""
+    """Adds a bias of zeros to each linear layer of paths. Raises UsageError if one has a bias already."""
     for path in paths:
         if f"{path}.bias" in tensors:
             raise UsageError(f"the checkpoint's tensor {path}.bias has no place in this model")
@@ -210,24 +207,23 @@ def add_zero_biases(tensors: SourceTensors, paths: list[str], dtype: torch.dtype
 
 
 def add_norm_bias(bias: Tensor, weight: Tensor | QuantizedWeight, norm_bias: Tensor) -> Tensor:
-    """Returns the bias of a linear layer after LayerNorm: W (norm(x) + norm_bias) + bias = W norm(x) + the result."""
-    if isinstance(weight, QuantizedWeight):  # read refuses the weight
+    """Moves the bias of a norm into the linear layer after it: W (norm(x) + norm_bias) + bias = W norm(x) + result."""
+    if isinstance(weight, QuantizedWeight):  # which reading refuses
         return bias
     return bias.float() + weight.float() @ norm_bias.float()
 
 
 def center_outputs(tensor: Tensor, dim: int) -> Tensor:
-    """Makes the mean of the outputs zero, in tensors that write to the residual stream x: the embedding, o_proj and
-    down_proj. LayerNorm subtracts the mean of x anyway, and of an x with mean zero, LayerNorm(x) is RMSNorm(x). dim:
-    the dimension of the outputs."""
+    """Makes the outputs have a mean of zero, for tensors that write to the residual stream x: the embedding, o_proj and
+    down_proj. LayerNorm subtracts the mean of x anyway, and if it is zero, LayerNorm(x) is RMSNorm(x). dim: the
+    dimension of the outputs."""
     return tensor - tensor.mean(dim, keepdim=True)
 
 
-# ---- Splitting: views, without reading ------------------------------------------------------------------------------
+# ---- Splitting makes views, and reads nothing -----------------------------------------------------------------------
 
 
 def split_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
-    """Splits tensors that hold several canonical tensors, or all experts of a layer."""
     split_fused(tensors, config)
     undo_act_order(tensors)
     family.split_experts(tensors, config)
@@ -245,13 +241,13 @@ def split_fused(tensors: SourceTensors, config: ModelConfig):
 
 
 def kv_starts(config: ModelConfig) -> list[int]:
-    """Returns the first rows of k and of v in a matrix that stacks q, k and v."""
+    """Returns the first row of k and of v in a matrix that stacks q, k and v."""
     return [config.q_dim, config.q_dim + config.kv_dim]
 
 
 def split_shared_expert(tensors: SourceTensors, config: ModelConfig):
-    """Splits a shared expert, n_shared_experts times as wide as all other experts, into experts of the usual width,
-    whose outputs add up to the output of the shared expert."""
+    """Splits a shared expert, n_shared_experts times as wide as the others, into experts of the usual width. Their
+    outputs add up to that of the shared expert."""
     n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts
     for tensor, (prefix, projection) in pop_matches(tensors, r"(.*\.mlp)\.shared_expert\.(\w+)\.weight"):
         dim = 1 if projection == "down_proj" else 0

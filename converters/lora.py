@@ -1,11 +1,11 @@
-"""Merges a LoRA adapter, as PEFT saves it, into the weights of the base model, for convert_folder.py and hf_tensors.py.
+"""Merges a LoRA adapter, as saved by PEFT, into the weights of its base model, for convert_folder.py and hf_tensors.py.
 
     adapter = read_adapter(Path("checkpoints/my-adapter"))    # adapter_config.json, adapter_model.safetensors or .bin
     merge = LoraMerger(adapter, tensors, config, rename, split)    # in hf_tensors.py: to_canonical_layout
     weight = merge(name, tensors[name])
 
-LoRA (arXiv:2106.09685) learns a small change of a weight W [N, K]. W becomes W + scale * B A, with A [r, K] and B [N,
-r]. PEFT's other kinds of adapters are refused by name.
+LoRA (arXiv:2106.09685) learns a small change to a weight W [N, K], which becomes W + scale * B A, with A [r, K] and
+B [N, r]. The other adapters of PEFT are refused by name.
 """
 
 import math
@@ -24,9 +24,9 @@ from converters.source_files import ADAPTER_CONFIG
 from utils.errors import UsageError, convert_type_errors
 from utils.files import load_safetensors, load_torch_state_dict, read_json
 
-PREFIX = "base_model.model."  # PEFT puts this prefix before transformers' name of a module
+PREFIX = "base_model.model."  # which PEFT puts before the names of transformers
 
-# Fields of adapter_config.json that change the maths, unless the value is null, false or empty -> the meaning
+# Fields of adapter_config.json that change the maths unless they are null, false or empty -> their meaning
 UNSUPPORTED_FIELDS = {
     "use_dora": "DoRA", "lora_bias": "biases of LoRA's own", "fan_in_fan_out": "transposed weights",
     "layer_replication": "layers that are used several times", "target_parameters": "LoRA of whole stacks of experts",
@@ -34,13 +34,13 @@ UNSUPPORTED_FIELDS = {
     "use_qalora": "QA-LoRA", "use_bdlora": "block-diagonal LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
     "monteclora_config": "MonteCLoRA", "ensure_weight_tying": "LoRA of an embedding and a head together",
 }
-# Initializations of A and B that leave W unchanged. Other methods, such as PiSSA, train an adapter for a changed W.
+# Initializations of A and B that leave W unchanged. Others, such as PiSSA, train an adapter for a changed W.
 SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """What an adapter adds to one weight: scale * B A."""
+    """An adapter adds scale * B A to a weight."""
 
     a: Tensor  # [r, K]
     b: Tensor  # [N, r]
@@ -52,8 +52,8 @@ class LoraDelta:
 
 @dataclass(frozen=True)
 class Adapter:
-    deltas: dict[str, LoraDelta]  # by transformers' name of the weight
-    whole_tensors: SourceTensors  # modules_to_save: tensors that replace tensors of the base model
+    deltas: dict[str, LoraDelta]  # by the name of the weight in transformers
+    whole_tensors: SourceTensors  # modules_to_save: these replace tensors of the base model
     has_all_layers: bool  # whether a delta in one layer must have a counterpart in every layer
 
 
@@ -95,7 +95,7 @@ def check_config(config: dict):
 
 
 def read_adapter_tensors(folder: Path) -> SourceTensors:
-    """Reads all tensors, by transformers' names. Raises UsageError if a number is not finite."""
+    """Reads all tensors, by their names in transformers. Raises UsageError if a number is not finite."""
     if (folder / "adapter_model.safetensors").is_file():
         tensors = load_safetensors(folder / "adapter_model.safetensors")
     elif (folder / "adapter_model.bin").is_file():
@@ -111,7 +111,7 @@ def read_adapter_tensors(folder: Path) -> SourceTensors:
 
 
 def sort_tensors(tensors: SourceTensors) -> tuple[dict[str, tuple[Tensor, Tensor]], SourceTensors]:
-    """Sorts tensors by kind. Returns (A and B of each module by name, the whole tensors by name)."""
+    """Returns (A and B of each module by name, whole tensors by name)."""
     lora_pairs, whole_tensors = {}, {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.default)?(\.weight)?", name)
@@ -146,15 +146,14 @@ def make_delta(module: str, config: dict, a: Tensor, b: Tensor) -> LoraDelta:
 
 
 def is_target(module: str, target_modules: str | list[str]) -> bool:
-    """Returns whether target_modules names module. target_modules: "all-linear", a regular expression, or a list of the
-    last parts of names."""
+    """target_modules: "all-linear", a regular expression, or a list of last parts of names."""
     if isinstance(target_modules, str):
         return target_modules == "all-linear" or re.fullmatch(target_modules, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in target_modules)
 
 
 def find_pattern(value_of: dict | None, module: str, default: float) -> float:
-    """Returns the value of the first regular expression that matches the end of a module's name, or default."""
+    """Returns the value of the first regular expression that matches the end of the name module, or default."""
     for pattern, value in (value_of or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -165,8 +164,8 @@ def find_pattern(value_of: dict | None, module: str, default: float) -> float:
 
 
 def replace_tensors(adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str]):
-    """Replaces tensors of the model by whole tensors of the adapter. A tied head becomes a tensor of its own if the
-    adapter changes the embedding or the head."""
+    """Replaces tensors of the model by whole ones of the adapter. A tied head becomes a tensor of its own if the
+    adapter changes it or the embedding."""
     names = {rename(name) for name in (*adapter.deltas, *adapter.whole_tensors)}
     if config.tie_embeddings and names & {EMBEDDING, HEAD} and EMBEDDING in tensors:
         tensors.setdefault(HEAD, tensors[EMBEDDING])
@@ -181,16 +180,15 @@ def replace_tensors(adapter: Adapter, tensors: SourceTensors, config: ModelConfi
 
 
 class LoraMerger:
-    """merge(name, weight) adds the adapter's delta to a weight. The deltas are renamed and split as conversion renames
-    and splits the weights."""
+    """merge(name, weight) adds the delta of the adapter. Deltas are renamed and split like the weights."""
 
     def __init__(
         self, adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str],
         split: Callable[[SourceTensors], None],
     ):
-        """tensors: the tensors of the base model, renamed and split."""
+        """tensors: of the base model, renamed and split"""
         self.rename, self.split = rename, split
-        self.delta_of: dict[str, tuple[str, LoraDelta]] = {}  # tensor's name -> transformers' name, delta
+        self.delta_of: dict[str, tuple[str, LoraDelta]] = {}  # canonical name -> name in transformers, delta
         for name, delta in adapter.deltas.items():
             shape = len(delta.b), delta.a.shape[1]
             for part, empty in self.split_delta(name, torch.empty(shape, device="meta")).items():
@@ -230,7 +228,6 @@ def check_fit(name: str, shape: tuple[int, int], delta: Tensor, weight: Tensor |
 
 
 def check_layers(changed: dict[str, tuple[str, LoraDelta]], n_layers: int):
-    """Checks that a delta in one layer has a counterpart in every layer."""
     layers_of: dict[str, set[int]] = {}  # name within a layer -> layers
     for name in changed:
         match = re.match(r"model\.layers\.(\d+)\.(.+)", name)

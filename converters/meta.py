@@ -2,13 +2,13 @@
 
     model = read_meta(Path("checkpoints/Llama3.2-1B"))
 
-Each file holds a shard of every matrix, for one of several GPUs. Mistral's consolidated files have the same format.
-A model of karpathy/tinyllamas has the params in the file of the tensors (read_tinyllamas).
+Each file holds a shard of every matrix, for one of several GPUs. Mistral has consolidated files of the same format. A
+model of karpathy/tinyllamas keeps its params beside its tensors, in one file (read_tinyllamas).
 
 params.json does not state the length of the context. infer_llama_version takes the first row that applies:
 
-    Llama 3.1    use_scaled_rope                              131072   RoPE is stretched 8-fold
-    Llama 3.2    use_scaled_rope, the head is the embedding   131072   32-fold
+    Llama 3.2    use_scaled_rope, the head is the embedding   131072   RoPE is stretched 32-fold
+    Llama 3.1    use_scaled_rope                              131072   8-fold
     Mistral      hidden_dim                                    32768
     Llama 3      rope_theta 500000                              8192
     CodeLlama    another rope_theta                            16384
@@ -35,7 +35,7 @@ from utils.errors import UsageError, convert_type_errors
 from utils.files import is_state_dict, load_safetensors, load_torch_file, load_torch_state_dict, read_json
 
 PARAMS = "params.json"
-META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of Meta's name -> part of the canonical name
+META_TO_CANONICAL = META_FFN_TO_CANONICAL | {  # part of a name in Meta's files -> part of the canonical name
     "tok_embeddings": "embed_tokens", "attention_norm": "pre_attention_norm", "ffn_norm": "pre_ffn_norm",
     ".wq.": ".q_proj.", ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.",
     ".attention.": ".self_attn.", ".feed_forward.": ".mlp.",
@@ -57,8 +57,7 @@ def to_canonical_name(name: str) -> str:
 
 
 def read_meta(folder: Path) -> CanonicalCheckpoint:
-    """Reads the model in folder, makes the tokenizer's files that folder lacks, and notes the values that params.json
-    lacks."""
+    """The result has the tokenizer files that folder lacks, and a note about values that params.json lacks."""
     path = folder / PARAMS
     params, files = read_json(path), shard_files(folder)
     shards = collect_shards(files)
@@ -83,7 +82,7 @@ def read_meta(folder: Path) -> CanonicalCheckpoint:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Returns the files in the order of the shards. Raises UsageError if a file is missing."""
+    """Returns the files in the order of the shards. Raises UsageError if one is missing."""
     files = sorted(folder.glob("consolidated.*.pth"))
     for i, file in enumerate(files):
         if file.name != f"consolidated.{i:02d}.pth":
@@ -97,19 +96,19 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
-    """Returns {canonical name of a tensor: the tensor's shard in each file, memory-mapped}."""
+    """Returns {canonical name of a tensor: its shard in each file, memory-mapped}."""
     load = load_safetensors if files[0].suffix == ".safetensors" else load_torch_state_dict
     contents = [load(file) for file in files]
     for file, tensors in zip(files, contents, strict=True):
         if difference := tensors.keys() ^ contents[0].keys():
             raise UsageError(f"{file.name} and {files[0].name} do not both have the tensor {min(difference)}")
-    names = [name for name in contents[0] if name != "rope.freqs"]  # RoPE's table is computed here
+    names = [name for name in contents[0] if name != "rope.freqs"]  # a table that rope.py computes
     return {to_canonical_name(name): [tensors[name] for tensors in contents] for name in names}
 
 
 def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
-    """Returns the dimension along which a tensor was cut, or None if every shard has the whole tensor. Llama 1 and 2
-    cut the columns of the embedding. Llama 3 cuts the rows, so a shard has all dim columns."""
+    """Returns the dimension along which a tensor was cut, or None if every shard has all of it. Llama 1 and 2 cut the
+    embedding by columns. Llama 3 cuts it by rows, so a shard has all dim columns."""
     if shard.dim() < 2:
         return None
     if name == EMBEDDING:
@@ -118,7 +117,7 @@ def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
 
 
 def check_whole_tensors(tensors: dict[str, list[Tensor]]):
-    """Checks that all files hold the same values of tensors that were not cut, such as norms."""
+    """Checks that tensors that were not cut, such as norms, have the same values in all files."""
     for name, copies in tensors.items():
         if not all(torch.equal(copy.float(), copies[0].float()) for copy in copies):
             raise UsageError(f"the files consolidated.* hold different values of the tensor {name}")
@@ -141,8 +140,7 @@ def check_params(params: dict):
 
 
 def check_shard_count(folder: Path, params: dict, shards: dict[str, list[Tensor]], n_files: int):
-    """Checks that no shard is missing (the columns of all shards of o_proj add up to n_heads * head_dim), and that no
-    shard is there twice."""
+    """Checks that no shard is missing (the columns of o_proj must add up to n_heads * head_dim) or there twice."""
     name = "model.layers.0.self_attn.o_proj.weight"
     if name not in shards or shards[name][0].dim() != 2:
         return
@@ -160,7 +158,7 @@ def meta_head_dim(params: dict) -> int:
 
 
 def meta_config(params: dict, tensors: SourceTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
-    """Returns the config, and a line about inferred values, or "" if none was inferred."""
+    """Returns the config and a note about inferred values, which is "" if none was inferred."""
     generation, context, factor = infer_llama_version(params, has_tied_head)
     stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
     note = f"{PARAMS} leaves this open: a context of {context} tokens{stretched}, as {generation} has"
@@ -180,7 +178,7 @@ def meta_config(params: dict, tensors: SourceTensors, has_tied_head: bool) -> tu
 
 
 def infer_llama_version(params: dict, has_tied_head: bool) -> tuple[str, int, float]:
-    """Returns (version, context, factor by which RoPE is stretched or 0), by the table in this file's docstring."""
+    """Returns (version, context, factor by which RoPE is stretched or 0): see the top of this file."""
     theta = params.get("rope_theta") or 10000
     if params.get("use_scaled_rope"):
         return ("Llama 3.2", LLAMA31_CONTEXT, 32.0) if has_tied_head else ("Llama 3.1", LLAMA31_CONTEXT, 8.0)
@@ -195,7 +193,7 @@ def infer_llama_version(params: dict, has_tied_head: bool) -> tuple[str, int, fl
 
 
 def meta_ffn_dim(params: dict) -> int:
-    """Returns two thirds of 4 dim, times ffn_dim_multiplier, rounded up to multiple_of."""
+    """Two thirds of 4 dim, times ffn_dim_multiplier, rounded up to multiple_of."""
     ffn_dim, multiple_of = int(2 * 4 * params["dim"] / 3), params.get("multiple_of") or 256
     if params.get("ffn_dim_multiplier"):
         ffn_dim = int(params["ffn_dim_multiplier"] * ffn_dim)
@@ -206,8 +204,8 @@ def meta_ffn_dim(params: dict) -> int:
 
 
 def read_tinyllamas(folder: Path) -> CanonicalCheckpoint:
-    """Reads a model of karpathy/tinyllamas: one .pt of {"model_args", "model"}, with Meta's names, and with RoPE's rows
-    in Meta's order."""
+    """Reads a model of karpathy/tinyllamas: one .pt of {"model_args", "model"}, with names and RoPE rows as in Meta's
+    files."""
     files = sorted(folder.glob("*.pt"))
     if len(files) != 1:
         what = f"{folder} holds no config.json, nor exactly one .pt of tinyllamas"

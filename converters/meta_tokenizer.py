@@ -1,11 +1,11 @@
-"""Converts the tokenizer of Meta's folders, for meta.py. Llama 3's tokenizer.model, a file of the tiktoken library,
-becomes a tokenizer.json. Llama 1's and 2's tokenizer.model, a file of sentencepiece, stays unchanged.
+"""Converts the tokenizer in Meta's folders, for meta.py. The tokenizer.model of Llama 3, which is a file of tiktoken,
+becomes a tokenizer.json. That of Llama 1 and 2, a file of sentencepiece, stays as it is.
 
-    config, files = read_meta_tokenizer(folder, config)    # with the tokenizer's bos and end tokens; name -> content
+    config, files = read_meta_tokenizer(folder, config)    # with bos and end tokens of the tokenizer; name -> content
 
-Every line of tokenizer.model is a token, in base64, and the token's rank, which is also the id. tiktoken splits a text
-into words with a regular expression. A word that is a token stays whole. The bytes of any other word are merged, again
-and again the pair of neighbours whose token has the lowest rank. tokenizer.json has a list of merges in place of ranks.
+Every line of a tiktoken file is a token, in base64, and its rank, which is also its id. tiktoken splits a text into
+words with a regular expression. A word that is a token stays whole. In any other, neighbours are merged, beginning with
+bytes: again and again the pair that makes the token of the lowest rank. tokenizer.json has merges in place of ranks.
 """
 
 import base64
@@ -23,13 +23,13 @@ from text.tokenizer import byte_level_alphabet
 from text.tokenizer_files import TIKTOKEN_LINE, read_tokenizer_model
 from utils.errors import UsageError
 
-# The names of special tokens. "" stands for a reserved token.
+# Names of special tokens; "" stands for a reserved one
 LLAMA3_NAMES = ["begin_of_text", "end_of_text", "", "", "", "", "start_header_id", "end_header_id", "", "eot_id"]
 LLAMA31_NAMES = [
     "begin_of_text", "end_of_text", "", "", "finetune_right_pad_id", "", "start_header_id", "end_header_id", "eom_id",
     "eot_id", "python_tag",
 ]
-# The template of the chat models. Base models were not trained on a template.
+# For the chat models. Base models were not trained on a template.
 LLAMA3_TEMPLATE = """
 {{- bos_token }}
 {%- for m in messages -%}
@@ -39,8 +39,8 @@ LLAMA3_TEMPLATE = """
 
 
 def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, bytes]]:
-    """Returns (the config with the tokenizer's bos and end tokens, the files to write). tokenizer.model is in the
-    model's folder, or in the folder above, as in Meta's downloads."""
+    """Returns (the config with bos and end tokens of the tokenizer, the files to write). tokenizer.model is in the
+    folder or, as in Meta's downloads, in the one above."""
     here, above = folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"
     path = here if here.is_file() else above
     if not path.is_file():
@@ -65,7 +65,7 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def read_tiktoken(path: Path) -> dict[bytes, int]:
-    """Returns the rank of each token. Checks that the ranks are 0, 1, 2 ... and that every byte is a token."""
+    """Returns the rank of each token, after checks that the ranks are 0, 1, 2 ... and that every byte is a token."""
     ranks = {}
     try:
         for line in path.read_bytes().splitlines():
@@ -81,7 +81,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def special_tokens(n: int, is_llama30: bool) -> list[str]:
-    """Returns the n special tokens, whose ids follow the ids of all other tokens."""
+    """Returns the n special tokens, whose ids follow those of all other tokens."""
     names = LLAMA3_NAMES if is_llama30 else LLAMA31_NAMES
     if n < len(names):
         raise UsageError(f"Llama 3 has at least {len(names)} special tokens; this vocabulary leaves room for {n}")
@@ -93,7 +93,6 @@ def special_tokens(n: int, is_llama30: bool) -> list[str]:
 
 
 def make_tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[str, bytes]:
-    """Returns the contents of tokenizer.json and tokenizer_config.json, by name."""
     character_of = {byte: character for character, byte in byte_level_alphabet().items()}
 
     def spell(token: bytes) -> str:
@@ -116,8 +115,8 @@ def make_tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[st
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Returns the pair of tokens that is merged to each token, in the order of the ranks. A token that no merge makes,
-    but only a whole word, has no pair."""
+    """Returns the pair of tokens that merges into each token, in the order of ranks. A token that only a whole word
+    makes has no pair."""
     merges = []
     for token in sorted(ranks, key=ranks.get):
         parts = merge_pairs(token, ranks, ranks[token])
@@ -127,7 +126,7 @@ def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def merge_pairs(word: bytes, ranks: dict[bytes, int], end: int) -> list[bytes]:
-    """Returns the tokens of a word. Only tokens whose ranks are below end count."""
+    """Returns the tokens of a word, using only those with ranks below end."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while len(parts) > 1:
         pair_ranks = [ranks.get(left + right, end) for left, right in zip(parts, parts[1:], strict=False)]

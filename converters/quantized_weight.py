@@ -1,8 +1,8 @@
-"""Defines QuantizedWeight: a weight that another project has quantized. Our checkpoint keeps the weight's values.
+"""QuantizedWeight: a weight that another project has quantized, and whose values our checkpoint keeps.
 
     weight = QuantizedWeight(Int4(128), torch.Size([n, k]), read)    # read() returns the tensors of that format
 
-Converters rename, split and reorder a QuantizedWeight like a tensor, without reading the data.
+Converters rename, split and reorder it like a tensor, without reading its data.
 """
 
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from torch import Tensor
 from formats import GROUP_SIZES, Tensors, Unquantized, WeightFormat
 from utils.errors import UsageError
 
-CHANNEL_GROUP_SIZE = 128  # the stored group size if all inputs share a scale
+CHANNEL_GROUP_SIZE = 128  # the group size to store if all inputs share a scale
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight [N, K], whose tensors are read only when read is called.
+    """A quantized weight [N, K], whose tensors stay on disk until read is called.
 
-    format: Unquantized if no format can hold the weight, since a split has torn apart the groups of act-order.
+    format: Unquantized if a split has torn groups of act-order apart, so that no format can hold the weight.
     read: returns the tensors of format. Scales may have a wider dtype than format.scale_dtype.
-    input_order: column i of the tensors multiplies x[..., input_order[i]]. None: column i multiplies x[..., i].
+    input_order: column i of the tensors multiplies x[..., input_order[i]], or x[..., i] if input_order is None.
 
-    GPTQ's act-order quantizes the inputs that matter most first, so that the inputs of a group are no neighbours. With
-    the columns in input_order, each group is contiguous."""
+    The act-order of GPTQ quantizes the inputs that matter most first, so a group has inputs from anywhere in the layer.
+    With the columns in input_order, each group is contiguous."""
 
     format: WeightFormat
     shape: torch.Size
@@ -37,7 +37,6 @@ class QuantizedWeight:
         return len(self.shape)
 
     def select_rows(self, rows: Tensor) -> "QuantizedWeight":
-        """Returns the weight with only the outputs in rows, in the order of rows."""
         n_rows = torch.Size([len(rows), self.shape[1]])
         return replace(self, shape=n_rows, read=lambda: {name: t[rows] for name, t in self.read().items()})
 
@@ -52,7 +51,6 @@ class QuantizedWeight:
         return QuantizedWeight(self.format.slice_format(length), torch.Size([self.shape[0], length]), read)
 
     def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["QuantizedWeight"]:
-        """Splits the weight as Tensor.tensor_split does."""
         parts = torch.arange(self.shape[dim]).tensor_split(sections)
         if dim == 0:
             return [self.select_rows(part) for part in parts]
@@ -67,19 +65,19 @@ class QuantizedWeight:
         return in_order
 
     def read_as(self, format: WeightFormat, dtype: torch.dtype) -> Tensors:
-        """Reads the weight in a format of promote_formats, with the same values. dtype: the dtype if Unquantized."""
+        """Reads the weight in a format from promote_formats, with the same values. dtype: for Unquantized."""
         if format == Unquantized():
             return {"weight": self.dequantize(dtype)}
         return self.format.promote_tensors(self.read(), format, self.shape[1])
 
     def is_storable(self) -> bool:
-        """Returns whether model.pth can hold the weight in this format."""
+        """Whether model.pth can hold the weight in this format."""
         return self.format in self.format.stored_formats() and self.shape[1] % self.format.k_alignment == 0
 
 
 def promote_formats(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
-    """Returns a format for the weight that stacks parts along the rows: a format that holds all parts exactly, or
-    Unquantized if there is no such format. Ignores input_order."""
+    """Returns a format that holds all parts of a stacked weight exactly, or Unquantized if there is none. Ignores
+    input_order."""
     promoted = None
     for part in parts:
         if not isinstance(part, QuantizedWeight) or not part.is_storable():
@@ -91,7 +89,6 @@ def promote_formats(parts: list[Tensor | QuantizedWeight]) -> WeightFormat:
 
 
 def have_one_order(weights: list[QuantizedWeight]) -> bool:
-    """Returns whether the inputs of all weights are in the same order."""
     first, *others = (weight.input_order for weight in weights)
     if first is None:
         return all(order is None for order in others)
@@ -99,24 +96,24 @@ def have_one_order(weights: list[QuantizedWeight]) -> bool:
 
 
 def stored_group_size(group_size: int, k: int) -> int:
-    """Returns the group size in our checkpoint if group_size of k inputs share a scale: the largest of GROUP_SIZES that
-    divides group_size, so that scales are only repeated. If none divides group_size, returns group_size."""
+    """Returns the group size to store if group_size of k inputs share a scale: the largest of GROUP_SIZES that divides
+    group_size, so that scales are only repeated, or group_size itself if none does."""
     if group_size >= k and group_size not in GROUP_SIZES:
         return CHANNEL_GROUP_SIZE
     fitting = [size for size in GROUP_SIZES if group_size % size == 0]
     return max(fitting, default=group_size)
 
 
-# ---- Reading another project's layer --------------------------------------------------------------------------------
+# ---- Reading a layer of another project -----------------------------------------------------------------------------
 
 SCALE_DTYPES = (torch.float8_e8m0fnu, torch.float16, torch.bfloat16, torch.float32)  # e8m0: powers of two
-MAY_BE_LEFT_OVER = {"weight_shape"}  # stored by compressed-tensors for all weights, but needed only for packed ones
+MAY_BE_LEFT_OVER = {"weight_shape"}  # compressed-tensors stores it for all weights, but only packed ones need it
 
 
 @dataclass
 class QuantizedLayer:
-    """The tensors of a linear layer in another project's checkpoint, by the last part of a tensor's name (kind), such
-    as "qweight"."""
+    """The tensors of a linear layer in a checkpoint of another project, by the last part of their names (kind), such as
+    "qweight"."""
 
     name: str
     tensors: Tensors
@@ -138,7 +135,7 @@ class QuantizedLayer:
         return tensor
 
     def take_scales(self, kind: str, *dims: int) -> Tensor:
-        """Takes a tensor of scales. Raises UsageError if a scale is not finite. Scales of 8 bits become float32."""
+        """Raises UsageError if a scale is not finite. Scales of 8 bits become float32."""
         scales = self.take(kind, SCALE_DTYPES, *dims)
         if scales.dtype == torch.float8_e8m0fnu:
             scales = scales.float()
@@ -146,18 +143,17 @@ class QuantizedLayer:
         return scales
 
     def take_row_scales(self, kind: str, n: int) -> Tensor:
-        """Takes scales [N, n_groups]: see expand_rows."""
         return self.expand_rows(kind, self.take_scales(kind, 0, 1, 2), n)
 
     def expand_rows(self, kind: str, tensor: Tensor, n: int) -> Tensor:
-        """Returns tensor, which is called kind, as [N, n_groups]. tensor may be [N], or one number for all outputs."""
+        """tensor: [N, n_groups], [N], or one number for all outputs. Returns [N, n_groups]."""
         rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, 1)
         if len(rows) not in (1, n):
             raise UsageError(f"tensor {self.name}.{kind} is {list(tensor.shape)} for {n} outputs")
         return rows.expand(n, -1)
 
     def check_all_taken(self):
-        """Checks that every tensor was taken. A tensor that nobody reads might change the weight's values."""
+        """Checks that every tensor was taken. One that nobody reads might change the values of the weight."""
         left_over = self.tensors.keys() - self.taken - MAY_BE_LEFT_OVER
         if left_over:
             read = ", ".join(sorted(self.taken))
@@ -169,7 +165,7 @@ class QuantizedLayer:
             raise UsageError(f"tensor {self.name}.{kind} is {found}; the layer's other tensors make it {list(shape)}")
 
     def expect(self, what: str, found, stated):
-        """Checks that found, a value of the tensors, equals stated, the value in config.json, unless stated is None."""
+        """Checks that found, from the tensors, equals stated, from config.json, unless stated is None."""
         if stated is not None and found != stated:
             self.refuse(f"{what} {found}", f"{what} {stated if type(stated) is type(found) else repr(stated)}")
 
@@ -178,11 +174,10 @@ class QuantizedLayer:
 
 
 def check_finite_scales(name: str, is_finite: Tensor):
-    """Raises UsageError if is_finite has a False. name: the name of the tensor with the scales."""
     if not is_finite.all():
         raise UsageError(f"tensor {name} holds scales that are not finite")
 
 
 def unpack_nibbles_interleaved(octets: Tensor) -> Tensor:
-    """Unpacks octets [..., n] to [..., 2 n]: low nibble, high nibble, low nibble, ..."""
+    """octets [..., n] -> [..., 2 n]: low nibble, high nibble, low nibble, ..."""
     return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)

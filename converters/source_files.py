@@ -1,4 +1,4 @@
-"""Finds the files from which a model.pth is made, and records their state. If one of the files is replaced,
+"""Finds the files from which a model.pth is made, and records their state. If one of them is replaced,
 checkpoint_path.py converts again.
 
     found = describe_sources(files)             # before the conversion
@@ -6,9 +6,8 @@ checkpoint_path.py converts again.
     have_changed(folder, files)                 # whether files were replaced since
     is_stale(folder / "model_int8.pth")         # whether this model was made from earlier files
 
-A file with the recorded size and time counts as unchanged. Otherwise a hash of samples of the content decides, since
-times mislead: copying a folder gives unchanged files new times, while `cp -p` and `rsync -a` give a new file an old
-time.
+A file with the recorded size and time counts as unchanged. Otherwise a hash of samples of its content decides, since
+times mislead: copying a folder gives unchanged files new times, and `cp -p` and `rsync -a` give a new file an old one.
 """
 
 import glob
@@ -21,10 +20,10 @@ from utils.errors import UsageError
 from utils.files import read_json, replace_file
 
 SOURCES_FILE = "model.sources.json"
-STALE = "stale models"  # a key in SOURCES_FILE beside the sources: size and time of models made from earlier files
+STALE = "stale models"  # a key in SOURCES_FILE beside the sources: size and time of models from earlier files
 MODELS = "model*.pth"
 GGUF_PART = r"(.*)-(\d{5})-of-(\d{5})"  # the name of one part of a split GGUF, without .gguf
-# The files from which model.pth is made. Every format has WEIGHTS; which other files there are depends on the format.
+# The files from which model.pth is made. Every format has some of WEIGHTS; the others depend on the format.
 ADAPTER_CONFIG = "adapter_config.json"
 SETTINGS = (
     "config.json", "generation_config.json", "params.json", "quantize_config.json", "quant_config.json",
@@ -43,15 +42,15 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def hint_at_subfolder(folder: Path) -> str:
-    """Returns the end of an error message if a subfolder may hold the model that folder lacks: Meta's files are in the
-    folder "original" of a repository, and the hub's cache has a folder for each version."""
+    """Returns the end of an error message if a subfolder may hold the model that folder lacks: in a repository of the
+    hub, Meta's files are in the folder "original", and the cache of the hub has a folder for each version."""
     names = ("config.json", "params.json")
     settings = find_files(folder, [f"{depth}/{name}" for depth in ("*", "*/*") for name in names])
     return f"; {settings[0].parent} may hold one" if settings else ""
 
 
 def find_gguf_parts(file: Path) -> list[Path]:
-    """Returns all parts of the GGUF that file is a part of. If the GGUF is not split, returns file."""
+    """Returns all parts of a split GGUF of which file is one, or else just file."""
     match = re.fullmatch(GGUF_PART, file.stem)
     if match is None:
         return [file]
@@ -59,7 +58,7 @@ def find_gguf_parts(file: Path) -> list[Path]:
 
 
 def describe_sources(files: list[Path]) -> dict[str, dict]:
-    """Returns size, time, and a hash of size and samples of each file, by the file's name."""
+    """Returns size, time, and a hash of size and samples of each file, by its name."""
     try:
         return {file.name: size_and_time(file) | {"samples": hash_samples(file)} for file in files}
     except OSError as e:
@@ -82,8 +81,8 @@ def hash_samples(file: Path) -> str:
 
 
 def record_sources(folder: Path, described: dict[str, dict], model: Path):
-    """Writes SOURCES_FILE. described: what describe_sources returned for the files from which model was made. If
-    SOURCES_FILE had other sources, or is broken, the folder's other models become stale."""
+    """Writes SOURCES_FILE. described: from describe_sources, for the files from which model was made. If SOURCES_FILE
+    had other sources, or is broken, all other models in the folder become stale."""
     recorded = read_record(folder) or {}
     stale = dict(recorded.get(STALE, {}))
     has_record = (folder / SOURCES_FILE).exists()
@@ -97,8 +96,7 @@ def record_sources(folder: Path, described: dict[str, dict], model: Path):
 
 
 def have_changed(folder: Path, files: list[Path]) -> bool:
-    """Returns whether one of files has changed since folder's last model was made. Returns False if folder has no
-    SOURCES_FILE."""
+    """Whether one of files has changed since the last model in folder was made. Without SOURCES_FILE, none has."""
     if not (folder / SOURCES_FILE).is_file():
         return False
     recorded = read_record(folder)
@@ -106,13 +104,13 @@ def have_changed(folder: Path, files: list[Path]) -> bool:
 
 
 def is_stale(model: Path) -> bool:
-    """Returns whether model was made from files that have been replaced since."""
+    """Whether model was made from files that have been replaced since."""
     stale = (read_record(model.parent) or {}).get(STALE, {})
-    return stale.get(model.name) == size_and_time(model)  # if quantize.py made the model again, the time differs
+    return stale.get(model.name) == size_and_time(model)  # if quantize.py has made it again, the time differs
 
 
 def read_record(folder: Path) -> dict[str, dict] | None:
-    """Reads what record_sources has written. Returns None if SOURCES_FILE is missing or broken."""
+    """Returns what record_sources has written, or None if SOURCES_FILE is missing or broken."""
     try:
         recorded = read_json(folder / SOURCES_FILE)
         described = [*recorded.values(), *recorded.get(STALE, {}).values()]
@@ -122,7 +120,7 @@ def read_record(folder: Path) -> dict[str, dict] | None:
 
 
 def is_same(file: Path, described: dict[str, dict]) -> bool:
-    """Returns whether described has file, by the file's name, with the same content."""
+    """Whether described has file, by its name, with the same content."""
     description = described.get(file.name, {})
     try:
         if size_and_time(file).items() <= description.items():

@@ -2,8 +2,8 @@
 
     write_model(Path("model.pth"), CanonicalCheckpoint(config, tensors, read))
 
-write_model renames tensors, and stacks tensors that are always used together: q, k and v; gate and up; the experts of a
-layer. Only one weight is in memory at a time. Quantized weights stay quantized.
+It renames tensors, and stacks those that are always used together: q, k and v; gate and up; the experts of a layer.
+Only one weight is in memory at a time. Quantized weights stay quantized.
 """
 
 import os
@@ -33,14 +33,14 @@ from formats import Unquantized, WeightFormat
 from utils.errors import UsageError
 from utils.files import delete_if_possible, replace_file
 
-# A linear layer -> the norm before the layer. layers.py: Linear permutes x before the fused norm if the layer has an
-# input_order (quantized_weight.py: QuantizedWeight), so conversion permutes the norm's weight. rms(x) needs no order.
+# Linear layer -> the norm before it. A layer with an input_order permutes x before the fused norm. rms(x) does not
+# change, but the weight of the norm must be in the same order, so it is stored permuted.
 NORM_BEFORE = {
     "attention.qkv_proj": "pre_attention_norm", "feed_forward.gate_up_proj": "pre_ffn_norm", "lm_head": "norm",
 }
-# Names of buffers that some checkpoints store, and that are computed here: tables of RoPE, constants of masks
+# Names of buffers that some checkpoints store, but that we compute: RoPE tables and constants of masks
 BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|masked_bias)$")
-# Names of layers for multi-token prediction. Without these layers the model's output is the same.
+# Names of layers for multi-token prediction, without which the model writes the same
 EXTRA_LAYERS = re.compile(r"^(model\.)?mtp\.")
 
 Announcement = Callable[[], None]
@@ -53,9 +53,9 @@ class StackedTensor:
     shape: torch.Size
     dtype: torch.dtype
     part_names: list[str]
-    linear_format: WeightFormat | None = None  # the format of the weight; None: the tensor cannot be quantized
-    input_order: Tensor | None = None  # of a linear layer: see QuantizedWeight
-    element_order: Tensor | None = None  # of a norm: the input_order of the layer after the norm
+    linear_format: WeightFormat | None = None  # of the weight; None if the tensor cannot be quantized
+    input_order: Tensor | None = None  # of a linear layer; see QuantizedWeight
+    element_order: Tensor | None = None  # of a norm: the input_order of the layer after it
 
     @property
     def format(self) -> WeightFormat:
@@ -63,9 +63,9 @@ class StackedTensor:
 
 
 def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcement | None = None) -> Path:
-    """Writes checkpoint to path, without the tokenizer's files. Returns the path, whose name gets the format of
-    quantized weights: model_int4.g128.pth. float64 becomes float32. Raises UsageError naming a tensor that is missing,
-    left over, of the wrong shape, or of the wrong dtype.
+    """Writes checkpoint to path, without the tokenizer. Returns the path, whose name gets the format of quantized
+    weights: model_int4.g128.pth. float64 becomes float32. Raises UsageError if a tensor is missing, left over, or of
+    the wrong shape or dtype.
 
     announce: called after all checks, just before the data is read."""
     config, tensors, read = checkpoint.config, checkpoint.tensors, checkpoint.read
@@ -94,8 +94,8 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
 
 
 def check_left_over(tensors: SourceTensors, read: TensorReader):
-    """Raises UsageError if one of tensors would change the model's output. Buffers, biases of zeros and layers for
-    multi-token prediction change nothing. Prints a line about layers for multi-token prediction."""
+    """Raises UsageError if one of tensors would change the output of the model. Buffers, biases of zeros and layers for
+    multi-token prediction do not; a line is printed about the latter."""
     extra = [name for name in tensors if EXTRA_LAYERS.search(name)]
     if extra:
         why = "this model does not predict several tokens at once"
@@ -116,20 +116,19 @@ def is_same_weight(a: Tensor | QuantizedWeight, b: Tensor | QuantizedWeight) -> 
 
 
 def stored_name(name: str, tensor_name: str) -> str:
-    """Returns the name in model.pth of one part of our tensor called name. tensor_name: the part, such as weight or
-    scales."""
+    """Returns the name in model.pth of one part of our tensor called name. tensor_name: such as weight or scales."""
     return name if tensor_name == "weight" else f"{name.removesuffix('.weight')}.{tensor_name}"
 
 
 def write_folder(folder: Path, checkpoint: CanonicalCheckpoint, announce: Announcement | None = None) -> Path:
-    """Writes model.pth and the tokenizer's files to folder. Returns the path of model.pth, whose name write_model
-    chooses. The tokenizer's files come first, so that a folder with model.pth has a complete tokenizer."""
+    """Writes model.pth, whose name write_model chooses, and the tokenizer to folder. Returns the path of model.pth. It
+    gets its name last, so that a folder with a model.pth has a complete tokenizer."""
     if not checkpoint.tokenizer_files:
         return write_model(folder / "model.pth", checkpoint, announce)
     unnamed = folder / "model.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob("model*.tmp"):  # of a process that was killed
+        for left_over in folder.glob("model*.tmp"):  # by a process that was killed
             left_over.unlink(missing_ok=True)
         unnamed = write_model(unnamed, checkpoint, announce)
         for name, content in checkpoint.tokenizer_files.items():
@@ -146,9 +145,9 @@ def write_folder(folder: Path, checkpoint: CanonicalCheckpoint, announce: Announ
 
 
 def plan_stacks(config: ModelConfig, tensors: SourceTensors) -> dict[str, StackedTensor]:
-    """Plans every tensor of our checkpoint."""
+    """Returns the tensors of model.pth by name."""
     try:
-        model = meta_model(config.with_layers(1))  # the shapes are the same in every layer
+        model = meta_model(config.with_layers(1))  # shapes are the same in every layer
     except RuntimeError as e:
         raise UsageError(f"no model has the sizes of this config: {str(e).splitlines()[0]}") from None
     one_layer = model.state_dict()
@@ -173,7 +172,6 @@ def plan_stacks(config: ModelConfig, tensors: SourceTensors) -> dict[str, Stacke
 
 
 def choose_format(name: str, stack: StackedTensor, weights: list[Tensor | QuantizedWeight]):
-    """Chooses the format and the order of inputs for our weight called name, which stacks weights."""
     stack.linear_format = promote_formats(weights)
     if not stack.format.is_quantized:
         return
@@ -184,17 +182,16 @@ def choose_format(name: str, stack: StackedTensor, weights: list[Tensor | Quanti
 
 
 def loses_order(name: str, stack: StackedTensor, weights: list[QuantizedWeight]) -> bool:
-    """Returns whether weights cannot stay quantized because of act-order. Linear layers can have an order of inputs,
-    experts and the embedding cannot. Weights that are stacked must have the same order."""
+    """Whether act-order keeps weights from staying quantized. Linear layers can have an order of inputs, but experts
+    and the embedding cannot, and stacked weights must all have the same."""
     can_have_order = len(stack.shape) == 2 and name != "embed_tokens.weight"
     has_order = any(weight.input_order is not None for weight in weights)
     return has_order and not (can_have_order and have_one_order(weights))
 
 
 def part_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, list[int]]:
-    """Returns the names and shapes of the canonical tensors whose concatenation along dim 0 is our tensor called name.
-    Our tensor is a vector [N] or a matrix [N, K]. With experts our tensor is [E, N] or [E, N, K], while a canonical
-    tensor belongs to one expert."""
+    """Returns the names and shapes of the canonical tensors that make our tensor called name, concatenated along dim 0.
+    Ours is [N] or [N, K], or [E, N] or [E, N, K] with experts; a canonical tensor belongs to one expert."""
     layer, module, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias|sinks)", name).groups()
     modules = (MOE_CANONICAL_PARTS if config.moe else CANONICAL_PARTS)[module]
     n_experts = 1
@@ -218,8 +215,8 @@ def part_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, 
 
 
 def common_dtype(part_shapes: dict[str, list[int]], tensors: SourceTensors) -> torch.dtype:
-    """Returns the narrowest dtype that holds all parts of our tensor exactly, apart from quantized parts. If all parts
-    are quantized, returns bfloat16. Checks that no part is missing, or has the wrong shape or dtype."""
+    """Returns the narrowest dtype that holds all unquantized parts of our tensor exactly, or bfloat16 if there are
+    none. Checks that no part is missing or has the wrong shape or dtype."""
     dtype = None
     for name, shape in part_shapes.items():
         if name not in tensors:
@@ -236,7 +233,7 @@ def common_dtype(part_shapes: dict[str, list[int]], tensors: SourceTensors) -> t
 
 
 def stack_tensors(stacks: dict[str, StackedTensor], read: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) for every tensor of our checkpoint. Only one weight is in memory at a time. Checks that all
+    """Yields (name, tensor) for each tensor of model.pth, of which only one is in memory at a time. Checks that all
     numbers are finite."""
     for name, stack in stacks.items():
         ours = stack.format.allocate(stack.shape, stack.dtype, "cpu")
@@ -251,7 +248,7 @@ def stack_tensors(stacks: dict[str, StackedTensor], read: TensorReader) -> Itera
                 rows = ours[tensor_name]
                 rows = rows.flatten(0, 1) if rows.dim() > t.dim() else rows  # [E, N, ...] -> [E N, ...]
                 rows[start : start + len(t)].copy_(t)
-                if stack.format == Unquantized():  # converters have checked the scales of quantized weights
+                if stack.format == Unquantized():  # of quantized weights, converters have checked the scales
                     check_finite_tensor(part_name, rows[start : start + len(t)])
             start += weight.shape[0]
         for tensor_name, t in ours.items():
@@ -261,7 +258,7 @@ def stack_tensors(stacks: dict[str, StackedTensor], read: TensorReader) -> Itera
 
 
 def check_finite_tensor(name: str, tensor: Tensor):
-    # aminmax reads the tensor once, and allocates nothing. A NaN makes both results NaN.
+    # aminmax reads the tensor once and allocates nothing. A NaN makes both results NaN.
     if not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise UsageError(f"tensor {name} holds numbers that are not finite: the file is damaged")
 
@@ -270,20 +267,20 @@ def check_finite_tensor(name: str, tensor: Tensor):
 
 
 def most_common_format(stacks: dict[str, StackedTensor]) -> WeightFormat:
-    """Returns the format that most quantized weights have, or Unquantized if no weight is quantized."""
+    """Returns the format of most quantized weights, or Unquantized if there are none."""
     counts = Counter(stack.format for stack in stacks.values() if stack.format.is_quantized)
     return counts.most_common(1)[0][0] if counts else Unquantized()
 
 
 def describe_formats(stacks: dict[str, StackedTensor], default: WeightFormat) -> dict | None:
-    """Returns the header's "quantization": the default format, the layers with another format, and the layers with an
+    """Returns "quantization" for the header: the default format, the layers with another one, and the layers with an
     order of inputs."""
     if not default.is_quantized:
         return None
     layers, embedding = {}, stacks["embed_tokens.weight"].format
     if "lm_head.weight" not in stacks and embedding != default:  # a tied head
         layers["lm_head"] = embedding.to_dict()
-    if embedding.is_quantized:  # the default format does not apply to the embedding
+    if embedding.is_quantized:  # the default does not apply to the embedding
         layers["embed_tokens"] = embedding.to_dict()
     for name, stack in stacks.items():
         if stack.linear_format not in (None, default) and name != "embed_tokens.weight":
@@ -294,7 +291,7 @@ def describe_formats(stacks: dict[str, StackedTensor], default: WeightFormat) ->
 
 
 def warn_dequantized(stacks: dict[str, StackedTensor], tensors: SourceTensors):
-    """Prints which of the checkpoint's quantized weights become unquantized, and why."""
+    """Prints which quantized weights become unquantized, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for name, stack in stacks.items():
         quantized = {name: tensors[name] for name in stack.part_names if isinstance(tensors[name], QuantizedWeight)}
@@ -305,7 +302,6 @@ def warn_dequantized(stacks: dict[str, StackedTensor], tensors: SourceTensors):
 
 
 def why_dequantized(name: str, stack: StackedTensor, weights: list[QuantizedWeight]) -> str:
-    """Returns why weights, which are stacked in our tensor called name, become unquantized."""
     if stack.linear_format is None:
         return "routers have 16 bits here"
     if loses_order(name, stack, weights) or any(isinstance(weight.format, Unquantized) for weight in weights):
