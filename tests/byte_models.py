@@ -46,9 +46,8 @@ SIZES = {
 
 @pytest.fixture(scope="session")
 def recall_model(tmp_path_factory) -> Path:
-    """Returns the folder of a model that knows RECALLED_TEXTS by heart. After one of the letters a to h, every letter
-    from a to h is equally likely. A text ends with END or ".", which config.json names, or with "!", which
-    generation_config.json names."""
+    """Returns the folder of a model that knows RECALLED_TEXTS by heart. After a letter from a to h, any of these is
+    equally likely. A text ends with END or ".", as config.json says, or with "!", as generation_config.json says."""
     hf = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": VOCAB_SIZE,
@@ -100,7 +99,7 @@ def zero_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def write_folder(folder: Path, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Path:
-    """Writes model.pth, and a tokenizer whose ids are bytes, decoded as by Llama-2's tokenizer."""
+    """Writes model.pth, and a tokenizer whose ids are bytes, decoded as in Llama 2."""
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     checkpoint.save_checkpoint(folder / "model.pth", config, shapes, tensors.items())
     tok = tokenizers.Tokenizer(tokenizers.models.BPE({f"<0x{b:02X}>": b for b in range(256)}, [], byte_fallback=True))
@@ -123,7 +122,7 @@ def set_up(monkeypatch, model: Path, args, stdin: str | bytes = ""):
 
 @pytest.fixture(name="cli")
 def call_cli(monkeypatch, capsys):
-    """Returns a function (folder, arguments) that runs generate.py and returns its stdout."""
+    """(folder, arguments) -> the stdout of generate.py"""
 
     def call(folder: Path, *args: str, stdin: str = "") -> str:
         set_up(monkeypatch, folder / "model.pth", args, stdin)
@@ -136,7 +135,7 @@ def call_cli(monkeypatch, capsys):
 
 @pytest.fixture
 def ask(request):
-    """Returns a function (folder, arguments) that runs generate.py --json and returns the object of each prompt."""
+    """(folder, arguments) -> what generate.py --json prints for each prompt"""
     call = request.getfixturevalue("cli")
 
     def no_number(constant):
@@ -151,8 +150,8 @@ def ask(request):
 
 @pytest.fixture
 def assert_refused(monkeypatch, capsys, library):
-    """(model.pth, arguments, word): generate.py must stop with status 2 and one line on stderr with that word in it.
-    library: a build would add a line."""
+    """(model.pth, arguments, word): checks that generate.py stops with status 2 and one line on stderr that has this
+    word. library: loaded first, since building it would print a line."""
 
     def check(model: Path, args, word: str, stdin: str | bytes = ""):
         set_up(monkeypatch, model, args, stdin)

@@ -2,14 +2,14 @@
 
     python -m tests.compile_triton
 
-A kernel must fit the GPU's shared memory, and must use the GPU's matrix units if Triton can.
+Each must fit into the shared memory of the GPU, and use its matrix units if Triton can.
 
-A kernel takes a second or two. To save time, all kernels are compiled for one GPU of each kind: without matrix units
-(Turing), with NVIDIA's matrix units (Ampere), and with AMD's (CDNA 3). For every other GPU each function of a kernel is
-compiled once.
+A kernel takes a second or two. To save time, all of them are compiled for one GPU of each kind: without matrix units
+(Turing), with those of NVIDIA (Ampere), and with those of AMD (CDNA 3). For every other GPU, each function of a kernel
+is compiled once.
 
-On Hopper a matmul overlaps with the previous kernel, and prefetches W before the loop, in one way for tiled formats and
-in another for all other formats: one format of each kind is compiled.
+On Hopper a matmul overlaps with the previous kernel, and prefetches W before its loop, in one way for tiled formats and
+in another for the rest. One format of each kind is compiled.
 """
 
 import multiprocessing
@@ -70,7 +70,7 @@ class Gpu:
 
     @property
     def formats(self) -> list[WeightFormat]:
-        """The formats whose matmuls are compiled for the GPU."""
+        """Formats whose matmuls are compiled for this GPU."""
         if self.has_larger_tiles:
             return TILED_FORMATS
         if self.has_pdl and self.has_matrix_units:
@@ -79,7 +79,7 @@ class Gpu:
 
     @property
     def has_larger_tiles(self) -> bool:
-        """Whether the GPU differs from another GPU of the list only in the tile sizes of matmuls."""
+        """Whether this GPU differs from another in the list only by the tile sizes of matmuls."""
         return self.num_sms == 1
 
     @property
@@ -99,7 +99,7 @@ GPUS = [
 
 
 class Compiler:
-    """Stands in for JITFunction.run. Compiles a kernel for gpu, and does not launch it."""
+    """Stands in for JITFunction.run: compiles a kernel for gpu instead of launching it."""
 
     def __init__(self, gpu: Gpu):
         self.gpu = gpu
@@ -149,8 +149,8 @@ def specialize(kernel: JITFunction, values: dict) -> tuple[dict, dict, dict]:
 
 
 def launch_products(gpu: Gpu) -> Counter:
-    """Launches the matmuls of decode steps of one token and of eight. Returns the expected number of launches of each
-    kernel."""
+    """Launches the matmuls of decode steps with one token and with eight. Returns how often each kernel should have
+    been launched."""
     dtype, launches = gpu.dtype, Counter()
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     for format in gpu.formats:
@@ -172,7 +172,7 @@ def launch_products(gpu: Gpu) -> Counter:
 
 
 def launch_many(dtype: torch.dtype):
-    """Launches the matmuls of decode steps of many sequences."""
+    """Launches the matmuls of decode steps with many sequences."""
     norm = make_norm(2048, dtype)
     for n_tokens, format in MANY_TOKENS:
         w, x = make_linear(256, 2048, format, dtype), torch.zeros(1, n_tokens, 2048, dtype=dtype)
@@ -205,7 +205,7 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
     cache = LayerCache(k, v, torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)
     attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, start_pos, 8, ops.TRITON_BACKEND)
-    # 64 queries of a key/value head are the most. All options are on, because no option needs less shared memory.
+    # A key/value head has at most 64 queries. All options are on, because none needs less shared memory.
     norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
     cache = cache._replace(alibi_slopes=torch.zeros(16))
     qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)

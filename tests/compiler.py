@@ -1,4 +1,4 @@
-"""A C++ compiler that only copies a library, for tests of how kernels are built and cached."""
+"""A C++ compiler that only copies a library, to test how kernels are built and cached."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ done
 
 
 def write_compiler(script: Path) -> str:
-    """Writes the compiler, a script for $CXX. Returns the script's path."""
+    """Writes the compiler, a script for $CXX, and returns its path."""
     assert build.library()
     name = build.library_name(build.find_compiler())
     library = next(folder / name for folder in build.cache_folders() if (folder / name).exists())

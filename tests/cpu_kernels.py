@@ -1,4 +1,4 @@
-"""Helpers and fixtures of the tests of the C++ kernels: test_kernels.py and the other test_kernels_*.py."""
+"""Helpers and fixtures for the tests of the C++ kernels, test_kernels*.py."""
 
 import math
 
@@ -18,7 +18,7 @@ built = pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++
 
 @pytest.fixture(scope="session")
 def library():
-    """Loads the kernels, for tests that call an operation without a layer."""
+    """The kernels, for tests that call an operation without a layer."""
     return kernels.build.library()
 
 
@@ -31,19 +31,19 @@ def threads(request, library):
 
 
 def make_embedding(n: int, k: int, format, dtype: torch.dtype) -> Embedding:
-    """Makes a random Embedding, not packed for the kernels."""
+    """Returns a random Embedding that is not packed for the kernels."""
     return set_weight(Embedding(n, k), torch.randn(n, k).to(dtype), format)
 
 
 def step_of(x: torch.Tensor, quantized: bool) -> float:
-    """Returns the largest distance between neighbouring values that an element of x can have: in the type of x or, if
+    """Returns the largest distance between two adjacent values that an element of x can have: in the dtype of x or, if
     quantized, in 8 bits with a scale for 16 elements."""
     largest = x.double().abs().max().item()
     return largest / 127 if quantized else 2 * U[x.dtype] * largest
 
 
 def packed(module):
-    """Returns module with the C++ kernels as its backend, for as many tokens as the kernels can take."""
+    """Returns module with the C++ kernels as its backend, for as many tokens as they can take."""
     layers = [layer for layer in module.modules() if isinstance(layer, WeightMatrix)]
     ops.pack_weights(layers, next((w.weight.dtype for w in layers if not w.format.is_quantized), torch.float32))
     for layer in layers:
@@ -62,7 +62,7 @@ def stored_rows(n: int, dtype: torch.dtype) -> int:
 
 
 def rounded_activations(x: torch.Tensor) -> torch.Tensor:
-    """Rounds x [..., K] as the kernels of 8- and 4-bit weights round 16-bit activations: to int8, with a scale for each
+    """Rounds x [..., K] as kernels of 8- and 4-bit weights round 16-bit activations: to int8, with a scale for each
     group of ACT_GROUP_SIZE."""
     k = x.shape[-1]
     groups = F.pad(x.float(), (0, -k % ACT_GROUP_SIZE)).unflatten(-1, (-1, ACT_GROUP_SIZE))
@@ -75,5 +75,5 @@ def rounds_to_int8(format, dtype: torch.dtype) -> bool:
 
 
 def as_seen(x: torch.Tensor, format) -> torch.Tensor:
-    """Returns the activations that the kernels multiply with weights of format: x, or x rounded to int8."""
+    """Returns what the kernels multiply with weights of format: x, or x rounded to int8."""
     return rounded_activations(x) if rounds_to_int8(format, x.dtype) else x

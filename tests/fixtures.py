@@ -1,5 +1,4 @@
-"""Fixtures of several test files, such as both models of each family, which are made once. conftest.py loads this
-file."""
+"""Fixtures that several test files share, such as both models of each family. conftest.py loads this file."""
 
 import functools
 
@@ -15,7 +14,7 @@ torch.set_num_threads(1)  # a second thread slows models this small
 
 @pytest.fixture(scope="session")
 def both_models():
-    """Returns a function: family -> (transformers' model, our model with kernels or in plain PyTorch), float32."""
+    """family -> (the model in transformers, ours with kernels or in plain PyTorch), float32"""
 
     @functools.cache
     def make(family: str, use_kernels: bool = True):

@@ -1,5 +1,5 @@
-"""Runs commands in forks of the test's process, which has imported torch already. Tests stop a fork at any moment, or
-give a fork little memory."""
+"""Runs commands in forks of the test process, which has imported torch already. Tests stop a fork at any moment, or
+give it little memory."""
 
 import multiprocessing
 import os
@@ -31,8 +31,8 @@ MAINS = {
 
 
 def start(command: str, args: list, err: Path, out: Path = Path(os.devnull), memory: int | None = None):
-    """Starts a fork that runs a command. stdout and stderr go to the files out and err. memory: how many bytes the fork
-    may allocate."""
+    """Starts a fork that runs a command. out and err: files for stdout and stderr. memory: how many bytes it may
+    allocate."""
     process = multiprocessing.get_context("fork").Process(target=run, args=(command, args, out, err, memory))
     before = signal.getsignal(signal.SIGINT)
     exit_on_interrupt()  # as in a script before run_script
@@ -43,7 +43,7 @@ def start(command: str, args: list, err: Path, out: Path = Path(os.devnull), mem
 
 def run(command: str, args: list, out: Path, err: Path, memory: int | None):
     os.setpgid(0, 0)
-    tqdm.set_lock(threading.RLock())  # all forks share tqdm's default lock, and a killed fork would never release it
+    tqdm.set_lock(threading.RLock())  # all forks share the default lock, which a killed fork would never release
     for fd, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
@@ -55,15 +55,15 @@ def run(command: str, args: list, out: Path, err: Path, memory: int | None):
 
 
 def finish(process: multiprocessing.Process) -> int:
-    """Waits for the process, and returns its exit status."""
+    """Waits for process and returns its exit status."""
     process.join(300)
     assert not process.is_alive(), process.kill()
     return process.exitcode
 
 
 def stop(sig: int, command: str, args: list, err: Path) -> Iterator[int]:
-    """Runs the command twice to measure its time. Then runs the command again and again, and sends sig a little later
-    each time, until a run ends before its signal. Yields the exit status of every run but the first."""
+    """Runs the command twice to measure its time. Then runs it again and again, and sends sig a little later each time,
+    until a run ends before its signal. Yields the exit status of every run but the first."""
     seconds = []
     for _ in range(2):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A small server with the Hugging Face hub's API."""
+"""A small server with the API of the Hugging Face hub."""
 
 import json
 import threading
@@ -71,7 +71,7 @@ def url_of(server: ThreadingHTTPServer) -> str:
 
 
 def use_hub(monkeypatch, url: str):
-    """Makes huggingface_hub send this process's requests to url."""
+    """Makes huggingface_hub in this process send its requests to url."""
     monkeypatch.setattr(constants, "ENDPOINT", url)  # what HF_ENDPOINT sets at import
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)

@@ -14,8 +14,8 @@ CONTEXT.set_forkserver_preload([__name__])
 
 
 def load_kernels(env: dict[str, str], err: Path) -> bool:
-    """Loads the kernels in a process whose environment is the test's with the variables env. stderr goes to the file
-    err. Returns whether the kernels are loaded."""
+    """Loads the kernels in a process, with the variables env besides those of the test. stderr goes to the file err.
+    Returns whether the kernels were loaded."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=load, args=(env, err, sender))
     process.start()

@@ -42,7 +42,7 @@ def round_weight(
 ) -> Rounded:
     """Rounds w [N, K] to the nearest values of a format with a scale and a zero point for every group.
 
-    act_order: the seed of a random order of inputs, so weights with the same seed have the same order. 0: no order."""
+    act_order: the seed of a random order of inputs, which weights with the same seed share, or 0 for none."""
     k = w.shape[1]
     group_size = k if group_size == -1 else group_size
     g_idx = torch.arange(k) // group_size
@@ -61,8 +61,8 @@ def round_weight(
 
 
 def pack(numbers: Tensor, bits: int, dim: int, order=None) -> Tensor:
-    """Packs 32 / bits numbers along dim into an int32 word. The number order[0] of a word gets the lowest bits, and so
-    on. order: by default 0, 1, 2 ..."""
+    """Packs 32 / bits numbers along dim into an int32 word. Number order[0] of a word gets the lowest bits, and so on;
+    by default order is 0, 1, 2 ..."""
     per_word = 32 // bits
     numbers = numbers.movedim(dim, -1).long().unflatten(-1, (-1, per_word))[..., order or list(range(per_word))]
     words = (numbers << torch.arange(0, 32, bits)).sum(-1)
@@ -95,7 +95,7 @@ def awq(name: str, w: Tensor, group_size: int) -> tuple[dict[str, Tensor], Tenso
 
 
 def packed(name: str, w: Tensor, zeros_dtype=torch.int32, **how) -> tuple[dict[str, Tensor], Tensor]:
-    """compressed-tensors' pack-quantized."""
+    """pack-quantized of compressed-tensors"""
     rounded, bits = round_weight(w, **how), how["bits"]
     tensors = {
         "weight_packed": pack(rounded.q, bits, 1),
@@ -115,7 +115,7 @@ def packed(name: str, w: Tensor, zeros_dtype=torch.int32, **how) -> tuple[dict[s
 def int_quantized(
     name: str, w: Tensor, bits: int = 8, group_size: int = -1, symmetric: bool = True, has_one_scale: bool = False
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """compressed-tensors' int-quantized: numbers of 8 bits or fewer as int8."""
+    """int-quantized of compressed-tensors: numbers of 8 bits or fewer as int8"""
     rows = w.reshape(1, -1) if has_one_scale else w
     rounded, middle = round_weight(rows, bits, group_size, symmetric, scale_dtype=torch.bfloat16), 2 ** (bits - 1)
     tensors = {
@@ -132,8 +132,8 @@ def int_quantized(
 def float8(
     name: str, w: Tensor, rows: int | None, columns: int | None, kind: str, scale_dtype=torch.float32, dims: int = 2
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Rounds w to float8, with one scale for each block of rows x columns (None: of all rows or columns). dims: the
-    number of dimensions of the scales, which is 4 in ModelOpt."""
+    """Rounds w to float8, with one scale for each block of rows x columns, of which None means all. dims: the number of
+    dimensions of the scales, which is 4 in ModelOpt."""
     n, k = w.shape
     is_one = rows is columns is None
     rows, columns = rows or n, columns or k
@@ -160,7 +160,7 @@ def compressed(format: str, weights: dict) -> dict:
 
 def write_quantized(folder: Path, family: str, config: dict, quantize: Callable, is_linear: re.Pattern = IS_LINEAR):
     """Writes a tiny model in which each linear layer of the blocks is quantized. quantize(name, w) -> (tensors, w
-    dequantized). Returns transformers' model with the dequantized weights, float32."""
+    dequantized). Returns a model of transformers with the dequantized weights, float32."""
     theirs = make_hf(family, **sizes_of(family))
     folder.mkdir(parents=True)
     theirs.save_pretrained(folder)
@@ -191,8 +191,8 @@ def set_quantization(folder: Path, config: dict):
 
 
 def dequantized(path: Path) -> dict[str, Tensor]:
-    """Returns every tensor of a checkpoint in float32, quantized weights dequantized. The inputs of a layer with an
-    input_order are put back into the model's order."""
+    """Returns every tensor of a checkpoint in float32, with quantized weights dequantized, and columns in the order
+    that they have without input_order."""
     config, quantization, tensors = read_checkpoint(path)
     for name, linear in meta_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears():
         if linear.format.is_quantized:
@@ -209,13 +209,13 @@ def dequantized(path: Path) -> dict[str, Tensor]:
 
 
 def half_step(w: Tensor) -> Tensor:
-    """Returns half the distance between two neighbouring bfloat16 numbers near w: bfloat16 has 8 bits of mantissa."""
+    """Returns half the distance between two adjacent bfloat16 numbers near w, as bfloat16 has 8 bits of mantissa."""
     _, exponent = w.frexp()
     return torch.ldexp(torch.full_like(w, 0.5), exponent - 8)
 
 
 def check_weights(path: Path, reference: Path, is_exact: bool):
-    """Checks that every weight equals the weight of reference, or differs by at most half a step of bfloat16."""
+    """Checks that every weight equals that in reference, or differs by at most half a step of bfloat16."""
     ours, theirs = dequantized(path), dequantized(convert(reference))
     assert ours.keys() == theirs.keys()
     for name, w in theirs.items():
@@ -224,7 +224,7 @@ def check_weights(path: Path, reference: Path, is_exact: bool):
 
 
 def formats_of(path: Path) -> dict[str, str | None]:
-    """Returns the names of the formats of layer 0's linear layers and of the head."""
+    """Returns the names of the formats of the head and of the linear layers in layer 0."""
     config, quantization, _ = read_checkpoint(path)
     linears = meta_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears()
     return {name.split(".")[-1]: linear.format.name for name, linear in linears if "layers.1." not in name}
@@ -264,7 +264,7 @@ def float_case(
 
 
 def auto_round_case(packed_like: tuple, **fields):
-    """Returns a case of AutoRound, which packs weights like packed_like, a case of another project."""
+    """A case of AutoRound, which packs its weights like packed_like, a case of another project."""
     family, name, config, quantize = packed_like
     config = {field: value for field, value in config.items() if field in ("bits", "group_size", "sym")}
     config |= {"quant_method": "auto-round", "data_type": "int", "extra_config": {"lm_head": {"bits": 16}}}
@@ -272,7 +272,7 @@ def auto_round_case(packed_like: tuple, **fields):
 
 
 def modelopt_case(family: str, name: str, algorithm: str, rows: int | None, columns: int | None, **how):
-    """ModelOpt's config_groups repeat what quant_algo says."""
+    """In ModelOpt, config_groups repeats what quant_algo says."""
     scheme = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}
     config = {"quant_method": "modelopt", "quant_algo": algorithm, "config_groups": {"group_0": scheme}}
 

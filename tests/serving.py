@@ -1,6 +1,6 @@
 """Two tiny models behind servers, and clients. The servers are threads, so that tests can look into the engine.
 
-Test files of scripts/serve.py name this file in pytest_plugins.
+The tests of scripts/serve.py name this file in pytest_plugins.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ SECONDS = 60  # a request that takes longer hangs
 
 @pytest.fixture(scope="module")
 def no_proxy():
-    """Makes clients connect to the servers directly, and not through a proxy."""
+    """Makes clients connect to the servers directly, without a proxy."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("no_proxy", "*")
         yield
@@ -42,7 +42,7 @@ def start(folder: Path, api_key: str | None = None) -> SimpleNamespace:
     engine = AsyncEngine(Scheduler(model, N_ROWS, model.config.max_seq_len))
     server = serve.Server(engine, tokenizer, folder.name, api_key)
     listener = serve.listen("127.0.0.1", 0)
-    # Connections inherit the small buffer, so a client that does not read soon blocks the server
+    # Connections inherit this small buffer, so a client that does not read soon blocks the server
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
@@ -70,7 +70,6 @@ def recall_server(recall_model, no_proxy):
 
 
 def client_of(server, api_key: str = "none") -> openai.OpenAI:
-    """Returns OpenAI's client of a server."""
     return openai.OpenAI(base_url=url_of(server), api_key=api_key, max_retries=0, timeout=SECONDS)
 
 
@@ -80,7 +79,7 @@ def url_of(server) -> str:
 
 @pytest.fixture(scope="module")
 def chat(chat_server):
-    """Returns client.chat.completions.create of the server with a chat template."""
+    """client.chat.completions.create, for the server with a chat template"""
     with client_of(chat_server) as client:
         yield client.chat.completions.create
 
@@ -98,7 +97,7 @@ def complete_recall(recall_server):
 
 
 def joined(stream) -> tuple[list[str], list[str | None]]:
-    """Returns (texts, finish reasons) of a stream's choices, in the order of the choices' indices."""
+    """Returns (texts, finish reasons) of the choices in a stream, in the order of their indices."""
     texts, reasons = {}, {}
     for chunk in stream:
         for choice in chunk.choices:
@@ -110,8 +109,8 @@ def joined(stream) -> tuple[list[str], list[str | None]]:
 
 
 def ask_http(server, path: str, body=None, method: str = "POST") -> tuple[int, bytes]:
-    """Sends a request, and returns the response's status and content. body: bytes, an iterator of bytes (which has no
-    Content-Length), or an object, which is sent as JSON."""
+    """Sends a request and returns the status and content of the response. body: bytes, an iterator of bytes (which has
+    no Content-Length), or an object, which is sent as JSON."""
     if not isinstance(body, (bytes, Iterator)):
         body = json.dumps(body).encode()
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)) as connection:
@@ -127,7 +126,7 @@ def check_error(answer: tuple[int, bytes], status: int, word: str = ""):
 
 
 def connect(server, body: dict, buffer: int | None = None) -> socket.socket:
-    """Sends a request for completions, and reads nothing. buffer: the most received bytes that wait to be read."""
+    """Sends a request for completions, and reads nothing. buffer: how many received bytes may wait to be read."""
     connection = socket.socket()
     if buffer:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)

@@ -112,9 +112,9 @@ def test_nf4_on_a_gpu(dtype):
         error = 2 * u if dtype == torch.bfloat16 else u
         check_matmuls(w, exact, torch.randn(n_tokens, k).to(dtype), 0 if dtype == torch.float32 else error, error)
 '''
-# Tests that go through a list of formats, and take no minutes
+# Tests that go through a list of formats and do not take minutes
 FORMAT_TESTS = ["tests/test_quantize.py", "tests/test_kernels.py", "tests/test_triton.py::test_every_format_is_checked"]
-EXAMPLES = {  # name -> diff, tests of ours, and which of the tree's tests also try it
+EXAMPLES = {  # name -> diff, tests of ours, and which tests in the tree also try it
     "top_n_sigma": (TOP_N_SIGMA_DIFF, TOP_N_SIGMA_TESTS, ["tests/test_sampling.py"]),
     "nf4": (NF4_DIFF, NF4_TESTS, FORMAT_TESTS),
 }
@@ -127,7 +127,7 @@ def test_every_block_is_checked():
 
 @pytest.mark.parametrize("file, excerpt", EXCERPTS, ids=[file for file, _ in EXCERPTS])
 def test_excerpts_are_the_code(file, excerpt):
-    """An excerpt has whole lines of the file, in the file's order. "..." stands for lines that are left out."""
+    """An excerpt has whole lines of the file, in their order. "..." stands for lines that are left out."""
     code, start = "\n" + (ROOT / file).read_text(), 0
     for piece in excerpt.split("...\n"):
         found = code.find("\n" + piece, start)

@@ -1,5 +1,5 @@
-"""benchmark.py has the published shapes, computes bytes as the config does, and its commands do what their help says,
-as far as a CPU can show."""
+"""benchmark.py has the published shapes and computes bytes as the config does. Its commands do what their help says, as
+far as a CPU can show."""
 
 import contextlib
 import importlib
@@ -63,7 +63,7 @@ def config_json(tmp_path):
 
 
 def report(capsys, *arguments) -> dict:
-    """Returns the JSON that benchmark.py prints last."""
+    """Returns the JSON that benchmark.py prints at the end."""
     call_main(benchmark.main, *arguments)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -258,7 +258,7 @@ def few_checks(dtype, sizes):
 
 
 def test_check(monkeypatch, capsys):
-    """The command "check" passes in Triton's interpreter. Only a few checks run here, and all in test_triton.py."""
+    """The command "check" passes in the interpreter of Triton. Only a few checks run here; test_triton.py runs all."""
     monkeypatch.setattr(check_command, "all_checks", lambda dtype, sizes: few_checks(dtype, sizes)[:-1])
     result = report(capsys, "check", "--device", "cpu", "--precision", "bfloat16")
     assert result["failed"] == {}
@@ -318,7 +318,7 @@ def calls_here(monkeypatch):
 
 
 def committed(name: str) -> dict:
-    """Returns the measurement of SmolLM2-135M in benchmarks/, of whichever machine."""
+    """Returns a measurement of SmolLM2-135M in benchmarks/, from any machine."""
     [path] = (ROOT / "benchmarks").glob(f"cpu_*_SmolLM2-135M_{name}.json")
     return json.loads(path.read_text())
 
@@ -332,7 +332,7 @@ def test_calls_are_processes(tmp_path, monkeypatch):
 
 
 def test_quantization(checkpoint, tmp_path, monkeypatch, calls_here, capsys):
-    """The result of three modes has the fields of the committed measurement."""
+    """With three modes, the result has the fields of the committed measurement."""
     modes = {name: real_models.QUANTIZE_FLAGS[name] for name in ("16 bits", "int8", "int4 g32")}
     monkeypatch.setattr(real_models, "QUANTIZE_FLAGS", modes)
     text, out = tmp_path / "text", tmp_path / "out.json"

@@ -22,8 +22,7 @@ TINY = ModelConfig(64, 2, 4, 2, 16, 96, 80, 512)
 
 
 def test_report(tmp_path, capsys):
-    """In the table and in the JSON, the medians of one round are the numbers of the round, with fitting ratios and
-    sums."""
+    """After one round, the medians in table and JSON are its numbers, with the right ratios and sums."""
     save_random_checkpoint(tmp_path / "model.pth", TINY, torch.float32)
     flags = "--json --device cpu --mode int4 --max_new_tokens 20 --busy 1".split()
     call_main(benchmark.main, "--config", tmp_path / "model.pth", *flags)
@@ -44,7 +43,7 @@ def test_report(tmp_path, capsys):
 
 
 def test_rounds(monkeypatch):
-    """The first round is a warm-up, and the result has the medians of the other rounds."""
+    """The first round is a warm-up, and the result has the medians of all others."""
     speeds, args = iter([100.0, 1.0, 5.0, 3.0]), SimpleNamespace(busy=3)
     monkeypatch.setattr(busy, "second_process", lambda *arguments: contextlib.nullcontext())
     monkeypatch.setattr(busy, "TimedModel", lambda *arguments: None)
@@ -83,7 +82,7 @@ def test_second_decode():
         except StopIteration:
             raise EOFError from None
 
-    # Asked before each text and after each token: two texts of three tokens, and one token
+    # It asks before each text and after each token; here for two texts of three tokens, and one token
     polls = chain([False] * 9, repeat(True))
     connection = SimpleNamespace(recv=recv, poll=lambda: next(polls), send=sent.append)
     busy.serve_decode_requests(connection, 1, SECOND, TINY, Unquantized())
@@ -93,7 +92,7 @@ def test_second_decode():
 
 @pytest.fixture
 def second():
-    """Returns the connection to serve_decode_requests in a thread of this process."""
+    """The connection to serve_decode_requests, which runs in a thread of this process."""
     connection, their_end = multiprocessing.Pipe()
     arguments = their_end, 1, SECOND, TINY, Unquantized()
     thread = threading.Thread(target=busy.serve_decode_requests, args=arguments)
@@ -105,7 +104,7 @@ def second():
 
 
 def test_second_decode_ends_with_the_benchmark(second):
-    """If the benchmark is killed while the second process decodes, the pipe ends and so does the process."""
+    """If the benchmark is killed while the second process decodes, the pipe ends, and so does that process."""
     assert busy.send_request(second, "decode") is None
 
 
@@ -118,7 +117,7 @@ def too_large(monkeypatch):
 
 
 def test_second_decode_that_fails(too_large, second):
-    """An error in the second process becomes the benchmark's error, so the user sees one line."""
+    """An error in the second process becomes one of the benchmark, so the user sees one line."""
     with pytest.raises(OutOfMemoryError, match="the model takes 9 GB"):
         busy.send_request(second, "decode")
 

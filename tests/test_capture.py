@@ -1,5 +1,4 @@
-"""kernels/capture.py: a replay gives the step's result to the last bit, and a computation that a graph cannot hold
-raises."""
+"""kernels/capture.py: a replay gives the same bits as the step, and a computation that a graph cannot hold raises."""
 
 import signal
 import sys
@@ -64,8 +63,8 @@ def make_model(format, dtype: torch.dtype, act_order: bool = False, **config) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", [Unquantized(), Int8(), Int4(32), Float8()], ids=format_label)
 def test_replay_equals_the_step(format, dtype, family):
-    """A replay equals the computed step, with one thread or two, for one token and for several, at any start_pos, and
-    when shapes alternate."""
+    """A replay equals the step, with one thread or two, for one token and for several, at any start_pos, and when
+    shapes alternate."""
     model = make_model(format, dtype, **FAMILIES[family])
     caches = [KVCache(model, 2, 40) for _ in range(2)]
     captured = capture(lambda tokens, start_pos: model(tokens, start_pos, caches[1]))
@@ -86,7 +85,7 @@ def test_replay_equals_the_step(format, dtype, family):
 @built
 @pytest.mark.parametrize("format", [Unquantized(), Int8()], ids=format_label)
 def test_every_argument_is_captured(format):
-    """A replay on other inputs equals the computed step, with the arguments that no family above uses."""
+    """A replay on other inputs equals the step, with arguments that no family above uses."""
     torch.manual_seed(0)
     n_heads, n_kv_heads, d, dim, n_experts = 4, 2, 16, 64, 5
     embedding = make_embedding(97, dim, format, torch.float32)
@@ -142,7 +141,7 @@ def test_capture_computes_nothing_and_results_are_overwritten():
 
 @built
 def test_threads_capture_at_the_same_time():
-    """Two threads can capture at the same time, each a step of two OpLists."""
+    """Two threads can each capture a step of two OpLists at the same time."""
 
     def add_thrice(x):
         twice = split_graph_at(lambda t: t + 0, ops.add(x, x, ops.CPU_BACKEND))
@@ -162,7 +161,7 @@ def test_threads_capture_at_the_same_time():
 
 @built
 def test_graphs_are_bounded():
-    """Only the most recently used graphs are kept. A step whose graph was dropped is captured again."""
+    """Only the most recently used graphs are kept. A step whose graph is gone is captured again."""
     shapes = []
 
     def step(x):
@@ -195,8 +194,8 @@ def test_other_operations_raise(operation):
 
 @built
 def test_ctrl_c_leaves_no_kernel_capturing():
-    """After Ctrl-C at any call of capture.py or signals.py, KeyboardInterrupt is raised, later kernels compute, and all
-    signals have the same handlers as before."""
+    """Ctrl-C at any call in capture.py or signals.py raises KeyboardInterrupt. Later kernels compute, and all signals
+    have the handlers that they had before."""
     x, expected = torch.ones(37), torch.full((37,), 2.0)
     files = {function.__code__.co_filename for function in (capture, defer_signals.__wrapped__)}
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
@@ -228,13 +227,13 @@ def test_ctrl_c_leaves_no_kernel_capturing():
 
 
 def test_a_cpu_graph_can_hold_every_operation_of_a_short_step():
-    """Each operation of a CPU graph is in the backend's table, as Backend.supports_step assumes."""
+    """Each operation of a CPU graph is in the table of the backend, as Backend.supports_step assumes."""
     assert CAPTURABLE <= ops.CPU_BACKEND.token_limits.keys()
     assert all(ops.CPU_BACKEND.find_kernel(name, 1) is not None for name in ops.CPU_BACKEND.token_limits)
 
 
 def test_a_kernel_that_plain_pytorch_cannot_replace():
-    """Such a kernel has no limit of tokens. A backend without kernels says that there is none."""
+    """Such a kernel has no limit of tokens. A backend without kernels says that it has none."""
     assert ops.CPU_BACKEND.find_kernel("embed", ops.MAX_CPU_TOKENS + 1) is None
     assert ops.CPU_BACKEND.get_kernel("embed") is torch.ops.gptfast_cpu.embed
     with pytest.raises(RuntimeError, match="the backend 'torch' has no kernels, so none for embed"):
@@ -243,7 +242,7 @@ def test_a_kernel_that_plain_pytorch_cannot_replace():
 
 @built
 def test_a_step_with_an_activation_without_a_kernel_is_not_captured():
-    """A CPU does not capture the step. A GPU does, since a CUDA graph also holds PyTorch's operations."""
+    """A CPU does not capture the step. A GPU does, since a CUDA graph can also hold operations of PyTorch."""
     model = make_model(Unquantized(), torch.float32)
     assert model.has_kernels_for(2, 1)
     for matrix in model.modules():
@@ -267,8 +266,8 @@ def test_a_position_beyond_the_cache_is_refused_before_anything_is_written():
 
 
 def test_between_replays_pytorch_takes_the_graphs_threads(monkeypatch):
-    """PyTorch computes with the graph's threads between replays, and with the user's number of threads afterwards, also
-    after an error."""
+    """Between replays, PyTorch computes with as many threads as the graph, and afterwards with as many as the user has
+    set, even after an error."""
 
     class Functions:
         op_list_threads = staticmethod(lambda: 2)

@@ -1,4 +1,4 @@
-"""A conversation gives the same answers with its KV cache as with an empty one."""
+"""A conversation gives the same answers with its KV cache as with an empty cache."""
 
 import os
 import sys
@@ -35,7 +35,7 @@ def model_of(path: Path) -> Transformer:
 
 
 def fresh_answer(folder: Path, messages: list[dict], n: int = 12) -> tuple[list[int], list[int]]:
-    """Returns the prompt's ids, and the ids of the answer, up to n, computed with an empty cache."""
+    """Returns the ids of the prompt, and up to n ids of the answer, computed with an empty cache."""
     ids = load_tokenizer(folder).encode_chat(messages)
     return ids, fresh_tokens(folder, ids, n)
 
@@ -48,7 +48,7 @@ def fresh_tokens(folder: Path, ids: list[int], n: int) -> list[int]:
 
 
 def expected_conversation(folder: Path, lines: list[str], system: str | None = None):
-    """Returns for each line: the ids of the whole prompt, the ids of the answer, the answer's text."""
+    """Returns for each line: the ids of the whole prompt, the ids of the answer, and its text."""
     messages, turns = [{"role": "system", "content": system}] if system else [], []
     for line in lines:
         messages.append({"role": "user", "content": line})
@@ -97,8 +97,7 @@ def test_cached_answers_equal_uncached_ones(chat_model, cli, fed, tmp_path, args
 
 
 def test_compiled_conversation(chat_model, cli, monkeypatch):
-    """All turns of a conversation share compiled code. Inductor is left out, since test_generate.py tests the compiled
-    code."""
+    """All turns of a conversation share compiled code. Inductor is left out, since test_generate.py tests its code."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -127,7 +126,7 @@ def test_conversation_survives_an_interrupt(chat_model, cli, fed):
 
 
 def test_an_interrupted_answer_stays(chat_model):
-    """After Ctrl-C, the next answer equals one with an empty cache and only the tokens before the interrupt."""
+    """After Ctrl-C, the next answer is that of an empty cache and only the tokens before the interrupt."""
     model, tokenizer = load(chat_model / "model.pth", dtype=torch.float32)
     kv_cache = KVCache(model, 1, CONTEXT)
     loop = generation.DecodeLoop(ModelRunner(model, kv_cache))
@@ -149,7 +148,7 @@ def conversation(chat_model) -> Conversation:
 
 
 def test_the_oldest_messages_are_forgotten(chat_model, conversation, fed):
-    """As few messages as possible are forgotten. The next answer equals one without the forgotten messages."""
+    """As few messages as possible are forgotten. The next answer is the one without them."""
     n_dropped, cached = [], []
     for i in range(12):
         before, question = conversation.to_list(), {"role": "user", "content": f"{i} " * (i + 1)}
@@ -171,7 +170,7 @@ def test_the_oldest_messages_are_forgotten(chat_model, conversation, fed):
 
 
 def test_continued_answer(chat_model, conversation):
-    """A continued answer has the tokens of an uninterrupted one, even if older messages had to be forgotten."""
+    """A continued answer has the tokens that it has uninterrupted, even if older messages had to be forgotten."""
     question = {"role": "user", "content": "Hi"}
     _, expected = fresh_answer(chat_model, [*conversation.system, question])
     heard = "".join(conversation.answer("Hi", 5))
@@ -194,7 +193,7 @@ def test_continued_answer(chat_model, conversation):
     assert conversation.messages[-1]["content"] == said + bytes(expected).decode()
 
 
-def test_what_cannot_be_continued(conversation):
+def test_answers_that_cannot_be_continued(conversation):
     with pytest.raises(UsageError, match="no cut answer"):
         conversation.continue_answer()
     "".join(conversation.answer("x" * 140))
@@ -259,9 +258,9 @@ def test_stdin_that_is_not_text(chat_model, monkeypatch, capsys, errors):
 
 @pytest.fixture(scope="module")
 def fine_tune(tmp_path_factory) -> Path:
-    """Returns the folder of a model that was fine-tuned on ChatML: config.json names the base model's end token, and
-    the vocabulary of the model is larger than the vocabulary of the tokenizer. After a line break the model generates
-    "<think>a</think>B<|im_end|>", with a token before B that has no text."""
+    """Returns the folder of a model that was fine-tuned on ChatML: config.json names the end token of the base model,
+    and the model has more tokens than its tokenizer. After a line break it generates "<think>a</think>B<|im_end|>",
+    with a token before B that has no text."""
     size = 448
     hf = {
         "architectures": ["LlamaForCausalLM"],
@@ -290,7 +289,7 @@ def fine_tune(tmp_path_factory) -> Path:
     "args", [["--chat", "--prompt=Hi"], ["--prompt=<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"]]
 )
 def test_a_fine_tune_ends_its_turn(fine_tune, cli, ask, args):
-    """A turn ends at <|im_end|>, in a chat and in a prompt that contains the template's special tokens."""
+    """A turn ends at <|im_end|>, in a chat and in a prompt that contains special tokens of the template."""
     tokenizer = load_tokenizer(fine_tune)
     (r,) = ask(fine_tune, *args, *GREEDY, "--batch_size=2")
     assert r["prompt_tokens"] == len(tokenizer.encode_chat([{"role": "user", "content": "Hi"}]))
@@ -300,7 +299,7 @@ def test_a_fine_tune_ends_its_turn(fine_tune, cli, ask, args):
 
 
 def test_thoughts_are_shown_but_forgotten(fine_tune, cli):
-    """Thoughts are printed, but are not part of later prompts, because the template leaves thoughts out."""
+    """Thoughts are printed, but are not part of later prompts, because the template leaves them out."""
     assert cli(fine_tune, "--chat", *GREEDY, stdin="Hi\nHo\n") == "<think>a</think>B\n" * 2
     conversation = LLM(fine_tune / "model.pth", "cpu", torch.float32).chat()
     for message in ("Hi", "Ho"):
@@ -317,7 +316,7 @@ def test_thoughts_are_shown_but_forgotten(fine_tune, cli):
 ])
 @pytest.mark.parametrize("n_taken", [0, 1, 3])
 def test_a_conversation_has_one_answer_at_a_time(chat_model, change, n_taken):
-    """Another answer, or a change of the messages, ends the first answer as its caller could have ended it."""
+    """Another answer, or a change to the messages, ends the first answer as its caller could have."""
     llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=CONTEXT)
     results = []
     for is_closed in (True, False):

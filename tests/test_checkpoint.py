@@ -30,7 +30,7 @@ def save(path: Path, tensors):
 # ---- Writing --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_read(tmp_path):
+def test_tensors_are_read_as_saved(tmp_path):
     """Tensors of every dtype and layout are read as they were saved."""
     path, quantization = tmp_path / "model.pth", {"mode": "int4", "groupsize": 32}
     tensors = {
@@ -66,7 +66,7 @@ def test_wrong_tensors_leave_the_old_file(tmp_path):
 
 
 def test_a_killed_process_leaves_the_old_file(tmp_path):
-    """A killed save leaves the old file and a temporary file, which the next save removes."""
+    """A killed save leaves the old file and a temporary one, which the next save removes."""
     path = tmp_path / "model.pth"
     path.write_text("old")
 

@@ -1,5 +1,4 @@
-"""--checkpoint_path takes a model's folder or a .gguf: the first start converts it, and later starts find the
-result."""
+"""--checkpoint_path takes a folder or a .gguf: the first start converts it, and later starts find the result."""
 
 import json
 import os
@@ -88,8 +87,8 @@ def test_replaced_sources_are_converted_again(folder, tmp_path, capsys):
 
 
 def test_a_quantized_file_of_replaced_sources_is_stale(folder):
-    """A quantized file is not used after the sources were replaced, even if the file is newer than the sources and the
-    only model in the folder."""
+    """After the sources were replaced, a quantized file is not used, even if it is newer than they are and the only
+    model in the folder."""
     model, quantized, weights = ensure_converted(folder), folder / "model_int8.pth", folder / "model.safetensors"
     call_main(quantize.main, "--checkpoint_path", model)
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
@@ -106,8 +105,7 @@ def test_a_quantized_file_of_replaced_sources_is_stale(folder):
 
 @pytest.mark.parametrize("broken", ["", "{}", "[]", '{"stale models": []}'])
 def test_after_a_broken_record_every_other_model_is_stale(broken, folder):
-    """Without a valid record no converted model is used, because only the record names the files a model was made
-    from."""
+    """Without a valid record no converted model is used, because only the record tells from which files it was made."""
     model, quantized, record = ensure_converted(folder), folder / "model_int8.pth", folder / "model.sources.json"
     call_main(quantize.main, "--checkpoint_path", model)
     record.write_text(broken)
@@ -116,8 +114,8 @@ def test_after_a_broken_record_every_other_model_is_stale(broken, folder):
     assert ensure_converted(folder) == model and quantized.is_file()
 
 
-def test_a_record_that_cannot_be_written_is_as_it_was(folder, monkeypatch):
-    """If the record cannot be written, the old record stays, and the next start converts again."""
+def test_a_record_that_cannot_be_written_stays(folder, monkeypatch):
+    """If the record cannot be written, the old one stays, and the next start converts again."""
     record, weights = folder / "model.sources.json", folder / "model.safetensors"
     before = ensure_converted(folder) and record.read_bytes()
     save_file({name: t + 1 for name, t in load_file(weights).items()}, weights, {"format": "pt"})
@@ -151,7 +149,7 @@ def test_every_command_takes_a_folder(folder, capsys):
 
 
 def test_files_that_hold_no_weights(folder, tmp_path):
-    """A trainer's other files are not taken for weights. Of two models of the same weights, the newer one is used."""
+    """Other files of a trainer do not count as weights. Of two models with the same weights, the newer one is used."""
     model = ensure_converted(folder)
     for name in ("training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(b"not weights")
@@ -173,8 +171,8 @@ def test_metas_folder(tmp_path, capsys):
 
 
 def test_a_folder_around_the_models(folder, tmp_path):
-    """A folder that contains the model's folder works, such as a repository with Meta's files in "original", and the
-    hub's cache with its "snapshots"."""
+    """A folder around that of the model works, such as a repository with Meta's files in "original", or the cache of
+    the hub with its "snapshots"."""
     for outer in (tmp_path / "repository/original", tmp_path / "cache/snapshots/1f2e"):
         shutil.copytree(folder, outer)
         top = tmp_path / outer.relative_to(tmp_path).parts[0]
@@ -185,8 +183,7 @@ def test_a_folder_around_the_models(folder, tmp_path):
 
 
 def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
-    """A GGUF is converted to a folder beside it, named after the file. A folder with only one GGUF stands for that
-    GGUF."""
+    """A GGUF is converted to a folder beside it, with its name. A folder with only one GGUF stands for it."""
     file = write_gguf(tmp_path / "tiny.Q8_0.gguf", make_llama(vocab_size=4), "Q8_0")
     model = tmp_path / "tiny.Q8_0-gguf/model.pth"
     call_main(generate.main, "--checkpoint_path", file, *RUN, "--prompt", "ab")
@@ -216,7 +213,7 @@ def test_a_split_gguf_is_one_model(tmp_path, capsys):
 
 
 def test_quantized_weights_are_found_again(mxfp4, tmp_path, capsys):  # noqa: F811
-    """A quantized result is found under its format's name, also after an adapter was merged."""
+    """A quantized result is found under the name of its format, also after an adapter was merged."""
     folder, _, theirs = mxfp4
     assert ensure_converted(folder) == ensure_converted(folder) == folder / "model_mxfp4.pth"
     assert capsys.readouterr().err.count("Converting") == 1

@@ -1,5 +1,5 @@
 """generate.py as a command: the fields of --json, the output and its order, and the same text for the same options.
-test_mistakes.py has wrong options, test_chat.py conversations."""
+test_mistakes.py tests wrong options, test_chat.py conversations."""
 
 import io
 import json
@@ -159,7 +159,7 @@ def test_compiled_is_eager(chat_model, ask):
 
 @pytest.mark.parametrize("prompt, status", [("S", 0), ("", 2)])
 def test_process(recall_model, prompt, status):
-    """In a process of its own, generate.py prints the one JSON object or nothing to stdout, and nothing or one line to
+    """In a process of its own, generate.py prints one JSON object or nothing to stdout, and nothing or one line to
     stderr."""
     python = [sys.executable, "-I"] if status == 0 else [sys.executable]  # -I: sys.path lacks the script's folder
     command = [*python, ROOT / "generate.py", f"--checkpoint_path={recall_model / 'model.pth'}", "--device=cpu"]
@@ -187,7 +187,7 @@ def test_the_summary_without_room_for_a_measurement(recall_model, tmp_path, monk
     "is_parallel, free, hint",
     [(False, 1000, generate.OOM_HINT), (True, 1000, generate.OOM_HINT), (True, 2000, "--parallel 1 fits")],
 )
-def test_an_error_for_lack_of_memory_ends_with_what_helps(
+def test_an_out_of_memory_error_ends_with_advice(
     recall_model, tmp_path, monkeypatch, capsys, is_parallel, free, hint
 ):
     (tmp_path / "prompts").write_text("a\nb\n")
@@ -203,8 +203,8 @@ def test_an_error_for_lack_of_memory_ends_with_what_helps(
 
 
 @pytest.mark.parametrize("caches_hold_it", [False, True])
-def test_the_summary_names_the_share_of_what_memory_gives(recall_model, monkeypatch, capsys, caches_hold_it):
-    """The summary names the share of memory's bandwidth, unless the model fits in the processor's caches."""
+def test_the_summary_states_the_share_of_bandwidth(recall_model, monkeypatch, capsys, caches_hold_it):
+    """The summary states the share of memory bandwidth, unless the model fits into the caches of the processor."""
     monkeypatch.setattr(machine, "cache_bytes", lambda: 2**20 if caches_hold_it else 0)
     set_up(monkeypatch, recall_model / "model.pth", ["--prompt=a", "--max_new_tokens=4", "--ignore_eos"])
     run_script(generate.main)

@@ -1,5 +1,5 @@
-"""compare_llama_cpp.py gives both sides the same weights and computes the right medians and ratios. Runs without
-llama.cpp."""
+"""compare_llama_cpp.py gives both sides the same weights, and computes the right medians and ratios. llama.cpp is not
+needed."""
 
 import shutil
 import sys
@@ -56,7 +56,7 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
     renamed = rename_gguf_tensors(stored, back, torch.bfloat16, find_architecture(meta))
     write_model(tmp_path / "back.pth", CanonicalCheckpoint(back, *renamed))
     _, _, tensors = read_checkpoint(tmp_path / "back.pth")
-    # A GGUF has the divisors of RoPE's frequencies, and not the rule that gives the divisors.
+    # A GGUF has the divisors of the RoPE frequencies, but not the rule that gives them.
     assert replace(back, rope_scaling=config.rope_scaling) == config
     torch.testing.assert_close(rope_frequencies(back, length=1), rope_frequencies(config, length=1))
     assert tensors.keys() == weights.keys() and all(torch.equal(t, weights[name]) for name, t in tensors.items())
@@ -134,7 +134,7 @@ def test_rounds(model, tmp_path, monkeypatch):
 
 
 def test_medians_over_rounds():
-    """The ratio is the median of the rounds' ratios 2, 1 and 3, and not the ratio of the medians, which are equal."""
+    """The ratio is the median of the ratios 2, 1 and 3 in the rounds, not the ratio of the medians, which are equal."""
     sizes = {name: 10**6 for pair in compare.PAIRS for name in pair}
     rounds = []
     for ours, theirs in ((10, 5), (20, 20), (60, 20)):

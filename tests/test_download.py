@@ -1,4 +1,4 @@
-"""download.py and prepare.sh download the right files, from a small server with the hub's API."""
+"""download.py and prepare.sh download the right files, from a small server with the API of the hub."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def url(tmp_path_factory):
 
 @pytest.fixture
 def run_download(url, tmp_path, monkeypatch, capsys):
-    """Returns a function that runs download.py against the server, in tmp_path: (exit status, stderr's lines)."""
+    """Returns a function that runs download.py against the server, in tmp_path: (exit status, lines of stderr)."""
     use_hub(monkeypatch, url)
     monkeypatch.chdir(tmp_path)
 

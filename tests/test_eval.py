@@ -1,4 +1,4 @@
-"""eval.py gives transformers' perplexity, and the answers of lm_eval's own Hugging Face class for the same weights."""
+"""eval.py gives the perplexity of transformers, and the answers that lm_eval's own class for Hugging Face gives."""
 
 import functools
 import json
@@ -41,8 +41,8 @@ TASKS = {
 
 @pytest.fixture(scope="module", params=[False, True], ids=["", "bos"])
 def folder(request, tmp_path_factory):
-    """Returns the folder of a model with a context of 256, its tokenizer (with or without a beginning-of-sequence
-    token) and local tasks."""
+    """The folder of a model with a context of 256, its tokenizer (with or without a beginning-of-sequence token) and
+    local tasks."""
     folder = tmp_path_factory.mktemp("model")
     write_folder("llama3", folder)
     if request.param:
@@ -72,7 +72,7 @@ def no_environment(monkeypatch):
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    """Returns our (model, tokenizer)."""
+    """(model, tokenizer)"""
     return load_model(folder / "model.pth", "cpu", torch.float32), load_tokenizer(folder)
 
 
@@ -86,7 +86,7 @@ def run_eval(monkeypatch, capsys, folder, *args: str) -> str:
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    """Returns transformers' (model, tokenizer)."""
+    """(model, tokenizer) of transformers"""
     return hf.AutoModelForCausalLM.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
 
 
@@ -126,7 +126,7 @@ def test_score_does_not_depend_on_the_batch(ours):
 
 @pytest.fixture(scope="module")
 def lm_evals_own(folder):
-    """Returns lm_eval's class for transformers' models."""
+    """The class of lm_eval for models of transformers."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)

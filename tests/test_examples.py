@@ -1,5 +1,5 @@
-"""The examples in docstrings are right. Those of RUN run on a tiny model. In all others, every function, method and
-attribute exists, and the arguments fit. Commands have only options of their script.
+"""The examples in docstrings are right. Those in RUN run on a tiny model. In all others, every function, method and
+attribute exists, and the arguments fit. Commands use only options that their script has.
 
 An example is an indented block of Python that calls something.
 """
@@ -28,7 +28,7 @@ from tests.test_readme import PAGES, sources
 from tests.tiny import call_main, write_folder
 from utils.files import ROOT
 
-RUN = (  # the other examples need a GPU or more files, or are a part of a longer function
+RUN = (  # other examples need a GPU or more files, or are part of a longer function
     "checkpoint.py", "cli/interrupts.py", "converters/convert_folder.py", "converters/hf_config.py",
     "converters/checkpoint_path.py", "engine/chat.py", "engine/generation.py", "engine/runner.py", "engine/sampling.py",
     "engine/scheduler.py", "engine/sequence.py", "engine/speculate.py", "evaluation/scoring.py", "ops/aten.py",
@@ -39,8 +39,8 @@ FOLDERS = ("checkpoints/M", "checkpoints/SmolLM2-135M-Instruct", "checkpoints/me
 
 
 def docstrings(path: Path) -> list[str]:
-    """Returns the docstrings of a file, with the indentation of their code. (ast would also remove the indentation of
-    an example, if the docstring is one line and the example.)"""
+    """Returns the docstrings of a file, indented like its code. (From a docstring of one line and an example, ast would
+    also remove the indentation of the example.)"""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
     found = [node for node in nodes if ast.get_docstring(node) is not None]
@@ -85,7 +85,7 @@ def load_module(file: str):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """Makes the paths that examples name. Each of FOLDERS has a converted model."""
+    """The paths that examples name. Each of FOLDERS has a converted model."""
     tree = tmp_path_factory.mktemp("tree")
     for folder in FOLDERS:
         write_folder("llama2", tree / folder, max_position_embeddings=2048)
@@ -96,7 +96,7 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def given(tree) -> dict:
-    """Returns the names that examples use without a definition or an import."""
+    """Names that examples use without a definition or an import."""
     model, tokenizer = load(tree / "checkpoints/M/model.pth", device="cpu")
     kv_cache, ids = KVCache(model, batch_size=1, max_seq_len=300), tokenizer.encode("Once upon a time")
     runner = ModelRunner(model, kv_cache)
@@ -126,8 +126,7 @@ def test_example_runs(file, example, tree, given, monkeypatch):
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, list]:
-    """Returns name -> the functions and classes of the project with this name, and the members of its classes and of
-    some others."""
+    """name -> functions and classes of the project with this name, and members of its classes and of some others"""
     found: dict[str, list] = {}
     for name in re.findall(r"\bself\.(\w+)", " ".join(path.read_text() for path in sources())):
         found[name] = []

@@ -1,6 +1,6 @@
-"""A broken file of any kind gives a working command, or one line and exit status 2: no traceback, no hang, no crash,
-and no memory as large as a header claims. The files are config.json, index.json, safetensors, GGUF, model.pth and the
-files of a tokenizer.
+"""With a broken file of any kind, a command works, or prints one line and exits with status 2: no traceback, no hang,
+no crash, and no memory as large as a header claims. The files are config.json, index.json, safetensors, GGUF, model.pth
+and those of a tokenizer.
 
 Each example is a folder. A process of its own (worker.py) runs the real commands on it, with bounded memory.
 """
@@ -41,12 +41,12 @@ FAMILY = st.sampled_from(["llama3", "mixtral"])
 
 
 class Commands:
-    """A worker process, which is started again after it has died or hung."""
+    """A worker process, which is restarted after it has died or hung."""
 
     process = None
 
     def __call__(self, *args) -> int:
-        """Runs a command, which must work or fail in one line. Returns its exit status."""
+        """Runs a command, which must work or fail with one line, and returns its exit status."""
         if self.process is None:
             self.start()
         self.process.stdin.write(json.dumps([str(a) for a in args]) + "\n")
@@ -83,7 +83,7 @@ def commands():
 
 
 def converts(commands, folder: Path) -> int:
-    """Converts folder, and checks that the result runs."""
+    """Converts folder and checks that the result runs."""
     status = commands("convert", "--checkpoint_dir", folder)
     if status == 0:
         generates(commands, folder / "model.pth")
@@ -100,7 +100,7 @@ def generates(commands, path: Path, *args) -> int:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """Returns a folder of folders that work, and of files to break."""
+    """A folder of folders that work, and of files to break."""
     root = tmp_path_factory.mktemp("good")
     for family in ("llama3", "mixtral"):
         make_folder(family, root / family)
@@ -125,7 +125,7 @@ MODEL_FILES = ["model.pth", "model_int8.pth", "model_int4.g32.pth", "model_forma
 
 
 def make_folder(family: str, folder: Path):
-    """Makes a Hugging Face folder, and MODEL_FILES of it."""
+    """Makes a Hugging Face folder, and MODEL_FILES from it."""
     make_hf(family, vocab_size=1000, hidden_size=64, intermediate_size=96).save_pretrained(folder)
     train("llama3").save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATES["chatml"]}
@@ -154,8 +154,8 @@ def sentencepiece_model() -> bytes:
 
 @pytest.fixture
 def broken(good, tmp_path):
-    """Returns a function (a folder of good, {name: content, or None for no such file}) that makes a folder with these
-    files, and with links to all other files of good."""
+    """(a folder in good, {name: content, or None for no such file}) -> a folder with these files, and links to all
+    others in good"""
 
     def make(folder: str, files: dict[str, bytes | None]) -> Path:
         shutil.rmtree(tmp_path)
@@ -199,7 +199,7 @@ ODD_TENSORS = st.sampled_from(
 
 
 def places_in(document) -> list[tuple]:
-    """Returns (container, key) of every value in a JSON document, with at most 200 of one container."""
+    """Returns (container, key) of every value in a JSON document, but at most 200 in one container."""
     places, to_do = [], [document]
     while to_do:
         node = to_do.pop()
@@ -211,7 +211,7 @@ def places_in(document) -> list[tuple]:
 
 @st.composite
 def mutated(draw, document):
-    """Returns a JSON document with a few values replaced, removed, renamed, swapped or doubled."""
+    """A JSON document with a few values replaced, removed, renamed, swapped or doubled."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
         places = places_in(document)
@@ -233,8 +233,7 @@ def mutated(draw, document):
 
 @st.composite
 def corrupted(draw, data: bytes, start: int = 0, stop: int | None = None):
-    """Returns data with a few bytes between start and stop (from the end if negative) overwritten, removed or
-    inserted."""
+    """data with a few bytes between start and stop (from the end if negative) overwritten, removed or inserted."""
     stop = len(data) if stop is None else stop
     for _ in range(draw(st.integers(1, 3))):
         i = draw(st.integers(start, stop) if start >= 0 else st.integers(len(data) + start, len(data)))
@@ -259,7 +258,7 @@ def dumps(document) -> bytes:
 
 
 def broken_json(text: bytes):
-    """Returns a JSON file with other values, or with other bytes."""
+    """A JSON file with other values, or with other bytes."""
     return mutated(json.loads(text)).map(dumps) | corrupted(text)
 
 

@@ -1,4 +1,4 @@
-"""generate() gives transformers' tokens, whether the prompt is cut into chunks, batched, cached or compiled."""
+"""generate() gives the tokens of transformers, whether the prompt is cut into chunks, batched, cached or compiled."""
 
 import gc
 import weakref
@@ -31,7 +31,6 @@ def new_tokens(runner, prompt: torch.Tensor, n: int, start: int = 0) -> torch.Te
 
 
 def fresh_runner(model, rows: int, length: int, params: SamplingParams = GREEDY):
-    """Returns a ModelRunner with an empty KV cache."""
     return ModelRunner(model, KVCache(model, rows, length), params)
 
 
@@ -77,7 +76,7 @@ def test_rows_are_independent(family, both_models):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_what_the_cache_held_before_does_not_matter(family, both_models):
+def test_old_contents_of_the_cache_do_not_matter(family, both_models):
     ours = both_models(family)[1]
     kv_cache = KVCache(ours, 2, 80)
     runner = ModelRunner(ours, kv_cache, GREEDY)
@@ -114,7 +113,7 @@ def test_a_cache_that_nothing_uses_is_freed_at_once(both_models):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one(n, monkeypatch):
-    """The class Event has only the methods of torch.cuda.Event. Tokens are in the host's copy once its Event is
+    """The class Event has only the methods of torch.cuda.Event. Tokens are in the copy on the host once its Event is
     complete."""
     calls, copies, event_class = [], [], torch.cuda.Event
 
@@ -144,8 +143,7 @@ def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one(n, mon
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_random_numbers_are_those_of_single_draws(batch_size, both_models):
-    """draw_uniform draws the numbers of all steps at once. They are those that as many draws of one number give, which
-    is how a Scheduler draws."""
+    """draw_uniform draws the numbers of all steps at once. They equal those that a Scheduler draws one by one."""
     runner = fresh_runner(both_models("llama3")[1], batch_size, 8, SamplingParams(1.0))
     drawn = list(runner.draw_uniform(300, batch_size, torch.Generator().manual_seed(5)))
     generator = torch.Generator().manual_seed(5)
@@ -171,7 +169,7 @@ def test_conversation_continues_from_the_cache(family, both_models):
     ours, first, second = both_models(family)[1], prompt_of(2, 21), prompt_of(2, 9)
     runner = fresh_runner(ours, 2, 80)
     answer = new_tokens(runner, first, 20)
-    more = torch.cat([answer[:, -1:], second], 1)  # the last token of an answer has not been fed yet
+    more = torch.cat([answer[:, -1:], second], 1)  # the last token of an answer has not been read yet
     continued = new_tokens(runner, more, 20, start=40)
     whole = torch.cat([first, answer, second], 1)
     assert torch.equal(continued, new_tokens(fresh_runner(ours, 2, 80), whole, 20))
@@ -208,8 +206,8 @@ def test_prefill_in_chunks_is_prefill(family, chunk, both_models, monkeypatch):
 
 
 def check_compiled(ours, rows: int, warm, cases, **compile):
-    """Checks that compiled steps give the eager steps' tokens. After the calls of warm, nothing more is compiled for
-    cases. Both are lists of (start, prompt tokens, new tokens). Returns dynamo's counters."""
+    """Checks that compiled steps give the tokens of eager ones, and that after the calls in warm, nothing more is
+    compiled for cases. Both are lists of (start, prompt tokens, new tokens). Returns the counters of dynamo."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager_cache, cache = KVCache(ours, rows, 64), KVCache(ours, rows, 64)
@@ -229,7 +227,7 @@ def check_compiled(ours, rows: int, warm, cases, **compile):
 
 @pytest.fixture
 def without_inductor(monkeypatch):
-    """Lets torch.compile capture and guard graphs, but run them with PyTorch, without Inductor, which takes long."""
+    """torch.compile captures and guards graphs, but runs them in PyTorch, since Inductor takes long."""
 
     torch_compile = torch.compile
 
@@ -256,7 +254,7 @@ def test_compiled_decode(family, use_kernels, rows, both_models, without_inducto
 def test_kernels_compile(family, both_models):
     """torch.compile of a model with kernels has no graph break, and gives the same logits."""
     ours = both_models(family)[1]
-    # One family goes all the way to machine code. All other families show that calls are captured without a break.
+    # One family goes all the way to machine code. The others show that calls are captured without a break.
     step = torch.compile(ours, fullgraph=True, backend="inductor" if family == "qwen3" else "aot_eager")
     kv_cache, compiled_cache = KVCache(ours, 1, 20), KVCache(ours, 1, 20)
     for i in range(4):
@@ -268,7 +266,7 @@ def test_kernels_compile(family, both_models):
 
 @pytest.mark.parametrize("family", ["llama3", "mixtral"])
 def test_compiled_prefill(family, both_models, monkeypatch, without_inductor):
-    if family == "mixtral":  # experts are not compiled, and the other layers are llama3's
+    if family == "mixtral":  # its experts are not compiled, and its other layers are those of llama3
         without_inductor()
     monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 16)  # of two sequences
     warm, cases = [(5, 9, 1)], [(0, 2, 9), (0, 11, 9), (29, 5, 9), (0, 1, 9), (0, 63, 2)]
@@ -278,8 +276,7 @@ def test_compiled_prefill(family, both_models, monkeypatch, without_inductor):
 
 
 def test_compiled_prefill_with_kernels(both_models, monkeypatch, without_inductor):
-    """A compiled prefill, whose chunks have more tokens than a step, uses the kernels for prompts if the CPU has
-    any."""
+    """A compiled prefill, with more tokens in a chunk than in a step, uses the kernels for prompts if there are any."""
     without_inductor()
     monkeypatch.setattr(runner_module, "CPU_PREFILL_CHUNK_TOKENS", 2 * 40)  # of two sequences
     cases = [(0, 37, 9), (29, 34, 1), (0, 63, 1)]

@@ -1,5 +1,4 @@
-"""convert_gguf.py --keep: quantized weights stay quantized, as exact as the formats allow, and the file grows
-little."""
+"""convert_gguf.py --keep: quantized weights stay as exact as our formats allow, and the file grows little."""
 
 import re
 from collections import Counter
@@ -37,9 +36,9 @@ from utils.errors import UsageError
 
 INT8_G16, INT8_G32 = GroupedInt8(16, torch.float16), GroupedInt8(32, torch.float16)
 F16 = 2.0**-11  # the largest relative error of rounding to float16
-# The bound of each type's error, in steps of a code. A zero is rounded to sixteenths of a step, with 5 bits to eighths.
-# A product of scales is rounded to float16, and the error is multiplied with the distance of a code from the zero: at
-# most 32 (16 and 16, for 4 and 5 bits, as random_blocks makes them).
+# How far each type may be off, in steps of a code. A zero is rounded to sixteenths of a step, with 5 bits to eighths. A
+# product of scales is rounded to float16, and its error is multiplied by the distance of a code from the zero, which is
+# at most 32 (16 and 16, for 4 and 5 bits, as random_blocks makes them).
 BOUNDS = {
     "Q4_0": 0, "Q5_0": 0, "Q8_0": 0, "Q4_1": 1 / 32, "Q5_1": 1 / 16, "Q4_K": 1 / 32 + 32 * F16,
     "Q5_K": 1 / 16 + 64 * F16, "Q6_K": 32 * F16,
@@ -57,7 +56,7 @@ def theirs_of(rows: torch.Tensor, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_codes_are_kept(name):
-    """Blocks have the values that the gguf package computes, and our formats come as close as they can."""
+    """Blocks decode to the values that the gguf package computes, and our formats come as close as they can."""
     rows = random_rows(name)
     rows[0] = 0  # scales and minima of 0
     if name in ("Q4_1", "Q5_1"):  # a group of one number
@@ -87,8 +86,8 @@ def test_mxfp4_is_kept():
 
 
 def test_groups_far_from_zero_are_rounded_again():
-    """A group whose values are all far from 0 is rounded again, because Int4 and GroupedInt8 have no zero point so far
-    from 0."""
+    """A group with all values far from 0 is rounded again, because Int4 and GroupedInt8 have no zero point that far
+    out."""
     rows = random_rows("Q4_1", n=4, k=64)
     rows[0, 2:4] = torch.tensor([2.0], dtype=torch.float16).view(torch.uint8)  # a minimum of some 200 steps
     groups, expected = decode_rows(rows, GGMLType.Q4_1), theirs_of(rows, "Q4_1")
@@ -114,8 +113,8 @@ def test_groups_far_from_zero_are_rounded_again():
     ],
 )
 def test_reported_rounding_error(name, format, largest):
-    """The reported error is a step divided by the root of 12, for steps of a 254th, or a 15th, of the range of a
-    group's codes."""
+    """The reported error is a step over the root of 12, for steps of a 254th, or a 15th, of the range of codes in a
+    group."""
     groups = decode_rows(random_rows(name), GGMLType[name])
     tensors, is_kept = convert_groups(groups, format)
     deviation = RoundingErrors()
@@ -125,7 +124,7 @@ def test_reported_rounding_error(name, format, largest):
 
 
 def make_stack(name: str, **parts: tuple[str, int, int]) -> TargetWeight:
-    """Makes a stack of parts, which have types, outputs and inputs, but no numbers."""
+    """Returns a stack of parts that have types, outputs and inputs, but no numbers."""
     shapes = [(GGMLType[kind], gguf.quant_shape_to_byte_shape((n, k), GGMLType[kind])) for kind, n, k in parts.values()]
     stored = [GGUFTensor(kind, np.broadcast_to(np.uint8(0), shape)) for kind, shape in shapes]
     shape = torch.Size([sum(part.shape()[0] for part in stored), stored[0].shape()[1]])
@@ -137,13 +136,13 @@ def size_limit(stacks: list[TargetWeight]) -> float:
 
 
 def test_which_weights_are_rounded_again():
-    """With Llama-3.1-8B's sizes, only value projections of Q4_K_M lose their 6 bits, and most weights of Q5_K_M become
-    4 bits. The result takes at most 1.1 times the GGUF's size."""
+    """In the sizes of Llama-3.1-8B, only value projections of Q4_K_M lose their 6 bits, and most weights of Q5_K_M
+    become 4 bits. The result is at most 1.1 times as large as the GGUF."""
     stack = make_stack
     for default in ("Q4_K", "Q5_K"):
         stacks = [stack("embed_tokens", w=(default, 128256, 4096)), stack("lm_head", w=("Q6_K", 128256, 4096))]
         for i in range(32):
-            more = "Q6_K" if i < 4 or i >= 28 or (i - 4) % 3 == 2 else default  # llama.cpp's mixture
+            more = "Q6_K" if i < 4 or i >= 28 or (i - 4) % 3 == 2 else default  # as llama.cpp mixes them
             qkv = {"q": (default, 4096, 4096), "k": (default, 1024, 4096), "v": (more, 1024, 4096)}
             stacks.append(stack(f"layers.{i}.attention.qkv_proj", **qkv))
             stacks.append(stack(f"layers.{i}.attention.o_proj", w=(default, 4096, 4096)))
@@ -171,8 +170,8 @@ SMALL_MODELS = {
 
 @pytest.mark.parametrize("name", SMALL_MODELS)
 def test_a_tied_head_keeps_its_bits(name):
-    """A tied head in Q6_K, as in a Q4_0 file, becomes 8 bits without groups. To stay within the size limit, a few of
-    the layers' 4-bit weights get larger groups."""
+    """A tied head in Q6_K, as in a Q4_0 file, becomes 8 bits without groups. To stay within the size limit, a few 4-bit
+    weights of the layers get larger groups."""
     n_layers, dim, n_q, n_k, n_ff, vocab_size, head_type, head_format, most_rounded = SMALL_MODELS[name]
     head, layers = make_stack("embed_tokens", w=(head_type, vocab_size, dim)), []
     for i in range(n_layers):
@@ -193,8 +192,8 @@ def test_a_tied_head_keeps_its_bits(name):
 
 
 def test_formats_that_save_nothing():
-    """A format is not chosen if it saves nothing: with 32 inputs, groups of 128 have as many scales as groups of 32,
-    and a float32 is larger than a float16."""
+    """A format that saves nothing is not chosen: with 32 inputs, groups of 128 have as many scales as groups of 32, and
+    a float32 is larger than a float16."""
     stack = make_stack("lm_head", w=("Q8_0", 64, 32))
     assert stack.formats == [INT8_G32, INT4]
     choose_formats([stack], stack.n_bytes[INT4])
@@ -246,8 +245,8 @@ MIXTURES = {
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_files(name, tmp_path, capsys):
-    """The weights are close to the same file's weights in float32. The logits are the logits of transformers' model
-    with our weights, dequantized."""
+    """The weights are close to those of the same file in float32. The logits are those that transformers computes with
+    our weights, dequantized."""
     family, sizes, default, others, formats, said, error = MIXTURES[name]
     theirs = make_llama(**sizes) if family == "llama" else make_hf(family, **sizes)
     file = write_gguf(tmp_path / "m.gguf", theirs, default, others=others)

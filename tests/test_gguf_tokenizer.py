@@ -1,4 +1,4 @@
-"""gguf_tokenizer.py: the tokenizer made of a GGUF's vocabulary encodes like the vocabulary's original tokenizer."""
+"""gguf_tokenizer.py: a tokenizer made from the vocabulary of a GGUF encodes like the original."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ TEXTS = [
 
 
 def convert_vocabulary(meta: dict, folder: Path):
-    """Returns the tokenizer that is made of a GGUF with this vocabulary."""
+    """Returns the tokenizer made from a GGUF with this vocabulary."""
     theirs = make_llama(hidden_size=64, vocab_size=len(meta["tokenizer.ggml.tokens"]), num_hidden_layers=1)
     convert_gguf(write_gguf(folder / "m.gguf", theirs, "Q8_0", meta), folder, torch.bfloat16)
     return load_tokenizer(folder)
@@ -76,8 +76,8 @@ def test_sentencepiece(tmp_path):
 
 
 def test_sentencepiece_of_gemma(tmp_path):
-    """Gemma's tokenizer adds no space before a text, never cuts pieces of spaces and newlines, and has an <unk> of type
-    control."""
+    """The tokenizer of Gemma adds no space before a text, never cuts pieces of spaces and newlines, and has an <unk> of
+    type control."""
     model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type = 2  # BPE
     model.trainer_spec.byte_fallback = True
@@ -110,7 +110,7 @@ def test_sentencepiece_of_gemma(tmp_path):
 
 
 def published_patterns() -> dict[str, str]:
-    """Returns the patterns by which tiktoken, transformers and mistral_common cut texts, by tokenizer.ggml.pre."""
+    """Returns the patterns with which tiktoken, transformers and mistral_common cut texts, by tokenizer.ggml.pre."""
     with mock.patch.object(tiktoken_ext.openai_public, "load_tiktoken_bpe", return_value={}):
         cl100k, o200k = tiktoken_ext.openai_public.cl100k_base(), tiktoken_ext.openai_public.o200k_base()
     tekken = json.loads((Path(mistral_common.__file__).parent / "data/tekken_240911.json").read_text())
@@ -132,7 +132,7 @@ def test_texts_are_cut_as_published():
 
 
 def pre_tokenizer(pre: str):
-    """Returns the pre_tokenizer of tokenizer.json for this tokenizer.ggml.pre."""
+    """Returns the pre_tokenizer in tokenizer.json for this tokenizer.ggml.pre."""
     byte_level = tk.pre_tokenizers.ByteLevel
     if pre in ("gpt-2", "mellum"):
         return byte_level(False)

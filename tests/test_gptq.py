@@ -1,4 +1,4 @@
-"""gptq.py rounds weights so that a layer's outputs change less than by rounding to nearest."""
+"""gptq.py rounds weights so that the outputs of a layer change less than by rounding to nearest."""
 
 
 import pytest
@@ -45,8 +45,8 @@ def test_gptq_of_experts_is_gptq_of_each_and_rounds_the_unseen():
 
 
 def test_calibration_runs_the_model():
-    """Calibration computes the model's outputs, with each layer's own RoPE and window: weights that rounding does not
-    change give the same outputs."""
+    """Calibration runs each layer with its own RoPE and window: with weights that rounding does not change, the model
+    has the same outputs."""
     model = to_ours(make_hf("gemma3"), use_kernels=False)
     rounded = Int4(32)
     for _, linear in model.quantizable_linears():
@@ -66,7 +66,7 @@ def test_calibration_runs_the_model():
 
 
 def test_gptq_of_inputs_that_are_all_zero(capsys):
-    """Inputs that are all zero do not say which columns matter, so weights are rounded to nearest."""
+    """Inputs that are all zero do not tell which columns matter, so weights are rounded to nearest."""
     torch.manual_seed(0)
     linear = Linear(64, 16)
     linear.weight.normal_()

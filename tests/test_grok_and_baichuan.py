@@ -1,4 +1,4 @@
-"""Grok-1 and Baichuan, which transformers does not have, against plain PyTorch written after their descriptions."""
+"""Grok-1 and Baichuan, which transformers lacks, against plain PyTorch written after their descriptions."""
 
 import json
 import math
@@ -78,9 +78,8 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def slopes(n_heads: int) -> torch.Tensor:
-    """Returns ALiBi's slopes. For a power of two n, the slopes are the geometric sequence whose first number and ratio
-    are 2^(-8 / n). Any other n takes the slopes of the power of two below n, and then every second slope of the power
-    above n."""
+    """The slopes of ALiBi. For a power of two n, they are a geometric sequence whose first number and ratio are
+    2^(-8 / n). Any other n takes those of the power of two below it, and then every second one of the power above."""
 
     def sequence(n: int) -> list[float]:
         return [(2 ** (-8 / n)) ** (i + 1) for i in range(n)]
@@ -157,7 +156,7 @@ CASES = {  # name: (config.json, function that makes the tensors, function token
 
 
 def write_folder(name: str, folder: Path) -> Path:
-    """Writes the checkpoint of this name as on the hub, and converts it."""
+    """Writes the checkpoint called name as it is on the hub, and converts it."""
     hf, make_tensors, _ = CASES[name]
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf))
@@ -173,8 +172,8 @@ def reference_of(name: str):
 @torch.inference_mode()
 def logits_in_parts(model, tokens: torch.Tensor) -> torch.Tensor:
     """Returns the logits [20 + 14, V] of tokens [2, 20], computed in one batch: a chunk, a token, a chunk. After the
-    first chunk the second row goes back to position 5, so that the rows' start_pos differ, and ends at the 14th token.
-    """
+    first chunk the second row goes back to position 5, so that start_pos differs between rows, and it ends at the 14th
+    token."""
     kv_cache, logits, starts = KVCache(model, 2, 20), torch.empty(2, 20, model.config.vocab_size), [0, 0]
     for n in (11, 1, 8):
         rows = torch.stack([row[start : start + n] for row, start in zip(tokens, starts, strict=True)])
@@ -202,7 +201,7 @@ def test_logits_and_tokens(name, use_kernels, tmp_path):
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["baichuan 13B", "dbrx"])
 def test_quantized(name, mode, tmp_path):
-    """With quantized weights, ALiBi and clipping, the kernels give PyTorch's logits."""
+    """With quantized weights, ALiBi and clipping, the kernels give the logits of PyTorch."""
     if name == "dbrx":
         make_hf(name).save_pretrained(tmp_path)
         path = convert(tmp_path)

@@ -1,4 +1,4 @@
-"""config.json and tensors that differ from transformers' own output are read as transformers reads them, or refused."""
+"""config.json and tensors that transformers would write otherwise are read as transformers reads them, or refused."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.tiny import assert_refused, convert, make_hf, same_logits
 
 @pytest.fixture
 def llama(tmp_path) -> Path:
-    """Returns a folder with a tiny checkpoint."""
+    """A folder with a tiny checkpoint."""
     make_hf("llama2").save_pretrained(tmp_path)
     return tmp_path
 
@@ -30,7 +30,7 @@ def same_as_transformers(folder: Path):
 
 
 def change_tensors(folder: Path, change):
-    """Replaces the tensors of a checkpoint by change(tensors)."""
+    """Replaces the tensors in a checkpoint by change(tensors)."""
     tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
     save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
 

@@ -41,7 +41,7 @@ def test_values_are_kept(case, tmp_path):
 
 
 def test_version_of_gptq(tmp_path):
-    """The zero points of symmetric weights decide the version of GPTQ, and config.json does not."""
+    """The zero points of symmetric weights, not config.json, decide the version of GPTQ."""
     for version in (1, 2):
         family, _, config, quantize = gptq_case("llama2", "int4.g32", version)
         for label in ({"checkpoint_format": "gptq"}, {"checkpoint_format": "gptq_v2"}):
@@ -51,8 +51,7 @@ def test_version_of_gptq(tmp_path):
 
 
 def test_version_of_gptq_in_other_places(tmp_path):
-    """Asymmetric zero points of 4 bits decide the version of GPTQ, too. Those of 8 bits do not, so all labels are
-    read."""
+    """Asymmetric zero points of 4 bits decide the version of GPTQ, too. For 8 bits, all labels are read."""
     for bits in (4, 8):
         family, _, config, quantize = gptq_case("llama2", "", version=2, bits=bits, symmetric=False)
         version = {"checkpoint_format": config.pop("checkpoint_format")}
@@ -73,7 +72,7 @@ OLDER_FILES = [("gptq", "quantize_config.json"), ("awq", "quant_config.json"), (
 
 @pytest.mark.parametrize("case, file", OLDER_FILES)
 def test_the_files_of_older_programs(case, file, tmp_path):
-    """The config files of AutoGPTQ, AutoAWQ and ModelOpt are read, if config.json has no quantization_config."""
+    """The config files of AutoGPTQ, AutoAWQ and ModelOpt are read if config.json has no quantization_config."""
     folder = tmp_path / "m"
     family, _, config, quantize = CASES[case]
     write_quantized(folder, family, None, quantize)
@@ -129,8 +128,8 @@ def test_zero_points_of_zero_minus_one(tmp_path):
     check_weights(path, tmp_path / "m/reference", is_exact=True)
 
 
-# (family, bits, group size): the layers with an order of inputs. If all inputs are one group there is nothing to order,
-# and down_proj's inputs are ordered by the rows of gate_proj and up_proj
+# (family, bits, group size): the layers with an order of inputs. One group of all inputs has nothing to order, and the
+# rows of gate_proj and up_proj order the inputs of down_proj
 ACT_ORDER_CASES = {
     ("llama-bias", 4, 32): ["qkv_proj", "o_proj", "gate_up_proj"],
     ("phi3", 4, 64): ["qkv_proj", "o_proj", "gate_up_proj"],
@@ -198,7 +197,7 @@ def test_act_order_that_is_not_shared(family, tmp_path, capsys):
 
 
 def sort_feed_forward(folder: Path):
-    """Sorts the neurons of the reference's feed-forwards in the order of down_proj's groups."""
+    """Sorts the neurons of each feed-forward in the reference in the order of the groups of down_proj."""
     stored, file = load_file(folder / "model.safetensors"), folder / "reference/model.safetensors"
     dense = load_file(file)
     for name, g_idx in stored.items():
@@ -305,8 +304,8 @@ def test_config_groups_that_differ(tmp_path):
 
 def test_the_target_that_counts(tmp_path):
     """Of several targets, compressed-tensors takes a name first, then the alphabetically first regular expression, then
-    a type. The bits of the other schemes would contradict the tensors. A weight_g_idx of only -1 means no order of
-    inputs."""
+    a type. The bits in the other schemes would contradict the tensors. A weight_g_idx of only -1 means that inputs have
+    no order."""
     family, _, config, _ = packed_case("qwen3", "", 4, 32, False)
     four = config["config_groups"]["group_0"]["weights"] | {"actorder": "dynamic"}
     targets_of = {
@@ -347,15 +346,14 @@ def test_a_quantized_router_becomes_16_bits(tmp_path, capsys):
 
 
 def test_a_single_word_in_a_row():
-    """A row of a single word, such as zero points of up to 8 outputs, is read. PyTorch calls it contiguous, whatever
-    its stride."""
+    """Rows of a single word, such as zero points of up to 8 outputs, are read. PyTorch calls them contiguous whatever
+    their stride."""
     words = torch.tensor([[0x76543210, 1]], dtype=torch.int32).T
     assert unpack_words(words, 4).tolist() == [list(range(8)), [1, *[0] * 7]]
 
 
 def test_only_the_kv_cache_is_quantized(tmp_path):
-    """With the format "dense" only the KV cache is quantized. Its scales are left out, since our KV cache has 16
-    bits."""
+    """With the format "dense" only the KV cache is quantized. Its scales are left out, since ours has 16 bits."""
     make_hf("llama2").save_pretrained(tmp_path)
     expected = read_checkpoint(convert(tmp_path))[2]
     tensors = load_file(tmp_path / "model.safetensors")
@@ -369,8 +367,7 @@ def test_only_the_kv_cache_is_quantized(tmp_path):
 
 
 def test_dense_weights_are_rounded_once(tmp_path):
-    """A weight that is dequantized is computed with float32 scales, although our formats would round the scales to
-    float16."""
+    """A dequantized weight is computed with float32 scales, although our formats would round them to float16."""
     how = {"bits": 4, "symmetric": True, "scale_dtype": torch.float32}
     family, _, config, _ = packed_case("llama2", "", group_size=32, **how)
     eight = {"num_bits": 8, "type": "float", "strategy": "channel"}
@@ -388,7 +385,7 @@ def test_dense_weights_are_rounded_once(tmp_path):
 
 
 def test_scales_of_32_bits(tmp_path, capsys):
-    """Float32 scales become float16. If a scale is too small for float16, the weight becomes 16 bits."""
+    """Float32 scales become float16. If one is too small for that, the weight becomes 16 bits."""
     how = {"bits": 4, "group_size": 32, "symmetric": True, "scale_dtype": torch.float32}
     family, _, config, _ = packed_case("llama2", "int4.g32", **how)
 

@@ -42,7 +42,7 @@ def test_unsupported_methods_are_named(tmp_path):
 
 
 def transform_at(*locations: str) -> dict:
-    """Returns compressed-tensors' transform_config with Hadamard rotations at these locations."""
+    """Returns a transform_config of compressed-tensors with Hadamard rotations at these locations."""
     places = [{"targets": ["Linear"], "location": location, "inverse": False} for location in locations]
     return {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": places}}}}
 
@@ -150,8 +150,7 @@ def test_broken_awq_and_packed(tmp_path):
 
 
 def test_broken_auto_round(tmp_path):
-    """Broken names in extra_config are refused. A name is a layer's name, or a regular expression for the whole
-    name."""
+    """Broken names in extra_config are refused. They are names of layers, or regular expressions for whole names."""
     refuse = broken_checkpoint(tmp_path / "m", "auto-round")
     k_proj = "model.layers.1.self_attn.k_proj"
     refuse("says that '-:.*' .dynamic. is not quantized; .*k_proj", None, {"extra_config": {k_proj: {"bits": 16}}})

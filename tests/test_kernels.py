@@ -76,8 +76,8 @@ def test_linear(format, dtype, n, k):
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_many_tokens(format, dtype):
-    """Matmuls of several blocks of tokens, on AMX if the CPU has it, and as in a prefill. AMX and prefill do not round
-    bfloat16 activations, but weights with a scale for each group."""
+    """Matmuls of several blocks of tokens, on AMX if the CPU has it, and as in a prefill. Instead of bfloat16
+    activations, AMX and prefill round weights with a scale for each group."""
     torch.manual_seed(0)
     is_bf16 = dtype == torch.bfloat16
     on_amx, has_prefill = is_bf16 and library().has_amx_bf16(), library().has_prefill_linear(is_bf16)
@@ -89,7 +89,7 @@ def test_linear_of_many_tokens(format, dtype):
         packed(w).backend = ANY_TOKENS
         for tokens in (6, 9, 15, 16, 17, 33, 64, *((65, 67, 200) if has_prefill else ())):
             x, residual = torch.randn(tokens, k).to(dtype), torch.randn(tokens, n).to(dtype)
-            x[2], x[4, 1] = 0, torch.nan  # zeros and NaN change no other token's result
+            x[2], x[4, 1] = 0, torch.nan  # zeros and NaN do not change the results of other tokens
             for given_norm in (None, norm):
                 case = f"{n}x{k}, {tokens} tokens, norm: {given_norm is not None}"
                 normed = rms_norm_torch(x, norm.weight, norm.eps) if given_norm else x
@@ -160,7 +160,7 @@ def check_activated(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n, k, scale, softcap, clip", EPILOGUES)
 def test_linear_scale_and_softcap(format, dtype, n, k, scale, softcap, clip):
-    """Scale, softcap and clip follow bias and activation and precede the residual. The results lie where softcap is
+    """Scale, softcap and clip come after bias and activation, and before the residual. The results lie where softcap is
     nearly linear, where it bends, and where it is flat."""
     torch.manual_seed(0)
     w = make_linear(n, k, format, dtype, bias=True, out_scale=scale, softcap=softcap, clip=clip)
@@ -202,8 +202,7 @@ def test_epilogue_that_no_kernel_fuses(n, prepare):
 def softcap_with_error(
     y: torch.Tensor, error: torch.Tensor, scale: float, softcap: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns y * scale, capped and clipped, and the error of the result. error: of y. No slope of the softcap exceeds
-    1."""
+    """Returns y * scale, capped and clipped, and its error. error: of y. The slope of softcap never exceeds 1."""
     y = y * scale
     if softcap:
         y = apply_softcap(y, softcap)
@@ -229,7 +228,7 @@ def test_softcap_of_extremes():
 @built
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 def test_a_token_does_not_depend_on_the_tokens_beside_it(format):
-    """Every row of a batch is the row alone, to the last bit. (AMX and plain rows of bf16 sum in another order.)"""
+    """A row has the same bits in a batch as alone. (AMX and plain rows of bf16 sum in another order.)"""
     if library().has_amx_bf16():
         pytest.skip("AMX multiplies many tokens")
     torch.manual_seed(0)
@@ -289,8 +288,8 @@ def test_dequantize_packed(format, dtype):
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extremes(format, dtype):
-    """Results are within the bounds for weights and scales at the ends of their ranges. Activations that are not finite
-    affect only their own row."""
+    """Results stay within their bounds for weights and scales at the ends of their ranges. Activations that are not
+    finite affect only their own row."""
     w = make_linear(32, 64, format, dtype)
     if isinstance(format, Int8):
         w.weight[:8], w.weight[8:16], w.scales[16:20] = -128, 127, 0
@@ -339,7 +338,7 @@ def test_every_value_of_8_and_4_bits(dtype):
 
 
 class Unknown(Int8):
-    """A format without a C++ struct, as a new class is at first."""
+    """A format without a C++ struct, as every new class is at first."""
 
     format_id = 99
 
@@ -347,7 +346,7 @@ class Unknown(Int8):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_format_without_a_struct(dtype):
-    """The weights are dequantized, and the kernels multiply the result."""
+    """Its weights are dequantized, and the kernels multiply the result."""
     torch.manual_seed(0)
     w, embedding = make_linear(48, 72, Unknown(), dtype), make_embedding(48, 72, Unknown(), dtype)
     matrix, rows = w.dequantized_weight(dtype), embedding.dequantized_weight(dtype)
@@ -363,7 +362,7 @@ def test_format_without_a_struct(dtype):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_operations(dtype):
-    """add and activate equal PyTorch's to the last bit, or nearly where an exponential is computed."""
+    """add and activate give the same bits as PyTorch, or nearly so where an exponential is computed."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 37).to(dtype), torch.randn(2, 3, 37).to(dtype)
     assert torch.equal(ops.add(x, y, ops.CPU_BACKEND), x + y)
@@ -396,7 +395,7 @@ def test_permute_inputs(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 def test_embed(dtype, format):
-    """embed equals PyTorch's to the last bit, for any number of tokens, also if the last group of a row is short."""
+    """embed gives the same bits as PyTorch, for any number of tokens, even if the last group of a row is short."""
     torch.manual_seed(0)
     for k in (37,) if isinstance(format, Unquantized) else (64, 72):
         check_embed(make_embedding(50, k, format, dtype), dtype)

@@ -26,7 +26,7 @@ ANY_TOKENS = ops.CPU_BACKEND.with_limits(attend=math.inf)  # kernels for prompts
 
 def check_attention(starts, n_tokens, n_heads, cache: LayerCache, window, norms, **options):
     """Checks attention of n_tokens new tokens in each sequence, at the positions starts. The cache holds NaN where
-    nothing has been written yet. Only the new tokens' keys and values in the cache may change."""
+    nothing has been written yet. Only the keys and values of the new tokens may change in it."""
     (_, n_kv_heads, _, d), dtype = cache.k.shape, cache.k.dtype
     start_pos = torch.tensor(starts)
     qkv = torch.randn(len(starts), n_tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
@@ -40,7 +40,7 @@ def check_attention(starts, n_tokens, n_heads, cache: LayerCache, window, norms,
 
 
 def make_cache(starts, n_kv_heads, length, d, dtype, cos_sin, slopes=None) -> LayerCache:
-    """Makes a cache. starts: how many tokens each sequence has."""
+    """starts: how many tokens each sequence has in the cache"""
     k, v = torch.randn(2, len(starts), n_kv_heads, length, d).to(dtype).unbind()
     for b, start in enumerate(starts):
         k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
@@ -105,7 +105,7 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
 @pytest.mark.parametrize("norm", ["no norm", "norm of heads", "norm of all heads"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, monkeypatch):
-    """The kernel rope_and_cache and PyTorch's attention together, for more tokens than a step has."""
+    """The kernel rope_and_cache together with attention in PyTorch, for more tokens than a step has."""
     torch.manual_seed(0)
     monkeypatch.setattr(attention, "EAGER_QUERIES", 30)
     cos_sin = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 180)
@@ -146,7 +146,7 @@ def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_reference(dtype):
-    """PyTorch's attention against the same exact result, also for more tokens than the kernels take."""
+    """Attention in PyTorch against the same exact result, also for more tokens than the kernels take."""
     torch.manual_seed(0)
     cos_sin = rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64)
     for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 0), (20, [0, 0], 6), (20, [44, 3], 9), (64, [0], 100)]:
@@ -176,7 +176,7 @@ def test_attention_reference_sinks_scale_softcap():
 
 
 @built
-def test_what_does_not_fit_is_refused():
+def test_tokens_beyond_the_cache_are_refused():
     """New tokens beyond the cache raise an error, and nothing is written."""
     cos_sin, weight = rope_table(ModelConfig(64, 1, 4, 2, 16, 48, 64, 64), 8), torch.zeros(1, 2, 8, 16)
     cache = LayerCache(weight, weight.clone(), cos_sin)

@@ -77,7 +77,7 @@ def test_both_sizes_are_one(name, ours):
 
 
 def test_functions_take_the_arguments_of_the_schemas():
-    """In the order of the schemas. All operations of the CPU have a function."""
+    """They take them in the same order, and every operation of the CPU has a function."""
     ops_cpp = (kernels.build.SOURCES / "ops.cpp").read_text()
     kernels.build.check_parameters(ops_cpp)
     assert {*re.findall(r'm.impl\("(\w+)", TORCH_BOX\(&\1\)\);', ops_cpp)} == SCHEMAS.keys()
@@ -106,12 +106,12 @@ def test_formats_and_activations_are_the_same_in_both_languages():
 @built
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v3 -mavxvnni", "x86-64"])
 def test_without_this_cpus_instructions(march):
-    """The kernels' tests pass on the code for CPUs with only AVX2, for CPUs of any kind, and for CPUs with AVX2 and
-    AVX-VNNI, which only products of bytes use.
+    """The tests of the kernels pass on the code for CPUs with only AVX2, for CPUs of any kind, and for CPUs with AVX2
+    and AVX-VNNI, which only products of bytes use.
 
-    To save time, the sizes of heads are 64 and 128, which the code names, and one more, since all sizes use the same
-    instructions, and sharing work among threads, the same code everywhere, is not tested again. -O1 compiles faster
-    than -O3, and with -O0 the tests would take longer."""
+    To save time, heads have 64 and 128 elements, which the code names, or one other size, since all sizes use the same
+    instructions. How threads share work is not tested again, since that code is the same everywhere. -O1 compiles
+    faster than -O3, and with -O0 the tests would take longer."""
     if os.environ.get("CXXFLAGS") or os.uname().machine != "x86_64":
         return
     needs_vnni = "avxvnni" in march
@@ -136,8 +136,8 @@ def build_in_a_process(expected: bool, **env: str) -> str:
 
 
 def test_builds(tmp_path, monkeypatch):
-    """Several processes that build at the same time all get the library. A broken library is built again. A library
-    needs no compiler once it is built, but is used only with the flags it was built with."""
+    """Several processes that build at the same time all get the library. A broken one is built again. Once built, a
+    library needs no compiler, but is used only with the flags that it was built with."""
     script = write_compiler(tmp_path / "compiler")
     cxx = f"{script} -O0"  # a command with an argument
     env = {"XDG_CACHE_HOME": str(tmp_path), "CXX": cxx, "CXXFLAGS": "-O0", "TMPDIR": str(tmp_path)}
@@ -177,9 +177,9 @@ def test_a_folder_from_which_nothing_is_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_the_compiler_ends_with_the_process(sig, tmp_path):
-    """After Ctrl-C the compiler ends, with the processes that it has started, as g++ starts cc1plus.
+    """Ctrl-C ends the compiler and the processes that it has started, as g++ starts cc1plus.
 
-    A command in a shell's background ignores SIGINT, and so do its children, until they set a handler of their own."""
+    A background command of a shell ignores SIGINT, and so do its children, until they set a handler of their own."""
     script, pid = tmp_path / "compiler", tmp_path / "pid"
     script.write_text(f'#!/bin/sh\n[ "$1" = -march=native ] && exit\nsleep 20 &\necho $! >{pid}\nwait\n')
     script.chmod(0o755)
@@ -217,7 +217,7 @@ def test_no_compiler(compiler, tmp_path):
 
 
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
-    """Weights are dequantized to the same bits as by PyTorch."""
+    """They are dequantized to the same bits as by PyTorch."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
     monkeypatch.setattr(packing, "CHUNK_ELEMENTS", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
@@ -238,8 +238,8 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
 
 
 def test_pytorchs_kernels_without_a_compiler(monkeypatch):
-    """PyTorch's own kernels multiply int8 and int4 weights of linear layers with 16-bit activations. All other weights
-    are dequantized."""
+    """Kernels of PyTorch multiply int8 and int4 weights of linear layers with 16-bit activations. All other weights are
+    dequantized."""
     monkeypatch.setattr(kernels.build, "library", lambda: None)
     monkeypatch.setattr(aten, "CHUNK_ROWS", 128)
     for dtype in (torch.bfloat16, torch.float16):
@@ -264,8 +264,8 @@ def test_pytorchs_kernels_without_a_compiler(monkeypatch):
 
 
 def largest_weights(format, exact: torch.Tensor) -> torch.Tensor:
-    """Returns the bound [N, K] of each weight's magnitude in its row or group. PyTorch's int4 kernel adds and subtracts
-    numbers of this size."""
+    """Returns how large the numbers [N, K] are with which kernels of PyTorch compute each weight: its magnitude or, in
+    int4, where they add and subtract, the span of its group."""
     if isinstance(format, Int8):
         return exact.abs()
     groups = split_groups(exact, format.group_size)
@@ -274,7 +274,7 @@ def largest_weights(format, exact: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_check_says_what_is_wrong():
-    """Every check in C++ has a message of four words or more, or the message of validate."""
+    """Every check in C++ has a message of four words or more, or that of validate."""
     code = "".join(path.read_text() for path in kernels.build.SOURCES.iterdir())
     checks = [text.partition(");")[0] for text in code.split("STD_TORCH_CHECK(")[1:]]
     bare = [check for check in checks if not re.search(r'"(\S+ ){3,}\S+"$', check)]

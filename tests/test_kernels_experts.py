@@ -1,4 +1,4 @@
-"""The C++ kernels for feed-forwards, experts and their router against plain PyTorch."""
+"""The C++ kernels for feed-forwards, experts and routers against plain PyTorch."""
 
 from dataclasses import replace
 
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.usefixtures("threads")
 
 
 def check_near(ours: torch.Tensor, expected: torch.Tensor, format):
-    """Checks a result that is two matmuls deep. The bound is a few roundings of the type and, if activations are
-    rounded to int8, 0.7 % of an activation, twice: a step is 1/127 of a group's largest activation, which is about
-    three times as large as a typical activation, and the error is at most half a step."""
+    """Checks a result that is two matmuls deep. The bound is a few roundings of the dtype and, if activations are
+    rounded to int8, 0.7 % of an activation, twice: a step is 1/127 of the largest activation in a group, which is about
+    three times as large as a typical one, and the error is at most half a step."""
     error = (ours.double() - expected.double()).norm() / expected.double().norm()
     assert error < (3e-2 if rounds_to_int8(format, ours.dtype) else 16 * bounds.U[ours.dtype])
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("threads")
 @built
 @pytest.mark.parametrize("vocab_size", [1, 15, 17, 511, 513, 5000, 49152])
 def test_likeliest_token(vocab_size):
-    """The likeliest token is PyTorch's argmax, the first one of tied tokens, or -1 if any logit is not finite."""
+    """The likeliest token is the argmax of PyTorch, the first of several tied ones, or -1 if a logit is not finite."""
     assert kernels.build.library()
     logits = torch.randn(70, vocab_size, generator=torch.Generator().manual_seed(0))
     for i in range(10):
@@ -61,7 +61,7 @@ TRUNCATIONS += [{"min_p": 0.3}, {"min_p": 1.0}, {"top_k": 50, "top_p": 0.9}, {"t
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
 def test_drawn_tokens(vocab_size, truncation):
     """Draws follow the distribution: for few and many likely tokens, for ties, of which the first tokens are kept, and
-    for extreme logits. n evenly spaced random numbers draw a token of probability p n p times, give or take
+    for extreme logits. n evenly spaced random numbers draw a token of probability p about n p times, give or take
     one."""
     assert kernels.build.library()
     n, noise = 500, 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def test_drawn_tokens(vocab_size, truncation):
             tokens = ops.sample(rows, temperature, Filters(**truncation), ops.CPU_BACKEND, uniform)
             assert (tokens.diff() >= 0).all()  # more likely tokens need not come first
             assert (torch.bincount(tokens, minlength=vocab_size) - n * expected).abs().max() < 1.01
-            if "top_k" not in truncation or len(logits.unique()) == vocab_size:  # PyTorch's topk keeps any of tied ones
+            if "top_k" not in truncation or len(logits.unique()) == vocab_size:  # of tied logits, topk may keep any
                 tokens = ops.sample(rows, temperature, Filters(**truncation), ops.TORCH_BACKEND, uniform)
                 assert (torch.bincount(tokens, minlength=vocab_size) - n * expected).abs().max() < 1.01
 

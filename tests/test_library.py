@@ -1,4 +1,4 @@
-"""The project as a library gives the commands' results, and an import changes nothing in the process."""
+"""As a library, the project gives the same results as the commands, and importing it changes nothing in the process."""
 
 import gc
 import json
@@ -22,7 +22,7 @@ from utils.files import ROOT
 
 
 def test_text(chat_model, ask):
-    """The functions of the library generate the text of generate.py --prompt."""
+    """The functions of the library generate the same text as generate.py --prompt."""
     model, tokenizer = load(str(chat_model / "model.pth"), device="cpu", dtype=torch.bfloat16)
     kv_cache = KVCache(model, batch_size=1, max_seq_len=100)
     runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
@@ -36,7 +36,7 @@ def test_text(chat_model, ask):
 
 
 def test_conversation(chat_model, cli):
-    """Conversation gives the answers of generate.py --chat. Another cache of the same model does not change."""
+    """Conversation gives the same answers as generate.py --chat. Another cache of the same model does not change."""
     model, tokenizer = load(chat_model / "model.pth")
     kv_cache, other_kv_cache = (KVCache(model, 1, 160) for _ in range(2))
     runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
@@ -54,7 +54,7 @@ def test_conversation(chat_model, cli):
 
 
 def test_llm(chat_model, cli):
-    """LLM gives generate.py's texts, up to an end token, also when a text comes between the turns of a conversation."""
+    """LLM gives the texts of generate.py, up to an end token, even if one comes between two turns of a conversation."""
     llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
     flags = ["--temperature=0", "--max_new_tokens=12"]
     text = cli(chat_model, "--prompt=Hello", *flags).removesuffix("\n")
@@ -110,11 +110,11 @@ def test_llm(chat_model, cli):
 
 
 def test_texts_at_once(chat_model):
-    """Two chats and other texts, in turns, are what they are alone. Then the LLM keeps one KV cache."""
+    """Two chats and other texts, in turns, come out as they do alone. Afterwards the LLM keeps one KV cache."""
     llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
 
     def texts() -> list:
-        """Returns texts that have not begun."""
+        """Texts that have not begun."""
         chats = [llm.chat(), llm.chat(system="Be brief"), llm.chat(seed=3, temperature=2.0)]
         answers = [chat.answer(message, 12) for chat, message in zip(chats, ("Hi", "Ho", "Hi"), strict=True)]
         return [*answers, llm.generate("Hello", 12), llm.generate("Hi", 12), llm.generate("Hello", 12, seed=5)]
@@ -167,7 +167,7 @@ def test_wrong_arguments(chat_model):
 
 
 def test_sampling_options_of_a_call(chat_model):
-    """Options of a call replace the LLM's for that call, also while a text with other options is generated."""
+    """Options of a call replace those of the LLM for that call, even while a text with other options is generated."""
     greedy, hot = (LLM(chat_model / "model.pth", device="cpu", temperature=t, top_k=20) for t in (0, 5.0))
 
     def text(llm: LLM, **sampling) -> str:
@@ -194,8 +194,7 @@ def test_sampling_options_of_a_call(chat_model):
 
 
 def test_seeds(chat_model):
-    """A text with a seed depends neither on other texts nor on PyTorch's generator, and does not change the
-    generator."""
+    """A text with a seed depends neither on other texts nor on the generator of PyTorch, and leaves that unchanged."""
     llm = LLM(chat_model / "model.pth", device="cpu", temperature=2.0)
     torch.manual_seed(5)
     expected = ["".join(llm.generate("Hello", 20, seed=seed)) for seed in (7, 8, 9)]
@@ -204,7 +203,7 @@ def test_seeds(chat_model):
     pieces = [llm.generate("Hello", 20, seed=seed) for seed in (7, 8)]
     in_turns = list(zip_longest(*pieces, fillvalue=""))
     assert ["".join(parts) for parts in zip(*in_turns, strict=True)] == expected[:2]
-    next(llm.generate("Hello", 20, seed=1))  # and the rest is never taken
+    next(llm.generate("Hello", 20, seed=1))  # the rest is never taken
     for parallel in (1, 2, 3):
         many = llm.generate_many(["Hello"] * 3, parallel, max_new_tokens=20, seed=7)
         assert list(many) == list(enumerate(expected))
@@ -218,7 +217,7 @@ def test_seeds(chat_model):
 
 
 def test_without_a_seed(chat_model):
-    """Texts follow torch.manual_seed, also one text in every loop. A greedy text draws no random number."""
+    """Texts follow torch.manual_seed, in every loop. A greedy text draws no random number."""
     llm = LLM(chat_model / "model.pth", device="cpu", temperature=2.0)
 
     def texts() -> list[str]:
@@ -329,8 +328,7 @@ for name in sys.argv[1:]:
 
 
 def test_requirements_are_enough():
-    """All commands start without the packages of requirements-dev.txt, except commands that are made for these
-    packages."""
+    """All commands start without the packages of requirements-dev.txt, except those that are made for them."""
     need_more = {"convert_gguf", "serve", "tiny_model"}
     names = [path.stem for path in ROOT.glob("*.py")]
     names += [f"scripts.{path.stem}" for path in ROOT.glob("scripts/*.py") if path.stem not in need_more]
@@ -365,7 +363,7 @@ print(next(text))
 
 
 def test_a_text_may_stay_unfinished(chat_model):
-    """A text that is never finished raises nothing, even at the end of the program, when PyTorch's functions are
+    """A text that is never finished raises nothing, even at the end of the program, when functions of PyTorch are
     gone."""
     command = [sys.executable, "-c", UNFINISHED, chat_model / "model.pth"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

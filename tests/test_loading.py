@@ -1,4 +1,4 @@
-"""load_model requires the right tensors and shares tied parameters. load finds the end tokens, and checks the tokenizer
+"""load_model requires the right tensors and shares tied parameters. load finds end tokens, and checks the tokenizer
 against the model."""
 
 import json
@@ -19,7 +19,7 @@ from utils.errors import UsageError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Returns the folder of a model with a tied head, in 32, 8 and 4 bits."""
+    """The folder of a model with a tied head, in 32, 8 and 4 bits."""
     folder = random_folder(tmp_path_factory.mktemp("tied"), max_seq_len=64, tie_embeddings=True)
     for mode in ("int8", "int4"):
         call_main(quantize.main, "--checkpoint_path", folder / "model.pth", "--mode", mode)
@@ -89,7 +89,7 @@ def test_layers_in_other_formats(folder, tmp_path):
         start, models = torch.zeros(1, dtype=torch.long), (model, plain, unquantized)
         logits = [model(tokens, start, KVCache(model, 1, 9)) for model in models]
     assert torch.equal(logits[1], logits[2])
-    # The kernels sum in another order. Sums of some 100 products in float32 are off by up to 100 * 2^-24 of their terms
+    # The kernels sum in another order. A float32 sum of some 100 products is off by up to 100 * 2^-24 of its terms
     assert (logits[0] - logits[1]).norm() < 1e-5 * logits[1].norm()
 
 
@@ -148,7 +148,7 @@ def act_order(folder):
 
 
 def test_orders_of_inputs(act_order, monkeypatch):
-    """Layers with an input_order give the logits of a model with reordered columns: with kernels, without kernels, and
+    """Layers with an input_order give the logits of a model with reordered columns, with kernels, without, and
     dequantized."""
     models = {
         "kernels": load_model(act_order, dtype=torch.float32),
@@ -225,7 +225,7 @@ BOT = 259  # <|bot|>
     ],
 )
 def test_end_tokens(tmp_path, settings, expected):
-    """The config, the tokenizer and the template name end tokens, and each token counts once."""
+    """Config, tokenizer and template name end tokens, and each token counts once."""
     folder = random_folder(tmp_path, max_seq_len=64)
     rewrite_config(folder / "model.pth", eos_ids=(0, ord(".")))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -240,8 +240,7 @@ def rewrite_config(path, **fields):
 
 @pytest.mark.parametrize("special", [True, False])
 def test_more_tokens_than_the_embedding_has(tmp_path, special):
-    """Special tokens beyond the embedding are encoded as text. Other tokens beyond the embedding are refused, in one
-    line."""
+    """Special tokens beyond the embedding are encoded as text. Others are refused, in one line."""
     folder = random_folder(tmp_path, max_seq_len=64)
     tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tok.add_tokens([tokenizers.AddedToken("<image>", special=special)])

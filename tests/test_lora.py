@@ -33,7 +33,7 @@ def random_halves(n: int, k: int, r: int = CONFIG["r"]) -> tuple[Tensor, Tensor]
 
 
 def write_adapter(folder: Path, halves: dict[str, tuple[Tensor, Tensor]], others: dict[str, Tensor] = {}, **config):  # noqa: B006
-    """Writes an adapter as PEFT's save_pretrained does. halves: A and B by transformers' name of the module."""
+    """Writes an adapter as save_pretrained of PEFT does. halves: A and B, by the name of the module in transformers."""
     folder.mkdir(exist_ok=True)
     tensors = {PREFIX + name: t for name, t in others.items()}
     for name, (a, b) in halves.items():
@@ -43,7 +43,7 @@ def write_adapter(folder: Path, halves: dict[str, tuple[Tensor, Tensor]], others
 
 
 def merged(model, halves: dict[str, tuple[Tensor, Tensor]], scale: float = CONFIG["lora_alpha"] / CONFIG["r"]):
-    """Returns a copy of transformers' model with the adapter merged."""
+    """Returns a copy of model, from transformers, with the adapter merged."""
     model = copy.deepcopy(model)
     weights = expert_weights(model) | dict(model.named_parameters())
     for name, (a, b) in halves.items():
@@ -53,7 +53,7 @@ def merged(model, halves: dict[str, tuple[Tensor, Tensor]], scale: float = CONFI
 
 
 def expert_weights(model) -> dict[str, Tensor]:
-    """Returns the weight of each expert, by the names of experts that are linear layers, in the model's own memory."""
+    """Returns the weight of each expert, in the memory of model, by the names of experts that are linear layers."""
     mixtral = model.config.model_type == "mixtral"
     weights = {}
     for name, experts in model.state_dict().items():
@@ -73,7 +73,7 @@ def expert_weights(model) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> tuple[Path, torch.nn.Module, dict[str, tuple[Tensor, Tensor]]]:
-    """Returns the folder of a base model, transformers' model, and an adapter's halves for q_proj and down_proj."""
+    """The folder of a base model, the model in transformers, and halves of an adapter for q_proj and down_proj."""
     folder = tmp_path_factory.mktemp("llama")
     model = make_hf("llama2")
     model.save_pretrained(folder)
@@ -89,7 +89,7 @@ def llama(tmp_path_factory) -> tuple[Path, torch.nn.Module, dict[str, tuple[Tens
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_merged_weights(family, tmp_path):
-    """The logits are right with an adapter of every linear layer, in a mixture of experts also of each expert."""
+    """The logits are right with an adapter for every linear layer, in a mixture of experts also for each expert."""
     RANDOM.manual_seed(0)
     model = make_hf(family)
     base, lora = tmp_path / "base", tmp_path / "lora"
@@ -110,8 +110,7 @@ def test_logits_are_those_of_merged_weights(family, tmp_path):
 
 
 def test_scale_is_alpha_over_r_or_its_root(llama, tmp_path):
-    """The scale is alpha / r or, with use_rslora, alpha / sqrt(r). The first pattern that matches the end of a name
-    counts."""
+    """It is alpha / r or, with use_rslora, alpha / sqrt(r). The first pattern that matches the end of a name counts."""
     base, model, halves = llama
     q, down = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
     halves = halves | {q: random_halves(48, 48, r=2)}
@@ -137,7 +136,7 @@ def test_target_modules(llama, tmp_path, names):
 
 
 def test_target_modules_with_the_number_of_a_layer(llama, tmp_path):
-    """Layers that a list of full names leaves out do not change. PEFT writes such a list if a pattern chose the
+    """Layers that are not in a list of full names do not change. PEFT writes such a list if a pattern chose the
     layers."""
     base, model, halves = llama
     halves = {name: ab for name, ab in halves.items() if "layers.1." in name}
@@ -146,7 +145,7 @@ def test_target_modules_with_the_number_of_a_layer(llama, tmp_path):
 
 
 def test_bfloat16_is_rounded_once(tmp_path):
-    """The sum is float32, and the result has the base's dtype."""
+    """The sum is float32, and the result has the dtype of the base."""
     base, lora = tmp_path / "base", tmp_path / "lora"
     model = make_hf("llama2").bfloat16()
     model.save_pretrained(base)
@@ -182,7 +181,7 @@ def test_embedding_and_whole_tensors(tmp_path):
 
 
 def test_bin_and_default_names(llama, tmp_path):
-    """adapter_model.bin is read, and so are names that contain the adapter's name."""
+    """adapter_model.bin is read, and so are tensors with the name of the adapter in theirs."""
     base, model, halves = llama
     write_adapter(tmp_path, halves)
     tensors = load_file(tmp_path / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""utils/machine.py finds the limits of control groups, the number of threads, and memory's bandwidth."""
+"""utils/machine.py finds the limits of control groups, the number of threads, and the bandwidth of memory."""
 
 import math
 import os
@@ -23,7 +23,7 @@ V1_FREE = V1 | {"memory/memory.limit_in_bytes": str(2**63 - 4096), "cpu/cpu.cfs_
 
 
 def write_group(root, files: dict[str, str], group: str):
-    """Writes the files of a group below root. In version 1 each controller has a tree of its own."""
+    """Writes the files of a group below root. In version 1, each controller has a tree of its own."""
     for name, text in files.items():
         *controller, file = name.split("/")
         path = root.joinpath(*controller, group, file)
@@ -34,8 +34,8 @@ def write_group(root, files: dict[str, str], group: str):
 @pytest.mark.parametrize("limited_group", ["", "a", "a/b"])
 @pytest.mark.parametrize("files, free", [(V2, V2_FREE), (V1, V1_FREE)], ids=["version 2", "version 1"])
 def test_limits_of_a_group_and_of_those_around_it(files, free, limited_group, tmp_path, monkeypatch):
-    """The smallest limit of a group and of its parents counts. A file in the page cache takes no memory. In a container
-    the group's path may not exist."""
+    """The smallest limit of a group and its parents counts. A file in the page cache takes no memory. In a container
+    the path of the group may not exist."""
     for group in ("", "a", "a/b"):
         write_group(tmp_path, files if group == limited_group else free, group)
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
@@ -58,7 +58,7 @@ def test_without_control_groups(tmp_path, monkeypatch):
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    """Sets PyTorch's number of threads to 2 at the beginning, and back at the end."""
+    """PyTorch has 2 threads during the test."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     for name in machine.THREAD_VARIABLES:
@@ -95,7 +95,7 @@ def test_the_users_number_of_threads_wins(monkeypatch, two_threads):
 
 
 def test_bandwidth_is_measured_in_memory_that_is_there(monkeypatch):
-    """Neighbouring tensors are read as one, and tensors that caches could hold are not read."""
+    """Adjacent tensors are read as one, and tensors that caches could hold are not read."""
     memory = torch.arange(2**16)
     parts = [memory[:1000], memory[40_000:], memory[1002:3000], memory[3000:3001].view(torch.int8)[:3]]
     joined = machine.merge_adjacent(parts)

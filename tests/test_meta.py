@@ -1,5 +1,5 @@
-"""Meta's format: each generation, in any number of shards, gives transformers' logits, Llama 3's tokenizer.model gives
-tiktoken's tokens, and a broken checkpoint is refused."""
+"""Meta's format: each generation, in any number of shards, gives the logits of transformers. The tokenizer.model of
+Llama 3 gives the tokens of tiktoken. A broken checkpoint is refused."""
 
 import base64
 import json
@@ -61,7 +61,7 @@ EPS_1 = {"norm_eps": 1e-6}
 THETA_3 = {"rope_theta": 500000.0}
 SCALED = THETA_3 | {"use_scaled_rope": True}
 WIDE = {"hidden_dim": 80, "head_dim": 32, "sliding_window": 9, "rope_theta": 1e6}
-GENERATIONS = {  # name: params, transformers' config, shards, whether the embedding's rows are cut, what is said
+GENERATIONS = {  # name: params, config in transformers, shards, whether the embedding is cut by rows, what is printed
     "Llama 1": (EPS_1, {"rms_norm_eps": 1e-6}, 2, False, "a context of 2048 tokens, as Llama 1 has"),
     "Llama 2": ({}, {}, 1, False, "a context of 4096 tokens, as Llama 2 has"),
     "CodeLlama": ({"rope_theta": 1e6}, {"rope_parameters": rope(1e6)}, 2, False, "of 16384 tokens, as CodeLlama has"),
@@ -96,8 +96,8 @@ def test_logits(generation, tmp_path, capsys):
 
 
 def test_versions_that_look_like_others():
-    """The version is right if hidden_dim stands beside use_scaled_rope, for Llama 1's 65B with Llama 2's norm_eps, and
-    for Llama 2's 70B with as many layers."""
+    """The version is right if hidden_dim stands beside use_scaled_rope, for the 65B of Llama 1, with the norm_eps of
+    Llama 2, and for the 70B of Llama 2, with as many layers."""
     assert infer_llama_version(PARAMS | SCALED | {"hidden_dim": 80}, False) == ("Llama 3.1", 131072, 8.0)
     large = {"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5}
     assert infer_llama_version(large, False) == ("Llama 1", 2048, 0)
@@ -105,7 +105,7 @@ def test_versions_that_look_like_others():
 
 
 def test_optional_fields_of_params(tmp_path, capsys):
-    """max_seq_len of params.json is the context. The weights' file may have another name, and a tied head may be left
+    """max_seq_len in params.json is the context. The file of weights may have another name, and a tied head may be left
     out."""
     model = make_hf("llama2", num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5)
     write_meta(tmp_path, model, PARAMS | {"max_seq_len": 77, "vocab_size": 97, "moe": None})
@@ -135,8 +135,7 @@ def write_tiktoken(path: Path, ranks: dict[bytes, int]):
 
 
 def reference_ids(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """Encodes a word by tiktoken's definition: joins the pair with the lowest rank, the first one if there are
-    several."""
+    """Encodes a word as tiktoken does: joins the pair with the lowest rank, the first one if there are several."""
     if word in ranks:
         return [ranks[word]]
     parts = [bytes([byte]) for byte in word]
@@ -150,7 +149,7 @@ def reference_ids(word: bytes, ranks: dict[bytes, int]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory) -> tuple[Path, dict[bytes, int]]:
-    """Returns a converted folder of Llama 3.1 with a small tokenizer.model, and its ranks."""
+    """A converted folder of Llama 3.1 with a small tokenizer.model, and its ranks."""
     folder, ranks = tmp_path_factory.mktemp("llama3"), make_ranks()
     model = make_hf("llama2", num_key_value_heads=2, vocab_size=len(ranks) + 16)
     write_meta(folder, model, PARAMS | SCALED)
@@ -204,7 +203,7 @@ def test_llama_3_0_has_other_special_tokens(tmp_path):
 
 
 def test_sentencepiece_stays_as_it_is(tmp_path):
-    """A sentencepiece tokenizer.model is copied, also from the folder above, where Meta's download puts it."""
+    """A tokenizer.model of sentencepiece is copied, also from the folder above, where Meta's download puts it."""
     data = (Path(mistral_common.__file__).parent / "data" / MISTRAL["v1"]).read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(data)
     folder = tmp_path / "7B"
@@ -219,7 +218,7 @@ def test_sentencepiece_stays_as_it_is(tmp_path):
 
 @pytest.fixture
 def meta(tmp_path) -> Path:
-    """Returns a folder of two shards and an older model.pth."""
+    """A folder of two shards and an older model.pth."""
     write_meta(tmp_path, make_hf("llama2", num_key_value_heads=2, vocab_size=96), PARAMS, n_shards=2)
     (tmp_path / "model.pth").write_text("old")
     return tmp_path

@@ -1,4 +1,4 @@
-"""A mistake in a call of generate.py gives exit status 2 and one line that says what is wrong."""
+"""A mistake in a call of generate.py ends it with status 2 and one line that says what is wrong."""
 
 import pytest
 import tokenizers
@@ -70,7 +70,7 @@ def test_prompts_are_read_before_the_model(assert_refused, tmp_path):
     "args", ["--nonsense", "--max_new_tokens=x", "--precision=int8", "--prompt=a --prompt_tokens=3", "stray"]
 )
 def test_argparse_refuses(recall_model, monkeypatch, capsys, args):
-    """argparse prints the usage, and then the line."""
+    """argparse prints the usage before the line."""
     set_up(monkeypatch, recall_model / "model.pth", args.split())
     with pytest.raises(SystemExit) as stopped:
         run_script(generate.main)

@@ -1,5 +1,5 @@
-"""mixtral-moe/: the scripts run on a tiny random Mixtral, the page's arithmetic is right, and long prompts take little
-memory."""
+"""mixtral-moe/: the scripts run on a tiny random Mixtral, the arithmetic in its README is right, and long prompts take
+little memory."""
 
 import json
 import os
@@ -26,10 +26,10 @@ README = (ROOT / "mixtral-moe/README.md").read_text()
 
 
 def test_flow(tmp_path, monkeypatch, capsys):
-    """The scripts prepare a model and run it in each format, as on the page, and two processes give the text of one.
+    """The scripts prepare a model and run it in each format, as in the README, and two processes give the text of one.
 
-    Only the two processes are started by the script. The calls of the other scripts run in this process, because torch
-    takes seconds to load."""
+    Only these two are started by the script. All other calls run in this process, because torch takes seconds to
+    load."""
     copy_of_scripts(tmp_path)
     monkeypatch.chdir(tmp_path)
 

@@ -1,5 +1,5 @@
-"""Every family gives transformers' logits in float32, in chunks, batches and single tokens, and its config.json is
-read."""
+"""Every family gives the logits of transformers in float32, in chunks, batches and single tokens, and its config.json
+is read."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_logits_equal_transformers(family, use_kernels, both_models):
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_have_positions_of_their_own(family, use_kernels, both_models):
-    """Rows with different start_pos give the logits that each gives alone, also for more tokens than the kernels
+    """Rows with different start_pos give the logits that they give alone, even with more tokens than the kernels
     take."""
     _, ours = both_models(family, use_kernels)
     tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(1))
@@ -72,7 +72,7 @@ WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 @pytest.mark.parametrize("family", WITH_WINDOWS)
 def test_prompts_longer_than_every_window(family, use_kernels, both_models):
-    """A prompt longer than every window is right in one chunk, in a cache of its length and in a larger cache."""
+    """Such a prompt is right in one chunk, in a cache of its length and in a larger one."""
     theirs, ours = both_models(family, use_kernels)
     n = ours.config.sliding_window + 30
     tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
@@ -91,8 +91,8 @@ def test_prompts_longer_than_every_window(family, use_kernels, both_models):
     [("phi4-mini", 16), ("phi4-mini", 17), ("dynamic", 256), ("dynamic", 257), ("dynamic", 400)],
 )
 def test_rope_that_depends_on_the_length(family, n, both_models):
-    """RoPE is right below and above the trained context: here the cache's length counts, in transformers the number of
-    tokens."""
+    """RoPE is right below and above the trained context. Here the length of the cache counts, in transformers the
+    number of tokens."""
     theirs, ours = both_models(family, False)
     tokens = torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -138,7 +138,7 @@ def test_rope_tables_equal_transformers(rope):
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GptOssForCausalLM"])
 def test_yarn_stretches_the_context(architecture):
-    """rope_scaling alone stretches the context, as Qwen's pages say. rope_scaling replaces the family's own scaling."""
+    """rope_scaling alone stretches the context, as Qwen's pages say. It replaces the scaling of the family."""
     sizes = SIZES | {"max_position_embeddings": 64, "architectures": [architecture]}
     config = config_from_hf(sizes | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
     assert config.max_seq_len == 256 and config.rope_scaling.original_max_seq_len == 64
@@ -275,7 +275,7 @@ def hf_config(family: str) -> dict:
 
 
 @pytest.mark.parametrize("family, changes, message", WRONG)
-def test_what_a_family_does_not_have_is_refused(family, changes, message):
+def test_options_that_a_family_lacks_are_refused(family, changes, message):
     good = hf_config(family)
     if "rope_parameters" in changes:
         changes = {"rope_parameters": good["rope_parameters"] | changes["rope_parameters"]}

@@ -1,4 +1,4 @@
-"""gpt-oss as published: the experts stay in MXFP4, with the values that transformers reads."""
+"""gpt-oss as published: its experts stay in MXFP4, with the values that transformers reads."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.tiny import assert_refused, convert, make_hf, same_logits
 
 @pytest.fixture
 def mxfp4(tmp_path):
-    """Returns a folder with a tiny gpt-oss as published, its tensors, and the same model in transformers."""
+    """A folder with a tiny gpt-oss as published, its tensors, and the same model in transformers."""
     sizes = {"hidden_size": 64, "intermediate_size": 32}
     theirs = make_hf("gpt-oss", **sizes)
     make_hf("gpt-oss", **sizes).bfloat16().save_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from loading import load
 
 @pytest.fixture
 def mistake(cli, capsys):
-    """Returns a function (folder, arguments) that returns the line in which generate.py refuses the arguments."""
+    """(folder, arguments) -> the line in which generate.py refuses them"""
 
     def call(*args) -> str:
         with pytest.raises(SystemExit) as e:
@@ -61,7 +61,7 @@ TOO_LONG = {  # a prompt that cannot be completed -> why
 
 
 def test_a_seed_gives_the_same_texts_in_parallel(chat_model, ask, tmp_path):
-    """On a CPU --seed gives the same texts with and without --parallel, because both use generators of one kind."""
+    """On a CPU --seed gives the same texts with and without --parallel, because both use the same kind of generator."""
     (tmp_path / "prompts").write_text("Hello\nHello\nHi\n")
     flags = [f"--prompt_file={tmp_path / 'prompts'}", "--max_new_tokens=12", "--ignore_eos", "--temperature=1.5"]
     options = ([], ["--parallel=2"], ["--logprobs=0"])
@@ -84,7 +84,7 @@ def test_a_prompt_beyond_the_context_does_not_stop_the_others(prompt, recall_mod
 
 
 def test_a_prompt_that_is_refused_takes_no_memory(recall_model):
-    """A refused prompt does not make the slots longer than the other prompts need."""
+    """A refused prompt does not make slots longer than the other prompts need."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     options = {"tokenizer": tokenizer, "eos_ids": model.config.eos_ids}
     sequences = [Sequence(tokenizer.encode(text), 5, **options) for text in ("0", "5" * 300, "S")]
@@ -102,7 +102,7 @@ def test_a_mistake_in_every_prompt_is_one_line(recall_model, mistake, capsys, tm
 
 
 def test_a_prompt_is_the_same_wherever_it_stands(recall_model, ask, tmp_path):
-    """A prompt keeps its spaces, also in the last line. Line breaks and empty lines at the end of the file do not
+    """A prompt keeps its spaces, even in the last line. Line breaks and empty lines at the end of the file do not
     count."""
     for end in ("", "\n", "\r\n", "\n\n  \n"):
         (tmp_path / "prompts").write_bytes(f"0 \r\n1\r\n0 {end}".encode())
@@ -110,7 +110,7 @@ def test_a_prompt_is_the_same_wherever_it_stands(recall_model, ask, tmp_path):
         assert [r["prompt"] for r in found] == ["0 ", "1", "0 "]
 
 
-def test_ctrl_c_keeps_what_is_complete(recall_model, capsys, monkeypatch):
+def test_ctrl_c_keeps_complete_results(recall_model, capsys, monkeypatch):
     """After Ctrl-C at any moment, each complete result is printed exactly once."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     args = argparse.Namespace(parallel=3, compile=False, json=False)

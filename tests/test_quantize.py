@@ -1,4 +1,4 @@
-"""quantize.py: each format rounds to the nearest value, its file loads as the model it describes, and mistakes are
+"""quantize.py: each format rounds to the nearest value, its file loads as the model that it describes, and mistakes are
 refused."""
 
 import copy
@@ -35,7 +35,7 @@ class Int4HQQ(Int4):
 
 
 def is_made(format) -> bool:
-    """Returns whether quantize.py makes files of the format, and not only the converters."""
+    """Whether quantize.py makes files of this format, and not just the converters."""
     return not format.is_import_only and format == type(format).from_options(format.group_size)
 
 
@@ -51,7 +51,7 @@ FLOAT_ERROR = 1e-5  # of a few float32 operations, relative to their result
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Returns a function: family -> a folder with model.pth and a tokenizer."""
+    """family -> a folder with model.pth and a tokenizer"""
     made = {}
 
     def make(family: str):
@@ -109,14 +109,14 @@ def test_every_weight_is_rounded_to_the_nearest_the_format_has(format, k):
     nearest = (levels - w[..., None]).abs().amin(-1)
     tolerance = FLOAT_ERROR * w.abs().amax(-1, keepdim=True)
     assert (error <= nearest + tolerance).all()
-    # A range that spans a group leaves no weight farther than half a step; hqq's may leave some out.
+    # A range that spans a group leaves no weight farther off than half a step. With hqq, it may leave some out.
     reach = 2.0 if isinstance(format, Int4HQQ) else 0.5
     assert (error <= reach * steps + tolerance).all()
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_stored_weights_quantize_to_themselves(format):
-    """Dequantized weights quantize to the same codes, since their smallest and largest weight give the same range."""
+    """Dequantized weights quantize to the same codes, since their minimum and maximum give the same range."""
     w = rounded(format, random_matrix(20, 96))
     assert torch.equal(rounded(format, w), w)
 
@@ -198,7 +198,7 @@ def test_floats_are_rounded_to_the_nearest_the_format_has(format):
 
 
 def test_ties_and_exponents_of_mxfp4():
-    """Ties go to the even mantissa. The exponent is the standard's or the next one, whichever has the smaller error."""
+    """Ties go to the even mantissa. The exponent is that of the standard or the next one, whichever errs less."""
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
     even = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0])
     w = torch.cat([ties, -ties, 4 * torch.ones(16)])[None]
@@ -257,8 +257,8 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
     torch.testing.assert_close(logits_of(ours, tokens), logits_of(plain, tokens))
 
 
-def test_hessians_are_of_what_each_linear_gets(folder):
-    """A layer's Hessian is a sum over the layer's own inputs: over the tokens that the router sends to an expert."""
+def test_hessians_are_of_the_inputs_of_each_layer(folder):
+    """The Hessian of a layer is a sum over its own inputs: for an expert, those that the router sends there."""
     model = load_model(folder("qwen3-moe") / "model.pth", "cpu", torch.float32, use_kernels=False)
     tokens = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
     layer, kv_cache = model.layers[0], KVCache(model, 1, 12)
@@ -373,7 +373,7 @@ def test_formats_of_four_bits_take_inputs_in_eights_or_32s():
 
 
 def test_format_headers_of_existing_files():
-    """The words in the header of existing files are read, so the words must not change."""
+    """Words in the header of existing files must stay readable."""
     for format, quantization in [
         (Int8(), {"mode": "int8"}),
         (Int4(64), {"mode": "int4", "groupsize": 64}),

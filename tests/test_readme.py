@@ -1,8 +1,8 @@
 """The pages are right. Commands and the Python example run on tiny random checkpoints, scripts/tables.py makes the same
-tables, and all files, functions and messages that a page, a docstring or a comment names exist.
+tables, and all files, functions and messages exist that a page, a docstring or a comment names.
 
-Commands run in this process, since torch takes seconds to load; only torchrun starts processes. A shell script runs
-with a python3 that records the arguments, and this process makes the recorded calls.
+Commands run in this process, since torch takes seconds to load; only torchrun starts others. A shell script runs with a
+python3 that records its arguments, and this process makes the recorded calls.
 """
 
 import ast
@@ -47,7 +47,7 @@ MAINS = {
     "benchmark.py": benchmark.main,
     "tiny_model.py": tiny_model.main,
 }
-LESS = {  # what is added to the commands, for a model with a context of 256 tokens and for a short test
+LESS = {  # added to the commands, for a model with a context of 256 tokens and for a short test
     "generate.py": ["--max_new_tokens", "4"],
     "benchmark.py": ["--max_new_tokens", "4"],
     "quantize.py": ["--calibration_seq_length", "16"],
@@ -59,7 +59,7 @@ echo >>"$CALLS"
 
 
 def copy_of_scripts(tree: Path) -> Path:
-    """Makes links to the scripts in tree, and a python3 in tree/bin that only records the arguments."""
+    """Makes links to the scripts in tree, and a python3 in tree/bin that only records its arguments."""
     for name in [*(path.name for path in ROOT.glob("*.py")), *PACKAGES, "scripts", "mixtral-moe", "tests"]:
         os.symlink(ROOT / name, tree / name)
     (tree / "bin").mkdir()
@@ -70,7 +70,7 @@ def copy_of_scripts(tree: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """Returns copy_of_scripts with a tiny model as checkpoints/M."""
+    """copy_of_scripts with a tiny model as checkpoints/M."""
     tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
     write_folder("llama3", tree / "checkpoints/M")
     convert(tree / "checkpoints/M")
@@ -140,7 +140,7 @@ def test_tables():
 
 
 def test_messages():
-    """Each message of the last table of docs/platforms.md is in the code, where a value may interrupt it."""
+    """Each message in the last table of docs/platforms.md is in the code, where values may interrupt it."""
     code = " ".join(path.read_text() for path in sources())
     rows = (ROOT / "docs/platforms.md").read_text().partition("## When it says")[2].splitlines()
     messages = re.findall(r"`([^`]+)`", "\n".join(row.split("|")[1] for row in rows if row.startswith("| `")))
@@ -151,8 +151,8 @@ def test_messages():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_exists(page):
-    """Every link's file and heading exist, every `FILE` exists, and in `FILE: NAME` the file contains the name."""
+def test_names_in_pages_exist(page):
+    """The file and the heading of each link exist, each `FILE` exists, and in `FILE: NAME` it contains the name."""
     text = page.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
         file, _, anchor = target.partition("#")
@@ -171,10 +171,10 @@ def test_what_a_page_names_exists(page):
                 assert all(re.search(rf"\b{part}\b", code) for part in name.split(".")), quoted
 
 
-def test_what_comments_name_exists():
-    """Docstrings and comments, also of tests and C++, name files that exist, and in FILE: NAME and NAME (FILE) names in
-    that file. In Python every word with underscores is in the code, or is a test file. (C++ has these in formulas.)
-    In NAME (FILE), and in tests in FILE: NAME, a NAME has underscores or capitals within, which ordinary words lack."""
+def test_names_in_comments_exist():
+    """Docstrings and comments, also in tests and C++, name files that exist and, in FILE: NAME and NAME (FILE), names
+    in them. In Python every word with underscores is in the code, or is a test file. (C++ has such words in formulas.)
+    In NAME (FILE), and in tests in FILE: NAME, a NAME has underscores or inner capitals, which ordinary words lack."""
     comments, code = {}, []
     for path in [*sources(), *(ROOT / "tests").glob("*.py"), *(ROOT / "kernels/csrc").iterdir()]:
         split = split_comments if path.suffix == ".py" else split_cpp_comments
@@ -203,7 +203,7 @@ def test_what_comments_name_exists():
 
 
 def test_sizes_of_the_code():
-    """The numbers of lines beside the reading list, to 5%."""
+    """The numbers of lines in README.md are right to 5%."""
     text = README.read_text()
     spine = [ROOT / name for name in re.findall(r"^\d\. `([\w/]+\.py)`", text, re.M)]
     code = [*sources(), *(ROOT / "kernels/csrc").iterdir()]
@@ -252,8 +252,8 @@ def split_cpp_comments(text: str) -> tuple[str, str]:
 
 
 def test_imports_go_one_way():
-    """Each file imports only from files above it in the list of how_it_works.md. In some folders, the same holds for
-    the list of __init__.py. Imports for type checkers do not count."""
+    """Each file imports only from files above it in the list of how_it_works.md and, in some folders, in that of
+    __init__.py. Imports for type checkers do not count."""
     text = (ROOT / "docs/how_it_works.md").read_text()
     names = [Path(name).stem for name in re.findall(r"^    (\w+(?:\.py|/)) ", text, re.M)]
     assert names[0] == "utils" and names[-1] == "generate"
@@ -278,7 +278,7 @@ def test_imports_go_one_way():
 
 
 def nodes_that_run(node: ast.AST) -> list[ast.AST]:
-    """Returns node and all nodes in it, except the nodes of `if TYPE_CHECKING:`."""
+    """Returns node and all nodes in it, except those of `if TYPE_CHECKING:`."""
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         return [found for child in node.orelse for found in nodes_that_run(child)]
     return [node, *(found for child in ast.iter_child_nodes(node) for found in nodes_that_run(child))]

@@ -27,7 +27,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # a second thread slows mode
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
-    """Returns a folder with a model of 120 MB: as on the hub, in model.pth and as a GGUF."""
+    """A folder with a model of 120 MB: as on the hub, in model.pth and as a GGUF."""
     folder = tmp_path_factory.mktemp("big")
     write_folder("llama2", folder)
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 7}
@@ -48,7 +48,7 @@ def small(tmp_path_factory):
 
 
 def arguments(command: str, big: Path, folder: Path) -> list:
-    """Returns the arguments of a command that reads big, and writes to folder."""
+    """Returns the arguments of a command that reads big and writes to folder."""
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).symlink_to(big / name)
     (folder / "q.pth").symlink_to(big / "model.pth")
@@ -116,8 +116,8 @@ SLOW_IMPORT = "import time; print('loading', flush=True); time.sleep(60)"
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_interrupt_while_imports_run(script, tmp_path):
-    """Ctrl-C ends a command during the long imports of torch and huggingface_hub. Modules that take even longer stand
-    in for both."""
+    """Ctrl-C ends a command during the long imports of torch and huggingface_hub. Modules that take even longer replace
+    them here."""
     for name in ("torch", "huggingface_hub"):
         (tmp_path / f"{name}.py").write_text(SLOW_IMPORT)
     env, pipe = os.environ | {"PYTHONPATH": str(tmp_path)}, subprocess.PIPE
@@ -138,7 +138,7 @@ def test_interrupt_while_torch_is_loaded():
 
 
 class SlowHub(Hub):
-    """A hub that takes half a second for each file, and that can send the rest of a file."""
+    """A hub that takes half a second for each file, and can send the rest of one."""
 
     def answer(self, status, headers, content=b""):
         first = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
@@ -189,8 +189,9 @@ def test_lack_of_memory_is_one_line(big, tmp_path, command):
 
 @pytest.mark.parametrize(("word", "lengths", "first"), [("word ", 20, 100), ("a ", 110, 200)])
 def test_many_prompts_take_no_more_memory_than_the_first(small, tmp_path, word, lengths, first):
-    """The prompts have a few lengths, and then every length of the context. The heap grows by some megabytes, because
-    the caches of compiled matmuls hold all lengths, and stops growing when matmuls are compiled again and again."""
+    """Prompts have a few lengths first, and then every length that the context allows. The heap grows by some
+    megabytes, because caches of compiled matmuls hold all lengths, and stops growing when matmuls are compiled again
+    and again."""
     (tmp_path / "prompts").write_text("".join(f"{word * (i * 37 % lengths)}{i % 10}\n" for i in range(500)))
     env = ONE_THREAD | dict.fromkeys(MATMUL_CACHES, "1024")
     command = [sys.executable, ROOT / "generate.py", "--checkpoint_path", small / "model.pth", "--device=cpu"]
@@ -211,7 +212,7 @@ def test_compiled_products_are_few_unless_the_user_says_so(monkeypatch):
 
 
 def test_pytorchs_compiler_is_imported_only_where_it_is_needed(small):
-    """PyTorch's compiler, whose import takes a second and 150 MB, is not imported for the kernels."""
+    """The compiler of PyTorch, whose import takes a second and 150 MB, is not imported for the kernels."""
     options = ["--checkpoint_path", str(small / "model.pth"), "--device=cpu", "--max_new_tokens=3"]
     code = f"""
 import sys, generate
@@ -224,7 +225,7 @@ for more in ([], ["--compile"]):
 
 
 def test_the_summary_takes_no_memory(small):
-    """Bandwidth is measured on memory that is in use already."""
+    """It measures bandwidth on memory that is already in use."""
     options = ["--checkpoint_path", str(small / "model.pth"), "--device=cpu", "--max_new_tokens=3"]
     code = f"""
 import sys, generate
@@ -241,13 +242,13 @@ assert machine.peak_memory(machine.pick_device("cpu")) - before < 2**25
 
 
 class InductorError(RuntimeError):
-    """Stands for torch.compile's error, which would take ten seconds."""
+    """Stands in for the error of torch.compile, which would take ten seconds."""
 
     __module__ = "torch._inductor.exc"
 
 
 @pytest.mark.parametrize("why", ["No space left on device", "failed to map segment from shared object"])
-def test_no_room_for_what_is_compiled(why, capsys):
+def test_no_room_for_compiled_code(why, capsys):
     def main():
         raise InductorError(f"OSError: {why}\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
 
@@ -261,7 +262,7 @@ def test_no_room_for_what_is_compiled(why, capsys):
 # ---- Pipes and terminals --------------------------------------------------------------------------------------------
 
 
-def test_what_the_shell_has_closed(small):
+def test_streams_that_the_shell_has_closed(small):
     command = f"{sys.executable} generate.py --checkpoint_path {small / 'model.pth'} --device cpu --max_new_tokens 3"
     env, pipe, processes = ONE_THREAD | {"WORLD_SIZE": "2"}, subprocess.PIPE, {}
     for closed in ("<&-", "2>&-", ">&-"):  # in parallel, because each loads torch

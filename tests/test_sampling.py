@@ -1,4 +1,4 @@
-"""sample draws tokens of exactly the distribution that temperature, top_k, top_p and min_p leave."""
+"""sample draws from exactly the distribution that temperature, top_k, top_p and min_p leave."""
 
 from typing import NamedTuple
 
@@ -116,7 +116,7 @@ def test_repetition_penalty_equals_transformers(both_models):
 @given(st.data())
 def test_a_cache_holds_the_tokens_of_the_text(both_models, data):
     """A cache holds the ids and keys of the text after storing, copying, swapping, and storing again from an earlier
-    position on."""
+    position."""
     n_texts, length, vocab_size = 3, 12, 9
     kv_cache, texts = KVCache(both_models("llama3")[1], n_texts, length), [[] for _ in range(n_texts)]
     for _ in range(data.draw(st.integers(1, 8))):
@@ -151,8 +151,8 @@ def test_a_cache_holds_the_tokens_of_the_text(both_models, data):
 
 
 def sorted_distribution(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Returns the probabilities that top_p leaves, found by sorting. All sums are float32, as in probabilities: with
-    float64, as in kept_tokens, other tokens would be left where the sum is close to top_p."""
+    """Returns the probabilities that top_p leaves, found by sorting. All sums are float32, as in probabilities. With
+    float64, as in kept_tokens, other tokens would remain where a sum is close to top_p."""
     probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = torch.nn.functional.pad(probs.cumsum(-1)[:, :-1], (1, 0))
     kept = probs.masked_fill(before >= top_p, 0)
@@ -172,14 +172,14 @@ def test_top_p_equals_sorting(vocab_size, top_p):
 
 
 def test_top_p_compiled():
-    """A compiled sampler, which sorts as on a GPU because the host must not wait, gives the same distribution."""
+    """A compiled sampler, which sorts as on a GPU so that the host need not wait, gives the same distribution."""
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
     ours = torch.compile(probabilities, fullgraph=True)(logits, SamplingParams(1.0, top_p=0.7))
     torch.testing.assert_close(ours, sorted_distribution(logits, 0.7))
 
 
 def test_options_that_change_nothing_are_off():
-    """Options that change nothing equal the defaults, so sample can use the GPU's kernel, and the scheduler samples
+    """Options that change nothing equal the defaults, so sample can use the kernel of a GPU, and the scheduler samples
     such sequences together."""
     params = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
     assert params == SamplingParams(0.8, repetition_penalty=1.1) and params.filters == Filters()

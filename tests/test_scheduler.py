@@ -30,8 +30,8 @@ FAMILIES = ["llama3", "mixtral", "gemma3", "qwen2-moe", "gpt-oss"]
 
 
 def make_prompts(n: int) -> list[list[int]]:
-    """Returns prompts of many lengths, some longer than a window. Some have a common beginning, one is the beginning of
-    another, and two are equal."""
+    """Returns prompts of many lengths, some longer than a window. Some begin alike, one is the beginning of another,
+    and two are equal."""
     rng = random.Random(0)
     shared = [rng.randrange(97) for _ in range(25)]
     prompts = []
@@ -84,8 +84,8 @@ def test_each_prompt_gets_what_it_gets_alone(family, use_kernels, both_models):
 
 
 def test_a_conversation_that_has_moved_goes_on(both_models):
-    """A conversation goes on after the sequence moved to another slot. The old slot holds only the tokens before the
-    move."""
+    """A conversation goes on after its sequence has moved to another slot. The old one holds only the tokens from
+    before the move."""
     _, model = both_models("llama3", True)
     short, moving, other = [1, 2, 3], [4, 5, 6, 7], [9, 8, 7, 6]
     scheduler = Scheduler(model, 2, 48)
@@ -172,8 +172,8 @@ def test_a_text_stays_for_later_prompts_as_long_as_another_slot_is_older(both_mo
     texts = [list(range(start, start + 20)) for start in (0, 20, 40, 60)]
 
     def n_prefilled(*prompts: list[int], n: int = 1) -> int:
-        """Computes n new tokens for each prompt, the first one by the prompt's prefill. Returns how many tokens all
-        prefills computed."""
+        """Computes n new tokens for each prompt, the first one by prefill. Returns how many tokens all prefills
+        computed."""
         with count_computed(model) as n_computed:
             run(scheduler, [Sequence(prompt, n) for prompt in prompts])
         return sum(n_computed) - len(prompts) * (n - 1)
@@ -187,7 +187,7 @@ def test_a_text_stays_for_later_prompts_as_long_as_another_slot_is_older(both_mo
 
 
 def test_moving_a_sequence_loses_no_text(both_models):
-    """A sequence that moves to the slot of an ended one swaps places with that sequence's text."""
+    """A sequence that moves to the slot of an ended one swaps places with its text."""
     _, model = both_models("llama3", False)
     scheduler = Scheduler(model, 2, 64)
     first, second = list(range(20)), list(range(30, 50))
@@ -245,7 +245,7 @@ def test_sequences_of_different_temperatures_are_sampled_in_one_pass():
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
 def test_logits_that_are_not_finite_end_one_sequence(use_kernels):
-    """Other sequences, and the next ones in the same slot, get the tokens that they get alone."""
+    """Other sequences, and later ones in the same slot, get the tokens that they get alone."""
     model = to_ours(make_hf("llama3", tie_word_embeddings=False), use_kernels)
     prompts = make_prompts(6)
     expected = [run_alone(model, prompt, 8) for prompt in prompts]
@@ -264,8 +264,8 @@ def test_logits_that_are_not_finite_end_one_sequence(use_kernels):
 
 
 def test_a_prompt_that_is_cancelled_leaves_no_nan():
-    """NaN in the slot of a cancelled prompt does not reach the next one, although no logits of the prompt were checked,
-    and although PyTorch's attention multiplies with masked values."""
+    """NaN in the slot of a cancelled prompt does not reach the next one, although none of its logits were checked, and
+    attention in PyTorch multiplies with masked values."""
     model = to_ours(make_hf("llama3", tie_word_embeddings=False), use_kernels=False)
     prompts, expected = [[1, 2, 3], [4, 5]], [run_alone(model, [1, 2, 3], 30), run_alone(model, [4, 5], 5)]
     unused = max({*range(97)}.difference(*prompts, *expected))
@@ -347,7 +347,7 @@ def test_generate_many(recall_model):
 
 
 def test_callers_in_asyncio(recall_model):
-    """Each caller gets its text, although one stops early and a step fails. In the end all slots are free."""
+    """Each caller gets its text, although one stops early and a step fails. In the end, all slots are free."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     engine = AsyncEngine(scheduler := Scheduler(model, 2, 64))
 
@@ -405,7 +405,7 @@ def test_logits_that_are_not_finite_are_one_callers_error(recall_model):
     asyncio.run(check())
 
 
-def test_interrupt_keeps_what_is_complete(recall_model):
+def test_interrupt_keeps_complete_results(recall_model):
     """After Ctrl-C, results that wait for an earlier prompt are yielded, and then KeyboardInterrupt is raised."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
     scheduler = Scheduler(model, 3, 64)
@@ -428,7 +428,7 @@ def test_interrupt_keeps_what_is_complete(recall_model):
 @settings(deadline=None)
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_finder(text, stop, data):
-    """For any division into pieces, the text ends before the stop string that is complete first."""
+    """However the text is cut into pieces, it ends before the stop string that is complete first."""
     finder, found, start = StopStringFinder(stop), "", 0
     while start < len(text):
         end = data.draw(st.integers(start + 1, len(text)))

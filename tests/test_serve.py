@@ -1,4 +1,4 @@
-"""scripts/serve.py answers OpenAI's client with the texts and log-probabilities of generate.py."""
+"""scripts/serve.py gives the client of OpenAI the texts and log-probabilities of generate.py."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -191,7 +191,7 @@ def test_logprobs_of_a_completion(stream, complete, chat_server):
 
 
 def test_pieces_of_logprobs(complete_recall, recall_server):
-    """Each token has a name of its own, also if it is a part of a character or a special token."""
+    """Each token has a name of its own, even if it is part of a character or a special token."""
     found = complete_recall(prompt="S", logprobs=20, max_tokens=9).choices[0].logprobs
     assert found.tokens == [*(f"\\x{byte:02x}" for byte in "🙂".encode()), "E", "</s>"]
     assert all(len(top) in (20, 21) for top in found.top_logprobs)

@@ -24,7 +24,7 @@ pytest_plugins = ["tests.serving"]
 
 
 class Gate:
-    """Replaces a scheduler's step. Lets a step run only when the test permits it."""
+    """Replaces the step of a scheduler by one that runs only when the test permits it."""
 
     def __init__(self, scheduler: Scheduler):
         self.step, self.permits, self.n_steps = scheduler.step, threading.Semaphore(0), 0
@@ -37,8 +37,8 @@ class Gate:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_rows(stream, complete, chat_server, monkeypatch):
-    """A client with a hundred steps for all rows hangs up, while more texts of the client wait. The next client gets an
-    answer after a few steps."""
+    """A client with a hundred steps for all rows hangs up, while more of its texts wait. The next client gets an answer
+    after a few steps."""
     engine, n = chat_server.engine, N_ROWS + 2
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
     expected, gate = answer().choices, Gate(engine.scheduler)
@@ -66,8 +66,8 @@ UNREAD = {"prompt": "a", "n": 6, "max_tokens": 100, "logprobs": 20, "temperature
 
 
 def test_a_client_that_does_not_read(complete, chat_server):
-    """A client that does not read fills the connection's buffers. Other clients are served meanwhile. If the
-    client reads later, nothing is missing. If the client hangs up, the rows are free."""
+    """A client that does not read fills the buffers of its connection. Meanwhile others are served. If it reads later,
+    nothing is missing. If it hangs up, its rows are free."""
     engine, connections = chat_server.engine, chat_server.server.server_state.connections
     answer = partial(complete, model="m", prompt="b", max_tokens=3, temperature=0)
     expected, texts = answer().choices, [c.text for c in complete(model="m", **UNREAD | {"stream": False}).choices]
@@ -115,8 +115,8 @@ def test_curl(chat_server, recall_server):
 
 @pytest.fixture(scope="module")
 def processes(chat_model, library):
-    """Starts two servers, which are ready when a line on stderr names their port. library: builds the kernels first,
-    since a build would print a line."""
+    """Two servers, which are ready when a line on stderr names their port. library: builds the kernels first, since a
+    build would print a line."""
     command = [sys.executable, ROOT / "scripts/serve.py", f"--checkpoint_path={chat_model / 'model.pth'}", "--port=0"]
     command += ["--device=cpu", "--precision=float32", "--threads=1"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
@@ -153,7 +153,7 @@ def test_many_requests_leave_memory_flat(processes):
 
 
 def wait_until_closed(server):
-    """Waits until the server takes no more connections."""
+    """Waits until server takes no more connections."""
 
     def is_closed() -> bool:
         with socket.socket() as connection:
@@ -162,7 +162,7 @@ def wait_until_closed(server):
     wait_for(is_closed)
 
 
-def test_kill_completes_what_is_in_flight(processes):
+def test_kill_completes_requests_in_flight(processes):
     (process, server), _ = processes
     with connect(server, UNREAD | {"n": 24, "max_tokens": 150}, buffer=4096) as connection:
         read_until(connection, b"data: ")

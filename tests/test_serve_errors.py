@@ -1,5 +1,5 @@
-"""scripts/serve.py refuses wrong requests, and answers requests of any content. Mistakes on its command line are one
-line."""
+"""scripts/serve.py refuses wrong requests, and answers requests of any content. A mistake on its command line ends it
+with one line."""
 
 import json
 import socket
@@ -127,7 +127,7 @@ def test_a_request_that_takes_too_long(chat_server, monkeypatch):
 
 
 def test_an_error_in_the_completer(complete, chat, chat_server, monkeypatch):
-    """After an error in the completer, waiting requests get an error, and the next ones are served."""
+    """After an error in the completer, waiting requests get an error, and later ones are served."""
 
     def fail():
         raise RuntimeError("the logits are not finite")
@@ -170,7 +170,7 @@ JSON = st.recursive(
 
 
 def objects(*values) -> st.SearchStrategy:
-    """A strategy for requests whose fields have these values."""
+    """Requests whose fields have these values."""
     prompts, options = ({name: st.sampled_from(v) for name, v in d.items()} for d in (PROMPTS, VALID))
     for name in (prompts | options) if values else ():
         (prompts if name in prompts else options)[name] |= st.one_of(*values)

@@ -1,4 +1,4 @@
-"""Speculative decoding gives the model's own greedy tokens, and samples from the model's own distribution."""
+"""Speculative decoding gives the greedy tokens of the model itself, and samples from its distribution."""
 
 import itertools
 from functools import cache
@@ -35,7 +35,7 @@ TEXT = TEXT + TEXT[:12]  # something to look up
 
 
 def loop_of(model, draft, length: int, k: int, compile: bool = False) -> SpeculativeLoop:
-    """Returns generate.py's loop, with caches of this length. Proposals cost nothing here, so every step has some."""
+    """The loop of generate.py, with caches of this length. Proposals cost nothing here, so each step has some."""
     if draft is None:
         proposer = NgramProposer(3, CPU)
     else:
@@ -45,7 +45,7 @@ def loop_of(model, draft, length: int, k: int, compile: bool = False) -> Specula
 
 
 def plain(model, text: list[int], n: int) -> list[int]:
-    """Returns the model's tokens without speculation."""
+    """Returns the tokens without speculation."""
     runner = ModelRunner(model, KVCache(model, 1, len(text) + n), GREEDY)
     return [i for (i,) in generate(runner, torch.tensor([text]), 0, n)]
 
@@ -56,7 +56,7 @@ def flat(tokens) -> list[int]:
 
 @pytest.fixture(scope="module")
 def drafts(both_models, tmp_path_factory):
-    """Returns a function: (family, name) -> draft."""
+    """(family, name) -> draft"""
 
     @cache
     def make(family: str, name: str):
@@ -92,7 +92,7 @@ def test_greedy_tokens_are_the_models_own(family, name, both_models, drafts):
 
 @pytest.mark.parametrize("name", ["lookup", "int4"])
 def test_a_text_goes_on_where_the_cache_ends(name, both_models, drafts):
-    """A text is right if it begins with a part of the text and answer in the cache, as in a conversation."""
+    """A text is right if it begins with part of the text and answer in the cache, as in a conversation."""
     model, draft = both_models("llama3")[1], drafts("llama3", name)
     loop = loop_of(model, draft, 160, 4)
     answer = flat(loop.generate(TEXT, 0, 21))
@@ -104,7 +104,7 @@ def test_a_text_goes_on_where_the_cache_ends(name, both_models, drafts):
 
 @pytest.mark.parametrize("family, use_kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
 def test_compiled(family, use_kernels, k, both_models):
-    """With kernels, only a verification of 11 tokens is compiled, which is more than the kernels take."""
+    """With kernels, only a verification of 11 tokens is compiled, since that is more than they take."""
     model = both_models(family, use_kernels)[1]
     loop = loop_of(model, None, len(TEXT) + 20, k, compile=True)
     assert flat(loop.generate(TEXT, 0, 20)) == plain(model, TEXT, 20)
@@ -128,13 +128,13 @@ def toy_probs(table: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 class ToyRunner:
-    """A ModelRunner whose model is a table, and whose cache holds the text's tokens."""
+    """A ModelRunner whose model is a table, and whose cache holds the tokens of the text."""
 
     device = CPU
 
     def __init__(self, table: torch.Tensor, params: SamplingParams, text: list[int]):
         self.table, self.tokens = table, list(text)
-        self.model = torch.nn.LayerNorm(1)  # the cost is the model's bytes, for draft and model
+        self.model = torch.nn.LayerNorm(1)  # its bytes are the cost, for draft and model
         self.model.config = SimpleNamespace(vocab_size=V, moe=None)
         self.sampler = Sampler(params, torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
         self.prefill = self.decode = self.build_step(self.sampler)
@@ -164,7 +164,7 @@ class ToyRunner:
     ids=str,
 )
 def test_sampled_tokens_have_the_models_distribution(draft, params, samples):
-    """The first three tokens have the model's probabilities, by the chain rule and a chi-square test."""
+    """The first three tokens have the probabilities of the model, by the chain rule and a chi-square test."""
     text = [*torch.randint(V, (60,), generator=torch.Generator().manual_seed(0)).tolist(), 0, 1]
     table = toy_logits(1)
     if draft == "lookup":

@@ -1,4 +1,4 @@
-"""Speculative decoding from the command line, and by scripts/speculate.sh."""
+"""Speculative decoding from the command line and by scripts/speculate.sh."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from utils.files import ROOT
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Returns the folders of a model that answers in capitals, and of one with another vocabulary."""
+    """The folders of a model that answers in capitals, and of one with another vocabulary."""
     model = random_folder(tmp_path_factory.mktemp("model"), max_seq_len=128)
     other = random_folder(tmp_path_factory.mktemp("other"), max_seq_len=128)
     data = json.loads((other / "tokenizer.json").read_text())
@@ -148,8 +148,7 @@ def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """Returns a copy of the project with the tiny target of the scripts with TINY=1. The scripts make the tiny
-    draft."""
+    """A copy of the project with the tiny target that the scripts take with TINY=1. They make the tiny draft."""
     tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
     target = tree / "checkpoints/tiny/target"
     write_folder("llama2", target)
@@ -160,7 +159,7 @@ def tree(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("setup", ["7B_int4", "34B_bf16", "70B_int4", "tp_70B_bf16"])
 def test_script(setup, tree, monkeypatch, capsys):
     """The Python calls of a script run in this process, because torch takes seconds to load. Only ranks are started by
-    the script itself."""
+    the script."""
     monkeypatch.chdir(tree)
     command = f"scripts/speculate.sh {setup} --max_new_tokens=8 --device=cpu --json --ignore_eos"
     if setup.startswith("tp"):

@@ -1,7 +1,7 @@
 """Conversations on a terminal (editing, history, pasted text and Ctrl-C) and through a pipe (files and lost lines). The
 model gets the messages that /save writes.
 
-The terminals are pseudo-terminals of forks of this process.
+The terminals are pseudo-terminals, each with a fork of this process.
 """
 
 import json
@@ -32,7 +32,7 @@ PROMPT = ">\b\x1b[2C"  # an empty prompt, as prompt_toolkit draws it
 
 @pytest.fixture(scope="module")
 def counter(recall_model, tmp_path_factory) -> Path:
-    """Returns the folder of recall_model, with a context of 8192 tokens and a chat template."""
+    """The folder of recall_model, with a context of 8192 tokens and a chat template."""
     folder = tmp_path_factory.mktemp("counter")
     (folder / "tokenizer.json").symlink_to(recall_model / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -68,8 +68,7 @@ class Terminal:
         return 0
 
     def wait(self, text: str) -> str:
-        """Waits until text is shown. Returns everything shown up to text, without the codes for colours and the
-        cursor."""
+        """Waits until text is shown. Returns everything up to it, without the codes for colours and the cursor."""
         end = time.monotonic() + 60
         while text not in self.shown:
             assert select.select([self.fd], [], [], end - time.monotonic())[0], self.shown
@@ -78,7 +77,7 @@ class Terminal:
         return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", before)
 
     def type(self, keys: str, until: str = PROMPT) -> str:
-        """Types keys. Returns everything shown up to text."""
+        """Types keys. Returns everything shown up to until."""
         data = keys.encode()
         while data:  # the terminal takes some thousand bytes at a time
             data = data[os.write(self.fd, data[:1024]) :]
@@ -137,7 +136,7 @@ def test_an_empty_line_ends_with_ctrl_c(counter, tmp_path):
 
 
 def type_during_answer(terminal: Terminal, keys: str):
-    """Types keys during an endless answer, and stops the answer. Only the answer is shown."""
+    """Types keys during an endless answer, and then stops it. Only the answer is shown."""
     terminal.wait("1234567890")
     os.write(terminal.fd, keys.encode())
     time.sleep(0.1)  # a terminal that echoes does so at once
@@ -188,8 +187,8 @@ def test_continue(counter, cli):
 
 
 def test_stop_strings(counter, cli):
-    """A stop string ends an answer, also across tokens, and is not shown. The beginning of a stop string is shown if
-    the answer ends otherwise."""
+    """A stop string ends an answer, even across tokens, and is not shown. Its beginning is shown if the answer ends
+    otherwise."""
     said = "0\n/continue\n/continue\n7\n"
     out = cli(counter, "--chat", "--temperature=0", "--max_new_tokens=2", "--stop=456", "--stop=23x", stdin=said)
     assert out.splitlines() == ["1", "23", "", "89"]

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).with_name("threads_test.cpp")
 
 @pytest.fixture(scope="module")
 def simulate(tmp_path_factory):
-    """Returns a function that runs threads_test.cpp, and returns how many threads each repetition used."""
+    """Returns a function that runs threads_test.cpp and returns how many threads each repetition used."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     program = tmp_path_factory.mktemp("threads") / "threads_test"
     subprocess.run([compiler, "-std=c++20", "-O1", "-fopenmp", SOURCE, "-o", program], check=True)
@@ -35,7 +35,7 @@ def test_idle_machine(simulate, n_cpus):
 
 @pytest.mark.parametrize(("n_cpus", "busy"), [(2, 1), (4, 1), (8, 2), (16, 3), (64, 5)])
 def test_busy_cpus(simulate, n_cpus, busy):
-    """While other programs need some CPUs, most repetitions do without these CPUs, and later use them again."""
+    """While other programs need some CPUs, most repetitions do without these, and later use them again."""
     chosen = simulate(n_cpus, 12000, (busy, 1000, 6000))
     assert set(chosen[:1000]) == {n_cpus}
     assert sum(0.75 * (n_cpus - busy) <= n <= n_cpus - busy for n in chosen[2000:6000]) > 0.9 * 4000
@@ -56,7 +56,7 @@ def test_two_decodes(simulate):
 
 @pytest.mark.parametrize("n_outputs", [6144, 4096, 28672 // 2, 128256])
 def test_shares_of_llama_8b(simulate, n_outputs):
-    """No thread gets more than 1.15 times the mean share of an 8B model's weights."""
+    """With an 8B model, no thread gets more than 1.15 times the mean share of weights."""
     n_blocks = n_outputs // CPU_BLOCK_N
     most_of_a_thread = simulate(0, n_blocks)
     assert len(most_of_a_thread) == 64

@@ -1,5 +1,5 @@
-"""text/tokenizer.py against transformers, sentencepiece and Mistral's reference encoder: ids, special tokens in prompts
-and messages, end tokens, streaming. The tokenizers are trained here, or come with mistral_common."""
+"""text/tokenizer.py against transformers, sentencepiece and mistral_common: ids, special tokens in prompts and
+messages, end tokens, streaming. The tokenizers are trained here, or come with mistral_common."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def replace(tokenizer, **fields):
 
 
 def ids_with_one_bos(theirs, text: str) -> list[int]:
-    """Returns transformers' ids of text. A text that begins with a bos gets a second one, which is removed."""
+    """Returns the ids in transformers. A text that begins with a bos gets a second one there, which is removed."""
     ids = theirs(text).input_ids
     return ids[1:] if text.startswith("<s>") and ids[:2] == 2 * [theirs.bos_token_id] else ids
 
@@ -45,7 +45,7 @@ KINDS = ["llama2", "llama2-prepend", "llama3", "qwen2"]
 
 @pytest.fixture(scope="module", params=KINDS)
 def both_tokenizers(request, tmp_path_factory):
-    """Returns (ours, transformers') of one tokenizer.json."""
+    """Two tokenizers with the same tokenizer.json: (ours, that of transformers)."""
     tok, folder = train(request.param), tmp_path_factory.mktemp("json")
     if request.param != "qwen2":
         tok.post_processor = bos_processor(tok, "<s> $A")
@@ -94,7 +94,7 @@ def test_messages_make_no_special_tokens(both_tokenizers, name):
 @given(st.lists(st.sampled_from(["<|im_", "end|>", "<|im_end|>", "<", "</s>", " ", "\n", "a", "😀"])).map("".join))
 @settings(database=None, deadline=None)
 def test_a_message_is_encoded_as_text(byte_level, text):
-    """A message is encoded as text, whatever it contains, between the template's special tokens."""
+    """Between the special tokens of the template, a message is encoded as text, whatever it contains."""
     user, special = byte_level.encode_parts(["user\n" + text]), byte_level.special_token_ids
     newline, header = byte_level.encode("\n", bos=False), byte_level.encode("assistant\n", bos=False)
     start, end = special["<|im_start|>"], special["<|im_end|>"]
@@ -113,7 +113,8 @@ def byte_level(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=MISTRAL)
 def mistral(request, tmp_path_factory):
-    """Returns (ours, sentencepiece's, version) of one tokenizer.model, with the template of its checkpoints."""
+    """Two tokenizers with the same tokenizer.model, and the template of its checkpoints: (ours, that of sentencepiece,
+    version)."""
     end = " [/INST]" if request.param == "v1" else "[/INST]"
     template = TEMPLATES["mistral"].replace(" [/INST]", end)
     folder = write(tmp_path_factory.mktemp("model"), {"chat_template": template}, request.param)
@@ -147,8 +148,8 @@ def test_chat_like_mistrals_reference(mistral):
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("form", ["decoder", "added_tokens.json"])
 def test_tokenizer_model_like_transformers(tmp_path, legacy, form):
-    """Tokens that tokenizer.model lacks, and the space that older tokenizers put after a special token, are
-    transformers'."""
+    """Tokens that tokenizer.model lacks, and the space that older tokenizers put after a special token, are as in
+    transformers."""
     added = {"<|im_start|>": 32000, "<|im_end|>": 32001, "<think>": 32002}
     config = {"legacy": legacy, "add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}
     config["chat_template"] = TEMPLATES["chatml"] + "{{ eos_token }}"
@@ -179,9 +180,9 @@ def test_tokenizer_model_like_transformers(tmp_path, legacy, form):
 @pytest.mark.parametrize("form", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
 @pytest.mark.parametrize("add_bos", [None, True, False])
 def test_json_bos(tmp_path, form, add_bos):
-    """As in transformers, tokenizer.json decides whether a prompt begins with bos, and not the settings. A prompt does
-    not end in eos. The prompt of a conversation begins as the chat template says. A token that the settings name is
-    special, whatever tokenizer.json says."""
+    """As in transformers, tokenizer.json decides whether a prompt begins with bos, not the settings. A prompt does not
+    end in eos. That of a conversation begins as the chat template says. A token that the settings name is special,
+    whatever tokenizer.json says."""
     tok = train("llama3")
     tok.add_tokens([AddedToken("<end>", special=False, normalized=False)])
     tok.post_processor = bos_processor(tok, form)
@@ -223,7 +224,7 @@ def check_stream(tokenizer, ids):
 
 
 def check_text(tokenizer, text, expected):
-    """Streams a text as a whole, and in two halves for every cut between two characters."""
+    """Streams a text as a whole, and in two parts for every cut between two characters."""
     ids = tokenizer.encode_parts([text])
     assert "".join(check_stream(tokenizer, ids)) == expected
     for k in range(len(ids)):
@@ -392,8 +393,7 @@ def test_end_of_turn(byte_level, template, expected):
 
 
 def test_a_text_that_may_fit_is_not_too_long(byte_level, tmp_path):
-    """White space that a special token absorbs, and unknown characters, which are one token, are allowed in any
-    length."""
+    """White space that a special token absorbs, and unknown characters, which are one token, may have any length."""
     assert exceeds(byte_level, "ab " * 500, 40) and not exceeds(byte_level, "ab " * 20, 40)
     tok = tokenizers.Tokenizer(models.BPE({"<unk>": 0, "a": 1, " ": 2}, [], unk_token="<unk>", fuse_unk=True))
     tok.add_special_tokens([AddedToken("<mask>", lstrip=True), "<s>"])
@@ -409,7 +409,7 @@ def test_a_text_that_may_fit_is_not_too_long(byte_level, tmp_path):
 
 
 def test_only_the_beginning_of_a_long_prompt_is_encoded(byte_level):
-    """A prompt that is too long is refused after its beginning, also if it has words, special tokens, long tokens, or
+    """A prompt that is too long is refused after its beginning, whether it has words, special tokens, long tokens, or
     many messages."""
     ours, n_tokens, lengths = replace(byte_level, chat_template=TEMPLATES["chatml"]), 40, []
 

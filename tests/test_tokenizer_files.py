@@ -1,5 +1,5 @@
-"""text/tokenizer_files.py against transformers: special and added tokens that are only in the files beside the
-tokenizer, and tokenizers without tokenizer.json or without a decoder."""
+"""text/tokenizer_files.py against transformers: special and added tokens that only the files beside the tokenizer have,
+and tokenizers without tokenizer.json or without a decoder."""
 
 import json
 
@@ -17,7 +17,7 @@ START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
 
 def files_beside(n: int, rstrip: bool) -> dict[str, dict[str, dict]]:
     """Returns files by name, for each way to add three tokens, two of them special, to a tokenizer of n tokens. rstrip:
-    whether END absorbs the white space behind it."""
+    whether END absorbs the white space after it."""
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
     decoder = {
         n: flags | {"content": START, "special": True},
@@ -68,7 +68,7 @@ def write_tokenizer(kind: str, folder) -> tuple[int, dict]:
 @pytest.mark.parametrize("kind", ["byte level", "words", "word pieces", "GPT2Tokenizer", "Qwen2TokenizerFast"])
 def test_files_beside_the_tokenizer_like_transformers(tmp_path, kind, way):
     n, fields = write_tokenizer(kind, tmp_path)
-    # transformers' Qwen2Tokenizer forgets that a special token has rstrip.
+    # Qwen2Tokenizer in transformers forgets that a special token has rstrip.
     files = files_beside(n, rstrip="Qwen2" not in kind)[way]
     fields |= {"chat_template": "{{ bos_token }}{{ eos_token }}" + TEMPLATES["chatml"]}
     files = files | {"tokenizer_config.json": fields | files.get("tokenizer_config.json", {})}
@@ -135,7 +135,7 @@ def test_broken_files(tmp_path, name, data, says):
 
 
 def test_template_sources(tmp_path):
-    """A template in a file has precedence over one in the settings. Of several named templates, "default" is used."""
+    """A template in a file takes precedence over one in the settings. Of several named ones, "default" is used."""
     write(tmp_path, {"chat_template": [{"name": "rag", "template": "x"}, {"name": "default", "template": "y"}]}, "v1")
     assert load_tokenizer(tmp_path).chat_template == "y"
     (tmp_path / "chat_template.jinja").write_text("z")

@@ -1,5 +1,5 @@
-"""Several ranks compute the same as one process. To save time, few jobs have many cases each. tp_ranks.py is the
-program of a rank."""
+"""Several ranks compute the same as one process. To save time, there are few jobs, with many cases each. tp_ranks.py is
+the program of a rank."""
 
 import json
 import math
@@ -28,14 +28,14 @@ from utils.files import ROOT
 RANKS = ROOT / "tests/tp_ranks.py"
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}  # 160 / 4: cuts go through int4's groups
 
-# In float32 ranks only add in another order. A sum of K terms is rounded K times, by up to 1 / 2^24 up or down; such
-# errors grow like the square root of K. The longest sums have 160 terms, and on the way to the logits are 11 products:
-# 4 and an attention in each layer, and the head.
+# In float32, ranks only add in another order. A sum of K terms is rounded K times, by up to 1 / 2^24 up or down; such
+# errors grow like the square root of K. The longest sums have 160 terms, and there are 11 products on the way to the
+# logits: 4 and an attention in each layer, and the head.
 FLOAT32_ERROR = 11 * math.sqrt(160) / 2**24
 
 
 def torchrun(n: int, *command) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONFAULTHANDLER": "1"}  # a rank that a signal ends says where
+    env = os.environ | {"PYTHONFAULTHANDLER": "1"}  # if a signal ends a rank, it prints where
     return subprocess.run(torchrun_command(n, *command), capture_output=True, text=True, timeout=300, env=env)
 
 
@@ -45,7 +45,7 @@ def torchrun_command(n: int, *command) -> list[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Returns a folder with a checkpoint for every case, and one with a tokenizer, whose model often ends."""
+    """A folder with a checkpoint for every case, and one with a tokenizer, whose model often ends."""
     folder = tmp_path_factory.mktemp("tp")
     for name, (family, sizes, mode, _) in CASES.items():
         if family == "baichuan 13B":
@@ -76,7 +76,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def jobs(files) -> dict[int, Job]:
-    """Returns n -> the finished job of n ranks. At its end rank 1 dies."""
+    """n -> the finished job of n ranks. At its end, rank 1 dies."""
     results = {}
     for n in (2, 4):
         out = files / f"{n}.json"
@@ -94,7 +94,7 @@ def alone(files):
 
 
 def error_growth(n_ranks: int, n_alone: int) -> float:
-    """By what factor the bfloat16 error of ranks may exceed that of one process.
+    """Returns the factor by which the bfloat16 error of ranks may exceed that of one process.
 
     Squares of independent errors add up. In units of the squared error of rounding a whole product, a sum over n
     ranks has
@@ -116,8 +116,8 @@ def test_ranks_compute_the_same(jobs, name, n):
     r = jobs[n].found[name]
     assert r["same"] and r["agreed"] and r["error"] < FLOAT32_ERROR
     errors = r["errors in bfloat16"]
-    # Kernels round once, after the residual. PyTorch rounds before and after the residual. Ranks use kernels for some
-    # operations, and PyTorch for others.
+    # Kernels round once, after the residual. PyTorch rounds before and after it. Ranks use kernels for some operations,
+    # and PyTorch for others.
     assert errors["ranks"] < error_growth(n, n_alone=1) * errors["kernels"]
     assert errors["ranks"] < error_growth(n, n_alone=2) * max(errors["kernels"], errors["PyTorch"])
     every_rank_has_all = name in ("olmo2", "act-order olmo2")

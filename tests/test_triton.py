@@ -1,7 +1,7 @@
-"""The Triton kernels against exact results, in Triton's interpreter (conftest.py turns it on), and compiled for GPUs.
+"""The Triton kernels against exact results, in the interpreter (conftest.py turns it on), and compiled for GPUs.
 
-scripts/kernel_checks/checks.py has the checks that run on a GPU, too. This file adds whole models, properties that are
-no results, and results that cannot differ on a GPU.
+scripts/kernel_checks/checks.py has the checks that also run on a GPU. This file adds whole models, results that cannot
+differ on a GPU, and whatever is not a result.
 """
 
 import functools
@@ -50,8 +50,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, f
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_interpreter():
-    """Caches two results that take 40 % of the time of Triton's interpreter: the builtins of triton.language, searched
-    in every call of a function, and a table of NumPy's types, made for every operation."""
+    """Caches two results that take 40 % of the time of the interpreter: the builtins of triton.language, searched in
+    every call of a function, and a table of NumPy types, made for every operation."""
     convert_dtype, dtypes = interpreter._get_np_dtype, {}
 
     def numpy_dtype(dtype):
@@ -67,7 +67,7 @@ def fast_interpreter():
     def patch_builtins(package, builder, scope):
         for name in builtin_names(package):
             member = getattr(package, name)
-            if is_builtin(member):  # an already patched member is not builtin
+            if is_builtin(member):  # a patched one is not
                 interpreter._patch_attr(package, name, member, builder, scope)
 
     with pytest.MonkeyPatch.context() as context:
@@ -78,8 +78,7 @@ def fast_interpreter():
 
 @pytest.fixture
 def small_gpu(monkeypatch):
-    """Pretends that the GPU has two multiprocessors, so that programs compute several tiles of W even in small
-    matmuls."""
+    """The GPU seems to have two multiprocessors, so that programs compute several tiles of W even in small matmuls."""
     monkeypatch.setattr(launch, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
     monkeypatch.setattr(attention, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
 
@@ -93,7 +92,7 @@ CHECKS = {  # a check that does not depend on dtype occurs once
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_check(name, small_gpu):
-    """The checks of a GPU pass in the interpreter, in smaller sizes."""
+    """The checks for a GPU pass in the interpreter, in smaller sizes."""
     torch.manual_seed(0)
     for comparison in CHECKS[name]():
         bounds.check(comparison.ours, comparison.exact, comparison.bound)
@@ -119,7 +118,7 @@ def test_rows(format, rows):
 
 @pytest.mark.parametrize("format", QUANTIZED, ids=format_label)
 def test_extremes(format):
-    """Results are within the bounds for weights, scales and zeros at the ends of their ranges, and for huge and tiny
+    """Results stay within their bounds for weights, scales and zeros at the ends of their ranges, and for huge and tiny
     activations. Activations that are not finite affect only their own row."""
     torch.manual_seed(0)
     w = make_linear(32, 64, format, torch.float32)
@@ -193,7 +192,7 @@ def test_every_format_is_checked():
 
 
 def test_every_activation_has_a_branch():
-    """The backend's activations are the branches of the kernel."""
+    """The activations of the backend are exactly the branches of the kernel."""
     epilogue_py = (ROOT / "kernels/triton/epilogue.py").read_text()
     assert set(re.findall(r'ACTIVATION == "(\w+)"', epilogue_py)) == ops.TRITON_BACKEND.activations
 
@@ -205,7 +204,7 @@ class Unknown(Int4):
 
 
 def test_unknown_format():
-    """A format without kernels stays in PyTorch. A kernel that gets it raises an error."""
+    """It stays in PyTorch. A kernel that gets it raises an error."""
     w = make_linear(16, 64, Int4(32), torch.float32)
     w.format = Unknown(32)
     ops.pack_for_triton([w])
@@ -218,7 +217,7 @@ def test_unknown_format():
 
 
 def test_a_format_without_a_layout():
-    """A format without to_triton_layout gives an error that names the method. Formats with kernels have the method."""
+    """The error names the missing method, to_triton_layout. Formats with kernels have it."""
 
     @dataclass(frozen=True)
     class NoLayout(WeightFormat):
@@ -249,7 +248,7 @@ def test_router_of_nan(logits, norm_topk_prob):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_sample_of_what_is_not_finite(value):
+def test_sample_of_logits_that_are_not_finite(value):
     logits = torch.randn(2, 3000)
     logits[1, 2500] = value
     for temperature, options in ((0.0, {}), (1.0, {}), (1.0, {"top_p": 0.9}), (1.0, {"min_p": 0.1})):
@@ -306,7 +305,7 @@ def tiny_model(family: str, n_layers: int):
 
 
 def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
-    """Returns the logits of a prompt's many tokens together, then of two single tokens, then of four together."""
+    """Returns the logits of a prompt with many tokens, then of two single tokens, then of four together."""
     kv_cache, start, logits = KVCache(model, 1, 200), 0, []
     with torch.inference_mode():
         for tokens in prompt[None].split([len(prompt) - 6, 1, 1, 4], dim=1):
@@ -322,7 +321,7 @@ def logits_of(model, prompt: torch.Tensor, step=None) -> torch.Tensor:
     ids=format_label,
 )
 def test_model(family, format, small_gpu):
-    """A whole model gives PyTorch's float32 logits, and so the same greedy tokens. Qwen3's layers have an
+    """A whole model gives the float32 logits of PyTorch, and so the same greedy tokens. Layers of Qwen3 have an
     input_order."""
     model, prompt = tiny_model(family, n_layers=2), torch.arange(3, 27)
     for _, w in model.quantizable_linears():
@@ -334,7 +333,7 @@ def test_model(family, format, small_gpu):
             w.set_tensor(name, tensor)
     expected = logits_of(model, prompt)
     ours = logits_of(use_triton(model), prompt)
-    # 5 matmuls in each layer and the head follow each other. Each adds what a sum of 64 terms may lose, on either side
+    # 5 matmuls in each layer, and then the head. Each adds what a sum of 64 terms may lose, on either side
     assert (ours - expected).abs().max() <= 11 * 2 * (64 + 8) * U32 * expected.abs().max()
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
 
@@ -359,12 +358,12 @@ def test_many_sequences(small_gpu):
     expected = step()
     use_triton(model)
     assert model.has_kernels_for(12, 1) and model.has_kernels_for(64, 1) and not model.has_kernels_for(65, 1)
-    # 5 matmuls and the head follow each other, as in test_model
+    # 5 matmuls, and then the head, as in test_model
     assert (step() - expected).abs().max() <= 6 * 2 * (64 + 8) * U32 * expected.abs().max()
 
 
 def test_without_matrix_units(monkeypatch):
-    """In float32, and on a GPU whose matrix units Triton does not use, the kernels take few tokens."""
+    """In float32, and on a GPU with matrix units that Triton does not use, the kernels take few tokens."""
     for dtype, min_block_m, most in [(torch.bfloat16, 8, 64), (torch.float32, 8, 8), (torch.float16, 1, 8)]:
         monkeypatch.setattr(launch, "gpu_info", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
@@ -373,7 +372,7 @@ def test_without_matrix_units(monkeypatch):
 
 
 def test_torch_compile(small_gpu):
-    """torch.compile makes one graph of a step, whose calls write to the caches that it gets."""
+    """torch.compile makes one graph of a step, which writes to the caches that it gets."""
     model, prompt = use_triton(tiny_model("qwen3-moe", n_layers=1)), torch.arange(3, 27)
     expected = logits_of(model, prompt)
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -385,7 +384,7 @@ def test_torch_compile(small_gpu):
 
 
 def test_compiles_for_gpus():
-    """Every kernel compiles to machine code for NVIDIA's Turing, Ampere and Hopper, and for AMD's CDNA 3 and RDNA 3."""
+    """Every kernel compiles to machine code for Turing, Ampere and Hopper (NVIDIA), and CDNA 3 and RDNA 3 (AMD)."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.compile_triton"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

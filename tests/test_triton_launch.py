@@ -24,13 +24,13 @@ def choose(monkeypatch, gpu: launch.Gpu, format_id: int, n: int, k: int, gated: 
 
 
 def measured_name(tiles: launch.TileConfig) -> str:
-    """Returns the name of tiles in the measurements: (block_n in units of 16, num_warps, warp_k in units of 64,
+    """Returns what the measurements call tiles: (block_n in units of 16, num_warps, warp_k in units of 64,
     num_stages)."""
     return str((tiles.block_n // 16, tiles.num_warps, tiles.warp_k // 64, tiles.num_stages))
 
 
 def test_guess_is_near_the_best(monkeypatch):
-    """With the tile sizes of the rule, no matmul takes 10 % longer than with the best measured ones."""
+    """With tile sizes from the rule, no matmul takes 10 % longer than with the best measured ones."""
     gpu = launch.Gpu(N_PROCESSORS, min_block_m=8, has_pdl=True, tuned={})
     n_checked = 0
     for key, product in PRODUCTS.items():
@@ -43,7 +43,7 @@ def test_guess_is_near_the_best(monkeypatch):
 
 
 def test_measured_tiles_are_used(monkeypatch):
-    """tuned.json has the best tile sizes of each matmul, or some with less shared memory and at most 1 % more time."""
+    """tuned.json has the best tile sizes of each matmul, or some in less shared memory that take at most 1 % longer."""
     table = json.loads(launch.TUNED.read_text())[MEASURED["device"]]
     assert len(table) == len(PRODUCTS)
     gpu = launch.Gpu(N_PROCESSORS, min_block_m=8, has_pdl=True, tuned=table)
@@ -61,7 +61,7 @@ def test_measured_tiles_are_used(monkeypatch):
 )
 @pytest.mark.parametrize("gated", [False, True])
 def test_guess_fits(format, bits, group_size, gated, monkeypatch):
-    """For every size, the loads under way fit 99 KB, and a warp has at most 8 sums of 16 rows by 8."""
+    """For every size, loads in flight fit into 99 KB, and a warp has at most 8 sums of 16 rows by 8."""
     for n in (64, 576, 1536, 4096, 16384, 57344, 128256):
         for num_sms in (1, 16, 132, 300):
             gpu = launch.Gpu(num_sms, min_block_m=8, has_pdl=True, tuned={})
@@ -76,7 +76,7 @@ def test_guess_fits(format, bits, group_size, gated, monkeypatch):
 @pytest.mark.parametrize("n_tokens", [9, 16, 33, 64])
 @pytest.mark.parametrize("gated", [False, True])
 def test_guess_many_tokens_fits(n_tokens, gated):
-    """The loads under way fit 99 KB. A warp's sums and the products of one step fit its registers."""
+    """Loads in flight fit into 99 KB. The sums of a warp and the products of one step fit into its registers."""
     formats = [(Unquantized, 16, 576), (Int8, 8, 576), (Float8, 8, 576), (Float8, 8, 128), (GroupedInt8, 8, 16)]
     formats += [(Int4, 4, 64), (Int4, 4, 128), (MXFP4, 4, 32)]
     block_m = triton.next_power_of_2(n_tokens)
@@ -92,9 +92,9 @@ def test_guess_many_tokens_fits(n_tokens, gated):
         assert block_n % (32 if gated else 16) == 0
 
 
-def test_programs_share_what_they_read():
-    """If there are enough outputs for all multiprocessors, a program computes many. With fewer programs, x is read less
-    often."""
+def test_programs_compute_many_outputs():
+    """If there are enough outputs for all multiprocessors, a program computes many, since fewer programs read less of
+    x."""
     for n, block_n in [(576, 16), (4096, 32), (57344, 64)]:
         tiles = launch.guess_many_tokens(64, Int8.format_id, n, 4096, False, 4096, N_PROCESSORS)
         assert tiles.block_n == block_n
@@ -107,7 +107,7 @@ def test_unknown_format(monkeypatch):
 
 
 def test_pdl_options(monkeypatch):
-    """A kernel lets the next one begin at once if every multiprocessor has at most one of its programs."""
+    """A kernel lets the next one begin at once if no multiprocessor has more than one of its programs."""
     for has_pdl, grid, at_once in [(True, (66, 2), True), (True, (67, 2), False), (False, (1,), False)]:
         gpu = launch.Gpu(N_PROCESSORS, 8, has_pdl, tuned={})
         monkeypatch.setattr(launch, "gpu_info", lambda device, gpu=gpu: gpu)

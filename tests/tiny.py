@@ -100,7 +100,7 @@ DBRX = {
     "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 6, "moe_top_k": 3},
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
 }
-FAMILIES = {  # name: (transformers' config, changes of SIZES)
+FAMILIES = {  # name: (config class in transformers, changes of SIZES)
     "llama2": (hf.LlamaConfig, {"num_key_value_heads": 4}),
     "llama3": (hf.LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama-linear": (hf.LlamaConfig, {"rope_parameters": LINEAR}),
@@ -136,7 +136,7 @@ FAMILIES = {  # name: (transformers' config, changes of SIZES)
 
 
 def make_hf(family: str, **sizes):
-    """Returns transformers' model of a family, float32."""
+    """Returns a model of a family in transformers, float32."""
     torch.manual_seed(0)
     config_class, changes = FAMILIES[family]
     config = config_class(**SIZES | changes | sizes)
@@ -151,13 +151,13 @@ def make_hf(family: str, **sizes):
 
 
 def convert(folder: Path) -> Path:
-    """Converts a Hugging Face folder. Returns the file: model.pth, or the quantized file."""
+    """Converts a Hugging Face folder. Returns the file, model.pth or a quantized one."""
     return convert_folder(folder)
 
 
 def assert_refused(folder: Path, match: str, lora: Path | None = None):
-    """Checks that convert_folder refuses folder, or a LoRA adapter for folder, with one line that matches, and leaves
-    the folders as they were."""
+    """Checks that convert_folder refuses folder, or a LoRA adapter for it, with one line that matches, and leaves both
+    as they were."""
     folders = [folder] if lora is None else [folder, lora]
     before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
     with pytest.raises(UsageError, match=match) as e:
@@ -167,13 +167,13 @@ def assert_refused(folder: Path, match: str, lora: Path | None = None):
 
 
 def call_main(main, *args):
-    """Calls a script's main with these arguments."""
+    """Calls the main of a script with these arguments."""
     with mock.patch.object(sys, "argv", ["script.py", *map(str, args)]):
         main()
 
 
-# Version of model.pth -> the names that the next version replaced: new name -> old name. The table is written apart
-# from UPGRADES (earlier_checkpoints.py), so that a mistake there fails a test.
+# Version of model.pth -> the names that the next version replaced: new name -> old name. Written independently of
+# UPGRADES (earlier_checkpoints.py), so that a mistake there fails a test.
 EARLIER_TENSORS = {  # by regular expressions
     5: {r"\.pre_(\w+_norm)\.": r".\1."},
     2: {r"^embed_tokens\.": "tok_embeddings.", r"^lm_head\.": "output."},
@@ -215,14 +215,14 @@ def write_earlier_version(path: Path, version: int):
 
 
 def to_ours(theirs, use_kernels: bool = True):
-    """Converts transformers' model to ours, float32."""
+    """Converts theirs, a model of transformers, to ours, float32."""
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         return load_model(convert(Path(folder)), torch.device("cpu"), torch.float32, use_kernels)
 
 
 def same_logits(path: Path, theirs, atol: float = 1e-4, use_kernels: bool = True):
-    """Checks that the model in path, in float32, gives transformers' logits."""
+    """Checks that the model in path, in float32, gives the logits of theirs, from transformers."""
     ours = load_model(path, torch.device("cpu"), torch.float32, use_kernels)
     tokens = torch.randint(0, theirs.config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -238,8 +238,8 @@ def write_folder(family: str, folder: Path, **sizes):
 
 
 def quantize_embedding(source: Path, target: Path, is_tied: bool = True) -> Path:
-    """Copies source, a quantized checkpoint of a model whose embedding is its head, to target, with the head's
-    quantized tensors as the embedding. is_tied: the file has these tensors once."""
+    """Copies source, a quantized checkpoint of a model with a tied head, to target, and gives the embedding the
+    quantized tensors of the head. is_tied: whether the file has them only once."""
     config, quantization, tensors = read_checkpoint(source)
     head = {name: t for name, t in tensors.items() if name.startswith("lm_head.")}
     others = {name: t for name, t in tensors.items() if not name.startswith(("lm_head.", "embed_tokens."))}
@@ -251,8 +251,8 @@ def quantize_embedding(source: Path, target: Path, is_tied: bool = True) -> Path
 
 
 def give_input_orders(source: Path, target: Path):
-    """Copies source, a quantized checkpoint, to target, and gives every linear layer a random order of inputs, as
-    GPTQ's act-order has. The result is another model."""
+    """Copies source, a quantized checkpoint, to target, and gives every linear layer a random order of inputs, as with
+    act-order. The result is another model."""
     config, quantization, tensors = read_checkpoint(source)
     generator = torch.Generator().manual_seed(0)
     linears = dict(meta_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears())

@@ -1,4 +1,4 @@
-"""Tiny GGUF files, in the form that llama.cpp's converter writes."""
+"""Tiny GGUF files, as the converter of llama.cpp writes them."""
 
 import re
 import struct
@@ -11,7 +11,7 @@ import transformers as hf
 
 from tests.tiny import SIZES
 
-ARCHITECTURES = {  # of transformers' models of other names
+ARCHITECTURES = {  # of models that have another name in transformers
     "mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3", "olmo3": "olmo2",
     "gpt_oss": "gpt-oss",
 }
@@ -27,7 +27,7 @@ BPE = {  # the smallest vocabulary
 
 
 def make_llama(config_class=hf.LlamaConfig, **changes):
-    """Returns transformers' model, in sizes that every quantized type can hold."""
+    """Returns a model of transformers, in sizes that every quantized type can hold."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "initializer_range": 0.05}
     torch.manual_seed(0)
     config = config_class(**SIZES | sizes | changes)
@@ -38,7 +38,7 @@ def write_gguf(
     path: Path, theirs=None, qtype: str = "F32", meta: dict = BPE, tensors_per_part: int = 0,
     others: dict[str, str] | None = None,
 ) -> Path:
-    """Writes theirs, transformers' model, as a GGUF, and gives theirs the dequantized weights. tensors_per_part: if not
+    """Writes theirs, a model of transformers, as a GGUF, and gives it the dequantized weights. tensors_per_part: if not
     0, the GGUF is split into several files. others: types for matrices whose names contain a key, in place of qtype."""
     writer = gguf.GGUFWriter(path, architecture(theirs), split_max_tensors=tensors_per_part)
     if theirs is not None:
@@ -154,8 +154,8 @@ def add_tensors(writer: gguf.GGUFWriter, theirs, default_type: str, others: dict
 
 
 def random_blocks(qtype: gguf.GGMLQuantizationType, shape: tuple[int, ...], rng) -> np.ndarray:
-    """Returns random bytes that stand for weights of about 0.05. The floats in a block are scales and, in some
-    types, a minimum, which is at most as many steps away from 0 as there are codes."""
+    """Returns random bytes that stand for weights of about 0.05. The floats in a block are scales and, in some types, a
+    minimum, which is at most as many steps away from 0 as there are codes."""
     blocks = rng.integers(0, 256, gguf.quant_shape_to_byte_shape(shape, qtype), dtype=np.uint8)
     blocks = blocks.reshape(-1, gguf.GGML_QUANT_SIZES[qtype][1])
     floats = {  # byte in the block: size
@@ -172,8 +172,8 @@ def random_blocks(qtype: gguf.GGMLQuantizationType, shape: tuple[int, ...], rng)
 
 
 def unfused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns state with three tensors for a layer's experts where transformers has two, and their biases, in the same
-    memory. gpt-oss's tensors are transposed, and its rows of gate and up alternate."""
+    """Returns state with three tensors for the experts of a layer where transformers has two, and their biases, in the
+    same memory. In gpt-oss they are transposed, and rows of gate and up alternate."""
     state = {name + ".weight" if name.endswith("sinks") else name: t for name, t in state.items()}
     is_transposed = any(name.endswith("gate_up_proj_bias") for name in state)
     for name in [name for name in state if "experts." in name]:
@@ -190,7 +190,7 @@ def unfused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def in_meta_order(weight, n_heads: int):
-    """Permutes the rows of Q or K from Hugging Face's order to Meta's, as Meta's and llama.cpp's own tools do."""
+    """Permutes the rows of Q or K from the order of Hugging Face to that of Meta, as Meta and llama.cpp do."""
     return weight.reshape(n_heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 

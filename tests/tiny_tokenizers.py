@@ -1,4 +1,4 @@
-"""Tokenizers of all styles, trained on a few lines, and Mistral's tokenizers, which are part of mistral_common."""
+"""Tokenizers of all styles, trained on a few lines, and those of Mistral, which come with mistral_common."""
 
 import json
 import shutil

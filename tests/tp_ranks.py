@@ -1,9 +1,9 @@
-"""A rank that torchrun starts in test_tp.py. The rank compares and then dies, or waits for Ctrl-C.
+"""A rank that torchrun starts in test_tp.py. It compares and then dies, or waits for Ctrl-C.
 
     torchrun --standalone --nproc_per_node=2 tests/tp_ranks.py compare FOLDER RESULTS.json
     torchrun --standalone --nproc_per_node=2 tests/tp_ranks.py wait
 
-FOLDER holds a checkpoint for each of CASES, a checkpoint with a tokenizer ("whole"), and the results of one process.
+FOLDER holds a checkpoint for each of CASES, one with a tokenizer ("whole"), and the results of one process.
 """
 
 import contextlib
@@ -115,7 +115,7 @@ def run_commands(folder: Path) -> dict[str, str]:
 
 
 def compare(folder: Path) -> dict:
-    """Returns for each case how far all ranks' logits are from one process's, and whether the tokens are the same."""
+    """Returns for each case how far the logits of all ranks are from those of one process, and whether tokens match."""
     results = {}
     for name, (_, _, _, sizes) in CASES.items():
         if collectives.world_size() in sizes:
@@ -129,7 +129,7 @@ def compare(folder: Path) -> dict:
 @torch.inference_mode()
 def compare_case(path: Path, is_compiled: bool) -> dict:
     """Returns on rank 0 how all ranks compare with one process, which is rank 0 alone, and {} on other ranks.
-    is_compiled: ranks without kernels, through torch.compile, must give the same tokens, too."""
+    is_compiled: whether ranks without kernels, through torch.compile, must give the same tokens, too."""
     one, ours = load(path, torch.float32, sharded=False), load(path, torch.float32)
     prompt = make_prompt()
     all_logits = collectives.gather_objects(logits_of(ours, prompt))
@@ -138,7 +138,7 @@ def compare_case(path: Path, is_compiled: bool) -> dict:
     greedy = [tokens_of(ours, prompt)]
     if is_compiled:
         greedy.append(tokens_of(load(path, torch.float32, use_kernels=False), prompt, compile=True))
-    expected_tokens = tokens_of(one, prompt)  # on every rank, since a step broadcasts rank 0's tokens
+    expected_tokens = tokens_of(one, prompt)  # on every rank, since a step broadcasts the tokens of rank 0
     all_decoded = collectives.gather_objects(decoded_logits(load(path, torch.bfloat16), prompt[:, :8]))
     if tp.dist.get_rank() > 0:
         return {}
@@ -177,9 +177,9 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
 
 
 def errors_in_bfloat16(path: Path, exact: Transformer, tokens: Tensor, of_ranks: list[Tensor]) -> dict[str, float]:
-    """Returns how far the logits of decode steps are from the logits of exact: for one process with kernels, one
-    without, and for of_ranks, the logits of all ranks. Each is a median over tokens, since a rounding error can send a
-    few tokens to another expert."""
+    """Returns how far the logits of decode steps are from those of exact: for one process with kernels, one without,
+    and for of_ranks, the logits of all ranks. Each is a median over tokens, since a rounding error can send a few
+    tokens to another expert."""
     expected = decoded_logits(exact, tokens)
 
     def error(logits: Tensor) -> float:
@@ -223,8 +223,7 @@ class BytesRead(TorchDispatchMode):
 
 
 def bytes_read(path: Path) -> dict:
-    """Returns the bytes that this rank reads of the file, the bytes that the rank needs, and the bytes of all sharded
-    tensors."""
+    """Returns the bytes that this rank reads from the file, those that it needs, and those of all sharded tensors."""
     config, quantization, tensors = read_checkpoint(path)
     tensors = with_tied_head(config, tensors)
     model = meta_model(config, QuantizationConfig.from_dict(quantization))

@@ -1,7 +1,7 @@
-"""Runs the project's commands one after the other, in a process that test_fuzz.py starts.
+"""Runs commands of the project one after the other, in a process that test_fuzz.py starts.
 
-Each line on stdin is a command with its arguments, in JSON. For each, a line on stdout has the command's exit status,
-or null after a traceback. The commands' own stdout is dropped.
+Each line on stdin is a command with its arguments, in JSON. For each, a line on stdout has its exit status, or null
+after a traceback. What the commands themselves write to stdout is dropped.
 """
 
 import contextlib
