@@ -129,7 +129,7 @@ def gather_objects(value) -> list:
     return values
 
 
-broadcast_numbers = count()  # for broadcast_json's keys: a key stays set, so every call needs a new one
+broadcast_numbers = count()  # for the keys of broadcast_json: a key stays set, so every call needs a new one
 
 
 def broadcast_json(store: dist.Store, function: Callable[[], object]):

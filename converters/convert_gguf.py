@@ -31,7 +31,7 @@ from converters.write_model import Announcement, plan_stacks, write_folder
 from text.tokenizer_files import TOKENIZER_FILES
 from utils.errors import UsageError, convert_type_errors
 
-GGUF_TO_CANONICAL = {  # GGUF's name of a module -> the canonical name (canonical_checkpoint.py)
+GGUF_TO_CANONICAL = {  # name of a module in a GGUF -> canonical name (canonical_checkpoint.py)
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",

@@ -54,8 +54,8 @@ from converters.family_tensors import (
 class Family:
     """How to read the config.json of one architecture, and how to make its tensors canonical."""
 
-    model_type: str  # the value of config.json's "model_type"
-    defaults: dict  # transformers' defaults for fields that config.json leaves out, beyond COMMON_DEFAULTS
+    model_type: str  # "model_type" in config.json
+    defaults: dict  # what transformers assumes for fields that config.json lacks, beyond COMMON_DEFAULTS
 
     # Renames the fields of config.json to Llama's names
     rename_fields: Callable[[dict], dict] = lambda hf_config: hf_config
@@ -64,8 +64,8 @@ class Family:
     sliding_layers: str = "none"  # which layers have a window: "none", "all", or "layer_types" (config.json lists them)
     default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json lacks layer_types; None is an error
     needs_use_sliding_window: bool = False  # layers have a window only if use_sliding_window is true
-    scales_sliding_rope: bool = True  # False: rope_scaling changes only layers without a window
-    sliding_rope_theta_field: str | None = None  # config.json's name of rope_theta for layers with a window
+    scales_sliding_rope: bool = True  # whether rope_scaling also changes layers with a window
+    sliding_rope_theta_field: str | None = None  # name in config.json of rope_theta for layers with a window
 
     # Feed-forward
     ffn_dim_field: str = "intermediate_size"

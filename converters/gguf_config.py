@@ -226,7 +226,7 @@ def rope_scaling(name: str, fields: dict, tensors: dict[str, GGUFTensor]) -> dic
         }
     if rope_type == "linear":
         factor = fields.get("rope.scaling.factor", fields.get("rope.scale_linear", 0.0))
-        return {"rope_type": "linear", "factor": factor} if factor else None  # 0: no scaling
+        return {"rope_type": "linear", "factor": factor} if factor else None  # 0 means no scaling
     if rope_type == "yarn":
         scaling = {
             "rope_type": "yarn",
