@@ -160,7 +160,7 @@ def test_which_weights_are_rounded_again():
 
 
 # With a tied head: layers, dim, rows of q, k and gate, vocabulary; the head's type, and what it becomes; how much of
-# the layers is rounded again, at most. llama.cpp makes the head Q8_0 if dim is no multiple of 256.
+# the layers is rounded again, at most. llama.cpp makes the head Q8_0 if dim is not a multiple of 256.
 SMALL_MODELS = {
     "Llama-3.2-1B": (16, 2048, 2048, 512, 8192, 128256, "Q6_K", SMALLEST_INT8, 0.04),
     "Qwen3-0.6B": (28, 1024, 2048, 1024, 3072, 151936, "Q6_K", SMALLEST_INT8, 0.16),

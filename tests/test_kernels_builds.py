@@ -59,7 +59,7 @@ def test_both_lists_of_activations_have_one_order():
 
 
 def test_the_lists_in_python_may_be_longer():
-    """A format or an activation without C++ code, at the end of the list, is no error."""
+    """A format or an activation without C++ code, at the end of the list, is not an error."""
     weights_h, activation_h = ((kernels.build.SOURCES / name).read_text() for name in ("weights.h", "activation.h"))
     formats, activations = weights_h.replace(", MXFP4>", ">"), activation_h.replace(", RELU2, COUNT", ", COUNT")
     kernels.build.check_formats(formats)
@@ -212,7 +212,7 @@ def test_no_compiler(compiler, tmp_path):
     (tmp_path / "script").chmod(0o755)
     cxx = "false" if compiler == "false" else str(tmp_path / "script")
     said = build_in_a_process(False, CXX=cxx, XDG_CACHE_HOME=str(tmp_path), TMPDIR=str(tmp_path))
-    said = said.removeprefix(COMPILING)  # a script that is no program has failed before
+    said = said.removeprefix(COMPILING)  # a script that is not a program has failed before
     assert said.count("\n") == 1 and said.endswith("running on PyTorch's own, slower operations\n")
 
 

@@ -159,10 +159,10 @@ def sorted_distribution(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("vocab_size", [12, 1280, 5000])  # the last is no multiple of CHUNK
+@pytest.mark.parametrize("vocab_size", [12, 1280, 5000])  # the last is not a multiple of CHUNK
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999, 1 - 1e-7])
 def test_top_p_equals_sorting(vocab_size, top_p):
-    """The logits have few likely tokens, many, and ties, of which the first ones are kept."""
+    """The logits have few likely tokens, many, and ties, of which the first are kept."""
     noise = 3 * torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
     for logits in (noise, 3 * noise, noise.round(), (noise > 2).float(), torch.zeros(3, vocab_size)):
         expected = sorted_distribution(logits, top_p)

@@ -43,7 +43,7 @@ def status_of(command: str, arguments: list[str]) -> int | None:
             return 0
         except SystemExit as e:
             return e.code
-        except BaseException:  # a panic of tokenizers is no Exception
+        except BaseException:  # a panic of tokenizers is not an Exception
             traceback.print_exc()
             return None
 
