@@ -30,7 +30,7 @@ from tqdm import tqdm
 from config import ModelConfig
 from earlier_checkpoints import UPGRADES, upgrade
 from formats import QuantizationConfig, Unquantized
-from layers import Linear
+from layers.linear import Linear
 from model import Transformer
 from utils.errors import UsageError
 from utils.files import delete_if_possible, is_state_dict, load_torch_file

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from utils.errors import UsageError
 
-# ops/linear.py: activate_torch has the formulas. kernels/csrc/activation.h: Activation has the same order.
+# layers/linear.py: activate_torch has the formulas. kernels/csrc/activation.h: Activation has the same order.
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2")
 GATED_ACTIVATIONS = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"}
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
@@ -23,8 +23,8 @@ def is_gated(activation: str) -> bool:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE is changed for contexts longer than original_max_seq_len, the trained context. rope.py: rope_frequencies
-    has the formula of each type. "Stretched" means that a frequency is divided by factor."""
+    """How RoPE is changed for contexts longer than original_max_seq_len, the trained context. layers/rope.py:
+    rope_frequencies has the formula of each type. "Stretched" means that a frequency is divided by factor."""
 
     rope_type: str  # one of ROPE_TYPES
     factor: float  # how many times as long the context becomes
@@ -99,7 +99,7 @@ class ModelConfig:
     layer_has_rope: tuple[bool, ...] | None = None  # whether each layer has RoPE; None means all have
     # Gemma 3, OLMo 3: the base in layers with the window, which ignore rope_scaling. None means rope_theta, scaled.
     local_rope_theta: float | None = None
-    alibi: bool = False  # scores fall with the distance, with a slope for each head (rope.py: alibi_slopes)
+    alibi: bool = False  # scores fall with the distance, with a slope for each head (layers/rope.py: alibi_slopes)
 
     # Multipliers
     embed_scale: float = 1.0  # multiplies the embedding's output
@@ -224,7 +224,7 @@ def check_options(config: ModelConfig):
 
 
 def check_rope_scaling(scaling: RopeScaling):
-    """rope.py divides by most of these numbers."""
+    """layers/rope.py divides by most of these numbers."""
     if scaling.rope_type not in ROPE_TYPES:
         raise UsageError(f"rope_scaling of type {scaling.rope_type!r} is not supported; {', '.join(ROPE_TYPES)} are")
     numbers = "factor low_freq_factor high_freq_factor original_max_seq_len attention_factor beta_fast beta_slow"

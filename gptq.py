@@ -26,8 +26,9 @@ from evaluation.scoring import split_windows
 from formats import Int4, Tensors
 from formats.base import pack_nibbles
 from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
-from kernels.arguments import LayerCache
-from layers import ExpertsGateUp, LinearBase
+from layers.attention import LayerCache
+from layers.experts import ExpertsGateUp
+from layers.linear import LinearBase
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
@@ -106,7 +107,7 @@ def compute_hessians(
         if linear.n_experts is None:
             sums[name] += sum_of_outer_products(x)
             return
-        topk_ids = args[1]  # [B, T, top_k]
+        topk_ids = kwargs["topk_ids"]  # [B, T, top_k]
         if isinstance(linear, ExpertsGateUp):  # all experts of a token have the same input
             x = x[..., None, :].expand(*topk_ids.shape, -1)  # [B, T, top_k, dim]
         for e in topk_ids.unique().tolist():

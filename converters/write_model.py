@@ -33,8 +33,8 @@ from formats import Unquantized, WeightFormat
 from utils.errors import UsageError
 from utils.files import delete_if_possible, replace_file
 
-# A linear layer -> the norm before the layer. layers.py: Linear permutes x before the fused norm if the layer has an
-# input_order (quantized_weight.py: QuantizedWeight), so conversion permutes the norm's weight. rms(x) needs no order.
+# A linear layer -> the norm before it. A layer with an input_order permutes x before the fused norm (layers/linear.py:
+# Linear), so conversion permutes the norm's weight. rms(x) needs no order.
 NORM_BEFORE = {
     "attention.qkv_proj": "pre_attention_norm", "feed_forward.gate_up_proj": "pre_ffn_norm", "lm_head": "norm",
 }

@@ -21,7 +21,7 @@ A decode or verification step has one of three modes (choose_mode):
     not all    any       no           eager
 
 "all": every operation has a kernel for B * T tokens (model.has_kernels_for). The limits are Backend.token_limits of
-ops/backend.py. An eager step uses the kernels of the operations that are within their limit.
+layers/backend.py. An eager step uses the kernels of the operations that are within their limit.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -42,9 +42,9 @@ from engine.sampling import apply_repetition_penalty, sample, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import call_with_graph_threads, capture
+from layers.backend import Backend
+from layers.sampling import uniform_dtype
 from model import KVCache, Transformer
-from ops.backend import Backend
-from ops.sampling import uniform_dtype
 from utils.errors import UsageError
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small

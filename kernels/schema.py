@@ -1,12 +1,12 @@
 """The kernels as PyTorch operations: for each, the schema, and a function that allocates the result (define).
 
 C++ implements an operation as torch.ops.gptfast_cpu.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
-implement the same schema, so a changed schema changes both. ops/ describes the operations.
+implement the same schema, so a changed schema changes both. layers/ describes the operations.
 
 In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. But C++ gets all
 arguments by position, so build.py: check_parameters compares the parameters in csrc/ops.cpp with the schemas.
 
-WEIGHT, EPILOGUE and ATTENTION are the fields of WeightArguments, Epilogue and AttentionParams (arguments.py).
+WEIGHT, EPILOGUE and ATTENTION are groups of arguments: the fields of WeightArguments, Epilogue and AttentionParams.
 activation is a value of ACTIVATION_IDS.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.arguments import GATED_IDS, AttentionParams, Epilogue, WeightArguments
+from config import ACTIVATIONS, is_gated
 
 # Namespaces of torch.ops
 CPU_NAMESPACE = "gptfast_cpu"
@@ -28,6 +28,45 @@ NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
 MAX_CPU_TOKENS = 64
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
+ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/activation.h: Activation
+GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}
+
+
+# ---- Groups of arguments --------------------------------------------------------------------------------------------
+
+
+class WeightArguments(NamedTuple):
+    """A weight, as the arguments of a kernel."""
+
+    weight: Tensor  # weight, scales and zeros are packed for the backend
+    scales: Tensor | None
+    zeros: Tensor | None
+    format_id: int  # WeightFormat.format_id
+    n: int  # N
+    group_size: int  # inputs of an output that share a scale
+
+
+class Epilogue(NamedTuple):
+    """What fused_linear does to y = x W^T + bias, in this order. The default of a field means that fused_linear leaves
+    the step out."""
+
+    activation: int = 0  # a value of ACTIVATION_IDS
+    out_scale: float = 1.0  # y * out_scale
+    softcap: float = 0.0  # softcap * tanh(y / softcap)
+    clip: float = 0.0  # y, clamped to [-clip, clip]
+
+
+class AttentionParams(NamedTuple):
+    """What attention does besides softmax(q k^T) v. The default of a field means that attention leaves the step out."""
+
+    n_heads: int  # H, the heads of queries
+    scale: float  # multiplies the scores
+    window: int = 0  # how many tokens a token sees, including itself; 0 means all
+    softcap: float = 0.0  # scores, after scale, become softcap * tanh(score / softcap)
+    q_norm_weight: Tensor | None = None  # of norms before RoPE: [D] norms each head, [H D] all heads together
+    k_norm_weight: Tensor | None = None  # [D] or [G D]
+    eps: float = 0.0  # eps of both norms
+    sinks: Tensor | None = None  # [H], the scores of an additional key, whose value is zero
 
 
 def as_schema(fields: type[NamedTuple]) -> str:
@@ -37,6 +76,9 @@ def as_schema(fields: type[NamedTuple]) -> str:
 
 
 WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
+
+
+# ---- Defining operations --------------------------------------------------------------------------------------------
 
 
 def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:

@@ -10,8 +10,8 @@ from checkpoint import meta_model
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
+from layers.rope import rope_table
 from model import KVCache, round_to_dtype
-from rope import rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
 from utils.errors import UsageError
 

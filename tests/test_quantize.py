@@ -248,7 +248,7 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
         assert module.tensors().keys() == expected.keys()
         for kind, tensor in expected.items():
             assert torch.equal(module.tensors()[kind], tensor)
-        linear.set_tensor("weight", module.dequantized_weight(torch.float32))
+        linear.set_tensor("weight", module.dequantize(torch.float32))
 
     _, _, before = read_checkpoint(path)
     for other in before.keys() - {f"{linear_name}.weight" for linear_name in quantized}:

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-import ops
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling import probabilities, sample, seen_token_mask, store_token_ids
@@ -16,7 +15,8 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
-from kernels.arguments import Filters
+from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
+from layers.sampling import Filters, has_sample_kernel
 from model import KVCache
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
@@ -202,13 +202,13 @@ def test_no_kernel_draws_with_an_option_that_it_does_not_take():
         top_n_sigma: float = 0.0
         active = Filters.active
 
-    for backend in (ops.CPU_BACKEND, ops.TRITON_BACKEND):
-        assert backend.supports_sampling(MoreFilters(top_p=0.9))
-        assert not backend.supports_sampling(MoreFilters(top_n_sigma=1.0))
-    assert ops.CPU_BACKEND.supports_sampling(Filters(top_k=5))
-    assert ops.TRITON_BACKEND.supports_sampling(Filters(top_p=0.9, min_p=0.1))
-    assert not ops.TRITON_BACKEND.supports_sampling(Filters(top_k=5))
-    assert not ops.TORCH_BACKEND.supports_sampling(Filters())
+    for backend in (CPU_BACKEND, TRITON_BACKEND):
+        assert has_sample_kernel(backend, MoreFilters(top_p=0.9))
+        assert not has_sample_kernel(backend, MoreFilters(top_n_sigma=1.0))
+    assert has_sample_kernel(CPU_BACKEND, Filters(top_k=5))
+    assert has_sample_kernel(TRITON_BACKEND, Filters(top_p=0.9, min_p=0.1))
+    assert not has_sample_kernel(TRITON_BACKEND, Filters(top_k=5))
+    assert not has_sample_kernel(TORCH_BACKEND, Filters())
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens():

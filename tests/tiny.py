@@ -18,7 +18,7 @@ from model import KVCache
 from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
 
-PACKAGES = ("cli", "converters", "engine", "evaluation", "formats", "kernels", "ops", "text", "utils")
+PACKAGES = ("cli", "converters", "engine", "evaluation", "formats", "kernels", "layers", "text", "utils")
 
 SIZES = {
     "hidden_size": 48,

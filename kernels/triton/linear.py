@@ -1,7 +1,7 @@
 """The matmul of a few tokens with a weight in any format, in Triton. A decode step on a GPU is memory-bound, so weights
 are read once for all tokens, and the norm before the matmul (prologue) and the steps after it (epilogue) are fused.
 
-    fused_linear    y = x W^T with prologue and epilogue, in the order that ops/linear.py gives
+    fused_linear    y = x W^T with prologue and epilogue, in the order of layers/linear.py: Linear
     rms_norm        a norm that no matmul follows
     permute_inputs  puts x in the order of the columns of W
 
@@ -21,8 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import ACTIVATION_IDS, GATED_IDS, WeightArguments
-from kernels.schema import fake_permute_inputs, fake_rms_norm, output_width, register_triton
+from kernels.schema import (
+    ACTIVATION_IDS,
+    GATED_IDS,
+    WeightArguments,
+    fake_permute_inputs,
+    fake_rms_norm,
+    output_width,
+    register_triton,
+)
 from kernels.triton.elements import magic_number_for
 from kernels.triton.epilogue import EpilogueScalars, epilogue
 from kernels.triton.formats import kernel_format

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import WeightArguments
-from kernels.schema import fake_experts_down, fake_route, register_triton
+from kernels.schema import WeightArguments, fake_experts_down, fake_route, register_triton
 from kernels.triton.launch import pdl_options, pdl_wait
 from kernels.triton.linear import fused_linear
 

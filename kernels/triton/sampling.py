@@ -234,7 +234,7 @@ def sample(
 
     uniform: float64 random numbers [B, 1] in [0, 1). None: the likeliest tokens are taken.
     temperatures: float32 [B, 1], in place of temperature."""
-    assert top_k == 0  # Backend.supports_sampling
+    assert top_k == 0  # layers/sampling.py: has_sample_kernel
     batch, vocab_size = logits.shape
     has_top_p_or_min_p = uniform is not None and (top_p < 1 or min_p > 0)
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
