@@ -83,21 +83,21 @@ WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), a
 
 def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
     """Decorator: defines the operation of schema, "NAME(arguments) -> results", in each namespace. The decorated
-    function is PyTorch's fake (meta) implementation, fake_NAME, which returns an empty result of the right shape and
-    dtype. The six arguments of WEIGHT arrive as one argument, w.
+    function is empty_NAME, which allocates the results: Triton's kernels fill them, and PyTorch takes it as the fake
+    (meta) implementation. The six arguments of WEIGHT arrive as one argument, w.
 
     capturable: whether a CPU graph can hold the operation (capture.py)."""
     name = schema.partition("(")[0]
 
-    def register(fake: Callable) -> Callable:
-        assert fake.__name__ == f"fake_{name}"
+    def register(empty: Callable) -> Callable:
+        assert empty.__name__ == f"empty_{name}"
         for namespace in namespaces:
             torch.library.define(f"{namespace}::{name}", schema.removeprefix(name))
-            torch.library.register_fake(f"{namespace}::{name}", bundle_weight(fake))
+            torch.library.register_fake(f"{namespace}::{name}", bundle_weight(empty))
         SCHEMAS[name] = schema
         if capturable:
             CAPTURABLE.add(name)
-        return fake
+        return empty
 
     return register
 
@@ -136,33 +136,33 @@ def output_width(n: int, activation: int) -> int:
     f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, {EPILOGUE}, "
     "bool float32_out) -> Tensor"
 )
-def fake_fused_linear(x, *, w, activation, float32_out, **_):
+def empty_fused_linear(x, *, w, activation, float32_out, **_):
     dtype = torch.float32 if float32_out else x.dtype
     return x.new_empty(*x.shape[:-1], output_width(w.n, activation), dtype=dtype)
 
 
 @define("activate(Tensor x, int activation) -> Tensor", namespaces=(CPU_NAMESPACE,))
-def fake_activate(x, activation):
+def empty_activate(x, activation):
     return x.new_empty(*x.shape[:-1], output_width(x.shape[-1], activation))
 
 
 @define("add(Tensor x, Tensor y) -> Tensor", namespaces=(CPU_NAMESPACE,))
-def fake_add(x, y):
+def empty_add(x, y):
     return torch.empty_like(x)
 
 
 @define("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor")
-def fake_rms_norm(x, *_):
+def empty_rms_norm(x, *_):
     return torch.empty_like(x)
 
 
 @define("permute_inputs(Tensor x, Tensor input_order) -> Tensor")
-def fake_permute_inputs(x, input_order):
+def empty_permute_inputs(x, input_order):
     return x.new_empty(*x.shape[:-1], len(input_order))
 
 
 @define(f"embed(Tensor tokens, *, {WEIGHT}, int k, ScalarType dtype, float scale) -> Tensor")
-def fake_embed(tokens, *, w, k, dtype, **_):
+def empty_embed(tokens, *, w, k, dtype, **_):
     return w.weight.new_empty(*tokens.shape, k, dtype=dtype)
 
 
@@ -172,7 +172,7 @@ def fake_embed(tokens, *, w, k, dtype, **_):
     "int n_heads, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
     capturable=False, namespaces=(CPU_NAMESPACE,),
 )
-def fake_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
+def empty_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     return qkv.new_empty(*qkv.shape[:-1], n_heads, k_cache.shape[-1])
 
 
@@ -180,12 +180,12 @@ def fake_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     "attend(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cos_sin, "
     f"Tensor? alibi_slopes, {ATTENTION}) -> Tensor"
 )
-def fake_attend(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
+def empty_attend(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
 
 
 @define("route(Tensor logits, *, int top_k, bool norm_topk_prob, int n_shared_experts) -> (Tensor, Tensor)")
-def fake_route(logits, *, top_k, n_shared_experts, **_):
+def empty_route(logits, *, top_k, n_shared_experts, **_):
     shape = (*logits.shape[:-1], top_k + n_shared_experts)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
@@ -194,7 +194,7 @@ def fake_route(logits, *, top_k, n_shared_experts, **_):
     f"experts_gate_up(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm_weight, float eps, "
     "int activation) -> Tensor"
 )
-def fake_experts_gate_up(x, *, w, topk_ids, activation, **_):
+def empty_experts_gate_up(x, *, w, topk_ids, activation, **_):
     return x.new_empty(*topk_ids.shape, output_width(w.n, activation))
 
 
@@ -202,13 +202,13 @@ def fake_experts_gate_up(x, *, w, topk_ids, activation, **_):
     f"experts_down(Tensor hidden, *, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor topk_weights, Tensor? residual)"
     " -> Tensor"
 )
-def fake_experts_down(hidden, *, w, topk_ids, **_):
+def empty_experts_down(hidden, *, w, topk_ids, **_):
     return hidden.new_empty(*topk_ids.shape[:-1], w.n)
 
 
 # Comes before a matmul in PyTorch, which no CPU graph can hold.
 @define(f"dequantize(*, {WEIGHT}, int k, ScalarType dtype) -> Tensor", capturable=False)
-def fake_dequantize(*, w, k, dtype):
+def empty_dequantize(*, w, k, dtype):
     return w.weight.new_empty(w.n, k, dtype=dtype)
 
 
@@ -218,5 +218,5 @@ def fake_dequantize(*, w, k, dtype):
     "Tensor? uniform) -> Tensor",
     capturable=False,
 )
-def fake_sample(logits, **_):
+def empty_sample(logits, **_):
     return logits.new_empty(len(logits), dtype=torch.int64)

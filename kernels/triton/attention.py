@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import AttentionParams, fake_attend, register_triton
+from kernels.schema import AttentionParams, empty_attend, register_triton
 from kernels.triton.epilogue import apply_softcap
 from kernels.triton.heads import (
     HeadLayout,
@@ -295,7 +295,7 @@ def attend(
     n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
     n_queries = batch * n_tokens * n_heads
-    out = fake_attend(qkv, start_pos, k_cache, v_cache, n_heads=n_heads)
+    out = empty_attend(qkv, start_pos, k_cache, v_cache, n_heads=n_heads)
     results = None
     if n_splits > 1:
         results = SplitResults(

@@ -31,7 +31,7 @@ from torch import Tensor
 from triton import JITFunction
 
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.schema import WeightArguments, fake_dequantize, fake_embed, register_triton
+from kernels.schema import WeightArguments, empty_dequantize, empty_embed, register_triton
 from kernels.triton.elements import (
     decode_e8m0,
     e2m1_bias_factor,
@@ -265,7 +265,7 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, DEQUANTIZE: tl
 @register_triton
 def dequantize(*, w: WeightArguments, k: int, dtype: torch.dtype) -> Tensor:
     """Dequantizes a packed weight to W [n, k]."""
-    y = fake_dequantize(w=w, k=k, dtype=dtype)
+    y = empty_dequantize(w=w, k=k, dtype=dtype)
     grid = triton.cdiv(w.n, TILE_N.value), triton.cdiv(k, TILE_K.value)
     dequantize_kernel[grid](
         w.weight, w.scales, y, N=w.n, K=k, GROUP_SIZE=w.group_size, DEQUANTIZE=kernel_format(w.format_id).dequantize
@@ -291,7 +291,7 @@ def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, 
 @register_triton
 def embed(tokens: Tensor, *, w: WeightArguments, k: int, dtype: torch.dtype, scale: float) -> Tensor:
     """Dequantizes the rows of W [n, k] at tokens [...], and multiplies them with scale: [..., k]."""
-    y = fake_embed(tokens, w=w, k=k, dtype=dtype)
+    y = empty_embed(tokens, w=w, k=k, dtype=dtype)
     grid = tokens.numel(), triton.cdiv(k, TILE_K.value)
     if tokens.numel():
         embed_kernel[grid](
