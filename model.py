@@ -301,7 +301,7 @@ class KVCache:
             self.layers.append(LayerCache(k, v, cos_sin, slopes))
         self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
 
-    def narrow_length(self, n: int) -> "KVCache":
+    def first_positions(self, n: int) -> "KVCache":
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache,
         so a shorter view costs less."""
         view = copy.copy(self)
@@ -310,7 +310,7 @@ class KVCache:
         view.token_ids = self.token_ids[:, :n]
         return view
 
-    def narrow_batch(self, start: int, n: int) -> "KVCache":
+    def slots(self, start: int, n: int) -> "KVCache":
         """A view of n sequences, the first of which is number start."""
         if n == self.batch_size:  # always, except in a scheduler's steps
             return self

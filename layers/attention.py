@@ -105,9 +105,6 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
     """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
     B, T, _, _ = q.shape
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # cut the part of the cache that has no tokens yet
-        n_keys = int(positions.max()) + 1
-        cache = cache._replace(k=cache.k[:, :, :n_keys], v=cache.v[:, :, :n_keys])
     q = q.transpose(1, 2)  # [B, H, T, D]
     if is_sdpa_compatible(params, cache):
         y = sdpa_attention(q, params, cache, positions)
