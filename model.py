@@ -187,7 +187,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.softcap = config.attention_softcap
-        self.window = config.window(layer_idx) or 0
+        self.window = config.window(layer_idx)
         self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
             q_heads, k_heads = (config.n_heads, config.n_kv_heads) if config.qk_norm_across_heads else (1, 1)

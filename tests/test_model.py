@@ -153,7 +153,7 @@ def test_windows_of_layers(kind):
     sizes = {"architectures": [kind.__name__.replace("Config", "ForCausalLM")], "num_hidden_layers": 3}
     good = kind().to_dict() | sizes | {"sliding_window": 9, "use_sliding_window": True}
     expected = {
-        ("full_attention",) * 3: (None, None),
+        ("full_attention",) * 3: (0, None),
         ("sliding_attention",) * 3: (9, None),
         tuple(LAYER_TYPES): (9, (True, False, True)),
     }
