@@ -150,23 +150,23 @@ class TransformerBlock(nn.Module):
         self.post_ffn_norm = norm(config.post_norm)
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim].
-
-        The sublayers, attention and feed_forward, take norm and residual as arguments, since kernels fuse them with
-        matmuls: the norm with a sublayer's first matmul, the residual with its last one. A post-norm comes after the
-        last matmul, so the post-norm takes the residual."""
-        if self.post_attention_norm is None:  # x + attention(norm(x))
-            x = self.attention(x, start_pos, cache, norm=self.pre_attention_norm, residual=x)
-        else:  # x + post_norm(attention(norm(x)))
-            y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
-            x = self.post_attention_norm(y, residual=x)
-
-        if self.post_ffn_norm is None:  # x + feed_forward(norm(x))
-            x = self.feed_forward(x, norm=self.pre_ffn_norm, residual=x)
-        else:  # x + post_norm(feed_forward(norm(x)))
-            y = self.feed_forward(x, norm=self.pre_ffn_norm)
-            x = self.post_ffn_norm(y, residual=x)
+        """x [B, T, dim] -> [B, T, dim]."""
+        x = add_sublayer(x, self.attention, self.pre_attention_norm, self.post_attention_norm, start_pos, cache)
+        x = add_sublayer(x, self.feed_forward, self.pre_ffn_norm, self.post_ffn_norm)
         return x
+
+
+def add_sublayer(
+    x: Tensor, sublayer: nn.Module, pre_norm: RMSNorm | None, post_norm: RMSNorm | None, *inputs: Tensor | LayerCache
+) -> Tensor:
+    """x + post_norm(sublayer(pre_norm(x))), without a norm that is None. inputs: further inputs of the sublayer.
+
+    The sublayer takes norm and residual as arguments, since kernels fuse them: the norm with the sublayer's first
+    matmul, the residual with its last one. A post-norm comes after the last matmul, so the post-norm takes the
+    residual."""
+    if post_norm is None:
+        return sublayer(x, *inputs, norm=pre_norm, residual=x)
+    return post_norm(sublayer(x, *inputs, norm=pre_norm), residual=x)
 
 
 class Attention(nn.Module):
