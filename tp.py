@@ -219,7 +219,8 @@ def shard_column_parallel(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
 
 
 def insert_collectives(model: Transformer):
-    """Adds the collectives to a sharded model. This is the last step of load_model."""
+    """Adds the collectives to a sharded model. This is the last step of load_model, since it changes the names of the
+    wrapped layers' tensors: o_proj.weight becomes o_proj.linear.weight."""
     reduce = choose_all_reduce(model.norm.weight)
     shards_attention = "qkv_proj" in tp_plan(model.config)
     for layer in model.layers:
