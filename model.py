@@ -245,14 +245,11 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.moe = config.moe
-        n_experts = config.moe.n_experts + config.moe.n_shared_experts
-        bias = config.moe.bias
-        n_logits = config.moe.n_experts + (1 if config.moe.n_shared_experts else 0)
-        self.router = Linear(config.dim, n_logits, bias)
-        self.gate_up_proj = ExpertsGateUp(
-            config.dim, sum(config.gate_up_dims), bias, n_experts, config.activation
-        )
+        moe = config.moe
+        self.top_k, self.norm_topk_prob, self.n_shared_experts = moe.top_k, moe.norm_topk_prob, moe.n_shared_experts
+        n_experts, bias = moe.n_experts + moe.n_shared_experts, moe.bias
+        self.router = Linear(config.dim, moe.n_experts + (1 if moe.n_shared_experts else 0), bias)
+        self.gate_up_proj = ExpertsGateUp(config.dim, sum(config.gate_up_dims), bias, n_experts, config.activation)
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, *, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
@@ -260,7 +257,7 @@ class MoE(nn.Module):
         # norm twice, which costs little beside the experts' matmuls.
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = route(
-            logits, self.moe.top_k, self.moe.norm_topk_prob, self.moe.n_shared_experts, self.router.backend
+            logits, self.top_k, self.norm_topk_prob, self.n_shared_experts, self.router.backend
         )  # [B, T, top_k]
         hidden = self.gate_up_proj(x, topk_ids=topk_ids, norm=norm)  # [B, T, top_k, F]
         return self.down_proj(hidden, topk_ids=topk_ids, topk_weights=topk_weights, residual=residual)
