@@ -42,7 +42,7 @@ class Transformer(nn.Module):
         self.config = config
         # The format of most linear layers in the checkpoint, for reports. A layer's own format may be another one, also
         # because weights without kernels are dequantized while loading (layers/packing.py: dequantize_weights).
-        self.checkpoint_format: WeightFormat = Unquantized()
+        self.weight_format: WeightFormat = Unquantized()
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)

@@ -260,7 +260,7 @@ def test_files(name, tmp_path, capsys):
     ours = load_model(path, dtype=torch.float32, use_kernels=False)
     matrices = {"embed_tokens": ours.embed_tokens} | dict(ours.quantizable_linears())
     found = Counter(matrix.format for matrix in matrices.values())
-    assert path.name == f"model_{ours.checkpoint_format.name}.pth" and {*path.parent.glob("*.pth*")} == {path}
+    assert path.name == f"model_{ours.weight_format.name}.pth" and {*path.parent.glob("*.pth*")} == {path}
     assert found == formats
     for layer, matrix in matrices.items():
         expected = dense.get_submodule(layer).dequantize(torch.float32)

@@ -45,7 +45,7 @@ def test_tied_embeddings_are_one_parameter(folder, use_kernels, dtype):
 def test_a_quantized_head_is_not_tied(folder):
     model = load_model(folder / "model_int8.pth")
     assert model.lm_head.weight.data_ptr() != model.embed_tokens.weight.data_ptr()
-    assert model.checkpoint_format.name == "int8" and model.embed_tokens.weight.dtype == torch.bfloat16
+    assert model.weight_format.name == "int8" and model.embed_tokens.weight.dtype == torch.bfloat16
     assert model.lm_head.scales.dtype == torch.float32
 
 
@@ -80,7 +80,7 @@ def test_layers_in_other_formats(folder, tmp_path):
     save_checkpoint(path, config, shapes, tensors.items(), quantization | {"layers": layers})
     model = load_model(path, dtype=torch.float32)
     plain = load_model(path, dtype=torch.float32, use_kernels=False)
-    assert model.is_tied and model.checkpoint_format == Int8()
+    assert model.is_tied and model.weight_format == Int8()
     assert all(plain.get_submodule(name).format == other for name, other in others.items())
     unquantized = load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False)
     for layer, linear in plain.quantizable_linears():
