@@ -82,9 +82,8 @@ class Transformer(nn.Module):
 
     def tie_embedding(self):
         """Makes lm_head and embed_tokens one layer under two names."""
-        # The head owns the weight, because a step reads all of the head's weight, so the head's kernels decide how the
-        # weight is packed. The embedding reads a few rows, which works with any packing. model.pth also has the weight
-        # only once, but under the embedding's name (checkpoint.py: has_tied_head).
+        # The head keeps the weight, and its kernels choose the packing, since a step reads the whole head but only a few
+        # rows of the embedding. In model.pth the shared weight has the embedding's name (checkpoint.py: has_tied_head).
         del self.embed_tokens  # otherwise named_modules would find the layer first as embed_tokens
         self.embed_tokens = self.lm_head
 

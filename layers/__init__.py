@@ -16,6 +16,6 @@ compare the kernels. What has no weights is a function of tensors and a backend:
 
 Within layers/ each file imports only from files above it in this list.
 
-Captured on a GPU: everything, kernel or plain PyTorch. Captured on a CPU: every kernel but sample (it runs after the
-graph), rope_and_cache and dequantize (prefill only).
+A CUDA graph can hold everything, kernel or plain PyTorch. A CPU graph can hold any C++ kernel except sample, which
+runs after the graph, and rope_and_cache and dequantize, which only prefill uses.
 """

@@ -84,14 +84,14 @@ class Backend:
         return getattr(getattr(torch.ops, self.namespace), name)
 
     def supports_step(self, batch_size: int, query_len: int, heads_per_kv_head: int, activation: str) -> bool:
-        """Whether kernels compute every operation in the table, for query_len tokens in each of batch_size
-        sequences. Then the step can be captured. A CPU graph holds only kernels, so CPU_BACKEND has a kernel for every
-        operation. A CUDA graph also holds PyTorch's operations, so the table of TRITON_BACKEND lacks activate, add and
-        embed (whose kernel is for packed weights alone).
+        """Whether kernels compute every operation in the table, for query_len tokens in each of batch_size sequences.
+        Then the step can be captured. A CPU graph holds only kernels, so CPU_BACKEND has a kernel for every operation.
+        A CUDA graph also holds PyTorch's operations, so the table of TRITON_BACKEND lacks activate, add and embed
+        (whose kernel is for packed weights alone).
 
         heads_per_kv_head, activation: those of the model."""
         n_tokens = batch_size * query_len
-        has_kernels = n_tokens <= min(self.token_limits.values(), default=0)
+        has_kernels = 0 < n_tokens <= min(self.token_limits.values(), default=0)
         if "activate" in self.token_limits:
             has_kernels = has_kernels and activation in self.activations
         return has_kernels and self.supports_queries(query_len, heads_per_kv_head)
@@ -127,9 +127,8 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
     """CPU_BACKEND with the limits of a model on this machine.
 
     dtype: the dtype of the activations.
-    is_quantized: whether any weight is quantized. Then kernels also multiply with unquantized weights, such as those of
-    routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but a step with an operation in PyTorch cannot be
-    captured."""
+    is_quantized: whether any weight is quantized. If so, kernels also multiply with unquantized weights, such as those
+    of routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but would keep the step from being captured."""
     library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(MATMULS, library.max_unquantized_tokens(is_bf16))
