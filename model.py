@@ -4,8 +4,8 @@
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys, values and ids of earlier tokens, and the tables of positions; allocated once, passed in
 
-Every computation is a layer of layers/, which calls a kernel or plain PyTorch, so one forward runs on every device. The
-maths is in linear.py, attention.py and experts.py there.
+Every computation is a layer of layers/, which calls a kernel or plain PyTorch, so one forward runs on every device. To
+read the maths, read layers/linear.py and layers/attention.py.
 
 Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
 heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K] has N outputs and K inputs.
@@ -82,8 +82,8 @@ class Transformer(nn.Module):
 
     def tie_embedding(self):
         """Makes lm_head and embed_tokens one layer under two names."""
-        # The head keeps the weight, and its kernels choose the packing, since a step reads the whole head but only a few
-        # rows of the embedding. In model.pth the shared weight has the embedding's name (checkpoint.py: has_tied_head).
+        # The head keeps the weight, and its kernels choose the packing, since a step reads the whole head but only a
+        # few rows of the embedding. In model.pth the weight has the embedding's name (checkpoint.py: has_tied_head).
         del self.embed_tokens  # otherwise named_modules would find the layer first as embed_tokens
         self.embed_tokens = self.lm_head
 
