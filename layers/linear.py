@@ -112,9 +112,9 @@ class Linear(LinearBase):
             x = permute_inputs(x, self.input_order, self.backend)
         kernel = self.backend.find_kernel("fused_linear", count_tokens(x))
         if kernel is not None and self.can_fuse_activation():
-            return self.call_kernel(kernel, x, norm, self.epilogue, residual, out_dtype)
+            return self.call_kernel(kernel, x, norm, self.epilogue, residual, out_dtype)  # all that follows, fused
 
-        if kernel is not None:  # which lacks the activation, so it multiplies alone
+        if kernel is not None:  # which lacks the activation, so it fuses only norm, matmul and bias
             y = self.call_kernel(kernel, x, norm, Epilogue())
         else:
             y = self.matmul(x if norm is None else norm(x))
