@@ -274,7 +274,7 @@ def test_hessians_are_of_what_each_linear_gets(folder):
         keep("normed", lambda args, kwargs: kwargs["norm"](args[0])[0]), with_kwargs=True
     )
     feed_forward.down_proj.register_forward_pre_hook(
-        keep("down", lambda args, kwargs: (args[0][0], args[1][0])), with_kwargs=True
+        keep("down", lambda args, kwargs: (args[0][0], kwargs["topk_ids"][0])), with_kwargs=True
     )
     with torch.inference_mode():
         start_pos = torch.zeros(1, dtype=torch.long)
