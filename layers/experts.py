@@ -75,7 +75,7 @@ class ExpertsBase(LinearBase):
         if not self.is_packed:
             return self.format.dequantize(tensors, dtype)
         matrices = [{name: t[i] for name, t in tensors.items()} for i in range(len(expert_ids))]
-        return torch.stack([self.unpack(matrix, dtype) for matrix in matrices])
+        return torch.stack([self.dequantize_packed(matrix, dtype) for matrix in matrices])
 
 
 class ExpertsGateUp(ExpertsBase):

@@ -61,9 +61,11 @@ class WeightMatrix(nn.Module):
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """W [N, K] in dtype. With a W for each expert: that of expert or, while unpacked, all [E, N, K]."""
         tensors = self.tensors() if expert is None else {name: t[expert] for name, t in self.tensors().items()}
-        return self.unpack(tensors, dtype) if self.is_packed else self.format.dequantize(tensors, dtype)
+        if self.is_packed:
+            return self.dequantize_packed(tensors, dtype)
+        return self.format.dequantize(tensors, dtype)
 
-    def unpack(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+    def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
         arguments = self.kernel_arguments() | tensors
         return self.backend.get_kernel("dequantize")(**arguments, k=self.in_features, dtype=dtype)
