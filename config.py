@@ -159,7 +159,7 @@ class ModelConfig:
         """Makes the config from the dict that model.pth stores."""
         try:
             fields = lists_to_tuples(fields)
-            if fields["sliding_window"] is None:  # in an earlier file
+            if fields.get("sliding_window") is None:  # in an earlier file
                 fields["sliding_window"] = 0
             if fields["rope_scaling"]:
                 fields["rope_scaling"] = RopeScaling(**lists_to_tuples(fields["rope_scaling"]))
