@@ -30,7 +30,7 @@ from tqdm import tqdm
 from config import ModelConfig
 from earlier_checkpoints import UPGRADES, upgrade
 from formats import QuantizationConfig, Unquantized
-from layers import Linear
+from layers.linear import Linear
 from model import Transformer
 from utils.errors import UsageError
 from utils.files import delete_if_possible, is_state_dict, load_torch_file
@@ -159,7 +159,7 @@ def meta_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZE
     unknown = formats.overrides.keys() - linears.keys() - {"embed_tokens"}
     if unknown:
         raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")
-    model.checkpoint_format = formats.default
+    model.weight_format = formats.default
     for name, linear in linears.items():
         linear.set_format(formats.of_layer(name))
     model.embed_tokens.set_format(formats.overrides.get("embed_tokens", UNQUANTIZED))

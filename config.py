@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from utils.errors import UsageError
 
-# ops/linear.py: activate_torch has the formulas. kernels/csrc/activation.h: Activation has the same order.
+# layers/linear.py: activate_torch has the formulas. kernels/csrc/activation.h: Activation has the same order.
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2")
 GATED_ACTIVATIONS = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"}
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
@@ -23,8 +23,8 @@ def is_gated(activation: str) -> bool:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE is changed for contexts longer than original_max_seq_len, the trained context. rope.py: rope_frequencies
-    has the formula of each type. "Stretched" means that a frequency is divided by factor."""
+    """How RoPE is changed for contexts longer than original_max_seq_len, the trained context. layers/rope.py:
+    rope_frequencies has the formula of each type. "Stretched" means that a frequency is divided by factor."""
 
     rope_type: str  # one of ROPE_TYPES
     factor: float  # how many times as long the context becomes
@@ -61,7 +61,8 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """None means that an option is off, or what the option's comment says."""
+    """0 turns a number's option off. None means that the value follows from other fields, as the option's comment says;
+    moe and rope_scaling may be None, too, and a vocabulary may have no bos_id."""
 
     dim: int  # width of the residual stream
     n_layers: int  # transformer blocks
@@ -85,7 +86,7 @@ class ModelConfig:
     # Attention
     qk_norm: bool = False  # RMSNorm of queries and keys before RoPE, each head by itself
     qk_norm_across_heads: bool = False  # the RMSNorm of qk_norm is over all heads of a token together
-    sliding_window: int | None = None  # a token sees only the last sliding_window tokens, itself included
+    sliding_window: int = 0  # a token sees only the last sliding_window tokens, itself included; 0: all
     layer_has_window: tuple[bool, ...] | None = None  # whether each layer has the window; None means all have
     sinks: bool = False  # every head has a score for attending to nothing
     attention_scale: float | None = None  # multiplies the scores; None means 1 / sqrt(head_dim)
@@ -99,7 +100,7 @@ class ModelConfig:
     layer_has_rope: tuple[bool, ...] | None = None  # whether each layer has RoPE; None means all have
     # Gemma 3, OLMo 3: the base in layers with the window, which ignore rope_scaling. None means rope_theta, scaled.
     local_rope_theta: float | None = None
-    alibi: bool = False  # scores fall with the distance, with a slope for each head (rope.py: alibi_slopes)
+    alibi: bool = False  # scores fall with the distance, with a slope for each head (layers/rope.py: alibi_slopes)
 
     # Multipliers
     embed_scale: float = 1.0  # multiplies the embedding's output
@@ -133,10 +134,10 @@ class ModelConfig:
         """The outputs of each projection that gate_up_proj stacks: gate and up, or up alone."""
         return (self.ffn_dim,) * (2 if is_gated(self.activation) else 1)
 
-    def window(self, layer_idx: int) -> int | None:
-        """Returns how many tokens a token sees in a layer, itself included. None means all."""
+    def window(self, layer_idx: int) -> int:
+        """Returns how many tokens a token sees in a layer, itself included. 0 means all."""
         has_window = self.layer_has_window is None or self.layer_has_window[layer_idx]
-        return self.sliding_window if has_window else None
+        return self.sliding_window if has_window else 0
 
     def mean_attended_tokens(self, n_tokens: int) -> float:
         """Returns how many of n_tokens tokens the last token sees, itself included: the mean over all layers."""
@@ -158,6 +159,8 @@ class ModelConfig:
         """Makes the config from the dict that model.pth stores."""
         try:
             fields = lists_to_tuples(fields)
+            if fields.get("sliding_window") is None:  # in an earlier file
+                fields["sliding_window"] = 0
             if fields["rope_scaling"]:
                 fields["rope_scaling"] = RopeScaling(**lists_to_tuples(fields["rope_scaling"]))
             if fields["moe"]:
@@ -184,7 +187,7 @@ def check_dimensions(config: ModelConfig):
     """Tensors have these dimensions, and kernels compute addresses from them."""
     for name in "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size max_seq_len".split():
         check_size(f"the model's {name}", getattr(config, name))
-    if config.sliding_window is not None:
+    if config.sliding_window != 0:
         check_size("sliding_window", config.sliding_window)
     for what, n in (("layers", config.n_layers), ("heads", config.n_heads)):
         if n > MAX_MODULES:
@@ -224,7 +227,7 @@ def check_options(config: ModelConfig):
 
 
 def check_rope_scaling(scaling: RopeScaling):
-    """rope.py divides by most of these numbers."""
+    """layers/rope.py divides by most of these numbers."""
     if scaling.rope_type not in ROPE_TYPES:
         raise UsageError(f"rope_scaling of type {scaling.rope_type!r} is not supported; {', '.join(ROPE_TYPES)} are")
     numbers = "factor low_freq_factor high_freq_factor original_max_seq_len attention_factor beta_fast beta_slow"

@@ -2,9 +2,9 @@
 
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4-gptq --calibration_text book.txt
 
-The layers are quantized one after the other, so that a layer gets inputs x from layers that are quantized already. The
-layer's Hessian H is the sum of x x^T over all inputs x. The columns of the layer's weight are rounded one by one, and
-changes of the columns that are not rounded yet compensate the rounding error of a column.
+Layers are quantized in order, so each one is calibrated on the outputs of already quantized layers. The Hessian H of a
+layer is the sum of x x^T over all its inputs x. The columns of its weight are rounded one by one, and changes of the
+columns not yet rounded compensate each rounding error.
 
 Unlike in the paper, groups are static: every group gets a scale and a zero before any column is rounded. Of several
 candidates, the pair (scale, zero) with the least rounding error wins, weighted by diag(H). act_order changes the order
@@ -26,8 +26,9 @@ from evaluation.scoring import split_windows
 from formats import Int4, Tensors
 from formats.base import pack_nibbles
 from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
-from kernels.arguments import LayerCache
-from layers import ExpertsGateUp, LinearBase
+from layers.attention import LayerCache
+from layers.experts import ExpertsGateUp
+from layers.linear import LinearBase
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
@@ -99,14 +100,13 @@ def compute_hessians(
     hooks = []
 
     def add_inputs(name: str, linear: LinearBase, args: tuple, kwargs: dict):
-        x = args[0]
-        norm = kwargs.get("norm")
+        (x,), norm = args, kwargs.get("norm")  # the forwards of layers/ take everything but x by keyword
         if norm is not None:
             x = norm(x)
         if linear.n_experts is None:
             sums[name] += sum_of_outer_products(x)
             return
-        topk_ids = args[1]  # [B, T, top_k]
+        topk_ids = kwargs["topk_ids"]  # [B, T, top_k]
         if isinstance(linear, ExpertsGateUp):  # all experts of a token have the same input
             x = x[..., None, :].expand(*topk_ids.shape, -1)  # [B, T, top_k, dim]
         for e in topk_ids.unique().tolist():

@@ -4,8 +4,8 @@
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
     KVCache           the keys, values and ids of earlier tokens, and the tables of positions; allocated once, passed in
 
-The layers that hold the weights are in layers.py. Every computation is an operation of ops/, which calls a kernel or
-plain PyTorch, so one forward runs on every device. The maths is in ops/linear.py, ops/attention.py and ops/experts.py.
+Every computation is a layer of layers/, which calls a kernel or plain PyTorch, so one forward runs on every device. To
+read the maths, read layers/linear.py and layers/attention.py.
 
 Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
 heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K] has N outputs and K inputs.
@@ -18,13 +18,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-import ops
 from config import ModelConfig
 from formats import Unquantized, WeightFormat
-from kernels.arguments import AttentionParams, LayerCache
-from layers import Embedding, ExpertsDown, ExpertsGateUp, Linear, LinearBase, RMSNorm, WeightMatrix
-from ops.backend import Backend
-from rope import alibi_slopes, rope_tables
+from kernels.schema import AttentionParams
+from layers.attention import LayerCache, attend
+from layers.backend import Backend
+from layers.experts import ExpertsDown, ExpertsGateUp, route
+from layers.linear import Linear, LinearBase, RMSNorm
+from layers.packing import pack_weights
+from layers.rope import alibi_slopes, rope_tables
+from layers.weight import Embedding, WeightMatrix
 from utils.errors import UsageError
 from utils.machine import check_memory
 
@@ -38,8 +41,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         # The format of most linear layers in the checkpoint, for reports. A layer's own format may be another one, also
-        # because weights without kernels are dequantized while loading (ops/packing.py: dequantize_weights).
-        self.checkpoint_format: WeightFormat = Unquantized()
+        # because weights without kernels are dequantized while loading (layers/packing.py: dequantize_weights).
+        self.weight_format: WeightFormat = Unquantized()
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -62,7 +65,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]."""
         scale = round_to_dtype(self.config.embed_scale, self.dtype)  # as transformers rounds the scale
-        return ops.embed(tokens, self.embed_tokens, scale, self.dtype)
+        return self.embed_tokens.lookup(tokens, scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
@@ -79,9 +82,8 @@ class Transformer(nn.Module):
 
     def tie_embedding(self):
         """Makes lm_head and embed_tokens one layer under two names."""
-        # The head owns the weight, because a step reads all of the head's weight, so the head's kernels decide how the
-        # weight is packed. The embedding reads a few rows, which works with any packing. model.pth also has the weight
-        # only once, but under the embedding's name (checkpoint.py: has_tied_head).
+        # The head keeps the weight, and its kernels choose the packing, since a step reads the whole head but only a
+        # few rows of the embedding. In model.pth the weight has the embedding's name (checkpoint.py: has_tied_head).
         del self.embed_tokens  # otherwise named_modules would find the layer first as embed_tokens
         self.embed_tokens = self.lm_head
 
@@ -90,9 +92,9 @@ class Transformer(nn.Module):
         return self.embed_tokens is self.lm_head
 
     def pack_weights(self, is_mmapped: bool = False):
-        """Switches to the kernels for the model's device: see ops/packing.py: pack_weights."""
+        """Switches to the kernels for the model's device: see layers/packing.py: pack_weights."""
         matrices = [module for module in self.modules() if isinstance(module, WeightMatrix)]
-        ops.pack_weights(matrices, self.dtype, is_mmapped)
+        pack_weights(matrices, self.dtype, is_mmapped)
         for module in self.modules():
             # A norm has no packed form. A norm uses the head's backend: if the head has kernels, so do norms.
             if isinstance(module, RMSNorm):
@@ -147,23 +149,23 @@ class TransformerBlock(nn.Module):
         self.post_ffn_norm = norm(config.post_norm)
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim].
-
-        The sublayers, attention and feed_forward, take norm and residual as arguments, since kernels fuse them with
-        matmuls: the norm with a sublayer's first matmul, the residual with its last one. A post-norm comes after the
-        last matmul, so the post-norm takes the residual."""
-        if self.post_attention_norm is None:  # x + attention(norm(x))
-            x = self.attention(x, start_pos, cache, norm=self.pre_attention_norm, residual=x)
-        else:  # x + post_norm(attention(norm(x)))
-            y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
-            x = self.post_attention_norm(y, residual=x)
-
-        if self.post_ffn_norm is None:  # x + feed_forward(norm(x))
-            x = self.feed_forward(x, norm=self.pre_ffn_norm, residual=x)
-        else:  # x + post_norm(feed_forward(norm(x)))
-            y = self.feed_forward(x, norm=self.pre_ffn_norm)
-            x = self.post_ffn_norm(y, residual=x)
+        """x [B, T, dim] -> [B, T, dim]."""
+        x = add_sublayer(x, self.attention, self.pre_attention_norm, self.post_attention_norm, start_pos, cache)
+        x = add_sublayer(x, self.feed_forward, self.pre_ffn_norm, self.post_ffn_norm)
         return x
+
+
+def add_sublayer(
+    x: Tensor, sublayer: nn.Module, pre_norm: RMSNorm | None, post_norm: RMSNorm | None, *inputs: Tensor | LayerCache
+) -> Tensor:
+    """x + post_norm(sublayer(pre_norm(x))), without a norm that is None. inputs: further inputs of the sublayer.
+
+    The sublayer takes norm and residual as arguments, since kernels fuse them: the norm with the sublayer's first
+    matmul, the residual with its last one. A post-norm comes after the last matmul, so the post-norm takes the
+    residual."""
+    if post_norm is None:
+        return sublayer(x, *inputs, norm=pre_norm, residual=x)
+    return post_norm(sublayer(x, *inputs, norm=pre_norm), residual=x)
 
 
 class Attention(nn.Module):
@@ -176,7 +178,7 @@ class Attention(nn.Module):
         y = residual + o_proj(p v)
 
     A model has only some of the norms, softcap, slopes, window and sinks. Everything between the matmuls qkv_proj and
-    o_proj is one operation, ops/attention.py: attend."""
+    o_proj is one kernel, layers/attention.py: attend."""
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
@@ -184,7 +186,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.softcap = config.attention_softcap
-        self.window = config.window(layer_idx) or 0
+        self.window = config.window(layer_idx)
         self.q_norm = self.k_norm = self.sinks = None
         if config.qk_norm:
             q_heads, k_heads = (config.n_heads, config.n_kv_heads) if config.qk_norm_across_heads else (1, 1)
@@ -198,10 +200,11 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.q_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
 
     def forward(
-        self, x: Tensor, start_pos: Tensor, cache: LayerCache, norm: RMSNorm | None, residual: Tensor | None = None
+        self, x: Tensor, start_pos: Tensor, cache: LayerCache, *, norm: RMSNorm | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # [B, T, (H + 2 G) D]
-        y = ops.attend(qkv, self.attention_params(), cache, start_pos, self.backend)  # [B, T, H D]
+        y = attend(qkv, self.attention_params(), cache, start_pos, self.backend)  # [B, T, H D]
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
@@ -223,12 +226,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.activation = config.activation
-        self.gate_up_proj = Linear(config.dim, sum(config.gate_up_dims), config.ffn_bias)
+        self.gate_up_proj = Linear(
+            config.dim, sum(config.gate_up_dims), config.ffn_bias, activation=config.activation
+        )
         self.down_proj = Linear(config.ffn_dim, config.dim, config.ffn_bias, out_scale=config.residual_scale)
 
-    def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
-        hidden = self.gate_up_proj(x, norm=norm, activation=self.activation)  # [B, T, F]
+    def forward(self, x: Tensor, *, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
+        hidden = self.gate_up_proj(x, norm=norm)  # [B, T, F]
         return self.down_proj(hidden, residual=residual)
 
 
@@ -240,24 +244,22 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.moe = config.moe
-        self.activation = config.activation
-        n_experts = config.moe.n_experts + config.moe.n_shared_experts
-        bias = config.moe.bias
-        n_logits = config.moe.n_experts + (1 if config.moe.n_shared_experts else 0)
-        self.router = Linear(config.dim, n_logits, bias)
-        self.gate_up_proj = ExpertsGateUp(config.dim, sum(config.gate_up_dims), bias, n_experts)
+        moe = config.moe
+        self.top_k, self.norm_topk_prob, self.n_shared_experts = moe.top_k, moe.norm_topk_prob, moe.n_shared_experts
+        n_experts, bias = moe.n_experts + moe.n_shared_experts, moe.bias
+        self.router = Linear(config.dim, moe.n_experts + (1 if moe.n_shared_experts else 0), bias)
+        self.gate_up_proj = ExpertsGateUp(config.dim, sum(config.gate_up_dims), bias, n_experts, config.activation)
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
-    def forward(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
         # Both matmuls take the norm, because the kernels fuse the norm with the matmul. So plain PyTorch computes the
         # norm twice, which costs little beside the experts' matmuls.
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
-        topk_weights, topk_ids = ops.route(
-            logits, self.moe.top_k, self.moe.norm_topk_prob, self.moe.n_shared_experts, self.router.backend
+        topk_weights, topk_ids = route(
+            logits, self.top_k, self.norm_topk_prob, self.n_shared_experts, self.router.backend
         )  # [B, T, top_k]
-        hidden = self.gate_up_proj(x, topk_ids, norm=norm, activation=self.activation)  # [B, T, top_k, F]
-        return self.down_proj(hidden, topk_ids, topk_weights, residual=residual)
+        hidden = self.gate_up_proj(x, topk_ids=topk_ids, norm=norm)  # [B, T, top_k, F]
+        return self.down_proj(hidden, topk_ids=topk_ids, topk_weights=topk_weights, residual=residual)
 
 
 # ---- KV cache -------------------------------------------------------------------------------------------------------
@@ -295,7 +297,7 @@ class KVCache:
             self.layers.append(LayerCache(k, v, cos_sin, slopes))
         self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
 
-    def narrow_length(self, n: int) -> "KVCache":
+    def first_positions(self, n: int) -> "KVCache":
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache,
         so a shorter view costs less."""
         view = copy.copy(self)
@@ -304,7 +306,7 @@ class KVCache:
         view.token_ids = self.token_ids[:, :n]
         return view
 
-    def narrow_batch(self, start: int, n: int) -> "KVCache":
+    def slots(self, start: int, n: int) -> "KVCache":
         """A view of n sequences, the first of which is number start."""
         if n == self.batch_size:  # always, except in a scheduler's steps
             return self

@@ -41,12 +41,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ops
 from collectives import all_gather, choose_all_reduce, world_size
 from config import ModelConfig
 from formats import WeightFormat
 from kernels.capture import split_graph_at
-from layers import Linear, LinearBase
+from layers.linear import Linear, LinearBase, add
 from model import Attention, Transformer
 from utils.errors import UsageError
 
@@ -220,7 +219,8 @@ def shard_column_parallel(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
 
 
 def insert_collectives(model: Transformer):
-    """Adds the collectives to a sharded model. This is the last step of load_model."""
+    """Adds the collectives to a sharded model. This is the last step of load_model, since it changes the names of the
+    wrapped layers' tensors: o_proj.weight becomes o_proj.linear.weight."""
     reduce = choose_all_reduce(model.norm.weight)
     shards_attention = "qkv_proj" in tp_plan(model.config)
     for layer in model.layers:
@@ -242,9 +242,9 @@ class RowParallelLinear(nn.Module):
         self.linear, self.all_reduce, self.input_is_parallel = linear, all_reduce, input_is_parallel
         self.backend = linear.backend
 
-    def forward(self, x: Tensor, *args, residual: Tensor | None = None, **kwargs) -> Tensor:
-        y = self.all_reduce(self.linear(self.inputs_of_linear(x), *args, **kwargs))
-        return y if residual is None else ops.add(residual, y, self.backend)
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, **kwargs) -> Tensor:
+        y = self.all_reduce(self.linear(self.inputs_of_linear(x), **kwargs))
+        return y if residual is None else add(residual, y, self.backend)
 
     def inputs_of_linear(self, x: Tensor) -> Tensor:
         """Returns this rank's shard of the full x. With act-order, returns the full x: linear.input_order may select

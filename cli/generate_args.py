@@ -19,7 +19,7 @@ from config import ModelConfig
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence, build_sequence, check_length
 from engine.speculate import MAX_DRAFT_TOKENS
-from ops import MAX_TRITON_QUERY_LEN, MAX_TRITON_TOKENS
+from layers.backend import MAX_TRITON_QUERY_LEN, MAX_TRITON_TOKENS
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError, check_integer

@@ -56,7 +56,7 @@ def build_result(
         "peak_memory_bytes": peak_memory(model.device),
         "device": str(model.device),
         "precision": args.precision,
-        "quantization": model.checkpoint_format.name,
+        "quantization": model.weight_format.name,
         "accept_counts": accept_counts,
     }
 

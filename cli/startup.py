@@ -15,10 +15,10 @@ from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeLoop
+from layers.backend import MAX_CPU_TOKENS, TRITON_BACKEND
 from llm import LLM
 from loading import load
 from model import KVCache, Transformer
-from ops import MAX_CPU_TOKENS, TRITON_BACKEND
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 

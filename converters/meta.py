@@ -172,7 +172,7 @@ def meta_config(params: dict, tensors: SourceTensors, has_tied_head: bool) -> tu
         ffn_dim=params.get("hidden_dim") or meta_ffn_dim(params),
         vocab_size=len(tensors[EMBEDDING]) if vocab_size == -1 else vocab_size, max_seq_len=context,
         norm_eps=params["norm_eps"], rope_theta=params.get("rope_theta") or 10000.0, rope_scaling=scaling,
-        sliding_window=params.get("sliding_window"), tie_embeddings=has_tied_head,
+        sliding_window=params.get("sliding_window") or 0, tie_embeddings=has_tied_head,
     )
     return config, note
 

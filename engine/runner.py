@@ -21,7 +21,7 @@ A decode or verification step has one of three modes (choose_mode):
     not all    any       no           eager
 
 "all": every operation has a kernel for B * T tokens (model.has_kernels_for). The limits are Backend.token_limits of
-ops/backend.py. An eager step uses the kernels of the operations that are within their limit.
+layers/backend.py. An eager step uses the kernels of the operations that are within their limit.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -42,9 +42,9 @@ from engine.sampling import apply_repetition_penalty, sample, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import call_with_graph_threads, capture
+from layers.backend import Backend
+from layers.sampling import uniform_dtype
 from model import KVCache, Transformer
-from ops.backend import Backend
-from ops.sampling import uniform_dtype
 from utils.errors import UsageError
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
@@ -129,7 +129,7 @@ class ModelRunner:
     def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
         """Runs the blocks on chunks of tokens, one after another. Yields the hidden states of each chunk:
         [B, chunk, dim]. With compile_prefill, a chunk that is too long for the kernels runs compiled blocks."""
-        kv_cache = self.kv_cache.narrow_batch(first_slot, len(tokens))
+        kv_cache = self.kv_cache.slots(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
         n_cached = int(start_pos.max())
         offset = 0
@@ -138,7 +138,7 @@ class ModelRunner:
             is_long = chunk.numel() >= MIN_COMPILED_TOKENS
             if self.compiled_model and is_long and not model.has_kernels_for(*chunk.shape):
                 model = self.compiled_model
-            used_cache = kv_cache.narrow_length(n_cached + offset + chunk.shape[1])
+            used_cache = kv_cache.first_positions(n_cached + offset + chunk.shape[1])
             yield model.compute_hidden(chunk, start_pos + offset, used_cache)
             offset += chunk.shape[1]
 
@@ -226,10 +226,10 @@ class EagerStep:
         return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
 
     def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        used_cache = self.kv_cache.narrow_batch(0, len(tokens))
+        used_cache = self.kv_cache.slots(0, len(tokens))
         if not self.has_kernels_for(*tokens.shape):
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
-            used_cache = used_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
+            used_cache = used_cache.first_positions(int(start_pos.max()) + tokens.shape[1])
         return self.model(tokens, start_pos, used_cache)
 
 
@@ -260,7 +260,7 @@ class CompiledStep:
         self.model = compile_blocks(model, **options)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        used_cache = self.eager_step.kv_cache.narrow_batch(0, len(tokens))
+        used_cache = self.eager_step.kv_cache.slots(0, len(tokens))
         hidden = self.model.compute_hidden(tokens, start_pos, used_cache)
         return self.head(hidden, tokens, start_pos, *inputs)
 

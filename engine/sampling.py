@@ -3,17 +3,17 @@
     sample(logits, SamplingParams())                          # the likeliest token
     sample(logits, SamplingParams(temperature=0.8, top_k=50))
 
-apply_repetition_penalty comes before sample. sample is an operation (ops/sampling.py). No function waits for the
-device, so that the next step can start before the host has read the sampled token.
+apply_repetition_penalty comes before sample (layers/sampling.py). No function waits for the device, so that the next
+step can start before the host has read the sampled token.
 """
 
 import torch
 from torch import Tensor
 
-import ops
 from engine.sampling_params import SamplingParams
-from ops.backend import TORCH_BACKEND, Backend
-from ops.sampling import filtered_probs
+from layers import sampling
+from layers.backend import TORCH_BACKEND, Backend
+from layers.sampling import filtered_probs
 
 
 def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor):
@@ -57,9 +57,9 @@ def sample(
     logits: Tensor, params: SamplingParams, backend: Backend = TORCH_BACKEND, uniform: Tensor | None = None,
     temperatures: Tensor | None = None,
 ) -> Tensor:
-    """float32 logits [B, V] -> token ids [B]. backend: the backend of the model. ops/sampling.py: sample
+    """float32 logits [B, V] -> token ids [B]. backend: the backend of the model. layers/sampling.py: sample
     describes the other arguments."""
-    return ops.sample(logits, params.temperature, params.filters, backend, uniform, temperatures)
+    return sampling.sample(logits, params.temperature, params.filters, backend, uniform, temperatures)
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
-from kernels.arguments import Filters
+from layers.sampling import Filters
 from utils.errors import UsageError
 
 INTEGER_LIMIT = 2**63  # kernels take integers of 64 bits
@@ -19,7 +19,7 @@ def sampling_field(
     allowed: is_allowed in words, for error messages.
     no_op: a value without an effect, such as top_p = 1. The field then gets the default instead of the value, so that
     a kernel samples.
-    is_filter: whether the option excludes tokens. Then kernels/arguments.py: Filters has a field of the same name."""
+    is_filter: whether the option excludes tokens. Then layers/sampling.py: Filters has a field of the same name."""
     metadata = dict(type=type, help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op, is_filter=is_filter)
     return field(default=default, metadata=metadata)
 

@@ -39,9 +39,9 @@ from engine.sampling import apply_repetition_penalty, sample, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import call_with_graph_threads
+from layers.backend import TORCH_BACKEND, Backend
+from layers.sampling import uniform_dtype
 from model import KVCache, Transformer
-from ops.backend import TORCH_BACKEND, Backend
-from ops.sampling import uniform_dtype
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
 from utils.machine import free_memory

@@ -31,9 +31,9 @@ from engine.runner import ModelRunner, Sampler, check_sampled_ids
 from engine.sampling import probabilities, sample
 from engine.sampling_params import SamplingParams
 from engine.step_bytes import active_weight_bytes
+from layers.backend import TORCH_BACKEND, Backend
+from layers.sampling import multinomial
 from model import Transformer
-from ops.backend import TORCH_BACKEND, Backend
-from ops.sampling import multinomial
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights. One

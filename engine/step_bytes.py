@@ -1,6 +1,7 @@
 """How many bytes a decode step reads. The bytes, divided by the memory's bandwidth, are the least time of a step."""
 
-from layers import Embedding, ExpertsDown, ExpertsGateUp
+from layers.experts import ExpertsDown, ExpertsGateUp
+from layers.weight import Embedding
 from model import Transformer
 
 

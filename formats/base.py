@@ -149,7 +149,7 @@ class WeightFormat:
 
     def kernels_can_read(self, in_features: int) -> bool:
         """Returns whether kernels read a weight with in_features inputs, apart from a backend's conditions
-        (ops/packing.py). The default is for quantized formats: kernels read 8 elements at a time."""
+        (layers/packing.py). The default is for quantized formats: kernels read 8 elements at a time."""
         return in_features % 8 == 0
 
 
@@ -170,7 +170,7 @@ class Unquantized(WeightFormat):
         tensors["weight"].normal_(std=std)
 
     def to_cpu_layout(self, tensors):
-        """For bf16, which is packed on some CPUs (ops/packing.py: packs_unquantized). K must be even."""
+        """For bf16, which is packed on some CPUs (layers/packing.py: packs_unquantized). K must be even."""
         return {"weight": words_to_blocks(tensors["weight"], 2)}
 
     def to_triton_layout(self, tensors):

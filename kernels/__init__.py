@@ -1,6 +1,5 @@
-"""The kernels of the operations in ops/, C++ for CPUs and Triton for GPUs, and the capture of steps of kernels.
+"""The kernels of the operations in layers/, C++ for CPUs and Triton for GPUs, and the capture of steps of kernels.
 
-    arguments.py   groups of arguments that several operations take, such as the numbers of attention
     schema.py      all arguments of the kernels, one list for C++ and Triton
     build.py       compiles and loads the C++ kernels (csrc/)
     triton/        the Triton kernels; triton/__init__.py lists the files

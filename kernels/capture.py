@@ -157,7 +157,7 @@ class CPUGraph(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         is_capturable = namespace == CPU_NAMESPACE and name in CAPTURABLE
         if not is_capturable and not func.is_view:
-            raise RuntimeError(f"{func} is no operation of ops/: it cannot be captured (kernels/capture.py)")
+            raise RuntimeError(f"{func} cannot be captured: a CPU graph holds only kernels (kernels/capture.py)")
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.keepalive += [args, kwargs, result]

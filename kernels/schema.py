@@ -1,12 +1,12 @@
 """The kernels as PyTorch operations: for each, the schema, and a function that allocates the result (define).
 
 C++ implements an operation as torch.ops.gptfast_cpu.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
-implement the same schema, so a changed schema changes both. ops/ describes the operations.
+implement the same schema, so a changed schema changes both. layers/ describes the operations.
 
 In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. But C++ gets all
 arguments by position, so build.py: check_parameters compares the parameters in csrc/ops.cpp with the schemas.
 
-WEIGHT, EPILOGUE and ATTENTION are the fields of WeightArguments, Epilogue and AttentionParams (arguments.py).
+WEIGHT, EPILOGUE and ATTENTION are groups of arguments: the fields of WeightArguments, Epilogue and AttentionParams.
 activation is a value of ACTIVATION_IDS.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.arguments import GATED_IDS, AttentionParams, Epilogue, WeightArguments
+from config import ACTIVATIONS, is_gated
 
 # Namespaces of torch.ops
 CPU_NAMESPACE = "gptfast_cpu"
@@ -28,6 +28,45 @@ NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
 MAX_CPU_TOKENS = 64
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
+ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/activation.h: Activation
+GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}
+
+
+# ---- Groups of arguments --------------------------------------------------------------------------------------------
+
+
+class WeightArguments(NamedTuple):
+    """A weight, as the arguments of a kernel."""
+
+    weight: Tensor  # weight, scales and zeros are packed for the backend
+    scales: Tensor | None
+    zeros: Tensor | None
+    format_id: int  # WeightFormat.format_id
+    n: int  # N
+    group_size: int  # inputs of an output that share a scale
+
+
+class Epilogue(NamedTuple):
+    """What fused_linear does to y = x W^T + bias, in this order. The default of a field means that fused_linear leaves
+    the step out."""
+
+    activation: int = 0  # a value of ACTIVATION_IDS
+    out_scale: float = 1.0  # y * out_scale
+    softcap: float = 0.0  # softcap * tanh(y / softcap)
+    clip: float = 0.0  # y, clamped to [-clip, clip]
+
+
+class AttentionParams(NamedTuple):
+    """What attention does besides softmax(q k^T) v. The default of a field means that attention leaves the step out."""
+
+    n_heads: int  # H, the heads of queries
+    scale: float  # multiplies the scores
+    window: int = 0  # how many tokens a token sees, including itself; 0 means all
+    softcap: float = 0.0  # scores, after scale, become softcap * tanh(score / softcap)
+    q_norm_weight: Tensor | None = None  # of norms before RoPE: [D] norms each head, [H D] all heads together
+    k_norm_weight: Tensor | None = None  # [D] or [G D]
+    eps: float = 0.0  # eps of both norms
+    sinks: Tensor | None = None  # [H], the scores of an additional key, whose value is zero
 
 
 def as_schema(fields: type[NamedTuple]) -> str:
@@ -39,23 +78,26 @@ def as_schema(fields: type[NamedTuple]) -> str:
 WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
 
 
+# ---- Defining operations --------------------------------------------------------------------------------------------
+
+
 def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
     """Decorator: defines the operation of schema, "NAME(arguments) -> results", in each namespace. The decorated
-    function is PyTorch's fake (meta) implementation, fake_NAME, which returns an empty result of the right shape and
-    dtype. The six arguments of WEIGHT arrive as one argument, w.
+    function is empty_NAME, which allocates the results: Triton's kernels fill them, and PyTorch takes it as the fake
+    (meta) implementation. The six arguments of WEIGHT arrive as one argument, w.
 
     capturable: whether a CPU graph can hold the operation (capture.py)."""
     name = schema.partition("(")[0]
 
-    def register(fake: Callable) -> Callable:
-        assert fake.__name__ == f"fake_{name}"
+    def register(empty: Callable) -> Callable:
+        assert empty.__name__ == f"empty_{name}"
         for namespace in namespaces:
             torch.library.define(f"{namespace}::{name}", schema.removeprefix(name))
-            torch.library.register_fake(f"{namespace}::{name}", bundle_weight(fake))
+            torch.library.register_fake(f"{namespace}::{name}", bundle_weight(empty))
         SCHEMAS[name] = schema
         if capturable:
             CAPTURABLE.add(name)
-        return fake
+        return empty
 
     return register
 
@@ -94,33 +136,33 @@ def output_width(n: int, activation: int) -> int:
     f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, {EPILOGUE}, "
     "bool float32_out) -> Tensor"
 )
-def fake_fused_linear(x, *, w, activation, float32_out, **_):
+def empty_fused_linear(x, *, w, activation, float32_out, **_):
     dtype = torch.float32 if float32_out else x.dtype
     return x.new_empty(*x.shape[:-1], output_width(w.n, activation), dtype=dtype)
 
 
 @define("activate(Tensor x, int activation) -> Tensor", namespaces=(CPU_NAMESPACE,))
-def fake_activate(x, activation):
+def empty_activate(x, activation):
     return x.new_empty(*x.shape[:-1], output_width(x.shape[-1], activation))
 
 
 @define("add(Tensor x, Tensor y) -> Tensor", namespaces=(CPU_NAMESPACE,))
-def fake_add(x, y):
+def empty_add(x, y):
     return torch.empty_like(x)
 
 
 @define("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor")
-def fake_rms_norm(x, *_):
+def empty_rms_norm(x, *_):
     return torch.empty_like(x)
 
 
 @define("permute_inputs(Tensor x, Tensor input_order) -> Tensor")
-def fake_permute_inputs(x, input_order):
+def empty_permute_inputs(x, input_order):
     return x.new_empty(*x.shape[:-1], len(input_order))
 
 
 @define(f"embed(Tensor tokens, *, {WEIGHT}, int k, ScalarType dtype, float scale) -> Tensor")
-def fake_embed(tokens, *, w, k, dtype, **_):
+def empty_embed(tokens, *, w, k, dtype, **_):
     return w.weight.new_empty(*tokens.shape, k, dtype=dtype)
 
 
@@ -130,7 +172,7 @@ def fake_embed(tokens, *, w, k, dtype, **_):
     "int n_heads, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
     capturable=False, namespaces=(CPU_NAMESPACE,),
 )
-def fake_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
+def empty_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     return qkv.new_empty(*qkv.shape[:-1], n_heads, k_cache.shape[-1])
 
 
@@ -138,12 +180,12 @@ def fake_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     "attend(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cos_sin, "
     f"Tensor? alibi_slopes, {ATTENTION}) -> Tensor"
 )
-def fake_attend(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
+def empty_attend(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
 
 
 @define("route(Tensor logits, *, int top_k, bool norm_topk_prob, int n_shared_experts) -> (Tensor, Tensor)")
-def fake_route(logits, *, top_k, n_shared_experts, **_):
+def empty_route(logits, *, top_k, n_shared_experts, **_):
     shape = (*logits.shape[:-1], top_k + n_shared_experts)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
@@ -152,7 +194,7 @@ def fake_route(logits, *, top_k, n_shared_experts, **_):
     f"experts_gate_up(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm_weight, float eps, "
     "int activation) -> Tensor"
 )
-def fake_experts_gate_up(x, *, w, topk_ids, activation, **_):
+def empty_experts_gate_up(x, *, w, topk_ids, activation, **_):
     return x.new_empty(*topk_ids.shape, output_width(w.n, activation))
 
 
@@ -160,13 +202,13 @@ def fake_experts_gate_up(x, *, w, topk_ids, activation, **_):
     f"experts_down(Tensor hidden, *, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor topk_weights, Tensor? residual)"
     " -> Tensor"
 )
-def fake_experts_down(hidden, *, w, topk_ids, **_):
+def empty_experts_down(hidden, *, w, topk_ids, **_):
     return hidden.new_empty(*topk_ids.shape[:-1], w.n)
 
 
 # Comes before a matmul in PyTorch, which no CPU graph can hold.
 @define(f"dequantize(*, {WEIGHT}, int k, ScalarType dtype) -> Tensor", capturable=False)
-def fake_dequantize(*, w, k, dtype):
+def empty_dequantize(*, w, k, dtype):
     return w.weight.new_empty(w.n, k, dtype=dtype)
 
 
@@ -176,5 +218,5 @@ def fake_dequantize(*, w, k, dtype):
     "Tensor? uniform) -> Tensor",
     capturable=False,
 )
-def fake_sample(logits, **_):
+def empty_sample(logits, **_):
     return logits.new_empty(len(logits), dtype=torch.int64)

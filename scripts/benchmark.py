@@ -40,12 +40,12 @@ if __name__ == "__main__":
 import tokenizers
 import torch
 
-import ops
 from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
 from engine.sequence import check_length
 from formats import GROUP_SIZES, MODES, Unquantized, WeightFormat
+from layers.packing import load_triton_kernels
 from scripts import tables
 from scripts.benchmarking import busy, gpu_jobs, real_models
 from scripts.benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
@@ -200,7 +200,7 @@ def check_busy_options(args: argparse.Namespace):
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """Finds the fastest tile sizes, for --tune: see benchmarking/tune_triton.py."""
-    if device.type != "cuda" or not ops.load_triton_kernels(device):
+    if device.type != "cuda" or not load_triton_kernels(device):
         raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
     from scripts.benchmarking import tune_triton  # here, since Triton is installed only where there is a GPU
 

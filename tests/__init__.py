@@ -1,6 +1,6 @@
 """The tests, by the parts of the project that they test:
 
-    model.py, layers.py, rope.py    test_model (every family), test_grok_and_baichuan, test_mixtral, test_mxfp4
+    model.py                        test_model (every family), test_grok_and_baichuan, test_mixtral, test_mxfp4
     config.py                       test_hf_config
     checkpoint.py                   test_checkpoint
     earlier_checkpoints.py          test_checkpoint
@@ -9,7 +9,7 @@
     tp.py, collectives.py           test_tp
     kernels/                        test_capture, test_kernels_builds
     formats/                        test_quantize
-    ops/                            test_kernels, test_triton, test_kernels_builds
+    layers/                         test_kernels, test_triton, test_kernels_builds, test_sampling
     kernels/csrc/                   test_kernels, test_kernels_attention, test_kernels_experts,
                                     test_kernels_sampling, test_threads
     kernels/triton/                 test_triton, test_triton_launch

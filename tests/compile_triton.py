@@ -25,14 +25,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-import ops
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.arguments import Filters, LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from kernels.triton.formats import KERNEL_FORMATS, kernel_format
-from layers import ExpertsDown, ExpertsGateUp
-from scripts.kernel_checks.exact_results import attend, make_linear, make_norm
+from layers.attention import LayerCache
+from layers.backend import TRITON_BACKEND
+from layers.experts import ExpertsDown, ExpertsGateUp, route
+from layers.linear import permute_inputs
+from layers.packing import pack_for_triton
+from layers.sampling import Filters, sample
+from scripts.kernel_checks.exact_results import attend, make_linear, make_norm, with_activation
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -155,18 +158,18 @@ def launch_products(gpu: Gpu) -> Counter:
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
     for format in gpu.formats:
         w = make_linear(256, 2048, format, dtype)
-        ops.pack_for_triton([w])
-        ops.fused_linear(x.expand(1, 8, 2048), w, norm, activation="swiglu")
+        pack_for_triton([w])
+        with_activation(w, "swiglu")(x.expand(1, 8, 2048), norm=norm)
         launches.update(fused_linear_kernel=1)
         if isinstance(format, Unquantized | Int8 | Int4):
-            ops.fused_linear(x, w, norm, out_dtype=torch.float32)
+            w(x, norm=norm, out_dtype=torch.float32)
             launches.update(fused_linear_kernel=1)
         if isinstance(format, Unquantized) or gpu.has_larger_tiles:
             continue
-        w.dequantized_weight(dtype)
+        w.dequantize(dtype)
         launches.update(dequantize_kernel=1)
         if gpu.compiles_all or isinstance(format, Int4):  # both kernels call the same function of the format
-            ops.embed(torch.zeros(1, 2, dtype=torch.int64), w, 1.5, dtype)
+            w.lookup(torch.zeros(1, 2, dtype=torch.int64), 1.5, dtype)
             launches.update(embed_kernel=1)
     return launches
 
@@ -176,40 +179,42 @@ def launch_many(dtype: torch.dtype):
     norm = make_norm(2048, dtype)
     for n_tokens, format in MANY_TOKENS:
         w, x = make_linear(256, 2048, format, dtype), torch.zeros(1, n_tokens, 2048, dtype=dtype)
-        ops.pack_for_triton([w])
-        ops.fused_linear(x, w, norm, activation="swiglu")
+        pack_for_triton([w])
+        with_activation(w, "swiglu")(x, norm=norm)
 
 
 def launch_others(dtype: torch.dtype, compiles_all: bool):
     x, norm = torch.randn(1, 1, 2048).to(dtype), make_norm(2048, dtype)
-    norm.backend = ops.TRITON_BACKEND
+    norm.backend = TRITON_BACKEND
     norm(x, x)
-    ops.permute_inputs(x, torch.arange(2048, dtype=torch.int32), ops.TRITON_BACKEND)
+    permute_inputs(x, torch.arange(2048, dtype=torch.int32), TRITON_BACKEND)
     capped = make_linear(256, 2048, Unquantized(), dtype, bias=True, out_scale=0.5, softcap=30.0, clip=8.0)
-    ops.pack_for_triton([capped])
+    pack_for_triton([capped])
     for activation in [name for name in ACTIVATIONS if name != "swiglu"] if compiles_all else ("geglu",):
-        ops.fused_linear(x, capped, activation=activation)
-    ops.route(torch.randn(1, 5, 5), 2, True, 1, ops.TRITON_BACKEND)
-    topk_weights, topk_ids = ops.route(torch.randn(1, 5, 4), 2, True, 0, ops.TRITON_BACKEND)
+        with_activation(capped, activation)(x)
+    route(torch.randn(1, 5, 5), 2, True, 1, TRITON_BACKEND)
+    topk_weights, topk_ids = route(torch.randn(1, 5, 4), 2, True, 0, TRITON_BACKEND)
     for format in (Unquantized(), Int8(), Int4(64)) if compiles_all else (Int4(64),):
-        gate_up = make_linear(128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp)
+        gate_up = make_linear(
+            128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp, activation="swiglu"
+        )
         down = make_linear(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown, bias=True)
-        ops.pack_for_triton([gate_up, down])
-        hidden = gate_up(x.expand(1, 5, 2048), topk_ids, norm, "swiglu")
-        down(hidden, topk_ids, topk_weights)
+        pack_for_triton([gate_up, down])
+        hidden = gate_up(x.expand(1, 5, 2048), topk_ids=topk_ids, norm=norm)
+        down(hidden, topk_ids=topk_ids, topk_weights=topk_weights)
     for temperature in (0, 1):
-        ops.sample(torch.randn(1, 5000), temperature, Filters(), ops.TRITON_BACKEND)
+        sample(torch.randn(1, 5000), temperature, Filters(), TRITON_BACKEND)
     for temperatures in (None, torch.ones(1, 1)):
-        ops.sample(torch.randn(1, 5000), 1, Filters(top_p=0.9), ops.TRITON_BACKEND, temperatures=temperatures)
+        sample(torch.randn(1, 5000), 1, Filters(top_p=0.9), TRITON_BACKEND, temperatures=temperatures)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
     cache = LayerCache(k, v, torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)
-    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, start_pos, 8, ops.TRITON_BACKEND)
+    attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, start_pos, 8, TRITON_BACKEND)
     # A key/value head has at most 64 queries. All options are on, because none needs less shared memory.
     norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
     cache = cache._replace(alibi_slopes=torch.zeros(16))
     qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)
-    attend(qkv, cache, start_pos, 16, ops.TRITON_BACKEND, 100, *norms, sinks, softcap=50.0)
+    attend(qkv, cache, start_pos, 16, TRITON_BACKEND, 100, *norms, sinks, softcap=50.0)
 
 
 def compile_for(gpu: Gpu):

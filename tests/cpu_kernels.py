@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import kernels.build
-import ops
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
-from layers import Embedding, LinearBase, WeightMatrix
+from layers.backend import CPU_BACKEND
+from layers.linear import LinearBase
+from layers.packing import pack_weights
+from layers.weight import Embedding, WeightMatrix
 from scripts.kernel_checks.error_bounds import U
 from scripts.kernel_checks.exact_results import set_weight
 
@@ -45,12 +47,12 @@ def step_of(x: torch.Tensor, quantized: bool) -> float:
 def packed(module):
     """Returns module with the C++ kernels as its backend, for as many tokens as they can take."""
     layers = [layer for layer in module.modules() if isinstance(layer, WeightMatrix)]
-    ops.pack_weights(layers, next((w.weight.dtype for w in layers if not w.format.is_quantized), torch.float32))
+    pack_weights(layers, next((w.weight.dtype for w in layers if not w.format.is_quantized), torch.float32))
     for layer in layers:
         if isinstance(layer, LinearBase):
             assert layer.backend.name == "cpu"
             assert layer.backend.token_limits["fused_linear"] >= 8
-            layer.backend = ops.CPU_BACKEND  # up to MAX_CPU_TOKENS
+            layer.backend = CPU_BACKEND  # up to MAX_CPU_TOKENS
     return module
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoint import meta_model, read_checkpoint
 from converters.write_model import NORM_BEFORE
 from formats import QuantizationConfig
-from layers import Linear
+from layers.linear import Linear
 from tests.tiny import FAMILIES, convert, make_hf
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}

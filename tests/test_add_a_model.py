@@ -25,7 +25,7 @@ from cli.generate_args import parse_args
 from utils.errors import UsageError
 from engine.sampling import probabilities
 from engine.sampling_params import SamplingParams
-from kernels.arguments import Filters
+from layers.sampling import Filters
 from tests.tiny import call_main
 
 
@@ -55,9 +55,10 @@ import torch
 
 import kernels.build
 
-import ops
 import kernels.triton.linear  # registers the operations, which run in Triton's interpreter
 from formats.nf4 import NF4, VALUES
+from layers.backend import CPU_BACKEND
+from layers.packing import pack_weights
 from model import DTYPES
 from tests import tiny
 
@@ -75,16 +76,16 @@ def test_nf4_rounds_to_the_nearest():
 
 
 def test_nf4_at_random():
-    w = random_linear((200, 600), NF4(), torch.device("cpu"), torch.bfloat16).dequantized_weight(torch.float32)
+    w = random_linear((200, 600), NF4(), torch.device("cpu"), torch.bfloat16).dequantize(torch.float32)
     assert abs(w.mean()) < 0.05 * 600**-0.5 and w.std().item() == pytest.approx(600**-0.5, rel=0.1)
 
 
 def check_matmuls(w, exact, x, weight_error, rounding_error):
     """A dot product of length K in float32, of weights with a relative error, and rounded to 32 or 16 bits."""
-    assert torch.equal(w.dequantized_weight(torch.float32), exact)
+    assert torch.equal(w.dequantize(torch.float32), exact)
     y, terms = x.double() @ exact.double().T, x.double().abs() @ exact.double().abs().T
     bound = ((x.shape[-1] + 8) * 2**-24 + weight_error) * terms + rounding_error * y.abs() + 2**-25
-    assert ((ops.fused_linear(x, w).double() - y).abs() <= bound).all()
+    assert ((w(x).double() - y).abs() <= bound).all()
 
 
 @pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
@@ -93,10 +94,10 @@ def test_nf4_on_a_cpu(dtype):
     """AMX rounds weights to bfloat16."""
     for n, k, n_tokens in [(48, 72, 1), (33, 200, 5), (48, 136, 33)]:
         w = random_linear((n, k), NF4(), torch.device("cpu"), dtype)
-        exact = w.dequantized_weight(torch.float32)
-        ops.pack_weights([w], dtype)
+        exact = w.dequantize(torch.float32)
+        pack_weights([w], dtype)
         assert w.backend.name == "cpu"
-        w.backend = ops.CPU_BACKEND
+        w.backend = CPU_BACKEND
         u = torch.finfo(dtype).eps / 2
         check_matmuls(w, exact, torch.randn(n_tokens, k).to(dtype), u if dtype == torch.bfloat16 else 0, u)
 
@@ -106,7 +107,7 @@ def test_nf4_on_a_gpu(dtype):
     """Both factors of a product have the type of x. Truncating to bfloat16, as the interpreter does, doubles errors."""
     for n, k, n_tokens in [(16, 64, 3), (48, 72, 1), (33, 200, 5)]:
         w = random_linear((n, k), NF4(), torch.device("cpu"), dtype)
-        exact = w.dequantized_weight(torch.float32)
+        exact = w.dequantize(torch.float32)
         use_triton(w)
         u = torch.finfo(dtype).eps / 2
         error = 2 * u if dtype == torch.bfloat16 else u

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 import kernels.build
-import ops
 from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
-from kernels.arguments import LayerCache
 from kernels.capture import MAX_CPU_GRAPHS, call_with_graph_threads, capture, split_graph_at
 from kernels.schema import CAPTURABLE
-from layers import ExpertsDown, ExpertsGateUp, WeightMatrix
+from layers.attention import LayerCache
+from layers.backend import CPU_BACKEND, MAX_CPU_TOKENS, TORCH_BACKEND, TRITON_BACKEND
+from layers.experts import ExpertsDown, ExpertsGateUp, route
+from layers.linear import add
+from layers.rope import rope_table
+from layers.weight import WeightMatrix
 from model import KVCache, Transformer
-from rope import rope_table
 from scripts.kernel_checks.exact_results import (
     attend,
     format_label,
@@ -91,27 +93,29 @@ def test_every_argument_is_captured(format):
     embedding = make_embedding(97, dim, format, torch.float32)
     norm, sinks = make_norm(dim, torch.float32), torch.randn(n_heads)
     q_norm, k_norm = make_norm(n_heads * d, torch.float32), make_norm(n_kv_heads * d, torch.float32)
-    norm.backend = ops.CPU_BACKEND
+    norm.backend = CPU_BACKEND
     config = ModelConfig(dim, 1, n_heads, n_kv_heads, d, 48, 97, 64)
     qkv_proj = make_linear(128, dim, format, torch.float32, clip=2.0)
     head = make_linear(97, dim, format, torch.float32, out_scale=0.1, softcap=5.0)
     router = make_linear(n_experts - 1, dim, Unquantized(), torch.float32)  # 3 experts and the 2 shared ones' logit
-    gate_up = make_linear(96, dim, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsGateUp)
+    gate_up = make_linear(
+        96, dim, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsGateUp, activation="clamped_swiglu"
+    )
     down = make_linear(dim, 48, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsDown)
     packed(torch.nn.ModuleList([embedding, qkv_proj, head, router, gate_up, down]))
     tables = rope_table(config, 40), torch.rand(n_heads)
     caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), *tables) for _ in range(2)]
 
     def step(tokens, start_pos, cache):
-        x = ops.embed(tokens, embedding, 8.0, torch.float32)
+        x = embedding.lookup(tokens, 8.0, torch.float32)
         y = attend(
-            qkv_proj(x), cache, start_pos, n_heads, ops.CPU_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
+            qkv_proj(x), cache, start_pos, n_heads, CPU_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
             softcap=2.0,
         )
         x = norm(y, residual=x)
-        topk_weights, topk_ids = ops.route(router(x), 2, True, 2, ops.CPU_BACKEND)
-        hidden = gate_up(x, topk_ids, activation="clamped_swiglu")
-        return head(down(hidden, topk_ids, topk_weights, residual=x), out_dtype=torch.float32)
+        topk_weights, topk_ids = route(router(x), 2, True, 2, CPU_BACKEND)
+        hidden = gate_up(x, topk_ids=topk_ids)
+        return head(down(hidden, topk_ids=topk_ids, topk_weights=topk_weights, residual=x), out_dtype=torch.float32)
 
     captured = capture(lambda tokens, start_pos: step(tokens, start_pos, caches[1]))
     with torch.inference_mode():
@@ -144,15 +148,15 @@ def test_threads_capture_at_the_same_time():
     """Two threads can each capture a step of two OpLists at the same time."""
 
     def add_thrice(x):
-        twice = split_graph_at(lambda t: t + 0, ops.add(x, x, ops.CPU_BACKEND))
-        return ops.add(twice, x, ops.CPU_BACKEND)
+        twice = split_graph_at(lambda t: t + 0, add(x, x, CPU_BACKEND))
+        return add(twice, x, CPU_BACKEND)
 
     def step(x):
-        twice = ops.add(x, x, ops.CPU_BACKEND)
+        twice = add(x, x, CPU_BACKEND)
         thread = threading.Thread(target=lambda: others.append(capture(add_thrice)(y)))
         thread.start()
         thread.join()
-        return ops.add(split_graph_at(lambda t: t * 2, twice), x, ops.CPU_BACKEND)
+        return add(split_graph_at(lambda t: t * 2, twice), x, CPU_BACKEND)
 
     x, y, others = torch.randn(2, 37), torch.randn(5), []
     assert torch.equal(capture(step)(x), x * 4 + x)
@@ -166,7 +170,7 @@ def test_graphs_are_bounded():
 
     def step(x):
         shapes.append(len(x))
-        return ops.add(x, x, ops.CPU_BACKEND)
+        return add(x, x, CPU_BACKEND)
 
     captured, n = capture(step), MAX_CPU_GRAPHS
     for length in [*range(1, n + 1), 1, n + 1, 1, 2]:
@@ -185,7 +189,7 @@ def test_other_operations_raise(operation):
         logits = model(tokens, start_pos, kv_cache)
         return torch.softmax(logits, -1) if operation is torch.softmax else operation(logits)
 
-    with pytest.raises(RuntimeError, match="is no operation of ops/"):
+    with pytest.raises(RuntimeError, match="cannot be captured: a CPU graph holds only kernels"):
         capture(step)(token, position)
     with torch.inference_mode():
         captured = capture(lambda *inputs: model(*inputs, kv_cache)[:, -1].view(-1))  # views may
@@ -202,7 +206,7 @@ def test_ctrl_c_leaves_no_kernel_capturing():
     n_left = 0  # calls and returns until Ctrl-C
 
     def step(x):
-        return ops.add(x, x, ops.CPU_BACKEND)
+        return add(x, x, CPU_BACKEND)
 
     def interrupt(frame, event, arg):
         nonlocal n_left
@@ -228,16 +232,16 @@ def test_ctrl_c_leaves_no_kernel_capturing():
 
 def test_a_cpu_graph_can_hold_every_operation_of_a_short_step():
     """Each operation of a CPU graph is in the table of the backend, as Backend.supports_step assumes."""
-    assert CAPTURABLE <= ops.CPU_BACKEND.token_limits.keys()
-    assert all(ops.CPU_BACKEND.find_kernel(name, 1) is not None for name in ops.CPU_BACKEND.token_limits)
+    assert CAPTURABLE <= CPU_BACKEND.token_limits.keys()
+    assert all(CPU_BACKEND.find_kernel(name, 1) is not None for name in CPU_BACKEND.token_limits)
 
 
 def test_a_kernel_that_plain_pytorch_cannot_replace():
     """Such a kernel has no limit of tokens. A backend without kernels says that it has none."""
-    assert ops.CPU_BACKEND.find_kernel("embed", ops.MAX_CPU_TOKENS + 1) is None
-    assert ops.CPU_BACKEND.get_kernel("embed") is torch.ops.gptfast_cpu.embed
+    assert CPU_BACKEND.find_kernel("embed", MAX_CPU_TOKENS + 1) is None
+    assert CPU_BACKEND.get_kernel("embed") is torch.ops.gptfast_cpu.embed
     with pytest.raises(RuntimeError, match="the backend 'torch' has no kernels, so none for embed"):
-        ops.TORCH_BACKEND.get_kernel("embed")
+        TORCH_BACKEND.get_kernel("embed")
 
 
 @built
@@ -249,7 +253,7 @@ def test_a_step_with_an_activation_without_a_kernel_is_not_captured():
         if isinstance(matrix, WeightMatrix):
             matrix.backend = replace(matrix.backend, activations=matrix.backend.activations - {"swiglu"})
     assert not model.has_kernels_for(2, 1)
-    assert ops.TRITON_BACKEND.supports_step(2, 1, 1, "no kernel has this activation")
+    assert TRITON_BACKEND.supports_step(2, 1, 1, "no kernel has this activation")
 
 
 @built
@@ -292,7 +296,7 @@ def test_a_function_runs_between_two_op_lists():
         total.append(float(t.sum()))
         return t * 2
 
-    step = capture(lambda t: ops.add(split_graph_at(double, ops.add(t, t, ops.CPU_BACKEND)), t, ops.CPU_BACKEND))
+    step = capture(lambda t: add(split_graph_at(double, add(t, t, CPU_BACKEND)), t, CPU_BACKEND))
     for value in (1.0, 3.0):
         assert torch.equal(step(x + value), x + 5 * value)
     assert total[-2:] == [148.0, 444.0]  # of what the first OpList had just computed

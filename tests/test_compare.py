@@ -20,7 +20,7 @@ from converters.gguf_config import find_architecture, read_gguf_config
 from converters.gguf_file import read_gguf
 from converters.write_model import write_model
 from formats import Unquantized
-from rope import rope_frequencies
+from layers.rope import rope_frequencies
 from scripts import compare_llama_cpp as compare
 from scripts import tables
 from scripts.benchmarking import compare_files, compare_speed

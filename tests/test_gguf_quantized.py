@@ -259,11 +259,11 @@ def test_files(name, tmp_path, capsys):
     ours = load_model(path, dtype=torch.float32, use_kernels=False)
     matrices = {"embed_tokens": ours.embed_tokens} | dict(ours.quantizable_linears())
     found = Counter(matrix.format for matrix in matrices.values())
-    assert path.name == f"model_{ours.checkpoint_format.name}.pth" and {*path.parent.glob("*.pth*")} == {path}
+    assert path.name == f"model_{ours.weight_format.name}.pth" and {*path.parent.glob("*.pth*")} == {path}
     assert found == formats
     for layer, matrix in matrices.items():
-        expected = dense.get_submodule(layer).dequantized_weight(torch.float32)
-        difference = matrix.dequantized_weight(torch.float32) - expected
+        expected = dense.get_submodule(layer).dequantize(torch.float32)
+        difference = matrix.dequantize(torch.float32) - expected
         assert difference.norm() <= error * expected.norm(), layer
         dense.get_submodule(layer).weight.copy_(expected + difference)
     stored = sum(tensor.data.nbytes for tensor in read_gguf(file)[1].values())

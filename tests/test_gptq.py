@@ -6,7 +6,7 @@ import torch
 
 import gptq
 from formats import Int4
-from layers import Linear
+from layers.linear import Linear
 from model import KVCache
 from tests.test_quantize import random_matrix, rounded, shapes_of
 from tests.tiny import make_hf, to_ours

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-import ops
 from config import ModelConfig
-from kernels.arguments import LayerCache
+from layers import attention
+from layers.attention import LayerCache
+from layers.backend import CPU_BACKEND, TORCH_BACKEND
+from layers.rope import alibi_slopes, rope_table
 from model import DTYPES
-from ops import attention
-from rope import alibi_slopes, rope_table
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
     attend,
@@ -21,7 +21,7 @@ from scripts.kernel_checks.exact_results import (
 from tests.cpu_kernels import built
 
 pytestmark = pytest.mark.usefixtures("threads")
-ANY_TOKENS = ops.CPU_BACKEND.with_limits(attend=math.inf)  # kernels for prompts, too, where PyTorch may be faster
+ANY_TOKENS = CPU_BACKEND.with_limits(attend=math.inf)  # kernels for prompts, too, where PyTorch may be faster
 
 
 def check_attention(starts, n_tokens, n_heads, cache: LayerCache, window, norms, **options):
@@ -117,7 +117,7 @@ def test_attention_of_a_prompt_in_pytorch(n_heads, n_kv_heads, d, norm, dtype, m
             cache, start_pos = LayerCache(k, v, cos_sin), torch.tensor(starts)
             before = cache._replace(k=k.clone(), v=v.clone())
             qkv = torch.randn(2, 70, (n_heads + 2 * n_kv_heads) * d).to(dtype)
-            ours = attend(qkv, cache, start_pos, n_heads, ops.CPU_BACKEND, window, *norms, **options)
+            ours = attend(qkv, cache, start_pos, n_heads, CPU_BACKEND, window, *norms, **options)
             y, bound = exact_attention(qkv, before, start_pos, n_heads, window, norms, factor=dtype, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # PyTorch rounds weights too
             exact_k, exact_v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)
@@ -154,7 +154,7 @@ def test_attention_reference(dtype):
         k, v = torch.randn(2, len(starts), 2, 64, 16).to(dtype).unbind()
         cache = LayerCache(k, v, cos_sin)
         y, bound = exact_attention(qkv, cache, start_pos, 6, window, (None, None), factor=dtype)
-        ours = attend(qkv, cache, start_pos, 6, ops.TORCH_BACKEND, window)
+        ours = attend(qkv, cache, start_pos, 6, TORCH_BACKEND, window)
         bounds.check(ours, y, bound + 4 * bounds.U[dtype] * v.double().abs().max())  # SDPA rounds weights too
 
 
@@ -171,7 +171,7 @@ def test_attention_reference_sinks_scale_softcap():
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
             cache = LayerCache(k, v, cos_sin, alibi)
             y, bound = exact_attention(qkv, cache, start_pos, 6, window, norms, factor=torch.float32, **options)
-            ours = attend(qkv, cache, start_pos, 6, ops.TORCH_BACKEND, window, *norms, **options)
+            ours = attend(qkv, cache, start_pos, 6, TORCH_BACKEND, window, *norms, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
 
 
@@ -184,19 +184,19 @@ def test_tokens_beyond_the_cache_are_refused():
         with pytest.raises(RuntimeError, match="no room"):
             attend(torch.randn(rows, tokens, 128), cache, torch.tensor(start_pos), 4, ANY_TOKENS)
     with pytest.raises(RuntimeError, match="int64"):
-        attend(torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.int32), 4, ops.CPU_BACKEND)
+        attend(torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.int32), 4, CPU_BACKEND)
     with pytest.raises(RuntimeError, match="type"):
-        attend(torch.randn(1, 1, 128).half(), cache, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND)
+        attend(torch.randn(1, 1, 128).half(), cache, torch.zeros(1, dtype=torch.long), 4, CPU_BACKEND)
     for norms, sinks, said in [
         ((64, 16), 4, "wide"), ((16, 32), 4, "wide"), ((48, 32), 4, "wide"), ((64, 32), 3, r"\[H\]"),
     ]:
         q_norm, k_norm = (make_norm(width, torch.float32) for width in norms)
         with pytest.raises(RuntimeError, match=said):
             attend(
-                torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND, 0, q_norm,
+                torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, CPU_BACKEND, 0, q_norm,
                 k_norm, torch.zeros(sinks),
             )
     for slopes in (torch.zeros(3), torch.zeros(4).half()):
         with pytest.raises(RuntimeError, match="slopes"):
             with_slopes = cache._replace(alibi_slopes=slopes)
-            attend(torch.randn(1, 1, 128), with_slopes, torch.zeros(1, dtype=torch.long), 4, ops.CPU_BACKEND)
+            attend(torch.randn(1, 1, 128), with_slopes, torch.zeros(1, dtype=torch.long), 4, CPU_BACKEND)

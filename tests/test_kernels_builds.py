@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import kernels.build
-import ops
 from config import is_gated
 from formats import FORMATS, Int4, Int8, Unquantized
 from formats.cpu_layouts import CPU_BLOCK_N
@@ -24,9 +23,10 @@ from formats.integers import join_groups, split_groups
 from kernels.schema import SCHEMAS
 from kernels.triton import heads
 from kernels.triton.elements import magic_number_for
-from layers import ExpertsDown
-from ops import aten, backend, packing
-from ops.linear import FUSED_GLU_MULTIPLE
+from layers import aten, backend, packing
+from layers.experts import ExpertsDown
+from layers.linear import FUSED_GLU_MULTIPLE
+from layers.packing import pack_weights
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import CPU_FORMATS, MAGIC_BIASES, make_linear
 from tests.compiler import write_compiler
@@ -224,16 +224,16 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
         torch.manual_seed(0)
         linear = make_linear(33, 72, format, torch.float32, bias=True)
         experts = make_linear(10, 72, format, torch.float32, n_experts=3, kind=ExpertsDown)
-        expected = [w.dequantized_weight(torch.float32) for w in (linear, experts)]
+        expected = [w.dequantize(torch.float32) for w in (linear, experts)]
         with monkeypatch.context() as context:
             context.setattr(packing, "free_memory", lambda: 4 * (33 * 72 + 3 * 10 * 72) - 1)
-            ops.pack_weights([linear, experts], torch.float32)
+            pack_weights([linear, experts], torch.float32)
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "every token dequantizes" in said and linear.format == format
-        ops.pack_weights([linear, experts], torch.float32)
+        pack_weights([linear, experts], torch.float32)
         for w, matrix in zip((linear, experts), expected, strict=True):
             assert w.format == Unquantized() and w.scales is w.zeros is None
-            assert torch.equal(w.weight, matrix) and torch.equal(w.dequantized_weight(torch.float32), matrix)
+            assert torch.equal(w.weight, matrix) and torch.equal(w.dequantize(torch.float32), matrix)
             assert w.backend.name == "torch" and capsys.readouterr().err == ""
 
 
@@ -248,8 +248,8 @@ def test_pytorchs_kernels_without_a_compiler(monkeypatch):
                 torch.manual_seed(0)
                 linear = make_linear(n, k, format, dtype, bias=True)
                 experts = make_linear(16, 64, format, dtype, n_experts=2, kind=ExpertsDown)
-                exact, bias = linear.dequantized_weight(torch.float64), linear.bias.double()
-                ops.pack_weights([linear, experts], dtype)
+                exact, bias = linear.dequantize(torch.float64), linear.bias.double()
+                pack_weights([linear, experts], dtype)
                 has_kernel = k % 16 == 0 if isinstance(format, Int8) else n % 16 == 0 and k % format.group_size == 0
                 assert (linear.aten_weight is not None) == has_kernel and linear.format.is_quantized == has_kernel
                 assert not hasattr(experts, "aten_weight") and not experts.format.is_quantized

@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-import ops
 from config import ModelConfig, is_gated
 from formats import Unquantized
-from layers import ExpertsDown, ExpertsGateUp
+from layers.backend import CPU_BACKEND
+from layers.experts import ExpertsDown, ExpertsGateUp, route, route_torch
+from layers.linear import activate, activate_torch
 from model import DTYPES, FeedForward
-from ops.experts import route_torch
-from ops.linear import activate_torch
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
     CPU_FORMATS,
     format_label,
     make_linear,
     make_norm,
+    with_activation,
 )
 from tests.cpu_kernels import built, packed, rounds_to_int8
 
@@ -44,13 +44,15 @@ def test_feed_forward(format, dtype):
     ]:
         config = ModelConfig(64, 1, 4, 2, 16, ffn_dim, 64, 64, activation=activation, ffn_bias=bias)
         f, norm = FeedForward(config), make_norm(64, dtype)
-        f.gate_up_proj = make_linear(sum(config.gate_up_dims), 64, format, dtype, bias=bias)
+        f.gate_up_proj = make_linear(
+            sum(config.gate_up_dims), 64, format, dtype, bias=bias, activation=activation
+        )
         f.down_proj = make_linear(64, ffn_dim, format, dtype, bias=bias)
         xs = [torch.randn(1, rows, 64).to(dtype) for rows in (1, 3, 8)]
-        expected = [f(x, norm, x) for x in xs]
+        expected = [f(x, norm=norm, residual=x) for x in xs]
         packed(f)
         for x, y in zip(xs, expected, strict=True):
-            check_near(f(x, norm, x), y, format)
+            check_near(f(x, norm=norm, residual=x), y, format)
 
 
 @built
@@ -59,15 +61,17 @@ def test_feed_forward(format, dtype):
 def test_activation_without_a_kernel(dtype, activation):
     """The kernel multiplies, and PyTorch computes the activation."""
     torch.manual_seed(0)
-    backend = replace(ops.CPU_BACKEND, activations=ops.CPU_BACKEND.activations - {activation})
+    backend = replace(CPU_BACKEND, activations=CPU_BACKEND.activations - {activation})
     x, norm, topk_ids = torch.randn(1, 3, 64).to(dtype), make_norm(64, dtype), torch.tensor([[[0, 1], [1, 2], [2, 0]]])
     linear = packed(make_linear(64, 64, Unquantized(), dtype, bias=True))
     experts = packed(make_linear(64, 64, Unquantized(), dtype, bias=True, n_experts=3, kind=ExpertsGateUp))
     linear.backend = experts.backend = backend
-    assert torch.equal(linear(x, norm, activation=activation), activate_torch(linear(x, norm), activation))
-    y = experts(x, topk_ids, norm)
-    assert torch.equal(experts(x, topk_ids, norm, activation), activate_torch(y, activation))
-    assert torch.equal(ops.activate(y, activation, backend), activate_torch(y, activation))
+    activated = with_activation(linear, activation)
+    assert torch.equal(activated(x, norm=norm), activate_torch(linear(x, norm=norm), activation))
+    y = experts(x, topk_ids=topk_ids, norm=norm)
+    activated = with_activation(experts, activation)
+    assert torch.equal(activated(x, topk_ids=topk_ids, norm=norm), activate_torch(y, activation))
+    assert torch.equal(activate(y, activation, backend), activate_torch(y, activation))
 
 
 @built
@@ -81,7 +85,9 @@ def test_experts(format, dtype):
     ]:
         norm = make_norm(64, dtype)
         n = 2 * ffn_dim if is_gated(activation) else ffn_dim
-        gate_up = make_linear(n, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp)
+        gate_up = make_linear(
+            n, 64, format, dtype, n_experts=6, bias=bias, kind=ExpertsGateUp, activation=activation
+        )
         down = make_linear(64, ffn_dim, format, dtype, n_experts=6, bias=bias, kind=ExpertsDown)
         cases = []
         for rows in (1, 3, 8, 33, 64, 65):  # the last goes to PyTorch, from packed weights
@@ -89,14 +95,15 @@ def test_experts(format, dtype):
             topk_weights, topk_ids = route_torch(torch.randn(1, rows, 6) * 2, 3, True)
             if rows == 64:  # more than 64 times the same expert
                 topk_ids[:, :40] = 5
-            hidden = gate_up(x, topk_ids, norm, activation)
-            cases.append((x, topk_weights, topk_ids, hidden, down(hidden, topk_ids, topk_weights, x)))
+            hidden = gate_up(x, topk_ids=topk_ids, norm=norm)
+            routed = {"topk_ids": topk_ids, "topk_weights": topk_weights}
+            cases.append((x, routed, hidden, down(hidden, **routed, residual=x)))
         packed(gate_up), packed(down)
-        for x, topk_weights, topk_ids, hidden, expected in cases:
-            ours = gate_up(x, topk_ids, norm, activation)
+        for x, routed, hidden, expected in cases:
+            ours = gate_up(x, topk_ids=routed["topk_ids"], norm=norm)
             check_near(ours, hidden, format)
-            check_near(down(ours, topk_ids, topk_weights, x), expected, format)
-            check_near(down(ours, topk_ids, topk_weights), (expected.double() - x.double()), format)
+            check_near(down(ours, **routed, residual=x), expected, format)
+            check_near(down(ours, **routed), expected.double() - x.double(), format)
 
 
 @built
@@ -106,7 +113,7 @@ def test_route(norm_topk_prob):
     for rows, n_experts, top_k in [(1, 8, 2), (5, 128, 8), (8, 6, 6)]:
         logits = torch.randn(1, rows, n_experts) * 3
         topk_weights, topk_ids = route_torch(logits, top_k, norm_topk_prob)
-        ours = ops.route(logits, top_k, norm_topk_prob, 0, ops.CPU_BACKEND)
+        ours = route(logits, top_k, norm_topk_prob, 0, CPU_BACKEND)
         assert torch.equal(ours[1], topk_ids)
         bounds.check(ours[0], topk_weights, (n_experts + 32) * bounds.U[torch.float32] * topk_weights.double())
 
@@ -117,7 +124,7 @@ def test_route_to_shared_experts(norm_topk_prob):
     torch.manual_seed(0)
     for rows, n_experts, top_k, n_shared_experts in [(1, 8, 2, 1), (5, 60, 4, 4), (8, 6, 6, 2)]:
         logits = torch.randn(1, rows, n_experts + 1) * 3
-        ours = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.CPU_BACKEND)
+        ours = route(logits, top_k, norm_topk_prob, n_shared_experts, CPU_BACKEND)
         topk_weights, topk_ids = route_torch(logits, top_k, norm_topk_prob, n_shared_experts)
         assert torch.equal(ours[1], topk_ids)
         assert (topk_ids[..., top_k:] == torch.arange(n_experts, n_experts + n_shared_experts)).all()
@@ -129,5 +136,5 @@ def test_route_to_shared_experts(norm_topk_prob):
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
 def test_router_of_nan(logits, norm_topk_prob):
     """With NaN logits the router returns valid, different experts, and weights that are not finite."""
-    topk_weights, topk_ids = ops.route(torch.tensor([logits]), 3, norm_topk_prob, 0, ops.CPU_BACKEND)
+    topk_weights, topk_ids = route(torch.tensor([logits]), 3, norm_topk_prob, 0, CPU_BACKEND)
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()

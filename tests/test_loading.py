@@ -45,7 +45,7 @@ def test_tied_embeddings_are_one_parameter(folder, use_kernels, dtype):
 def test_a_quantized_head_is_not_tied(folder):
     model = load_model(folder / "model_int8.pth")
     assert model.lm_head.weight.data_ptr() != model.embed_tokens.weight.data_ptr()
-    assert model.checkpoint_format.name == "int8" and model.embed_tokens.weight.dtype == torch.bfloat16
+    assert model.weight_format.name == "int8" and model.embed_tokens.weight.dtype == torch.bfloat16
     assert model.lm_head.scales.dtype == torch.float32
 
 
@@ -80,11 +80,11 @@ def test_layers_in_other_formats(folder, tmp_path):
     save_checkpoint(path, config, shapes, tensors.items(), quantization | {"layers": layers})
     model = load_model(path, dtype=torch.float32)
     plain = load_model(path, dtype=torch.float32, use_kernels=False)
-    assert model.is_tied and model.checkpoint_format == Int8()
+    assert model.is_tied and model.weight_format == Int8()
     assert all(plain.get_submodule(name).format == other for name, other in others.items())
     unquantized = load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False)
     for layer, linear in plain.quantizable_linears():
-        unquantized.get_submodule(layer).set_tensor("weight", linear.dequantized_weight(torch.float32))
+        unquantized.get_submodule(layer).set_tensor("weight", linear.dequantize(torch.float32))
     with torch.inference_mode():
         start, models = torch.zeros(1, dtype=torch.long), (model, plain, unquantized)
         logits = [model(tokens, start, KVCache(model, 1, 9)) for model in models]
@@ -109,8 +109,8 @@ def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
         models["no compiler"] = load_model(path, dtype=torch.float32)
     plain, unquantized = models["PyTorch"], models["unquantized"]
     for name, linear in plain.quantizable_linears():
-        unquantized.get_submodule(name).set_tensor("weight", linear.dequantized_weight(torch.float32))
-    unquantized.embed_tokens.set_tensor("weight", plain.embed_tokens.dequantized_weight(torch.float32))
+        unquantized.get_submodule(name).set_tensor("weight", linear.dequantize(torch.float32))
+    unquantized.embed_tokens.set_tensor("weight", plain.embed_tokens.dequantize(torch.float32))
     logits = {}
     for name, model in models.items():
         assert name == "unquantized" or model.is_tied == is_tied
@@ -160,7 +160,7 @@ def test_orders_of_inputs(act_order, monkeypatch):
         models["no compiler"] = load_model(act_order, dtype=torch.float32)
     in_order = models["in order"]
     for _, linear in in_order.quantizable_linears():
-        weight = linear.dequantized_weight(torch.float32)[:, linear.input_order.argsort()]
+        weight = linear.dequantize(torch.float32)[:, linear.input_order.argsort()]
         linear.set_format(Unquantized())
         linear.set_tensor("weight", weight)
     norms = [(layer.pre_attention_norm, layer.attention.qkv_proj) for layer in in_order.layers]

@@ -10,8 +10,8 @@ from checkpoint import meta_model
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
+from layers.rope import rope_table
 from model import KVCache, round_to_dtype
-from rope import rope_table
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
 from utils.errors import UsageError
 
@@ -153,7 +153,7 @@ def test_windows_of_layers(kind):
     sizes = {"architectures": [kind.__name__.replace("Config", "ForCausalLM")], "num_hidden_layers": 3}
     good = kind().to_dict() | sizes | {"sliding_window": 9, "use_sliding_window": True}
     expected = {
-        ("full_attention",) * 3: (None, None),
+        ("full_attention",) * 3: (0, None),
         ("sliding_attention",) * 3: (9, None),
         tuple(LAYER_TYPES): (9, (True, False, True)),
     }

@@ -248,7 +248,7 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
         assert module.tensors().keys() == expected.keys()
         for kind, tensor in expected.items():
             assert torch.equal(module.tensors()[kind], tensor)
-        linear.set_tensor("weight", module.dequantized_weight(torch.float32))
+        linear.set_tensor("weight", module.dequantize(torch.float32))
 
     _, _, before = read_checkpoint(path)
     for other in before.keys() - {f"{linear_name}.weight" for linear_name in quantized}:
@@ -274,7 +274,7 @@ def test_hessians_are_of_the_inputs_of_each_layer(folder):
         keep("normed", lambda args, kwargs: kwargs["norm"](args[0])[0]), with_kwargs=True
     )
     feed_forward.down_proj.register_forward_pre_hook(
-        keep("down", lambda args, kwargs: (args[0][0], args[1][0])), with_kwargs=True
+        keep("down", lambda args, kwargs: (args[0][0], kwargs["topk_ids"][0])), with_kwargs=True
     )
     with torch.inference_mode():
         start_pos = torch.zeros(1, dtype=torch.long)

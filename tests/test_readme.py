@@ -207,17 +207,17 @@ def test_sizes_of_the_code():
     text = README.read_text()
     spine = [ROOT / name for name in re.findall(r"^\d\. `([\w/]+\.py)`", text, re.M)]
     code = [*sources(), *(ROOT / "kernels/csrc").iterdir()]
-    groups = [("kernels", "ops", "formats"), ("converters",), ("scripts",)]
+    groups = [("kernels", "layers", "formats"), ("converters",), ("scripts",)]
     parts = [[path for path in code if path.relative_to(ROOT).parts[0] in group] for group in groups]
     rest = [path for path in code if not any(path in part for part in parts)]
     tests = [path for path in (ROOT / "tests").iterdir() if path.suffix in (".py", ".cpp")]
     said = re.search(
-        r"files, ([\d,]+) lines in all, .* code is ([\d,]+) lines of Python and C\+\+: kernels, operations and weight "
+        r"files, ([\d,]+) lines in all, .* code is ([\d,]+) lines of Python and C\+\+: kernels, layers and weight "
         r"formats ([\d,]+), converters ([\d,]+), scripts ([\d,]+), everything else ([\d,]+)\. "
         r"The tests are ([\d,]+) more",
         " ".join(text.split()),
     )
-    assert len(spine) == 9
+    assert len(spine) == 8
     for number, paths in zip(said.groups(), [spine, code, *parts, rest, tests], strict=True):
         n_lines = sum(len(path.read_text().splitlines()) for path in paths)
         assert int(number.replace(",", "")) == pytest.approx(n_lines, rel=0.05), [path.name for path in paths]
@@ -253,7 +253,7 @@ def split_cpp_comments(text: str) -> tuple[str, str]:
 
 def test_imports_go_one_way():
     """Each file imports only from files above it in the list of how_it_works.md and, in some folders, in that of
-    __init__.py. Imports for type checkers do not count."""
+    __init__.py."""
     text = (ROOT / "docs/how_it_works.md").read_text()
     names = [Path(name).stem for name in re.findall(r"^    (\w+(?:\.py|/)) ", text, re.M)]
     assert names[0] == "utils" and names[-1] == "generate"
@@ -262,26 +262,19 @@ def test_imports_go_one_way():
     for i, name in enumerate(names):
         folder = ROOT / name
         for path in folder.rglob("*.py") if folder.is_dir() else [ROOT / f"{name}.py"]:
-            nodes = nodes_that_run(ast.parse(path.read_text()))
+            nodes = [*ast.walk(ast.parse(path.read_text()))]
             modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
             modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
             assert {module.split(".")[0] for module in modules} & everything <= {*names[:i], name}, path
-    for folder in ("cli", "engine", "evaluation", "formats", "ops", "text", "utils"):
+    for folder in ("cli", "engine", "evaluation", "formats", "layers", "text", "utils"):
         files = re.findall(r"^    (\w+)\.py ", (ROOT / folder / "__init__.py").read_text(), re.M)
         assert {*files, "__init__"} == {path.stem for path in (ROOT / folder).glob("*.py")}
         for i, name in enumerate(files):
-            nodes = nodes_that_run(ast.parse((ROOT / folder / f"{name}.py").read_text()))
+            nodes = ast.walk(ast.parse((ROOT / folder / f"{name}.py").read_text()))
             imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
             imported = {node.module.split(".")[1] for node in imports if node.module.startswith(f"{folder}.")}
             imported |= {alias.name for node in imports if node.module == folder for alias in node.names}
             assert imported <= set(files[:i]), name
-
-
-def nodes_that_run(node: ast.AST) -> list[ast.AST]:
-    """Returns node and all nodes in it, except those of `if TYPE_CHECKING:`."""
-    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-        return [found for child in node.orelse for found in nodes_that_run(child)]
-    return [node, *(found for child in ast.iter_child_nodes(node) for found in nodes_that_run(child))]
 
 
 def sources() -> list[Path]:

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-import ops
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling import probabilities, sample, seen_token_mask, store_token_ids
@@ -16,7 +15,8 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
-from kernels.arguments import Filters
+from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
+from layers.sampling import Filters, has_sample_kernel
 from model import KVCache
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
@@ -135,7 +135,7 @@ def test_a_cache_holds_the_tokens_of_the_text(both_models, data):
         rows = range(first, data.draw(st.integers(first + 1, n_texts)))
         starts = [data.draw(st.integers(0, min(len(texts[row]), length - n_new))) for row in rows]
         tokens = [data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=n_new, max_size=n_new)) for _ in rows]
-        view = kv_cache.narrow_batch(first, len(rows)).narrow_length(max(starts) + n_new)
+        view = kv_cache.slots(first, len(rows)).first_positions(max(starts) + n_new)
         store_token_ids(view.token_ids, torch.tensor(tokens), torch.tensor(starts))
         for i, (row, start, new) in enumerate(zip(rows, starts, tokens, strict=True)):
             view.layers[-1].k[i, 0, start : start + n_new, 0] = torch.tensor(new)  # the keys are the token ids
@@ -202,13 +202,13 @@ def test_no_kernel_draws_with_an_option_that_it_does_not_take():
         top_n_sigma: float = 0.0
         active = Filters.active
 
-    for backend in (ops.CPU_BACKEND, ops.TRITON_BACKEND):
-        assert backend.supports_sampling(MoreFilters(top_p=0.9))
-        assert not backend.supports_sampling(MoreFilters(top_n_sigma=1.0))
-    assert ops.CPU_BACKEND.supports_sampling(Filters(top_k=5))
-    assert ops.TRITON_BACKEND.supports_sampling(Filters(top_p=0.9, min_p=0.1))
-    assert not ops.TRITON_BACKEND.supports_sampling(Filters(top_k=5))
-    assert not ops.TORCH_BACKEND.supports_sampling(Filters())
+    for backend in (CPU_BACKEND, TRITON_BACKEND):
+        assert has_sample_kernel(backend, MoreFilters(top_p=0.9))
+        assert not has_sample_kernel(backend, MoreFilters(top_n_sigma=1.0))
+    assert has_sample_kernel(CPU_BACKEND, Filters(top_k=5))
+    assert has_sample_kernel(TRITON_BACKEND, Filters(top_p=0.9, min_p=0.1))
+    assert not has_sample_kernel(TRITON_BACKEND, Filters(top_k=5))
+    assert not has_sample_kernel(TORCH_BACKEND, Filters())
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens():

@@ -22,9 +22,9 @@ from engine.speculate import (
     estimate_verify_cost,
     rejection_sample,
 )
+from layers.backend import TORCH_BACKEND
 from loading import load_model
 from model import KVCache
-from ops.backend import TORCH_BACKEND
 from tests.tiny import FAMILIES, call_main, convert, make_hf, to_ours
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from checkpoint import meta_model, read_checkpoint, save_checkpoint
 from cli.startup import warn_without_kernels
 from config import ModelConfig
 from engine import speculate as speculate_module
-from ops import CPU_BACKEND, TRITON_BACKEND
+from layers.backend import CPU_BACKEND, TRITON_BACKEND
 from tests.byte_models import random_folder, set_up
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
 from tests.tiny import call_main, convert, write_folder

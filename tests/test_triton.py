@@ -17,16 +17,19 @@ import torch
 from triton.language.core import is_builtin
 from triton.runtime import interpreter
 
-import ops
 from config import ModelConfig
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.triton_layouts import pack_tiles
-from kernels.arguments import Filters, LayerCache
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
 from kernels.triton.formats import KERNEL_FORMATS
-from layers import LinearBase
+from layers.attention import LayerCache
+from layers.backend import TRITON_BACKEND
+from layers.experts import ExpertsDown, route
+from layers.linear import LinearBase
+from layers.packing import pack_for_triton
+from layers.rope import rope_table
+from layers.sampling import Filters, sample
 from model import DTYPES, KVCache
-from rope import rope_table
 from scripts.kernel_checks import checks
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
@@ -107,13 +110,13 @@ def test_rows(format, rows):
     """Matmuls of 0 to 64 rows are right, and of 65, which PyTorch multiplies."""
     torch.manual_seed(0)
     w = exact_linear(12, 64, format, torch.float32)
-    matrix, x = w.dequantized_weight(torch.float32).double(), integers(rows, 64, dtype=torch.float32)
+    matrix, x = w.dequantize(torch.float32).double(), integers(rows, 64, dtype=torch.float32)
     y = x.double() @ matrix.T
     if rows:
         bound = exact_sums_error(x.double().abs() @ matrix.abs().T, 64, format)
-        bounds.check(ops.fused_linear(x, use_triton(w)), y, bound)
+        bounds.check(use_triton(w)(x), y, bound)
     else:
-        assert ops.fused_linear(x, use_triton(w)).shape == y.shape
+        assert use_triton(w)(x).shape == y.shape
 
 
 @pytest.mark.parametrize("format", QUANTIZED, ids=format_label)
@@ -125,16 +128,16 @@ def test_extremes(format):
     w.weight[:8], w.weight[8:16], w.scales[16:20] = (-128, 127, 0) if isinstance(format, Int8) else (255, 0, 0)
     if isinstance(format, Int4):
         w.zeros[20:24], w.zeros[24:28] = 255, 0
-    matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
+    matrix, magnitude = w.dequantize(torch.float32).double(), bounds.magnitudes(w)
     use_triton(w)
     for scale in (1.0, 1e10, 1e-15):
         x = torch.randn(2, 64) * scale
         y = x.double() @ matrix.T
-        bounds.check(ops.fused_linear(x, w), y, bounds.product_error(x, magnitude, y, torch.float32))
-    assert not ops.fused_linear(torch.zeros(1, 64), w).any()
+        bounds.check(w(x), y, bounds.product_error(x, magnitude, y, torch.float32))
+    assert not w(torch.zeros(1, 64)).any()
     for bad in (torch.nan, torch.inf):
         x[1, 3] = bad
-        y = ops.fused_linear(x, w)
+        y = w(x)
         assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
@@ -142,14 +145,17 @@ def test_extremes(format):
 @pytest.mark.parametrize("n_experts", [None, 3])
 def test_dequantize_packed(format, n_experts):
     for n, k in [(16, 64), (48, 160)]:
-        w = make_linear(n, k, format, torch.float32, n_experts=n_experts, kind=LinearBase)
-        checkpoint_weight, expected = w.weight, w.dequantized_weight(torch.float32)
+        kind = LinearBase if n_experts is None else ExpertsDown
+        w = make_linear(n, k, format, torch.float32, n_experts=n_experts, kind=kind)
+        checkpoint_weight, expected = w.weight, w.dequantize(torch.float32)
         use_triton(w)
         assert (w.weight.data_ptr() == checkpoint_weight.data_ptr()) == isinstance(format, Int8)  # Int8 is not packed
-        assert torch.equal(w.dequantized_weight(torch.float32), expected)
-        if n_experts is not None:
-            for experts in (1, torch.tensor([2, 0])):
-                assert torch.equal(w.dequantized_weight(torch.float32, experts), expected[experts])
+        if n_experts is None:
+            assert torch.equal(w.dequantize(torch.float32), expected)
+        else:
+            some = torch.tensor([2, 0])
+            assert torch.equal(w.dequantize(torch.float32, 1), expected[1])
+            assert torch.equal(w.dequantize_experts(some, torch.float32), expected[some])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,11 +168,11 @@ def test_every_element(dtype):
         w = make_linear(16, 32, format, dtype)
         w.set_tensor("weight", weight.repeat(w.weight.numel() // 256).view(w.weight.shape))
         w.set_tensor("scales", torch.full_like(w.scales, 127 if isinstance(format, MXFP4) else 1))
-        expected = w.dequantized_weight(torch.float32)
+        expected = w.dequantize(torch.float32)
         use_triton(w)
-        assert torch.equal(w.dequantized_weight(torch.float32), expected)
+        assert torch.equal(w.dequantize(torch.float32), expected)
         for x in torch.eye(32, dtype=dtype).split(8):
-            assert torch.equal(ops.fused_linear(x, w, out_dtype=torch.float32), x.float() @ expected.T)
+            assert torch.equal(w(x, out_dtype=torch.float32), x.float() @ expected.T)
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (5, 8), (33, 200), (2, 16, 72)])
@@ -194,7 +200,7 @@ def test_every_format_is_checked():
 def test_every_activation_has_a_branch():
     """The activations of the backend are exactly the branches of the kernel."""
     epilogue_py = (ROOT / "kernels/triton/epilogue.py").read_text()
-    assert set(re.findall(r'ACTIVATION == "(\w+)"', epilogue_py)) == ops.TRITON_BACKEND.activations
+    assert set(re.findall(r'ACTIVATION == "(\w+)"', epilogue_py)) == TRITON_BACKEND.activations
 
 
 class Unknown(Int4):
@@ -207,11 +213,11 @@ def test_unknown_format():
     """It stays in PyTorch. A kernel that gets it raises an error."""
     w = make_linear(16, 64, Int4(32), torch.float32)
     w.format = Unknown(32)
-    ops.pack_for_triton([w])
+    pack_for_triton([w])
     assert w.backend.name == "torch"
     w.format = Int4(32)
     use_triton(w).format = Unknown(32)
-    for call in (lambda: ops.fused_linear(torch.zeros(1, 64), w), lambda: w.dequantized_weight(torch.float32)):
+    for call in (lambda: w(torch.zeros(1, 64)), lambda: w.dequantize(torch.float32)):
         with pytest.raises(ValueError, match="not 99"):
             call()
 
@@ -228,7 +234,7 @@ def test_a_format_without_a_layout():
     w = make_linear(16, 64, Int4(32), torch.float32)
     w.format = NoLayout()
     with pytest.raises(NotImplementedError, match="no-layout is .* no method to_triton_layout"):
-        ops.pack_for_triton([w])
+        pack_for_triton([w])
     for format in KERNEL_FORMATS:
         assert format.format_class.to_triton_layout is not WeightFormat.to_triton_layout
 
@@ -240,7 +246,7 @@ def test_a_format_without_a_layout():
 @pytest.mark.parametrize("logits", [[torch.nan] * 6, [1.0, torch.nan, 3.0, 0.0, 2.0, 4.0]])
 def test_router_of_nan(logits, norm_topk_prob):
     """With NaN logits the router returns valid, different experts, and weights that are not finite."""
-    topk_weights, topk_ids = ops.route(torch.tensor([logits]), 3, norm_topk_prob, 0, ops.TRITON_BACKEND)
+    topk_weights, topk_ids = route(torch.tensor([logits]), 3, norm_topk_prob, 0, TRITON_BACKEND)
     assert len({*topk_ids[0].tolist()} & {*range(6)}) == 3 and topk_weights.isnan().all()
 
 
@@ -252,7 +258,7 @@ def test_sample_of_logits_that_are_not_finite(value):
     logits = torch.randn(2, 3000)
     logits[1, 2500] = value
     for temperature, options in ((0.0, {}), (1.0, {}), (1.0, {"top_p": 0.9}), (1.0, {"min_p": 0.1})):
-        tokens = ops.sample(logits, temperature, Filters(**options), ops.TRITON_BACKEND)
+        tokens = sample(logits, temperature, Filters(**options), TRITON_BACKEND)
         assert tokens[0] >= 0 and tokens[1] == -1
 
 
@@ -261,9 +267,9 @@ def test_a_row_draws_the_token_that_it_draws_alone(top_p):
     """Also with a temperature of its own."""
     logits, uniform = torch.randn(6, 300), torch.rand(6, 1, dtype=torch.float64)
     temperatures, filters = torch.logspace(-30, 3, 6)[:, None], Filters(top_p=top_p)
-    together = ops.sample(logits, 1.0, filters, ops.TRITON_BACKEND, uniform, temperatures)
+    together = sample(logits, 1.0, filters, TRITON_BACKEND, uniform, temperatures)
     for i, temperature in enumerate(temperatures[:, 0].tolist()):
-        alone = ops.sample(logits[i : i + 1], temperature, filters, ops.TRITON_BACKEND, uniform[i : i + 1])
+        alone = sample(logits[i : i + 1], temperature, filters, TRITON_BACKEND, uniform[i : i + 1])
         assert alone == together[i]
 
 
@@ -280,7 +286,7 @@ def test_attention_stays_in_the_cache():
     before, inside = LayerCache(k.clone(), v.clone(), cos_sin), slice(4, 20)
     start_pos, qkv = torch.tensor([15, 18, 1000, -1, -1000]), torch.randn(5, 1, (4 + 2 * G) * D)
     cache = LayerCache(k[:, :, inside], v[:, :, inside], cos_sin)
-    ours = attend(qkv, cache, start_pos, 4, ops.TRITON_BACKEND)
+    ours = attend(qkv, cache, start_pos, 4, TRITON_BACKEND)
     assert ours[:3].isfinite().all()
     fits = slice(0, 1)
     cache = LayerCache(before.k[fits, :, inside], before.v[fits, :, inside], cos_sin)
@@ -367,7 +373,7 @@ def test_without_matrix_units(monkeypatch):
     for dtype, min_block_m, most in [(torch.bfloat16, 8, 64), (torch.float32, 8, 8), (torch.float16, 1, 8)]:
         monkeypatch.setattr(launch, "gpu_info", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
-        ops.pack_for_triton([w], dtype)
+        pack_for_triton([w], dtype)
         assert w.backend.token_limits["fused_linear"] == most
 
 

@@ -18,7 +18,7 @@ from model import KVCache
 from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
 
-PACKAGES = ("cli", "converters", "engine", "evaluation", "formats", "kernels", "ops", "text", "utils")
+PACKAGES = ("cli", "converters", "engine", "evaluation", "formats", "kernels", "layers", "text", "utils")
 
 SIZES = {
     "hidden_size": 48,
@@ -198,6 +198,7 @@ def write_earlier_version(path: Path, version: int):
     """Rewrites the checkpoint in path as a file of an earlier version, from 1 to 6."""
     data = torch.load(path, weights_only=True)
     config, tensors = data["config"], data["tensors"]
+    config["sliding_window"] = config["sliding_window"] or None
     for earlier in range(6, version - 1, -1):
         for new, old in EARLIER_TENSORS.get(earlier, {}).items():
             tensors = {re.sub(new, old, name): t for name, t in tensors.items()}

@@ -36,7 +36,7 @@ inline f32x16 normal_cdf(f32x16 x) {
 // x * Phi(x) with the tanh form of Phi: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + ...)
 inline f32x16 gelu_tanh(f32x16 x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
 
-// Computes activation(x) * up, as ops/linear.py does: x is the gate projection's output. If the activation is not
+// Computes activation(x) * up, as layers/linear.py does: x is the gate projection's output. If the activation is not
 // gated, computes activation(x), and up is not used.
 inline f32x16 activate_vec(f32x16 x, f32x16 up, Activation activation) {
   switch (activation) {

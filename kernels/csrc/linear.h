@@ -3,7 +3,7 @@
 
 #include "amx.h"
 
-// Computes out [m, n_out] = epilogue(norm(x [m, k]) W^T). ops/linear.py lists the steps of fused_linear in order.
+// Computes out [m, n_out] = epilogue(norm(x [m, k]) W^T). layers/linear.py: Linear has the steps in order.
 //
 // With a gated activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each
 // projection has n / 2 outputs, a multiple of BLOCK_N, so no block has outputs of both projections.

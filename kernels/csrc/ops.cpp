@@ -114,7 +114,7 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
   return result;
 }
 
-// Checks id, a value of ACTIVATION_IDS in kernels/arguments.py. Returns the Activation.
+// Checks id, a value of ACTIVATION_IDS in kernels/schema.py. Returns the Activation.
 Activation check_activation(int64_t id) {
   STD_TORCH_CHECK(id >= 0 && id < int64_t(Activation::COUNT), "these kernels do not know this activation");
   return Activation{id};

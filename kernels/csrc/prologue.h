@@ -22,7 +22,7 @@ template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
 }
 
 // Returns elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds x * inverse_rms to T first, as
-// ops/linear.py: rms_norm_torch does.
+// layers/linear.py: rms_norm_torch does.
 template <typename T> f32x16 normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
   T rounded[LANES];
   store_vec(load_partial(x, i, k) * inverse_rms, rounded);

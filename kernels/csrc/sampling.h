@@ -1,4 +1,4 @@
-// The operation sample: chooses the next token by its logits, as ops/sampling.py does in PyTorch. But the threads
+// The operation sample: chooses the next token by its logits, as layers/sampling.py does in PyTorch. But the threads
 // share the passes over the vocabulary, and nothing is sorted. PyTorch's argmax, for example, is not vectorized and
 // takes 0.2 ms for 49,152 tokens.
 #pragma once

@@ -35,7 +35,7 @@ constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale wh
 //     Float8         float8.h draws the order of the bytes
 //
 // The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP_SIZE inputs. Unquantized weights
-// that are not packed are stored output by output (ops/packing.py says which are packed).
+// that are not packed are stored output by output (layers/packing.py says which are packed).
 struct Weights {
   int64_t format;                                          // format_id in formats/
   bool is_packed;

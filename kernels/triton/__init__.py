@@ -11,7 +11,7 @@
     sampling.py     sample
 
 linear, formats, moe, attention and sampling register their operations as torch.ops.gptfast_triton.* when they are
-imported (kernels/schema.py). They allocate their results by schema.py's fake_NAME. In these files `import triton` is
+imported (kernels/schema.py). They allocate their results by schema.py's empty_NAME. In these files `import triton` is
 the library.
 
 A weight of int4 takes this way. It is packed once, when the model is loaded:

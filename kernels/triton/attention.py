@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import AttentionParams
-from kernels.schema import fake_attend, register_triton
+from kernels.schema import AttentionParams, empty_attend, register_triton
 from kernels.triton.epilogue import apply_softcap
 from kernels.triton.heads import (
     HeadLayout,
@@ -288,7 +287,7 @@ def attend(
 
     k_cache, v_cache: [B, G, S, D], the keys and values of earlier tokens. attend writes the keys and values of the new
     tokens. Both may be views of longer caches; attend reads and writes nothing beyond S.
-    params: the fields of AttentionParams. kernels/arguments.py has these, with their shapes."""
+    params: the fields of AttentionParams. kernels/schema.py has these, with their shapes."""
     params = AttentionParams(**params)
     n_heads, window, softcap = params.n_heads, params.window, params.softcap
     q_norm_weight, k_norm_weight = params.q_norm_weight, params.k_norm_weight
@@ -296,7 +295,7 @@ def attend(
     n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
     n_queries = batch * n_tokens * n_heads
-    out = fake_attend(qkv, start_pos, k_cache, v_cache, n_heads=n_heads)
+    out = empty_attend(qkv, start_pos, k_cache, v_cache, n_heads=n_heads)
     results = None
     if n_splits > 1:
         results = SplitResults(

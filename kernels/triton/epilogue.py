@@ -1,4 +1,4 @@
-"""The epilogue of fused_linear_kernel (linear.py): the steps after the matmul, in the order of ops/linear.py.
+"""The epilogue of fused_linear_kernel: the steps after the matmul, in the order of layers/linear.py: Linear.
 
     epilogue         bias, activation, out_scale, softcap, clip and residual
     activate         the activations

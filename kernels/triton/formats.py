@@ -22,7 +22,7 @@ In shape comments a row of W is an output, and a column an input.
 """
 
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,8 +31,7 @@ from torch import Tensor
 from triton import JITFunction
 
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
-from kernels.arguments import WeightArguments
-from kernels.schema import fake_dequantize, fake_embed, register_triton
+from kernels.schema import WeightArguments, empty_dequantize, empty_embed, register_triton
 from kernels.triton.elements import (
     decode_e8m0,
     e2m1_bias_factor,
@@ -52,9 +51,6 @@ from kernels.triton.weights import (
     load_scales,
     load_tiles,
 )
-
-if TYPE_CHECKING:  # layers.py imports kernels
-    from layers import WeightMatrix
 
 # ---- Unquantized and Int8 --------------------------------------------------------------------------------------------
 #
@@ -240,17 +236,16 @@ def kernel_format(format_id: int) -> KernelFormat:
     return BY_ID[format_id]
 
 
-def triton_kernels_can_read(matrix: "WeightMatrix") -> bool:
-    """Returns whether the kernels can read the weight of matrix."""
-    format = matrix.format
+def triton_kernels_can_read(format: WeightFormat, n: int, k: int, is_experts: bool) -> bool:
+    """Returns whether the kernels can read a weight [n, k] in format, or one for each expert."""
     known = BY_ID.get(format.format_id)
-    if known is None or not format.kernels_can_read(matrix.in_features):
+    if known is None or not format.kernels_can_read(k):
         return False
     narrowest_slice = 32 if known.is_tiled else 16
     if format.group_size is not None and format.group_size % narrowest_slice:
         return False
     # The tiles of an expert begin where those of the previous expert end, so N must be whole tiles
-    return not known.is_tiled or matrix.n_experts is None or matrix.out_features % TILE_N.value == 0
+    return not known.is_tiled or not is_experts or n % TILE_N.value == 0
 
 
 # ---- dequantize and embed -------------------------------------------------------------------------------------------
@@ -270,7 +265,7 @@ def dequantize_kernel(w_ptr, scales_ptr, y_ptr, N, K, GROUP_SIZE, DEQUANTIZE: tl
 @register_triton
 def dequantize(*, w: WeightArguments, k: int, dtype: torch.dtype) -> Tensor:
     """Dequantizes a packed weight to W [n, k]."""
-    y = fake_dequantize(w=w, k=k, dtype=dtype)
+    y = empty_dequantize(w=w, k=k, dtype=dtype)
     grid = triton.cdiv(w.n, TILE_N.value), triton.cdiv(k, TILE_K.value)
     dequantize_kernel[grid](
         w.weight, w.scales, y, N=w.n, K=k, GROUP_SIZE=w.group_size, DEQUANTIZE=kernel_format(w.format_id).dequantize
@@ -296,7 +291,7 @@ def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, 
 @register_triton
 def embed(tokens: Tensor, *, w: WeightArguments, k: int, dtype: torch.dtype, scale: float) -> Tensor:
     """Dequantizes the rows of W [n, k] at tokens [...], and multiplies them with scale: [..., k]."""
-    y = fake_embed(tokens, w=w, k=k, dtype=dtype)
+    y = empty_embed(tokens, w=w, k=k, dtype=dtype)
     grid = tokens.numel(), triton.cdiv(k, TILE_K.value)
     if tokens.numel():
         embed_kernel[grid](

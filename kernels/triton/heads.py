@@ -14,7 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-BLOCK_T = tl.constexpr(16)  # ops/backend.py: MAX_TRITON_QUERY_LEN; tl.dot needs at least 16
+BLOCK_T = tl.constexpr(16)  # layers/backend.py: MAX_TRITON_QUERY_LEN; tl.dot needs at least 16
 
 
 class HeadLayout(NamedTuple):

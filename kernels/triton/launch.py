@@ -55,7 +55,7 @@ TUNED = Path(__file__).with_name("tuned.json")
 # Tokens that an instruction of NVIDIA's matrix unit multiplies: the n of mma.m16n8k16. So 8 tokens cost as much as one,
 # and the tile sizes that were measured for one token hold for 8.
 MMA_TOKENS = 8
-N_SEMAPHORES = 2**14  # 64 tokens (ops/backend.py: MAX_TRITON_TOKENS) with 256 key/value heads
+N_SEMAPHORES = 2**14  # 64 tokens (layers/backend.py: MAX_TRITON_TOKENS) with 256 key/value heads
 
 
 class Gpu(NamedTuple):

@@ -1,7 +1,7 @@
 """The matmul of a few tokens with a weight in any format, in Triton. A decode step on a GPU is memory-bound, so weights
 are read once for all tokens, and the norm before the matmul (prologue) and the steps after it (epilogue) are fused.
 
-    fused_linear    y = x W^T with prologue and epilogue, in the order that ops/linear.py gives
+    fused_linear    y = x W^T with prologue and epilogue, in the order of layers/linear.py: Linear
     rms_norm        a norm that no matmul follows
     permute_inputs  puts x in the order of the columns of W
 
@@ -21,8 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import ACTIVATION_IDS, GATED_IDS, WeightArguments
-from kernels.schema import fake_permute_inputs, fake_rms_norm, output_width, register_triton
+from kernels.schema import (
+    ACTIVATION_IDS,
+    GATED_IDS,
+    WeightArguments,
+    empty_permute_inputs,
+    empty_rms_norm,
+    output_width,
+    register_triton,
+)
 from kernels.triton.elements import magic_number_for
 from kernels.triton.epilogue import EpilogueScalars, epilogue
 from kernels.triton.formats import kernel_format
@@ -338,7 +345,7 @@ def rms_norm_kernel(
 @register_triton
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
     """Computes [residual +] x / rms(x) * weight over the last dimension."""
-    y, dim = fake_rms_norm(x), x.shape[-1]
+    y, dim = empty_rms_norm(x), x.shape[-1]
     grid = (x.numel() // dim,)
     rms_norm_kernel[grid](
         x, weight, residual, y, eps, DIM=dim,
@@ -373,7 +380,7 @@ def permute_inputs_kernel(
 def permute_inputs(x: Tensor, input_order: Tensor) -> Tensor:
     """Returns x[..., input_order], for x [..., K] and input_order int32 [N]: [..., N]."""
     k, n = x.shape[-1], len(input_order)
-    y, block = fake_permute_inputs(x, input_order), min(1024, triton.next_power_of_2(n))
+    y, block = empty_permute_inputs(x, input_order), min(1024, triton.next_power_of_2(n))
     grid = x.numel() // k, triton.cdiv(n, block)
     permute_inputs_kernel[grid](x, input_order, y, K=k, N=n, BLOCK=block, **pdl_options(x.device, grid))
     return y

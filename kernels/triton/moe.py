@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.arguments import WeightArguments
-from kernels.schema import fake_experts_down, fake_route, register_triton
+from kernels.schema import WeightArguments, empty_experts_down, empty_route, register_triton
 from kernels.triton.launch import pdl_options, pdl_wait
 from kernels.triton.linear import fused_linear
 
@@ -88,7 +87,7 @@ def experts_down(
     """Multiplies hidden [..., top_k, F] with the experts topk_ids [..., top_k] of W [E, n, F], and adds bias [E, n].
     Sums the results over top_k, weighted with topk_weights [..., top_k]: [residual +] [..., n]."""
     y = fused_linear(hidden, w=w, bias=bias, float32_out=True, topk_ids=topk_ids)
-    out = fake_experts_down(hidden, w=w, topk_ids=topk_ids)
+    out = empty_experts_down(hidden, w=w, topk_ids=topk_ids)
     grid = triton.cdiv(w.n, 512), out.numel() // w.n
     moe_combine_kernel[grid](
         y, topk_weights, residual, out, N=w.n, TOP_K=topk_ids.shape[-1], BLOCK=512, **pdl_options(out.device, grid)
@@ -100,7 +99,7 @@ def experts_down(
 def route(logits: Tensor, *, top_k: int, norm_topk_prob: bool, n_shared_experts: int) -> tuple[Tensor, Tensor]:
     """Returns (topk_weights, topk_ids) for float32 logits [..., E], or [..., E + 1] with shared experts. Both are
     [..., top_k + n_shared_experts]. norm_topk_prob: the weights of the top_k experts are scaled to sum to one."""
-    topk_weights, topk_ids = fake_route(logits, top_k=top_k, n_shared_experts=n_shared_experts)
+    topk_weights, topk_ids = empty_route(logits, top_k=top_k, n_shared_experts=n_shared_experts)
     n_logits = logits.shape[-1]
     grid = (logits.numel() // n_logits,)
     route_kernel[grid](

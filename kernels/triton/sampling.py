@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import fake_sample, register_triton
+from kernels.schema import empty_sample, register_triton
 from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
@@ -234,11 +234,11 @@ def sample(
 
     uniform: float64 random numbers [B, 1] in [0, 1). None: the likeliest tokens are taken.
     temperatures: float32 [B, 1], in place of temperature."""
-    assert top_k == 0  # Backend.supports_sampling
+    assert top_k == 0  # layers/sampling.py: has_sample_kernel
     batch, vocab_size = logits.shape
     has_top_p_or_min_p = uniform is not None and (top_p < 1 or min_p > 0)
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
-    tokens = fake_sample(logits)
+    tokens = empty_sample(logits)
     sums = logits.new_empty(2, batch) if has_top_p_or_min_p else None
     grid = n_blocks, batch
     sample_kernel[grid](

@@ -20,8 +20,8 @@ from checkpoint import read_checkpoint
 from config import ModelConfig
 from converters.write_model import part_shapes
 from formats import Int4, Int8
+from layers.rope import rope_frequencies
 from quantize import linear_weights, quantize_each, write_quantized
-from rope import rope_frequencies
 from scripts.benchmarking.compare_speed import PREFILL
 from scripts.benchmarking.speed import find_config, save_random_checkpoint
 from utils.errors import UsageError

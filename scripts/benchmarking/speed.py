@@ -29,7 +29,8 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step_bytes import active_weight_bytes, step_bytes
 from formats import Unquantized, WeightFormat
-from layers import Embedding, Linear, LinearBase, RMSNorm
+from layers.linear import Linear, LinearBase, RMSNorm
+from layers.weight import Embedding
 from model import KVCache, Transformer
 from utils.errors import UsageError
 from utils.files import read_json
@@ -85,11 +86,14 @@ def random_model(config: ModelConfig, format: WeightFormat, device: torch.device
     return model.eval().requires_grad_(False)
 
 
-def random_linear(shape: tuple[int, int], format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Linear:
+def random_linear(
+    shape: tuple[int, int], format: WeightFormat, device: torch.device, dtype: torch.dtype,
+    activation: str | None = None,
+) -> Linear:
     """Makes a linear layer of random codes, as random_model does. shape: of the weight, [N, K]."""
     out_features, in_features = shape
     with torch.device("meta"):
-        linear = Linear(in_features, out_features).to(dtype)
+        linear = Linear(in_features, out_features, activation=activation).to(dtype)
     linear.set_format(format)
     linear.to_empty(device=device)
     fill_randomly(linear)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
-import ops
 from checkpoint import meta_model
 from config import ModelConfig, is_gated
 from formats import WeightFormat
 from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_info, table_key
-from layers import Linear, RMSNorm
+from layers.linear import Linear, RMSNorm
+from layers.packing import pack_for_triton
 from scripts.benchmarking.speed import fill_randomly, random_linear
 from utils.files import replace_file
 
@@ -43,7 +43,7 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
 def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torch.device):
     """Writes the fastest tile sizes for W [n, k] into tuned.json. Only tile sizes that also run with MMA_TOKENS tokens
     count. gated: whether W stacks gate and up projection, and the matmul ends with the activation."""
-    weights = make_weights(n, k, format, device)
+    weights = make_weights(n, k, gated, format, device)
     x = torch.randn(1, MMA_TOKENS, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_info(x.device).tuned  # where choose_tiles looks first
     group_size = format.effective_group_size(k)
@@ -54,7 +54,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     def microseconds(tiles: TileConfig, n_tokens: int) -> float:
         tuned[key] = tiles._asdict()
         try:
-            return time_products(x[:, :n_tokens], weights, gated)
+            return time_products(x[:, :n_tokens], weights)
         except Exception as e:  # such as tiles that need more shared memory than the GPU has
             print(f"{key}: {tuple(tiles)} does not run: {e}", file=sys.stderr)
             return math.inf
@@ -71,25 +71,26 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     del tuned[key]
 
 
-def make_weights(n: int, k: int, format: WeightFormat, device: torch.device) -> list[Linear]:
+def make_weights(n: int, k: int, gated: bool, format: WeightFormat, device: torch.device) -> list[Linear]:
     """Makes packed weights [n, k] that do not fit into the L2 cache together. Used in turn, each comes from memory."""
-    weights = [random_linear((n, k), format, device, torch.bfloat16)]
+    activation = "swiglu" if gated else None
+    weights = [random_linear((n, k), format, device, torch.bfloat16, activation)]
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     for _ in range(1 + 4 * cache_bytes // weights[0].weight.nbytes):
-        weights.append(random_linear((n, k), format, device, torch.bfloat16))
-    ops.pack_for_triton(weights)
+        weights.append(random_linear((n, k), format, device, torch.bfloat16, activation))
+    pack_for_triton(weights)
     return weights
 
 
 @torch.inference_mode()
-def time_products(x: Tensor, weights: list[Linear], gated: bool) -> float:
+def time_products(x: Tensor, weights: list[Linear]) -> float:
     """Returns how many microseconds the matmul of x with one of weights takes on the device."""
     norm = RMSNorm(x.shape[-1], eps=1e-5).to(x.device, x.dtype)
     fill_randomly(norm)
 
     def multiply():
         for w in weights:
-            ops.fused_linear(x, w, norm, activation="swiglu" if gated else None)
+            w(x, norm=norm)
 
     return do_bench_cudagraph(multiply, return_mode="median") * 1e3 / len(weights)
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-import ops
 from config import ModelConfig
-from kernels.arguments import LayerCache
-from rope import alibi_slopes, rope_table
+from layers.attention import LayerCache
+from layers.backend import TRITON_BACKEND
+from layers.rope import alibi_slopes, rope_table
 from scripts.kernel_checks.exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
 
 ATTENTION_OPTIONS = ("sinks", "scale", "softcap", "wide_norms", "alibi")
@@ -29,7 +29,7 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
             k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
         before = LayerCache(k.clone(), v.clone(), cos_sin, slopes)
         view = before._replace(k=k[:, :, :length], v=v[:, :, :length])
-        ours = attend(qkv, view, start_pos, n_heads, ops.TRITON_BACKEND, window, *norms, **arguments)
+        ours = attend(qkv, view, start_pos, n_heads, TRITON_BACKEND, window, *norms, **arguments)
         case = f"{heads}, window {window}, {n_tokens} tokens from {starts} on, options {options}"
         y, error = exact_attention(qkv, before, start_pos, n_heads, window, norms, **arguments)
         yield Comparison("attend", case, ours, y, error)

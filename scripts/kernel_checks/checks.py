@@ -15,12 +15,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-import ops
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, Int4, Int8, Unquantized, WeightFormat
-from layers import ExpertsDown, ExpertsGateUp, RMSNorm
-from ops.experts import route_torch
-from ops.linear import FUSED_GLU_MULTIPLE, apply_softcap
+from layers.backend import TRITON_BACKEND
+from layers.experts import ExpertsDown, ExpertsGateUp, route, route_torch
+from layers.linear import FUSED_GLU_MULTIPLE, RMSNorm, apply_softcap, permute_inputs
+from layers.packing import pack_for_triton
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.attention import ATTENTION_OPTIONS, check_attention
 from scripts.kernel_checks.exact_results import (
@@ -47,6 +47,7 @@ from scripts.kernel_checks.exact_results import (
     stored_error,
     triton_rounding_error,
     use_triton,
+    with_activation,
     with_residual,
 )
 from scripts.kernel_checks.sampling import check_distribution, check_sample
@@ -172,17 +173,17 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
         case = f"{format_label(format)} {n}x{k} of {n_tokens} tokens"
         x, residual = integers(1, n_tokens, k, dtype=dtype), torch.randn(1, n_tokens, n).to(dtype)
         y, terms = exact_product(x, matrix, bias)
-        ours = ops.fused_linear(x, w, out_dtype=torch.float32)
+        ours = w(x, out_dtype=torch.float32)
         yield Comparison("float32_linear", case, ours, y, exact_sums_error(terms, k, format))
 
         y, terms = exact_product(x, matrix, bias, norm)
         error = exact_sums_error(terms, k, format) + separate_norm_error(x, norm, matrix)
         total, total_error = with_residual(y, error, residual)
-        ours = ops.fused_linear(x, w, norm, residual)
+        ours = w(x, norm=norm, residual=residual)
         yield Comparison("linear", case, ours, total, stored_error(total, total_error, dtype))
 
         y, error = exact_stored_activation(y, error, "swiglu", dtype, fused=n % FUSED_GLU_MULTIPLE == 0)
-        yield Comparison("swiglu_linear", case, ops.fused_linear(x, w, norm, activation="swiglu"), y, error)
+        yield Comparison("swiglu_linear", case, with_activation(w, "swiglu")(x, norm=norm), y, error)
 
 
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
@@ -190,7 +191,7 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     bias costs bits."""
     n, k, n_tokens = size
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
-    matrix, magnitude = w.dequantized_weight(torch.float32).double(), bounds.magnitudes(w)
+    matrix, magnitude = w.dequantize(torch.float32).double(), bounds.magnitudes(w)
     if w.zeros is not None:  # the kernel computes (bias + q) x - (bias + zero) x
         bias = MAGIC_BIASES[factor_dtype(dtype)] if format.elements_per_byte == 2 else 128
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
@@ -200,13 +201,13 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     case = f"{format_label(format)} {n}x{k} of {n_tokens} tokens, random"
     y = x.double() @ matrix.T
     error = bounds.product_error(x, magnitude, y, torch.float32)
-    yield Comparison("float32_linear", case, ops.fused_linear(x, w, out_dtype=torch.float32), y, error)
+    yield Comparison("float32_linear", case, w(x, out_dtype=torch.float32), y, error)
 
     normed = exact_rms_norm(x, norm)
     y = normed @ matrix.T
     rounded_factors = bounds.U[factor_dtype(dtype)] * (normed.abs() @ matrix.abs().T)
     error = bounds.product_error(normed, magnitude, y, torch.float32) + rounded_factors
-    yield Comparison("float32_linear", case, ops.fused_linear(x, w, norm, out_dtype=torch.float32), y, error)
+    yield Comparison("float32_linear", case, w(x, norm=norm, out_dtype=torch.float32), y, error)
 
 
 def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
@@ -222,15 +223,15 @@ def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
 def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n, k = size
     w = make_linear(n, k, format, dtype)
-    exact = w.dequantized_weight(torch.float32)
+    exact = w.dequantize(torch.float32)
     use_triton(w)
-    ours = w.dequantized_weight(dtype)
+    ours = w.dequantize(dtype)
     case = f"{format_label(format)} {n}x{k}"
     yield Comparison("dequantize", case, ours, exact, triton_rounding_error(exact, dtype))
     tokens, scale = torch.randint(n, (3, 4)), 1.7
     rows = exact[tokens]
     error = scale * triton_rounding_error(rows, dtype) + triton_rounding_error(2 * scale * rows, dtype)
-    yield Comparison("embed", case, ops.embed(tokens, w, scale, dtype), scale * rows.double(), error)
+    yield Comparison("embed", case, w.lookup(tokens, scale, dtype), scale * rows.double(), error)
 
 
 def check_activation(dtype: torch.dtype, activation: str):
@@ -244,10 +245,10 @@ def check_activation(dtype: torch.dtype, activation: str):
         y, terms = exact_product(x, matrix, bias)
         assert n_tokens == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
         y, error = exact_stored_activation(y, exact_sums_error(terms, k, Unquantized()), activation, dtype, fused=True)
-        ours = ops.fused_linear(x, w, activation=activation)
+        ours = with_activation(w, activation)(x)
         yield Comparison(operation, f"{n}x{k} of {n_tokens} tokens", ours, y, error)
     x[0, 3, 7] = torch.nan
-    is_nan = ops.fused_linear(x, w, activation=activation).isnan()
+    is_nan = with_activation(w, activation)(x).isnan()
     expected = x.isnan().any(-1, keepdim=True).expand(is_nan.shape)
     yield Comparison(operation, "NaN", is_nan, expected, torch.zeros(()))
 
@@ -271,18 +272,18 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
         products, terms = exact_product(x, matrix, bias)
         sum_error = exact_sums_error(terms, k, Int8())
         y, error = epilogue(products, sum_error)
-        yield Comparison(operation, case, ops.fused_linear(x, w, out_dtype=torch.float32), y, error)
+        yield Comparison(operation, case, w(x, out_dtype=torch.float32), y, error)
         total, error = with_residual(y, error, residual)
-        ours = ops.fused_linear(x, w, residual=residual)
+        ours = w(x, residual=residual)
         yield Comparison(operation, f"{case}, residual", ours, total, stored_error(total, error, dtype))
         y, error = epilogue(*activate_with_error(products, sum_error))
-        ours = ops.fused_linear(x, w, activation="swiglu")
+        ours = with_activation(w, "swiglu")(x)
         yield Comparison(operation, f"{case}, swiglu", ours, y, stored_error(y, error, dtype))
 
 
 def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
     norm, (x, residual) = make_norm(dim, dtype), (torch.randn(2, 1, n_tokens, dim) * 3).to(dtype)
-    norm.backend = ops.TRITON_BACKEND
+    norm.backend = TRITON_BACKEND
     y = exact_rms_norm(x, norm)
     error = (dim + 8) * U32 * y.abs()
     yield Comparison("rms_norm", f"{n_tokens}x{dim}", norm(x), y, stored_error(y, error, dtype))
@@ -296,7 +297,7 @@ def check_permute_inputs(dtype: torch.dtype):
     ranks."""
     for n_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
         x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
-        y = ops.permute_inputs(x, order.int(), ops.TRITON_BACKEND)
+        y = permute_inputs(x, order.int(), TRITON_BACKEND)
         yield Comparison("permute_inputs", f"{n_tokens}x{k}, {n}", y, x[..., order].double(), torch.zeros(()))
 
 
@@ -308,7 +309,9 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
     sizes that kernels do not support."""
     n_experts, dim, ffn_dim, has_bias, token_counts = size
     n, norm = 2 * ffn_dim, exact_norm(dim, dtype)
-    w = exact_linear(n, dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsGateUp)
+    w = exact_linear(
+        n, dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsGateUp, activation="swiglu"
+    )
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
     for n_tokens in token_counts:
@@ -322,14 +325,14 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
         error = error + separate_norm_error(x[..., None, None, :], norm, matrix[topk_ids]).squeeze(-2)
         y, error = exact_stored_activation(y, error, "swiglu", dtype, fused=by_kernel and n % FUSED_GLU_MULTIPLE == 0)
         case = f"{format_label(format)}, {n_experts} of {n}x{dim}, {n_tokens} tokens"
-        yield Comparison("experts_gate_up", case, w(x, topk_ids, norm, "swiglu"), y, error)
+        yield Comparison("experts_gate_up", case, w(x, topk_ids=topk_ids, norm=norm), y, error)
 
 
 def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n_experts, dim, ffn_dim, has_bias, token_counts = size
     w = exact_linear(dim, ffn_dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsDown)
     matrix, bias = matrix_and_bias(w)
-    ops.pack_for_triton([w])
+    pack_for_triton([w])
     assert w.backend.name == ("triton" if format.kernels_can_read(ffn_dim) else "torch")
     for n_tokens in token_counts:
         topk_weights, topk_ids = route_torch(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
@@ -342,18 +345,19 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
         by_kernel = w.backend.find_kernel("experts_down", n_tokens) is not None
         error = exact_sums_error(terms, ffn_dim, format) if by_kernel else pytorch_error(terms, ffn_dim, dtype)
         case = f"{format_label(format)}, {n_experts} of {dim}x{ffn_dim}, {n_tokens} tokens"
-        yield Comparison("experts_down", case, w(hidden, topk_ids, topk_weights), y, stored_error(y, error, dtype))
+        routed = {"topk_ids": topk_ids, "topk_weights": topk_weights}
+        yield Comparison("experts_down", case, w(hidden, **routed), y, stored_error(y, error, dtype))
         if not by_kernel:
             error = stored_error(y, error, dtype)
         total, error = with_residual(y, error, residual)
-        ours = w(hidden, topk_ids, topk_weights, residual)
+        ours = w(hidden, **routed, residual=residual)
         yield Comparison("experts_down", f"{case}, residual", ours, total, stored_error(total, error, dtype))
 
 
 def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, norm_topk_prob: bool):
     logits = torch.randn(1, n_tokens, n_experts + (n_shared_experts > 0)) * 3
     topk_weights, topk_ids = route_torch(logits, top_k, norm_topk_prob, n_shared_experts)
-    our_weights, our_ids = ops.route(logits, top_k, norm_topk_prob, n_shared_experts, ops.TRITON_BACKEND)
+    our_weights, our_ids = route(logits, top_k, norm_topk_prob, n_shared_experts, TRITON_BACKEND)
     case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
     yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)

@@ -17,13 +17,13 @@ from functools import partial
 
 import torch
 
-import ops
 from cli import common_args
 from config import ModelConfig, MoEConfig
 from engine.generation import generate
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from formats import Int8
+from layers.packing import load_triton_kernels
 from model import KVCache
 from scripts.benchmarking.speed import random_model
 from scripts.kernel_checks import error_bounds as bounds
@@ -70,7 +70,7 @@ class CheckResult:
 def check(args: argparse.Namespace):
     """Every Triton kernel against plain PyTorch, over odd and real sizes, in one type."""
     device, dtype = common_args.device_and_dtype(args)
-    if not ops.load_triton_kernels(device):
+    if not load_triton_kernels(device):
         raise UsageError("Triton does not run here, so there is nothing to check")
     sizes = interpreter_sizes(dtype) if device.type == "cpu" else gpu_sizes(dtype)
     tasks = [partial(run_on_device, device, check) for check in all_checks(dtype, sizes)]
@@ -96,7 +96,7 @@ def run_all(tasks: list[Callable[[], CheckResult]], in_parallel: bool) -> list[C
 
 def run_on_device(device: torch.device, check: Check) -> CheckResult:
     """Runs a check with device as PyTorch's default device. The check makes its tensors on the default device."""
-    ops.load_triton_kernels(device)  # registers the operations
+    load_triton_kernels(device)  # registers the operations
     with device:
         return run(check)
 

@@ -30,9 +30,9 @@ def magnitudes(w) -> Tensor:
         return (weight.abs() + 256) * scales.double()[..., None]
     if scales.dtype == torch.uint8:  # MXFP4: ((12 + 2 e2m1) - 12) * scale / 2, with exponents as scales
         wide = decode_e8m0(scales).repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
-        return w.dequantized_weight(torch.float64) + 12 * wide
+        return w.dequantize(torch.float64) + 12 * wide
     if w.zeros is None:  # a number times its scale, no difference
-        return w.dequantized_weight(torch.float64).abs()
+        return w.dequantize(torch.float64).abs()
     ones = {"weight": w.weight, "scales": w.scales.abs(), "zeros": torch.zeros_like(w.zeros)}
     zeros = w.zeros.double().repeat_interleave(w.format.group_size, -1)[..., : w.in_features]
     wide = w.scales.abs().double().repeat_interleave(w.format.group_size, -1)[..., : w.in_features]

@@ -11,19 +11,20 @@ Sums of exact data lose nothing, so even the smallest error in a zero point show
 All tensors are made on PyTorch's default device. `with torch.device("cuda"):` changes the default device.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
 
 import formats
-import ops
 from formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
 from formats.integers import GroupwiseAffine
-from kernels.arguments import AttentionParams, LayerCache
-from layers import Linear, LinearBase, RMSNorm
-from ops.attention import apply_rope, norm_heads
-from ops.backend import Backend
-from ops.linear import activate_torch, apply_softcap
+from kernels.schema import ACTIVATION_IDS, AttentionParams
+from layers import attention
+from layers.attention import LayerCache, apply_rope, norm_heads
+from layers.backend import Backend
+from layers.linear import Linear, LinearBase, RMSNorm, activate_torch, apply_softcap
+from layers.packing import pack_for_triton
 from scripts.kernel_checks import error_bounds as bounds
 
 CHECKED_FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
@@ -89,10 +90,19 @@ def set_weight(matrix, w: torch.Tensor, format):
     return matrix
 
 
+def with_activation(w: LinearBase, activation: str | None) -> LinearBase:
+    """Returns a layer of the same tensors, with another activation."""
+    w = copy.copy(w)
+    w.activation = activation
+    if isinstance(w, Linear):
+        w.epilogue = w.epilogue._replace(activation=ACTIVATION_IDS[activation])
+    return w
+
+
 def use_triton(module: torch.nn.Module) -> torch.nn.Module:
     """Switches all linear layers of module to the Triton kernels."""
     linears = [m for m in module.modules() if isinstance(m, LinearBase)]
-    ops.pack_for_triton(linears)
+    pack_for_triton(linears)
     assert all(w.backend.name == "triton" for w in linears)
     return module
 
@@ -100,7 +110,7 @@ def use_triton(module: torch.nn.Module) -> torch.nn.Module:
 def matrix_and_bias(w: LinearBase) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns W [..., N, K] and the bias of a layer, in float64."""
     bias = torch.zeros(()) if w.bias is None else w.bias
-    return w.dequantized_weight(torch.float32).double(), bias.double()
+    return w.dequantize(torch.float32).double(), bias.double()
 
 
 def make_norm(dim: int, dtype: torch.dtype) -> RMSNorm:
@@ -113,12 +123,12 @@ def attend(
     qkv, cache: LayerCache, start_pos, n_heads: int, backend: Backend, window: int = 0, q_norm=None,
     k_norm=None, sinks=None, scale: float | None = None, **options,
 ):
-    """Makes AttentionParams of the norms and options, and calls ops.attend."""
+    """Calls layers/attention.py: attend with AttentionParams of the norms and options."""
     scale = scale or cache.k.shape[-1] ** -0.5
     if q_norm is not None:
         options |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight, "eps": q_norm.eps}
     params = AttentionParams(n_heads, scale, window, sinks=sinks, **options)
-    return ops.attend(qkv, params, cache, start_pos, backend)
+    return attention.attend(qkv, params, cache, start_pos, backend)
 
 
 # ---- Exact data -----------------------------------------------------------------------------------------------------
@@ -182,7 +192,7 @@ def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> to
 def activate_with_error(
     x: torch.Tensor, error: torch.Tensor, activation: str = "swiglu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ops/linear.py: activate of x, and the error of the result. error: of x.
+    """Returns layers/linear.py: activate of x, and the error of the result. error: of x.
 
     The slope of relu2 at x is 2 x, so an error e of x changes x^2 by at most 2 x e + e^2. The slope of every other
     activation is at most 1.13. The slope of the factor that is made of up is at most 1."""
@@ -212,8 +222,8 @@ def activate_with_error(
 def exact_stored_activation(
     x: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ops/linear.py: activate of x, and the error after storing in dtype. If the activation is not fused with
-    the matmul's result x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
+    """Returns layers/linear.py: activate of x, and the error after storing in dtype. If the activation is not fused
+    with the matmul's result x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
     if not fused:
         error = stored_error(x, error, dtype)
     y, error = activate_with_error(x, error, activation)

@@ -4,12 +4,9 @@ The backend of a matrix is TORCH_BACKEND until the matrix is packed. If there ar
 device, the backend stays TORCH_BACKEND.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,12 +16,10 @@ from formats import Tensors, Unquantized, WeightFormat
 from formats.base import CHUNK_ELEMENTS
 from formats.cpu_layouts import ACT_GROUP_SIZE
 from kernels import build
-from ops import aten
-from ops.backend import TORCH_BACKEND, cpu_backend, triton_backend
+from layers import aten
+from layers.backend import TORCH_BACKEND, cpu_backend, triton_backend
+from layers.weight import WeightMatrix
 from utils.machine import drop_pages, free_memory, use_huge_pages
-
-if TYPE_CHECKING:  # layers.py imports this package
-    from layers import WeightMatrix
 
 
 def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
@@ -148,7 +143,8 @@ def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfl
     from kernels.triton.formats import triton_kernels_can_read
 
     for matrix in matrices:
-        if triton_kernels_can_read(matrix):
+        is_experts = matrix.n_experts is not None
+        if triton_kernels_can_read(matrix.format, matrix.out_features, matrix.in_features, is_experts):
             for name, packed in matrix.format.to_triton_layout(matrix.tensors()).items():
                 matrix.set_tensor(name, packed)
             matrix.is_packed = matrix.format.is_quantized

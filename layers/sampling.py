@@ -1,28 +1,38 @@
 """From logits to a token: temperature, top_k, top_p, min_p, and the draw.
 
-    sample             the next token, drawn or the likeliest
-
-The file begins with the operation, a kernel or plain PyTorch. The definition in plain PyTorch follows, and then what is
-faster in PyTorch.
+    sample             the next token, drawn or the likeliest: a kernel, or sample_torch
+    filtered_probs     the distribution from which sample_torch draws
 
 A CUDA graph holds these functions, so on a GPU none may wait for the device (.item(), .tolist()).
 """
 
-from __future__ import annotations
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kernels.arguments import Filters
-from ops.backend import Backend, contiguous
+from layers.backend import Backend, contiguous
 
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
 # On a CPU sort_for_top_p searches for the likely tokens, instead of sorting the whole vocabulary.
 SMALL_VOCABULARY = 1000  # with this many tokens or fewer, sorting is faster than searching
 FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
+
+
+class Filters(NamedTuple):
+    """Which tokens sample may draw, by the options of engine/sampling_params.py. The default of a field excludes none.
+    A field need not be an argument of the kernels: Backend.filters has the fields that a kernel takes."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def active(self) -> set[str]:
+        """The fields that may exclude tokens."""
+        return {name for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
 
 def sample(
@@ -34,7 +44,7 @@ def sample(
 
     uniform: random numbers float64 [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
     temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature, which must not be 0."""
-    if not backend.supports_sampling(filters):
+    if not has_sample_kernel(backend, filters):
         return sample_torch(logits, temperature, filters, uniform, temperatures)
     if temperature == 0:
         uniform = None
@@ -46,7 +56,8 @@ def sample(
     )
 
 
-# ---- The definition in plain PyTorch --------------------------------------------------------------------------------
+def has_sample_kernel(backend: Backend, filters: Filters) -> bool:
+    return backend.namespace is not None and backend.filters >= filters.active()
 
 
 def sample_torch(

@@ -21,7 +21,7 @@ def rope_tables(config: ModelConfig, length: int, device: torch.device) -> list[
     if config.local_rope_theta is not None:
         local_config = replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
         local_table = rope_table(local_config, length).to(device)
-    tables = [table if config.window(i) is None else local_table for i in range(config.n_layers)]
+    tables = [local_table if config.window(i) else table for i in range(config.n_layers)]
     if config.layer_has_rope is None:
         return tables
     no_rotation = torch.tensor([1.0, 0.0], device=device).expand_as(table).contiguous()  # cos 0 and sin 0

@@ -1,13 +1,13 @@
-"""The backends: which operations have kernels, and for how many tokens. An operation asks a backend at every step,
-since a kernel for few tokens is slow for many tokens, or cannot take many tokens.
+"""The backends: which operations have kernels, and for how many tokens. A layer asks its backend at every step, since a
+kernel for few tokens is slow for many tokens, or cannot take many tokens.
 
     CPU_BACKEND       C++, kernels/csrc/, for CPUs
     TRITON_BACKEND    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
     TORCH_BACKEND     no kernels: plain PyTorch, for any device. On a CPU without a C++ compiler, aten.py
                       multiplies some quantized weights by PyTorch's own kernels
 
-Every layer holds a backend: TORCH_BACKEND, until packing.py packs the weights for another backend. An operation asks
-the layer's backend for a kernel. A model asks whether there are kernels for all of a step (model.py).
+Every layer holds a backend: TORCH_BACKEND, until packing.py packs the weights for another backend. A model asks whether
+there are kernels for all of a step (model.py).
 
 The backends compute the same functions, but round differently. With activations of 16 bits:
 
@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from kernels import build
-from kernels.arguments import Filters
 from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
@@ -58,7 +57,7 @@ class Backend:
     key/value head.
     activations: the activations that the kernels compute. Plain PyTorch computes other activations, after the kernel
     of the matmul.
-    filters: the fields of kernels/arguments.py: Filters that the kernel of sample takes."""
+    filters: the fields of sampling.py: Filters that the kernel of sample takes."""
 
     name: str
     namespace: str | None = None
@@ -68,14 +67,14 @@ class Backend:
     activations: frozenset[str] = frozenset()
     filters: frozenset[str] = frozenset()
 
-    def find_kernel(self, name: str, n_tokens: int, query_len: int = 1, heads_per_kv_head: int = 1) -> Callable | None:
-        """The kernel of the operation called name, for a step of n_tokens tokens of all sequences. None: plain PyTorch
-        computes the step.
+    def find_kernel(self, name: str, n_tokens: int) -> Callable | None:
+        """The kernel of the operation called name, for a step of n_tokens tokens of all sequences, or None if plain
+        PyTorch computes the step."""
+        return self.get_kernel(name) if 0 < n_tokens <= self.token_limits.get(name, 0) else None
 
-        query_len, heads_per_kv_head: for attend alone: new tokens of each sequence, query heads of a key/value head."""
-        fits_table = 0 < n_tokens <= self.token_limits.get(name, 0)
-        fits_attend = query_len <= self.max_query_len and query_len * heads_per_kv_head <= self.max_queries
-        return self.get_kernel(name) if fits_table and fits_attend else None
+    def supports_queries(self, query_len: int, heads_per_kv_head: int) -> bool:
+        """The further limits of attend: query_len new tokens of each sequence, query heads of a key/value head."""
+        return query_len <= self.max_query_len and query_len * heads_per_kv_head <= self.max_queries
 
     def get_kernel(self, name: str) -> Callable:
         """The kernel of an operation that has no limit of tokens, such as dequantize: only this kernel reads a packed
@@ -85,21 +84,17 @@ class Backend:
         return getattr(getattr(torch.ops, self.namespace), name)
 
     def supports_step(self, batch_size: int, query_len: int, heads_per_kv_head: int, activation: str) -> bool:
-        """Whether kernels compute every operation in the table, for query_len tokens in each of batch_size
-        sequences. Then the step can be captured. A CPU graph holds only kernels, so CPU_BACKEND has a kernel for every
-        operation. A CUDA graph also holds PyTorch's operations, so the table of TRITON_BACKEND lacks activate, add and
-        embed (whose kernel is for packed embeddings alone).
+        """Whether kernels compute every operation in the table, for query_len tokens in each of batch_size sequences.
+        Then the step can be captured. A CPU graph holds only kernels, so CPU_BACKEND has a kernel for every operation.
+        A CUDA graph also holds PyTorch's operations, so the table of TRITON_BACKEND lacks activate, add and embed
+        (whose kernel is for packed weights alone).
 
         heads_per_kv_head, activation: those of the model."""
         n_tokens = batch_size * query_len
-        has_kernels = n_tokens <= min(self.token_limits.values(), default=0)
+        has_kernels = 0 < n_tokens <= min(self.token_limits.values(), default=0)
         if "activate" in self.token_limits:
             has_kernels = has_kernels and activation in self.activations
-        return has_kernels and self.find_kernel("attend", n_tokens, query_len, heads_per_kv_head) is not None
-
-    def supports_sampling(self, filters: Filters) -> bool:
-        """Whether there is a kernel of sample that takes these filters."""
-        return self.namespace is not None and self.filters >= filters.active()
+        return has_kernels and self.supports_queries(query_len, heads_per_kv_head)
 
     def with_limits(self, **token_limits: float) -> "Backend":
         """This backend with other limits, by operation."""
@@ -132,9 +127,8 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
     """CPU_BACKEND with the limits of a model on this machine.
 
     dtype: the dtype of the activations.
-    is_quantized: whether any weight is quantized. Then kernels also multiply with unquantized weights, such as those of
-    routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but a step with an operation in PyTorch cannot be
-    captured."""
+    is_quantized: whether any weight is quantized. If so, kernels also multiply with unquantized weights, such as those
+    of routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but would keep the step from being captured."""
     library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(MATMULS, library.max_unquantized_tokens(is_bf16))

@@ -1,23 +1,32 @@
 """Attention.
 
-    attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache
-    rope_and_cache     the part of attend before PyTorch's attention: q/k norm, RoPE, cache write
+    attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache: one kernel, or attend_torch
 
-The file begins with the operations, each a kernel or plain PyTorch. The definitions in plain PyTorch follow, and then
-what is faster in PyTorch.
+attend_torch calls two steps: rope_and_cache, which may be a kernel of its own, and cached_attention. The definition of
+the second is eager_attention, for which PyTorch's SDPA stands in where it can (is_sdpa_compatible).
 """
 
-from __future__ import annotations
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.arguments import AttentionParams, LayerCache
-from ops.backend import Backend, contiguous, count_tokens
-from ops.linear import apply_softcap, rms_norm_torch
+from kernels.schema import AttentionParams
+from layers.backend import Backend, contiguous, count_tokens
+from layers.linear import apply_softcap, rms_norm_torch
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
+
+
+class LayerCache(NamedTuple):
+    """What a layer's attention knows about earlier tokens: their keys and values, and the tables that tell positions
+    apart. rope.py makes the tables for all positions of the cache."""
+
+    k: Tensor  # [B, G, S, D]
+    v: Tensor  # [B, G, S, D]
+    cos_sin: Tensor  # [S or more, D/2, 2] float32: cos and sin of RoPE's angles at every position
+    alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores
 
 
 def attend(
@@ -26,40 +35,39 @@ def attend(
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
-    kernel = backend.find_kernel("attend", B * T, query_len=T, heads_per_kv_head=params.n_heads // cache.k.shape[1])
-    if kernel is None:
-        positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
-        q = rope_and_cache(qkv, params, cache, cache.cos_sin, positions, backend)
-        return cached_attention(q, params, cache, cache.alibi_slopes, positions)
+    kernel = backend.find_kernel("attend", B * T)
+    if kernel is None or not backend.supports_queries(T, params.n_heads // cache.k.shape[1]):
+        return attend_torch(qkv, params, cache, start_pos, backend)
     return kernel(
         contiguous(qkv), contiguous(start_pos), cache.k, cache.v,
         cos_sin=cache.cos_sin, alibi_slopes=cache.alibi_slopes, **params._asdict(),
     )
 
 
+def attend_torch(
+    qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: Backend
+) -> Tensor:
+    positions = start_pos[:, None] + torch.arange(qkv.shape[1], device=qkv.device)  # [B, T]
+    q = rope_and_cache(qkv, params, cache, positions, backend)  # [B, T, H, D]
+    return cached_attention(q, params, cache, positions)
+
+
 def rope_and_cache(
-    qkv: Tensor, params: AttentionParams, cache: LayerCache, cos_sin: Tensor, positions: Tensor, backend: Backend
+    qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, backend: Backend
 ) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
-    contiguous in each sequence. cos_sin: LayerCache.cos_sin. Returns the queries [B, T, H, D]."""
+    contiguous in each sequence. Returns the queries [B, T, H, D]."""
     kernel = backend.find_kernel("rope_and_cache", count_tokens(qkv))
     if kernel is None:
-        return rope_and_cache_torch(qkv, params, cache, cos_sin, positions)
+        return rope_and_cache_torch(qkv, params, cache, positions)
     return kernel(
         contiguous(qkv), contiguous(positions[:, 0]), cache.k, cache.v,
-        cos_sin=cos_sin, n_heads=params.n_heads, q_norm_weight=params.q_norm_weight,
+        cos_sin=cache.cos_sin, n_heads=params.n_heads, q_norm_weight=params.q_norm_weight,
         k_norm_weight=params.k_norm_weight, eps=params.eps,
     )
 
 
-# ---- The definition in plain PyTorch --------------------------------------------------------------------------------
-
-
-def rope_and_cache_torch(
-    qkv: Tensor, params: AttentionParams, cache: LayerCache, cos_sin: Tensor, positions: Tensor
-) -> Tensor:
-    """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T]. Returns the
-    queries [B, T, H, D]."""
+def rope_and_cache_torch(qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
     (B, T, _), (_, G, S, D) = qkv.shape, cache.k.shape
     H = params.n_heads
     qk, v = qkv.view(B, T, -1, D).split([H + G, G], dim=2)  # [B, T, heads, D]
@@ -68,7 +76,7 @@ def rope_and_cache_torch(
         q = norm_heads(q, params.q_norm_weight, params.eps)
         k = norm_heads(k, params.k_norm_weight, params.eps)
         qk = torch.cat([q, k], dim=2)
-    q, k = apply_rope(qk, cos_sin[positions]).split([H, G], dim=2)
+    q, k = apply_rope(qk, cache.cos_sin[positions]).split([H, G], dim=2)
     if fills_cache(T, S):
         cache.k.copy_(k.transpose(1, 2))
         cache.v.copy_(v.transpose(1, 2))
@@ -94,18 +102,29 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def eager_attention(
-    q: Tensor, params: AttentionParams, cache: LayerCache, alibi_slopes: Tensor | None, positions: Tensor
-) -> Tensor:
+def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
+    """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
+    B, T, _, _ = q.shape
+    q = q.transpose(1, 2)  # [B, H, T, D]
+    if is_sdpa_compatible(params, cache):
+        y = sdpa_attention(q, params, cache, positions)
+    else:
+        step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
+        parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
+        y = torch.cat([eager_attention(q, params, cache, positions) for q, positions in parts], dim=2)
+    return y.transpose(1, 2).reshape(B, T, -1)
+
+
+def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
     """Attention with softcap, ALiBi or sinks, which SDPA lacks: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
     scores = (grouped @ cache.k[:, :, None].mT).float() * params.scale  # [B, G, H/G, T, S]
     if params.softcap:
         scores = apply_softcap(scores, params.softcap)
-    if alibi_slopes is not None:
+    if cache.alibi_slopes is not None:
         distances = torch.arange(S, device=q.device) - positions[..., None]  # [B, T, S]
-        bias = alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
+        bias = cache.alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
         scores = scores + bias.view_as(scores)
     mask = causal_mask(positions, S, params.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
@@ -125,25 +144,12 @@ def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
     return mask[:, None]
 
 
-# ---- Faster in PyTorch ----------------------------------------------------------------------------------------------
-
-
-def cached_attention(
-    q: Tensor, params: AttentionParams, cache: LayerCache, alibi_slopes: Tensor | None, positions: Tensor
-) -> Tensor:
-    """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
-    B, T, _, _ = q.shape
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # cut the part of the cache that has no tokens yet
-        n_keys = int(positions.max()) + 1
-        cache = cache._replace(k=cache.k[:, :, :n_keys], v=cache.v[:, :, :n_keys])
-    q = q.transpose(1, 2)  # [B, H, T, D]
-    if params.is_sdpa_compatible(alibi_slopes):
-        y = sdpa_attention(q, params, cache, positions)
-    else:
-        step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
-        parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
-        y = torch.cat([eager_attention(q, params, cache, alibi_slopes, positions) for q, positions in parts], dim=2)
-    return y.transpose(1, 2).reshape(B, T, -1)
+def is_sdpa_compatible(params: AttentionParams, cache: LayerCache) -> bool:
+    """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute the
+    attention. Norms and RoPE come before the scores. SDPA would ignore a new field silently. So the next line names
+    every field, and raises ValueError if there is a new field: decide here whether SDPA can compute the field."""
+    _n_heads, _scale, _window, softcap, _q_norm_weight, _k_norm_weight, _eps, sinks = params
+    return not softcap and sinks is None and cache.alibi_slopes is None
 
 
 def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:

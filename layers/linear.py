@@ -1,0 +1,210 @@
+"""What computes each token alone: norms, matmuls and activations.
+
+    RMSNorm             [residual +] x / rms(x) * weight
+    Linear              activation(norm(x) W^T + bias), scaled and capped, + residual: one kernel, fused_linear
+    LinearBase          what Linear and the experts share
+
+    activate, add, permute_inputs    steps that fused_linear cannot fuse
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import is_gated
+from kernels.schema import ACTIVATION_IDS, Epilogue
+from layers import aten
+from layers.aten import AtenInt4, AtenInt8
+from layers.backend import TORCH_BACKEND, Backend, contiguous, count_tokens
+from layers.weight import WeightMatrix
+
+# Fused gating needs gate and up to be whole blocks of 16 outputs: out_features % 32 == 0.
+FUSED_GLU_MULTIPLE = 32
+
+
+# ---- Norm -----------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """weight [dim]; eps, which is added to the mean square; and backend, which model.py: pack_weights sets."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.backend: Backend = TORCH_BACKEND
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[residual +] x / rms(x) * weight, over the last dimension of x [..., dim]."""
+        kernel = self.backend.find_kernel("rms_norm", count_tokens(x))
+        if kernel is None:
+            return rms_norm_torch(x, self.weight, self.eps, residual)
+        return kernel(contiguous(x), self.weight, self.eps, contiguous(residual))
+
+
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """RMSNorm (arXiv:1910.07467). F.rms_norm computes x / rms(x) in float32 and rounds the result to x.dtype. The
+    weight is multiplied after the rounding, as in transformers."""
+    y = F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+    return y if residual is None else residual + y
+
+
+def norm_arguments(norm: RMSNorm | None) -> dict:
+    """A fused norm as the arguments of a matmul's kernel, by name."""
+    return {"norm_weight": None, "eps": 0.0} if norm is None else {"norm_weight": norm.weight, "eps": norm.eps}
+
+
+# ---- Linear ---------------------------------------------------------------------------------------------------------
+
+
+class LinearBase(WeightMatrix):
+    """A WeightMatrix for matmuls, with a bias [N], of experts [E, N], or None. quantize.py quantizes and tp.py shards
+    every LinearBase of a model except the routers.
+
+    activation: follows the bias; None for most layers. If it is gated, W is a gate projection above an up projection,
+    and the result is activation(gate) * up, of half the width. Otherwise the result is activation(x W^T + bias)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
+        activation: str | None = None,
+    ):
+        super().__init__(in_features, out_features, n_experts)
+        self.activation = activation
+        self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
+
+    def can_fuse_activation(self) -> bool:
+        """Whether the backend's kernel of the matmul can apply the activation."""
+        if self.activation is None:
+            return True
+        has_whole_blocks = not is_gated(self.activation) or self.out_features % FUSED_GLU_MULTIPLE == 0
+        return has_whole_blocks and self.activation in self.backend.activations
+
+
+class Linear(LinearBase):
+    """y = epilogue(x W^T + bias).
+
+    epilogue: activation, out_scale, softcap and clip.
+    input_order: int32 [K], or None; for checkpoints of GPTQ with act-order. Column i of the stored W belongs to input
+    input_order[i], so forward permutes x first. A fused norm follows the permutation, so the norm's weight is stored
+    in the same order.
+    aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, *, activation: str | None = None,
+        out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
+    ):
+        super().__init__(in_features, out_features, bias, activation=activation)
+        self.epilogue = Epilogue(ACTIVATION_IDS[activation], out_scale, softcap, clip)
+        self.aten_weight: AtenInt8 | AtenInt4 | None = None
+        self.register_buffer("input_order", None)
+
+    def forward(
+        self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """x [..., K] -> [..., N], or [..., N / 2] with a gated activation.
+
+        norm, residual: applied to x first, added to y last. They are arguments, since the kernel fuses them.
+        out_dtype: None, which means x.dtype, or torch.float32."""
+        if self.input_order is not None:
+            x = permute_inputs(x, self.input_order, self.backend)
+        kernel = self.backend.find_kernel("fused_linear", count_tokens(x))
+        if kernel is not None and self.can_fuse_activation():
+            return self.call_kernel(kernel, x, norm, self.epilogue, residual, out_dtype)  # all that follows, fused
+
+        if kernel is not None:  # which lacks the activation, so it fuses only norm, matmul and bias
+            y = self.call_kernel(kernel, x, norm, Epilogue())
+        else:
+            y = self.matmul(x if norm is None else norm(x))
+        if self.activation is not None:
+            y = activate(y, self.activation, self.backend)
+        y = apply_epilogue(y, self.epilogue, out_dtype)
+        return y if residual is None else residual + y
+
+    def call_kernel(
+        self, kernel: Callable, x: Tensor, norm: RMSNorm | None, epilogue: Epilogue, residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        return kernel(
+            contiguous(x), **self.kernel_arguments(), bias=self.bias, **norm_arguments(norm),
+            residual=contiguous(residual), **epilogue._asdict(), float32_out=out_dtype == torch.float32,
+        )
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x W^T + bias in PyTorch: [..., K] -> [..., N]."""
+        n_tokens = count_tokens(x)
+        if self.aten_weight is not None and n_tokens <= aten.MAX_ATEN_TOKENS:
+            y = aten.multiply(x.flatten(0, -2), self.aten_weight).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        weight = self.dequantize(x.dtype)
+        if n_tokens == 1 and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
+            y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)  # about twice as fast as F.linear
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, weight, self.bias)
+
+
+def apply_epilogue(y: Tensor, epilogue: Epilogue, out_dtype: torch.dtype | None) -> Tensor:
+    """The steps of epilogue after the activation: y [..., N] -> [..., N] in out_dtype, or in y.dtype."""
+    _activation, out_scale, softcap, clip = epilogue  # all fields: a new field raises ValueError here
+    if out_scale != 1:
+        y = y * out_scale
+    if out_dtype is not None:
+        y = y.to(out_dtype)
+    if softcap:
+        y = apply_softcap(y, softcap)
+    return y.clamp(-clip, clip) if clip else y
+
+
+def apply_softcap(x: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(x / softcap), which stays between -softcap and softcap."""
+    return softcap * torch.tanh(x / softcap)
+
+
+# ---- Steps that fused_linear cannot fuse ----------------------------------------------------------------------------
+
+
+def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
+    """Applies an activation. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up [..., F].
+    Otherwise the result is activation(x), in the shape of x."""
+    kernel = backend.find_kernel("activate", count_tokens(x))
+    if kernel is None or activation not in backend.activations:
+        return activate_torch(x, activation)
+    return kernel(contiguous(x), ACTIVATION_IDS[activation])
+
+
+def activate_torch(x: Tensor, activation: str) -> Tensor:
+    gate, up = x.chunk(2, dim=-1) if is_gated(activation) else (None, x)
+    match activation:
+        case "swiglu":
+            return F.silu(gate) * up
+        case "geglu":
+            return F.gelu(gate) * up
+        case "geglu_tanh":
+            return F.gelu(gate, approximate="tanh") * up
+        case "clamped_swiglu":  # gpt-oss
+            gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+            return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        case "gelu_pytorch_tanh":
+            return F.gelu(up, approximate="tanh")
+        case "relu2":
+            return F.relu(up).square()
+    raise ValueError(f"activation {activation!r} has no formula")
+
+
+def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
+    """x + y, of the same shape. Needed for a residual that comes after an all-reduce (tp.py)."""
+    kernel = backend.find_kernel("add", count_tokens(x))
+    if kernel is None:
+        return x + y
+    return kernel(contiguous(x), contiguous(y))
+
+
+def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
+    """x[..., input_order] for x [..., K] and input_order int32 [N]: [..., N]. N may be less than K: a tensor-parallel
+    rank takes only the inputs of its own columns."""
+    kernel = backend.find_kernel("permute_inputs", count_tokens(x))
+    if kernel is None:
+        return x.index_select(-1, input_order)
+    return kernel(contiguous(x), input_order)
