@@ -5,15 +5,15 @@
         print(piece, end="", flush=True)
     text = "".join(llm.generate("Hello", max_new_tokens=50, temperature=0))  # only this text is greedy
 
-LLM consists of these parts, which also take batches. generate is the loop (engine/generation.py):
+LLM consists of these parts, which also take batches:
 
-    from llm import KVCache, ModelRunner, SamplingParams, generate, load
+    from llm import DecodeLoop, KVCache, ModelRunner, SamplingParams, load
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])
     kv_cache = KVCache(model, batch_size=1, max_seq_len=prompt.shape[1] + 50)
-    runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8))
-    for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
+    loop = DecodeLoop(ModelRunner(model, kv_cache, SamplingParams(temperature=0.8)))
+    for ids in loop.decode_tokens(prompt, max_new_tokens=50):
         print(tokenizer.decode(ids))
 """
 
@@ -24,7 +24,7 @@ import torch
 
 from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
-from engine.generation import DecodeLoop, generate, stream_texts
+from engine.generation import DecodeLoop, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.scheduler import Scheduler, build_scheduler
@@ -34,7 +34,7 @@ from model import KVCache
 from utils.errors import UsageError, check_integer
 from utils.machine import pick_device
 
-__all__ = ["LLM", "KVCache", "ModelRunner", "SamplingParams", "generate", "load"]
+__all__ = ["LLM", "DecodeLoop", "KVCache", "ModelRunner", "SamplingParams", "load"]
 
 
 class LLM:

@@ -2,7 +2,7 @@
 
     proposer = NgramProposer(max_ngram=3, device=device)
     loop = SpeculativeLoop(runner, proposer, k=5)
-    for (token,) in loop.generate(token_ids, n_cached=0, max_new_tokens=100): ...
+    for (token,) in loop.decode_tokens(prompt, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
 one. The model accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling makes the
@@ -11,8 +11,8 @@ distribution of the output exactly that of plain decoding (arXiv:2211.17192).
     NgramProposer         searches the text for its last few tokens, and proposes the tokens that followed them there
     DraftModelProposer    proposes the tokens that a smaller model samples
 
-Read SpeculativeLoop.generate first: this loop takes the place of generation.py: generate. rejection_sample decides
-which tokens are accepted. A cost is a time; the unit is one decode step of the model.
+Read SpeculativeLoop.decode_tokens first. rejection_sample decides which tokens are accepted. A cost is a time; the unit
+is one decode step of the model.
 
 Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
 """
@@ -80,34 +80,34 @@ class SpeculativeLoop(DecodeLoop):
         self.n_tokens_per_step: list[int] = []
 
     @torch.inference_mode()
-    def generate(
-        self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
+    def decode_tokens(
+        self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        """Yields the new tokens one by one, each as [1]: see DecodeLoop. generator has no effect."""
+        """Continues token_ids [1, T], as DecodeLoop.decode_tokens does. generator has no effect."""
         self.n_tokens_per_step.clear()
-        token_ids = list(token_ids)
+        ids = token_ids[0].tolist()  # the text so far
         n_left = max_new_tokens
         acceptance = AcceptanceRate()
         self.proposer.rewind(n_cached)
-        prompt = torch.tensor([token_ids[n_cached:]], device=self.device)
+        prompt = token_ids[:, n_cached:].to(self.device)
         new_ids = self.runner.prefill(prompt, torch.tensor([n_cached], device=self.device)).tolist()
         while True:
             self.n_tokens_per_step.append(0)
             for token in check_sampled_ids(new_ids):
                 self.n_tokens_per_step[-1] += 1
                 yield [token]
-            token_ids += new_ids
+            ids += new_ids
             n_left -= len(new_ids)
             if n_left == 0:
                 return
             # At the last position the draft's cache may hold a rejected guess, which rewind forgets.
-            self.proposer.rewind(len(token_ids) - 1)
+            self.proposer.rewind(len(ids) - 1)
             # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
             lengths = [length for length in draft_lengths(self.k) if length < n_left]
             k = best_draft_length(lengths, acceptance.rate, self.proposer.cost + self.verify_cost)
-            proposal = self.proposer.propose(token_ids, k) if k > 0 else None
-            last_token = torch.tensor([token_ids[-1:]], device=self.device)
-            start_pos = torch.tensor([len(token_ids) - 1], device=self.device)
+            proposal = self.proposer.propose(ids, k) if k > 0 else None
+            last_token = torch.tensor([ids[-1:]], device=self.device)
+            start_pos = torch.tensor([len(ids) - 1], device=self.device)
             if proposal is None:
                 new_ids = self.runner.decode(last_token, start_pos).tolist()
                 acceptance.decay(IDLE_DECAY)

@@ -95,12 +95,12 @@ def test_repetition_penalty_equals_transformers(both_models):
     kv_cache, ids = KVCache(ours, 1, 64), prompt[0].tolist()
     runner = ModelRunner(ours, kv_cache, params)
     loop = DecodeLoop(runner)
-    assert [i for (i,) in loop.generate(ids, 0, n)] == expected
-    rest = loop.generate(ids + expected[:5], 44, n - 5)  # as a conversation goes on
+    assert [i for (i,) in loop.decode_tokens(prompt, n)] == expected
+    rest = loop.decode_tokens(torch.tensor([ids + expected[:5]]), n - 5, n_cached=44)  # as a conversation goes on
     assert [i for (i,) in rest] == expected[5:]
 
     lookup = SpeculativeLoop(runner, NgramProposer(2, torch.device("cpu")), k=4)
-    assert [i for (i,) in lookup.generate(ids, 0, n)] == expected
+    assert [i for (i,) in lookup.decode_tokens(prompt, n)] == expected
 
     for order in ([0, 1, 2], [2, 0, 1]):  # the second time, penalized moves to the slot of short
         plain, penalized, short = Sequence(ids, n), Sequence(ids, n, params), Sequence(ids[:7], 3, params)

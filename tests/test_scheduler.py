@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.async_engine import AsyncEngine, GenerationError
-from engine.generation import generate
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling import sample
 from engine.sampling_params import SamplingParams
@@ -43,7 +43,7 @@ def make_prompts(n: int) -> list[list[int]]:
 
 def run_alone(model: Transformer, prompt: list[int], n: int) -> list[int]:
     runner = ModelRunner(model, KVCache(model, 1, len(prompt) + n), SamplingParams())
-    return [ids[0] for ids in generate(runner, torch.tensor([prompt]), 0, n)]
+    return [ids[0] for ids in DecodeLoop(runner).decode_tokens(torch.tensor([prompt]), n)]
 
 
 def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[int]]:

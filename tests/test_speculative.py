@@ -9,7 +9,7 @@ import torch
 
 import quantize
 from engine import speculate as speculate_module
-from engine.generation import generate
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner, Sampler
 from engine.sampling import probabilities
 from engine.sampling_params import SamplingParams
@@ -47,7 +47,7 @@ def loop_of(model, draft, length: int, k: int, compile: bool = False) -> Specula
 def plain(model, text: list[int], n: int) -> list[int]:
     """Returns the model's tokens without speculation."""
     runner = ModelRunner(model, KVCache(model, 1, len(text) + n), GREEDY)
-    return [i for (i,) in generate(runner, torch.tensor([text]), 0, n)]
+    return [i for (i,) in DecodeLoop(runner).decode_tokens(torch.tensor([text]), n)]
 
 
 def flat(tokens) -> list[int]:
@@ -82,7 +82,7 @@ def test_greedy_tokens_are_the_models_own(family, name, both_models, drafts):
     for k in range(1, 9) if family == "llama3" else (1, 4, 8):
         loop = loop_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
         loop.verify_cost = 0.1
-        assert flat(loop.generate(TEXT, 0, 40)) == expected
+        assert flat(loop.decode_tokens(torch.tensor([TEXT]), 40)) == expected
         sizes = loop.n_tokens_per_step
         assert sum(sizes) == 40 and max(sizes) <= k + 1
         assert loop.accept_counts() == [sizes[1:].count(n + 1) for n in range(k + 1)]
@@ -95,11 +95,11 @@ def test_a_text_goes_on_where_the_cache_ends(name, both_models, drafts):
     """A text is right if it begins with a part of the text and answer in the cache, as in a conversation."""
     model, draft = both_models("llama3")[1], drafts("llama3", name)
     loop = loop_of(model, draft, 160, 4)
-    answer = flat(loop.generate(TEXT, 0, 21))
+    answer = flat(loop.decode_tokens(torch.tensor([TEXT]), 21))
     for kept in (20, 7, 0):
         text = TEXT + answer[:kept] + TEXT[5:15]
-        assert flat(loop.generate(text, len(TEXT) + kept, 20)) == plain(model, text, 20)
-        flat(loop.generate(TEXT, len(TEXT) - 1, 21))
+        assert flat(loop.decode_tokens(torch.tensor([text]), 20, len(TEXT) + kept)) == plain(model, text, 20)
+        flat(loop.decode_tokens(torch.tensor([TEXT]), 21, len(TEXT) - 1))
 
 
 @pytest.mark.parametrize("family, use_kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
@@ -107,7 +107,7 @@ def test_compiled(family, use_kernels, k, both_models):
     """With kernels, only a verification of 11 tokens is compiled, which is more than the kernels take."""
     model = both_models(family, use_kernels)[1]
     loop = loop_of(model, None, len(TEXT) + 20, k, compile=True)
-    assert flat(loop.generate(TEXT, 0, 20)) == plain(model, TEXT, 20)
+    assert flat(loop.decode_tokens(torch.tensor([TEXT]), 20)) == plain(model, TEXT, 20)
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, params, samples):
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
     for _ in range(samples):
-        counts[tuple(flat(loop.generate(text, 0, 3)))] += 1
+        counts[tuple(flat(loop.decode_tokens(torch.tensor([text]), 3)))] += 1
         n_speculated += len(loop.n_tokens_per_step) < 3
     assert n_speculated > samples // 20  # speculation took part
 

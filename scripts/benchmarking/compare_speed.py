@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
-from engine.generation import generate
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.step_bytes import step_bytes
@@ -164,7 +164,7 @@ def load_ours(file: str, threads: int, n_sequences: int) -> Generate:
     runner = ModelRunner(model, KVCache(model, n_sequences, PREFILL), SamplingParams())
 
     def generate_greedily(prompts: list[list[int]], n: int) -> Iterator:
-        return generate(runner, torch.tensor(prompts), 0, n)
+        return DecodeLoop(runner).decode_tokens(torch.tensor(prompts), n)
 
     return generate_greedily
 
