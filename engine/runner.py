@@ -170,41 +170,32 @@ class ModelRunner:
 
     def build_step(self, sampler: Callable = return_logits) -> "Step":
         """Returns a step that ends with sampler."""
-        return Step(EagerStep(self.model, self.kv_cache, sampler), self.compile)
+        return Step(self.model, self.kv_cache, sampler, self.compile)
 
 
-# ---- Steps: Step chooses the mode ------------------------------------------------------------------------------------
+# ---- Steps ----------------------------------------------------------------------------------------------------------
 
 
 class Step:
-    """A function of tensors: the model, then the sampler on the logits.
+    """What a step computes, and how it is run: captured, compiled or eagerly.
 
         step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
 
-    The step uses the first B sequences of the KV cache. The next call may overwrite the result, and also the logits
-    that the sampler gets: both may be static buffers of a graph. Clone what must last."""
+    The step uses the first B sequences of the KV cache. The result, and the logits passed to the sampler, may be static
+    buffers that the next call overwrites: clone what you keep."""
 
-    def __init__(self, eager_step: "EagerStep", compile: bool):
-        self.eager_step, self.compile = eager_step, compile
-        self.steps: dict[Mode, Callable] = {}
+    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool):
+        self.model, self.kv_cache, self.sampler, self.compile = model, kv_cache, sampler, compile
+        self.has_kernels_for = cache(model.has_kernels_for)  # slow: it goes through all modules
+        self.functions: dict[bool, Callable] = {}  # with and without kernels for all operations
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        eager_step = self.eager_step
-        mode = choose_mode(eager_step.has_kernels_for(*tokens.shape), eager_step.model.device.type, self.compile)
-        if mode not in self.steps:  # built at first use: importing Inductor takes a second and 150 MB
-            self.steps[mode] = build_in_mode(mode, eager_step)
-        return self.steps[mode](tokens, start_pos, *inputs)
-
-
-def build_in_mode(mode: Mode, eager_step: "EagerStep") -> Callable:
-    model = eager_step.model
-    if mode == "captured":
-        return CPUGraphStep(eager_step) if model.device.type == "cpu" else capture(eager_step)
-    if mode == "compiled":
-        step = CompiledStep(eager_step)
-        return capture(step) if model.device.type == "cuda" and can_be_one_graph(model) else step
-    return eager_step
+        has_kernels = self.has_kernels_for(*tokens.shape)
+        if has_kernels not in self.functions:  # built at first use: importing Inductor takes a second and 150 MB
+            parts = self.model, self.kv_cache, self.sampler
+            self.functions[has_kernels] = build_step_function(*parts, has_kernels, self.compile)
+        return self.functions[has_kernels](tokens, start_pos, *inputs)
 
 
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Mode:
@@ -214,55 +205,56 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Mode:
     return "compiled" if compile else "eager"
 
 
-class EagerStep:
-    """A step as plain calls, which the other modes capture or compile. Not a part of Step: a captured method of Step
-    would be a reference cycle, which keeps the KV cache in memory until Python's next garbage collection."""
+def build_step_function(
+    model: Transformer, kv_cache: KVCache, sampler: Callable, has_kernels: bool, compile: bool
+) -> Callable:
+    """Returns the function that Step calls, in its mode. has_kernels: whether every operation has a kernel."""
+    # A captured function must not be a method of Step: Step -> graph -> method -> Step would be a reference cycle, and
+    # the KV cache would stay in memory until Python's garbage collection.
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
-        self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
-        self.has_kernels_for = cache(model.has_kernels_for)  # slow, since the method goes through all modules
-
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
-
-    def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        used_cache = self.kv_cache.narrow_batch(0, len(tokens))
-        if not self.has_kernels_for(*tokens.shape):
+    def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        used_cache = kv_cache.narrow_batch(0, len(tokens))
+        if not has_kernels:
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.narrow_length(int(start_pos.max()) + tokens.shape[1])
-        return self.model(tokens, start_pos, used_cache)
+        return model(tokens, start_pos, used_cache)
+
+    def eager_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        return sampler(compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
+
+    device_type = model.device.type
+    mode = choose_mode(has_kernels, device_type, compile)
+    if mode == "captured" and device_type == "cpu":
+        graph = capture(compute_logits)  # a CPU graph holds kernels alone, so the sampler runs after it
+
+        def cpu_graph_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+            return call_with_graph_threads(sampler, graph(tokens, start_pos), tokens, start_pos, *inputs)
+
+        return cpu_graph_step
+    if mode == "captured":
+        return capture(eager_step)
+    if mode == "compiled":
+        compiled_step = compile_step(model, kv_cache, sampler)
+        return capture(compiled_step) if device_type == "cuda" and can_be_one_graph(model) else compiled_step
+    return eager_step
 
 
-class CPUGraphStep:
-    """A step on a CPU. A CPU graph holds only the operations of kernels/schema.py, and a sampler has others."""
+def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
+    """Compiles a step in two pieces: the blocks, of which one compiled block serves all layers, and the head with the
+    sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
-    def __init__(self, eager_step: EagerStep):
-        self.sampler = eager_step.sampler
-        self.graph = capture(eager_step.compute_logits)
+    def sample_from_hidden(hidden: Tensor, *inputs: Tensor | None):
+        return sampler(model.compute_logits(hidden), *inputs)
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        return call_with_graph_threads(self.sampler, self.graph(tokens, start_pos), tokens, start_pos, *inputs)
+    options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
+    head = torch.compile(sample_from_hidden, **options)
+    blocks = compile_blocks(model, **options)
 
+    def compiled_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        used_cache = kv_cache.narrow_batch(0, len(tokens))
+        return head(blocks.compute_hidden(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
 
-class CompiledStep:
-    """A step compiled by torch.compile in two pieces: the blocks, of which one compiled block serves all layers, and
-    the head with the sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
-
-    def __init__(self, eager_step: EagerStep):
-        model, sampler = eager_step.model, eager_step.sampler
-
-        def head(hidden: Tensor, *inputs: Tensor | None):
-            return sampler(model.compute_logits(hidden), *inputs)
-
-        options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
-        self.eager_step = eager_step
-        self.head = torch.compile(head, **options)
-        self.model = compile_blocks(model, **options)
-
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        used_cache = self.eager_step.kv_cache.narrow_batch(0, len(tokens))
-        hidden = self.model.compute_hidden(tokens, start_pos, used_cache)
-        return self.head(hidden, tokens, start_pos, *inputs)
+    return compiled_step
 
 
 def compile_blocks(model: Transformer, **options) -> Transformer:
