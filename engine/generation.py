@@ -37,7 +37,7 @@ class DecodeLoop:
         start_pos = start_pos + prompt.shape[1]
         yield tokens
         for uniform in uniforms:
-            # On a GPU this step starts before the host has checked the tokens for -1, and the embedding has no row -1.
+            # On a GPU this step starts before the host has checked the tokens, and the embedding has no INVALID_TOKEN.
             tokens = self.runner.decode(tokens[:, None].clamp(min=0), start_pos, uniform)
             start_pos = start_pos + 1
             yield tokens

@@ -44,7 +44,7 @@ from kernels.build import find_compiler
 from kernels.capture import call_with_graph_threads, capture
 from model import KVCache, Transformer
 from ops.backend import Backend
-from ops.sampling import uniform_dtype
+from ops.sampling import INVALID_TOKEN, uniform_dtype
 from utils.errors import UsageError
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
@@ -57,8 +57,8 @@ NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too
 
 
 def check_sampled_ids(ids: list[int]) -> list[int]:
-    """Returns ids. Raises UsageError if one is -1, which sample returns for logits that are not finite."""
-    if min(ids) < 0:
+    """Returns ids. Raises UsageError if one is INVALID_TOKEN."""
+    if INVALID_TOKEN in ids:
         raise UsageError(NOT_FINITE)
     return ids
 

@@ -41,7 +41,7 @@ from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import call_with_graph_threads
 from model import KVCache, Transformer
 from ops.backend import TORCH_BACKEND, Backend
-from ops.sampling import uniform_dtype
+from ops.sampling import INVALID_TOKEN, uniform_dtype
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
 from utils.machine import free_memory
@@ -250,7 +250,7 @@ class Scheduler:
     def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
         """Appends a token, sampled from logits [V], to the sequence in slot i. Frees the slot if the sequence ends."""
         sequence = self.slots[i].sequence
-        if token < 0:  # logits that are not finite end this sequence, and no other
+        if token == INVALID_TOKEN:  # ends this sequence, and no other
             update = sequence.fail(NOT_FINITE)
             self.reset_slot(i)
         else:

@@ -33,7 +33,7 @@ from engine.sampling_params import SamplingParams
 from engine.step_bytes import active_weight_bytes
 from model import Transformer
 from ops.backend import TORCH_BACKEND, Backend
-from ops.sampling import multinomial
+from ops.sampling import INVALID_TOKEN, multinomial
 
 MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights. One
@@ -175,8 +175,8 @@ def rejection_sample(
     residual = torch.where(residual.sum() > 0, residual, probs[n_accepted])  # rounding may leave only zeros
     tokens = torch.cat([draft_tokens, draft_tokens[:1]]).scatter(0, n_accepted, multinomial(residual))
     result = torch.cat([n_accepted, tokens])
-    not_finite = F.pad(torch.full_like(tokens, -1), (1, 0))  # n_accepted = 0 and token -1, so check_sampled_ids raises
-    return torch.where(logits.sum().isfinite(), result, not_finite)
+    invalid = F.pad(torch.full_like(tokens, INVALID_TOKEN), (1, 0))  # n_accepted is 0
+    return torch.where(logits.isfinite().all(), result, invalid)
 
 
 # ---- How many tokens to propose -------------------------------------------------------------------------------------
@@ -321,6 +321,7 @@ class DraftSampler:
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, -1, : self.vocab_size]
         if self.params.is_greedy:
-            return collectives.broadcast(sample(logits, self.params, self.backend).clamp(min=0)), None
+            tokens = sample(logits, self.params, self.backend).clamp(min=0)  # the embedding has no INVALID_TOKEN
+            return collectives.broadcast(tokens), None
         probs = probabilities(logits, self.params)
         return collectives.broadcast(multinomial(probs)), probs

@@ -18,6 +18,7 @@ from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
 from kernels.arguments import Filters
 from model import KVCache
+from ops.sampling import INVALID_TOKEN
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
 
@@ -232,7 +233,7 @@ def test_options_that_leave_only_the_likeliest(params):
 def test_rows_that_are_not_finite(params):
     logits = torch.randn(500, 97, generator=torch.Generator().manual_seed(0))
     logits[1, 5], logits[2, 6], logits[3, 0] = torch.nan, torch.inf, -torch.inf
-    assert (sample(logits, params) == -1).nonzero().flatten().tolist() == [1, 2, 3]
+    assert (sample(logits, params) == INVALID_TOKEN).nonzero().flatten().tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
