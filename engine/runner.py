@@ -29,7 +29,6 @@ token.
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
 from typing import Literal
@@ -37,13 +36,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-import collectives
-from engine.sampling import apply_repetition_penalty, sample, store_token_ids
+from engine.sampling import Sampler
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import call_with_graph_threads, capture
 from model import KVCache, Transformer
-from ops.backend import Backend
 from ops.sampling import INVALID_TOKEN, uniform_dtype
 from utils.errors import UsageError
 
@@ -63,28 +60,6 @@ def check_sampled_ids(ids: list[int]) -> list[int]:
     return ids
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """The end of a prefill or decode step. Samples the next token of each sequence, the same token on all ranks.
-    speculate.py has the samplers for verification and for a draft.
-
-    logits [B, n, V]: the logits after the last n of tokens [B, T].
-    uniform [B, 1]: random numbers from ModelRunner.draw_uniform; None: sampling is greedy."""
-
-    params: SamplingParams
-    token_ids: Tensor  # [B, S], KVCache.token_ids
-    backend: Backend  # the backend of the model's head
-
-    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        logits = self.penalize(logits, tokens, start_pos)
-        return collectives.broadcast(sample(logits[:, -1], self.params, self.backend, uniform))
-
-    def penalize(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        if self.params.needs_token_ids:
-            store_token_ids(self.token_ids, tokens, start_pos)
-        return apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, [self.params])
-
-
 def return_logits(logits: Tensor, *_) -> Tensor:
     """Takes the place of a sampler in a step whose result is the logits."""
     return logits
@@ -102,7 +77,7 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.compile = compile
         self.device = model.device
-        self.sampler = Sampler(params, kv_cache.token_ids, model.lm_head.backend)
+        self.sampler = Sampler([params], kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
 

@@ -33,9 +33,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-import collectives
+import ops
 from engine.runner import NOT_FINITE, ModelRunner
-from engine.sampling import apply_repetition_penalty, sample, store_token_ids
+from engine.sampling import Sampler, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import call_with_graph_threads
@@ -202,9 +202,11 @@ class Scheduler:
         tokens = torch.tensor([chunk], device=device)
         start_pos = torch.tensor([n_cached], device=device)
         self.prefill_tokens_since_decode += len(chunk)
+        # Store the ids even if no option needs them now: a later prompt with a repetition penalty may copy this slot's
+        # prefix.
+        store_token_ids(self.kv_cache.token_ids[i : i + 1], tokens, start_pos)
         if n_cached + n < len(prompt_ids):
             self.runner.fill_kv_cache(tokens, start_pos, first_slot=i)
-            store_token_ids(self.kv_cache.token_ids[i : i + 1], tokens, start_pos)
             slot.cached_ids += chunk
             return []
         logits = self.runner.prefill_logits(tokens, start_pos, first_slot=i)
@@ -219,6 +221,7 @@ class Scheduler:
         tokens = torch.tensor(last_ids, device=device)[:, None]
         start_pos = torch.tensor([len(slot.cached_ids) for slot in slots], device=device)
         logits = self.decode_step(tokens, start_pos)
+        store_token_ids(self.kv_cache.token_ids[:n], tokens, start_pos)  # as in prefill
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
         return call_with_graph_threads(self.sample_and_append, range(n), logits, tokens, start_pos)
@@ -239,12 +242,9 @@ class Scheduler:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
         sequences = [self.slots[i].sequence for i in slots]
         token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
-        # No option may need the ids now, but a later prompt with a repetition penalty may copy this slot's prefix.
-        store_token_ids(token_ids, tokens, start_pos)
         all_params = [sequence.params for sequence in sequences]
-        scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, all_params)[:, -1]
-        scores = apply_logits_processors(scores, sequences)
-        ids = collectives.broadcast(sample_batch(scores, sequences, self.model.lm_head.backend)).tolist()
+        sampler = BatchSampler(all_params, token_ids, self.model.lm_head.backend, sequences)
+        ids = sampler(logits, tokens, start_pos).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
     def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
@@ -279,6 +279,17 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
 
 
+@dataclass(frozen=True)
+class BatchSampler(Sampler):
+    """The sampler of a step of the Scheduler: every sequence has its own options, random numbers and
+    logits_processor."""
+
+    sequences: list[Sequence]
+
+    def draw(self, logits: Tensor) -> Tensor:
+        return sample_batch(apply_logits_processors(logits[:, -1], self.sequences), self.sequences, self.backend)
+
+
 def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """Applies the logits_processor of each of n sequences to its row of logits [n, V]. Does not change logits, of which
     compute_logprobs reports the log-probabilities."""
@@ -302,8 +313,8 @@ def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor
 
 def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH_BACKEND) -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
-    ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: as for sampling.py:
-    sample."""
+    ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: the backend of the
+    model's head."""
     groups: dict[SamplingParams, list[int]] = {}
     for i, sequence in enumerate(sequences):
         params = sequence.params
@@ -314,12 +325,12 @@ def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = T
         group = [sequences[i] for i in indices]
         rows = logits if len(groups) == 1 else logits[indices]
         if options.is_greedy:
-            ids[indices] = sample(rows, options, backend)
+            ids[indices] = ops.sample(rows, 0.0, options.filters, backend)
             continue
         uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in group])
         temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in group])
         uniform = uniform.to(logits.device, uniform_dtype(logits.device))
-        ids[indices] = sample(rows, options, backend, uniform, temperatures)
+        ids[indices] = ops.sample(rows, 1.0, options.filters, backend, uniform, temperatures)
     return ids
 
 

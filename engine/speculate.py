@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import collectives
+import ops
 from engine.generation import DecodeLoop
-from engine.runner import ModelRunner, Sampler, check_sampled_ids
-from engine.sampling import probabilities, sample
+from engine.runner import ModelRunner, check_sampled_ids
+from engine.sampling import Sampler, probabilities
 from engine.sampling_params import SamplingParams
 from engine.step_bytes import active_weight_bytes
 from model import Transformer
@@ -74,7 +75,7 @@ class SpeculativeLoop(DecodeLoop):
         super().__init__(runner)
         self.proposer, self.k, self.device = proposer, k, runner.device
         sampler = runner.sampler
-        self.verify_step = runner.build_step(RejectionSampler(sampler.params, sampler.token_ids, sampler.backend))
+        self.verify_step = runner.build_step(RejectionSampler(sampler.all_params, sampler.token_ids, sampler.backend))
         self.verify_cost = estimate_verify_cost(runner.model)  # the cost to verify one proposed token
         # How many tokens of the last text each step gave, and the caller took. Step 0 is prefill.
         self.n_tokens_per_step: list[int] = []
@@ -137,15 +138,11 @@ class SpeculativeLoop(DecodeLoop):
 
 
 class RejectionSampler(Sampler):
-    """The sampler of a verification. tokens [1, k + 1] are the last token of the text and draft_tokens. Returns the
-    result of rejection_sample."""
+    """The sampler of a verification, whose tokens [1, k + 1] are the last token of the text and draft_tokens. Returns
+    the result of rejection_sample."""
 
-    def __call__(
-        self, logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
-    ) -> Tensor:
-        logits = self.penalize(logits, tokens, start_pos)[0]
-        result = rejection_sample(logits, draft_tokens, draft_probs, self.params, self.backend)
-        return collectives.broadcast(result)
+    def draw(self, logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None) -> Tensor:
+        return rejection_sample(logits[0], draft_tokens, draft_probs, self.params, self.backend)
 
 
 def rejection_sample(
@@ -157,10 +154,10 @@ def rejection_sample(
 
     logits [k + 1, V]: the model's logits after the last token of the text and after each of draft_tokens [k].
     draft_probs [k, V or fewer]: the distributions from which draft_tokens were sampled; None: they were not sampled.
-    backend: as for sampling.py: sample."""
+    backend: the backend of the model's head."""
     if draft_probs is None:
         # The model samples a token at each position, and accepts a proposed token that equals the sampled token.
-        tokens = sample(logits, params, backend)
+        tokens = ops.sample(logits, params.temperature, params.filters, backend)
         n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
         return torch.cat([n_accepted, tokens])
     probs = probabilities(logits, params)  # [k + 1, V]
@@ -321,7 +318,8 @@ class DraftSampler:
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, -1, : self.vocab_size]
         if self.params.is_greedy:
-            tokens = sample(logits, self.params, self.backend).clamp(min=0)  # the embedding has no INVALID_TOKEN
+            tokens = ops.sample(logits, 0.0, self.params.filters, self.backend)
+            tokens = tokens.clamp(min=0)  # the embedding has no INVALID_TOKEN
             return collectives.broadcast(tokens), None
         probs = probabilities(logits, self.params)
         return collectives.broadcast(multinomial(probs)), probs

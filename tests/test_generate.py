@@ -9,6 +9,7 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 
+import ops
 from engine import runner as runner_module
 from engine.generation import DecodeLoop, read_one_step_later
 from engine.runner import ModelRunner, choose_mode
@@ -54,8 +55,8 @@ def test_rescoring_gives_the_same_log_probabilities(family, both_models, monkeyp
         seen.append(logits.clone())  # the next step overwrites the logits
         return sample(logits, *options)
 
-    sample = runner_module.sample
-    monkeypatch.setattr(runner_module, "sample", sample_and_note)
+    sample = ops.sample
+    monkeypatch.setattr(ops, "sample", sample_and_note)
     torch.manual_seed(0)
     new = new_tokens(fresh_runner(ours, 3, 64, SamplingParams(temperature=1.0)), prompt, 30)
     assert torch.unique(new).numel() > 20  # tokens are drawn, and differ

@@ -11,7 +11,7 @@ from transformers.generation import logits_process as hf
 import ops
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
-from engine.sampling import probabilities, sample, seen_token_mask, store_token_ids
+from engine.sampling import probabilities, seen_token_mask, store_token_ids
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -21,6 +21,10 @@ from model import KVCache
 from ops.sampling import INVALID_TOKEN
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
+
+
+def sample(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    return ops.sample(logits, params.temperature, params.filters, ops.TORCH_BACKEND)
 
 
 def expected_distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:

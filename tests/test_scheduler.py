@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ops
 from engine.async_engine import AsyncEngine, GenerationError
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
-from engine.sampling import sample
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler, sample_batch
 from engine.sequence import Sequence, build_sequence
@@ -237,7 +237,8 @@ def test_sequences_of_different_temperatures_are_sampled_in_one_pass():
     alone = []
     for i, params in enumerate(all_params):
         uniform = torch.rand(1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        alone += sample(logits[i : i + 1], params, uniform=uniform).tolist()
+        row, backend = logits[i : i + 1], ops.TORCH_BACKEND
+        alone += ops.sample(row, params.temperature, params.filters, backend, uniform).tolist()
     assert sample_together(list(range(16))) == (alone, 2)  # greedy without a softmax; with top_k; without
     assert sample_together([15, 0, 3, 12]) == ([alone[i] for i in (15, 0, 3, 12)], 2)
     assert sample_together([5, 4]) == ([alone[5], alone[4]], 1)

@@ -10,8 +10,8 @@ import torch
 import quantize
 from engine import speculate as speculate_module
 from engine.generation import DecodeLoop
-from engine.runner import ModelRunner, Sampler
-from engine.sampling import probabilities
+from engine.runner import ModelRunner
+from engine.sampling import Sampler, probabilities
 from engine.sampling_params import SamplingParams
 from engine.speculate import (
     DraftModelProposer,
@@ -136,7 +136,7 @@ class ToyRunner:
         self.table, self.tokens = table, list(text)
         self.model = torch.nn.LayerNorm(1)  # the cost is the model's bytes, for draft and model
         self.model.config = SimpleNamespace(vocab_size=V, moe=None)
-        self.sampler = Sampler(params, torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
+        self.sampler = Sampler([params], torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
         self.prefill = self.decode = self.build_step(self.sampler)
 
     def fill_kv_cache(self, tokens, start_pos):
