@@ -18,7 +18,7 @@ from cli import common_args
 from config import ModelConfig
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence, build_sequence, check_length
-from engine.speculate import MAX_DRAFT_TOKENS
+from engine.speculate import MAX_SPECULATE_K
 from ops import MAX_TRITON_QUERY_LEN, MAX_TRITON_TOKENS
 from text.chat_template import read_message
 from text.tokenizer import Tokenizer
@@ -166,8 +166,8 @@ def check_speculation(args: argparse.Namespace):
         raise UsageError(f"--prompt_lookup looks for at least 2 tokens, not {args.prompt_lookup}")
     for name in ("speculate_k", "prompt_lookup"):
         value = getattr(args, name)
-        if value is not None and value > MAX_DRAFT_TOKENS:
-            raise UsageError(f"--{name} must be at most {MAX_DRAFT_TOKENS}, not {value}")
+        if value is not None and value > MAX_SPECULATE_K:
+            raise UsageError(f"--{name} must be at most {MAX_SPECULATE_K}, not {value}")
 
 
 def check_parallel(args: argparse.Namespace):

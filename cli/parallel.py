@@ -62,5 +62,5 @@ def print_json(args: argparse.Namespace, model: Transformer, scheduler: Schedule
         return
     result = build_result(args, model, scheduler.kv_cache, samples=[[sequence]]) | stats | {"seed": sequence.seed}
     if args.logprobs is not None:
-        result["logprobs"] = [[logprobs._asdict() for logprobs in sequence.logprobs]]
+        result["logprobs"] = [[{"token": one.logprob, "top": one.top} for one in sequence.logprobs]]
     print_result(args, result, model)

@@ -14,8 +14,8 @@ import torch
 
 import collectives
 from cli.ranks import rank_path
+from engine.runner import active_weight_bytes, step_bytes
 from engine.sequence import Sequence
-from engine.step_bytes import active_weight_bytes, step_bytes
 from model import KVCache, Transformer
 from utils.errors import UsageError
 from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of

@@ -4,7 +4,6 @@
     sampling.py           logits to a token, by SamplingParams
     sequence.py           Sequence: a prompt, its new tokens and their text, and where it ends
     runner.py             ModelRunner: a model with a KV cache; prefill, decode and verification
-    step_bytes.py         how many bytes a decode step reads
     generation.py         the loop: a prompt to new tokens, with one decode step per token
     speculate.py          draft models, prompt lookup, verification
     scheduler.py          many sequences at once, each at its own position

@@ -15,9 +15,8 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
 from engine.generation import DecodeLoop, stream_texts
-from engine.sequence import Sequence, build_generator, check_seed, check_stop
+from engine.sequence import Sequence, build_generator, check_seed, check_stop, exceeds
 from text.chat_template import read_message
-from text.length import exceeds
 from text.tokenizer import Tokenizer, common_prefix_length
 from utils.errors import UsageError, check_integer
 

@@ -40,6 +40,7 @@ from engine.sampling import Sampler
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import call_with_graph_threads, capture
+from layers import Embedding, ExpertsDown, ExpertsGateUp
 from model import KVCache, Transformer
 from ops.sampling import INVALID_TOKEN, uniform_dtype
 from utils.errors import UsageError
@@ -252,3 +253,25 @@ def can_be_one_graph(model: Transformer) -> bool:
     """Whether torch.compile can trace the model without a graph break. A mixture of experts breaks the graph if a step
     has many tokens, since the host reads which experts the tokens need."""
     return model.config.moe is None
+
+
+# ---- The bytes that a decode step reads: over the bandwidth of the memory, the least time of a step ------------------
+
+
+def active_weight_bytes(model: Transformer) -> int:
+    """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, Embedding):  # a tied embedding is the head, which a step reads
+            continue
+        own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        is_experts = isinstance(module, ExpertsGateUp | ExpertsDown)
+        fraction = model.config.moe.active_fraction if is_experts else 1
+        total += fraction * sum(tensor.nbytes for tensor in own_tensors)
+    return round(total)
+
+
+def step_bytes(model: Transformer, n_attended: float, batch_size: int = 1) -> int:
+    """Bytes that a decode step reads: the weights, and the keys and values of n_attended tokens of each sequence
+    (config.py: mean_attended_tokens)."""
+    return active_weight_bytes(model) + round(batch_size * n_attended * model.kv_bytes_per_token())

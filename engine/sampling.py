@@ -20,8 +20,8 @@ from ops.sampling import filtered_probs
 
 @dataclass(frozen=True)
 class Sampler:
-    """The end of a prefill or decode step. Verification and the Scheduler have samplers with another draw
-    (speculate.py: RejectionSampler, scheduler.py: BatchSampler)."""
+    """The end of a prefill or decode step. Verification and the Scheduler have samplers of their own, which differ in
+    draw."""
 
     all_params: list[SamplingParams]  # of each sequence, or one for all sequences
     token_ids: Tensor  # [B, S], KVCache.token_ids

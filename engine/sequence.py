@@ -20,8 +20,7 @@ from torch import Tensor
 from config import ModelConfig
 from engine.sampling_params import GREEDY, SamplingParams
 from text.chat_template import check_unicode, read_message
-from text.length import exceeds
-from text.tokenizer import IncrementalDetokenizer, Tokenizer
+from text.tokenizer import IncrementalDetokenizer, Part, Tokenizer
 from utils.errors import UsageError, check_integer
 
 # (ids of the prompt and of the new tokens so far, logits [V]) -> logits [V], from which the next token is sampled. -inf
@@ -32,7 +31,7 @@ LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 class Logprobs(NamedTuple):
     """Natural logarithms of the model's probabilities, before any sampling option is applied."""
 
-    token: float  # the new token's
+    logprob: float  # the new token's
     top: list[tuple[int, float]]  # (token, log-probability) of each of the likeliest tokens
 
 
@@ -198,3 +197,50 @@ def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, hi
     if n_prompt_tokens + max_new_tokens > max_seq_len:
         n_tokens = f"{n_prompt_tokens} prompt tokens and {max_new_tokens}"
         raise UsageError(f"{n_tokens} new ones exceed the context of {max_seq_len} tokens{hint}")
+
+
+# ---- Whether a prompt is too long, without encoding all of it: 100 MB would take minutes -----------------------------
+
+SAMPLE_LENGTH = 16  # characters for each token that a prompt may have; few texts have longer tokens
+SAMPLE_GROWTH = 4
+
+
+def exceeds(tokenizer: Tokenizer, prompt: str | list[Part], n_tokens: int) -> bool:
+    """Returns whether prompt certainly has more than n_tokens tokens. prompt: a text to continue, or a prompt's parts.
+
+    Encodes longer and longer beginnings of prompt, until a beginning has twice n_tokens. The text after a beginning can
+    change the last tokens of the beginning, but not half of the tokens."""
+    if isinstance(prompt, list) and count_special_tokens(prompt) > n_tokens:
+        return True
+    length = SAMPLE_LENGTH * n_tokens
+    total = len(prompt) if isinstance(prompt, str) else sum(map(n_characters, prompt))
+    while total > length:
+        if isinstance(prompt, str):
+            beginning = tokenizer.split_at_special_tokens(prompt[:length])
+        else:
+            beginning = first_characters(prompt, length)
+        if tokenizer.ids_with_lstrip and isinstance(beginning[-1], str):
+            beginning[-1] = beginning[-1].rstrip()  # a token that follows may swallow this white space
+        if count_special_tokens(beginning) > n_tokens or len(tokenizer.encode_parts(beginning)) > 2 * n_tokens:
+            return True
+        length *= SAMPLE_GROWTH
+    return False
+
+
+def count_special_tokens(parts: list[Part]) -> int:
+    return sum(isinstance(part, int) for part in parts)
+
+
+def n_characters(part: Part) -> int:
+    """Returns the length of part. A special token counts as one character."""
+    return len(part) if isinstance(part, str) else 1
+
+
+def first_characters(parts: list[Part], n: int) -> list[Part]:
+    beginning: list[Part] = []
+    for part in parts:
+        if n <= 0:
+            break
+        beginning.append(part[:n] if isinstance(part, str) else part)
+        n -= n_characters(part)
+    return beginning

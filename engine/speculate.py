@@ -1,7 +1,7 @@
 """Speculative decoding: a cheap proposer guesses the next few tokens, and the model verifies all of them in one step.
 
     proposer = NgramProposer(max_ngram=3, device=device)
-    loop = SpeculativeLoop(runner, proposer, k=5)
+    loop = SpeculativeLoop(runner, proposer, max_k=5)
     for (token,) in loop.decode_tokens(prompt, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
@@ -28,15 +28,14 @@ from torch import Tensor
 import collectives
 import ops
 from engine.generation import DecodeLoop
-from engine.runner import ModelRunner, check_sampled_ids
+from engine.runner import ModelRunner, active_weight_bytes, check_sampled_ids
 from engine.sampling import Sampler, probabilities
 from engine.sampling_params import SamplingParams
-from engine.step_bytes import active_weight_bytes
 from model import Transformer
 from ops.backend import TORCH_BACKEND, Backend
 from ops.sampling import INVALID_TOKEN, multinomial
 
-MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
+MAX_SPECULATE_K = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights. One
 # number, near the largest, serves all weights: too large a number makes speculation gain less, but too small a number
 # makes a text slower than without speculation.
@@ -70,10 +69,10 @@ class SpeculativeLoop(DecodeLoop):
     All random numbers are those of PyTorch's global generators (torch.manual_seed): a seed gives another text than
     without speculation anyway, since rejection sampling draws other numbers."""
 
-    def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
-        """k: the most tokens to propose at a time."""
+    def __init__(self, runner: ModelRunner, proposer: Proposer, max_k: int):
+        """max_k: the most tokens to propose at a time, --speculate_k."""
         super().__init__(runner)
-        self.proposer, self.k, self.device = proposer, k, runner.device
+        self.proposer, self.max_k, self.device = proposer, max_k, runner.device
         sampler = runner.sampler
         self.verify_step = runner.build_step(RejectionSampler(sampler.all_params, sampler.token_ids, sampler.backend))
         self.verify_cost = estimate_verify_cost(runner.model)  # the cost to verify one proposed token
@@ -104,8 +103,8 @@ class SpeculativeLoop(DecodeLoop):
             # At the last position the draft's cache may hold a rejected guess, which rewind forgets.
             self.proposer.rewind(len(ids) - 1)
             # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
-            lengths = [length for length in draft_lengths(self.k) if length < n_left]
-            k = best_draft_length(lengths, acceptance.rate, self.proposer.cost + self.verify_cost)
+            choices = [k for k in k_choices(self.max_k) if k < n_left]
+            k = best_k(choices, acceptance.rate, self.proposer.cost + self.verify_cost)
             proposal = self.proposer.propose(ids, k) if k > 0 else None
             last_token = torch.tensor([ids[-1:]], device=self.device)
             start_pos = torch.tensor([len(ids) - 1], device=self.device)
@@ -128,13 +127,13 @@ class SpeculativeLoop(DecodeLoop):
     def warm_up(self, max_new_tokens: int):
         super().warm_up(max_new_tokens)
         zeros = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        for k in draft_lengths(self.k):
+        for k in k_choices(self.max_k):
             if k < max_new_tokens:
                 self.verify(zeros, zeros[0], self.proposer.propose([0, 0, 0], k))
 
     def accept_counts(self) -> list[int]:
         # A step that accepts n tokens gives n + 1.
-        return [self.n_tokens_per_step[1:].count(n_accepted + 1) for n_accepted in range(self.k + 1)]
+        return [self.n_tokens_per_step[1:].count(n_accepted + 1) for n_accepted in range(self.max_k + 1)]
 
 
 class RejectionSampler(Sampler):
@@ -203,10 +202,10 @@ class AcceptanceRate:
         self.n_rejected = PRIOR_REJECTED + factor * (self.n_rejected - PRIOR_REJECTED)
 
 
-def draft_lengths(k: int) -> list[int]:
-    """Returns the numbers of tokens that may be proposed: k and a third of k. There are only two, since each number
-    needs its own compiled or captured step."""
-    return sorted({k, max(1, k // 3)})
+def k_choices(max_k: int) -> list[int]:
+    """Returns the numbers of tokens that may be proposed: max_k and a third of it. There are only two, since each
+    number needs its own compiled or captured step."""
+    return sorted({max_k, max(1, max_k // 3)})
 
 
 def estimate_verify_cost(model: Transformer) -> float:
@@ -219,8 +218,8 @@ def estimate_verify_cost(model: Transformer) -> float:
     return max(VERIFY_COST, (used_by_5 / moe.top_k - 1) / 4)
 
 
-def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -> int:
-    """Returns how many tokens to propose: 0 or one of lengths, whichever gives the most tokens per time. cost: of
+def best_k(choices: list[int], acceptance_rate: float, cost: float) -> int:
+    """Returns how many tokens to propose: 0 or one of choices, whichever gives the most tokens per time. cost: of
     proposing and verifying one token."""
 
     def tokens_per_time(k: int) -> float:
@@ -228,7 +227,7 @@ def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -
         expected_tokens = sum(acceptance_rate**i for i in range(k + 1))
         return expected_tokens / (1 + k * cost)
 
-    return max([0, *lengths], key=tokens_per_time)
+    return max([0, *choices], key=tokens_per_time)
 
 
 # ---- Proposers ------------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ class Reply:
         entries = []
         for token, logprobs in zip(part.new_ids, part.logprobs, strict=True):
             top = [self.entry(*likely) for likely in logprobs.top]
-            entries.append(self.entry(token, logprobs.token) | {"top_logprobs": top})
+            entries.append(self.entry(token, logprobs.logprob) | {"top_logprobs": top})
         if self.is_chat:
             return {"content": entries}
         tokens = [entry["token"] for entry in entries]

@@ -104,7 +104,7 @@ def test_repetition_penalty_equals_transformers(both_models):
     rest = loop.decode_tokens(torch.tensor([ids + expected[:5]]), n - 5, n_cached=44)  # as a conversation goes on
     assert [i for (i,) in rest] == expected[5:]
 
-    lookup = SpeculativeLoop(runner, NgramProposer(2, torch.device("cpu")), k=4)
+    lookup = SpeculativeLoop(runner, NgramProposer(2, torch.device("cpu")), max_k=4)
     assert [i for (i,) in lookup.decode_tokens(prompt, n)] == expected
 
     for order in ([0, 1, 2], [2, 0, 1]):  # the second time, penalized moves to the slot of short

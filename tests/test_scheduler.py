@@ -304,7 +304,7 @@ def test_logprobs(both_models):
         for update, logprobs in zip(answer, expected, strict=True):
             (found_logprobs,), (token,) = update.logprobs, update.new_ids
             values, tokens = logprobs.topk(4)
-            assert found_logprobs.token == pytest.approx(logprobs[token].item(), abs=1e-4)
+            assert found_logprobs.logprob == pytest.approx(logprobs[token].item(), abs=1e-4)
             assert [token for token, _ in found_logprobs.top] == tokens.tolist()
             assert [value for _, value in found_logprobs.top] == pytest.approx(values.tolist(), abs=1e-4)
 

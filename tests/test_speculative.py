@@ -17,9 +17,9 @@ from engine.speculate import (
     DraftModelProposer,
     NgramProposer,
     SpeculativeLoop,
-    best_draft_length,
-    draft_lengths,
+    best_k,
     estimate_verify_cost,
+    k_choices,
     rejection_sample,
 )
 from loading import load_model
@@ -173,7 +173,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, params, samples):
         runner = ToyRunner(toy_logits(2, never=3 if draft == "never" else None), params, text)
         proposer = DraftModelProposer(runner, runner.model)
         proposer.cost = 0.0
-    loop = SpeculativeLoop(ToyRunner(table, params, text), proposer, k=2)
+    loop = SpeculativeLoop(ToyRunner(table, params, text), proposer, max_k=2)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
@@ -228,11 +228,11 @@ def test_lookup_proposes_what_came_after():
 
 
 def test_the_number_of_tokens_follows_what_is_accepted():
-    assert draft_lengths(5) == [1, 5] and draft_lengths(1) == [1]
-    assert best_draft_length([5, 2, 1], 1.0, 0.3) == 5
-    assert best_draft_length([5, 2, 1], 0.3, 0.2) == 1
-    assert best_draft_length([5, 2, 1], 0.05, 0.3) == 0
-    assert best_draft_length([], 1.0, 0.1) == 0
+    assert k_choices(5) == [1, 5] and k_choices(1) == [1]
+    assert best_k([5, 2, 1], 1.0, 0.3) == 5
+    assert best_k([5, 2, 1], 0.3, 0.2) == 1
+    assert best_k([5, 2, 1], 0.05, 0.3) == 0
+    assert best_k([], 1.0, 0.1) == 0
     rate = speculate_module.AcceptanceRate()
     first = rate.rate
     for _ in range(20):
@@ -246,5 +246,5 @@ def test_the_number_of_tokens_follows_what_is_accepted():
 def test_experts_cost_more_to_verify(both_models):
     dense, moe = both_models("llama3")[1], both_models("mixtral")[1]
     assert estimate_verify_cost(dense) < 0.2 < estimate_verify_cost(moe) < 1
-    of_dense, of_moe = (best_draft_length([1, 2, 5], 0.3, estimate_verify_cost(model)) for model in (dense, moe))
+    of_dense, of_moe = (best_k([1, 2, 5], 0.3, estimate_verify_cost(model)) for model in (dense, moe))
     assert of_dense > of_moe

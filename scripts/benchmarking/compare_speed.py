@@ -24,9 +24,8 @@ from tqdm import tqdm
 from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
 from engine.generation import DecodeLoop
-from engine.runner import ModelRunner
+from engine.runner import ModelRunner, step_bytes
 from engine.sampling_params import SamplingParams
-from engine.step_bytes import step_bytes
 from loading import load_model
 from model import KVCache, Transformer
 from scripts.benchmarking.speed import seconds_of_steps
@@ -120,7 +119,7 @@ def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
 
 
 def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
-    """Returns the bytes of weights that a decode step reads, for a GGUF (engine/step_bytes.py: active_weight_bytes)."""
+    """Returns the bytes of weights that a decode step reads, for a GGUF (engine/runner.py: active_weight_bytes)."""
     from converters.gguf_file import read_gguf
 
     _, tensors = read_gguf(file)

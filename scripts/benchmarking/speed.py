@@ -23,11 +23,10 @@ from checkpoint import meta_model, read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.hf_config import config_from_hf
 from engine.generation import DecodeLoop
-from engine.runner import ModelRunner
+from engine.runner import ModelRunner, active_weight_bytes, step_bytes
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
-from engine.step_bytes import active_weight_bytes, step_bytes
 from formats import Unquantized, WeightFormat
 from layers import Embedding, Linear, LinearBase, RMSNorm
 from model import KVCache, Transformer
