@@ -28,9 +28,10 @@ from engine.generation import DecodeLoop, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.scheduler import Scheduler, build_scheduler
-from engine.sequence import LogitsProcessor, Sequence, build_sequence, check_seed
+from engine.sequence import LogitsProcessor, Sequence, build_sequence, build_sequences, check_seed
 from loading import load
 from model import KVCache
+from rope import depends_on_length
 from utils.errors import UsageError, check_integer
 from utils.machine import pick_device
 
@@ -86,10 +87,13 @@ class LLM:
 
         With logits_processor a Scheduler runs the text (engine/__init__.py), with a KV cache of its own. Then a GPU
         waits for the host between two tokens."""
+        config = self.model.config
         options = {"stop": stop, "seed": seed, "logits_processor": logits_processor}
         options["params"] = self.params.override(sampling)
-        sequence = self.build_sequence(prompt, max_new_tokens, self.max_seq_len, **options)
-        return self.stream(sequence) if logits_processor is None else self.stream_with_scheduler(sequence)
+        if self.max_seq_len < config.max_seq_len:
+            options["hint"] = ", which is LLM's max_seq_len; raise it or lower max_new_tokens"
+        sequence = build_sequence(prompt, self.tokenizer, config, max_new_tokens, self.max_seq_len, **options)
+        return self.stream_from_loop(sequence) if logits_processor is None else self.stream_from_scheduler(sequence)
 
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
@@ -108,15 +112,10 @@ class LLM:
         check_integer("parallel", parallel, 1)
         check_seed(seed)
         options = {"stop": stop, "logits_processor": logits_processor, "params": self.params.override(sampling)}
-        context = self.model.config.max_seq_len
-        sequences = []
-        for i, prompt in enumerate(prompts):
-            options["seed"] = None if seed is None else seed + i
-            try:
-                sequences.append(self.build_sequence(prompt, max_new_tokens, context, **options))
-            except UsageError as e:
-                raise UsageError(f"prompt {i}: {e}") from None
-        return continuations(build_scheduler(self.model, sequences, parallel, self.compile), sequences)
+        sequences = build_sequences(prompts, self.tokenizer, self.model.config, max_new_tokens, seed, **options)
+        for i, sequence in enumerate(sequences):
+            raise_error(i, sequence)
+        return run_all(build_scheduler(self.model, sequences, parallel, self.compile), sequences)
 
     def chat(
         self, system: str | None = None, stop: tuple[str, ...] = (), seed: int | None = None, **sampling
@@ -146,26 +145,14 @@ class LLM:
 
     # ---- What the methods above share ----
 
-    def build_sequence(
-        self, prompt: str | list[dict], max_new_tokens: int, max_seq_len: int, **options
-    ) -> Sequence:
-        """Raises UsageError unless prompt and new tokens fit into max_seq_len. options: fields of Sequence."""
-        config = self.model.config
-        hint = ", which is LLM's max_seq_len; raise it or lower max_new_tokens"
-        options["hint"] = hint if max_seq_len < config.max_seq_len else ""
-        return build_sequence(prompt, self.tokenizer, config, max_new_tokens, max_seq_len, **options)
-
     def take_loop(self, params: SamplingParams) -> DecodeLoop:
-        """Returns a DecodeLoop whose KV cache no text uses."""
-        loop, self.idle_loop = self.idle_loop, None
-        if loop is None:
-            return self.build_loop(params)
-        if loop.runner.sampler.params == params:
-            return loop
-        kv_cache = loop.runner.kv_cache  # fits any params; a captured step contains them
-        return DecodeLoop(ModelRunner(self.model, kv_cache, params, self.compile))
+        """Returns a loop whose KV cache no text uses."""
+        loop, self.idle_loop = self.idle_loop or self.build_loop(params), None
+        if loop.runner.sampler.params != params:  # the cache fits any params, but a captured step contains them
+            loop = DecodeLoop(ModelRunner(self.model, loop.runner.kv_cache, params, self.compile))
+        return loop
 
-    def stream(self, sequence: Sequence) -> Iterator[str]:
+    def stream_from_loop(self, sequence: Sequence) -> Iterator[str]:
         loop = self.take_loop(sequence.params)
         try:
             for (text,) in stream_texts(loop, [sequence], sequence.prompt_ids, generator=sequence.generator):
@@ -174,8 +161,11 @@ class LLM:
         finally:
             self.idle_loop = loop
 
-    def stream_with_scheduler(self, sequence: Sequence) -> Iterator[str]:
-        scheduler = Scheduler(self.model, 1, self.max_seq_len, self.compile)
+    def stream_from_scheduler(self, sequence: Sequence) -> Iterator[str]:
+        length = len(sequence.prompt_ids) + sequence.max_new_tokens
+        if depends_on_length(self.model.config):  # then only a cache of the loop's length gives the loop's text
+            length = self.max_seq_len
+        scheduler = Scheduler(self.model, 1, length, self.compile)
         scheduler.submit(sequence)
         while scheduler.has_unfinished_sequences():
             for update in scheduler.step():
@@ -185,8 +175,12 @@ class LLM:
                     yield update.text
 
 
-def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
+def run_all(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
     for i, sequence in scheduler.run(sequences):
-        if sequence.error:
-            raise UsageError(f"prompt {i}: {sequence.error}")
+        raise_error(i, sequence)
         yield i, sequence.text
+
+
+def raise_error(i: int, sequence: Sequence):
+    if sequence.error:
+        raise UsageError(f"prompt {i}: {sequence.error}")

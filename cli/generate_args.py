@@ -17,7 +17,7 @@ import torch
 from cli import common_args
 from config import ModelConfig
 from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence, build_sequence, check_length
+from engine.sequence import Sequence, build_sequences, check_length, check_stop
 from engine.speculate import MAX_SPECULATE_K
 from ops import MAX_TRITON_QUERY_LEN, MAX_TRITON_TOKENS
 from text.chat_template import read_message
@@ -136,8 +136,10 @@ def check_counts(args: argparse.Namespace):
     for name in ("num_samples", "max_new_tokens", "batch_size", "prompt_tokens", "speculate_k", "parallel"):
         if (value := getattr(args, name)) is not None:
             check_integer(f"--{name}", value, 1)
-    if "" in args.stop:
-        raise UsageError("--stop needs a text that is not empty")
+    try:
+        check_stop(args.stop)
+    except UsageError as e:
+        raise UsageError(f"--{e}") from None
     check_integer("--seed", args.seed, -(2**63), 2**64 - 1)
 
 
@@ -207,7 +209,7 @@ def build_sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
     """Returns the prompts of --prompt or --prompt_file, each a text or a chat's messages. A conversation has none yet.
-    Raises UsageError for a prompt that is empty or malformed: here and not in build_sequences, since here the model is
+    Raises UsageError for a prompt that is empty or malformed: here and not in to_sequences, since here the model is
     not loaded yet."""
     if args.conversation:
         return []
@@ -217,7 +219,7 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
     return [with_chat_options(prompt, args) for prompt in prompts]
 
 
-def build_sequences(
+def to_sequences(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
     """Returns a Sequence for each of prompts, or one Sequence of --prompt_tokens. Raises UsageError if a prompt cannot
@@ -232,15 +234,7 @@ def build_sequences(
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
         options |= {"prompt": tokenizer.decode(ids), "tokenizer": tokenizer, "seed": args.seed}
         return [Sequence(ids, args.max_new_tokens, **options)]
-    sequences = []
-    for i, prompt in enumerate(prompts):
-        seed = args.seed + i  # every prompt has random numbers of its own
-        try:
-            sequence = build_sequence(prompt, tokenizer, config, args.max_new_tokens, seed=seed, **options)
-        except UsageError as e:
-            sequence = Sequence([], args.max_new_tokens, prompt=prompt)
-            sequence.fail(str(e))
-        sequences.append(sequence)
+    sequences = build_sequences(prompts, tokenizer, config, args.max_new_tokens, args.seed, **options)
     failed = [i for i, sequence in enumerate(sequences) if sequence.error]
     if failed and (args.parallel is None or len(failed) == len(sequences)):
         number = f"prompt {failed[0] + 1}: " if len(sequences) > 1 else ""

@@ -15,7 +15,6 @@ from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeLoop
-from llm import LLM
 from loading import load
 from model import KVCache, Transformer
 from ops import MAX_CPU_TOKENS, TRITON_BACKEND
@@ -59,17 +58,13 @@ def required_seq_len(
     return longest + args.max_new_tokens
 
 
-def build_loop(args: argparse.Namespace, llm: LLM, max_seq_len: int, draft: Transformer | None) -> DecodeLoop:
-    """Returns the loop. With speculation the draft model proposes tokens, or prompt lookup if draft is None."""
-    plain = llm.build_loop(args.sampling_params, args.batch_size, max_seq_len, args.compile_prefill)
-    if not args.speculative:
-        return plain
-    runner = plain.runner
+def speculative_loop(args: argparse.Namespace, runner: ModelRunner, draft: Transformer | None) -> SpeculativeLoop:
+    """Returns a loop in which the draft model proposes tokens, or prompt lookup if draft is None."""
     warn_without_kernels(args.speculate_k, runner.model)
     if draft is None:
         proposer: Proposer = NgramProposer(args.prompt_lookup, runner.device)
     else:
-        draft_cache = KVCache(draft, 1, max_seq_len)
+        draft_cache = KVCache(draft, 1, runner.kv_cache.max_seq_len)
         proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling_params, args.compile), runner.model)
     return SpeculativeLoop(runner, proposer, args.speculate_k)
 

@@ -110,7 +110,7 @@ class Conversation:
         return self.start_answer(self.sequence, ids, [])
 
     def start_answer(self, sequence: Sequence, ids: list[int], new_messages: list[dict]) -> Iterator[str]:
-        pieces = self.stream(sequence, ids, new_messages)
+        pieces = self.stream_answer(sequence, ids, new_messages)
         self.running = weakref.ref(pieces)
         return pieces
 
@@ -147,7 +147,7 @@ class Conversation:
         del self.messages[: self.n_dropped]
         return ids
 
-    def stream(self, sequence: Sequence, ids: list[int], new_messages: list[dict]) -> Iterator[str]:
+    def stream_answer(self, sequence: Sequence, ids: list[int], new_messages: list[dict]) -> Iterator[str]:
         """Adds new_messages to the conversation. Then yields the text that follows ids, and appends the text to the
         last message. If the limit of new tokens cuts the answer within a character, the character follows after
         continue_answer."""

@@ -1,6 +1,7 @@
 """Sequence: a prompt, how to continue it, and the tokens and the text that follow it.
 
     sequence = build_sequence("Hello", tokenizer, model.config, max_new_tokens=100)    # a text, or a chat's messages
+    sequences = build_sequences(["One", "Two"], tokenizer, model.config, max_new_tokens=100, seed=1)
     sequence = Sequence(prompt_ids, max_new_tokens=100)                                # token ids only
     update = sequence.append(token)   # adds a new token; update.text is the new text
     sequence.finish_reason            # None until the sequence ends
@@ -9,7 +10,7 @@ Where a sequence ends is decided here, in append, and nowhere else.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -139,6 +140,24 @@ def build_sequence(
     options = {"eos_ids": config.eos_ids} | options
     is_chat = isinstance(prompt, list)
     return Sequence(ids, max_new_tokens, prompt=prompt, starts_new_text=is_chat, tokenizer=tokenizer, **options)
+
+
+def build_sequences(
+    prompts: Iterable[str | list[dict]], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int,
+    seed: int | None, **options,
+) -> list[Sequence]:
+    """Returns a Sequence for each of prompts. Prompt i samples with seed + i. A prompt that build_sequence refuses, for
+    example because it exceeds the context, gives a Sequence that has failed with the error."""
+    sequences = []
+    for i, prompt in enumerate(prompts):
+        options["seed"] = None if seed is None else seed + i
+        try:
+            sequence = build_sequence(prompt, tokenizer, config, max_new_tokens, **options)
+        except UsageError as e:
+            sequence = Sequence([], max_new_tokens, prompt=prompt)
+            sequence.fail(str(e))
+        sequences.append(sequence)
+    return sequences
 
 
 def encode_prompt(

@@ -14,7 +14,7 @@ import torch
 from engine.chat import Conversation
 from engine.sampling_params import SamplingParams
 from llm import LLM, DecodeLoop, KVCache, ModelRunner, load
-from tests.tiny import PACKAGES
+from tests.tiny import PACKAGES, write_folder
 from text.tokenizer import detokenize
 from utils.errors import UsageError
 from utils.files import ROOT
@@ -125,6 +125,22 @@ def test_texts_at_once(chat_model):
     gc.collect()
     alive = [o for o in gc.get_objects() if type(o) is KVCache and o.token_ids.shape[1] == 160]
     assert [id(o) for o in alive] == [id(llm.idle_loop.runner.kv_cache)]
+
+
+@pytest.mark.parametrize("family, n", [("llama3", 40), ("dynamic", 40), ("phi4-mini", 9)])
+def test_a_logits_processor_does_not_change_the_angles(family, n, tmp_path):
+    """RoPE of type dynamic or longrope depends on the KV cache's length. A text with a logits_processor that changes
+    nothing is the text without it. Where the length changes no text, the cache has just the text's length."""
+    write_folder(family, tmp_path)
+    llm = LLM(tmp_path, device="cpu", dtype=torch.float32, max_seq_len=400)
+    text = "".join(llm.generate("Hello", n))
+    before = {id(o) for o in gc.get_objects() if type(o) is KVCache}
+    pieces = llm.generate("Hello", n, logits_processor=lambda ids, logits: logits)
+    first = next(pieces)
+    new = [o for o in gc.get_objects() if type(o) is KVCache and id(o) not in before]
+    assert first + "".join(pieces) == text
+    length = len(llm.tokenizer.encode("Hello")) + n if family == "llama3" else llm.max_seq_len
+    assert {kv_cache.max_seq_len for kv_cache in new} == {length}
 
 
 WRONG_ARGUMENTS = [
