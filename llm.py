@@ -39,12 +39,12 @@ __all__ = ["LLM", "DecodeLoop", "KVCache", "ModelRunner", "SamplingParams", "loa
 
 
 class LLM:
-    """A model with a tokenizer: text in, text out. The methods raise UsageError when they are called, and not only when
-    the first text is taken.
+    """A model with a tokenizer: text in, text out. The methods raise UsageError when they are called, not only when the
+    first text is taken.
 
     Sampling draws PyTorch's global random numbers (torch.manual_seed), unless seed is given: then a text has random
-    numbers of its own. One seed gives one text in generate and generate_many. (In 16 bits, prompts of
-    generate_many that share a prefix may round differently.)"""
+    numbers of its own, and one seed gives one text in generate and generate_many. (In 16 bits, prompts of generate_many
+    that share a prefix may round differently.)"""
 
     def __init__(
         self, checkpoint_path: Path | str, device: torch.device | str | None = None,
@@ -69,8 +69,8 @@ class LLM:
         options = {"device": pick_device(device), "dtype": dtype, "use_kernels": use_kernels}
         self.model, self.tokenizer = load(self.checkpoint_path, **options)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        # The loop of the last text that has ended. The loop's KV cache and captured steps serve the next text. Only one
-        # loop is kept, since a KV cache is large.
+        # The loop of the last text that has ended, whose KV cache and captured steps serve the next text. Only one is
+        # kept, since a KV cache is large.
         self.idle_loop: DecodeLoop | None = None
 
     def generate(
@@ -81,12 +81,10 @@ class LLM:
         strings. A second call may start before the first text has ended: every call has its own KV cache.
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}].
-        seed: the seed of the text's own random numbers; None: draw PyTorch's global ones.
+        seed: the seed of the text's own random numbers. Without it, the text draws PyTorch's global ones.
         logits_processor: a function (token ids so far, logits [V]) -> logits [V], called before each token is sampled.
-        sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change.
-
-        With logits_processor a Scheduler runs the text (engine/__init__.py), with a KV cache of its own. Then a GPU
-        waits for the host between two tokens."""
+            A Scheduler then runs the text, with a KV cache of its own, and a GPU waits for the host between tokens.
+        sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change."""
         config = self.model.config
         options = {"stop": stop, "seed": seed, "logits_processor": logits_processor}
         options["params"] = self.params.override(sampling)
@@ -120,8 +118,7 @@ class LLM:
     def chat(
         self, system: str | None = None, stop: tuple[str, ...] = (), seed: int | None = None, **sampling
     ) -> Conversation:
-        """Returns a new conversation: see Conversation.answer. The conversation keeps its KV cache until the
-        conversation itself is deleted.
+        """Returns a new conversation: see Conversation.answer. It keeps its KV cache until it is deleted.
 
         system: the system message.
         stop: strings that end an answer. The answer does not contain them.
@@ -134,9 +131,8 @@ class LLM:
     def build_loop(
         self, params: SamplingParams, batch_size: int = 1, max_seq_len: int | None = None, compile_prefill: bool = False
     ) -> DecodeLoop:
-        """Returns a loop with a KV cache of its own, for token ids in and out: see DecodeLoop.
-
-        max_seq_len: the most tokens of a sequence; None: the LLM's max_seq_len."""
+        """Returns a loop with a KV cache of its own, for token ids in and out. max_seq_len: the most tokens of a
+        sequence, by default the LLM's."""
         max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
         check_integer("batch_size", batch_size, 1)
         check_integer("max_seq_len", max_seq_len, 1)

@@ -20,8 +20,8 @@ A decode or verification step has one of three modes (choose_mode):
     not all    any       yes          compiled by torch.compile; without experts, a GPU also captures the result
     not all    any       no           eager
 
-"all": every operation has a kernel for B * T tokens (model.has_kernels_for). The limits are Backend.token_limits of
-ops/backend.py. An eager step uses the kernels of the operations that are within their limit.
+"all" means that every operation has a kernel for B * T tokens (ops/backend.py: Backend.token_limits). An eager step
+uses the kernels of the operations that are within their limit.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -82,12 +82,11 @@ class ModelRunner:
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
 
-    # ---- Prefill. The B sequences are in neighbouring slots of the KV cache, from first_slot on ----
+    # ---- Prefill, of B sequences in neighbouring slots of the KV cache, from first_slot on ----
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Returns the next tokens [B]. uniform [B, 1]: random numbers from draw_uniform, which prefill calls if uniform
-        is None."""
+        """Returns the next tokens [B]. uniform [B, 1]: random numbers, by default from draw_uniform."""
         if uniform is None:
             uniform = next(self.draw_uniform(1, len(tokens)))
         return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos, uniform)
@@ -121,8 +120,8 @@ class ModelRunner:
     # ---- Decoding and verification ----
 
     def decode(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B]: see Step. uniform: as for
-        prefill."""
+        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B], which the next call may
+        overwrite. uniform: as for prefill."""
         if uniform is None:
             uniform = next(self.draw_uniform(1, len(tokens)))
         return self.decode_step(tokens, start_pos, uniform)
@@ -135,7 +134,7 @@ class ModelRunner:
         The host draws the numbers of all steps before the first step, and each step takes its numbers as an input. So
         one captured step serves every generator, and a GPU never waits for a draw.
 
-        generator: a generator on the CPU; None: PyTorch's global one."""
+        generator: a generator on the CPU, by default PyTorch's global one."""
         if self.sampler.params.is_greedy:
             yield from repeat(None, n_steps)
             return
@@ -234,11 +233,11 @@ def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Ca
 
 
 def compile_blocks(model: Transformer, **options) -> Transformer:
-    """Returns a copy of model that shares all weights and whose blocks are compiled. options are torch.compile's. One
-    compilation serves all blocks, since a block's weights are inputs of the compiled graph."""
+    """Returns a copy of model that shares all weights and whose blocks are compiled, with options for torch.compile.
+    One compilation serves all blocks, since a block's weights are inputs of the compiled graph."""
     check_compiler()
     compiled = copy.copy(model)
-    compiled._modules = dict(model._modules)  # copy.copy shares this dict, so setting layers would change model
+    compiled._modules = dict(model._modules)  # copy.copy shares it, so setting layers would change model
     compiled.layers = nn.ModuleList(torch.compile(block, **options) for block in model.layers)
     return compiled
 
@@ -250,8 +249,8 @@ def check_compiler():
 
 
 def can_be_one_graph(model: Transformer) -> bool:
-    """Whether torch.compile can trace the model without a graph break. A mixture of experts breaks the graph if a step
-    has many tokens, since the host reads which experts the tokens need."""
+    """Whether torch.compile can trace the model without a graph break. With many tokens a mixture of experts breaks the
+    graph, since the host reads which experts they need."""
     return model.config.moe is None
 
 

@@ -37,8 +37,8 @@ class Logprobs(NamedTuple):
 
 
 class SequenceUpdate(NamedTuple):
-    """What a step has added to a sequence. The fields are those of Sequence with the same names. In contrast to the
-    sequence, an update does not change in later steps, so another thread may read it."""
+    """What a step has added to a sequence, in fields named as in Sequence. Later steps do not change it, so another
+    thread may read it."""
 
     sequence: "Sequence"
     new_ids: list[int]  # one token, or none if the sequence has failed
@@ -49,23 +49,23 @@ class SequenceUpdate(NamedTuple):
 
 @dataclass(eq=False)
 class Sequence:
-    """dataclasses.replace(sequence) returns a sequence of the same prompt and options, without new tokens."""
+    """A prompt, its options and its new tokens. dataclasses.replace(sequence) gives one without the new tokens."""
 
     prompt_ids: list[int]
     max_new_tokens: int
     params: SamplingParams = GREEDY
     _: KW_ONLY
     prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages; only for reports
-    starts_new_text: bool = False  # True: a chat's answer; False: the text continues that of prompt_ids
-    tokenizer: Tokenizer | None = None  # None: the sequence has no text, and finds no stop strings
+    starts_new_text: bool = False  # as a chat's answer does; otherwise the text continues that of prompt_ids
+    tokenizer: Tokenizer | None = None  # without one, the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
-    seed: int | None = None  # the seed of self.generator; None: PyTorch's global generator
+    seed: int | None = None  # of self.generator, which is PyTorch's global one if seed is None
     # Only a Scheduler uses the next two.
     logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
-    n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
-    # What to do with undecodable trailing bytes and a half-matched stop string when the length limit is reached. True:
-    # keep them for resume. False: flush them (incomplete UTF-8 becomes U+FFFD).
+    n_logprobs: int | None = None  # report log-probabilities, also of that many of the likeliest tokens
+    # Whether undecodable trailing bytes and a half-matched stop string are kept for resume at the length limit.
+    # Otherwise they are flushed (incomplete UTF-8 becomes U+FFFD).
     hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
@@ -91,7 +91,7 @@ class Sequence:
         return build_generator(self.seed)
 
     def append(self, token: int, logprobs: Logprobs | None = None) -> SequenceUpdate:
-        """Adds a new token. Decides whether the sequence ends. A sequence that has ended takes no more tokens."""
+        """Adds a new token, and decides whether the sequence ends. One that has ended takes no more tokens."""
         if self.finish_reason is not None:
             return SequenceUpdate(self, [], "", [], self.finish_reason)
         text, finish_reason = "", None
@@ -192,13 +192,12 @@ def check_seed(seed: int | None):
 
 def build_generator(seed: int | None) -> torch.Generator:
     """Returns a generator of a text's own random numbers, or PyTorch's global one if seed is None. DecodeLoop and
-    Scheduler take one number of float64 from the generator for each new token, so a seed gives one text in both."""
+    Scheduler take one float64 from it for each new token, so a seed gives the same text in both."""
     return torch.default_generator if seed is None else torch.Generator().manual_seed(to_64_bits(seed))
 
 
 def to_64_bits(seed: int) -> int:
-    """Returns a seed as PyTorch takes it. The seed of a user's prompt i, which is the first prompt's seed + i, may need
-    more bits."""
+    """Returns a seed as PyTorch takes it. That of prompt i, which is seed + i, may need more bits."""
     return seed % 2**64
 
 
@@ -209,8 +208,8 @@ def check_stop(stop: tuple[str, ...]):
 
 
 def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, hint: str = ""):
-    """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len. hint:
-    ends the second message."""
+    """Raises UsageError if the prompt is empty, or if it exceeds max_seq_len together with the new tokens. The second
+    message ends with hint."""
     if n_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give some text")
     if n_prompt_tokens + max_new_tokens > max_seq_len:

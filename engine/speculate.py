@@ -49,7 +49,7 @@ IDLE_DECAY = 0.97  # the factor of a step without a proposal
 
 class Proposal(NamedTuple):
     tokens: Tensor  # [k]
-    probs: Tensor | None  # [k, V]: the distribution from which each token was sampled; None: tokens were not sampled
+    probs: Tensor | None  # [k, V]: the distribution from which each token was sampled, None if they were not sampled
 
 
 class Proposer(Protocol):
@@ -66,8 +66,8 @@ class Proposer(Protocol):
 class SpeculativeLoop(DecodeLoop):
     """A DecodeLoop whose steps also verify what proposer proposes. The batch size is 1.
 
-    All random numbers are those of PyTorch's global generators (torch.manual_seed): a seed gives another text than
-    without speculation anyway, since rejection sampling draws other numbers."""
+    Draws from PyTorch's global generators, and ignores generator: rejection sampling uses the numbers differently, so a
+    seed could not give the text of a DecodeLoop anyway."""
 
     def __init__(self, runner: ModelRunner, proposer: Proposer, max_k: int):
         """max_k: the most tokens to propose at a time, --speculate_k."""
@@ -83,7 +83,7 @@ class SpeculativeLoop(DecodeLoop):
     def decode_tokens(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        """Continues token_ids [1, T], as DecodeLoop.decode_tokens does. generator has no effect."""
+        """Continues token_ids [1, T]. The arguments are those of DecodeLoop.decode_tokens."""
         self.n_tokens_per_step.clear()
         ids = token_ids[0].tolist()  # the text so far
         n_left = max_new_tokens
@@ -152,7 +152,7 @@ def rejection_sample(
     needs only one copy to the host.
 
     logits [k + 1, V]: the model's logits after the last token of the text and after each of draft_tokens [k].
-    draft_probs [k, V or fewer]: the distributions from which draft_tokens were sampled; None: they were not sampled.
+    draft_probs [k, V or fewer]: the distributions from which draft_tokens were sampled, None if they were not sampled.
     backend: the backend of the model's head."""
     if draft_probs is None:
         # The model samples a token at each position, and accepts a proposed token that equals the sampled token.
@@ -305,10 +305,10 @@ class DraftModelProposer:
 
 @dataclass(frozen=True)
 class DraftSampler:
-    """The sampler of a draft. Returns a token [1], and the distribution [1, V] of the token unless sampling is greedy.
+    """The sampler of a draft. Returns a token [1], and its distribution [1, V] unless sampling is greedy.
 
-    The repetition penalty is left out. The output stays exact, since verification applies the penalty. But fewer of the
-    draft's tokens are accepted."""
+    It leaves out the repetition penalty. The output stays exact, since verification applies the penalty, but fewer of
+    the draft's tokens are accepted."""
 
     params: SamplingParams
     backend: Backend  # the backend of the draft's head
