@@ -46,7 +46,6 @@ def parse_args(doc: str) -> argparse.Namespace:
     has_prompt = args.prompt is not None or args.prompt_file is not None
     if args.prompt is None:
         args.prompt = DEFAULT_PROMPT
-    # conversation, speculative and sampling_params are no options: several options together make each of them.
     args.conversation = args.interactive or (args.chat and not has_prompt)
     if args.max_new_tokens is None:
         args.max_new_tokens = sys.maxsize if args.conversation else DEFAULT_MAX_NEW_TOKENS
@@ -138,8 +137,8 @@ def check_counts(args: argparse.Namespace):
             check_integer(f"--{name}", value, 1)
     try:
         check_stop(args.stop)
-    except UsageError as e:
-        raise UsageError(f"--{e}") from None
+    except UsageError:
+        raise UsageError("--stop needs a text that is not empty") from None
     check_integer("--seed", args.seed, -(2**63), 2**64 - 1)
 
 
@@ -209,8 +208,7 @@ def build_sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
     """Returns the prompts of --prompt or --prompt_file, each a text or a chat's messages. A conversation has none yet.
-    Raises UsageError for a prompt that is empty or malformed: here and not in to_sequences, since here the model is
-    not loaded yet."""
+    Raises UsageError for a prompt that is empty or malformed, before the model is loaded."""
     if args.conversation:
         return []
     prompts = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
@@ -222,12 +220,11 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
 def to_sequences(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
-    """Returns a Sequence for each of prompts, or one Sequence of --prompt_tokens. Raises UsageError if a prompt cannot
-    be continued, for example because it exceeds the context. With --parallel, the prompt's Sequence has an error
-    instead, unless no prompt can be continued."""
-    eos_ids = () if args.ignore_eos else config.eos_ids
+    """Returns a Sequence for each of prompts, or one of --prompt_tokens. Raises UsageError if a prompt cannot be
+    continued, for example because it exceeds the context. With --parallel, its Sequence has an error instead, unless no
+    prompt can be continued."""
     options = {"params": args.sampling_params, "stop": tuple(args.stop), "n_logprobs": args.logprobs}
-    options["eos_ids"] = eos_ids
+    options["eos_ids"] = () if args.ignore_eos else config.eos_ids
     if args.prompt_tokens:
         check_length(args.prompt_tokens, args.max_new_tokens, config.max_seq_len)
         generator = torch.Generator().manual_seed(args.seed)

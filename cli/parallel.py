@@ -15,9 +15,8 @@ from utils.errors import OutOfMemoryError, UsageError
 
 
 def generate_in_parallel(args: argparse.Namespace, model: Transformer, sequences: list[Sequence], stats: dict):
-    """Runs args.parallel sequences at a time, and prints the results in the order of sequences. If a sequence has or
-    gets an error, all other sequences run, and UsageError is raised at the end. After Ctrl-C, prints the sequences that
-    have ended.
+    """Runs args.parallel sequences at a time, and prints the results in their order. If one has or gets an error, all
+    others run, and UsageError is raised at the end. After Ctrl-C, prints the sequences that have ended.
 
     stats: more fields for --json."""
     try:

@@ -25,8 +25,8 @@ CONVERSATION_LENGTH = 8192  # tokens in the KV cache of a conversation, unless t
 
 
 def load_draft(args: argparse.Namespace, tokenizer: Tokenizer, **load_options) -> Transformer:
-    """Loads the draft model. Raises UsageError if a sample of 1000 tokens differs between the draft's tokenizer and
-    tokenizer, the model's."""
+    """Loads the draft model. Raises UsageError if a sample of 1000 tokens differs between its tokenizer and tokenizer,
+    the model's."""
     sharded = args.draft_tp != "off"
     draft, draft_tokenizer = load(args.draft_checkpoint_path, sharded=sharded, **load_options)
     n_tokens = tokenizer.vocab_size
@@ -83,7 +83,7 @@ def compile_steps(args: argparse.Namespace, loop: DecodeLoop, sequences: list[Se
     a field of --json."""
     start = time.perf_counter()
     if args.compile_prefill:
-        # The length of a conversation's first prompt is unknown. Take a length beyond the kernels', which is compiled.
+        # The length of a conversation's first prompt is unknown. Take one that is too long for the kernels.
         n_prompt_tokens = len(sequences[0].prompt_ids) if sequences else MAX_CPU_TOKENS + 1
         runner = loop.runner
         prompt = torch.zeros(args.batch_size, n_prompt_tokens, dtype=torch.long, device=runner.device)
@@ -95,8 +95,8 @@ def compile_steps(args: argparse.Namespace, loop: DecodeLoop, sequences: list[Se
 
 
 def describe_ranks(runner: ModelRunner) -> dict:
-    """Returns the fields that --json has with several ranks: world_size and communication_share. To measure the latter,
-    runs decode steps at position 0, which the first prompt overwrites."""
+    """Returns the fields that --json has with several ranks: world_size and communication_share. Measures the second by
+    decode steps at position 0, which the first prompt overwrites."""
     if collectives.world_size() == 1:
         return {}
     tokens = torch.zeros(runner.kv_cache.batch_size, 1, dtype=torch.long, device=runner.device)

@@ -67,13 +67,13 @@ def return_logits(logits: Tensor, *_) -> Tensor:
 
 
 class ModelRunner:
-    """The steps of a model with one KV cache."""
+    """The steps of a model with one KV cache. Prefill and decode end with the Sampler of params."""
 
     def __init__(
         self, model: Transformer, kv_cache: KVCache, params: SamplingParams = GREEDY, compile: bool = False,
         compile_prefill: bool = False,
     ):
-        """params: sampling parameters for prefill and decode. compile, compile_prefill: the options of generate.py."""
+        """compile, compile_prefill: the options of generate.py."""
         self.model = model
         self.kv_cache = kv_cache
         self.compile = compile
