@@ -17,10 +17,9 @@ import torch
 from cli import common_args
 from config import ModelConfig
 from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence, build_sequences, check_length, check_stop
+from engine.sequence import Sequence, build_sequences, check_length, check_stop, read_prompt
 from engine.speculate import MAX_SPECULATE_K
 from ops import MAX_TRITON_QUERY_LEN, MAX_TRITON_TOKENS
-from text.chat_template import read_message
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError, check_integer
 from utils.files import ROOT, read_text
@@ -270,14 +269,12 @@ def parse_json_line(line: str, place: str) -> str | list[dict]:
         entry = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise UsageError(f"{place} is not JSON: {e}") from None
-    prompt = None
-    if isinstance(entry, dict) and len(entry.keys() & {"prompt", "messages"}) == 1:
-        prompt = entry.get("prompt", entry.get("messages"))
-    if isinstance(prompt, str) and "prompt" in entry and prompt:
-        return prompt
-    if isinstance(prompt, list) and "messages" in entry and prompt:
-        try:
-            return [read_message(message) for message in prompt]
-        except UsageError as e:
-            raise UsageError(f"{place}: {e}") from None
-    raise UsageError(f'{place} needs {{"prompt": text}} or {{"messages": [{{"role": ..., "content": text}}]}}')
+    types = {"prompt": str, "messages": list}
+    given = [name for name in types if isinstance(entry, dict) and name in entry]
+    prompt = entry[given[0]] if len(given) == 1 else None
+    if not prompt or not isinstance(prompt, types[given[0]]):
+        raise UsageError(f'{place} needs {{"prompt": text}} or {{"messages": [{{"role": ..., "content": text}}]}}')
+    try:
+        return read_prompt(prompt)
+    except UsageError as e:
+        raise UsageError(f"{place}: {e}") from None

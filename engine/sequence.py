@@ -164,25 +164,32 @@ def encode_prompt(
     prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit: str = "the model's context of "
 ) -> list[int]:
     """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
-    UsageError if messages are malformed, if a text is not valid UTF-8, or if the prompt is so long that it must exceed
-    max_seq_len tokens (encoding would take long). limit: what the message calls max_seq_len."""
+    UsageError as read_prompt does, or if the prompt is so long that it must exceed max_seq_len tokens (encoding would
+    take long). limit: what the message calls max_seq_len."""
+    prompt = read_prompt(prompt)
     is_chat = isinstance(prompt, list)
-    if not is_chat and not isinstance(prompt, str):
-        raise UsageError(f"a prompt must be a text or a list of messages, not {prompt!r:.80}")
-    messages = [read_message(message) for message in prompt] if is_chat else []
-    if not is_chat:
-        check_unicode(prompt, "the prompt")
-    for text in [message["content"] for message in messages] if is_chat else [prompt]:
+    for text in [message["content"] for message in prompt] if is_chat else [prompt]:
         if exceeds(tokenizer, text, max_seq_len):
             raise UsageError(f"a prompt of {len(text)} characters exceeds {limit}{max_seq_len} tokens")
     if not prompt:
         return []
     if not is_chat:
         return tokenizer.encode(prompt)
-    parts = tokenizer.split_chat(messages)
+    parts = tokenizer.split_chat(prompt)
     if exceeds(tokenizer, parts, max_seq_len):
-        raise UsageError(f"a chat of {len(messages)} messages exceeds {limit}{max_seq_len} tokens")
+        raise UsageError(f"a chat of {len(prompt)} messages exceeds {limit}{max_seq_len} tokens")
     return tokenizer.encode_parts(parts)
+
+
+def read_prompt(prompt: str | list[dict]) -> str | list[dict]:
+    """Returns a user's prompt: a text as it is, or a chat's messages, as read_message reads them. Raises UsageError if
+    it is neither, or not valid UTF-8."""
+    if isinstance(prompt, list):
+        return [read_message(message) for message in prompt]
+    if not isinstance(prompt, str):
+        raise UsageError(f"a prompt must be a text or a list of messages, not {prompt!r:.80}")
+    check_unicode(prompt, "the prompt")
+    return prompt
 
 
 def check_seed(seed: int | None):
