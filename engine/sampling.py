@@ -30,7 +30,8 @@ class Sampler:
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None) -> Tensor:
         """Returns what draw gives, the same on all ranks.
 
-        logits [B, n, V]: the logits after the last n of tokens [B, T], of which the first is at start_pos [B].
+        logits [B, n, V]: those after the last n of tokens [B, T].
+        start_pos [B]: the position of each sequence's first token.
         inputs: further arguments of draw."""
         logits = apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, self.all_params)
         return collectives.broadcast(self.draw(logits, *inputs))
