@@ -13,14 +13,12 @@
 One prompt: a DecodeLoop, fastest, or a SpeculativeLoop, which is faster still for some texts. Many prompts: the
 Scheduler, which can do more.
 
-Who uses which:
+Who uses which (eval.py scores texts by ModelRunner.prefill_chunks alone):
 
-    LLM.generate         DecodeLoop; with a logits_processor the Scheduler
-    LLM.chat             DecodeLoop
-    LLM.generate_many    Scheduler
-    generate.py          DecodeLoop or SpeculativeLoop; with --parallel or --logprobs the Scheduler
-    scripts/serve.py     Scheduler
-    eval.py              Scheduler for tasks that generate text; scores come from ModelRunner.prefill_chunks alone
+    DecodeLoop         generate.py, LLM.generate, LLM.chat
+    SpeculativeLoop    generate.py with --prompt_lookup or --draft_checkpoint_path
+    Scheduler          generate.py with --parallel or --logprobs, LLM.generate with a logits_processor,
+                       LLM.generate_many, scripts/serve.py, eval.py for tasks that generate text
 
 What differs:
 
