@@ -1,4 +1,4 @@
-"""Generate text from a checkpoint: main loads the model and encodes the prompts, generate_text prints one text.
+"""Generate text from a checkpoint: main loads the model and encodes the prompts, run_loop continues them.
 
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --prompt "Hello" --compile
 
@@ -20,18 +20,19 @@ if __name__ == "__main__":
 import torch
 
 from cli import common_args
-from cli.generate_args import build_sequences, parse_args, read_prompts
+from cli.generate_args import parse_args, read_prompts, to_sequences
 from cli.parallel import generate_in_parallel
 from cli.ranks import process_group
 from cli.report import build_result, print_label, print_result, profiled
 from cli.script import run_script
-from cli.startup import build_loop, compile_steps, describe_ranks, load_draft, required_seq_len
+from cli.startup import compile_steps, describe_ranks, load_draft, required_seq_len, speculative_loop
 from cli.terminal import converse
 from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
 from engine.generation import DecodeLoop, stream_texts
 from engine.sequence import Sequence, to_64_bits
 from llm import LLM
+from model import Transformer
 
 OOM_HINT = "take a quantized checkpoint, fewer --max_new_tokens or a smaller --batch_size"
 
@@ -48,13 +49,21 @@ def main():
     llm = LLM(args.checkpoint_path, compile=args.compile, **load_options)
     stats = {"compile_seconds": 0.0, "load_seconds": time.perf_counter() - start}  # more fields for --json
     draft = load_draft(args, llm.tokenizer, **load_options) if args.draft_checkpoint_path else None
-    sequences = build_sequences(prompts, args, llm.tokenizer, llm.model.config)
+    sequences = to_sequences(prompts, args, llm.tokenizer, llm.model.config)
     if args.parallel:
         generate_in_parallel(args, llm.model, sequences, stats)
-        return
+    else:
+        run_loop(args, llm, draft, sequences, stats)
 
+
+def run_loop(
+    args: argparse.Namespace, llm: LLM, draft: Transformer | None, sequences: list[Sequence], stats: dict
+):
+    """Continues one prompt after another, or has a conversation. stats: more fields for --json."""
     max_seq_len = required_seq_len(args, sequences, llm.model, draft)
-    loop = build_loop(args, llm, max_seq_len, draft)
+    loop = llm.build_loop(args.sampling_params, args.batch_size, max_seq_len, args.compile_prefill)
+    if args.speculative:
+        loop = speculative_loop(args, loop.runner, draft)
     stats |= compile_steps(args, loop, sequences)
     if args.json:
         stats |= describe_ranks(loop.runner)
@@ -63,8 +72,7 @@ def main():
         options = {"system": args.system, "stop": tuple(args.stop)}
         chat = Conversation(llm.tokenizer, loop, max_seq_len, llm.model.config.eos_ids, **options)
         converse(chat, args.max_new_tokens)
-        return
-    for i, sequence in enumerate(sequences, start=1):
+    for i, sequence in enumerate(sequences, start=1):  # a conversation has none
         torch.manual_seed(to_64_bits(sequence.seed))  # as with --parallel: a text does not depend on the prompts before
         samples = []
         for j in range(1, args.num_samples + 1):

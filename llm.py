@@ -5,15 +5,15 @@
         print(piece, end="", flush=True)
     text = "".join(llm.generate("Hello", max_new_tokens=50, temperature=0))  # only this text is greedy
 
-LLM consists of these parts, which also take batches. generate is the loop (engine/generation.py):
+LLM consists of these parts, which also take batches:
 
-    from llm import KVCache, ModelRunner, SamplingParams, generate, load
+    from llm import DecodeLoop, KVCache, ModelRunner, SamplingParams, load
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     prompt = torch.tensor([tokenizer.encode("Hello")])
     kv_cache = KVCache(model, batch_size=1, max_seq_len=prompt.shape[1] + 50)
-    runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8))
-    for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
+    loop = DecodeLoop(ModelRunner(model, kv_cache, SamplingParams(temperature=0.8)))
+    for ids in loop.decode_tokens(prompt, max_new_tokens=50):
         print(tokenizer.decode(ids))
 """
 
@@ -24,26 +24,27 @@ import torch
 
 from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
-from engine.generation import DecodeLoop, generate, stream_texts
+from engine.generation import DecodeLoop, stream_texts
 from engine.runner import ModelRunner
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.scheduler import Scheduler, build_scheduler
-from engine.sequence import LogitsProcessor, Sequence, build_sequence, check_seed
+from engine.sequence import LogitsProcessor, Sequence, build_sequence, build_sequences, check_seed
+from layers.rope import depends_on_length
 from loading import load
 from model import KVCache
 from utils.errors import UsageError, check_integer
 from utils.machine import pick_device
 
-__all__ = ["LLM", "KVCache", "ModelRunner", "SamplingParams", "generate", "load"]
+__all__ = ["LLM", "DecodeLoop", "KVCache", "ModelRunner", "SamplingParams", "load"]
 
 
 class LLM:
-    """A model with a tokenizer: text in, text out. The methods raise UsageError when they are called, and not only when
-    the first text is taken.
+    """A model with a tokenizer: text in, text out. The methods raise UsageError when they are called, not only when the
+    first text is taken.
 
     Sampling draws PyTorch's global random numbers (torch.manual_seed), unless seed is given: then a text has random
-    numbers of its own. One seed gives one text in generate and generate_many. (In 16 bits, prompts of
-    generate_many that share a prefix may round differently.)"""
+    numbers of its own, and one seed gives one text in generate and generate_many. (In 16 bits, prompts of generate_many
+    that share a prefix may round differently.)"""
 
     def __init__(
         self, checkpoint_path: Path | str, device: torch.device | str | None = None,
@@ -68,8 +69,8 @@ class LLM:
         options = {"device": pick_device(device), "dtype": dtype, "use_kernels": use_kernels}
         self.model, self.tokenizer = load(self.checkpoint_path, **options)
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        # The loop of the last text that has ended. The loop's KV cache and captured steps serve the next text. Only one
-        # loop is kept, since a KV cache is large.
+        # The loop of the last text that has ended, whose KV cache and captured steps serve the next text. Only one is
+        # kept, since a KV cache is large.
         self.idle_loop: DecodeLoop | None = None
 
     def generate(
@@ -80,16 +81,17 @@ class LLM:
         strings. A second call may start before the first text has ended: every call has its own KV cache.
 
         prompt: a text, or a chat's messages [{"role": ..., "content": ...}].
-        seed: the seed of the text's own random numbers; None: draw PyTorch's global ones.
+        seed: the seed of the text's own random numbers. Without it, the text draws PyTorch's global ones.
         logits_processor: a function (token ids so far, logits [V]) -> logits [V], called before each token is sampled.
-        sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change.
-
-        With logits_processor a Scheduler runs the text (engine/__init__.py), with a KV cache of its own. Then a GPU
-        waits for the host between two tokens."""
+            A Scheduler then runs the text, with a KV cache of its own, and a GPU waits for the host between tokens.
+        sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change."""
+        config = self.model.config
         options = {"stop": stop, "seed": seed, "logits_processor": logits_processor}
         options["params"] = self.params.override(sampling)
-        sequence = self.build_sequence(prompt, max_new_tokens, self.max_seq_len, **options)
-        return self.stream(sequence) if logits_processor is None else self.stream_with_scheduler(sequence)
+        if self.max_seq_len < config.max_seq_len:
+            options["hint"] = ", which is LLM's max_seq_len; raise it or lower max_new_tokens"
+        sequence = build_sequence(prompt, self.tokenizer, config, max_new_tokens, self.max_seq_len, **options)
+        return self.stream_from_loop(sequence) if logits_processor is None else self.stream_from_scheduler(sequence)
 
     def generate_many(
         self, prompts: list[str | list[dict]], parallel: int = 16, max_new_tokens: int = 200,
@@ -108,21 +110,15 @@ class LLM:
         check_integer("parallel", parallel, 1)
         check_seed(seed)
         options = {"stop": stop, "logits_processor": logits_processor, "params": self.params.override(sampling)}
-        context = self.model.config.max_seq_len
-        sequences = []
-        for i, prompt in enumerate(prompts):
-            options["seed"] = None if seed is None else seed + i
-            try:
-                sequences.append(self.build_sequence(prompt, max_new_tokens, context, **options))
-            except UsageError as e:
-                raise UsageError(f"prompt {i}: {e}") from None
-        return continuations(build_scheduler(self.model, sequences, parallel, self.compile), sequences)
+        sequences = build_sequences(prompts, self.tokenizer, self.model.config, max_new_tokens, seed, **options)
+        for i, sequence in enumerate(sequences):
+            raise_error(i, sequence)
+        return run_all(build_scheduler(self.model, sequences, parallel, self.compile), sequences)
 
     def chat(
         self, system: str | None = None, stop: tuple[str, ...] = (), seed: int | None = None, **sampling
     ) -> Conversation:
-        """Returns a new conversation: see Conversation.answer. The conversation keeps its KV cache until the
-        conversation itself is deleted.
+        """Returns a new conversation: see Conversation.answer. It keeps its KV cache until it is deleted.
 
         system: the system message.
         stop: strings that end an answer. The answer does not contain them.
@@ -135,9 +131,8 @@ class LLM:
     def build_loop(
         self, params: SamplingParams, batch_size: int = 1, max_seq_len: int | None = None, compile_prefill: bool = False
     ) -> DecodeLoop:
-        """Returns a loop with a KV cache of its own, for token ids in and out: see DecodeLoop.
-
-        max_seq_len: the most tokens of a sequence; None: the LLM's max_seq_len."""
+        """Returns a loop with a KV cache of its own, for token ids in and out. max_seq_len: the most tokens of a
+        sequence, by default the LLM's."""
         max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
         check_integer("batch_size", batch_size, 1)
         check_integer("max_seq_len", max_seq_len, 1)
@@ -146,26 +141,14 @@ class LLM:
 
     # ---- What the methods above share ----
 
-    def build_sequence(
-        self, prompt: str | list[dict], max_new_tokens: int, max_seq_len: int, **options
-    ) -> Sequence:
-        """Raises UsageError unless prompt and new tokens fit into max_seq_len. options: fields of Sequence."""
-        config = self.model.config
-        hint = ", which is LLM's max_seq_len; raise it or lower max_new_tokens"
-        options["hint"] = hint if max_seq_len < config.max_seq_len else ""
-        return build_sequence(prompt, self.tokenizer, config, max_new_tokens, max_seq_len, **options)
-
     def take_loop(self, params: SamplingParams) -> DecodeLoop:
-        """Returns a DecodeLoop whose KV cache no text uses."""
-        loop, self.idle_loop = self.idle_loop, None
-        if loop is None:
-            return self.build_loop(params)
-        if loop.runner.sampler.params == params:
-            return loop
-        kv_cache = loop.runner.kv_cache  # fits any params; a captured step contains them
-        return DecodeLoop(ModelRunner(self.model, kv_cache, params, self.compile))
+        """Returns a loop whose KV cache no text uses."""
+        loop, self.idle_loop = self.idle_loop or self.build_loop(params), None
+        if loop.runner.sampler.params != params:  # the cache fits any params, but a captured step contains them
+            loop = DecodeLoop(ModelRunner(self.model, loop.runner.kv_cache, params, self.compile))
+        return loop
 
-    def stream(self, sequence: Sequence) -> Iterator[str]:
+    def stream_from_loop(self, sequence: Sequence) -> Iterator[str]:
         loop = self.take_loop(sequence.params)
         try:
             for (text,) in stream_texts(loop, [sequence], sequence.prompt_ids, generator=sequence.generator):
@@ -174,8 +157,11 @@ class LLM:
         finally:
             self.idle_loop = loop
 
-    def stream_with_scheduler(self, sequence: Sequence) -> Iterator[str]:
-        scheduler = Scheduler(self.model, 1, self.max_seq_len, self.compile)
+    def stream_from_scheduler(self, sequence: Sequence) -> Iterator[str]:
+        length = len(sequence.prompt_ids) + sequence.max_new_tokens
+        if depends_on_length(self.model.config):  # then only a cache of the loop's length gives the loop's text
+            length = self.max_seq_len
+        scheduler = Scheduler(self.model, 1, length, self.compile)
         scheduler.submit(sequence)
         while scheduler.has_unfinished_sequences():
             for update in scheduler.step():
@@ -185,8 +171,12 @@ class LLM:
                     yield update.text
 
 
-def continuations(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
+def run_all(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[tuple[int, str]]:
     for i, sequence in scheduler.run(sequences):
-        if sequence.error:
-            raise UsageError(f"prompt {i}: {sequence.error}")
+        raise_error(i, sequence)
         yield i, sequence.text
+
+
+def raise_error(i: int, sequence: Sequence):
+    if sequence.error:
+        raise UsageError(f"prompt {i}: {sequence.error}")

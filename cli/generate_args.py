@@ -17,10 +17,9 @@ import torch
 from cli import common_args
 from config import ModelConfig
 from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence, build_sequence, check_length
-from engine.speculate import MAX_DRAFT_TOKENS
+from engine.sequence import Sequence, build_sequences, check_length, check_stop, read_prompt
+from engine.speculate import MAX_SPECULATE_K
 from layers.backend import MAX_TRITON_QUERY_LEN, MAX_TRITON_TOKENS
-from text.chat_template import read_message
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError, check_integer
 from utils.files import ROOT, read_text
@@ -46,7 +45,6 @@ def parse_args(doc: str) -> argparse.Namespace:
     has_prompt = args.prompt is not None or args.prompt_file is not None
     if args.prompt is None:
         args.prompt = DEFAULT_PROMPT
-    # conversation, speculative and sampling_params are no options: several options together make each of them.
     args.conversation = args.interactive or (args.chat and not has_prompt)
     if args.max_new_tokens is None:
         args.max_new_tokens = sys.maxsize if args.conversation else DEFAULT_MAX_NEW_TOKENS
@@ -136,8 +134,10 @@ def check_counts(args: argparse.Namespace):
     for name in ("num_samples", "max_new_tokens", "batch_size", "prompt_tokens", "speculate_k", "parallel"):
         if (value := getattr(args, name)) is not None:
             check_integer(f"--{name}", value, 1)
-    if "" in args.stop:
-        raise UsageError("--stop needs a text that is not empty")
+    try:
+        check_stop(args.stop)
+    except UsageError:
+        raise UsageError("--stop needs a text that is not empty") from None
     check_integer("--seed", args.seed, -(2**63), 2**64 - 1)
 
 
@@ -166,8 +166,8 @@ def check_speculation(args: argparse.Namespace):
         raise UsageError(f"--prompt_lookup looks for at least 2 tokens, not {args.prompt_lookup}")
     for name in ("speculate_k", "prompt_lookup"):
         value = getattr(args, name)
-        if value is not None and value > MAX_DRAFT_TOKENS:
-            raise UsageError(f"--{name} must be at most {MAX_DRAFT_TOKENS}, not {value}")
+        if value is not None and value > MAX_SPECULATE_K:
+            raise UsageError(f"--{name} must be at most {MAX_SPECULATE_K}, not {value}")
 
 
 def check_parallel(args: argparse.Namespace):
@@ -207,8 +207,7 @@ def build_sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
     """Returns the prompts of --prompt or --prompt_file, each a text or a chat's messages. A conversation has none yet.
-    Raises UsageError for a prompt that is empty or malformed: here and not in build_sequences, since here the model is
-    not loaded yet."""
+    Raises UsageError for a prompt that is empty or malformed, before the model is loaded."""
     if args.conversation:
         return []
     prompts = read_prompt_file(args.prompt_file) if args.prompt_file else [args.prompt]
@@ -217,30 +216,21 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
     return [with_chat_options(prompt, args) for prompt in prompts]
 
 
-def build_sequences(
+def to_sequences(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
-    """Returns a Sequence for each of prompts, or one Sequence of --prompt_tokens. Raises UsageError if a prompt cannot
-    be continued, for example because it exceeds the context. With --parallel, the prompt's Sequence has an error
-    instead, unless no prompt can be continued."""
-    eos_ids = () if args.ignore_eos else config.eos_ids
+    """Returns a Sequence for each of prompts, or one of --prompt_tokens. Raises UsageError if a prompt cannot be
+    continued, for example because it exceeds the context. With --parallel, its Sequence has an error instead, unless no
+    prompt can be continued."""
     options = {"params": args.sampling_params, "stop": tuple(args.stop), "n_logprobs": args.logprobs}
-    options["eos_ids"] = eos_ids
+    options["eos_ids"] = () if args.ignore_eos else config.eos_ids
     if args.prompt_tokens:
         check_length(args.prompt_tokens, args.max_new_tokens, config.max_seq_len)
         generator = torch.Generator().manual_seed(args.seed)
         ids = torch.randint(config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
         options |= {"prompt": tokenizer.decode(ids), "tokenizer": tokenizer, "seed": args.seed}
         return [Sequence(ids, args.max_new_tokens, **options)]
-    sequences = []
-    for i, prompt in enumerate(prompts):
-        seed = args.seed + i  # every prompt has random numbers of its own
-        try:
-            sequence = build_sequence(prompt, tokenizer, config, args.max_new_tokens, seed=seed, **options)
-        except UsageError as e:
-            sequence = Sequence([], args.max_new_tokens, prompt=prompt)
-            sequence.fail(str(e))
-        sequences.append(sequence)
+    sequences = build_sequences(prompts, tokenizer, config, args.max_new_tokens, args.seed, **options)
     failed = [i for i, sequence in enumerate(sequences) if sequence.error]
     if failed and (args.parallel is None or len(failed) == len(sequences)):
         number = f"prompt {failed[0] + 1}: " if len(sequences) > 1 else ""
@@ -279,14 +269,12 @@ def parse_json_line(line: str, place: str) -> str | list[dict]:
         entry = json.loads(line)
     except (ValueError, RecursionError) as e:
         raise UsageError(f"{place} is not JSON: {e}") from None
-    prompt = None
-    if isinstance(entry, dict) and len(entry.keys() & {"prompt", "messages"}) == 1:
-        prompt = entry.get("prompt", entry.get("messages"))
-    if isinstance(prompt, str) and "prompt" in entry and prompt:
-        return prompt
-    if isinstance(prompt, list) and "messages" in entry and prompt:
-        try:
-            return [read_message(message) for message in prompt]
-        except UsageError as e:
-            raise UsageError(f"{place}: {e}") from None
-    raise UsageError(f'{place} needs {{"prompt": text}} or {{"messages": [{{"role": ..., "content": text}}]}}')
+    types = {"prompt": str, "messages": list}
+    given = [name for name in types if isinstance(entry, dict) and name in entry]
+    prompt = entry[given[0]] if len(given) == 1 else None
+    if not prompt or not isinstance(prompt, types[given[0]]):
+        raise UsageError(f'{place} needs {{"prompt": text}} or {{"messages": [{{"role": ..., "content": text}}]}}')
+    try:
+        return read_prompt(prompt)
+    except UsageError as e:
+        raise UsageError(f"{place}: {e}") from None

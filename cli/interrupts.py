@@ -44,10 +44,10 @@ def raise_exit(signum, frame) -> NoReturn:
 @contextlib.contextmanager
 def raise_on_interrupt() -> Iterator[None]:
     """Makes Ctrl-C raise KeyboardInterrupt, and SIGTERM and SIGHUP raise SystemExit, within this context. Does nothing
-    in a process that ignores SIGINT (nohup) or leaves SIGINT to the system (torchrun's ranks).
+    in a process that ignores SIGINT (nohup) or leaves it to the system (torchrun's ranks).
 
-    After an interrupt torch.save raises a RuntimeError, since torch.save closes its file and finds the file too short.
-    Then the interrupt is raised again."""
+    After an interrupt torch.save raises a RuntimeError, since it closes its file and finds it too short. Then the
+    interrupt is raised again."""
     if not callable(signal.getsignal(signal.SIGINT)):
         yield
         return

@@ -15,9 +15,8 @@ from utils.errors import OutOfMemoryError, UsageError
 
 
 def generate_in_parallel(args: argparse.Namespace, model: Transformer, sequences: list[Sequence], stats: dict):
-    """Runs args.parallel sequences at a time, and prints the results in the order of sequences. If a sequence has or
-    gets an error, all other sequences run, and UsageError is raised at the end. After Ctrl-C, prints the sequences that
-    have ended.
+    """Runs args.parallel sequences at a time, and prints the results in their order. If one has or gets an error, all
+    others run, and UsageError is raised at the end. After Ctrl-C, prints the sequences that have ended.
 
     stats: more fields for --json."""
     try:
@@ -62,5 +61,5 @@ def print_json(args: argparse.Namespace, model: Transformer, scheduler: Schedule
         return
     result = build_result(args, model, scheduler.kv_cache, samples=[[sequence]]) | stats | {"seed": sequence.seed}
     if args.logprobs is not None:
-        result["logprobs"] = [[logprobs._asdict() for logprobs in sequence.logprobs]]
+        result["logprobs"] = [[{"token": one.logprob, "top": one.top} for one in sequence.logprobs]]
     print_result(args, result, model)

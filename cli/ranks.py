@@ -60,8 +60,8 @@ def silence(errors: io.StringIO) -> Iterator[None]:
 
 
 def wait_for_rank_0(errors: str):
-    """Lets rank 0 print its error before any rank exits. Rank 0 prints, then calls this function, for which the other
-    ranks wait. Without an error rank 0 never calls this function, so another rank prints errors after 5 s."""
+    """Lets rank 0 print its error before any rank exits. It prints, and then calls this function, for which the other
+    ranks wait. Without an error of its own it never does, so another rank prints errors after 5 s."""
     store = dist.distributed_c10d._get_default_store()  # the key-value store that all ranks share
     if dist.get_rank() == 0:
         store.set("rank 0 has printed", "")
@@ -98,8 +98,8 @@ def communication_share(step: Callable[[], Tensor]) -> float | None:
         seconds = time_steps(step)
         spent = collective_seconds.total() - before
         return spent / seconds if spent else None
-    # The profiler also sees the collectives in a graph. On a CPU, the profiler would print lines of its own, and its
-    # thread calls getenv, which crashes if another thread sets an environment variable.
+    # The profiler also sees the collectives in a graph. On a CPU, it would print lines of its own, and its thread calls
+    # getenv, which crashes if another thread sets an environment variable.
     with torch.autograd.profiler.profile(use_device=device_type) as profile:
         seconds = time_steps(step)
     events = [event for event in profile.key_averages() if re.search("nccl|one_shot", event.key)]

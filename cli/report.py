@@ -14,8 +14,8 @@ import torch
 
 import collectives
 from cli.ranks import rank_path
+from engine.runner import active_weight_bytes, step_bytes
 from engine.sequence import Sequence
-from engine.step_bytes import active_weight_bytes, step_bytes
 from model import KVCache, Transformer
 from utils.errors import UsageError
 from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
@@ -28,7 +28,7 @@ def build_result(
     """Returns the fields of --json's object that differ between prompts. The bandwidth is the model's, without a draft.
 
     samples: each sample is a batch of sequences of the same prompt.
-    accept_counts: how many steps accepted 0, 1 ... proposed tokens; None: without speculation."""
+    accept_counts: how many steps accepted 0, 1 ... proposed tokens, or None without speculation."""
     longest = [max(batch, key=lambda sequence: len(sequence.new_ids)) for batch in samples]
     last_batch, last = samples[-1], longest[-1]
     # Token 0 comes from prefill, all others from decode steps.
@@ -86,9 +86,9 @@ def tokens_read(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: b
 
 @lru_cache(maxsize=1)
 def measured_bandwidth(model: Transformer) -> float | None:
-    """Measures once at how many bytes per second the machine reads memory. A CPU is measured with the weights that
-    every step reads, all but experts. Returns None if the processor's caches hold half of these weights, or if there is
-    too little memory for the measurement."""
+    """Measures once at how many bytes per second the machine reads memory: a CPU with the weights that every step
+    reads, which are all but experts. Returns None if its caches hold half of these weights, or if there is too little
+    memory for the measurement."""
     device = model.device
     linears = (linear for _, linear in model.quantizable_linears() if linear.n_experts is None)
     try:
@@ -140,8 +140,8 @@ def print_summary(result: dict, model: Transformer):
 
 
 def print_label(numbers: list[tuple[str, int, int]]):
-    """Prints which prompt, sample and sequence the next text belongs to. numbers: ("prompt", 2, 3) is prompt 2 of 3.
-    ("sample", 1, 1) is not printed, since there is only one sample."""
+    """Prints which prompt, sample and sequence the next text belongs to. numbers: ("prompt", 2, 3) is prompt 2 of 3. A
+    prompt, sample or sequence that is the only one is left out."""
     several = [f"{what} {number}" for what, number, n in numbers if n > 1]
     if several:
         print(f"--- {', '.join(several)}", flush=True)

@@ -18,9 +18,8 @@ from utils.errors import OutOfMemoryError, UsageError
 
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
 
-# oneDNN, and PyTorch's layer above oneDNN, cache a compiled matrix product for every number of tokens that occurs. A
-# product takes 0.3 to 1 MB, and by default 1024 of them are cached. These environment variables lower that number, and
-# must be set before the first product.
+# oneDNN, and PyTorch's layer above it, cache a compiled matrix product for every number of tokens that occurs: 1024 by
+# default, of 0.3 to 1 MB each. These environment variables lower that number, and must be set before the first product.
 MATMUL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MATMUL_CACHE_SIZE = "128"
 
@@ -50,8 +49,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
         exit_interrupted()
     except Exception as e:
         if isinstance(e, OSError):
-            # Python flushes stdout at exit. After an error of stdout a flush would fail again. So /dev/null takes the
-            # rest of stdout.
+            # Python flushes stdout at exit, which would fail again if stdout has failed. So /dev/null takes the rest.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):
             return

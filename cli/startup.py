@@ -16,7 +16,6 @@ from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeLoop
 from layers.backend import MAX_CPU_TOKENS, TRITON_BACKEND
-from llm import LLM
 from loading import load
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
@@ -26,8 +25,8 @@ CONVERSATION_LENGTH = 8192  # tokens in the KV cache of a conversation, unless t
 
 
 def load_draft(args: argparse.Namespace, tokenizer: Tokenizer, **load_options) -> Transformer:
-    """Loads the draft model. Raises UsageError if a sample of 1000 tokens differs between the draft's tokenizer and
-    tokenizer, the model's."""
+    """Loads the draft model. Raises UsageError if a sample of 1000 tokens differs between its tokenizer and tokenizer,
+    the model's."""
     sharded = args.draft_tp != "off"
     draft, draft_tokenizer = load(args.draft_checkpoint_path, sharded=sharded, **load_options)
     n_tokens = tokenizer.vocab_size
@@ -59,17 +58,13 @@ def required_seq_len(
     return longest + args.max_new_tokens
 
 
-def build_loop(args: argparse.Namespace, llm: LLM, max_seq_len: int, draft: Transformer | None) -> DecodeLoop:
-    """Returns the loop. With speculation the draft model proposes tokens, or prompt lookup if draft is None."""
-    plain = llm.build_loop(args.sampling_params, args.batch_size, max_seq_len, args.compile_prefill)
-    if not args.speculative:
-        return plain
-    runner = plain.runner
+def speculative_loop(args: argparse.Namespace, runner: ModelRunner, draft: Transformer | None) -> SpeculativeLoop:
+    """Returns a loop in which the draft model proposes tokens, or prompt lookup if draft is None."""
     warn_without_kernels(args.speculate_k, runner.model)
     if draft is None:
         proposer: Proposer = NgramProposer(args.prompt_lookup, runner.device)
     else:
-        draft_cache = KVCache(draft, 1, max_seq_len)
+        draft_cache = KVCache(draft, 1, runner.kv_cache.max_seq_len)
         proposer = DraftModelProposer(ModelRunner(draft, draft_cache, args.sampling_params, args.compile), runner.model)
     return SpeculativeLoop(runner, proposer, args.speculate_k)
 
@@ -88,7 +83,7 @@ def compile_steps(args: argparse.Namespace, loop: DecodeLoop, sequences: list[Se
     a field of --json."""
     start = time.perf_counter()
     if args.compile_prefill:
-        # The length of a conversation's first prompt is unknown. Take a length beyond the kernels', which is compiled.
+        # The length of a conversation's first prompt is unknown. Take one that is too long for the kernels.
         n_prompt_tokens = len(sequences[0].prompt_ids) if sequences else MAX_CPU_TOKENS + 1
         runner = loop.runner
         prompt = torch.zeros(args.batch_size, n_prompt_tokens, dtype=torch.long, device=runner.device)
@@ -100,8 +95,8 @@ def compile_steps(args: argparse.Namespace, loop: DecodeLoop, sequences: list[Se
 
 
 def describe_ranks(runner: ModelRunner) -> dict:
-    """Returns the fields that --json has with several ranks: world_size and communication_share. To measure the latter,
-    runs decode steps at position 0, which the first prompt overwrites."""
+    """Returns the fields that --json has with several ranks: world_size and communication_share. Measures the second by
+    decode steps at position 0, which the first prompt overwrites."""
     if collectives.world_size() == 1:
         return {}
     tokens = torch.zeros(runner.kv_cache.batch_size, 1, dtype=torch.long, device=runner.device)

@@ -102,9 +102,9 @@ class ChatCommands:
             print_note(" ".join(str(e).split()))
 
     def next_line(self, read: Reader) -> str | None:
-        """Returns the next line, or None after the last line. Only rank 0 calls this method, and sends the line to all
-        ranks. Since only rank 0 may touch files, this method carries out /save itself. In a /load, it replaces the
-        file's name by the file's contents."""
+        """Returns the next line, or None after the last. Only rank 0 calls this method, and sends the line to all
+        ranks. Since only rank 0 may touch files, it carries out /save here, and replaces the file's name in a /load by
+        the file's contents."""
         self.has_read = True
         while (line := read()) is not None:
             command, argument = parse(line)
@@ -155,8 +155,8 @@ class ChatCommands:
             self.stream_answer(lambda: conversation.answer(argument, self.max_new_tokens))
 
     def stream_answer(self, start: Callable[[], Iterator[str]]):
-        """Prints the answer that start() begins, piece by piece, and then a note on the answer's end. Ctrl-C ends the
-        answer, but not the conversation."""
+        """Prints the answer that start() begins, piece by piece, and then a note on its end. Ctrl-C stops only the
+        answer."""
         conversation = self.conversation
         is_stopped = False
         try:
@@ -217,8 +217,8 @@ def is_terminal(stream) -> bool:
 
 @contextlib.contextmanager
 def hold_typing(is_canonical: bool) -> Iterator[None]:
-    """Hides what the user types within this context. The terminal keeps the typed text for the next Reader: as lines,
-    which the terminal edits itself, in canonical mode; otherwise as keys for prompt_toolkit."""
+    """Hides what the user types within this context. The terminal keeps it for the next Reader: in canonical mode as
+    lines, which the terminal edits itself, otherwise as keys for prompt_toolkit."""
     import termios  # here, since only a conversation on a terminal needs this module
 
     before, held = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
@@ -275,7 +275,7 @@ def read_line() -> str | None:
     while sys.stdin is not None:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        # sys.stdin.readline would read ahead to decode, and print_unread would miss the lines that were read ahead.
+        # sys.stdin.readline would read ahead to decode, and print_unread would miss those lines.
         line = sys.stdin.buffer.readline()
         if not line:
             break
@@ -298,7 +298,7 @@ def print_unread():
     with contextlib.suppress(OSError):  # sys.stdin may be an object without a file descriptor
         os.set_blocking(pipe.fileno(), False)
     n = sum(bool(line.strip()) for line in (pipe.read() or b"").splitlines())
-    at_least = "at least " if pipe.read() is None else ""  # None: the pipe's writer has not closed the pipe
+    at_least = "at least " if pipe.read() is None else ""  # None means that the writer has not closed the pipe
     with contextlib.suppress(OSError):
         os.set_blocking(pipe.fileno(), True)
     if n:

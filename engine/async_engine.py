@@ -23,18 +23,18 @@ class GenerationError(RuntimeError):
 
 class AsyncEngine:
     """Computes the sequences of several callers together. Only self.thread uses the scheduler, which changes sequences
-    in every step. So a caller reads a sequence only when the sequence has ended, and until then the updates."""
+    in every step. So a caller reads a sequence only when it has ended, and until then its updates."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        # A new thread begins with device 0 as its current device, so initializer sets the scheduler's device.
+        # A new thread begins on device 0, so the initializer sets the scheduler's device.
         self.thread = ThreadPoolExecutor(1, initializer=pick_device, initargs=(str(scheduler.kv_cache.device),))
         self.inboxes: dict[Sequence, list[SequenceUpdate]] = {}  # where the caller of a sequence receives updates
         self.step_task: asyncio.Task | None = None  # the newest step, for which all callers wait
 
     async def generate(self, sequences: list[Sequence]) -> AsyncIterator[list[SequenceUpdate]]:
-        """Yields the updates after each step, until all sequences have ended. If the caller stops early, the slots
-        of sequences become free. Raises GenerationError if one of sequences fails."""
+        """Yields the updates after each step, until all sequences have ended. If the caller stops early, their slots
+        become free. Raises GenerationError if a sequence fails."""
         inbox: list[SequenceUpdate] = []
         n_left = len(sequences)
         try:
@@ -65,5 +65,5 @@ class AsyncEngine:
             traceback.print_exc()
             updates = [sequence.fail(str(e)) for sequence in self.inboxes]
         for update in updates:
-            if update.sequence in self.inboxes:  # the sequence's caller has not stopped
+            if update.sequence in self.inboxes:  # its caller has not stopped
                 self.inboxes[update.sequence].append(update)

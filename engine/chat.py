@@ -5,8 +5,8 @@
         print(piece, end="", flush=True)
 
 In every turn the checkpoint's chat template writes out the whole conversation. The KV cache still holds the tokens of
-earlier turns. So the model computes only from the first token that differs from the cached tokens. When the context is
-nearly full, the oldest messages are dropped.
+earlier turns, so the model computes only from the first token that differs. When the context is nearly full, the oldest
+messages are dropped.
 """
 
 import sys
@@ -15,9 +15,8 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
 from engine.generation import DecodeLoop, stream_texts
-from engine.sequence import Sequence, build_generator, check_seed, check_stop
+from engine.sequence import Sequence, build_generator, check_seed, check_stop, exceeds
 from text.chat_template import read_message
-from text.length import exceeds
 from text.tokenizer import Tokenizer, common_prefix_length
 from utils.errors import UsageError, check_integer
 
@@ -33,8 +32,8 @@ class ContextFull(UsageError):
 
 
 class Conversation:
-    """A chat's messages, and the answer that is being generated. A conversation has one answer at a time: a call that
-    begins an answer or changes the messages ends an earlier answer, as if the earlier answer's caller had stopped."""
+    """A chat's messages, and the answer that is being generated. There is one answer at a time: a call that begins an
+    answer or changes the messages ends an earlier one, as if its caller had stopped."""
 
     def __init__(
         self, tokenizer: Tokenizer, loop: DecodeLoop, max_seq_len: int, eos_ids: Collection[int],
@@ -45,8 +44,8 @@ class Conversation:
         max_seq_len: how many tokens the KV cache of loop holds.
         system: the system message.
         stop: strings that end an answer. The answer does not contain them.
-        seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i; None:
-            all draw from PyTorch's global generator."""
+        seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i. Without
+            a seed, all draw from PyTorch's global generator."""
         check_stop(stop)
         check_seed(seed)
         self.tokenizer = tokenizer
@@ -58,9 +57,9 @@ class Conversation:
         self.system: list[dict] = []  # the system message, or nothing
         self.messages: list[dict] = []  # the user's and the model's, in turn
         self.sequence: Sequence | None = None  # the last answer
-        self.finish_reason: str | None = None  # why the last answer ended: "stop" or one of RESUMABLE; None: no answer
-        # The iterator of the last answer. A strong reference would be a cycle, which keeps the KV cache of an unused
-        # conversation in memory until Python's next garbage collection.
+        self.finish_reason: str | None = None  # why the last answer ended, if there is one: "stop" or one of RESUMABLE
+        # The iterator of the last answer. A strong reference would be a cycle: the KV cache of an unused conversation
+        # would stay in memory until Python's next garbage collection.
         self.running: weakref.ref[Iterator[str]] | None = None
         self.n_dropped = 0  # how many messages were dropped to make room for the last answer
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the KV cache
@@ -74,20 +73,19 @@ class Conversation:
 
     @property
     def token_times(self) -> list[float]:
-        """The times at which the tokens of the last answer arrived, end token included. After continue_answer, only the
-        times of the new tokens."""
+        """When the tokens of the last answer arrived, end token included. After continue_answer, only the new ones."""
         return self.sequence.token_times if self.sequence else []
 
     def encode(self, message: str, earlier: list[dict] | None = None) -> list[int]:
-        """Returns the token ids of the conversation with one more message. earlier: the messages before message; None
-        means self.messages."""
+        """Returns the token ids of the conversation with one more message. earlier: the messages before it, by default
+        self.messages."""
         earlier = self.messages if earlier is None else earlier
         return self.tokenizer.encode_chat([*self.system, *earlier, {"role": "user", "content": message}])
 
     def answer(self, message: str, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
         """Yields the answer to message, piece by piece, until the context is full. Raises ContextFull if message alone
-        does not fit. If the caller stops early, the conversation keeps the part of the answer that has been generated.
-        Without any part of an answer, the conversation drops the message."""
+        does not fit. If the caller stops early, the conversation keeps what has been generated, or drops the message if
+        that is nothing."""
         check_integer("max_new_tokens", max_new_tokens, 1)
         message = read_message({"role": "user", "content": message})["content"]
         self.end_answer()
@@ -99,8 +97,8 @@ class Conversation:
         return self.start_answer(sequence, ids, new_messages)
 
     def continue_answer(self, max_new_tokens: int = sys.maxsize) -> Iterator[str]:
-        """Continues the last answer, and yields the new text piece by piece. Raises ContextFull if the answer fills the
-        whole context, and UsageError if the answer was not cut."""
+        """Continues the last answer, and yields the new text piece by piece. Raises ContextFull if it fills the whole
+        context, and UsageError if it was not cut."""
         check_integer("max_new_tokens", max_new_tokens, 1)
         self.end_answer()
         if not self.messages or self.finish_reason not in RESUMABLE:
@@ -111,12 +109,12 @@ class Conversation:
         return self.start_answer(self.sequence, ids, [])
 
     def start_answer(self, sequence: Sequence, ids: list[int], new_messages: list[dict]) -> Iterator[str]:
-        pieces = self.stream(sequence, ids, new_messages)
+        pieces = self.stream_answer(sequence, ids, new_messages)
         self.running = weakref.ref(pieces)
         return pieces
 
     def end_answer(self):
-        """Ends the answer that is being generated, as if the caller of the answer had stopped."""
+        """Ends the answer that is being generated, as if its caller had stopped."""
         if self.running is not None and (pieces := self.running()) is not None:
             pieces.close()
 
@@ -148,10 +146,9 @@ class Conversation:
         del self.messages[: self.n_dropped]
         return ids
 
-    def stream(self, sequence: Sequence, ids: list[int], new_messages: list[dict]) -> Iterator[str]:
-        """Adds new_messages to the conversation. Then yields the text that follows ids, and appends the text to the
-        last message. If the limit of new tokens cuts the answer within a character, the character follows after
-        continue_answer."""
+    def stream_answer(self, sequence: Sequence, ids: list[int], new_messages: list[dict]) -> Iterator[str]:
+        """Adds new_messages to the conversation. Then yields the text that follows ids, and appends it to the last
+        message. If the limit of new tokens cuts a character, the whole character follows after continue_answer."""
         self.sequence = sequence
         # Compute at least the last token, since only a token that is computed gives logits.
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
@@ -166,7 +163,7 @@ class Conversation:
             self.next_seed += 1
         try:
             for (piece,) in stream_texts(self.loop, [sequence], ids, n_cached, generator):
-                # The newest token is not in the cache: the model takes that token as input only in the next step.
+                # The newest token is not in the cache: the model takes it as input only in the next step.
                 self.cached_ids += not_cached
                 not_cached = sequence.new_ids[-1:]
                 answer["content"] = sequence.text
@@ -181,7 +178,7 @@ class Conversation:
                 del self.messages[-2:]
 
     def drop_oldest(self) -> list[dict]:
-        """Drops the oldest message and the answer to it. Returns both."""
+        """Drops the oldest message and its answer. Returns both."""
         self.end_answer()
         dropped = self.messages[:2]
         del self.messages[:2]
@@ -196,10 +193,10 @@ class Conversation:
         return [*self.system, *self.messages]
 
     def load(self, messages: list[dict]):
-        """Replaces all messages, system message included, with messages in the form of to_list. Raises UsageError and
-        changes nothing if messages are no conversation, or if the chat template refuses messages."""
+        """Replaces all messages, system message included, with those that to_list returned. Raises UsageError and
+        changes nothing if they are no conversation, or if the chat template refuses them."""
         messages = check_messages(messages)
-        # Only rendering shows whether a template accepts messages. A template may need a user's message at the end.
+        # Only rendering shows whether a template accepts them. It may need a user's message at the end.
         self.tokenizer.render_chat([*messages, {"role": "user", "content": "Hello"}], add_generation_prompt=True)
         self.end_answer()
         n_system = len(messages) % 2
@@ -208,7 +205,7 @@ class Conversation:
 
 
 def check_messages(messages) -> list[dict]:
-    """Returns a copy of messages. Raises UsageError if messages are no conversation."""
+    """Returns a copy of messages. Raises UsageError if they are no conversation."""
     if not isinstance(messages, list):
         raise UsageError('A conversation is a list of {"role": ..., "content": text}.')
     copy = [read_message(message) for message in messages]

@@ -1,13 +1,12 @@
 """The loop of generation: a prompt to new tokens, with one decode step per token.
 
-    runner = ModelRunner(model, kv_cache, params)  # runner.py
-    for ids in generate(runner, prompt, n_cached=0, max_new_tokens=50):
+    loop = DecodeLoop(ModelRunner(model, kv_cache, params))  # runner.py
+    for ids in loop.decode_tokens(prompt, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-generate is the loop. A DecodeLoop is the loop bound to a runner, and stream_texts goes from its tokens to text.
-engine/__init__.py compares the loop with the Scheduler.
+stream_texts goes from the tokens to text. engine/__init__.py compares the loop with the Scheduler.
 
-Shapes: B sequences, T new tokens per sequence.
+Shapes: B sequences, T tokens of a prompt.
 """
 
 from collections.abc import Iterator
@@ -19,41 +18,75 @@ from engine.runner import ModelRunner, check_sampled_ids
 from engine.sequence import Sequence
 
 
-def generate(
-    runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
-) -> Iterator[list[int]]:
-    """Yields the next token of each sequence, max_new_tokens times. The KV cache already holds n_cached tokens before
-    prompt [B, T]. The cache must have room for n_cached + T + max_new_tokens - 1 tokens. Raises UsageError if logits
-    are not finite. generator: as in ModelRunner.draw_uniform."""
-    steps = run_steps(runner, prompt, n_cached, max_new_tokens, generator)
-    if prompt.is_cuda:
-        steps = read_one_step_later(steps)
-    for tokens in steps:
-        yield check_sampled_ids(tokens.tolist())
+class DecodeLoop:
+    """Continues a text with a decode step for every token. SpeculativeLoop (speculate.py) is a DecodeLoop whose steps
+    also verify proposals."""
 
+    def __init__(self, runner: ModelRunner):
+        self.runner = runner
 
-def run_steps(
-    runner: ModelRunner, prompt: Tensor, n_cached: int, max_new_tokens: int, generator: torch.Generator | None
-) -> Iterator[Tensor]:
-    """Runs prefill, then the decode steps. Yields each step's tokens [B] on the device. The next step may overwrite the
-    tokens, which may be a static buffer of a captured graph."""
-    start_pos = torch.full(prompt.shape[:1], n_cached, device=prompt.device)
-    uniforms = runner.draw_uniform(max_new_tokens, len(prompt), generator)
-    tokens = runner.prefill(prompt, start_pos, next(uniforms))
-    start_pos = start_pos + prompt.shape[1]
-    yield tokens
-    for uniform in uniforms:
-        # Token -1 stands for logits that are not finite. On a GPU this step starts before the host has checked the
-        # tokens, and the embedding has no row -1, so clamp the tokens.
-        tokens = runner.decode(tokens[:, None].clamp(min=0), start_pos, uniform)
-        start_pos = start_pos + 1
+    def run_steps(
+        self, token_ids: Tensor, max_new_tokens: int, n_cached: int, generator: torch.Generator | None
+    ) -> Iterator[Tensor]:
+        """Yields the tokens [B] of prefill and of each decode step, on the device. The next step may overwrite them,
+        since they may be a static buffer of a captured graph."""
+        prompt = token_ids[:, n_cached:].to(self.runner.device)
+        start_pos = torch.full((len(prompt),), n_cached, device=prompt.device)
+        uniforms = self.runner.draw_uniform(max_new_tokens, len(prompt), generator)
+        tokens = self.runner.prefill(prompt, start_pos, next(uniforms))
+        start_pos = start_pos + prompt.shape[1]
         yield tokens
+        for uniform in uniforms:
+            # On a GPU this step starts before the host has checked the tokens, and the embedding has no INVALID_TOKEN.
+            tokens = self.runner.decode(tokens[:, None].clamp(min=0), start_pos, uniform)
+            start_pos = start_pos + 1
+            yield tokens
+
+    def decode_tokens(
+        self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
+    ) -> Iterator[list[int]]:
+        """Continues token_ids [B, T], of which the KV cache already holds the first n_cached of each sequence. Yields
+        the next token of each sequence, max_new_tokens times. The cache must have room for T + max_new_tokens - 1
+        tokens. Raises UsageError if logits are not finite. generator: as in ModelRunner.draw_uniform."""
+        steps = self.run_steps(token_ids, max_new_tokens, n_cached, generator)
+        if self.runner.device.type == "cuda":
+            steps = read_one_step_later(steps)
+        for tokens in steps:
+            yield check_sampled_ids(tokens.tolist())
+
+    @torch.inference_mode()
+    def warm_up(self, max_new_tokens: int):
+        """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
+        Overwrites the first tokens of the KV cache."""
+        zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
+        self.runner.decode(zeros, zeros[:, 0])
+
+    def accept_counts(self) -> list[int] | None:
+        """Returns how many steps of the last text accepted 0, 1 ... proposed tokens, or None if nothing proposes."""
+        return None
+
+
+def stream_texts(
+    loop: DecodeLoop, batch: list[Sequence], token_ids: list[int], n_cached: int = 0,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[str]]:
+    """Continues token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have ended.
+    Yields the new text of each sequence after every token. The sequences are samples of one prompt, with one limit of
+    new tokens, and draw from one generator."""
+    prompt = torch.tensor([token_ids] * len(batch))
+    max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
+    for ids in loop.decode_tokens(prompt, max_new_tokens, n_cached, generator):
+        yield [sequence.append(token).text for sequence, token in zip(batch, ids, strict=True)]
+        if all(sequence.finish_reason for sequence in batch):
+            break
+
+
+# ---- A GPU computes while the host handles the token before ---------------------------------------------------------
 
 
 def read_one_step_later(steps: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yields the tokens of every step on the host. Queues step i + 1 before the host waits for the tokens of step i, so
-    that the GPU computes while the host handles the tokens. A CPU would compute step i + 1 first, and then yield step
-    i's tokens late."""
+    """Yields the tokens of every step on the host. Step i + 1 is queued before the host waits for the tokens of step i,
+    so the GPU computes while the host handles them. (A CPU would compute step i + 1 first, and show token i late.)"""
     copy = HostCopy(next(steps))
     for tokens in steps:
         next_copy = HostCopy(tokens)
@@ -74,44 +107,3 @@ class HostCopy:
     def wait(self) -> Tensor:
         self.is_done.synchronize()
         return self.tokens
-
-
-class DecodeLoop:
-    """generate, bound to a runner: continues one text with a decode step for every token. SpeculativeLoop
-    (speculate.py) is a DecodeLoop whose steps also verify proposals."""
-
-    def __init__(self, runner: ModelRunner):
-        self.runner = runner
-
-    def generate(
-        self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
-    ) -> Iterator[list[int]]:
-        """Continues token_ids, of which the first n_cached are in the KV cache, in each of B sequences. Yields the next
-        token of each sequence, [B], max_new_tokens times. generator: as in ModelRunner.draw_uniform."""
-        prompt = torch.tensor([token_ids[n_cached:]] * self.runner.kv_cache.batch_size, device=self.runner.device)
-        return generate(self.runner, prompt, n_cached, max_new_tokens, generator)
-
-    @torch.inference_mode()
-    def warm_up(self, max_new_tokens: int):
-        """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
-        Overwrites the first tokens of the KV cache."""
-        zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
-        self.runner.decode(zeros, zeros[:, 0])
-
-    def accept_counts(self) -> list[int] | None:
-        """Returns how many steps of the last text accepted 0, 1 ... k proposed tokens. None: nothing proposes."""
-        return None
-
-
-def stream_texts(
-    loop: DecodeLoop, batch: list[Sequence], token_ids: list[int], n_cached: int = 0,
-    generator: torch.Generator | None = None,
-) -> Iterator[list[str]]:
-    """Continues token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have ended.
-    Yields the new text of each sequence after every token. The sequences are samples of one prompt, with one limit of
-    new tokens, and draw from one generator: see DecodeLoop."""
-    max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
-    for ids in loop.generate(token_ids, n_cached, max_new_tokens, generator):
-        yield [sequence.append(token).text for sequence, token in zip(batch, ids, strict=True)]
-        if all(sequence.finish_reason for sequence in batch):
-            break

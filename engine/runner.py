@@ -20,8 +20,8 @@ A decode or verification step has one of three modes (choose_mode):
     not all    any       yes          compiled by torch.compile; without experts, a GPU also captures the result
     not all    any       no           eager
 
-"all": every operation has a kernel for B * T tokens (model.has_kernels_for). The limits are Backend.token_limits of
-layers/backend.py. An eager step uses the kernels of the operations that are within their limit.
+"all" means that every operation has a kernel for B * T tokens (layers/backend.py: Backend.token_limits). An eager step
+uses the kernels of the operations that are within their limit.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -29,7 +29,6 @@ token.
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
 from typing import Literal
@@ -37,13 +36,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-import collectives
-from engine.sampling import apply_repetition_penalty, sample, store_token_ids
+from engine.sampling import Sampler
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import call_with_graph_threads, capture
-from layers.backend import Backend
-from layers.sampling import uniform_dtype
+from layers.experts import ExpertsDown, ExpertsGateUp
+from layers.sampling import INVALID_TOKEN, uniform_dtype
+from layers.weight import Embedding
 from model import KVCache, Transformer
 from utils.errors import UsageError
 
@@ -57,32 +56,10 @@ NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too
 
 
 def check_sampled_ids(ids: list[int]) -> list[int]:
-    """Returns ids. Raises UsageError if one is -1, which sample returns for logits that are not finite."""
-    if min(ids) < 0:
+    """Returns ids. Raises UsageError if one is INVALID_TOKEN."""
+    if INVALID_TOKEN in ids:
         raise UsageError(NOT_FINITE)
     return ids
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """The end of a prefill or decode step. Samples the next token of each sequence, the same token on all ranks.
-    speculate.py has the samplers for verification and for a draft.
-
-    logits [B, n, V]: the logits after the last n of tokens [B, T].
-    uniform [B, 1]: random numbers from ModelRunner.draw_uniform; None: sampling is greedy."""
-
-    params: SamplingParams
-    token_ids: Tensor  # [B, S], KVCache.token_ids
-    backend: Backend  # the backend of the model's head
-
-    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        logits = self.penalize(logits, tokens, start_pos)
-        return collectives.broadcast(sample(logits[:, -1], self.params, self.backend, uniform))
-
-    def penalize(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        if self.params.needs_token_ids:
-            store_token_ids(self.token_ids, tokens, start_pos)
-        return apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, [self.params])
 
 
 def return_logits(logits: Tensor, *_) -> Tensor:
@@ -91,27 +68,26 @@ def return_logits(logits: Tensor, *_) -> Tensor:
 
 
 class ModelRunner:
-    """The steps of a model with one KV cache."""
+    """The steps of a model with one KV cache. Prefill and decode end with the Sampler of params."""
 
     def __init__(
         self, model: Transformer, kv_cache: KVCache, params: SamplingParams = GREEDY, compile: bool = False,
         compile_prefill: bool = False,
     ):
-        """params: sampling parameters for prefill and decode. compile, compile_prefill: the options of generate.py."""
+        """compile, compile_prefill: the options of generate.py."""
         self.model = model
         self.kv_cache = kv_cache
         self.compile = compile
         self.device = model.device
-        self.sampler = Sampler(params, kv_cache.token_ids, model.lm_head.backend)
+        self.sampler = Sampler([params], kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
 
-    # ---- Prefill. The B sequences are in neighbouring slots of the KV cache, from first_slot on ----
+    # ---- Prefill, of B sequences in neighbouring slots of the KV cache, from first_slot on ----
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Returns the next tokens [B]. uniform [B, 1]: random numbers from draw_uniform, which prefill calls if uniform
-        is None."""
+        """Returns the next tokens [B]. uniform [B, 1]: random numbers, by default from draw_uniform."""
         if uniform is None:
             uniform = next(self.draw_uniform(1, len(tokens)))
         return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos, uniform)
@@ -145,8 +121,8 @@ class ModelRunner:
     # ---- Decoding and verification ----
 
     def decode(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B]: see Step. uniform: as for
-        prefill."""
+        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B], which the next call may
+        overwrite. uniform: as for prefill."""
         if uniform is None:
             uniform = next(self.draw_uniform(1, len(tokens)))
         return self.decode_step(tokens, start_pos, uniform)
@@ -159,7 +135,7 @@ class ModelRunner:
         The host draws the numbers of all steps before the first step, and each step takes its numbers as an input. So
         one captured step serves every generator, and a GPU never waits for a draw.
 
-        generator: a generator on the CPU; None: PyTorch's global one."""
+        generator: a generator on the CPU, by default PyTorch's global one."""
         if self.sampler.params.is_greedy:
             yield from repeat(None, n_steps)
             return
@@ -170,41 +146,32 @@ class ModelRunner:
 
     def build_step(self, sampler: Callable = return_logits) -> "Step":
         """Returns a step that ends with sampler."""
-        return Step(EagerStep(self.model, self.kv_cache, sampler), self.compile)
+        return Step(self.model, self.kv_cache, sampler, self.compile)
 
 
-# ---- Steps: Step chooses the mode ------------------------------------------------------------------------------------
+# ---- Steps ----------------------------------------------------------------------------------------------------------
 
 
 class Step:
-    """A function of tensors: the model, then the sampler on the logits.
+    """What a step computes, and how it is run: captured, compiled or eagerly.
 
         step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
 
-    The step uses the first B sequences of the KV cache. The next call may overwrite the result, and also the logits
-    that the sampler gets: both may be static buffers of a graph. Clone what must last."""
+    The step uses the first B sequences of the KV cache. The result, and the logits passed to the sampler, may be static
+    buffers that the next call overwrites: clone what you keep."""
 
-    def __init__(self, eager_step: "EagerStep", compile: bool):
-        self.eager_step, self.compile = eager_step, compile
-        self.steps: dict[Mode, Callable] = {}
+    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool):
+        self.model, self.kv_cache, self.sampler, self.compile = model, kv_cache, sampler, compile
+        self.has_kernels_for = cache(model.has_kernels_for)  # slow: it goes through all modules
+        self.functions: dict[bool, Callable] = {}  # with and without kernels for all operations
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        eager_step = self.eager_step
-        mode = choose_mode(eager_step.has_kernels_for(*tokens.shape), eager_step.model.device.type, self.compile)
-        if mode not in self.steps:  # built at first use: importing Inductor takes a second and 150 MB
-            self.steps[mode] = build_in_mode(mode, eager_step)
-        return self.steps[mode](tokens, start_pos, *inputs)
-
-
-def build_in_mode(mode: Mode, eager_step: "EagerStep") -> Callable:
-    model = eager_step.model
-    if mode == "captured":
-        return CPUGraphStep(eager_step) if model.device.type == "cpu" else capture(eager_step)
-    if mode == "compiled":
-        step = CompiledStep(eager_step)
-        return capture(step) if model.device.type == "cuda" and can_be_one_graph(model) else step
-    return eager_step
+        has_kernels = self.has_kernels_for(*tokens.shape)
+        if has_kernels not in self.functions:  # built at first use: importing Inductor takes a second and 150 MB
+            parts = self.model, self.kv_cache, self.sampler
+            self.functions[has_kernels] = build_step_function(*parts, has_kernels, self.compile)
+        return self.functions[has_kernels](tokens, start_pos, *inputs)
 
 
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Mode:
@@ -214,63 +181,64 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Mode:
     return "compiled" if compile else "eager"
 
 
-class EagerStep:
-    """A step as plain calls, which the other modes capture or compile. Not a part of Step: a captured method of Step
-    would be a reference cycle, which keeps the KV cache in memory until Python's next garbage collection."""
+def build_step_function(
+    model: Transformer, kv_cache: KVCache, sampler: Callable, has_kernels: bool, compile: bool
+) -> Callable:
+    """Returns the function that Step calls, in its mode. has_kernels: whether every operation has a kernel."""
+    # A captured function must not be a method of Step: Step -> graph -> method -> Step would be a reference cycle, and
+    # the KV cache would stay in memory until Python's garbage collection.
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable):
-        self.model, self.kv_cache, self.sampler = model, kv_cache, sampler
-        self.has_kernels_for = cache(model.has_kernels_for)  # slow, since the method goes through all modules
-
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        return self.sampler(self.compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
-
-    def compute_logits(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        used_cache = self.kv_cache.slots(0, len(tokens))
-        if not self.has_kernels_for(*tokens.shape):
+    def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        used_cache = kv_cache.slots(0, len(tokens))
+        if not has_kernels:
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.first_positions(int(start_pos.max()) + tokens.shape[1])
-        return self.model(tokens, start_pos, used_cache)
+        return model(tokens, start_pos, used_cache)
+
+    def eager_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        return sampler(compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
+
+    device_type = model.device.type
+    mode = choose_mode(has_kernels, device_type, compile)
+    if mode == "captured" and device_type == "cpu":
+        graph = capture(compute_logits)  # a CPU graph holds kernels alone, so the sampler runs after it
+
+        def cpu_graph_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+            return call_with_graph_threads(sampler, graph(tokens, start_pos), tokens, start_pos, *inputs)
+
+        return cpu_graph_step
+    if mode == "captured":
+        return capture(eager_step)
+    if mode == "compiled":
+        compiled_step = compile_step(model, kv_cache, sampler)
+        return capture(compiled_step) if device_type == "cuda" and can_be_one_graph(model) else compiled_step
+    return eager_step
 
 
-class CPUGraphStep:
-    """A step on a CPU. A CPU graph holds only the operations of kernels/schema.py, and a sampler has others."""
+def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
+    """Compiles a step in two pieces: the blocks, of which one compiled block serves all layers, and the head with the
+    sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
-    def __init__(self, eager_step: EagerStep):
-        self.sampler = eager_step.sampler
-        self.graph = capture(eager_step.compute_logits)
+    def sample_from_hidden(hidden: Tensor, *inputs: Tensor | None):
+        return sampler(model.compute_logits(hidden), *inputs)
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        return call_with_graph_threads(self.sampler, self.graph(tokens, start_pos), tokens, start_pos, *inputs)
+    options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
+    head = torch.compile(sample_from_hidden, **options)
+    blocks = compile_blocks(model, **options)
 
+    def compiled_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        used_cache = kv_cache.narrow_batch(0, len(tokens))
+        return head(blocks.compute_hidden(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
 
-class CompiledStep:
-    """A step compiled by torch.compile in two pieces: the blocks, of which one compiled block serves all layers, and
-    the head with the sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
-
-    def __init__(self, eager_step: EagerStep):
-        model, sampler = eager_step.model, eager_step.sampler
-
-        def head(hidden: Tensor, *inputs: Tensor | None):
-            return sampler(model.compute_logits(hidden), *inputs)
-
-        options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
-        self.eager_step = eager_step
-        self.head = torch.compile(head, **options)
-        self.model = compile_blocks(model, **options)
-
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        used_cache = self.eager_step.kv_cache.slots(0, len(tokens))
-        hidden = self.model.compute_hidden(tokens, start_pos, used_cache)
-        return self.head(hidden, tokens, start_pos, *inputs)
+    return compiled_step
 
 
 def compile_blocks(model: Transformer, **options) -> Transformer:
-    """Returns a copy of model that shares all weights and whose blocks are compiled. options are torch.compile's. One
-    compilation serves all blocks, since a block's weights are inputs of the compiled graph."""
+    """Returns a copy of model that shares all weights and whose blocks are compiled, with options for torch.compile.
+    One compilation serves all blocks, since a block's weights are inputs of the compiled graph."""
     check_compiler()
     compiled = copy.copy(model)
-    compiled._modules = dict(model._modules)  # copy.copy shares this dict, so setting layers would change model
+    compiled._modules = dict(model._modules)  # copy.copy shares it, so setting layers would change model
     compiled.layers = nn.ModuleList(torch.compile(block, **options) for block in model.layers)
     return compiled
 
@@ -282,6 +250,28 @@ def check_compiler():
 
 
 def can_be_one_graph(model: Transformer) -> bool:
-    """Whether torch.compile can trace the model without a graph break. A mixture of experts breaks the graph if a step
-    has many tokens, since the host reads which experts the tokens need."""
+    """Whether torch.compile can trace the model without a graph break. With many tokens a mixture of experts breaks the
+    graph, since the host reads which experts they need."""
     return model.config.moe is None
+
+
+# ---- The bytes that a decode step reads: over the bandwidth of the memory, the least time of a step ------------------
+
+
+def active_weight_bytes(model: Transformer) -> int:
+    """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, Embedding):  # a tied embedding is the head, which a step reads
+            continue
+        own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        is_experts = isinstance(module, ExpertsGateUp | ExpertsDown)
+        fraction = model.config.moe.active_fraction if is_experts else 1
+        total += fraction * sum(tensor.nbytes for tensor in own_tensors)
+    return round(total)
+
+
+def step_bytes(model: Transformer, n_attended: float, batch_size: int = 1) -> int:
+    """Bytes that a decode step reads: the weights, and the keys and values of n_attended tokens of each sequence
+    (config.py: mean_attended_tokens)."""
+    return active_weight_bytes(model) + round(batch_size * n_attended * model.kv_bytes_per_token())

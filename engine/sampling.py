@@ -1,19 +1,50 @@
-"""From logits to the next token: the likeliest token, or a token drawn with temperature, top_k, top_p and min_p.
+"""The end of a step, from logits to the next token: the repetition penalty, then the operation sample.
 
-    sample(logits, SamplingParams())                          # the likeliest token
-    sample(logits, SamplingParams(temperature=0.8, top_k=50))
+    sampler = Sampler([SamplingParams(temperature=0.8)], kv_cache.token_ids, model.lm_head.backend)
+    tokens = sampler(logits[:, None], tokens, start_pos)  # [B, V] -> [B]
 
-apply_repetition_penalty comes before sample (layers/sampling.py). No function waits for the device, so that the next
-step can start before the host has read the sampled token.
+Nothing here waits for the device, so the next step can start before the host has read the token.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+import collectives
 from engine.sampling_params import SamplingParams
-from layers import sampling
-from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import filtered_probs
+from layers.backend import Backend
+from layers.sampling import filtered_probs, sample
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The end of a prefill or decode step. Verification and the Scheduler have samplers of their own, which differ in
+    draw."""
+
+    all_params: list[SamplingParams]  # of each sequence, or one for all sequences
+    token_ids: Tensor  # [B, S], KVCache.token_ids
+    backend: Backend  # the backend of the model's head
+
+    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None) -> Tensor:
+        """Returns what draw gives, the same on all ranks.
+
+        logits [B, n, V]: those after the last n of tokens [B, T].
+        start_pos [B]: the position of each sequence's first token.
+        inputs: further arguments of draw."""
+        logits = apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, self.all_params)
+        return collectives.broadcast(self.draw(logits, *inputs))
+
+    def draw(self, logits: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """Draws the next token of each sequence: [B]. uniform [B, 1]: as for the operation sample."""
+        params = self.params
+        return sample(logits[:, -1], params.temperature, params.filters, self.backend, uniform)
+
+    @property
+    def params(self) -> SamplingParams:
+        """The one SamplingParams for all sequences."""
+        (params,) = self.all_params
+        return params
 
 
 def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor):
@@ -37,11 +68,10 @@ def apply_repetition_penalty(
     """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. The penalty
     is no part of sample, so one call of sample serves sequences with different penalties (scheduler.py: sample_batch).
 
-    logits: those of the last n of tokens [B, T]. The first token of each sequence is at start_pos [B].
-    token_ids [B, S]: KVCache.token_ids. If an option depends on the text, token_ids must hold the text and tokens.
-    all_params: the SamplingParams of each sequence, or one SamplingParams for all sequences."""
+    The arguments are those of Sampler. token_ids must hold the text before tokens, which this function stores there."""
     if not any(params.needs_token_ids for params in all_params):
         return logits
+    store_token_ids(token_ids, tokens, start_pos)
     n = logits.shape[1]
     last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
     seen = seen_token_mask(token_ids, last_positions, logits.shape[-1])
@@ -51,15 +81,6 @@ def apply_repetition_penalty(
         penalty = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
     # A penalty above 1 lowers a logit, positive or negative.
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def sample(
-    logits: Tensor, params: SamplingParams, backend: Backend = TORCH_BACKEND, uniform: Tensor | None = None,
-    temperatures: Tensor | None = None,
-) -> Tensor:
-    """float32 logits [B, V] -> token ids [B]. backend: the backend of the model. layers/sampling.py: sample
-    describes the other arguments."""
-    return sampling.sample(logits, params.temperature, params.filters, backend, uniform, temperatures)
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -17,8 +17,8 @@ def sampling_field(
 
     type: int or float, the type of values other than None.
     allowed: is_allowed in words, for error messages.
-    no_op: a value without an effect, such as top_p = 1. The field then gets the default instead of the value, so that
-    a kernel samples.
+    no_op: a value that turns the option off, such as top_p=1. It is stored as the default, so an option that is off
+        never keeps a kernel from sampling.
     is_filter: whether the option excludes tokens. Then layers/sampling.py: Filters has a field of the same name."""
     metadata = dict(type=type, help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op, is_filter=is_filter)
     return field(default=default, metadata=metadata)

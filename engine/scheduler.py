@@ -9,10 +9,9 @@
     for i, sequence in scheduler.run(sequences):  # or all of a list, in its order
         print(i, sequence.text)
 
-A slot of the KV cache holds one sequence. Every sequence has its own position. When a sequence ends, the next prompt is
-prefilled into a free slot. Decoding sequences are always in the first slots, so that a step computes no padding. Keys
-and values stay in a slot after the sequence has ended. A new prompt copies the longest prefix that it shares with any
-slot (prefix caching):
+A slot of the KV cache holds one sequence, at its own position. When it ends, the next prompt is prefilled into a free
+slot. Decoding sequences are always in the first slots, so a step computes no padding. Keys and values stay in a slot
+after its sequence has ended, and a new prompt copies the longest prefix that it shares with any slot (prefix caching):
 
     slot 0   Question: 2 + 2?  Answer: 4       decodes
     slot 1   Question: 3 + 5?  Answer:         has copied "Question: " from slot 0
@@ -20,9 +19,8 @@ slot (prefix caching):
 
 While sequences decode, a prompt is computed in chunks, so that a long prompt does not stall them (chunked prefill).
 
-A sequence with a seed has random numbers of its own, so that its text does not depend on the other sequences. But a
-copied prefix may round differently in 16 bits. With RoPE of type dynamic or longrope a text depends on max_seq_len, as
-with every KV cache.
+A sequence with a seed has random numbers of its own, so its text does not depend on the other sequences. But a copied
+prefix may round differently in 16 bits. With RoPE of type dynamic or longrope a text depends on max_seq_len.
 """
 
 import time
@@ -33,14 +31,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-import collectives
 from engine.runner import NOT_FINITE, ModelRunner
-from engine.sampling import apply_repetition_penalty, sample, store_token_ids
+from engine.sampling import Sampler, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import call_with_graph_threads
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import uniform_dtype
+from layers.sampling import INVALID_TOKEN, sample, uniform_dtype
 from model import KVCache, Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
@@ -53,11 +50,11 @@ EXCLUDED_LOGIT = -1e30  # takes the place of -inf, with which a logits_processor
 
 @dataclass
 class Slot:
-    sequence: Sequence | None = None  # None: the slot is free
-    # The tokens whose keys and values are in the slot. The ids stay after the sequence has ended, for a later prompt
-    # that begins with the same tokens.
+    sequence: Sequence | None = None  # None if the slot is free
+    # The tokens whose keys and values are in the slot. They stay after the sequence has ended, for a later prompt that
+    # begins with the same tokens.
     cached_ids: list[int] = field(default_factory=list)
-    freed_step: int = 0  # the number of the step in which the slot became free; 0: the slot was never used
+    freed_step: int = 0  # the step in which the slot became free, or 0 if it was never used
 
     @property
     def is_prefilling(self) -> bool:
@@ -96,16 +93,15 @@ class Scheduler:
         self.prefill_tokens_since_decode = 0  # how many tokens of prompts were computed since the last decode step
 
     def submit(self, sequence: Sequence):
-        """Raises UsageError as check does."""
         self.check(sequence)
         self.waiting.append(sequence)
 
     def check(self, sequence: Sequence):
-        """Raises UsageError if the prompt is empty, or if sequence does not fit into a slot."""
+        """Raises UsageError if the prompt is empty, or if the sequence does not fit into a slot. So does submit."""
         check_length(len(sequence.prompt_ids), sequence.max_new_tokens, self.max_seq_len)
 
     def cancel(self, sequence: Sequence):
-        """Ends a waiting or running sequence. Does nothing if sequence has ended."""
+        """Ends a waiting or running sequence, and does nothing to one that has ended."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         for i, slot in enumerate(self.slots):
@@ -169,8 +165,8 @@ class Scheduler:
 
     def admit(self):
         """Moves the next sequence from the queue into a free slot, unless there is none or another prompt is being
-        computed. Copies the longest prefix that the prompt shares with any slot. The prefix never contains the prompt's
-        last token, since only a token that is computed gives logits.
+        computed. Copies the longest prefix that its prompt shares with any slot, but never the prompt's last token,
+        since only a token that is computed gives logits.
 
         The best free slot is one whose whole text the prompt continues, as in a conversation that goes on: no cached
         tokens are lost. Otherwise the new sequence takes the slot that has been free for the longest time."""
@@ -202,9 +198,10 @@ class Scheduler:
         tokens = torch.tensor([chunk], device=device)
         start_pos = torch.tensor([n_cached], device=device)
         self.prefill_tokens_since_decode += len(chunk)
+        # Store the ids even if no option uses them now: a later prompt with a repetition penalty may copy this prefix.
+        store_token_ids(self.kv_cache.token_ids[i : i + 1], tokens, start_pos)
         if n_cached + n < len(prompt_ids):
             self.runner.fill_kv_cache(tokens, start_pos, first_slot=i)
-            store_token_ids(self.kv_cache.token_ids[i : i + 1], tokens, start_pos)
             slot.cached_ids += chunk
             return []
         logits = self.runner.prefill_logits(tokens, start_pos, first_slot=i)
@@ -219,6 +216,7 @@ class Scheduler:
         tokens = torch.tensor(last_ids, device=device)[:, None]
         start_pos = torch.tensor([len(slot.cached_ids) for slot in slots], device=device)
         logits = self.decode_step(tokens, start_pos)
+        store_token_ids(self.kv_cache.token_ids[:n], tokens, start_pos)  # as in prefill
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
         return call_with_graph_threads(self.sample_and_append, range(n), logits, tokens, start_pos)
@@ -239,18 +237,15 @@ class Scheduler:
         """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
         sequences = [self.slots[i].sequence for i in slots]
         token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
-        # No option may need the ids now, but a later prompt with a repetition penalty may copy this slot's prefix.
-        store_token_ids(token_ids, tokens, start_pos)
         all_params = [sequence.params for sequence in sequences]
-        scores = apply_repetition_penalty(logits, tokens, start_pos, token_ids, all_params)[:, -1]
-        scores = apply_logits_processors(scores, sequences)
-        ids = collectives.broadcast(sample_batch(scores, sequences, self.model.lm_head.backend)).tolist()
+        sampler = BatchSampler(all_params, token_ids, self.model.lm_head.backend, sequences)
+        ids = sampler(logits, tokens, start_pos).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
     def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
-        """Appends a token, sampled from logits [V], to the sequence in slot i. Frees the slot if the sequence ends."""
+        """Appends a token, sampled from logits [V], to the sequence in slot i. Frees the slot if that ends it."""
         sequence = self.slots[i].sequence
-        if token < 0:  # logits that are not finite end this sequence, and no other
+        if token == INVALID_TOKEN:  # ends this sequence, and no other
             update = sequence.fail(NOT_FINITE)
             self.reset_slot(i)
         else:
@@ -279,9 +274,20 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
 
 
+@dataclass(frozen=True)
+class BatchSampler(Sampler):
+    """The sampler of a step of the Scheduler: every sequence has its own options, random numbers and
+    logits_processor."""
+
+    sequences: list[Sequence]
+
+    def draw(self, logits: Tensor) -> Tensor:
+        return sample_batch(apply_logits_processors(logits[:, -1], self.sequences), self.sequences, self.backend)
+
+
 def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Applies the logits_processor of each of n sequences to its row of logits [n, V]. Does not change logits, of which
-    compute_logprobs reports the log-probabilities."""
+    """Applies the logits_processor of each of n sequences to its row of logits [n, V]. Leaves logits as they
+    are, since compute_logprobs needs them."""
     if all(sequence.logits_processor is None for sequence in sequences):
         return logits
     rows = list(logits.clone())
@@ -302,8 +308,8 @@ def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor
 
 def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH_BACKEND) -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
-    ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: as for sampling.py:
-    sample."""
+    ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: the backend of the
+    model's head."""
     groups: dict[SamplingParams, list[int]] = {}
     for i, sequence in enumerate(sequences):
         params = sequence.params
@@ -314,12 +320,12 @@ def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = T
         group = [sequences[i] for i in indices]
         rows = logits if len(groups) == 1 else logits[indices]
         if options.is_greedy:
-            ids[indices] = sample(rows, options, backend)
+            ids[indices] = sample(rows, 0.0, options.filters, backend)
             continue
         uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in group])
         temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in group])
         uniform = uniform.to(logits.device, uniform_dtype(logits.device))
-        ids[indices] = sample(rows, options, backend, uniform, temperatures)
+        ids[indices] = sample(rows, 1.0, options.filters, backend, uniform, temperatures)
     return ids
 
 

@@ -1,6 +1,7 @@
 """Sequence: a prompt, how to continue it, and the tokens and the text that follow it.
 
     sequence = build_sequence("Hello", tokenizer, model.config, max_new_tokens=100)    # a text, or a chat's messages
+    sequences = build_sequences(["One", "Two"], tokenizer, model.config, max_new_tokens=100, seed=1)
     sequence = Sequence(prompt_ids, max_new_tokens=100)                                # token ids only
     update = sequence.append(token)   # adds a new token; update.text is the new text
     sequence.finish_reason            # None until the sequence ends
@@ -9,7 +10,7 @@ Where a sequence ends is decided here, in append, and nowhere else.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -20,8 +21,7 @@ from torch import Tensor
 from config import ModelConfig
 from engine.sampling_params import GREEDY, SamplingParams
 from text.chat_template import check_unicode, read_message
-from text.length import exceeds
-from text.tokenizer import IncrementalDetokenizer, Tokenizer
+from text.tokenizer import IncrementalDetokenizer, Part, Tokenizer
 from utils.errors import UsageError, check_integer
 
 # (ids of the prompt and of the new tokens so far, logits [V]) -> logits [V], from which the next token is sampled. -inf
@@ -32,13 +32,13 @@ LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 class Logprobs(NamedTuple):
     """Natural logarithms of the model's probabilities, before any sampling option is applied."""
 
-    token: float  # the new token's
+    logprob: float  # the new token's
     top: list[tuple[int, float]]  # (token, log-probability) of each of the likeliest tokens
 
 
 class SequenceUpdate(NamedTuple):
-    """What a step has added to a sequence. The fields are those of Sequence with the same names. In contrast to the
-    sequence, an update does not change in later steps, so another thread may read it."""
+    """What a step has added to a sequence, in fields named as in Sequence. Later steps do not change it, so another
+    thread may read it."""
 
     sequence: "Sequence"
     new_ids: list[int]  # one token, or none if the sequence has failed
@@ -49,23 +49,23 @@ class SequenceUpdate(NamedTuple):
 
 @dataclass(eq=False)
 class Sequence:
-    """dataclasses.replace(sequence) returns a sequence of the same prompt and options, without new tokens."""
+    """A prompt, its options and its new tokens. dataclasses.replace(sequence) gives one without the new tokens."""
 
     prompt_ids: list[int]
     max_new_tokens: int
     params: SamplingParams = GREEDY
     _: KW_ONLY
     prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages; only for reports
-    starts_new_text: bool = False  # True: a chat's answer; False: the text continues that of prompt_ids
-    tokenizer: Tokenizer | None = None  # None: the sequence has no text, and finds no stop strings
+    starts_new_text: bool = False  # as a chat's answer does; otherwise the text continues that of prompt_ids
+    tokenizer: Tokenizer | None = None  # without one, the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
-    seed: int | None = None  # the seed of self.generator; None: PyTorch's global generator
+    seed: int | None = None  # of self.generator, which is PyTorch's global one if seed is None
     # Only a Scheduler uses the next two.
     logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
-    n_logprobs: int | None = None  # how many of the likeliest tokens to report log-probabilities of; None: no report
-    # What to do with undecodable trailing bytes and a half-matched stop string when the length limit is reached. True:
-    # keep them for resume. False: flush them (incomplete UTF-8 becomes U+FFFD).
+    n_logprobs: int | None = None  # report log-probabilities, also of that many of the likeliest tokens
+    # Whether undecodable trailing bytes and a half-matched stop string are kept for resume at the length limit.
+    # Otherwise they are flushed (incomplete UTF-8 becomes U+FFFD).
     hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
@@ -91,7 +91,7 @@ class Sequence:
         return build_generator(self.seed)
 
     def append(self, token: int, logprobs: Logprobs | None = None) -> SequenceUpdate:
-        """Adds a new token. Decides whether the sequence ends. A sequence that has ended takes no more tokens."""
+        """Adds a new token, and decides whether the sequence ends. One that has ended takes no more tokens."""
         if self.finish_reason is not None:
             return SequenceUpdate(self, [], "", [], self.finish_reason)
         text, finish_reason = "", None
@@ -142,29 +142,54 @@ def build_sequence(
     return Sequence(ids, max_new_tokens, prompt=prompt, starts_new_text=is_chat, tokenizer=tokenizer, **options)
 
 
+def build_sequences(
+    prompts: Iterable[str | list[dict]], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int,
+    seed: int | None, **options,
+) -> list[Sequence]:
+    """Returns a Sequence for each of prompts. Prompt i samples with seed + i. A prompt that build_sequence refuses, for
+    example because it exceeds the context, gives a Sequence that has failed with the error."""
+    sequences = []
+    for i, prompt in enumerate(prompts):
+        options["seed"] = None if seed is None else seed + i
+        try:
+            sequence = build_sequence(prompt, tokenizer, config, max_new_tokens, **options)
+        except UsageError as e:
+            sequence = Sequence([], max_new_tokens, prompt=prompt)
+            sequence.fail(str(e))
+        sequences.append(sequence)
+    return sequences
+
+
 def encode_prompt(
     prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit: str = "the model's context of "
 ) -> list[int]:
     """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
-    UsageError if messages are malformed, if a text is not valid UTF-8, or if the prompt is so long that it must exceed
-    max_seq_len tokens (encoding would take long). limit: what the message calls max_seq_len."""
+    UsageError as read_prompt does, or if the prompt is so long that it must exceed max_seq_len tokens (encoding would
+    take long). limit: what the message calls max_seq_len."""
+    prompt = read_prompt(prompt)
     is_chat = isinstance(prompt, list)
-    if not is_chat and not isinstance(prompt, str):
-        raise UsageError(f"a prompt must be a text or a list of messages, not {prompt!r:.80}")
-    messages = [read_message(message) for message in prompt] if is_chat else []
-    if not is_chat:
-        check_unicode(prompt, "the prompt")
-    for text in [message["content"] for message in messages] if is_chat else [prompt]:
+    for text in [message["content"] for message in prompt] if is_chat else [prompt]:
         if exceeds(tokenizer, text, max_seq_len):
             raise UsageError(f"a prompt of {len(text)} characters exceeds {limit}{max_seq_len} tokens")
     if not prompt:
         return []
     if not is_chat:
         return tokenizer.encode(prompt)
-    parts = tokenizer.split_chat(messages)
+    parts = tokenizer.split_chat(prompt)
     if exceeds(tokenizer, parts, max_seq_len):
-        raise UsageError(f"a chat of {len(messages)} messages exceeds {limit}{max_seq_len} tokens")
+        raise UsageError(f"a chat of {len(prompt)} messages exceeds {limit}{max_seq_len} tokens")
     return tokenizer.encode_parts(parts)
+
+
+def read_prompt(prompt: str | list[dict]) -> str | list[dict]:
+    """Returns a user's prompt: a text as it is, or a chat's messages, as read_message reads them. Raises UsageError if
+    it is neither, or not valid UTF-8."""
+    if isinstance(prompt, list):
+        return [read_message(message) for message in prompt]
+    if not isinstance(prompt, str):
+        raise UsageError(f"a prompt must be a text or a list of messages, not {prompt!r:.80}")
+    check_unicode(prompt, "the prompt")
+    return prompt
 
 
 def check_seed(seed: int | None):
@@ -174,13 +199,12 @@ def check_seed(seed: int | None):
 
 def build_generator(seed: int | None) -> torch.Generator:
     """Returns a generator of a text's own random numbers, or PyTorch's global one if seed is None. DecodeLoop and
-    Scheduler take one number of float64 from the generator for each new token, so a seed gives one text in both."""
+    Scheduler take one float64 from it for each new token, so a seed gives the same text in both."""
     return torch.default_generator if seed is None else torch.Generator().manual_seed(to_64_bits(seed))
 
 
 def to_64_bits(seed: int) -> int:
-    """Returns a seed as PyTorch takes it. The seed of a user's prompt i, which is the first prompt's seed + i, may need
-    more bits."""
+    """Returns a seed as PyTorch takes it. That of prompt i, which is seed + i, may need more bits."""
     return seed % 2**64
 
 
@@ -191,10 +215,57 @@ def check_stop(stop: tuple[str, ...]):
 
 
 def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, hint: str = ""):
-    """Raises UsageError if the prompt is empty, or if the prompt and the new tokens together exceed max_seq_len. hint:
-    ends the second message."""
+    """Raises UsageError if the prompt is empty, or if it exceeds max_seq_len together with the new tokens. The second
+    message ends with hint."""
     if n_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give some text")
     if n_prompt_tokens + max_new_tokens > max_seq_len:
         n_tokens = f"{n_prompt_tokens} prompt tokens and {max_new_tokens}"
         raise UsageError(f"{n_tokens} new ones exceed the context of {max_seq_len} tokens{hint}")
+
+
+# ---- Whether a prompt is too long, without encoding all of it: 100 MB would take minutes -----------------------------
+
+SAMPLE_LENGTH = 16  # characters for each token that a prompt may have; few texts have longer tokens
+SAMPLE_GROWTH = 4
+
+
+def exceeds(tokenizer: Tokenizer, prompt: str | list[Part], n_tokens: int) -> bool:
+    """Returns whether prompt certainly has more than n_tokens tokens. prompt: a text to continue, or a prompt's parts.
+
+    Encodes longer and longer beginnings of prompt, until a beginning has twice n_tokens. The text after a beginning can
+    change the last tokens of the beginning, but not half of the tokens."""
+    if isinstance(prompt, list) and count_special_tokens(prompt) > n_tokens:
+        return True
+    length = SAMPLE_LENGTH * n_tokens
+    total = len(prompt) if isinstance(prompt, str) else sum(map(n_characters, prompt))
+    while total > length:
+        if isinstance(prompt, str):
+            beginning = tokenizer.split_at_special_tokens(prompt[:length])
+        else:
+            beginning = first_characters(prompt, length)
+        if tokenizer.ids_with_lstrip and isinstance(beginning[-1], str):
+            beginning[-1] = beginning[-1].rstrip()  # a token that follows may swallow this white space
+        if count_special_tokens(beginning) > n_tokens or len(tokenizer.encode_parts(beginning)) > 2 * n_tokens:
+            return True
+        length *= SAMPLE_GROWTH
+    return False
+
+
+def count_special_tokens(parts: list[Part]) -> int:
+    return sum(isinstance(part, int) for part in parts)
+
+
+def n_characters(part: Part) -> int:
+    """Returns the length of part. A special token counts as one character."""
+    return len(part) if isinstance(part, str) else 1
+
+
+def first_characters(parts: list[Part], n: int) -> list[Part]:
+    beginning: list[Part] = []
+    for part in parts:
+        if n <= 0:
+            break
+        beginning.append(part[:n] if isinstance(part, str) else part)
+        n -= n_characters(part)
+    return beginning

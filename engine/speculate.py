@@ -1,8 +1,8 @@
 """Speculative decoding: a cheap proposer guesses the next few tokens, and the model verifies all of them in one step.
 
     proposer = NgramProposer(max_ngram=3, device=device)
-    loop = SpeculativeLoop(runner, proposer, k=5)
-    for (token,) in loop.generate(token_ids, n_cached=0, max_new_tokens=100): ...
+    loop = SpeculativeLoop(runner, proposer, max_k=5)
+    for (token,) in loop.decode_tokens(prompt, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
 one. The model accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling makes the
@@ -11,8 +11,8 @@ distribution of the output exactly that of plain decoding (arXiv:2211.17192).
     NgramProposer         searches the text for its last few tokens, and proposes the tokens that followed them there
     DraftModelProposer    proposes the tokens that a smaller model samples
 
-Read SpeculativeLoop.generate first: this loop takes the place of generation.py: generate. rejection_sample decides
-which tokens are accepted. A cost is a time; the unit is one decode step of the model.
+Read SpeculativeLoop.decode_tokens first. rejection_sample decides which tokens are accepted. A cost is a time; the unit
+is one decode step of the model.
 
 Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
 """
@@ -27,15 +27,14 @@ from torch import Tensor
 
 import collectives
 from engine.generation import DecodeLoop
-from engine.runner import ModelRunner, Sampler, check_sampled_ids
-from engine.sampling import probabilities, sample
+from engine.runner import ModelRunner, active_weight_bytes, check_sampled_ids
+from engine.sampling import Sampler, probabilities
 from engine.sampling_params import SamplingParams
-from engine.step_bytes import active_weight_bytes
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import multinomial
+from layers.sampling import INVALID_TOKEN, multinomial, sample
 from model import Transformer
 
-MAX_DRAFT_TOKENS = 32  # the limit of --speculate_k and --prompt_lookup
+MAX_SPECULATE_K = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights. One
 # number, near the largest, serves all weights: too large a number makes speculation gain less, but too small a number
 # makes a text slower than without speculation.
@@ -49,7 +48,7 @@ IDLE_DECAY = 0.97  # the factor of a step without a proposal
 
 class Proposal(NamedTuple):
     tokens: Tensor  # [k]
-    probs: Tensor | None  # [k, V]: the distribution from which each token was sampled; None: tokens were not sampled
+    probs: Tensor | None  # [k, V]: the distribution from which each token was sampled, None if they were not sampled
 
 
 class Proposer(Protocol):
@@ -66,48 +65,48 @@ class Proposer(Protocol):
 class SpeculativeLoop(DecodeLoop):
     """A DecodeLoop whose steps also verify what proposer proposes. The batch size is 1.
 
-    All random numbers are those of PyTorch's global generators (torch.manual_seed): a seed gives another text than
-    without speculation anyway, since rejection sampling draws other numbers."""
+    Draws from PyTorch's global generators, and ignores generator: rejection sampling uses the numbers differently, so a
+    seed could not give the text of a DecodeLoop anyway."""
 
-    def __init__(self, runner: ModelRunner, proposer: Proposer, k: int):
-        """k: the most tokens to propose at a time."""
+    def __init__(self, runner: ModelRunner, proposer: Proposer, max_k: int):
+        """max_k: the most tokens to propose at a time, --speculate_k."""
         super().__init__(runner)
-        self.proposer, self.k, self.device = proposer, k, runner.device
+        self.proposer, self.max_k, self.device = proposer, max_k, runner.device
         sampler = runner.sampler
-        self.verify_step = runner.build_step(RejectionSampler(sampler.params, sampler.token_ids, sampler.backend))
+        self.verify_step = runner.build_step(RejectionSampler(sampler.all_params, sampler.token_ids, sampler.backend))
         self.verify_cost = estimate_verify_cost(runner.model)  # the cost to verify one proposed token
         # How many tokens of the last text each step gave, and the caller took. Step 0 is prefill.
         self.n_tokens_per_step: list[int] = []
 
     @torch.inference_mode()
-    def generate(
-        self, token_ids: list[int], n_cached: int, max_new_tokens: int, generator: torch.Generator | None = None
+    def decode_tokens(
+        self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        """Yields the new tokens one by one, each as [1]: see DecodeLoop. generator has no effect."""
+        """Continues token_ids [1, T]. The arguments are those of DecodeLoop.decode_tokens."""
         self.n_tokens_per_step.clear()
-        token_ids = list(token_ids)
+        ids = token_ids[0].tolist()  # the text so far
         n_left = max_new_tokens
         acceptance = AcceptanceRate()
         self.proposer.rewind(n_cached)
-        prompt = torch.tensor([token_ids[n_cached:]], device=self.device)
+        prompt = token_ids[:, n_cached:].to(self.device)
         new_ids = self.runner.prefill(prompt, torch.tensor([n_cached], device=self.device)).tolist()
         while True:
             self.n_tokens_per_step.append(0)
             for token in check_sampled_ids(new_ids):
                 self.n_tokens_per_step[-1] += 1
                 yield [token]
-            token_ids += new_ids
+            ids += new_ids
             n_left -= len(new_ids)
             if n_left == 0:
                 return
             # At the last position the draft's cache may hold a rejected guess, which rewind forgets.
-            self.proposer.rewind(len(token_ids) - 1)
+            self.proposer.rewind(len(ids) - 1)
             # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
-            lengths = [length for length in draft_lengths(self.k) if length < n_left]
-            k = best_draft_length(lengths, acceptance.rate, self.proposer.cost + self.verify_cost)
-            proposal = self.proposer.propose(token_ids, k) if k > 0 else None
-            last_token = torch.tensor([token_ids[-1:]], device=self.device)
-            start_pos = torch.tensor([len(token_ids) - 1], device=self.device)
+            choices = [k for k in k_choices(self.max_k) if k < n_left]
+            k = best_k(choices, acceptance.rate, self.proposer.cost + self.verify_cost)
+            proposal = self.proposer.propose(ids, k) if k > 0 else None
+            last_token = torch.tensor([ids[-1:]], device=self.device)
+            start_pos = torch.tensor([len(ids) - 1], device=self.device)
             if proposal is None:
                 new_ids = self.runner.decode(last_token, start_pos).tolist()
                 acceptance.decay(IDLE_DECAY)
@@ -127,25 +126,21 @@ class SpeculativeLoop(DecodeLoop):
     def warm_up(self, max_new_tokens: int):
         super().warm_up(max_new_tokens)
         zeros = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        for k in draft_lengths(self.k):
+        for k in k_choices(self.max_k):
             if k < max_new_tokens:
                 self.verify(zeros, zeros[0], self.proposer.propose([0, 0, 0], k))
 
     def accept_counts(self) -> list[int]:
         # A step that accepts n tokens gives n + 1.
-        return [self.n_tokens_per_step[1:].count(n_accepted + 1) for n_accepted in range(self.k + 1)]
+        return [self.n_tokens_per_step[1:].count(n_accepted + 1) for n_accepted in range(self.max_k + 1)]
 
 
 class RejectionSampler(Sampler):
-    """The sampler of a verification. tokens [1, k + 1] are the last token of the text and draft_tokens. Returns the
-    result of rejection_sample."""
+    """The sampler of a verification, whose tokens [1, k + 1] are the last token of the text and draft_tokens. Returns
+    the result of rejection_sample."""
 
-    def __call__(
-        self, logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
-    ) -> Tensor:
-        logits = self.penalize(logits, tokens, start_pos)[0]
-        result = rejection_sample(logits, draft_tokens, draft_probs, self.params, self.backend)
-        return collectives.broadcast(result)
+    def draw(self, logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None) -> Tensor:
+        return rejection_sample(logits[0], draft_tokens, draft_probs, self.params, self.backend)
 
 
 def rejection_sample(
@@ -156,11 +151,11 @@ def rejection_sample(
     needs only one copy to the host.
 
     logits [k + 1, V]: the model's logits after the last token of the text and after each of draft_tokens [k].
-    draft_probs [k, V or fewer]: the distributions from which draft_tokens were sampled; None: they were not sampled.
-    backend: as for sampling.py: sample."""
+    draft_probs [k, V or fewer]: the distributions from which draft_tokens were sampled, None if they were not sampled.
+    backend: the backend of the model's head."""
     if draft_probs is None:
         # The model samples a token at each position, and accepts a proposed token that equals the sampled token.
-        tokens = sample(logits, params, backend)
+        tokens = sample(logits, params.temperature, params.filters, backend)
         n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
         return torch.cat([n_accepted, tokens])
     probs = probabilities(logits, params)  # [k + 1, V]
@@ -175,8 +170,8 @@ def rejection_sample(
     residual = torch.where(residual.sum() > 0, residual, probs[n_accepted])  # rounding may leave only zeros
     tokens = torch.cat([draft_tokens, draft_tokens[:1]]).scatter(0, n_accepted, multinomial(residual))
     result = torch.cat([n_accepted, tokens])
-    not_finite = F.pad(torch.full_like(tokens, -1), (1, 0))  # n_accepted = 0 and token -1, so check_sampled_ids raises
-    return torch.where(logits.sum().isfinite(), result, not_finite)
+    invalid = F.pad(torch.full_like(tokens, INVALID_TOKEN), (1, 0))  # n_accepted is 0
+    return torch.where(logits.isfinite().all(), result, invalid)
 
 
 # ---- How many tokens to propose -------------------------------------------------------------------------------------
@@ -206,10 +201,10 @@ class AcceptanceRate:
         self.n_rejected = PRIOR_REJECTED + factor * (self.n_rejected - PRIOR_REJECTED)
 
 
-def draft_lengths(k: int) -> list[int]:
-    """Returns the numbers of tokens that may be proposed: k and a third of k. There are only two, since each number
-    needs its own compiled or captured step."""
-    return sorted({k, max(1, k // 3)})
+def k_choices(max_k: int) -> list[int]:
+    """Returns the numbers of tokens that may be proposed: max_k and a third of it. There are only two, since each
+    number needs its own compiled or captured step."""
+    return sorted({max_k, max(1, max_k // 3)})
 
 
 def estimate_verify_cost(model: Transformer) -> float:
@@ -222,8 +217,8 @@ def estimate_verify_cost(model: Transformer) -> float:
     return max(VERIFY_COST, (used_by_5 / moe.top_k - 1) / 4)
 
 
-def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -> int:
-    """Returns how many tokens to propose: 0 or one of lengths, whichever gives the most tokens per time. cost: of
+def best_k(choices: list[int], acceptance_rate: float, cost: float) -> int:
+    """Returns how many tokens to propose: 0 or one of choices, whichever gives the most tokens per time. cost: of
     proposing and verifying one token."""
 
     def tokens_per_time(k: int) -> float:
@@ -231,7 +226,7 @@ def best_draft_length(lengths: list[int], acceptance_rate: float, cost: float) -
         expected_tokens = sum(acceptance_rate**i for i in range(k + 1))
         return expected_tokens / (1 + k * cost)
 
-    return max([0, *lengths], key=tokens_per_time)
+    return max([0, *choices], key=tokens_per_time)
 
 
 # ---- Proposers ------------------------------------------------------------------------------------------------------
@@ -309,10 +304,10 @@ class DraftModelProposer:
 
 @dataclass(frozen=True)
 class DraftSampler:
-    """The sampler of a draft. Returns a token [1], and the distribution [1, V] of the token unless sampling is greedy.
+    """The sampler of a draft. Returns a token [1], and its distribution [1, V] unless sampling is greedy.
 
-    The repetition penalty is left out. The output stays exact, since verification applies the penalty. But fewer of the
-    draft's tokens are accepted."""
+    It leaves out the repetition penalty. The output stays exact, since verification applies the penalty, but fewer of
+    the draft's tokens are accepted."""
 
     params: SamplingParams
     backend: Backend  # the backend of the draft's head
@@ -321,6 +316,8 @@ class DraftSampler:
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, -1, : self.vocab_size]
         if self.params.is_greedy:
-            return collectives.broadcast(sample(logits, self.params, self.backend).clamp(min=0)), None
+            tokens = sample(logits, 0.0, self.params.filters, self.backend)
+            tokens = tokens.clamp(min=0)  # the embedding has no INVALID_TOKEN
+            return collectives.broadcast(tokens), None
         probs = probabilities(logits, self.params)
         return collectives.broadcast(multinomial(probs)), probs

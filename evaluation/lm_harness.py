@@ -121,8 +121,8 @@ class HarnessModel:
         raise UsageError("this task scores whole texts, and the model has no token to begin one with")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Encodes string. The text of a special token becomes the special token, since lm_eval passes a chat template's
-        special tokens as text."""
+        """Encodes string. Special tokens that are written in it become special tokens, since lm_eval passes those of a
+        chat template as text."""
         ids = self.tokenizer.encode_parts(self.tokenizer.split_at_special_tokens(string))
         if add_special_tokens is None:
             add_special_tokens = self.bos is None or not string.startswith(self.bos)
@@ -167,7 +167,7 @@ class HarnessModel:
         return sums
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        answers = [self.build_sequence(*request.args, seed=i) for i, request in enumerate(requests)]
+        answers = [self.sequence_of_request(*request.args, seed=i) for i, request in enumerate(requests)]
         scheduler = build_scheduler(self.model, answers, self.max_batch_size, self.compile)
         bar = tqdm(scheduler.run(answers), "generations", len(answers), disable=disable_tqdm or None)
         for _, answer in bar:
@@ -175,8 +175,7 @@ class HarnessModel:
                 raise UsageError(answer.error)
         return [answer.text for answer in answers]
 
-    def build_sequence(self, text: str, kwargs: dict, seed: int) -> Sequence:
-        """Builds a Sequence of the prompt's text and the options of lm_eval's generation request."""
+    def sequence_of_request(self, text: str, kwargs: dict, seed: int) -> Sequence:
         options = read_options(kwargs) | {"tokenizer": self.tokenizer, "eos_ids": self.model.config.eos_ids}
         return Sequence(self.prompt_ids(text, options["max_new_tokens"]), seed=seed, **options)
 

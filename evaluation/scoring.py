@@ -98,7 +98,7 @@ def pad(id_lists: list[list[int]]) -> Tensor:
 
 
 def score_sequence(model: Transformer, index: int, sequence: ScoredSequence, hidden: Tensor) -> Score:
-    """Computes the score of a sequence. hidden [T, dim]: the hidden states of all tokens of sequence but the last."""
+    """hidden [T, dim]: the hidden states of all tokens of sequence but the last."""
     n, last = sequence.n_scored, len(sequence.ids) - 1
     targets = torch.tensor(sequence.ids[-n:], device=hidden.device)
     logprobs, is_greedy = [], []

@@ -43,6 +43,11 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     return torch.cat([table, unrotated], dim=1)
 
 
+def depends_on_length(config: ModelConfig) -> bool:
+    """Whether rope_frequencies depends on the KV cache's length."""
+    return config.rope_scaling is not None and config.rope_scaling.rope_type in ("dynamic", "longrope")
+
+
 def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
     """Returns the radians per position of each pair of elements: [rotary_dim/2], float32.
 

@@ -15,6 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from layers.backend import Backend, contiguous
 
+# What sample returns for a sequence whose logits are not all finite: weights with NaN, or overflow in 16 bits. Sampling
+# does not wait for the device, so it cannot raise an error: whoever reads the token on the host does.
+INVALID_TOKEN = -1
 SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
 # On a CPU sort_for_top_p searches for the likely tokens, instead of sorting the whole vocabulary.
 SMALL_VOCABULARY = 1000  # with this many tokens or fewer, sorting is faster than searching
@@ -40,7 +43,7 @@ def sample(
     temperatures: Tensor | None = None,
 ) -> Tensor:
     """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
-    likeliest token. The id is -1 for a sequence with a logit that is not finite.
+    likeliest token. The id is INVALID_TOKEN for a sequence with a logit that is not finite.
 
     uniform: random numbers float64 [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
     temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature, which must not be 0."""
@@ -71,7 +74,7 @@ def sample_torch(
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.isfinite().all(-1)
-    return torch.where(is_finite, tokens, -1)
+    return torch.where(is_finite, tokens, INVALID_TOKEN)
 
 
 def filtered_probs(

@@ -1,9 +1,9 @@
 """Reads the requests of OpenAI's API, and writes the responses, for serve.py.
 
-    reply = Reply(data, is_chat, model_name, tokenizer, scheduler)    # data: the JSON of a request, as bytes
-    reply.sequences             # what to compute (engine/sequence.py)
-    reply.response()            # after the sequences have ended
-    reply.stream(updates)       # or while they run, the chunks of a stream; updates: AsyncEngine.generate's
+    request = CompletionRequest(data, is_chat, model_name, tokenizer, scheduler)  # data: the JSON of a request in bytes
+    request.sequences           # what to compute
+    request.response()          # after the sequences have ended
+    request.chunks(updates)     # or while they run, for a stream; updates: those of AsyncEngine.generate
 """
 
 import json
@@ -111,8 +111,8 @@ def require(condition, message: str):
         raise UsageError(message)
 
 
-class Reply:
-    """The reply to a request: one response or, in a stream, a chunk for every update."""
+class CompletionRequest:
+    """A request, and the JSON that answers it: one response or, in a stream, a chunk for every update."""
 
     def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
         body = parse_request(data)
@@ -130,7 +130,7 @@ class Reply:
         choices = [self.choice(sequence, sequence) for sequence in self.sequences]
         return self.header | {"choices": choices, "usage": self.usage()}
 
-    async def stream(self, updates: AsyncIterator[list[SequenceUpdate]]) -> AsyncIterator[dict]:
+    async def chunks(self, updates: AsyncIterator[list[SequenceUpdate]]) -> AsyncIterator[dict]:
         """Yields a chunk for each update, and at the end the usage, if the request asks for it."""
         async for step_updates in updates:
             for update in step_updates:
@@ -159,7 +159,7 @@ class Reply:
         entries = []
         for token, logprobs in zip(part.new_ids, part.logprobs, strict=True):
             top = [self.entry(*likely) for likely in logprobs.top]
-            entries.append(self.entry(token, logprobs.token) | {"top_logprobs": top})
+            entries.append(self.entry(token, logprobs.logprob) | {"top_logprobs": top})
         if self.is_chat:
             return {"content": entries}
         tokens = [entry["token"] for entry in entries]

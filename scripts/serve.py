@@ -29,7 +29,7 @@ from cli.script import exit_with_error, run_script
 from engine.async_engine import AsyncEngine, GenerationError
 from engine.scheduler import Scheduler
 from llm import LLM
-from scripts.openai_api import Reply, require
+from scripts.openai_api import CompletionRequest, require
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -109,14 +109,15 @@ class Server(uvicorn.Server):
             raise HTTPException(408, f"the request took more than {MAX_BODY_SECONDS} s to arrive") from None
         is_chat = request.scope["path"] == CHAT_PATH
         # In a thread, since tokenizing megabytes of text takes seconds
-        reply = await asyncio.to_thread(Reply, body, is_chat, self.model_name, self.tokenizer, self.engine.scheduler)
-        updates = self.engine.generate(reply.sequences)
-        if reply.is_stream:
-            return StreamingResponse(events(reply.stream(updates)), media_type="text/event-stream")
+        options = is_chat, self.model_name, self.tokenizer, self.engine.scheduler
+        completion = await asyncio.to_thread(CompletionRequest, body, *options)
+        updates = self.engine.generate(completion.sequences)
+        if completion.is_stream:
+            return StreamingResponse(events(completion.chunks(updates)), media_type="text/event-stream")
         async for _ in updates:
             if await request.is_disconnected():
                 raise ClientDisconnect
-        return JSONResponse(reply.response())
+        return JSONResponse(completion.response())
 
     def check_key(self, request: Request):
         given, expected = request.headers.get("authorization", ""), f"Bearer {self.api_key}"

@@ -43,7 +43,7 @@ def fresh_answer(folder: Path, messages: list[dict], n: int = 12) -> tuple[list[
 def fresh_tokens(folder: Path, ids: list[int], n: int) -> list[int]:
     model = model_of((folder / "model.pth").resolve())
     runner = ModelRunner(model, KVCache(model, 1, CONTEXT), SamplingParams())
-    new = [i for (i,) in generation.generate(runner, torch.tensor([ids]), 0, n)]
+    new = [i for (i,) in generation.DecodeLoop(runner).decode_tokens(torch.tensor([ids]), n)]
     return new[: new.index(END)] if END in new else new
 
 

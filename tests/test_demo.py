@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 from converters.convert_gguf import convert_gguf
-from engine.generation import generate
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from loading import load_model
@@ -49,6 +49,6 @@ def test_real_weights_equal_transformers(demo, tmp_path, monkeypatch):
     with torch.inference_mode():
         logits = ours(tokens, torch.tensor([0]), kv_cache)
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-3, rtol=1e-3)
-    new = [i for (i,) in generate(ModelRunner(ours, kv_cache, SamplingParams()), tokens, 0, 30)]
+    new = [i for (i,) in DecodeLoop(ModelRunner(ours, kv_cache, SamplingParams())).decode_tokens(tokens, 30)]
     expected = theirs.generate(tokens, max_new_tokens=30, do_sample=False, eos_token_id=-1)
     assert new == expected[0, len(ids) :].tolist()

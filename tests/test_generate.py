@@ -1,4 +1,4 @@
-"""generate() gives the tokens of transformers, whether the prompt is cut into chunks, batched, cached or compiled."""
+"""DecodeLoop gives transformers' tokens, whether the prompt is cut into chunks, batched, cached or compiled."""
 
 import gc
 import weakref
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from engine import runner as runner_module
-from engine.generation import generate, read_one_step_later
+from engine import sampling
+from engine.generation import DecodeLoop, read_one_step_later
 from engine.runner import ModelRunner, choose_mode
 from engine.sampling_params import SamplingParams
 from kernels import build
@@ -25,9 +26,9 @@ def prompt_of(rows: int, length: int) -> torch.Tensor:
     return torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
-def new_tokens(runner, prompt: torch.Tensor, n: int, start: int = 0) -> torch.Tensor:
+def new_tokens(runner, prompt: torch.Tensor, n: int, n_cached: int = 0) -> torch.Tensor:
     """Returns the new tokens, [B, n]."""
-    return torch.tensor(list(generate(runner, prompt, start, n))).T
+    return torch.tensor(list(DecodeLoop(runner).decode_tokens(prompt, n, n_cached))).T
 
 
 def fresh_runner(model, rows: int, length: int, params: SamplingParams = GREEDY):
@@ -53,8 +54,8 @@ def test_rescoring_gives_the_same_log_probabilities(family, both_models, monkeyp
         seen.append(logits.clone())  # the next step overwrites the logits
         return sample(logits, *options)
 
-    sample = runner_module.sample
-    monkeypatch.setattr(runner_module, "sample", sample_and_note)
+    sample = sampling.sample
+    monkeypatch.setattr(sampling, "sample", sample_and_note)
     torch.manual_seed(0)
     new = new_tokens(fresh_runner(ours, 3, 64, SamplingParams(temperature=1.0)), prompt, 30)
     assert torch.unique(new).numel() > 20  # tokens are drawn, and differ
@@ -169,9 +170,8 @@ def test_conversation_continues_from_the_cache(family, both_models):
     ours, first, second = both_models(family)[1], prompt_of(2, 21), prompt_of(2, 9)
     runner = fresh_runner(ours, 2, 80)
     answer = new_tokens(runner, first, 20)
-    more = torch.cat([answer[:, -1:], second], 1)  # the last token of an answer has not been read yet
-    continued = new_tokens(runner, more, 20, start=40)
     whole = torch.cat([first, answer, second], 1)
+    continued = new_tokens(runner, whole, 20, n_cached=40)  # the last token of the answer has not been fed yet
     assert torch.equal(continued, new_tokens(fresh_runner(ours, 2, 80), whole, 20))
 
 
@@ -180,7 +180,7 @@ def test_two_caches_of_one_model(family, both_models):
     """The steps of two caches can take turns."""
     ours, prompts = both_models(family)[1], [prompt_of(1, 12), prompt_of(1, 30)]
     alone = [new_tokens(fresh_runner(ours, 1, 60), prompt, 20)[0].tolist() for prompt in prompts]
-    turns = [generate(fresh_runner(ours, 1, 60), prompt, 0, 20) for prompt in prompts]
+    turns = [DecodeLoop(fresh_runner(ours, 1, 60)).decode_tokens(prompt, 20) for prompt in prompts]
     in_turn = [[], []]
     for _ in range(20):
         for k, turn in enumerate(turns):
@@ -213,15 +213,15 @@ def check_compiled(ours, rows: int, warm, cases, **compile):
     eager_cache, cache = KVCache(ours, rows, 64), KVCache(ours, rows, 64)
     eager, compiled = ModelRunner(ours, eager_cache, GREEDY), ModelRunner(ours, cache, GREEDY, **compile)
     for start, length, n in warm:
-        new_tokens(compiled, prompt_of(rows, length), n, start)
+        new_tokens(compiled, prompt_of(rows, start + length), n, start)
     new_tokens(eager, prompt_of(rows, 30), 34)  # something in the cache for start > 0
     for layer, eager_layer in zip(cache.layers, eager_cache.layers, strict=True):
         layer.k.copy_(eager_layer.k)
         layer.v.copy_(eager_layer.v)
     with torch.compiler.set_stance("fail_on_recompile"):
         for start, length, n in cases:
-            tokens = new_tokens(compiled, prompt_of(rows, length), n, start)
-            assert torch.equal(tokens, new_tokens(eager, prompt_of(rows, length), n, start))
+            tokens = new_tokens(compiled, prompt_of(rows, start + length), n, start)
+            assert torch.equal(tokens, new_tokens(eager, prompt_of(rows, start + length), n, start))
     return torch._dynamo.utils.counters
 
 

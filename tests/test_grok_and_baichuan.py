@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import quantize
 from converters.hf_config import config_from_hf
-from engine.generation import generate
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from layers.rope import alibi_slopes
@@ -192,7 +192,7 @@ def test_logits_and_tokens(name, use_kernels, tmp_path):
     torch.testing.assert_close(logits_in_parts(model, tokens), expected, atol=1e-4, rtol=1e-4)
 
     runner, text = ModelRunner(model, KVCache(model, 1, 32), SamplingParams()), tokens[0]
-    ours = [i for (i,) in generate(runner, text[None], 0, 12)]
+    ours = [i for (i,) in DecodeLoop(runner).decode_tokens(text[None], 12)]
     for _ in range(12):
         text = torch.cat([text, reference(text)[-1:].argmax(-1)])
     assert ours == text[20:].tolist()

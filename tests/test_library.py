@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from engine.chat import Conversation
-from engine.generation import DecodeLoop
 from engine.sampling_params import SamplingParams
-from llm import LLM, KVCache, ModelRunner, generate, load
-from tests.tiny import PACKAGES
+from llm import LLM, DecodeLoop, KVCache, ModelRunner, load
+from tests.tiny import PACKAGES, write_folder
 from text.tokenizer import detokenize
 from utils.errors import UsageError
 from utils.files import ROOT
@@ -25,10 +24,10 @@ def test_text(chat_model, ask):
     """The functions of the library generate the same text as generate.py --prompt."""
     model, tokenizer = load(str(chat_model / "model.pth"), device="cpu", dtype=torch.bfloat16)
     kv_cache = KVCache(model, batch_size=1, max_seq_len=100)
-    runner = ModelRunner(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9))
+    loop = DecodeLoop(ModelRunner(model, kv_cache, SamplingParams(temperature=0.8, top_p=0.9)))
     prompt = tokenizer.encode("Hello, my name is")
     torch.manual_seed(1234)
-    tokens = [ids[0] for ids in generate(runner, torch.tensor([prompt]), n_cached=0, max_new_tokens=20)]
+    tokens = [ids[0] for ids in loop.decode_tokens(torch.tensor([prompt]), max_new_tokens=20)]
     text = "".join(detokenize(tokenizer, tokens, prefix_ids=prompt))
 
     (result,) = ask(chat_model, "--prompt=Hello, my name is", "--max_new_tokens=20", "--top_p=0.9", "--ignore_eos")
@@ -40,7 +39,7 @@ def test_conversation(chat_model, cli):
     model, tokenizer = load(chat_model / "model.pth")
     kv_cache, other_kv_cache = (KVCache(model, 1, 160) for _ in range(2))
     runner, other_runner = (ModelRunner(model, cache, SamplingParams()) for cache in (kv_cache, other_kv_cache))
-    other = generate(other_runner, torch.tensor([tokenizer.encode("Hello")]), 0, 30)
+    other = DecodeLoop(other_runner).decode_tokens(torch.tensor([tokenizer.encode("Hello")]), 30)
     loop = DecodeLoop(runner)
     conversation = Conversation(tokenizer, loop, kv_cache.max_seq_len, model.config.eos_ids)
     answers, other_ids = [], []
@@ -126,6 +125,22 @@ def test_texts_at_once(chat_model):
     gc.collect()
     alive = [o for o in gc.get_objects() if type(o) is KVCache and o.token_ids.shape[1] == 160]
     assert [id(o) for o in alive] == [id(llm.idle_loop.runner.kv_cache)]
+
+
+@pytest.mark.parametrize("family, n", [("llama3", 40), ("dynamic", 40), ("phi4-mini", 9)])
+def test_a_logits_processor_does_not_change_the_angles(family, n, tmp_path):
+    """RoPE of type dynamic or longrope depends on the KV cache's length. A text with a logits_processor that changes
+    nothing is the text without it. Where the length changes no text, the cache has just the text's length."""
+    write_folder(family, tmp_path)
+    llm = LLM(tmp_path, device="cpu", dtype=torch.float32, max_seq_len=400)
+    text = "".join(llm.generate("Hello", n))
+    before = {id(o) for o in gc.get_objects() if type(o) is KVCache}
+    pieces = llm.generate("Hello", n, logits_processor=lambda ids, logits: logits)
+    first = next(pieces)
+    new = [o for o in gc.get_objects() if type(o) is KVCache and id(o) not in before]
+    assert first + "".join(pieces) == text
+    length = len(llm.tokenizer.encode("Hello")) + n if family == "llama3" else llm.max_seq_len
+    assert {kv_cache.max_seq_len for kv_cache in new} == {length}
 
 
 WRONG_ARGUMENTS = [

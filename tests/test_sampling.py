@@ -10,16 +10,21 @@ from transformers.generation import logits_process as hf
 
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
-from engine.sampling import probabilities, sample, seen_token_mask, store_token_ids
+from engine.sampling import probabilities, seen_token_mask, store_token_ids
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
+from layers import sampling
 from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
-from layers.sampling import Filters, has_sample_kernel
+from layers.sampling import INVALID_TOKEN, Filters, has_sample_kernel
 from model import KVCache
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
+
+
+def sample(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    return sampling.sample(logits, params.temperature, params.filters, TORCH_BACKEND)
 
 
 def expected_distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -95,12 +100,12 @@ def test_repetition_penalty_equals_transformers(both_models):
     kv_cache, ids = KVCache(ours, 1, 64), prompt[0].tolist()
     runner = ModelRunner(ours, kv_cache, params)
     loop = DecodeLoop(runner)
-    assert [i for (i,) in loop.generate(ids, 0, n)] == expected
-    rest = loop.generate(ids + expected[:5], 44, n - 5)  # as a conversation goes on
+    assert [i for (i,) in loop.decode_tokens(prompt, n)] == expected
+    rest = loop.decode_tokens(torch.tensor([ids + expected[:5]]), n - 5, n_cached=44)  # as a conversation goes on
     assert [i for (i,) in rest] == expected[5:]
 
-    lookup = SpeculativeLoop(runner, NgramProposer(2, torch.device("cpu")), k=4)
-    assert [i for (i,) in lookup.generate(ids, 0, n)] == expected
+    lookup = SpeculativeLoop(runner, NgramProposer(2, torch.device("cpu")), max_k=4)
+    assert [i for (i,) in lookup.decode_tokens(prompt, n)] == expected
 
     for order in ([0, 1, 2], [2, 0, 1]):  # the second time, penalized moves to the slot of short
         plain, penalized, short = Sequence(ids, n), Sequence(ids, n, params), Sequence(ids[:7], 3, params)
@@ -232,7 +237,7 @@ def test_options_that_leave_only_the_likeliest(params):
 def test_rows_that_are_not_finite(params):
     logits = torch.randn(500, 97, generator=torch.Generator().manual_seed(0))
     logits[1, 5], logits[2, 6], logits[3, 0] = torch.nan, torch.inf, -torch.inf
-    assert (sample(logits, params) == -1).nonzero().flatten().tolist() == [1, 2, 3]
+    assert (sample(logits, params) == INVALID_TOKEN).nonzero().flatten().tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

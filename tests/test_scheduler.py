@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.async_engine import AsyncEngine, GenerationError
-from engine.generation import generate
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
-from engine.sampling import sample
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler, sample_batch
 from engine.sequence import Sequence, build_sequence
 from formats import MXFP4, Float8, Int4, Int8
+from layers.backend import TORCH_BACKEND
+from layers.sampling import sample
 from llm import LLM
 from loading import load
 from model import KVCache, Transformer
@@ -43,7 +44,7 @@ def make_prompts(n: int) -> list[list[int]]:
 
 def run_alone(model: Transformer, prompt: list[int], n: int) -> list[int]:
     runner = ModelRunner(model, KVCache(model, 1, len(prompt) + n), SamplingParams())
-    return [ids[0] for ids in generate(runner, torch.tensor([prompt]), 0, n)]
+    return [ids[0] for ids in DecodeLoop(runner).decode_tokens(torch.tensor([prompt]), n)]
 
 
 def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[int]]:
@@ -237,7 +238,8 @@ def test_sequences_of_different_temperatures_are_sampled_in_one_pass():
     alone = []
     for i, params in enumerate(all_params):
         uniform = torch.rand(1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        alone += sample(logits[i : i + 1], params, uniform=uniform).tolist()
+        row, backend = logits[i : i + 1], TORCH_BACKEND
+        alone += sample(row, params.temperature, params.filters, backend, uniform).tolist()
     assert sample_together(list(range(16))) == (alone, 2)  # greedy without a softmax; with top_k; without
     assert sample_together([15, 0, 3, 12]) == ([alone[i] for i in (15, 0, 3, 12)], 2)
     assert sample_together([5, 4]) == ([alone[5], alone[4]], 1)
@@ -303,7 +305,7 @@ def test_logprobs(both_models):
         for update, logprobs in zip(answer, expected, strict=True):
             (found_logprobs,), (token,) = update.logprobs, update.new_ids
             values, tokens = logprobs.topk(4)
-            assert found_logprobs.token == pytest.approx(logprobs[token].item(), abs=1e-4)
+            assert found_logprobs.logprob == pytest.approx(logprobs[token].item(), abs=1e-4)
             assert [token for token, _ in found_logprobs.top] == tokens.tolist()
             assert [value for _, value in found_logprobs.top] == pytest.approx(values.tolist(), abs=1e-4)
 

@@ -9,17 +9,17 @@ import torch
 
 import quantize
 from engine import speculate as speculate_module
-from engine.generation import generate
-from engine.runner import ModelRunner, Sampler
-from engine.sampling import probabilities
+from engine.generation import DecodeLoop
+from engine.runner import ModelRunner
+from engine.sampling import Sampler, probabilities
 from engine.sampling_params import SamplingParams
 from engine.speculate import (
     DraftModelProposer,
     NgramProposer,
     SpeculativeLoop,
-    best_draft_length,
-    draft_lengths,
+    best_k,
     estimate_verify_cost,
+    k_choices,
     rejection_sample,
 )
 from layers.backend import TORCH_BACKEND
@@ -47,7 +47,7 @@ def loop_of(model, draft, length: int, k: int, compile: bool = False) -> Specula
 def plain(model, text: list[int], n: int) -> list[int]:
     """Returns the tokens without speculation."""
     runner = ModelRunner(model, KVCache(model, 1, len(text) + n), GREEDY)
-    return [i for (i,) in generate(runner, torch.tensor([text]), 0, n)]
+    return [i for (i,) in DecodeLoop(runner).decode_tokens(torch.tensor([text]), n)]
 
 
 def flat(tokens) -> list[int]:
@@ -82,7 +82,7 @@ def test_greedy_tokens_are_the_models_own(family, name, both_models, drafts):
     for k in range(1, 9) if family == "llama3" else (1, 4, 8):
         loop = loop_of(model, draft, len(TEXT) + 39, k)  # not one place more than plain decoding takes
         loop.verify_cost = 0.1
-        assert flat(loop.generate(TEXT, 0, 40)) == expected
+        assert flat(loop.decode_tokens(torch.tensor([TEXT]), 40)) == expected
         sizes = loop.n_tokens_per_step
         assert sum(sizes) == 40 and max(sizes) <= k + 1
         assert loop.accept_counts() == [sizes[1:].count(n + 1) for n in range(k + 1)]
@@ -95,11 +95,11 @@ def test_a_text_goes_on_where_the_cache_ends(name, both_models, drafts):
     """A text is right if it begins with part of the text and answer in the cache, as in a conversation."""
     model, draft = both_models("llama3")[1], drafts("llama3", name)
     loop = loop_of(model, draft, 160, 4)
-    answer = flat(loop.generate(TEXT, 0, 21))
+    answer = flat(loop.decode_tokens(torch.tensor([TEXT]), 21))
     for kept in (20, 7, 0):
         text = TEXT + answer[:kept] + TEXT[5:15]
-        assert flat(loop.generate(text, len(TEXT) + kept, 20)) == plain(model, text, 20)
-        flat(loop.generate(TEXT, len(TEXT) - 1, 21))
+        assert flat(loop.decode_tokens(torch.tensor([text]), 20, len(TEXT) + kept)) == plain(model, text, 20)
+        flat(loop.decode_tokens(torch.tensor([TEXT]), 21, len(TEXT) - 1))
 
 
 @pytest.mark.parametrize("family, use_kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
@@ -107,7 +107,7 @@ def test_compiled(family, use_kernels, k, both_models):
     """With kernels, only a verification of 11 tokens is compiled, since that is more than they take."""
     model = both_models(family, use_kernels)[1]
     loop = loop_of(model, None, len(TEXT) + 20, k, compile=True)
-    assert flat(loop.generate(TEXT, 0, 20)) == plain(model, TEXT, 20)
+    assert flat(loop.decode_tokens(torch.tensor([TEXT]), 20)) == plain(model, TEXT, 20)
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class ToyRunner:
         self.table, self.tokens = table, list(text)
         self.model = torch.nn.LayerNorm(1)  # its bytes are the cost, for draft and model
         self.model.config = SimpleNamespace(vocab_size=V, moe=None)
-        self.sampler = Sampler(params, torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
+        self.sampler = Sampler([params], torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
         self.prefill = self.decode = self.build_step(self.sampler)
 
     def fill_kv_cache(self, tokens, start_pos):
@@ -173,12 +173,12 @@ def test_sampled_tokens_have_the_models_distribution(draft, params, samples):
         runner = ToyRunner(toy_logits(2, never=3 if draft == "never" else None), params, text)
         proposer = DraftModelProposer(runner, runner.model)
         proposer.cost = 0.0
-    loop = SpeculativeLoop(ToyRunner(table, params, text), proposer, k=2)
+    loop = SpeculativeLoop(ToyRunner(table, params, text), proposer, max_k=2)
 
     torch.manual_seed(0)
     counts, n_speculated = torch.zeros(V, V, V), 0
     for _ in range(samples):
-        counts[tuple(flat(loop.generate(text, 0, 3)))] += 1
+        counts[tuple(flat(loop.decode_tokens(torch.tensor([text]), 3)))] += 1
         n_speculated += len(loop.n_tokens_per_step) < 3
     assert n_speculated > samples // 20  # speculation took part
 
@@ -228,11 +228,11 @@ def test_lookup_proposes_what_came_after():
 
 
 def test_the_number_of_tokens_follows_what_is_accepted():
-    assert draft_lengths(5) == [1, 5] and draft_lengths(1) == [1]
-    assert best_draft_length([5, 2, 1], 1.0, 0.3) == 5
-    assert best_draft_length([5, 2, 1], 0.3, 0.2) == 1
-    assert best_draft_length([5, 2, 1], 0.05, 0.3) == 0
-    assert best_draft_length([], 1.0, 0.1) == 0
+    assert k_choices(5) == [1, 5] and k_choices(1) == [1]
+    assert best_k([5, 2, 1], 1.0, 0.3) == 5
+    assert best_k([5, 2, 1], 0.3, 0.2) == 1
+    assert best_k([5, 2, 1], 0.05, 0.3) == 0
+    assert best_k([], 1.0, 0.1) == 0
     rate = speculate_module.AcceptanceRate()
     first = rate.rate
     for _ in range(20):
@@ -246,5 +246,5 @@ def test_the_number_of_tokens_follows_what_is_accepted():
 def test_experts_cost_more_to_verify(both_models):
     dense, moe = both_models("llama3")[1], both_models("mixtral")[1]
     assert estimate_verify_cost(dense) < 0.2 < estimate_verify_cost(moe) < 1
-    of_dense, of_moe = (best_draft_length([1, 2, 5], 0.3, estimate_verify_cost(model)) for model in (dense, moe))
+    of_dense, of_moe = (best_k([1, 2, 5], 0.3, estimate_verify_cost(model)) for model in (dense, moe))
     assert of_dense > of_moe

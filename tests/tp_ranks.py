@@ -169,7 +169,7 @@ def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
 
 def tokens_of(model: Transformer, prompt: Tensor, params=SamplingParams(), compile=False) -> list[list[int]]:  # noqa: B008
     runner = ModelRunner(model, KVCache(model, N_ROWS, N_PROMPT + N_NEW), params, compile)
-    return list(generation.generate(runner, prompt, 0, N_NEW))
+    return list(generation.DecodeLoop(runner).decode_tokens(prompt, N_NEW))
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:

@@ -3,5 +3,4 @@
     chat_template.py      a chat's messages to one text
     tokenizer_files.py    reads the files of a checkpoint's tokenizer
     tokenizer.py          Tokenizer: encode, decode, encode_chat; text from tokens as they arrive
-    length.py             whether a prompt is too long, without encoding all of it
 """

@@ -2,8 +2,8 @@
 
     render(template, {"eos_token": "</s>"}, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
-A template is a program in jinja2's language by an unknown author, so render runs the template in a sandbox with limited
-time and memory.
+A template is a program in jinja2's language by an unknown author, so render runs it in a sandbox with limited time and
+memory.
 """
 
 import contextlib
@@ -69,8 +69,8 @@ def read_message(message) -> dict:
 
 
 def check_unicode(text: str, name: str):
-    """Raises UsageError if text holds half of a surrogate pair, which UTF-8 cannot encode. name: what the user calls
-    text."""
+    """Raises UsageError if text holds half of a surrogate pair, which UTF-8 cannot encode. name: what the error calls
+    it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -119,8 +119,8 @@ def multiply(a, b):
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TemplateError if this context takes longer than seconds. Only the main thread has a limit, since only the
-    main thread receives signals."""
+    """Raises TemplateError if this context takes longer than seconds. Only the main thread has a limit, since only it
+    receives signals."""
 
     def stop(signum, frame):
         raise TemplateError(f"it takes more than {seconds} s")

@@ -74,8 +74,7 @@ class Tokenizer:
 
     def split_chat(self, messages: list[dict]) -> list[Part]:
         """Renders a conversation by the checkpoint's chat template, up to the beginning of the next answer. Special
-        tokens that are written in a message stay text. Raises UsageError if the checkpoint has no template, or if the
-        template fails."""
+        tokens that are written in a message stay text. Raises UsageError if there is no template, or if it fails."""
         starts = self.special_token_starts()
         # SENTINEL after the first character of a special token's text hides the text from split_at_special_tokens
         marked = [message | {"content": starts.sub(rf"\g<0>{SENTINEL}", message["content"])} for message in messages]
@@ -99,7 +98,7 @@ class Tokenizer:
 
     def end_of_turn(self) -> int | None:
         """Returns the special or added token that the chat template puts right after an assistant's message, white
-        space aside. Returns None if the template puts none, or if the template fails."""
+        space aside. Returns None if it puts none, or if it fails."""
         answer = "An answer."
         messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
         try:
@@ -199,12 +198,12 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
 
 
 class StopStringFinder:
-    """Cuts a text that arrives in pieces before the first stop string. Holds back the end of the text while the end may
-    be the beginning of a stop string."""
+    """Cuts a text that arrives in pieces before the first stop string. Holds back its end while that may be the
+    beginning of a stop string."""
 
     def __init__(self, stop: Iterable[str]):
         self.stop = tuple(stop)
-        self.held = ""  # the end of the text that is held back
+        self.held = ""  # the end of the text, held back
         self.found = False  # whether a stop string has come
 
     def push(self, piece: str) -> str:

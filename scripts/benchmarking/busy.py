@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from config import ModelConfig
-from engine.generation import generate
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from formats import WeightFormat
 from model import KVCache
@@ -105,7 +105,7 @@ class TimedModel:
     def token_times(self, runner: ModelRunner) -> Iterator[float]:
         """Decodes a text. Yields the time after prefill and after every decode step, by a clock that all processes
         share."""
-        for _ in generate(runner, random_prompt(self.model, self.n_prompt), 0, self.n_new):
+        for _ in DecodeLoop(runner).decode_tokens(random_prompt(self.model, self.n_prompt), self.n_new):
             yield time.monotonic()
 
     def time_text(self, n_threads: int) -> list[float]:

@@ -23,10 +23,9 @@ from tqdm import tqdm
 
 from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
-from engine.generation import generate
-from engine.runner import ModelRunner
+from engine.generation import DecodeLoop
+from engine.runner import ModelRunner, step_bytes
 from engine.sampling_params import SamplingParams
-from engine.step_bytes import step_bytes
 from loading import load_model
 from model import KVCache, Transformer
 from scripts.benchmarking.speed import seconds_of_steps
@@ -120,7 +119,7 @@ def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
 
 
 def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
-    """Returns the bytes of weights that a decode step reads, for a GGUF (engine/step_bytes.py: active_weight_bytes)."""
+    """Returns the bytes of weights that a decode step reads, for a GGUF (engine/runner.py: active_weight_bytes)."""
     from converters.gguf_file import read_gguf
 
     _, tensors = read_gguf(file)
@@ -164,7 +163,7 @@ def load_ours(file: str, threads: int, n_sequences: int) -> Generate:
     runner = ModelRunner(model, KVCache(model, n_sequences, PREFILL), SamplingParams())
 
     def generate_greedily(prompts: list[list[int]], n: int) -> Iterator:
-        return generate(runner, torch.tensor(prompts), 0, n)
+        return DecodeLoop(runner).decode_tokens(torch.tensor(prompts), n)
 
     return generate_greedily
 

@@ -22,12 +22,11 @@ from torch.utils.benchmark import Timer
 from checkpoint import meta_model, read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.hf_config import config_from_hf
-from engine.generation import generate
-from engine.runner import ModelRunner
+from engine.generation import DecodeLoop
+from engine.runner import ModelRunner, active_weight_bytes, step_bytes
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
-from engine.step_bytes import active_weight_bytes, step_bytes
 from formats import Unquantized, WeightFormat
 from layers.linear import Linear, LinearBase, RMSNorm
 from layers.weight import Embedding
@@ -205,7 +204,8 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
 def time_tokens(model: Transformer, runner: ModelRunner, start: int, n_prompt: int, n_new: int) -> list[float]:
     """Returns the seconds of prefill, and of every decode step after it, for a random prompt at position start. Prefill
     makes the first of n_new tokens."""
-    return seconds_of_steps(generate(runner, random_prompt(model, n_prompt), start, n_new))
+    token_ids = random_prompt(model, start + n_prompt)
+    return seconds_of_steps(DecodeLoop(runner).decode_tokens(token_ids, n_new, n_cached=start))
 
 
 def random_prompt(model: Transformer, n: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from cli import common_args
 from config import ModelConfig, MoEConfig
-from engine.generation import generate
+from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from formats import Int8
@@ -124,5 +124,5 @@ def check_captured_steps(device: torch.device, options: dict) -> Iterator[Compar
             model.pack_weights()
         runner = ModelRunner(model, KVCache(model, 1, 64), SamplingParams(), compile=use_kernels)
         prompt = torch.arange(1, 12, device=device)[None]
-        tokens.append(torch.tensor(list(generate(runner, prompt, 0, 40))))
+        tokens.append(torch.tensor(list(DecodeLoop(runner).decode_tokens(prompt, 40))))
     yield Comparison("captured_steps", str(options), *tokens, torch.zeros(()))
