@@ -18,6 +18,7 @@ import glob
 import os
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -28,14 +29,13 @@ from torch.serialization import skip_data
 from tqdm import tqdm
 
 from config import ModelConfig
-from earlier_checkpoints import UPGRADES, upgrade
 from formats import QuantizationConfig, Unquantized
 from layers import Linear
 from model import Transformer
 from utils.errors import UsageError
 from utils.files import delete_if_possible, is_state_dict, load_torch_file
 
-CHECKPOINT_VERSION = "gpt-fast/7"  # if a name changes, so does the version: earlier_checkpoints.py gets a row
+CHECKPOINT_VERSION = "gpt-fast/7"  # if a name changes, so does the version, and UPGRADES gets a row
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationConfig(UNQUANTIZED)
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
@@ -169,3 +169,71 @@ def meta_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZE
             raise UsageError(f"the checkpoint's quantization gives {name} an order of inputs, which it cannot have")
         linear.set_tensor("input_order", torch.empty(linear.in_features, dtype=torch.int32, device="meta"))
     return model
+
+
+# ---- Files of earlier versions --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Renames:
+    """The names that the next version changed: old name -> new name. Versions differ only in names."""
+
+    tensors: dict[str, str] = field(default_factory=dict)  # parts of names: see rename_tensor
+    fields: dict[str, str] = field(default_factory=dict)  # of ModelConfig, MoEConfig and RopeScaling
+    activations: dict[str, str] = field(default_factory=dict)
+
+
+UPGRADES = {
+    "gpt-fast/1": Renames(
+        tensors={
+            ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
+            ".w13.": ".gate_up_proj.", ".w2.": ".down_proj.",
+        },
+        fields={"n_active": "top_k", "normalize": "norm_topk_prob"},
+    ),
+    "gpt-fast/2": Renames(
+        tensors={"tok_embeddings.": "embed_tokens.", "output.": "lm_head."}, fields={"kind": "rope_type"}
+    ),
+    "gpt-fast/3": Renames(fields={"n_shared": "n_shared_experts"}),
+    "gpt-fast/4": Renames(
+        fields={"window_layers": "layer_has_window", "rope_layers": "layer_has_rope"},
+        activations={"silu": "swiglu", "gelu_tanh": "geglu_tanh"},
+    ),
+    "gpt-fast/5": Renames(
+        tensors={".attention_norm.": ".pre_attention_norm.", ".ffn_norm.": ".pre_ffn_norm."},
+    ),
+    "gpt-fast/6": Renames(
+        fields={
+            "out_bias": "o_proj_bias", "qk_norm_all_heads": "qk_norm_across_heads",
+            "window_rope_theta": "local_rope_theta",
+        },
+    ),
+}
+
+
+def upgrade(version: str, config, tensors: dict[str, Tensor]) -> tuple:
+    """Returns (config, tensors) with today's names. config may have any type, since only ModelConfig.from_dict, which
+    comes later, finds a broken file."""
+    first = list(UPGRADES).index(version)
+    for renames in list(UPGRADES.values())[first:]:
+        tensors = {rename_tensor(name, renames.tensors): tensor for name, tensor in tensors.items()}
+        if isinstance(config, dict):
+            config = rename_fields(config, renames)
+    return config, tensors
+
+
+def rename_tensor(name: str, new_names: dict[str, str]) -> str:
+    """new_names: a part of an old name -> the part of the new name. The order counts."""
+    for old, new in new_names.items():
+        name = name.replace(old, new)
+    return name
+
+
+def rename_fields(config: dict, renames: Renames) -> dict:
+    config = {renames.fields.get(old, old): value for old, value in config.items()}
+    for name in ("moe", "rope_scaling"):
+        if isinstance(config.get(name), dict):
+            config[name] = {renames.fields.get(old, old): value for old, value in config[name].items()}
+    if isinstance(activation := config.get("activation"), str):
+        config["activation"] = renames.activations.get(activation, activation)
+    return config
