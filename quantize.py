@@ -114,7 +114,7 @@ class Quantizer(NamedTuple):
 QUANTIZERS = {mode: Quantizer(format_class, round_to_nearest) for mode, format_class in formats.MODES.items()} | {
     "int4-hqq": Quantizer(Int4, round_by_hqq), "int4-gptq": Quantizer(Int4, round_by_gptq),
 }
-GROUP_SIZE_MODES = [mode for mode, (format_class, _) in QUANTIZERS.items() if format_class.needs_group_size()]
+GROUP_SIZE_MODES = [mode for mode, (format_class, _) in QUANTIZERS.items() if format_class.group_size_choices]
 DEFAULT_GROUP_SIZE = 32
 MAX_PERCDAMP = 100  # far beyond what helps; a float32 Hessian must stay finite
 
@@ -155,10 +155,10 @@ def check_args(args: argparse.Namespace):
     if args.mode not in QUANTIZERS:
         raise UsageError(f"--mode must be one of {', '.join(QUANTIZERS)}, not {args.mode}")
     format_class = QUANTIZERS[args.mode].format_class
-    if args.group_size is not None and not format_class.needs_group_size():
+    if args.group_size is not None and not format_class.group_size_choices:
         raise UsageError(f"--groupsize belongs to {', '.join(GROUP_SIZE_MODES)}: leave it out, or take one of these")
-    if args.group_size is not None and args.group_size not in format_class.group_sizes:
-        sizes = ", ".join(map(str, format_class.group_sizes))
+    if args.group_size is not None and args.group_size not in format_class.group_size_choices:
+        sizes = ", ".join(map(str, format_class.group_size_choices))
         raise UsageError(f"--groupsize must be one of {sizes}, not {args.group_size}")
     check_integer("--calibration_limit", args.calibration_limit, 1)
     check_integer("--blocksize", args.blocksize, 1)

@@ -46,9 +46,8 @@ __all__ = [
 
 # By format_id; kernels/csrc/weights.h: Formats has the same order. kernels/build.py: check_formats makes sure
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
-MODES = {  # by --mode
-    format_class.mode: format_class
-    for format_class in FORMATS if format_class.mode is not None and not format_class.is_import_only
+MODES = {  # by --mode. Only the converters make GroupedInt8
+    format_class.mode: format_class for format_class in FORMATS if format_class not in (Unquantized, GroupedInt8)
 }
 
 

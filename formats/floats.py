@@ -22,11 +22,6 @@ class Float8(WeightFormat):
     format_id = 4
     mode = "fp8"
     dtypes = {"weight": torch.float8_e4m3fn, "scales": torch.float32}
-    group_sizes = (None, *GROUP_SIZES)
-
-    @classmethod
-    def examples(cls):
-        return [cls(), cls(32)]
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         k = w.shape[-1]
@@ -55,6 +50,13 @@ class Float8(WeightFormat):
         if not isinstance(other, Float8):
             return None
         return Float8(math.gcd(self.group_size or 0, other.group_size or 0) or None)
+
+    def to_dict(self):
+        return super().to_dict() | ({"groupsize": self.group_size} if self.group_size else {})
+
+    @classmethod
+    def stored_formats(cls):
+        return [cls(), *map(cls, GROUP_SIZES)]  # only converters make groups
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class GroupwiseAffine(WeightFormat):
 
     @classmethod
     def stored_formats(cls):
-        return [cls(size, dtype) for size in cls.group_sizes for dtype in (torch.bfloat16, torch.float16)]
+        return [cls(size, dtype) for size in cls.group_size_choices for dtype in (torch.bfloat16, torch.float16)]
 
     @property
     def dtypes(self):
@@ -105,14 +105,10 @@ class Int4(GroupwiseAffine):
 
     format_id = 2
     mode = "int4"
-    group_sizes = GROUP_SIZES
+    group_size_choices = GROUP_SIZES
     k_alignment = shard_alignment = 8
     elements_per_byte = 2
     zero_fraction_bits = 4
-
-    @classmethod
-    def examples(cls):
-        return [cls(32), cls(128, torch.float16)]
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
@@ -151,13 +147,8 @@ class GroupedInt8(GroupwiseAffine):
 
     format_id = 3
     mode = "int8-grouped"
-    is_import_only = True
-    group_sizes = (16, *GROUP_SIZES)
+    group_size_choices = (16, *GROUP_SIZES)
     zero_fraction_bits = 0
-
-    @classmethod
-    def examples(cls):
-        return [cls(16), cls(64, torch.float16)]
 
     @property
     def name(self):

@@ -36,7 +36,7 @@ class Int4HQQ(Int4):
 
 def is_made(format) -> bool:
     """Returns whether quantize.py makes files of the format, and not only the converters."""
-    return not format.is_import_only and format == type(format).from_options(format.group_size)
+    return type(format) in formats.MODES.values() and format == type(format).from_options(format.group_size)
 
 
 QUANTIZED = [format for format in exact_results.CPU_FORMATS if format.is_quantized]
