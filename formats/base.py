@@ -89,10 +89,6 @@ class WeightFormat:
         """W [..., N, K] in dtype, from the tensors of a checkpoint. The kernels are tested against this function."""
         raise NotImplementedError
 
-    def fill_randomly(self, tensors: Tensors, std: float):
-        """Fills the tensors of a checkpoint in place. W then has mean 0 and standard deviation std."""
-        raise NotImplementedError
-
     def promote_format(self, other: "WeightFormat") -> "WeightFormat | None":
         """The smallest format that can hold weights of both formats without loss, or None: like torch.promote_types,
         for stacked weights of other projects, such as q, k and v."""
@@ -153,9 +149,6 @@ class Unquantized(WeightFormat):
 
     def quantize(self, w):
         return {"weight": w}
-
-    def fill_randomly(self, tensors, std):
-        tensors["weight"].normal_(std=std)
 
     def to_cpu_layout(self, tensors):
         """For bf16, which is packed on some CPUs (ops/packing.py: packs_unquantized). K must be even."""

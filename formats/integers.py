@@ -38,10 +38,6 @@ class Int8(WeightFormat):
     def dequantize(self, tensors, dtype):
         return (tensors["weight"] * tensors["scales"][..., None]).to(dtype)
 
-    def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(-127, 128)  # the standard deviation of q is 73
-        tensors["scales"].fill_(std / 73)
-
     def to_cpu_layout(self, tensors):
         # ^ 128 on a byte adds 128. One expression, so that the result of ^ is freed early
         words = words_to_blocks(tensors["weight"].view(torch.uint8) ^ 128, 4)
@@ -120,11 +116,6 @@ class Int4(GroupwiseAffine):
         q = quantize_affine(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
         return {"weight": self.pack_q(join_groups(q.to(torch.uint8), k)), "scales": scales, "zeros": zeros}
 
-    def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(0, 256)  # two q a byte; the standard deviation of q is 4.6
-        tensors["scales"].uniform_(std / 5, std / 4)
-        tensors["zeros"].random_(100, 141)  # about 16 * 7.5, and 7.5 is the mean of q
-
     def to_triton_layout(self, tensors):
         tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
         return {"weight": tiles, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
@@ -166,11 +157,6 @@ class GroupedInt8(GroupwiseAffine):
             "scales": scales,
             "zeros": zeros.to(torch.uint8),
         }
-
-    def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(0, 256)  # the standard deviation of q is 74
-        tensors["scales"].fill_(std / 74)
-        tensors["zeros"].random_(127, 129)  # about the mean of q
 
     def to_triton_layout(self, tensors):
         rows = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128
