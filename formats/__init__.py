@@ -44,7 +44,7 @@ __all__ = [
     "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
-# By format_id; kernels/csrc/weights.h: Formats has the same order. kernels/build.py: check_formats makes sure
+# By format_id. kernels/csrc/weights.h: FORMATS has the same order: kernels/build.py: check_order
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
 MODES = {  # by --mode. Only the converters make GroupedInt8
     format_class.mode: format_class for format_class in FORMATS if format_class not in (Unquantized, GroupedInt8)

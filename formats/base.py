@@ -33,7 +33,7 @@ class WeightFormat:
     scales. layers.py, kernels/arguments.py and C++ rely on both.
     """
 
-    format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: Formats
+    format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: FORMATS
     mode: str | None = None  # None: not quantized
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
     # The sizes from which --groupsize chooses, and which model.pth then names. Empty: there is no choice

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -26,7 +25,7 @@ import torch
 from config import ACTIVATIONS
 from formats import FORMATS
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
-from kernels.schema import MAX_CPU_TOKENS, SCHEMAS
+from kernels.schema import MAX_CPU_TOKENS
 from utils.signals import defer_signals
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -37,13 +36,11 @@ CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
 FLAGS = [
     "-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
     "-Werror=switch",  # the compiler then names each place that lacks a case for a new activation
+    # csrc/weights.h has these numbers from here
+    f"-DGPTFAST_MAX_CPU_TOKENS={MAX_CPU_TOKENS}",
+    f"-DGPTFAST_BLOCK_N={CPU_BLOCK_N}",
+    f"-DGPTFAST_ACT_GROUP_SIZE={ACT_GROUP_SIZE}",
 ]
-
-CPP_TYPES = {  # type of an argument in kernels/schema.py -> type of the parameter in csrc/ops.cpp
-    "Tensor": "Tensor", "Tensor?": "OptTensor", "int": "int64_t", "float": "double", "bool": "bool",
-    "ScalarType": "ScalarType",
-}
-
 
 @cache
 def library() -> ctypes.CDLL | None:
@@ -52,80 +49,10 @@ def library() -> ctypes.CDLL | None:
 
     The returned library has the functions that capture.py calls to fill and replay OpLists (kernels/csrc/op_list.h).
     """
-    check_formats((SOURCES / "weights.h").read_text())
-    check_sizes((SOURCES / "weights.h").read_text())
-    check_activations((SOURCES / "activation.h").read_text())
-    check_parameters((SOURCES / "ops.cpp").read_text())
     library = find_or_compile()
     if library is not None:
         os.register_at_fork(after_in_child=use_one_thread)
     return library
-
-
-@cache
-def cpp_formats() -> list[str]:
-    """The names of the classes in formats/ whose weights the C++ kernels read."""
-    return list_formats((SOURCES / "weights.h").read_text())
-
-
-@cache
-def cpp_activations() -> list[str]:
-    """The activations of config.py: ACTIVATIONS that the C++ kernels compute."""
-    return list_activations((SOURCES / "activation.h").read_text())
-
-
-def list_formats(weights_h: str) -> list[str]:
-    return re.findall(r"\w+", re.search(r"using Formats = FormatList<(.+?)>", weights_h, re.S)[1])
-
-
-def list_activations(activation_h: str) -> list[str]:
-    enum = re.search(r"enum class Activation : int64_t {(.+?)}", activation_h, re.S)[1]
-    _none, *names, _count = re.findall(r"\w+", enum.lower())
-    return names
-
-
-def check_formats(weights_h: str):
-    """Raises ImportError unless Formats in csrc/weights.h has the order of formats/: FORMATS, since a format's
-    number is its position in both. FORMATS may have more at its end: formats without C++ kernels."""
-    ours, theirs = [format_class.__name__ for format_class in FORMATS], list_formats(weights_h)
-    if theirs != ours[: len(theirs)]:
-        raise ImportError(f"kernels/csrc/weights.h: Formats lists {theirs}; formats/: FORMATS lists {ours}")
-
-
-def check_activations(activation_h: str):
-    """Raises ImportError unless Activation in csrc/activation.h has the order of config.py: ACTIVATIONS, as
-    check_formats does for formats. ACTIVATIONS may have more at its end: activations without C++ kernels."""
-    ours, theirs = list(ACTIVATIONS), list_activations(activation_h)
-    if theirs != ours[: len(theirs)]:
-        raise ImportError(f"kernels/csrc/activation.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
-
-
-def check_sizes(weights_h: str):
-    """Raises ImportError unless csrc/weights.h and Python have the same numbers. With other blocks, C++ would read
-    wrong weights without an error."""
-    sizes = {
-        "MAX_CPU_TOKENS": ("kernels/schema.py: MAX_CPU_TOKENS", MAX_CPU_TOKENS),
-        "BLOCK_N": ("formats/cpu_layouts.py: CPU_BLOCK_N", CPU_BLOCK_N),
-        "ACT_GROUP_SIZE": ("formats/cpu_layouts.py: ACT_GROUP_SIZE", ACT_GROUP_SIZE),
-    }
-    for name, (our_name, ours) in sizes.items():
-        theirs = int(re.search(rf" {name} = (\d+);", weights_h)[1])
-        if theirs != ours:
-            raise ImportError(f"kernels/csrc/weights.h: {name} is {theirs}; {our_name} is {ours}")
-
-
-def check_parameters(ops_cpp: str):
-    """Raises ImportError unless the functions that csrc/ops.cpp registers have the parameters of the schemas in
-    kernels/schema.py: the same types and names, in the same order. PyTorch passes arguments to C++ by position, and
-    compares only their number."""
-    for name in re.findall(r"TORCH_BOX\(&(\w+)\)", ops_cpp):
-        parameters = re.search(rf"^\S.* {name}\(([^()]*)\) {{$", ops_cpp, re.M)[1]
-        theirs = [" ".join(parameter.split()) for parameter in parameters.split(",")]
-        arguments = re.sub(r"\(\w!\)|\*, ", "", SCHEMAS[name])  # without (a!), which marks a result, and without *
-        arguments = [argument.split() for argument in re.match(r"\w+\((.*)\) ->", arguments)[1].split(", ")]
-        ours = [f"{CPP_TYPES[kind]} {argument}" for kind, argument in arguments]
-        if theirs != ours:
-            raise ImportError(f"kernels/csrc/ops.cpp: {name} takes {theirs}; kernels/schema.py: {name} takes {ours}")
 
 
 def find_or_compile() -> ctypes.CDLL | None:
@@ -278,11 +205,35 @@ def reason(e: Exception) -> str:
 
 
 def load_library(library: Path) -> ctypes.CDLL:
-    """Loads the library and declares its functions. Raises OSError if it cannot be loaded."""
+    """Loads the library and declares its functions. Raises OSError if it cannot be loaded, and ImportError if its lists
+    of formats or activations have another order than Python's."""
     torch.ops.load_library(library)
     functions = ctypes.CDLL(str(library))
     functions.op_list_begin.restype = ctypes.c_void_p
     functions.op_list_replay.argtypes = [ctypes.c_void_p, ctypes.c_bool]
     functions.op_list_replay.restype = ctypes.c_char_p
     functions.op_list_free.argtypes = [ctypes.c_void_p]
+    functions.format_names.restype = functions.activation_names.restype = ctypes.c_char_p
+    format_names = [format_class.__name__ for format_class in FORMATS]
+    check_order("kernels/csrc/weights.h: FORMATS", cpp_formats(functions), "formats/: FORMATS", format_names)
+    check_order(
+        "kernels/csrc/activation.h: ACTIVATIONS", cpp_activations(functions), "config.py: ACTIVATIONS", [*ACTIVATIONS]
+    )
     return functions
+
+
+def cpp_formats(library: ctypes.CDLL) -> list[str]:
+    """The names of the classes in formats/ whose weights the C++ kernels read."""
+    return library.format_names().decode().split(", ")
+
+
+def cpp_activations(library: ctypes.CDLL) -> list[str]:
+    """The activations of config.py: ACTIVATIONS that the C++ kernels compute."""
+    return library.activation_names().decode().lower().split(", ")
+
+
+def check_order(their_name: str, theirs: list[str], our_name: str, ours: list[str]):
+    """Raises ImportError unless theirs, a list in C++, is the beginning of ours, a list in Python: C++ knows a format
+    or an activation by its place in the list. PyTorch computes what C++ lacks."""
+    if theirs != ours[: len(theirs)]:
+        raise ImportError(f"{their_name} lists {theirs}; {our_name} lists {ours}")

@@ -14,10 +14,12 @@
 #include "float8.h"
 #include "op_list.h"
 
-constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
-constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most whose sums fit in registers
-constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
-constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale when rounded to int8 (prologue.h)
+// Python's numbers, which build.py passes to the compiler
+constexpr int64_t MAX_CPU_TOKENS = GPTFAST_MAX_CPU_TOKENS;  // the most tokens of an operation, of all sequences
+constexpr int64_t BLOCK_N = GPTFAST_BLOCK_N;                // the outputs of a block: one for each lane of an f32x16
+constexpr int64_t ACT_GROUP_SIZE = GPTFAST_ACT_GROUP_SIZE;  // the activations that share a scale as int8 (prologue.h)
+
+constexpr int64_t BLOCK_M = 8;  // the tokens of an m-block: the most whose sums fit in registers
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Packed weights are in blocks of 16 outputs
 // and in words of 4 bytes. The words of 16 outputs are adjacent:
@@ -79,7 +81,7 @@ struct Weights {
 //     element             element j of each of 16 words
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
-// and an entry in Formats. Then the loops for any format can read the new format. Faster code for one format is a
+// and an entry in FORMATS. Then the loops for any format can read the new format. Faster code for one format is a
 // branch of run_loop (dot.h), a specialization of WordDequantizer (bf16_weights.h), an overload of unpack_words
 // (linear.h).
 
@@ -176,7 +178,8 @@ struct MXFP4 : FormatDefaults {
 };
 
 template <typename... F> struct FormatList { static constexpr int64_t SIZE = sizeof...(F); };
-using Formats = FormatList<Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4>;  // by format_id: formats/
+#define FORMATS Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4  // in the order of formats/: FORMATS
+using Formats = FormatList<FORMATS>;
 
 // Calls function(F{}) with the list's struct F at index.
 template <typename First, typename... Others, typename Function>
