@@ -1,5 +1,5 @@
-"""model.pth: one file with a model's config and weights. The converters and quantize.py write the file. loading.py
-makes a model of what read_checkpoint returns.
+"""model.pth: one file with a model's config and weights. The converters and quantize.py write it, and loading.py makes
+a model of it.
 
     checkpoint = read_checkpoint(Path("checkpoints/M/model.pth"))
     checkpoint.config, checkpoint.quantization, checkpoint.tensors
@@ -86,7 +86,7 @@ def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Ten
 
 
 def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]):
-    """Writes the bytes of each tensor into the room that reserve_space left for the tensor."""
+    """Writes the bytes of each tensor into the room that reserve_space left for it."""
     missing = dict(placeholders)
     for name, tensor in tqdm(tensors, "write", len(placeholders), disable=None, leave=False):
         placeholder = missing.pop(name, None)
@@ -114,8 +114,8 @@ def replace_checkpoint(temporary: Path, path: Path):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint's config, and maps the tensors into memory without reading a tensor. After a tensor is read,
-    utils/machine.py: drop_pages can release the tensor's pages."""
+    """Reads a checkpoint's config, and maps the tensors into memory without reading them. After a tensor is read,
+    utils/machine.py: drop_pages can release its pages."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_torch_file(path)
@@ -130,17 +130,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
-def has_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> bool:
-    """Returns whether head and embedding are the same tensors, which a checkpoint stores under the embedding's names.
-
-    With tie_embeddings a head may still have tensors of its own: quantize.py quantizes the head, and tp.py shards the
-    head, but neither changes the embedding."""
-    return config.tie_embeddings and "lm_head.weight" not in tensors
-
-
 def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adds the tensors of a tied head to a checkpoint's tensors."""
-    if not has_tied_head(config, tensors):
+    """Adds the tensors of a tied head, which a checkpoint stores only under the embedding's names. With tie_embeddings
+    a head may still have tensors of its own, since quantize.py quantizes the head, but not the embedding."""
+    if not config.tie_embeddings or "lm_head.weight" in tensors:
         return tensors
     embedding = {name: tensor for name, tensor in tensors.items() if name.startswith("embed_tokens.")}
     return tensors | {name.replace("embed_tokens.", "lm_head."): tensor for name, tensor in embedding.items()}
@@ -151,8 +144,8 @@ def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str,
 
 def meta_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZED) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
-    quantized only if formats names the embedding. Raises UsageError if formats names a layer that the model does not
-    have, or gives an input_order to a layer that cannot have one."""
+    quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or
+    gives an input_order to one that cannot have it."""
     with torch.device("meta"):
         model = Transformer(config)
     linears = dict(model.quantizable_linears())
@@ -212,8 +205,8 @@ UPGRADES = {
 
 
 def upgrade(version: str, config, tensors: dict[str, Tensor]) -> tuple:
-    """Returns (config, tensors) with today's names. config may have any type, since only ModelConfig.from_dict, which
-    comes later, finds a broken file."""
+    """Returns (config, tensors) with today's names. config may have any type, since only ModelConfig.from_dict, later,
+    finds out whether the file is broken."""
     first = list(UPGRADES).index(version)
     for renames in list(UPGRADES.values())[first:]:
         tensors = {rename_tensor(name, renames.tensors): tensor for name, tensor in tensors.items()}
@@ -223,7 +216,7 @@ def upgrade(version: str, config, tensors: dict[str, Tensor]) -> tuple:
 
 
 def rename_tensor(name: str, new_names: dict[str, str]) -> str:
-    """new_names: a part of an old name -> the part of the new name. The order counts."""
+    """new_names: a part of an old name -> what replaces it. The order counts."""
     for old, new in new_names.items():
         name = name.replace(old, new)
     return name

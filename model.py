@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         """Makes lm_head and embed_tokens one layer under two names."""
         # The head owns the weight, because a step reads all of the head's weight, so the head's kernels decide how the
         # weight is packed. The embedding reads a few rows, which works with any packing. model.pth also has the weight
-        # only once, but under the embedding's name (checkpoint.py: has_tied_head).
+        # only once, but under the embedding's name (checkpoint.py: with_tied_head).
         del self.embed_tokens  # otherwise named_modules would find the layer first as embed_tokens
         self.embed_tokens = self.lm_head
 
