@@ -10,11 +10,11 @@ int4        asymmetric, a scale and a zero point per group along the input
 int4-hqq    the same format; zero points refined without data (half-quadratic quantization, Badri & Shaji 2023)
 int4-gptq   the same format; rounded so that the layers' outputs on a calibration text change little (gptq.py)
 fp8         8-bit floats (e4m3), one scale per output channel
-mxfp4       4-bit floats (e2m1); 32 inputs share a power of two as the scale (OCP Microscaling Formats). Of the two
-            possible powers, the one with the smaller squared error is taken
+mxfp4       4-bit floats (e2m1); 32 inputs share a power of two as the scale. Of the two possible powers, the one with
+            the smaller squared error is taken
 
-Norms, biases, routers and the embedding are not quantized. formats/ describes the formats. One tensor at a time
-is in memory; with int4-gptq, one layer. The result is written under a temporary name, and renamed when it is complete.
+Norms, biases, routers and the embedding are not quantized. The table in formats/__init__.py says what the files hold.
+One tensor at a time is in memory; with int4-gptq, one layer.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def hqq_quantize_rows(format: Int4, w: Tensor) -> Tensors:
 
 def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, steps: int = 8) -> Tensor:
     """Refines zeros by half-quadratic splitting, so that each group's sum of |w - dequantized|^0.5 gets small. Each
-    step shrinks the rounding errors towards 0, which leaves outliers, subtracts the outliers from the weights, and fits
-    the zero points to the difference."""
+    step shrinks the rounding errors towards 0, which leaves outliers, subtracts these from the weights, and fits the
+    zero points to the difference."""
     w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # in units of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):
@@ -206,8 +206,8 @@ def main():
 
 
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights to quantize, by the name of the layer. tensors: the tensors of the checkpoint at path. The
-    weight of a tied head is the embedding."""
+    """The weights to quantize, by the name of the layer. tensors: those of the checkpoint at path. The weight of a tied
+    head is the embedding."""
     shapes = {name: linear.weight.shape for name, linear in meta_model(config).quantizable_linears()}
     tensors = with_tied_head(config, tensors)
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}
@@ -229,8 +229,8 @@ def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
     quantized: QuantizedLayers, format: WeightFormat,
 ):
-    """Writes a checkpoint of tensors, with quantized tensors in place of weights. quantized: (name, tensors in format)
-    of all weights, in any order."""
+    """Writes a checkpoint of tensors, but with quantized in place of weights. quantized: (name, tensors in format) of
+    all weights, in any order."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
     for name, w in weights.items():

@@ -44,9 +44,9 @@ __all__ = [
     "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
-# By format_id. kernels/csrc/weights.h: FORMATS has the same order: kernels/build.py: check_order
+# By format_id. kernels/csrc/weights.h: FORMATS has the same order, which is checked when the kernels are loaded
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
-MODES = {  # by --mode. Only the converters make GroupedInt8
+MODES = {  # by --mode
     format_class.mode: format_class for format_class in FORMATS if format_class not in (Unquantized, GroupedInt8)
 }
 

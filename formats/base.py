@@ -28,9 +28,9 @@ class WeightFormat:
         name         the object in file names, messages and --json
         to_dict()    the object in model.pth; __init__.py: format_from_dict is the inverse
 
-    Two limits: A byte holds a whole number of elements, so elements have 8, 4, 2 or 1 bits, but not 3, 5 or 6. And the
-    tensors of a weight are weight, scales and zeros, or fewer, so there is no room for a codebook or for scales of
-    scales. layers.py, kernels/arguments.py and C++ rely on both.
+    There are two limits, on which the layers and the kernels rely. A byte holds a whole number of elements, so elements
+    have 8, 4, 2 or 1 bits, but not 3, 5 or 6. And a weight has the tensors weight, scales and zeros, or fewer, so there
+    is no room for a codebook or for scales of scales.
     """
 
     format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: FORMATS
@@ -127,13 +127,13 @@ class WeightFormat:
         return {"weight": words} | {name: to_blocks(t) for name, t in tensors.items() if name != "weight"}
 
     def to_triton_layout(self, tensors: Tensors) -> Tensors:
-        """Packs a checkpoint's tensors for the Triton kernels, in the layout of the format in
-        kernels/triton/formats.py: KERNEL_FORMATS. None stands for a tensor that is left out."""
+        """Packs a checkpoint's tensors for the Triton kernels, in the layout that kernels/triton/formats.py:
+        KERNEL_FORMATS names. A tensor that the kernels do not read becomes None."""
         raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method to_triton_layout")
 
     def kernels_can_read(self, in_features: int) -> bool:
-        """Returns whether kernels read a weight with in_features inputs, apart from a backend's conditions
-        (ops/packing.py). The default is for quantized formats: kernels read 8 elements at a time."""
+        """Whether kernels can read a weight with in_features inputs. A backend may have conditions of its own. The
+        default is for quantized weights, of which kernels read 8 elements at a time."""
         return in_features % 8 == 0
 
 
@@ -151,7 +151,7 @@ class Unquantized(WeightFormat):
         return {"weight": w}
 
     def to_cpu_layout(self, tensors):
-        """For bf16, which is packed on some CPUs (ops/packing.py: packs_unquantized). K must be even."""
+        """For bf16, which some CPUs pack. K must be even."""
         return {"weight": words_to_blocks(tensors["weight"], 2)}
 
     def to_triton_layout(self, tensors):
@@ -173,7 +173,7 @@ def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
 
 def slice_groups(t: Tensor, start: int, length: int, group_size: int, new_group_size: int) -> Tensor:
     """Selects scales or zeros t [..., n_groups] for inputs [start, start + length) of W, in shorter groups of
-    new_group_size. Each short group gets the scale or zero of the group that it is a part of."""
+    new_group_size. Each gets the scale or zero of the group that it is a part of."""
     first_inputs = range(start, start + length, new_group_size)
     return t[..., [i // group_size for i in first_inputs]]
 

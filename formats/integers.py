@@ -148,7 +148,7 @@ class GroupedInt8(GroupwiseAffine):
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
         # 254 leaves headroom: bfloat16 may round the scale down by a factor of 1 + 2^-8, and the zero point is rounded,
-        # too. q is then below 254 * (1 + 2^-8) + 0.5 = 255.5. With 255, the group's largest weight could be clamped.
+        # too, so q is below 254 * (1 + 2^-8) + 0.5 = 255.5. With 255, the group's largest weight could be clamped
         scales, zeros = choose_range(groups, 254, self.scale_dtype)
         zeros = zeros.round().clamp(0, 255)
         q = quantize_affine(groups, scales.float()[..., None], zeros[..., None], max_q=255)

@@ -44,11 +44,10 @@ FLAGS = [
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Loads the kernels as torch.ops.gptfast_cpu. Compiles the kernels first if the cache has no library; several
-    processes may compile at once. On failure, prints one line to stderr and returns None.
+    """Loads the kernels as torch.ops.gptfast_cpu, and compiles them first if the cache has no library. Several
+    processes may do so at once. On failure, prints one line to stderr and returns None.
 
-    The returned library has the functions that capture.py calls to fill and replay OpLists (kernels/csrc/op_list.h).
-    """
+    The returned library has the functions that capture.py calls to fill and replay OpLists (kernels/csrc/op_list.h)."""
     library = find_or_compile()
     if library is not None:
         os.register_at_fork(after_in_child=use_one_thread)
@@ -93,9 +92,9 @@ def compiler_flags() -> list[str]:
 
 
 def library_name(compiler: list[str] | None) -> str:
-    """Returns the compiled library's file name, kernels-A-B.so. A is a hash of the sources, the flags, the PyTorch
-    version and the CPU. B is a hash of the compiler. If compiler is None, returns a pattern for the libraries of any
-    compiler, or "" if the CPU is unknown."""
+    """The compiled library's file name, kernels-A-B.so. A is a hash of the sources, the flags, the PyTorch version and
+    the CPU. B is a hash of the compiler. If compiler is None, returns a pattern for the libraries of any compiler, or
+    "" if the CPU is unknown."""
     cpu = cpu_description()
     key = hashlib.sha256(repr((compiler_flags(), torch.__version__, cpu)).encode())
     for source in sorted(SOURCES.iterdir()):
@@ -109,8 +108,7 @@ def library_name(compiler: list[str] | None) -> str:
 
 
 def cpu_description() -> str:
-    """Returns the model and the instruction sets of the first CPU, as Linux reports both. Returns "" on other
-    systems."""
+    """The model and the instruction sets of the first CPU, as Linux reports them; "" on other systems."""
     with contextlib.suppress(OSError):
         first_cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
         fields = dict(map(str.strip, line.partition(":")[::2]) for line in first_cpu.splitlines())
@@ -119,7 +117,7 @@ def cpu_description() -> str:
 
 
 def cache_folders() -> list[Path]:
-    """Returns the folders for compiled libraries. The first folder is preferred."""
+    """The folders for compiled libraries. The first is preferred."""
     folders = [Path(tempfile.gettempdir()) / f"gpt-fast-{os.getuid()}"]
     with contextlib.suppress(RuntimeError):  # no home folder
         folders.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast")
@@ -138,7 +136,7 @@ def check_folder(folder: Path):
 
 
 def load_cached(name: str) -> ctypes.CDLL | None:
-    """Loads a cached library. name is a file name or a pattern. Returns None if no library fits or none loads."""
+    """Loads a cached library. name is a file name or a pattern. Returns None if nothing fits or loads."""
     for folder in cache_folders() if name else []:
         with contextlib.suppress(OSError):
             check_folder(folder)
@@ -152,10 +150,10 @@ def load_cached(name: str) -> ctypes.CDLL | None:
 
 
 def compile_and_load(compiler: list[str]) -> ctypes.CDLL:
-    """Compiles and loads the library in the first of cache_folders that allows compiling and loading. If the preferred
-    folder does not, prints the reason. If no folder does, raises OSError or CalledProcessError.
+    """Compiles and loads the library in the first of cache_folders where that works. If it does not work in the
+    preferred folder, prints why. If it works in none, raises OSError or CalledProcessError.
 
-    Also prints a line before, so that nobody takes the seconds of silence in a log for a program that hangs."""
+    Prints a line before, so that nobody takes the seconds of silence for a program that hangs."""
     if sys.stderr:  # None if the shell has closed stderr
         print("compiling kernels/csrc for this machine, once", file=sys.stderr, flush=True)
     preferred, *others = cache_folders()
@@ -182,8 +180,8 @@ def compile_to(folder: Path, compiler: list[str]) -> ctypes.CDLL:
 
 
 def run_compiler(command: list[str], env: dict[str, str]):
-    """Runs command. Raises CalledProcessError if command fails. If a signal ends this process, also kills command and
-    all processes that command has started."""
+    """Runs a compiler. Raises CalledProcessError if it fails. If a signal ends this process, the compiler is killed,
+    too, with all processes that it has started."""
     with defer_signals() as held, subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
     ) as process:
@@ -198,7 +196,7 @@ def run_compiler(command: list[str], env: dict[str, str]):
 
 
 def reason(e: Exception) -> str:
-    """Returns the line of a compiler's output, or of another error's message, that gives the reason."""
+    """The line of a compiler's output, or of another error's message, that says why it failed."""
     lines = (getattr(e, "stderr", None) or str(e)).splitlines()
     reasons = [line for word in ("No space left", "error") for line in lines if word in line]
     return reasons[0] if reasons else str(e)
