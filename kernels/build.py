@@ -36,11 +36,12 @@ CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
 FLAGS = [
     "-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
     "-Werror=switch",  # the compiler then names each place that lacks a case for a new activation
-    # csrc/weights.h has these numbers from here
+    # The numbers that csrc/weights.h and Python share
     f"-DGPTFAST_MAX_CPU_TOKENS={MAX_CPU_TOKENS}",
     f"-DGPTFAST_BLOCK_N={CPU_BLOCK_N}",
     f"-DGPTFAST_ACT_GROUP_SIZE={ACT_GROUP_SIZE}",
 ]
+
 
 @cache
 def library() -> ctypes.CDLL | None:
@@ -212,11 +213,9 @@ def load_library(library: Path) -> ctypes.CDLL:
     functions.op_list_replay.restype = ctypes.c_char_p
     functions.op_list_free.argtypes = [ctypes.c_void_p]
     functions.format_names.restype = functions.activation_names.restype = ctypes.c_char_p
-    format_names = [format_class.__name__ for format_class in FORMATS]
-    check_order("kernels/csrc/weights.h: FORMATS", cpp_formats(functions), "formats/: FORMATS", format_names)
-    check_order(
-        "kernels/csrc/activation.h: ACTIVATIONS", cpp_activations(functions), "config.py: ACTIVATIONS", [*ACTIVATIONS]
-    )
+    formats, activations = cpp_formats(functions), cpp_activations(functions)
+    check_order("weights.h: FORMATS", formats, "formats/: FORMATS", [format_class.__name__ for format_class in FORMATS])
+    check_order("activation.h: ACTIVATIONS", activations, "config.py: ACTIVATIONS", list(ACTIVATIONS))
     return functions
 
 
@@ -234,4 +233,4 @@ def check_order(their_name: str, theirs: list[str], our_name: str, ours: list[st
     """Raises ImportError unless theirs, a list in C++, is the beginning of ours, a list in Python: C++ knows a format
     or an activation by its place in the list. PyTorch computes what C++ lacks."""
     if theirs != ours[: len(theirs)]:
-        raise ImportError(f"{their_name} lists {theirs}; {our_name} lists {ours}")
+        raise ImportError(f"kernels/csrc/{their_name} lists {theirs}; {our_name} lists {ours}")
