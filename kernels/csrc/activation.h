@@ -3,7 +3,7 @@
 
 #include "simd.h"
 
-// In the order of ACTIVATIONS in config.py
+// The activations that C++ computes, in the order of ACTIVATIONS in config.py
 #define ACTIVATIONS SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, GELU_PYTORCH_TANH, RELU2
 enum class Activation : int64_t { NONE, ACTIVATIONS, COUNT };  // COUNT: how many there are, with NONE
 
