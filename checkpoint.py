@@ -1,5 +1,5 @@
-"""model.pth: one file with a model's config and weights. The converters and quantize.py write the file. loading.py
-makes a model of what read_checkpoint returns.
+"""model.pth: one file with a model's config and weights. The converters and quantize.py write it, and loading.py makes
+a model of it.
 
     checkpoint = read_checkpoint(Path("checkpoints/M/model.pth"))
     checkpoint.config, checkpoint.quantization, checkpoint.tensors
@@ -18,6 +18,7 @@ import glob
 import os
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -28,14 +29,13 @@ from torch.serialization import skip_data
 from tqdm import tqdm
 
 from config import ModelConfig
-from earlier_checkpoints import UPGRADES, upgrade
 from formats import QuantizationConfig, Unquantized
 from layers.linear import Linear
 from model import Transformer
 from utils.errors import UsageError
 from utils.files import delete_if_possible, is_state_dict, load_torch_file
 
-CHECKPOINT_VERSION = "gpt-fast/7"  # if a name changes, so does the version: earlier_checkpoints.py gets a row
+CHECKPOINT_VERSION = "gpt-fast/7"  # if a name changes, so does the version, and UPGRADES gets a row
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationConfig(UNQUANTIZED)
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
@@ -86,7 +86,7 @@ def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Ten
 
 
 def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]):
-    """Writes the bytes of each tensor into the room that reserve_space left for the tensor."""
+    """Writes the bytes of each tensor into the room that reserve_space left for it."""
     missing = dict(placeholders)
     for name, tensor in tqdm(tensors, "write", len(placeholders), disable=None, leave=False):
         placeholder = missing.pop(name, None)
@@ -114,8 +114,8 @@ def replace_checkpoint(temporary: Path, path: Path):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint's config, and maps the tensors into memory without reading a tensor. After a tensor is read,
-    utils/machine.py: drop_pages can release the tensor's pages."""
+    """Reads a checkpoint's config, and maps the tensors into memory without reading them. After a tensor is read,
+    utils/machine.py: drop_pages can release its pages."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give the model.pth in it, which scripts/convert_hf_checkpoint.py makes")
     data = load_torch_file(path)
@@ -130,17 +130,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
 
 
-def has_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> bool:
-    """Returns whether head and embedding are the same tensors, which a checkpoint stores under the embedding's names.
-
-    With tie_embeddings a head may still have tensors of its own: quantize.py quantizes the head, and tp.py shards the
-    head, but neither changes the embedding."""
-    return config.tie_embeddings and "lm_head.weight" not in tensors
-
-
 def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adds the tensors of a tied head to a checkpoint's tensors."""
-    if not has_tied_head(config, tensors):
+    """Adds the tensors of a tied head, which a checkpoint stores only under the embedding's names. With tie_embeddings
+    a head may still have tensors of its own, since quantize.py quantizes the head, but not the embedding."""
+    if not config.tie_embeddings or "lm_head.weight" in tensors:
         return tensors
     embedding = {name: tensor for name, tensor in tensors.items() if name.startswith("embed_tokens.")}
     return tensors | {name.replace("embed_tokens.", "lm_head."): tensor for name, tensor in embedding.items()}
@@ -151,8 +144,8 @@ def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str,
 
 def meta_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZED) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
-    quantized only if formats names the embedding. Raises UsageError if formats names a layer that the model does not
-    have, or gives an input_order to a layer that cannot have one."""
+    quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or
+    gives an input_order to one that cannot have it."""
     with torch.device("meta"):
         model = Transformer(config)
     linears = dict(model.quantizable_linears())
@@ -169,3 +162,71 @@ def meta_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZE
             raise UsageError(f"the checkpoint's quantization gives {name} an order of inputs, which it cannot have")
         linear.set_tensor("input_order", torch.empty(linear.in_features, dtype=torch.int32, device="meta"))
     return model
+
+
+# ---- Files of earlier versions --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Renames:
+    """The names that the next version changed: old name -> new name. Versions differ only in names."""
+
+    tensors: dict[str, str] = field(default_factory=dict)  # parts of names: see rename_tensor
+    fields: dict[str, str] = field(default_factory=dict)  # of ModelConfig, MoEConfig and RopeScaling
+    activations: dict[str, str] = field(default_factory=dict)
+
+
+UPGRADES = {
+    "gpt-fast/1": Renames(
+        tensors={
+            ".wqkv.": ".qkv_proj.", ".wo.": ".o_proj.", ".gate.": ".router.", ".experts.": ".",
+            ".w13.": ".gate_up_proj.", ".w2.": ".down_proj.",
+        },
+        fields={"n_active": "top_k", "normalize": "norm_topk_prob"},
+    ),
+    "gpt-fast/2": Renames(
+        tensors={"tok_embeddings.": "embed_tokens.", "output.": "lm_head."}, fields={"kind": "rope_type"}
+    ),
+    "gpt-fast/3": Renames(fields={"n_shared": "n_shared_experts"}),
+    "gpt-fast/4": Renames(
+        fields={"window_layers": "layer_has_window", "rope_layers": "layer_has_rope"},
+        activations={"silu": "swiglu", "gelu_tanh": "geglu_tanh"},
+    ),
+    "gpt-fast/5": Renames(
+        tensors={".attention_norm.": ".pre_attention_norm.", ".ffn_norm.": ".pre_ffn_norm."},
+    ),
+    "gpt-fast/6": Renames(
+        fields={
+            "out_bias": "o_proj_bias", "qk_norm_all_heads": "qk_norm_across_heads",
+            "window_rope_theta": "local_rope_theta",
+        },
+    ),
+}
+
+
+def upgrade(version: str, config, tensors: dict[str, Tensor]) -> tuple:
+    """Returns (config, tensors) with today's names. config may have any type, since only ModelConfig.from_dict, later,
+    finds out whether the file is broken."""
+    first = list(UPGRADES).index(version)
+    for renames in list(UPGRADES.values())[first:]:
+        tensors = {rename_tensor(name, renames.tensors): tensor for name, tensor in tensors.items()}
+        if isinstance(config, dict):
+            config = rename_fields(config, renames)
+    return config, tensors
+
+
+def rename_tensor(name: str, new_names: dict[str, str]) -> str:
+    """new_names: a part of an old name -> what replaces it. The order counts."""
+    for old, new in new_names.items():
+        name = name.replace(old, new)
+    return name
+
+
+def rename_fields(config: dict, renames: Renames) -> dict:
+    config = {renames.fields.get(old, old): value for old, value in config.items()}
+    for name in ("moe", "rope_scaling"):
+        if isinstance(config.get(name), dict):
+            config[name] = {renames.fields.get(old, old): value for old, value in config[name].items()}
+    if isinstance(activation := config.get("activation"), str):
+        config["activation"] = renames.activations.get(activation, activation)
+    return config

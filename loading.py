@@ -7,7 +7,7 @@ for the kernels.
 A checkpoint is memory-mapped. Loading converts and moves the tensors one by one, and releases the file's pages after
 each tensor, so that no tensor is in memory twice. A tensor that needs no change stays in the mapped file.
 
-Read load_model first. The other functions are the steps of load_model, in order.
+Read load_model first. The other functions are its steps, in order.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import collectives
 import tp
-from checkpoint import has_tied_head, meta_model, read_checkpoint, with_tied_head
+from checkpoint import meta_model, read_checkpoint, with_tied_head
 from formats import QuantizationConfig
 from model import DTYPES, Transformer
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -27,8 +27,8 @@ from utils.machine import check_memory, drop_pages
 
 
 def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:
-    """Returns the model in path, and the tokenizer from the same folder. The end tokens of the tokenizer are added to
-    those of the model. Raises UsageError if the tokenizer, without special tokens, has more tokens than the model.
+    """Returns the model in path, and the tokenizer from the same folder, whose end tokens are added to the model's.
+    Raises UsageError if the tokenizer, without special tokens, has more tokens than the model.
 
     options: the arguments of load_model."""
     model = load_model(path, **options)
@@ -53,31 +53,27 @@ def load_model(
     """Reads the model in path onto device, ready for inference.
 
     dtype: the type of activations and of all tensors except those of quantized weights.
-    use_kernels: use this project's kernels if the device has them; False: use only PyTorch.
-    sharded: with several ranks, read only this rank's shard (tp.py); False: read the whole model."""
+    use_kernels: whether to use this project's kernels, if the device has them, or only PyTorch.
+    sharded: whether to read only this rank's shard, if there are several ranks (tp.py), or the whole model."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be {DTYPES[0]}, {DTYPES[1]} or {DTYPES[2]}, not {dtype!r:.80}")
     path = Path(path)
     device = torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
+    tensors = with_tied_head(config, tensors)
     model = meta_model(config, QuantizationConfig.from_dict(quantization))
-
     quantized_names = quantized_tensor_names(model)
-    all_tensors = with_tied_head(config, tensors)
-    check_tensors(path, model, all_tensors, quantized_names)
+    check_tensors(path, model, tensors, quantized_names)
     check_input_orders(path, tensors)
 
     n_ranks = collectives.world_size() if sharded else 1
     if use_kernels and device.type == "cpu":  # packing copies all weights
         check_memory(loaded_bytes(tensors, dtype, quantized_names) // n_ranks, f"{path}, in {dtype},")
 
-    shard_tensor = None
-    if n_ranks > 1:
-        tensors = all_tensors  # also of a tied head: the head is sharded, and the embedding is not
-        shard_tensor = tp.shard_model(model, device)
+    shard_tensor = tp.shard_model(model, device) if n_ranks > 1 else None
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
-    model.load_state_dict(with_tied_head(config, moved), assign=True)
-    if has_tied_head(config, moved):
+    model.load_state_dict(moved, assign=True)
+    if moved["lm_head.weight"] is moved["embed_tokens.weight"]:  # not if the head is sharded: the embedding is whole
         model.tie_embedding()
     model.eval().requires_grad_(False)
 
@@ -89,7 +85,7 @@ def load_model(
 
 
 def quantized_tensor_names(model: Transformer) -> set[str]:
-    """Returns the names of all tensors of quantized weights. Loading does not change the dtypes of these tensors."""
+    """The names of all tensors of quantized weights. Loading does not change their dtypes."""
     names = {name for name, _ in model.named_buffers() if name.endswith(".input_order")}
     for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:
         if matrix.format.is_quantized:
@@ -100,8 +96,8 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
 def check_tensors(path: Path, model: Transformer, tensors: dict[str, Tensor], quantized_names: set[str]):
     """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
 
-    tensors: the tensors of the checkpoint, with those of a tied head.
-    quantized_names: the tensors whose dtypes must equal the model's. Others may be of any floating-point type."""
+    tensors: those of the checkpoint and of a tied head.
+    quantized_names: the tensors whose dtypes must be the model's. Others may be of any floating-point type."""
     needed = model.state_dict()
     for name in sorted(needed.keys() | tensors.keys()):  # embed_tokens before a tied lm_head
         fits = name in needed and name in tensors and tensors[name].shape == needed[name].shape
@@ -121,9 +117,11 @@ def check_input_orders(path: Path, tensors: dict[str, Tensor]):
 
 
 def loaded_bytes(tensors: dict[str, Tensor], dtype: torch.dtype, quantized_names: set[str]) -> int:
-    """The size of a checkpoint's tensors after move_tensors."""
-    itemsizes = {name: t.itemsize if name in quantized_names else dtype.itemsize for name, t in tensors.items()}
-    return sum(tensor.numel() * itemsizes[name] for name, tensor in tensors.items())
+    """The size of a checkpoint's tensors after move_tensors. Those of a tied head count once."""
+    sizes = {}
+    for name, tensor in tensors.items():
+        sizes[id(tensor)] = tensor.numel() * (tensor.itemsize if name in quantized_names else dtype.itemsize)
+    return sum(sizes.values())
 
 
 def move_tensors(
@@ -131,12 +129,18 @@ def move_tensors(
     shard_tensor: tp.ShardTensor | None,
 ) -> dict[str, Tensor]:
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
+    A tied head gets the embedding's tensors, unless it is sharded.
 
     shard_tensor: the result of tp.shard_model; None: keep every tensor whole."""
-    moved = {}
+    moved, whole = {}, {}  # whole: moved tensors by the id of the checkpoint's tensor
     for name, tensor in tensors.items():
         shard = tensor if shard_tensor is None else shard_tensor(name, tensor)
+        if shard is tensor and id(tensor) in whole:
+            moved[name] = whole[id(tensor)]
+            continue
         moved[name] = shard.to(device, tensor.dtype if name in quantized_names else dtype)
+        if shard is tensor:
+            whole[id(tensor)] = moved[name]
         if moved[name] is not tensor:
             drop_pages(tensor)
     return moved

@@ -83,7 +83,7 @@ class Transformer(nn.Module):
     def tie_embedding(self):
         """Makes lm_head and embed_tokens one layer under two names."""
         # The head keeps the weight, and its kernels choose the packing, since a step reads the whole head but only a
-        # few rows of the embedding. In model.pth the weight has the embedding's name (checkpoint.py: has_tied_head).
+        # few rows of the embedding. In model.pth the weight has the embedding's name (checkpoint.py: with_tied_head).
         del self.embed_tokens  # otherwise named_modules would find the layer first as embed_tokens
         self.embed_tokens = self.lm_head
 

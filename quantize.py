@@ -10,11 +10,11 @@ int4        asymmetric, a scale and a zero point per group along the input
 int4-hqq    the same format; zero points refined without data (half-quadratic quantization, Badri & Shaji 2023)
 int4-gptq   the same format; rounded so that the layers' outputs on a calibration text change little (gptq.py)
 fp8         8-bit floats (e4m3), one scale per output channel
-mxfp4       4-bit floats (e2m1); 32 inputs share a power of two as the scale (OCP Microscaling Formats). Of the two
-            possible powers, the one with the smaller squared error is taken
+mxfp4       4-bit floats (e2m1); 32 inputs share a power of two as the scale. Of the two possible powers, the one with
+            the smaller squared error is taken
 
-Norms, biases, routers and the embedding are not quantized. formats/ describes the formats. One tensor at a time
-is in memory; with int4-gptq, one layer. The result is written under a temporary name, and renamed when it is complete.
+Norms, biases, routers and the embedding are not quantized. The table in formats/__init__.py says what the files hold.
+One tensor at a time is in memory; with int4-gptq, one layer.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def hqq_quantize_rows(format: Int4, w: Tensor) -> Tensors:
 
 def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, steps: int = 8) -> Tensor:
     """Refines zeros by half-quadratic splitting, so that each group's sum of |w - dequantized|^0.5 gets small. Each
-    step shrinks the rounding errors towards 0, which leaves outliers, subtracts the outliers from the weights, and fits
-    the zero points to the difference."""
+    step shrinks the rounding errors towards 0, which leaves outliers, subtracts these from the weights, and fits the
+    zero points to the difference."""
     w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # in units of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):
@@ -114,8 +114,13 @@ class Quantizer(NamedTuple):
 QUANTIZERS = {mode: Quantizer(format_class, round_to_nearest) for mode, format_class in formats.MODES.items()} | {
     "int4-hqq": Quantizer(Int4, round_by_hqq), "int4-gptq": Quantizer(Int4, round_by_gptq),
 }
-GROUP_SIZE_MODES = [mode for mode, (format_class, _) in QUANTIZERS.items() if format_class.needs_group_size()]
-DEFAULT_GROUP_SIZE = 32
+GROUP_SIZE_MODES = [mode for mode, (format_class, _) in QUANTIZERS.items() if format_class.group_size_choices]
+# Of options that only some modes read. argparse's own default is None, so that check_mode knows what the user gave
+DEFAULTS = {"group_size": 32, "calibration_limit": 64, "percdamp": 0.1, "blocksize": 128, "act_order": True}
+GPTQ_OPTIONS = (
+    "calibration_text", "calibration_tasks", "calibration_limit", "calibration_seq_length", "percdamp", "blocksize",
+    "act_order", "device",
+)
 MAX_PERCDAMP = 100  # far beyond what helps; a float32 Hessian must stay finite
 
 
@@ -129,7 +134,7 @@ def parse_args() -> argparse.Namespace:
     common_args.add_checkpoint_path(parser, help=help)
     add("--mode", default="int8", help=f"{', '.join(QUANTIZERS)} (default: %(default)s)")
     sizes = ", ".join(map(str, formats.GROUP_SIZES))
-    help = f"of {', '.join(GROUP_SIZE_MODES)}: one of {sizes} (default: {DEFAULT_GROUP_SIZE})"
+    help = f"of {', '.join(GROUP_SIZE_MODES)}: one of {sizes} (default: {DEFAULTS['group_size']})"
     add("--groupsize", dest="group_size", metavar="GROUPSIZE", type=int, help=help)
     add("--label", default="_", help="goes between the old name and the mode (default: %(default)r)")
     group = parser.add_argument_group("int4-gptq")
@@ -137,29 +142,39 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--calibration_text", type=Path, help="text file to calibrate on")
     what.add_argument("--calibration_tasks", nargs="+", metavar="TASK", help="or the questions of these lm_eval tasks")
     add = group.add_argument
-    add("--calibration_limit", type=int, default=64, help="windows of text, examples of a task (default: %(default)s)")
+    limit, damp = DEFAULTS["calibration_limit"], DEFAULTS["percdamp"]
+    add("--calibration_limit", type=int, help=f"windows of text, examples of a task (default: {limit})")
     add("--calibration_seq_length", type=int, help="tokens of a window (default: 512, or the model's context)")
-    add("--percdamp", type=float, default=0.1, help="part of the Hessian's mean added to it (default: %(default)s)")
-    add("--blocksize", type=int, default=128, help="columns rounded between updates (default: %(default)s)")
-    add("--act_order", action=argparse.BooleanOptionalAction, default=True, help="round the columns that matter first")
+    add("--percdamp", type=float, help=f"part of the Hessian's mean added to it (default: {damp})")
+    add("--blocksize", type=int, help=f"columns rounded between updates (default: {DEFAULTS['blocksize']})")
+    help = "round the columns that matter first (default: yes)"
+    add("--act_order", action=argparse.BooleanOptionalAction, help=help)
     common_args.add_device(group)
     common_args.add_threads(parser)
     args = parser.parse_args()
+    check_mode(args)
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     check_args(args)
-    if args.group_size is None:
-        args.group_size = DEFAULT_GROUP_SIZE
     return args
 
 
-def check_args(args: argparse.Namespace):
+def check_mode(args: argparse.Namespace):
+    """Raises UsageError for an option that the mode does not read."""
     if args.mode not in QUANTIZERS:
         raise UsageError(f"--mode must be one of {', '.join(QUANTIZERS)}, not {args.mode}")
-    format_class = QUANTIZERS[args.mode].format_class
-    if args.group_size is not None and not format_class.needs_group_size():
+    if args.group_size is not None and args.mode not in GROUP_SIZE_MODES:
         raise UsageError(f"--groupsize belongs to {', '.join(GROUP_SIZE_MODES)}: leave it out, or take one of these")
-    if args.group_size is not None and args.group_size not in format_class.group_sizes:
-        sizes = ", ".join(map(str, format_class.group_sizes))
-        raise UsageError(f"--groupsize must be one of {sizes}, not {args.group_size}")
+    given = [name for name in GPTQ_OPTIONS if getattr(args, name) is not None]
+    if given and args.mode != "int4-gptq":
+        raise UsageError(f"--{given[0]} belongs to int4-gptq: leave it out, or take --mode int4-gptq")
+
+
+def check_args(args: argparse.Namespace):
+    choices = QUANTIZERS[args.mode].format_class.group_size_choices
+    if choices and args.group_size not in choices:
+        raise UsageError(f"--groupsize must be one of {', '.join(map(str, choices))}, not {args.group_size}")
     check_integer("--calibration_limit", args.calibration_limit, 1)
     check_integer("--blocksize", args.blocksize, 1)
     if not 0 < args.percdamp <= MAX_PERCDAMP:
@@ -168,10 +183,7 @@ def check_args(args: argparse.Namespace):
         raise UsageError(f"--calibration_seq_length must be above 1, not {args.calibration_seq_length}")
     if Path(f"x{args.label}").name != f"x{args.label}":
         raise UsageError(f"--label {args.label!r} must be a part of a file's name")
-    has_calibration = bool(args.calibration_text or args.calibration_tasks)
-    if has_calibration and args.mode != "int4-gptq":
-        raise UsageError(f"--mode {args.mode} needs no calibration: leave it out, or take --mode int4-gptq")
-    if not has_calibration and args.mode == "int4-gptq":
+    if args.mode == "int4-gptq" and not args.calibration_text and not args.calibration_tasks:
         raise UsageError("int4-gptq needs something to calibrate on: --calibration_text or --calibration_tasks")
 
 
@@ -194,8 +206,8 @@ def main():
 
 
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights to quantize, by the name of the layer. tensors: the tensors of the checkpoint at path. The
-    weight of a tied head is the embedding."""
+    """The weights to quantize, by the name of the layer. tensors: those of the checkpoint at path. The weight of a tied
+    head is the embedding."""
     shapes = {name: linear.weight.shape for name, linear in meta_model(config).quantizable_linears()}
     tensors = with_tied_head(config, tensors)
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}
@@ -217,8 +229,8 @@ def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
     quantized: QuantizedLayers, format: WeightFormat,
 ):
-    """Writes a checkpoint of tensors, with quantized tensors in place of weights. quantized: (name, tensors in format)
-    of all weights, in any order."""
+    """Writes a checkpoint of tensors, but with quantized in place of weights. quantized: (name, tensors in format) of
+    all weights, in any order."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
     for name, w in weights.items():

@@ -64,7 +64,7 @@ class UnpackedWeight:
             return QuantizedWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
         # Int4 lacks some group sizes, such as 16. Values of 4 bits in such groups are stored in 8 bits.
-        format_class = Int4 if self.bits == 4 and group_size in Int4.group_sizes else GroupedInt8
+        format_class = Int4 if self.bits == 4 and group_size in Int4.group_size_choices else GroupedInt8
         format = format_class(group_size, stored_dtype(self.scales))
         return QuantizedWeight(format, self.shape, lambda: self.read_groups(format), self.input_order)
 

@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint import rename_tensor
 from config import ModelConfig, RopeScaling
 from converters.canonical_checkpoint import EMBEDDING, HEAD, CanonicalCheckpoint, SourceTensors
 from converters.family_tensors import META_FFN_TO_CANONICAL
 from converters.hf_tensors import reorder_heads, rope_row_order
 from converters.meta_tokenizer import read_meta_tokenizer
 from converters.source_files import hint_at_subfolder
-from earlier_checkpoints import rename_tensor
 from utils.errors import UsageError, convert_type_errors
 from utils.files import is_state_dict, load_safetensors, load_torch_file, load_torch_state_dict, read_json
 

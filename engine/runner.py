@@ -227,7 +227,7 @@ def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Ca
     blocks = compile_blocks(model, **options)
 
     def compiled_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        used_cache = kv_cache.narrow_batch(0, len(tokens))
+        used_cache = kv_cache.slots(0, len(tokens))
         return head(blocks.compute_hidden(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
 
     return compiled_step

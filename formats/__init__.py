@@ -44,11 +44,10 @@ __all__ = [
     "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
-# By format_id; kernels/csrc/weights.h: Formats has the same order. kernels/build.py: check_formats makes sure
+# By format_id. kernels/csrc/weights.h: FORMATS has the same order, which is checked when the kernels are loaded
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
 MODES = {  # by --mode
-    format_class.mode: format_class
-    for format_class in FORMATS if format_class.mode is not None and not format_class.is_import_only
+    format_class.mode: format_class for format_class in FORMATS if format_class not in (Unquantized, GroupedInt8)
 }
 
 

@@ -14,7 +14,7 @@ CHUNK_ELEMENTS = 2**18  # quantized or dequantized at a time: float32 copies of 
 
 
 class WeightFormat:
-    """How a weight is stored: the interface of the formats, with defaults that suit most formats.
+    """How a weight is stored: the interface of the formats, with defaults that suit most of them.
 
     Int4 is a class. Int4(group_size=32) is an object, which says everything about one weight:
 
@@ -23,63 +23,51 @@ class WeightFormat:
         Int4(32)           2           "int4"           "int4.g32"   {"mode": "int4", "groupsize": 32}
         GroupedInt8(32)    3           "int8-grouped"   "int8.g32"   {"mode": "int8-grouped", "groupsize": 32}
 
-        format_id    stands for the class in the kernels
-        mode         stands for the class in --mode and in to_dict
-        name         stands for the object in file names, messages and --json
-        to_dict()    stands for the object in model.pth; __init__.py: format_from_dict is the inverse
+        format_id    the class in the kernels
+        mode         the class in --mode and in model.pth
+        name         the object in file names, messages and --json
+        to_dict()    the object in model.pth; __init__.py: format_from_dict is the inverse
 
-    name and to_dict() follow from mode, group_size and group_sizes.
+    There are two limits, on which the layers and the kernels rely. A byte holds a whole number of elements, so elements
+    have 8, 4, 2 or 1 bits, but not 3, 5 or 6. And a weight has the tensors weight, scales and zeros, or fewer, so there
+    is no room for a codebook or for scales of scales.
     """
 
-    format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: Formats
+    format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: FORMATS
     mode: str | None = None  # None: not quantized
-    is_import_only = False  # whether only the converters make the class, so that --mode does not offer the class
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
-    # The group sizes that model.pth may name. (None,): the class has one format, whose group size model.pth leaves out
-    group_sizes: tuple[int | None, ...] = (None,)
+    # The sizes from which --groupsize chooses, and which model.pth then names. Empty: there is no choice
+    group_size_choices: tuple[int, ...] = ()
     dtypes: dict[str, torch.dtype]  # of the tensors of a checkpoint, for the default of allocate
-    elements_per_byte = 1  # of "weight"
+    elements_per_byte = 1  # of "weight": an integer
     k_alignment = 1  # K must be a multiple of this number
     # Whether C++ rounds 16-bit activations to int8 (kernels/csrc/weights.h: INT8_ACTIVATIONS)
     int8_activations = False
     shard_alignment = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
 
     @property
+    def is_quantized(self) -> bool:
+        return self.mode is not None
+
+    @property
     def name(self) -> str | None:
-        return f"{self.mode}.g{self.group_size}" if self.has_group_size_suffix else self.mode
+        size = (self.to_dict() or {}).get("groupsize")
+        return f"{self.mode}.g{size}" if size else self.mode
 
     def to_dict(self) -> dict | None:
         if not self.is_quantized:
             return None
-        return {"mode": self.mode} | ({"groupsize": self.group_size} if self.has_group_size_suffix else {})
-
-    @property
-    def has_group_size_suffix(self) -> bool:
-        return self.group_size is not None and self.group_sizes != (None,)
+        return {"mode": self.mode} | ({"groupsize": self.group_size} if self.group_size_choices else {})
 
     @classmethod
     def stored_formats(cls) -> list["WeightFormat"]:
         """The formats of this class that model.pth may have."""
-        return [cls() if size is None else cls(size) for size in cls.group_sizes]
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.mode is not None
-
-    @classmethod
-    def needs_group_size(cls) -> bool:
-        """Whether --mode needs --groupsize to name a format of this class."""
-        return None not in cls.group_sizes
+        return [cls(size) for size in cls.group_size_choices] or [cls()]
 
     @classmethod
     def from_options(cls, group_size: int) -> "WeightFormat":
-        """The format that --mode with --groupsize names."""
-        return cls(group_size) if cls.needs_group_size() else cls()
-
-    @classmethod
-    def examples(cls) -> list["WeightFormat"]:
-        """Formats of this class that the tests try."""
-        return [cls()]
+        """The format that --mode names, with --groupsize if there is a choice."""
+        return cls(group_size) if cls.group_size_choices else cls()
 
     def allocate(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
         """Uninitialized tensors of a checkpoint, for W [..., N, K] of this shape; dtype is that of Unquantized. The
@@ -99,10 +87,6 @@ class WeightFormat:
 
     def dequantize(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """W [..., N, K] in dtype, from the tensors of a checkpoint. The kernels are tested against this function."""
-        raise NotImplementedError
-
-    def fill_randomly(self, tensors: Tensors, std: float):
-        """Fills the tensors of a checkpoint in place. W then has mean 0 and standard deviation std."""
         raise NotImplementedError
 
     def promote_format(self, other: "WeightFormat") -> "WeightFormat | None":
@@ -143,13 +127,13 @@ class WeightFormat:
         return {"weight": words} | {name: to_blocks(t) for name, t in tensors.items() if name != "weight"}
 
     def to_triton_layout(self, tensors: Tensors) -> Tensors:
-        """Packs a checkpoint's tensors for the Triton kernels, in the layout of the format in
-        kernels/triton/formats.py: KERNEL_FORMATS. None stands for a tensor that is left out."""
+        """Packs a checkpoint's tensors for the Triton kernels, in the layout that kernels/triton/formats.py:
+        KERNEL_FORMATS names. A tensor that the kernels do not read becomes None."""
         raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method to_triton_layout")
 
     def kernels_can_read(self, in_features: int) -> bool:
-        """Returns whether kernels read a weight with in_features inputs, apart from a backend's conditions
-        (layers/packing.py). The default is for quantized formats: kernels read 8 elements at a time."""
+        """Whether kernels can read a weight with in_features inputs. A backend may have conditions of its own. The
+        default is for quantized weights, of which kernels read 8 elements at a time."""
         return in_features % 8 == 0
 
 
@@ -166,11 +150,8 @@ class Unquantized(WeightFormat):
     def quantize(self, w):
         return {"weight": w}
 
-    def fill_randomly(self, tensors, std):
-        tensors["weight"].normal_(std=std)
-
     def to_cpu_layout(self, tensors):
-        """For bf16, which is packed on some CPUs (layers/packing.py: packs_unquantized). K must be even."""
+        """For bf16, which some CPUs pack. K must be even."""
         return {"weight": words_to_blocks(tensors["weight"], 2)}
 
     def to_triton_layout(self, tensors):
@@ -192,7 +173,7 @@ def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
 
 def slice_groups(t: Tensor, start: int, length: int, group_size: int, new_group_size: int) -> Tensor:
     """Selects scales or zeros t [..., n_groups] for inputs [start, start + length) of W, in shorter groups of
-    new_group_size. Each short group gets the scale or zero of the group that it is a part of."""
+    new_group_size. Each gets the scale or zero of the group that it is a part of."""
     first_inputs = range(start, start + length, new_group_size)
     return t[..., [i // group_size for i in first_inputs]]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from formats.base import Tensors, WeightFormat, pack_nibbles, repeat_groups, unpack_nibbles
 from formats.cpu_layouts import pair_rows, to_blocks, words_to_blocks
-from formats.float_bits import E8M0_BIAS, FLOAT8_MAX, decode_mxfp4, round_mxfp4
+from formats.float_bits import FLOAT8_MAX, decode_mxfp4, round_mxfp4
 from formats.integers import GROUP_SIZES, join_groups, split_groups
 from formats.triton_layouts import pack_tiles, pack_words, to_column_major
 
@@ -22,11 +22,6 @@ class Float8(WeightFormat):
     format_id = 4
     mode = "fp8"
     dtypes = {"weight": torch.float8_e4m3fn, "scales": torch.float32}
-    group_sizes = (None, *GROUP_SIZES)
-
-    @classmethod
-    def examples(cls):
-        return [cls(), cls(32)]
 
     def quantize_rows(self, w: Tensor) -> Tensors:
         k = w.shape[-1]
@@ -40,10 +35,6 @@ class Float8(WeightFormat):
         k = q.shape[-1]
         return (q * repeat_groups(tensors["scales"], self.effective_group_size(k), k)).to(dtype)
 
-    def fill_randomly(self, tensors, std):
-        tensors["weight"].view(torch.uint8).random_(0, 256).bitwise_and_(0xF7)  # no NaN; standard deviation 68.5
-        tensors["scales"].fill_(std / 68.5)
-
     def to_cpu_layout(self, tensors):
         words = pair_rows(words_to_blocks(tensors["weight"], 4))
         return {"weight": words, "scales": to_blocks(tensors["scales"])}
@@ -55,6 +46,13 @@ class Float8(WeightFormat):
         if not isinstance(other, Float8):
             return None
         return Float8(math.gcd(self.group_size or 0, other.group_size or 0) or None)
+
+    def to_dict(self):
+        return super().to_dict() | ({"groupsize": self.group_size} if self.group_size else {})
+
+    @classmethod
+    def stored_formats(cls):
+        return [cls(), *map(cls, GROUP_SIZES)]  # only converters make groups
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,6 @@ class MXFP4(WeightFormat):
         q = unpack_nibbles(tensors["weight"])
         scales = repeat_groups(tensors["scales"], self.group_size, q.shape[-1])
         return decode_mxfp4(q, scales).to(dtype)
-
-    def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(0, 256)  # two e2m1 a byte, of standard deviation 2.93
-        exponent = math.floor(math.log2(std / 2.93))
-        # A power of two is too coarse for std, so a share p of the scales gets the next exponent, with 4 times the
-        # variance. 1 + 3 p is the wanted variance, relative to the variance without larger exponents
-        relative_variance = (std / 2.93 / 2**exponent) ** 2  # 1 to 4
-        tensors["scales"].bernoulli_((relative_variance - 1) / 3).add_(exponent + E8M0_BIAS)
 
     def to_triton_layout(self, tensors):
         tiles = pack_tiles(unpack_nibbles(tensors["weight"]))

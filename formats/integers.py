@@ -38,10 +38,6 @@ class Int8(WeightFormat):
     def dequantize(self, tensors, dtype):
         return (tensors["weight"] * tensors["scales"][..., None]).to(dtype)
 
-    def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(-127, 128)  # the standard deviation of q is 73
-        tensors["scales"].fill_(std / 73)
-
     def to_cpu_layout(self, tensors):
         # ^ 128 on a byte adds 128. One expression, so that the result of ^ is freed early
         words = words_to_blocks(tensors["weight"].view(torch.uint8) ^ 128, 4)
@@ -68,7 +64,7 @@ class GroupwiseAffine(WeightFormat):
 
     @classmethod
     def stored_formats(cls):
-        return [cls(size, dtype) for size in cls.group_sizes for dtype in (torch.bfloat16, torch.float16)]
+        return [cls(size, dtype) for size in cls.group_size_choices for dtype in (torch.bfloat16, torch.float16)]
 
     @property
     def dtypes(self):
@@ -105,14 +101,10 @@ class Int4(GroupwiseAffine):
 
     format_id = 2
     mode = "int4"
-    group_sizes = GROUP_SIZES
+    group_size_choices = GROUP_SIZES
     k_alignment = shard_alignment = 8
     elements_per_byte = 2
     zero_fraction_bits = 4
-
-    @classmethod
-    def examples(cls):
-        return [cls(32), cls(128, torch.float16)]
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
@@ -123,11 +115,6 @@ class Int4(GroupwiseAffine):
         """The tensors for groups [N, n_groups, group_size] of rows of k elements. The last group may have padding."""
         q = quantize_affine(groups, scales.float()[..., None], decode_zeros(zeros)[..., None])
         return {"weight": self.pack_q(join_groups(q.to(torch.uint8), k)), "scales": scales, "zeros": zeros}
-
-    def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(0, 256)  # two q a byte; the standard deviation of q is 4.6
-        tensors["scales"].uniform_(std / 5, std / 4)
-        tensors["zeros"].random_(100, 141)  # about 16 * 7.5, and 7.5 is the mean of q
 
     def to_triton_layout(self, tensors):
         tiles = pack_tiles(unpack_nibbles(tensors["weight"]))
@@ -151,13 +138,8 @@ class GroupedInt8(GroupwiseAffine):
 
     format_id = 3
     mode = "int8-grouped"
-    is_import_only = True
-    group_sizes = (16, *GROUP_SIZES)
+    group_size_choices = (16, *GROUP_SIZES)
     zero_fraction_bits = 0
-
-    @classmethod
-    def examples(cls):
-        return [cls(16), cls(64, torch.float16)]
 
     @property
     def name(self):
@@ -166,7 +148,7 @@ class GroupedInt8(GroupwiseAffine):
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
         # 254 leaves headroom: bfloat16 may round the scale down by a factor of 1 + 2^-8, and the zero point is rounded,
-        # too. q is then below 254 * (1 + 2^-8) + 0.5 = 255.5. With 255, the group's largest weight could be clamped.
+        # too, so q is below 254 * (1 + 2^-8) + 0.5 = 255.5. With 255, the group's largest weight could be clamped
         scales, zeros = choose_range(groups, 254, self.scale_dtype)
         zeros = zeros.round().clamp(0, 255)
         q = quantize_affine(groups, scales.float()[..., None], zeros[..., None], max_q=255)
@@ -175,11 +157,6 @@ class GroupedInt8(GroupwiseAffine):
             "scales": scales,
             "zeros": zeros.to(torch.uint8),
         }
-
-    def fill_randomly(self, tensors, std):
-        tensors["weight"].random_(0, 256)  # the standard deviation of q is 74
-        tensors["scales"].fill_(std / 74)
-        tensors["zeros"].random_(127, 129)  # about the mean of q
 
     def to_triton_layout(self, tensors):
         rows = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 on a byte subtracts 128

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -26,7 +25,7 @@ import torch
 from config import ACTIVATIONS
 from formats import FORMATS
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
-from kernels.schema import MAX_CPU_TOKENS, SCHEMAS
+from kernels.schema import MAX_CPU_TOKENS
 from utils.signals import defer_signals
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -37,95 +36,23 @@ CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
 FLAGS = [
     "-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
     "-Werror=switch",  # the compiler then names each place that lacks a case for a new activation
+    # The numbers that csrc/weights.h and Python share
+    f"-DGPTFAST_MAX_CPU_TOKENS={MAX_CPU_TOKENS}",
+    f"-DGPTFAST_BLOCK_N={CPU_BLOCK_N}",
+    f"-DGPTFAST_ACT_GROUP_SIZE={ACT_GROUP_SIZE}",
 ]
-
-CPP_TYPES = {  # type of an argument in kernels/schema.py -> type of the parameter in csrc/ops.cpp
-    "Tensor": "Tensor", "Tensor?": "OptTensor", "int": "int64_t", "float": "double", "bool": "bool",
-    "ScalarType": "ScalarType",
-}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Loads the kernels as torch.ops.gptfast_cpu. Compiles the kernels first if the cache has no library; several
-    processes may compile at once. On failure, prints one line to stderr and returns None.
+    """Loads the kernels as torch.ops.gptfast_cpu, and compiles them first if the cache has no library. Several
+    processes may do so at once. On failure, prints one line to stderr and returns None.
 
-    The returned library has the functions that capture.py calls to fill and replay OpLists (kernels/csrc/op_list.h).
-    """
-    check_formats((SOURCES / "weights.h").read_text())
-    check_sizes((SOURCES / "weights.h").read_text())
-    check_activations((SOURCES / "activation.h").read_text())
-    check_parameters((SOURCES / "ops.cpp").read_text())
+    The returned library has the functions that capture.py calls to fill and replay OpLists (kernels/csrc/op_list.h)."""
     library = find_or_compile()
     if library is not None:
         os.register_at_fork(after_in_child=use_one_thread)
     return library
-
-
-@cache
-def cpp_formats() -> list[str]:
-    """The names of the classes in formats/ whose weights the C++ kernels read."""
-    return list_formats((SOURCES / "weights.h").read_text())
-
-
-@cache
-def cpp_activations() -> list[str]:
-    """The activations of config.py: ACTIVATIONS that the C++ kernels compute."""
-    return list_activations((SOURCES / "activation.h").read_text())
-
-
-def list_formats(weights_h: str) -> list[str]:
-    return re.findall(r"\w+", re.search(r"using Formats = FormatList<(.+?)>", weights_h, re.S)[1])
-
-
-def list_activations(activation_h: str) -> list[str]:
-    enum = re.search(r"enum class Activation : int64_t {(.+?)}", activation_h, re.S)[1]
-    _none, *names, _count = re.findall(r"\w+", enum.lower())
-    return names
-
-
-def check_formats(weights_h: str):
-    """Raises ImportError unless Formats in csrc/weights.h has the order of formats/: FORMATS, since a format's
-    number is its position in both. FORMATS may have more at its end: formats without C++ kernels."""
-    ours, theirs = [format_class.__name__ for format_class in FORMATS], list_formats(weights_h)
-    if theirs != ours[: len(theirs)]:
-        raise ImportError(f"kernels/csrc/weights.h: Formats lists {theirs}; formats/: FORMATS lists {ours}")
-
-
-def check_activations(activation_h: str):
-    """Raises ImportError unless Activation in csrc/activation.h has the order of config.py: ACTIVATIONS, as
-    check_formats does for formats. ACTIVATIONS may have more at its end: activations without C++ kernels."""
-    ours, theirs = list(ACTIVATIONS), list_activations(activation_h)
-    if theirs != ours[: len(theirs)]:
-        raise ImportError(f"kernels/csrc/activation.h: Activation lists {theirs}; config.py: ACTIVATIONS lists {ours}")
-
-
-def check_sizes(weights_h: str):
-    """Raises ImportError unless csrc/weights.h and Python have the same numbers. With other blocks, C++ would read
-    wrong weights without an error."""
-    sizes = {
-        "MAX_CPU_TOKENS": ("kernels/schema.py: MAX_CPU_TOKENS", MAX_CPU_TOKENS),
-        "BLOCK_N": ("formats/cpu_layouts.py: CPU_BLOCK_N", CPU_BLOCK_N),
-        "ACT_GROUP_SIZE": ("formats/cpu_layouts.py: ACT_GROUP_SIZE", ACT_GROUP_SIZE),
-    }
-    for name, (our_name, ours) in sizes.items():
-        theirs = int(re.search(rf" {name} = (\d+);", weights_h)[1])
-        if theirs != ours:
-            raise ImportError(f"kernels/csrc/weights.h: {name} is {theirs}; {our_name} is {ours}")
-
-
-def check_parameters(ops_cpp: str):
-    """Raises ImportError unless the functions that csrc/ops.cpp registers have the parameters of the schemas in
-    kernels/schema.py: the same types and names, in the same order. PyTorch passes arguments to C++ by position, and
-    compares only their number."""
-    for name in re.findall(r"TORCH_BOX\(&(\w+)\)", ops_cpp):
-        parameters = re.search(rf"^\S.* {name}\(([^()]*)\) {{$", ops_cpp, re.M)[1]
-        theirs = [" ".join(parameter.split()) for parameter in parameters.split(",")]
-        arguments = re.sub(r"\(\w!\)|\*, ", "", SCHEMAS[name])  # without (a!), which marks a result, and without *
-        arguments = [argument.split() for argument in re.match(r"\w+\((.*)\) ->", arguments)[1].split(", ")]
-        ours = [f"{CPP_TYPES[kind]} {argument}" for kind, argument in arguments]
-        if theirs != ours:
-            raise ImportError(f"kernels/csrc/ops.cpp: {name} takes {theirs}; kernels/schema.py: {name} takes {ours}")
 
 
 def find_or_compile() -> ctypes.CDLL | None:
@@ -166,9 +93,9 @@ def compiler_flags() -> list[str]:
 
 
 def library_name(compiler: list[str] | None) -> str:
-    """Returns the compiled library's file name, kernels-A-B.so. A is a hash of the sources, the flags, the PyTorch
-    version and the CPU. B is a hash of the compiler. If compiler is None, returns a pattern for the libraries of any
-    compiler, or "" if the CPU is unknown."""
+    """The compiled library's file name, kernels-A-B.so. A is a hash of the sources, the flags, the PyTorch version and
+    the CPU. B is a hash of the compiler. If compiler is None, returns a pattern for the libraries of any compiler, or
+    "" if the CPU is unknown."""
     cpu = cpu_description()
     key = hashlib.sha256(repr((compiler_flags(), torch.__version__, cpu)).encode())
     for source in sorted(SOURCES.iterdir()):
@@ -182,8 +109,7 @@ def library_name(compiler: list[str] | None) -> str:
 
 
 def cpu_description() -> str:
-    """Returns the model and the instruction sets of the first CPU, as Linux reports both. Returns "" on other
-    systems."""
+    """The model and the instruction sets of the first CPU, as Linux reports them; "" on other systems."""
     with contextlib.suppress(OSError):
         first_cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
         fields = dict(map(str.strip, line.partition(":")[::2]) for line in first_cpu.splitlines())
@@ -192,7 +118,7 @@ def cpu_description() -> str:
 
 
 def cache_folders() -> list[Path]:
-    """Returns the folders for compiled libraries. The first folder is preferred."""
+    """The folders for compiled libraries. The first is preferred."""
     folders = [Path(tempfile.gettempdir()) / f"gpt-fast-{os.getuid()}"]
     with contextlib.suppress(RuntimeError):  # no home folder
         folders.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-fast")
@@ -211,7 +137,7 @@ def check_folder(folder: Path):
 
 
 def load_cached(name: str) -> ctypes.CDLL | None:
-    """Loads a cached library. name is a file name or a pattern. Returns None if no library fits or none loads."""
+    """Loads a cached library. name is a file name or a pattern. Returns None if nothing fits or loads."""
     for folder in cache_folders() if name else []:
         with contextlib.suppress(OSError):
             check_folder(folder)
@@ -225,10 +151,10 @@ def load_cached(name: str) -> ctypes.CDLL | None:
 
 
 def compile_and_load(compiler: list[str]) -> ctypes.CDLL:
-    """Compiles and loads the library in the first of cache_folders that allows compiling and loading. If the preferred
-    folder does not, prints the reason. If no folder does, raises OSError or CalledProcessError.
+    """Compiles and loads the library in the first of cache_folders where that works. If it does not work in the
+    preferred folder, prints why. If it works in none, raises OSError or CalledProcessError.
 
-    Also prints a line before, so that nobody takes the seconds of silence in a log for a program that hangs."""
+    Prints a line before, so that nobody takes the seconds of silence for a program that hangs."""
     if sys.stderr:  # None if the shell has closed stderr
         print("compiling kernels/csrc for this machine, once", file=sys.stderr, flush=True)
     preferred, *others = cache_folders()
@@ -255,8 +181,8 @@ def compile_to(folder: Path, compiler: list[str]) -> ctypes.CDLL:
 
 
 def run_compiler(command: list[str], env: dict[str, str]):
-    """Runs command. Raises CalledProcessError if command fails. If a signal ends this process, also kills command and
-    all processes that command has started."""
+    """Runs a compiler. Raises CalledProcessError if it fails. If a signal ends this process, the compiler is killed,
+    too, with all processes that it has started."""
     with defer_signals() as held, subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
     ) as process:
@@ -271,18 +197,40 @@ def run_compiler(command: list[str], env: dict[str, str]):
 
 
 def reason(e: Exception) -> str:
-    """Returns the line of a compiler's output, or of another error's message, that gives the reason."""
+    """The line of a compiler's output, or of another error's message, that says why it failed."""
     lines = (getattr(e, "stderr", None) or str(e)).splitlines()
     reasons = [line for word in ("No space left", "error") for line in lines if word in line]
     return reasons[0] if reasons else str(e)
 
 
 def load_library(library: Path) -> ctypes.CDLL:
-    """Loads the library and declares its functions. Raises OSError if it cannot be loaded."""
+    """Loads the library and declares its functions. Raises OSError if it cannot be loaded, and ImportError if its lists
+    of formats or activations have another order than Python's."""
     torch.ops.load_library(library)
     functions = ctypes.CDLL(str(library))
     functions.op_list_begin.restype = ctypes.c_void_p
     functions.op_list_replay.argtypes = [ctypes.c_void_p, ctypes.c_bool]
     functions.op_list_replay.restype = ctypes.c_char_p
     functions.op_list_free.argtypes = [ctypes.c_void_p]
+    functions.format_names.restype = functions.activation_names.restype = ctypes.c_char_p
+    formats, activations = cpp_formats(functions), cpp_activations(functions)
+    check_order("weights.h: FORMATS", formats, "formats/: FORMATS", [format_class.__name__ for format_class in FORMATS])
+    check_order("activation.h: ACTIVATIONS", activations, "config.py: ACTIVATIONS", list(ACTIVATIONS))
     return functions
+
+
+def cpp_formats(library: ctypes.CDLL) -> list[str]:
+    """The names of the classes in formats/ whose weights the C++ kernels read."""
+    return library.format_names().decode().split(", ")
+
+
+def cpp_activations(library: ctypes.CDLL) -> list[str]:
+    """The activations of config.py: ACTIVATIONS that the C++ kernels compute."""
+    return library.activation_names().decode().lower().split(", ")
+
+
+def check_order(their_name: str, theirs: list[str], our_name: str, ours: list[str]):
+    """Raises ImportError unless theirs, a list in C++, is the beginning of ours, a list in Python: C++ knows a format
+    or an activation by its place in the list. PyTorch computes what C++ lacks."""
+    if theirs != ours[: len(theirs)]:
+        raise ImportError(f"kernels/csrc/{their_name} lists {theirs}; {our_name} lists {ours}")

@@ -4,7 +4,7 @@ C++ implements an operation as torch.ops.gptfast_cpu.NAME (kernels/csrc/), Trito
 implement the same schema, so a changed schema changes both. layers/ describes the operations.
 
 In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. But C++ gets all
-arguments by position, so build.py: check_parameters compares the parameters in csrc/ops.cpp with the schemas.
+arguments by position, so a test compares the parameters in csrc/ops.cpp with the schemas.
 
 WEIGHT, EPILOGUE and ATTENTION are groups of arguments: the fields of WeightArguments, Epilogue and AttentionParams.
 activation is a value of ACTIVATION_IDS.
@@ -24,7 +24,7 @@ CPU_NAMESPACE = "gptfast_cpu"
 TRITON_NAMESPACE = "gptfast_triton"
 NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
 # The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
-# step count together. csrc/weights.h has the same number, which build.py checks
+# step count together
 MAX_CPU_TOKENS = 64
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold

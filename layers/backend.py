@@ -32,6 +32,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from config import ACTIVATIONS
 from kernels import build
 from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 
@@ -108,7 +109,7 @@ CPU_BACKEND = Backend(
     # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
     dict.fromkeys(["embed", "permute_inputs", "attend", "route", *MATMULS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
-    activations=frozenset(build.cpp_activations()),
+    activations=frozenset(ACTIVATIONS),  # cpu_backend leaves out those without C++ code
     filters=frozenset(["top_k", "top_p", "min_p"]),
 )
 TRITON_BACKEND = Backend(
@@ -137,7 +138,7 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
         limits["fused_linear"] = math.inf
     if library.has_prefill_attention(is_bf16):
         limits["attend"] = math.inf
-    return CPU_BACKEND.with_limits(**limits)
+    return replace(CPU_BACKEND.with_limits(**limits), activations=frozenset(build.cpp_activations(library)))
 
 
 def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:

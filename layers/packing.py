@@ -70,7 +70,7 @@ def cpu_kernels_can_read(matrix: WeightMatrix) -> bool:
     round activations to int8, no group of activations may span two groups of weights. One spans two only in a shard
     whose width is an odd multiple of 8."""
     format = matrix.format
-    has_struct = type(format).__name__ in build.cpp_formats()
+    has_struct = type(format).__name__ in build.cpp_formats(build.library())
     has_whole_groups = (
         not format.int8_activations or format.group_size is None or format.group_size % ACT_GROUP_SIZE == 0
     )

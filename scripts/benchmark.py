@@ -93,7 +93,7 @@ def add_speed(subparsers):
     add = parser.add_argument
     add("--config", required=True, help=f"a config.json, a model.pth, or one of {', '.join(CONFIGS)}")
     add("--mode", choices=MODES, help="weights in this format (default: in --precision)")
-    with_group_size = ", ".join(mode for mode, format_class in MODES.items() if format_class.needs_group_size())
+    with_group_size = ", ".join(mode for mode, format_class in MODES.items() if format_class.group_size_choices)
     add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help=f"of {with_group_size} (default: %(default)s)")
     add("--compile", action="store_true", help="compile or capture the decode step; a cold start always does")
     common_args.add_device(parser)

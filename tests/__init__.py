@@ -3,7 +3,6 @@
     model.py                        test_model (every family), test_grok_and_baichuan, test_mixtral, test_mxfp4
     config.py                       test_hf_config
     checkpoint.py                   test_checkpoint
-    earlier_checkpoints.py          test_checkpoint
     loading.py                      test_loading
     quantize.py, gptq.py            test_quantize, test_gptq
     tp.py, collectives.py           test_tp

@@ -48,7 +48,7 @@ TYPES = {
     torch.float64: "fp64",
 }
 MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
-COMPILED_FORMATS = [format.format_class.examples()[0] for format in KERNEL_FORMATS]  # one of each class
+COMPILED_FORMATS = [format.format_class.stored_formats()[0] for format in KERNEL_FORMATS]  # one of each class
 OTHER_GROUP_SIZES = [Int4(64), GroupedInt8(64), Float8(128)]
 # Only of these do the tile sizes depend on num_sms
 TILED_FORMATS = [f for f in COMPILED_FORMATS + OTHER_GROUP_SIZES if kernel_format(f.format_id).is_tiled]

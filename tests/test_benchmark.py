@@ -198,12 +198,12 @@ def test_jobs_have_commands():
 def test_jobs_are_processes(config_json, monkeypatch):
     speed = f"speed --config {config_json} --device cpu --max_new_tokens 3 --decode_only --json".split()
     end = time.monotonic() + 300
-    assert gpu_jobs.start(speed, end)["decode_tokens_per_sec"] > 0
-    error = gpu_jobs.start(["speed", "--config", "nothing"], end)["error"]
+    assert gpu_jobs.run_job(speed, end)["decode_tokens_per_sec"] > 0
+    error = gpu_jobs.run_job(["speed", "--config", "nothing"], end)["error"]
     assert "exit 2" in error and "neither a config.json" in error
-    assert gpu_jobs.start(speed, time.monotonic() + 5) == {"error": "no time left"}
+    assert gpu_jobs.run_job(speed, time.monotonic() + 5) == {"error": "no time left"}
     monkeypatch.setattr(gpu_jobs, "LEAST_SECONDS", 0)
-    assert gpu_jobs.start(speed, time.monotonic() + 0.1) == {"error": "out of time"}
+    assert gpu_jobs.run_job(speed, time.monotonic() + 0.1) == {"error": "out of time"}
 
 
 def test_table_of_jobs():

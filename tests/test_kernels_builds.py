@@ -18,9 +18,9 @@ import torch
 import kernels.build
 from config import is_gated
 from formats import FORMATS, Int4, Int8, Unquantized
-from formats.cpu_layouts import CPU_BLOCK_N
+from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
-from kernels.schema import SCHEMAS
+from kernels.schema import MAX_CPU_TOKENS, SCHEMAS
 from kernels.triton import heads
 from kernels.triton.elements import magic_number_for
 from layers import aten, backend, packing
@@ -38,48 +38,61 @@ from utils.files import ROOT
 TESTS = [f"tests/test_kernels{part}.py" for part in ("", "_attention", "_experts", "_sampling")]
 CASES = "one_thread and not 4-4-8 and not 2-1-256"
 COMPILING = "compiling kernels/csrc for this machine, once\n"
+CPP_TYPES = {  # type of an argument in kernels/schema.py -> type of the parameter in csrc/ops.cpp
+    "Tensor": "Tensor", "Tensor?": "OptTensor", "int": "int64_t", "float": "double", "bool": "bool",
+    "ScalarType": "ScalarType",
+}
 VNNI_CASES = "one_thread and (test_linear[ or test_linear_of) and not unquantized and not fp8"
 
 
-def test_both_lists_of_formats_have_one_order():
+@built
+@pytest.mark.parametrize("name", ["FORMATS", "ACTIVATIONS"])
+def test_both_lists_have_one_order(name, monkeypatch):
+    """The list in Python may have more at its end, without C++ code."""
+    path, ours = Path(kernels.build.library()._name), getattr(kernels.build, name)
+    monkeypatch.setattr(kernels.build, name, (*ours, ours[0]))
+    kernels.build.load_library(path)
+    for wrong in ((ours[1], ours[0], *ours[2:]), ours[:-1], ours[1:]):
+        monkeypatch.setattr(kernels.build, name, wrong)
+        with pytest.raises(ImportError, match=rf"\.h: {name} lists .*; .*: {name} lists"):
+            kernels.build.load_library(path)
+
+
+@built
+def test_a_format_without_cpp_code():
+    class NotInCpp(Int4):
+        pass
+
+    linear = make_linear(33, 72, NotInCpp(32), torch.float32)
+    expected = linear.dequantize(torch.float32)
+    pack_weights([linear], torch.float32)
+    assert linear.format == Unquantized() and torch.equal(linear.weight, expected)
+
+
+def test_cpp_has_pythons_sizes():
+    """Sources have a size only by name, and a library with other sizes has another name in the cache."""
     weights_h = (kernels.build.SOURCES / "weights.h").read_text()
-    kernels.build.check_formats(weights_h)
-    for wrong in (weights_h.replace("Int8, Int4,", "Int4, Int8,"), weights_h.replace("MXFP4>", "MXFP4, NF4>")):
-        with pytest.raises(ImportError, match="weights.h: Formats lists .*; formats/: FORMATS lists"):
-            kernels.build.check_formats(wrong)
+    sizes = {"MAX_CPU_TOKENS": MAX_CPU_TOKENS, "BLOCK_N": CPU_BLOCK_N, "ACT_GROUP_SIZE": ACT_GROUP_SIZE}
+    for name, ours in sizes.items():
+        assert f"constexpr int64_t {name} = GPTFAST_{name};" in weights_h
+        assert f"-DGPTFAST_{name}={ours}" in kernels.build.compiler_flags()
 
 
-def test_both_lists_of_activations_have_one_order():
-    activation_h = (kernels.build.SOURCES / "activation.h").read_text()
-    kernels.build.check_activations(activation_h)
-    changes = [("NONE, SWIGLU, GEGLU,", "NONE, GEGLU, SWIGLU,"), ("RELU2, COUNT", "RELU2, MISH, COUNT")]
-    for wrong in [activation_h.replace(*change) for change in changes]:
-        with pytest.raises(ImportError, match="activation.h: Activation lists .*; config.py: ACTIVATIONS lists"):
-            kernels.build.check_activations(wrong)
-
-
-def test_the_lists_in_python_may_be_longer():
-    """A format or an activation without C++ code, at the end of the list, is not an error."""
-    weights_h, activation_h = ((kernels.build.SOURCES / name).read_text() for name in ("weights.h", "activation.h"))
-    formats, activations = weights_h.replace(", MXFP4>", ">"), activation_h.replace(", RELU2, COUNT", ", COUNT")
-    kernels.build.check_formats(formats)
-    kernels.build.check_activations(activations)
-    assert kernels.build.list_formats(formats) == kernels.build.cpp_formats()[:-1]
-    assert kernels.build.list_activations(activations) == kernels.build.cpp_activations()[:-1]
-
-
-@pytest.mark.parametrize("name, ours", [("MAX_CPU_TOKENS", 64), ("BLOCK_N", 16), ("ACT_GROUP_SIZE", 16)])
-def test_both_sizes_are_one(name, ours):
-    weights_h = (kernels.build.SOURCES / "weights.h").read_text()
-    kernels.build.check_sizes(weights_h)
-    with pytest.raises(ImportError, match=f"{name} is 32; .*: .* is {ours}"):
-        kernels.build.check_sizes(weights_h.replace(f"{name} = {ours};", f"{name} = 32;"))
+def compare_parameters(ops_cpp: str):
+    """Compares the parameters of the functions that csrc/ops.cpp registers with the schemas in kernels/schema.py: types
+    and names, in their order. PyTorch passes arguments to C++ by position, and compares only their number."""
+    for name in re.findall(r"TORCH_BOX\(&(\w+)\)", ops_cpp):
+        parameters = re.search(rf"^\S.* {name}\(([^()]*)\) {{$", ops_cpp, re.M)[1]
+        theirs = [" ".join(parameter.split()) for parameter in parameters.split(",")]
+        arguments = re.sub(r"\(\w!\)|\*, ", "", SCHEMAS[name])  # without (a!), which marks a result, and without *
+        arguments = [argument.split() for argument in re.match(r"\w+\((.*)\) ->", arguments)[1].split(", ")]
+        assert theirs == [f"{CPP_TYPES[kind]} {argument}" for kind, argument in arguments], name
 
 
 def test_functions_take_the_arguments_of_the_schemas():
     """They take them in the same order, and every operation of the CPU has a function."""
     ops_cpp = (kernels.build.SOURCES / "ops.cpp").read_text()
-    kernels.build.check_parameters(ops_cpp)
+    compare_parameters(ops_cpp)
     assert {*re.findall(r'm.impl\("(\w+)", TORCH_BOX\(&\1\)\);', ops_cpp)} == SCHEMAS.keys()
     changes = [
         ("double softcap, double clip", "double clip, double softcap"),
@@ -88,18 +101,19 @@ def test_functions_take_the_arguments_of_the_schemas():
     ]
     for change in changes:
         assert change[0] in ops_cpp
-        with pytest.raises(ImportError, match="ops.cpp: .* takes .*; kernels/schema.py: .* takes"):
-            kernels.build.check_parameters(ops_cpp.replace(*change))
+        with pytest.raises(AssertionError):
+            compare_parameters(ops_cpp.replace(*change))
 
 
 @built
 def test_formats_and_activations_are_the_same_in_both_languages():
     library = kernels.build.library()
-    assert len(kernels.build.cpp_formats()) > 5 and len(kernels.build.cpp_activations()) > 5
-    for i, format_class in enumerate(FORMATS[: len(kernels.build.cpp_formats())]):
+    cpp_formats, cpp_activations = kernels.build.cpp_formats(library), kernels.build.cpp_activations(library)
+    assert len(cpp_formats) > 5 and len(cpp_activations) > 5
+    for i, format_class in enumerate(FORMATS[: len(cpp_formats)]):
         assert library.format_elements_per_byte(i) == format_class.elements_per_byte
         assert library.format_int8_activations(i) == format_class.int8_activations
-    for i, activation in enumerate(kernels.build.cpp_activations(), 1):
+    for i, activation in enumerate(cpp_activations, 1):
         assert library.activation_is_gated(i) == is_gated(activation)
 
 
@@ -282,10 +296,8 @@ def test_every_check_says_what_is_wrong():
 
 
 def test_sizes_are_the_same_in_all_languages():
-    """Numbers that Python, C++ and Triton each define are equal."""
-    code = (kernels.build.SOURCES / "weights.h").read_text()
-    sizes = {name: int(value) for name, value in re.findall(r"^constexpr int64_t (\w+) = (\d+);", code, re.M)}
-    assert sizes["BLOCK_N"] == CPU_BLOCK_N and FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
+    """Numbers that Python and Triton each define are equal."""
+    assert FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
     assert heads.BLOCK_T.value == backend.MAX_TRITON_QUERY_LEN
     for dtype in (torch.bfloat16, torch.float16):
         halves = torch.tensor([magic_number_for(dtype)], dtype=torch.int32).view(dtype).tolist()

@@ -36,7 +36,7 @@ class Int4HQQ(Int4):
 
 def is_made(format) -> bool:
     """Whether quantize.py makes files of this format, and not just the converters."""
-    return not format.is_import_only and format == type(format).from_options(format.group_size)
+    return type(format) in formats.MODES.values() and format == type(format).from_options(format.group_size)
 
 
 QUANTIZED = [format for format in exact_results.CPU_FORMATS if format.is_quantized]
@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 
 
 def run_quantize(monkeypatch, path, *args: str):
-    monkeypatch.setattr(sys, "argv", ["quantize.py", f"--checkpoint_path={path}", "--device=cpu", *args])
+    monkeypatch.setattr(sys, "argv", ["quantize.py", f"--checkpoint_path={path}", *args])
     quantize.main()
 
 
@@ -294,7 +294,7 @@ def test_hessians_are_of_the_inputs_of_each_layer(folder):
 def test_gptq_from_the_command_line(family, folder, monkeypatch, tmp_path, capsys):
     text, path = tmp_path / "text.txt", folder(family) / "model.pth"
     text.write_text(TEXT)
-    calibration = ["--mode=int4-gptq", f"--calibration_text={text}"]
+    calibration = ["--mode=int4-gptq", "--device=cpu", f"--calibration_text={text}"]
     run_quantize(monkeypatch, path, *calibration, "--calibration_seq_length=2", "--calibration_limit=1", "--label=.")
     assert ("of the experts got no token" in capsys.readouterr().err) == (family == "mixtral")
     run_quantize(monkeypatch, path, *calibration, "--calibration_seq_length=64")
@@ -326,12 +326,19 @@ def test_calibration_windows_come_from_all_over(folder):
         (["--mode=int4-gptq"], "--calibration_text"),
         (["--mode=int4-gptq", "--calibration_text=nowhere"], "nowhere"),
         (["--label=a/b"], "--label"),
-        (["--calibration_text=TEXT"], "needs no calibration"),
+        (["--calibration_text=TEXT"], "--calibration_text belongs to int4-gptq"),
+        (["--calibration_tasks", "hellaswag"], "--calibration_tasks belongs to int4-gptq"),
+        (["--calibration_limit=64"], "--calibration_limit belongs to int4-gptq"),
+        (["--calibration_seq_length=9", "--mode=int4"], "--calibration_seq_length belongs to int4-gptq"),
+        (["--percdamp=0.1"], "--percdamp belongs to int4-gptq"),
+        (["--blocksize=128", "--mode=int4-hqq"], "--blocksize belongs to int4-gptq"),
+        (["--act_order"], "--act_order belongs to int4-gptq"),
+        (["--no-act_order", "--mode=mxfp4"], "--act_order belongs to int4-gptq"),
+        (["--device=cpu", "--mode=fp8"], "--device belongs to int4-gptq"),
         (["--checkpoint_path=."], "holds no model"),
-        (["--percdamp=0"], "--percdamp"),
-        (["--percdamp=nan"], "--percdamp"),
-        (["--percdamp=1e308"], "--percdamp"),
-        (["--percdamp=0", "--mode=int4-gptq"], "--percdamp"),
+        (["--percdamp=0", "--mode=int4-gptq"], "--percdamp must be"),
+        (["--percdamp=nan", "--mode=int4-gptq"], "--percdamp must be"),
+        (["--percdamp=1e308", "--mode=int4-gptq"], "--percdamp must be"),
         (["--mode=int8", "--groupsize=64"], "--groupsize belongs to int4"),
         (["--mode=fp8", "--groupsize=64"], "--groupsize belongs to int4"),
         (["--mode=mxfp4", "--groupsize=32"], "--groupsize belongs to int4"),

@@ -50,7 +50,7 @@ MAINS = {
 LESS = {  # added to the commands, for a model with a context of 256 tokens and for a short test
     "generate.py": ["--max_new_tokens", "4"],
     "benchmark.py": ["--max_new_tokens", "4"],
-    "quantize.py": ["--calibration_seq_length", "16"],
+    "int4-gptq": ["--calibration_seq_length", "16"],
 }
 PYTHON = """#!/bin/sh
 printf '%s\\0' "$@" >>"$CALLS"
@@ -116,7 +116,8 @@ def run_python(arguments: list[str], less: dict[str, list[str]] = LESS):
     """Calls the main of the script in arguments, with the arguments that less adds."""
     names = [Path(word).name for word in arguments]
     name = next(name for name in names if name in MAINS)  # a launcher may stand before the script
-    call_main(MAINS[name], *arguments[names.index(name) + 1 :], *less.get(name, []))
+    more = [option for word in names for option in less.get(word, [])]
+    call_main(MAINS[name], *arguments[names.index(name) + 1 :], *more)
 
 
 def test_there_are_commands():

@@ -173,7 +173,7 @@ def call_main(main, *args):
 
 
 # Version of model.pth -> the names that the next version replaced: new name -> old name. Written independently of
-# UPGRADES (earlier_checkpoints.py), so that a mistake there fails a test.
+# UPGRADES (checkpoint.py), so that a mistake there fails a test.
 EARLIER_TENSORS = {  # by regular expressions
     5: {r"\.pre_(\w+_norm)\.": r".\1."},
     2: {r"^embed_tokens\.": "tok_embeddings.", r"^lm_head\.": "output."},

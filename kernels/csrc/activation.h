@@ -3,11 +3,9 @@
 
 #include "simd.h"
 
-// The order is that of ACTIVATIONS in config.py, which build.py checks. COUNT is the number of activations, NONE
-// included.
-enum class Activation : int64_t {
-  NONE, SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, GELU_PYTORCH_TANH, RELU2, COUNT
-};
+// The activations that C++ computes, in the order of ACTIVATIONS in config.py
+#define ACTIVATIONS SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, GELU_PYTORCH_TANH, RELU2
+enum class Activation : int64_t { NONE, ACTIVATIONS, COUNT };  // COUNT: how many there are, with NONE
 
 // Whether the feed-forward has a gate projection beside its up projection, as config.py: is_gated says.
 inline bool is_gated(Activation activation) {

@@ -1,7 +1,7 @@
 // The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Kernels trust addresses and sizes, also when a
 // CPU graph is replayed, so tensors are checked here. Each function checks its tensors, allocates the output, and
-// submits the operation (op_list.h: submit). kernels/build.py compiles this file, which includes the headers, and
-// compares the parameters of the functions with the schemas (kernels/schema.py). ops/ describes the operations.
+// submits the operation (op_list.h: submit). The functions have the parameters of the schemas (kernels/schema.py).
+// ops/ describes the operations. kernels/build.py compiles this file, which includes the headers.
 //
 // The headers, in reading order:
 //
@@ -355,7 +355,13 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t form
   return out;
 }
 
+#define AS_STRING(...) #__VA_ARGS__
+#define NAMES_OF(LIST) AS_STRING(LIST)
+
 extern "C" {
+// Return the names in FORMATS and ACTIVATIONS, "Unquantized, Int8, ...": build.py: cpp_formats, cpp_activations.
+const char* format_names() { return NAMES_OF(FORMATS); }
+const char* activation_names() { return NAMES_OF(ACTIVATIONS); }
 // Returns the most tokens for which these kernels multiply unquantized weights faster than PyTorch does, as measured in
 // docs/measurements.md.
 int max_unquantized_tokens(int is_bf16) {

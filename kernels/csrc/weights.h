@@ -14,10 +14,12 @@
 #include "float8.h"
 #include "op_list.h"
 
-constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
-constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most whose sums fit in registers
-constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
-constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale when rounded to int8 (prologue.h)
+// Python's numbers, which build.py passes to the compiler
+constexpr int64_t MAX_CPU_TOKENS = GPTFAST_MAX_CPU_TOKENS;  // the most tokens of an operation, of all sequences
+constexpr int64_t BLOCK_N = GPTFAST_BLOCK_N;                // the outputs of a block: one for each lane of an f32x16
+constexpr int64_t ACT_GROUP_SIZE = GPTFAST_ACT_GROUP_SIZE;  // the activations that share a scale as int8 (prologue.h)
+
+constexpr int64_t BLOCK_M = 8;  // the tokens of an m-block: the most whose sums fit in registers
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Packed weights are in blocks of 16 outputs
 // and in words of 4 bytes. The words of 16 outputs are adjacent:
@@ -58,8 +60,8 @@ struct Weights {
     return w;
   }
 
-  // Scales and zeros are [n_blocks, n_groups, 16]. scales_of and zeros_of return the address of the 16 scales or zeros
-  // of a block in one group of inputs. group is block * n_groups + the index of the group in the block.
+  // Scales and zeros are [n_blocks, n_groups, 16]. scales_of and zeros_of return the address of the 16 of a block in
+  // one group of inputs. group is block * n_groups + the index of the group in the block.
   template <typename T> const T* scales_of(int64_t group) const {
     return reinterpret_cast<const T*>(scales) + group * BLOCK_N;
   }
@@ -71,7 +73,7 @@ struct Weights {
 
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
-// The struct of a format says how the loops of dot_quantized.h, bf16_weights.h and linear.h unpack the weights. A new
+// The struct of a format says how the loops of dot_quantized.h, bf16_weights.h and linear.h unpack its weights. A new
 // format needs
 //
 //     ELEMENTS_PER_WORD   elements of a word
@@ -79,9 +81,8 @@ struct Weights {
 //     element             element j of each of 16 words
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
-// and an entry in Formats. Then the loops for any format can read the new format. Faster code for one format is a
-// branch of run_loop (dot.h), a specialization of WordDequantizer (bf16_weights.h), an overload of unpack_words
-// (linear.h).
+// and an entry in FORMATS. Then the loops for any format can read it. Faster code for one format is a branch of
+// run_loop (dot.h), a specialization of WordDequantizer (bf16_weights.h), or an overload of unpack_words (linear.h).
 
 // The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
 // (q - zero) * scale, or for (q - zero) * scale * channel_scale if the format has HAS_CHANNEL_SCALES.
@@ -145,7 +146,7 @@ struct GroupedInt8 : FormatDefaults {
   }
 };
 
-// 8-bit floats, e4m3. float8.h converts the elements.
+// 8-bit floats, e4m3, which float8.h converts.
 struct Float8 : FormatDefaults {
   static constexpr bool BF16_ACTIVATIONS = HAS_FLOAT8_BF16, SCALE_AFTER_SUM = true;
   static constexpr int64_t MIN_AMX_TOKENS = 3;
@@ -155,8 +156,8 @@ struct Float8 : FormatDefaults {
   }
 };
 
-// 4-bit floats, e2m1. Twice an e2m1 number is an integer from -12 to 12. The matmul uses the integer q = 12 + 2 * e2m1
-// from 0 to 24, with the zero point 12 and half the scale.
+// 4-bit floats, e2m1. Twice such a number is an integer from -12 to 12, so the matmul takes q = 12 + 2 * e2m1, from 0
+// to 24, with the zero point 12 and half the scale.
 struct MXFP4 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true;
   static constexpr int ELEMENTS_PER_WORD = 8, SCALE_BYTES = 1;
@@ -176,7 +177,8 @@ struct MXFP4 : FormatDefaults {
 };
 
 template <typename... F> struct FormatList { static constexpr int64_t SIZE = sizeof...(F); };
-using Formats = FormatList<Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4>;  // by format_id: formats/
+#define FORMATS Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4  // in the order of formats/: FORMATS
+using Formats = FormatList<FORMATS>;
 
 // Calls function(F{}) with the list's struct F at index.
 template <typename First, typename... Others, typename Function>

@@ -32,9 +32,9 @@ from scripts.benchmarking.speed import copy_bandwidth, find_config
 from utils.errors import UsageError
 from utils.files import ROOT
 
-FLAGS = {"bf16": [], "int8": ["--mode", "int8"], "int4": ["--mode", "int4", "--groupsize", "64"]}  # by format
-MODELS = [f"Llama-3.1-8B {format}" for format in FLAGS] + ["Mixtral-8x7B int8", "Llama-3-70B int4"]
-MODELS += [f"{shape} {format}" for shape in ("Llama-3.2-1B", "Llama-2-7B") for format in FLAGS]
+FORMAT_FLAGS = {"bf16": [], "int8": ["--mode", "int8"], "int4": ["--mode", "int4", "--groupsize", "64"]}
+MODELS = [f"Llama-3.1-8B {format}" for format in FORMAT_FLAGS] + ["Mixtral-8x7B int8", "Llama-3-70B int4"]
+MODELS += [f"{shape} {format}" for shape in ("Llama-3.2-1B", "Llama-2-7B") for format in FORMAT_FLAGS]
 LEAST_SECONDS = 20  # if less time is left, no job is started
 
 # ---- The table -------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def gpu(args: argparse.Namespace):
     jobs = {job: arguments for job, arguments in all_jobs(args.tune).items() if args.only in job}
     for batch in in_batches(jobs):
         with ThreadPoolExecutor() as pool:
-            outcomes = pool.map(partial(start, end=end), [jobs[job] for job in batch])
+            outcomes = pool.map(partial(run_job, end=end), [jobs[job] for job in batch])
         for job, outcome in zip(batch, outcomes, strict=True):
             results[job] = outcome
             print(f"[{end - time.monotonic():4.0f} s left] {job}: {json.dumps(outcome)[:1500]}", flush=True)
@@ -77,14 +77,14 @@ def all_jobs(tune: bool) -> dict[str, list[str]]:
     for engine, flags in engines.items():
         for model in MODELS:
             shape, format = model.split()
-            arguments = ["speed", "--config", shape, "--compile", "--json", *FLAGS[format], *flags]
+            arguments = ["speed", "--config", shape, "--compile", "--json", *FORMAT_FLAGS[format], *flags]
             jobs[f"{engine} {model}"] = arguments
     for shape in ("Llama-3.1-8B", "Llama-3.2-1B"):
         jobs[f"transformers {shape} bf16"] = ["hf_transformers", "--config", shape]
     return jobs
 
 
-def start(arguments: list[str], end: float) -> dict:
+def run_job(arguments: list[str], end: float) -> dict:
     """Runs benchmark.py with arguments. Returns the JSON object in the last line of stdout, or {"error": reason}."""
     seconds = end - time.monotonic()
     if seconds < LEAST_SECONDS:

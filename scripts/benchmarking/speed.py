@@ -3,11 +3,12 @@
     config = find_config("Llama-3.1-8B")          # or the path of a config.json or of a model.pth
     model = random_model(config, Int4(64), torch.device("cuda"), torch.bfloat16)
 
-Random weights have mean 0 and variance 1 / inputs, so that activations neither grow nor shrink from layer to layer. The
-weights of an int4 model are random int4 codes on the device, so the model never exists in 16 bits.
+Random weights have mean 0 and variance 1 / inputs, so that activations neither grow nor shrink from layer to layer. A
+quantized model never exists in 16 bits: only some rows of each matrix are drawn and quantized, and then repeated.
 """
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from utils.machine import cpu_name, peak_memory, read_bandwidth, synchronize
 SAMPLES = 3  # timings of each measurement; the result is the median
 PREFILLS = (512, 2048)  # lengths of prompts
 SAMPLING = SamplingParams(temperature=0.8)
+RANDOM_ELEMENTS = 2**18  # of a matrix. A larger one repeats its rows, since drawing and quantizing all would take long
 
 # ---- Shapes and random weights ---------------------------------------------------------------------------------------
 
@@ -89,7 +91,7 @@ def random_linear(
     shape: tuple[int, int], format: WeightFormat, device: torch.device, dtype: torch.dtype,
     activation: str | None = None,
 ) -> Linear:
-    """Makes a linear layer of random codes, as random_model does. shape: of the weight, [N, K]."""
+    """Makes a random linear layer, as random_model does. shape: of the weight, [N, K]."""
     out_features, in_features = shape
     with torch.device("meta"):
         linear = Linear(in_features, out_features, activation=activation).to(dtype)
@@ -107,9 +109,20 @@ def fill_randomly(module: nn.Module):
     elif isinstance(module, Embedding):
         module.weight.normal_(std=module.weight.shape[-1] ** -0.5)
     elif isinstance(module, LinearBase):
-        module.format.fill_randomly(module.tensors(), std=module.in_features**-0.5)
+        fill_weight_randomly(module)
         if module.bias is not None:
             module.bias.zero_()
+
+
+def fill_weight_randomly(w: LinearBase):
+    """Quantizes some random rows, and repeats them until the matrices of all experts are full."""
+    row_dims = w.weight.dim() - 1
+    n_rows = math.prod(w.weight.shape[:-1])
+    shape = min(n_rows, math.ceil(RANDOM_ELEMENTS / w.in_features)), w.in_features
+    random = torch.randn(shape, device=w.weight.device) * w.in_features**-0.5
+    for name, tensor in w.format.quantize(random).items():
+        for rows in w.tensors()[name].flatten(0, row_dims - 1).split(len(tensor)):
+            rows.copy_(tensor[: len(rows)])
 
 
 def checkpoint_tensors(model: Transformer) -> dict[str, Tensor]:

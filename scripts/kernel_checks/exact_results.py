@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import formats
-from formats import GROUP_SIZES, MXFP4, Int4, Int8, Unquantized, WeightFormat
+from formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.integers import GroupwiseAffine
 from kernels.schema import ACTIVATION_IDS, AttentionParams
 from layers import attention
@@ -29,7 +29,13 @@ from scripts.kernel_checks import error_bounds as bounds
 
 CHECKED_FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = CHECKED_FORMATS[1:]
-CPU_FORMATS = [format for format_class in formats.FORMATS for format in format_class.examples()]
+# Of a class with options, the formats that the checks try. Any other class has one format
+EXAMPLES = {
+    Int4: [Int4(32), Int4(128, torch.float16)],
+    GroupedInt8: [GroupedInt8(16), GroupedInt8(64, torch.float16)],
+    Float8: [Float8(), Float8(32)],
+}
+CPU_FORMATS = [format for format_class in formats.FORMATS for format in EXAMPLES.get(format_class) or [format_class()]]
 TRITON_FORMATS = [*CHECKED_FORMATS, Int4(32, torch.float16)]
 TRITON_FORMATS += [  # a format with a method to_triton_layout has kernels
     format for format in CPU_FORMATS
