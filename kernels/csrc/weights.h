@@ -15,7 +15,7 @@
 #include "op_list.h"
 
 constexpr int64_t MAX_CPU_TOKENS = 64;  // the most tokens of an operation, of all sequences; as in kernels/schema.py
-constexpr int64_t BLOCK_M = 8;          // the tokens of an m-block: the most whose sums fit in registers
+constexpr int64_t BLOCK_M = 8;          // the most tokens of a tile: their sums fit in registers
 constexpr int64_t BLOCK_N = 16;         // the outputs of a block of weights: one output for each lane of an f32x16
 constexpr int64_t ACT_GROUP_SIZE = 16;  // the activations that share a scale when rounded to int8 (prologue.h)
 
