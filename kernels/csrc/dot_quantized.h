@@ -97,7 +97,7 @@ void dot_int8(const Weights& w, const int64_t* blocks, const TokenTile& tile, co
 #pragma GCC unroll 8  // so that the sums stay in registers
     for (int m = 0; m < M; m++)
       for (int b = 0; b < BLOCKS; b++)
-        total[b][m] += (to_float(dot_block(weights[b], x[m][i])) + x[m][i].zero_term) * x[m][i].scale;
+        total[b][m] += (to_float(dot_block(weights[b], x[m][i])) + x[m][i].zero_correction) * x[m][i].scale;
   }
   for (int b = 0; b < BLOCKS; b++) {
     const f32x16 scale = Int8::channel_scales(w, blocks[b]);
@@ -133,7 +133,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const TokenTile& tile,
     }
     for (int b = 0; b < BLOCKS; b++) {
       const auto [scale, zero] = F::scales_and_zeros(w, blocks[b] * w.n_groups + group);
-      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].running_sum) * scale;
+      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].zero_correction) * scale;
     }
   }
   for (int b = 0; b < BLOCKS; b++)
