@@ -124,7 +124,7 @@ template <typename T> struct Prologue {
     return !panel_k && dispatch_format(w, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
   }
   int64_t padded_m() const { return round_up(m, panel_m); }
-  int64_t padded_k() const { return round_up(w.k, panel_k ? panel_k : 32); }  // tokens: 32 elements of 16 bits, 64 bytes
+  int64_t padded_k() const { return round_up(w.k, panel_k ? panel_k : 32); }  // 32 elements of 16 bits: a cache line
 
   // Returns the bytes of a token after the prologue. 0 means that the matmul reads x itself.
   int64_t token_bytes() const {
