@@ -41,7 +41,7 @@ import collectives
 from engine.sampling import apply_repetition_penalty, sample, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
-from kernels.capture import call_with_graph_threads, capture
+from kernels.capture import capture, graph_num_threads
 from model import KVCache, Transformer
 from ops.backend import Backend
 from ops.sampling import uniform_dtype
@@ -241,7 +241,9 @@ class CPUGraphStep:
         self.graph = capture(eager_step.compute_logits)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        return call_with_graph_threads(self.sampler, self.graph(tokens, start_pos), tokens, start_pos, *inputs)
+        logits = self.graph(tokens, start_pos)
+        with graph_num_threads():
+            return self.sampler(logits, tokens, start_pos, *inputs)
 
 
 class CompiledStep:

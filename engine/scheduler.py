@@ -38,7 +38,7 @@ from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import apply_repetition_penalty, sample, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
-from kernels.capture import call_with_graph_threads
+from kernels.capture import graph_num_threads
 from model import KVCache, Transformer
 from ops.backend import TORCH_BACKEND, Backend
 from ops.sampling import uniform_dtype
@@ -221,7 +221,8 @@ class Scheduler:
         logits = self.decode_step(tokens, start_pos)
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
-        return call_with_graph_threads(self.sample_and_append, range(n), logits, tokens, start_pos)
+        with graph_num_threads():
+            return self.sample_and_append(range(n), logits, tokens, start_pos)
 
     def move_decoding_first(self, n: int):
         """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of
