@@ -147,13 +147,13 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
 
 
 def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:
-    """TRITON_BACKEND with the limits of a model whose activations have this dtype, on this device. Without matrix units
-    the matmuls take up to MMA_TOKENS tokens, since PyTorch is faster with more."""
-    from kernels.triton.launch import MMA_TOKENS, has_matrix_units  # here, since not every machine has Triton
+    """TRITON_BACKEND with the limits of a model whose activations have this dtype, on this device. Without tensor cores
+    the matmuls take up to MMA_N tokens, since PyTorch is faster with more."""
+    from kernels.triton.launch import MMA_N, uses_tensor_cores  # here, since not every machine has Triton
 
-    if has_matrix_units(device, dtype):
+    if uses_tensor_cores(device, dtype):
         return TRITON_BACKEND
-    return TRITON_BACKEND.with_limits(**dict.fromkeys(MATMULS, MMA_TOKENS))
+    return TRITON_BACKEND.with_limits(**dict.fromkeys(MATMULS, MMA_N))
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -364,9 +364,9 @@ def test_many_sequences(small_gpu):
 
 
 def test_without_matrix_units(monkeypatch):
-    """In float32, and on a GPU whose matrix units Triton does not use, the kernels take few tokens."""
-    for dtype, min_block_m, most in [(torch.bfloat16, 8, 64), (torch.float32, 8, 8), (torch.float16, 1, 8)]:
-        monkeypatch.setattr(launch, "gpu_info", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
+    """In float32, and on a GPU whose tensor cores Triton does not use, the kernels take few tokens."""
+    for dtype, has_cores, most in [(torch.bfloat16, True, 64), (torch.float32, True, 8), (torch.float16, False, 8)]:
+        monkeypatch.setattr(launch, "gpu_info", lambda device, has=has_cores: launch.Gpu(2, has, 8, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
         ops.pack_for_triton([w], dtype)
         assert w.backend.token_limits["fused_linear"] == most
@@ -379,7 +379,7 @@ def test_torch_compile(small_gpu):
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
 
     def step(tokens, *others):
-        return (compiled if tokens.numel() <= launch.MMA_TOKENS else model)(tokens, *others)
+        return (compiled if tokens.numel() <= launch.MMA_N else model)(tokens, *others)
 
     assert torch.equal(logits_of(model, prompt, step), expected)
 

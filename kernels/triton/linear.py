@@ -27,7 +27,7 @@ from kernels.triton.elements import magic_number_for
 from kernels.triton.epilogue import EpilogueScalars, epilogue
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
-    MMA_TOKENS,
+    MMA_N,
     choose_tiles,
     dot_dtype,
     min_block_m,
@@ -63,7 +63,7 @@ ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
 #    outputs +---------+---------+---------+       +---------+
 #                        of W
 #
-# W is the left operand. An instruction of NVIDIA's matrix unit, mma.m16n8k16, multiplies [16, 16] with [16, 8]: 16
+# W is the left operand. An instruction of the tensor cores, mma.m16n8k16, multiplies [16, 16] with [16, 8]: 16
 # outputs with 8 tokens. So 8 tokens cost as much as one.
 #
 # Each warp takes some of the slices (CUTLASS's sliced-K). The sums of the slices are added up after the loop.
@@ -116,7 +116,7 @@ def fused_linear_kernel(
         expert      5          2             2          7
         program     pair 0     pairs 1, 2    returns    pair 3
 
-    NUM_TOKENS: n_tokens, if at most MMA_TOKENS. A kernel is compiled for each such number, since add_squares has a
+    NUM_TOKENS: n_tokens, if at most MMA_N. A kernel is compiled for each such number, since add_squares has a
     tensor for each token. 0: the kernel is not specialized, and serves every larger n_tokens with the same BLOCK_M."""
     # Prologue. Before pdl_wait a program reads only W
     N_OUT = N // 2 if IS_GATED else N
@@ -276,7 +276,7 @@ def fused_linear(
         n_tokens = n_pairs // top_k
     is_gated = activation in GATED_IDS
     y = x.new_empty(*y_shape, output_width(n, activation), dtype=torch.float32 if float32_out else x.dtype)
-    is_specialized = n_tokens <= MMA_TOKENS
+    is_specialized = n_tokens <= MMA_N
     if norm_weight is not None and not is_specialized:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
     format, (sizes, num_warps) = kernel_format(w.format_id), choose_sizes(x, w, n_tokens, is_gated)
