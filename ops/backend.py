@@ -35,6 +35,7 @@ from torch import Tensor
 from kernels import build
 from kernels.arguments import Filters
 from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
+from kernels.triton import TRITON_ACTIVATIONS
 
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
 # The tokens of all sequences of a step count together.
@@ -122,8 +123,7 @@ TRITON_BACKEND = Backend(
     dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *MATMULS], MAX_TRITON_TOKENS),
     MAX_TRITON_QUERY_LEN,
     MAX_TRITON_QUERIES,
-    # The branches of kernels/triton/epilogue.py: activate
-    activations=frozenset(["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2"]),
+    activations=frozenset(TRITON_ACTIVATIONS),
     filters=frozenset(["top_p", "min_p"]),
 )
 

@@ -109,7 +109,7 @@ def test_unknown_format(monkeypatch):
 def test_pdl_options(monkeypatch):
     """A kernel lets the next one begin at once if every multiprocessor has at most one of its programs."""
     for has_pdl, grid, at_once in [(True, (66, 2), True), (True, (67, 2), False), (False, (1,), False)]:
-        gpu = launch.Gpu(N_PROCESSORS, 8, has_pdl, tuned={})
+        gpu = launch.Gpu(N_PROCESSORS, True, 8, has_pdl, tuned={})
         monkeypatch.setattr(launch, "gpu_info", lambda device, gpu=gpu: gpu)
         options = launch.pdl_options(torch.device("cpu"), grid)
         assert options["USE_PDL"] == options.get("launch_pdl", False) == has_pdl
