@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import is_gated
-from kernels.arguments import ACTIVATION_IDS, Epilogue
+from kernels.arguments import ACTIVATION_IDS, SWIGLU_ALPHA, SWIGLU_LIMIT, Epilogue
 from ops import aten
 from ops.backend import Backend, contiguous, count_tokens
 
@@ -163,8 +163,8 @@ def activate_torch(x: Tensor, activation: str) -> Tensor:
         case "geglu_tanh":
             return F.gelu(gate, approximate="tanh") * up
         case "clamped_swiglu":  # gpt-oss
-            gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-            return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+            gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+            return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
         case "gelu_pytorch_tanh":
             return F.gelu(up, approximate="tanh")
         case "relu2":

@@ -89,9 +89,11 @@ def activate(y, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
         x *= tl.sigmoid(1.5957691 * (x + 0.044715 * x * x * x))
     else:
         tl.static_assert(ACTIVATION == "clamped_swiglu", "no kernel for this activation")
-        x = tl.minimum(x, 7.0, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1
-        x *= tl.sigmoid(1.702 * x)
+        ALPHA: tl.constexpr = 1.702  # kernels/arguments.py: SWIGLU_ALPHA, SWIGLU_LIMIT
+        LIMIT: tl.constexpr = 7.0
+        x = tl.minimum(x, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL) + 1
+        x *= tl.sigmoid(ALPHA * x)
     if IS_GATED:
         x *= up
     return x
