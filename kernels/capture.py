@@ -1,6 +1,6 @@
-"""Captures a decode step as a graph, and replays the graph for every token. Calling the operations of a step from
-Python takes some milliseconds, about as long as computing the operations of a small model. The graph is a CUDA graph on
-a GPU, and a CPU graph on a CPU: lists of calls of C++ kernels.
+"""Captures a decode step as a graph, and replays it for every token. Calling the operations of a step from Python takes
+some milliseconds, about as long as a small model's operations themselves. On a GPU the graph is a CUDA graph, on a CPU
+a CPU graph: lists of calls of C++ kernels.
 
     step = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
     logits = step(tokens, start_pos)       # the first call with these shapes captures; every later call replays
@@ -61,8 +61,8 @@ this_thread = ThreadState()
 
 
 def capture(step: Callable) -> Callable:
-    """Returns a function that takes step's arguments and returns step's result. The function captures a graph for every
-    combination of the arguments' shapes, and replays the graph. The arguments are tensors on one device, or None."""
+    """Returns a function with step's arguments and result. It captures a graph for every combination of the arguments'
+    shapes, and replays it. The arguments are tensors on one device, or None."""
     graphs: dict[tuple, CUDAGraph | CPUGraph] = {}  # by shapes, the most recently used at the end
 
     @torch.inference_mode()
@@ -76,7 +76,7 @@ def capture(step: Callable) -> Callable:
             if on_gpu:
                 graph = CUDAGraph(step, args)
             else:
-                # An interrupt halfway would leave the kernels capturing. Then a program that goes on, such as a chat,
+                # An interrupt halfway would leave the kernels capturing, and a program that goes on, such as a chat,
                 # would get results that no kernel has computed.
                 with defer_signals():
                     graph = CPUGraph(step, args)
