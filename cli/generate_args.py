@@ -28,7 +28,7 @@ DEMO = ROOT / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
 # The defaults of --speculate_k. Prompt lookup proposes 7 tokens, as a lookup costs nothing. A step verifies the 7 and
-# the text's last token together, and 8 tokens take a GPU's matrix units as long as one.
+# the text's last token together, and 8 tokens take a GPU's tensor cores as long as one.
 DEFAULT_SPECULATE_K = {"draft": 5, "lookup": 7}
 
 

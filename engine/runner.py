@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from engine.sampling import Sampler
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
-from kernels.capture import call_with_graph_threads, capture
+from kernels.capture import capture, graph_num_threads
 from layers.experts import ExpertsDown, ExpertsGateUp
 from layers.sampling import INVALID_TOKEN, uniform_dtype
 from layers.weight import Embedding
@@ -204,7 +204,9 @@ def build_step_function(
         graph = capture(compute_logits)  # a CPU graph holds kernels alone, so the sampler runs after it
 
         def cpu_graph_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-            return call_with_graph_threads(sampler, graph(tokens, start_pos), tokens, start_pos, *inputs)
+            logits = graph(tokens, start_pos)
+            with graph_num_threads():
+                return sampler(logits, tokens, start_pos, *inputs)
 
         return cpu_graph_step
     if mode == "captured":

@@ -35,7 +35,7 @@ from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampling import Sampler, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
-from kernels.capture import call_with_graph_threads
+from kernels.capture import graph_num_threads
 from layers.backend import TORCH_BACKEND, Backend
 from layers.sampling import INVALID_TOKEN, sample, uniform_dtype
 from model import KVCache, Transformer
@@ -219,7 +219,8 @@ class Scheduler:
         store_token_ids(self.kv_cache.token_ids[:n], tokens, start_pos)  # as in prefill
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
-        return call_with_graph_threads(self.sample_and_append, range(n), logits, tokens, start_pos)
+        with graph_num_threads():
+            return self.sample_and_append(range(n), logits, tokens, start_pos)
 
     def move_decoding_first(self, n: int):
         """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of

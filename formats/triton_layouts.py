@@ -1,6 +1,6 @@
 """The layouts of weights for the Triton kernels. WeightFormat.to_triton_layout of each format calls some of these:
 
-    pack_tiles         tiles of 4-bit elements, in the order of a matrix unit (drawn below)
+    pack_tiles         tiles of 4-bit elements, in the order of the tensor cores (drawn below)
     pack_words         four elements of 8 bits in a word
     pack_scales        a scale and a zero point in one word
     to_column_major    scales without zero points
@@ -8,10 +8,10 @@
 kernels/triton/elements.py decodes the words in the kernels. Packing itself is plain PyTorch and does not need Triton.
 
 A row of W is an output, a column an input. A tile has 16 rows and 64 columns, in 128 words of 8 elements. A warp loads
-a tile with one instruction: lane l loads words 4 l to 4 l + 3, the elements that the matrix unit expects from lane l,
+a tile with one instruction: lane l loads words 4 l to 4 l + 3, the elements that the tensor core expects from lane l,
 so that no element moves from lane to lane.
 
-The instruction mma.m16n8k16 of the matrix unit multiplies a matrix A [16, 16] with a matrix B [16, 8]. A is a part of
+The instruction mma.m16n8k16 of the tensor cores multiplies a matrix A [16, 16] with a matrix B [16, 8]. A is a part of
 W. Each lane of the warp holds 8 elements of A, four neighbours in each of two rows (kWidth = 4 in Triton, which
 reorders the rows of B likewise):
 

@@ -1,6 +1,6 @@
-"""Captures a decode step as a graph, and replays the graph for every token. Calling the operations of a step from
-Python takes some milliseconds, about as long as computing the operations of a small model. The graph is a CUDA graph on
-a GPU, and a CPU graph on a CPU: lists of calls of C++ kernels.
+"""Captures a decode step as a graph, and replays it for every token. Calling the operations of a step from Python takes
+some milliseconds, about as long as a small model's operations themselves. On a GPU the graph is a CUDA graph, on a CPU
+a CPU graph: lists of calls of C++ kernels.
 
     step = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
     logits = step(tokens, start_pos)       # the first call with these shapes captures; every later call replays
@@ -14,12 +14,12 @@ Who owns whom:
      +- CUDAGraph (CUDA, ROCm)     inputs, outputs, and PyTorch's CUDA graph of everything that step does on the GPU
      +- CPUGraph                   inputs, outputs, the activations between them, and the segments:
          +- OpList                 a C++ list of kernel calls, with the addresses of tensors (kernels/csrc/op_list.h)
-         +- function               Python to call between two OpLists (split_graph_at)
+         +- function               Python to call between two OpLists (graph_break); vLLM calls this a piecewise graph
 
 How a CPUGraph captures and replays:
 
     capture   step runs once. Each kernel appends itself to the OpList and computes nothing. A collective is no kernel,
-              so step passes the collective to split_graph_at, which ends the OpList and begins another.
+              so step passes it to graph_break, which ends the OpList and begins another.
 
               embed  fused_linear  attend  ...  fused_linear |   all_reduce   | add  fused_linear  attend  ...
               [------------------ OpList ------------------] |    function    | [---------- OpList -----------
@@ -27,7 +27,7 @@ How a CPUGraph captures and replays:
     replay    copy the arguments to inputs, call the segments one by one, return outputs. An OpList executes all of its
               kernels in one parallel region.
 
-An OpList can hold the operations of kernels/schema.py: CAPTURABLE. A CPUGraph raises an error for any other operation,
+An OpList can hold the operations of kernels/schema.py: CAPTURABLE. CaptureMode raises an error for any other operation,
 which would be computed once, during the capture, and never again.
 """
 
@@ -35,6 +35,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -47,21 +48,21 @@ from utils.signals import defer_signals
 # A step keeps this many of the most recently used CPUGraphs, since a graph holds the memory of all activations.
 # Capturing again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
-library: ctypes.CDLL | None = None  # the C++ library, once a thread has captured an OpList
 
 
-class Capturing(threading.local):
-    """What a thread captures. The OpList in C++ and TorchDispatchMode belong to one thread."""
+class ThreadState(threading.local):
+    """What C++ also keeps for each thread: the OpList that it captures, and how many threads its replays use."""
 
-    graph: "CPUGraph | None" = None
+    capture: "CaptureMode | None" = None
+    library: ctypes.CDLL | None = None  # the C++ functions, once this thread has replayed an OpList
 
 
-capturing = Capturing()
+this_thread = ThreadState()
 
 
 def capture(step: Callable) -> Callable:
-    """Returns a function that takes step's arguments and returns step's result. The function captures a graph for every
-    combination of the arguments' shapes, and replays the graph. The arguments are tensors on one device, or None."""
+    """Returns a function with step's arguments and result. It captures a graph for every combination of the arguments'
+    shapes, and replays it. The arguments are tensors on one device, or None."""
     graphs: dict[tuple, CUDAGraph | CPUGraph] = {}  # by shapes, the most recently used at the end
 
     @torch.inference_mode()
@@ -75,7 +76,7 @@ def capture(step: Callable) -> Callable:
             if on_gpu:
                 graph = CUDAGraph(step, args)
             else:
-                # An interrupt halfway would leave the kernels capturing. Then a program that goes on, such as a chat,
+                # An interrupt halfway would leave the kernels capturing, and a program that goes on, such as a chat,
                 # would get results that no kernel has computed.
                 with defer_signals():
                     graph = CPUGraph(step, args)
@@ -85,24 +86,26 @@ def capture(step: Callable) -> Callable:
     return replay
 
 
-def split_graph_at(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Returns fn(*inputs). While a CPUGraph is captured, ends the OpList and begins another OpList, so that every
-    replay calls fn between the two OpLists. fn must always return the same shape."""
-    if capturing.graph is None:
+def graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Returns fn(*inputs). While a CPU graph is captured, ends the OpList and begins another, so that every replay
+    calls fn between the two. fn must always return the same shape."""
+    if this_thread.capture is None:
         return fn(*inputs)
-    return capturing.graph.split(fn, inputs)
+    return this_thread.capture.graph_break(fn, inputs)
 
 
-def call_with_graph_threads(fn: Callable, *args):
-    """Returns fn(*args), computed with as many threads as CPU graphs use: fewer on a busy machine, where more threads
+@contextmanager
+def graph_num_threads():
+    """Inside, PyTorch uses as many threads as this thread's CPU graphs: fewer on a busy machine, where more threads
     would spin while other programs hold the cores."""
-    n_threads = torch.get_num_threads()
+    n_threads, library = torch.get_num_threads(), this_thread.library
     n_graph_threads = n_threads if library is None else library.op_list_threads()
     if n_graph_threads == n_threads:
-        return fn(*args)
+        yield
+        return
     torch.set_num_threads(n_graph_threads)
     try:
-        return fn(*args)
+        yield
     finally:
         torch.set_num_threads(n_threads)
 
@@ -128,21 +131,14 @@ class CUDAGraph:
         return self.outputs
 
 
-class CPUGraph(TorchDispatchMode):
-    """What a step does on a CPU: OpLists, and functions to call between two OpLists. The constructor captures, and a
-    call replays. As a TorchDispatchMode, the graph intercepts every PyTorch operation during the capture."""
+class CPUGraph:
+    """What a step does on a CPU: OpLists, and functions to call between two OpLists."""
 
     def __init__(self, step: Callable, args: tuple):
-        super().__init__()
         self.inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
-        self.segments: list[Callable[[], None]] = []  # OpLists and functions, in order of execution
-        self.keepalive = []  # all tensors whose addresses are in an OpList
-        self.begin_op_list()
-        try:
-            with self:  # calls __torch_dispatch__ for every operation
-                self.outputs = step(*self.inputs)
-        finally:
-            self.end_op_list()
+        with CaptureMode() as capture:
+            self.outputs = step(*self.inputs)
+        self.segments, self.keepalive = capture.segments, capture.keepalive
         if len(self.segments) == 1:
             self.segments[0].adapt_threads = True
 
@@ -152,8 +148,26 @@ class CPUGraph(TorchDispatchMode):
             segment()
         return self.outputs
 
+
+class CaptureMode(TorchDispatchMode):
+    """Inside, kernels append themselves to an OpList and compute nothing. PyTorch calls __torch_dispatch__ for every
+    operation of this thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.segments: list[Callable[[], None]] = []  # OpLists and functions, in order of execution
+        self.keepalive = []  # all tensors whose addresses are in an OpList
+
+    def __enter__(self):
+        self.begin_op_list()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.end_op_list()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Lets only the operations of CAPTURABLE and views pass. An operation appends itself to the OpList."""
+        """Lets only the operations of CAPTURABLE and views pass."""
         namespace, _, name = func._schema.name.partition("::")
         is_capturable = namespace == CPU_NAMESPACE and name in CAPTURABLE
         if not is_capturable and not func.is_view:
@@ -169,20 +183,20 @@ class CPUGraph(TorchDispatchMode):
         return False
 
     def begin_op_list(self):
-        global library
-        capturing.graph, library = self, build.library()
-        self.segments.append(OpList(library))
+        this_thread.capture = self
+        self.segments.append(OpList(build.library()))
 
     def end_op_list(self):
-        capturing.graph = None
+        this_thread.capture = None
         build.library().op_list_end()
 
-    def split(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
-        """Ends the OpList, adds a segment that calls fn(*inputs), and begins another OpList. Returns the tensor that
-        will hold the result of fn."""
+    def graph_break(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
+        """Puts a call of fn(*inputs) between two OpLists. Returns the tensor that will hold the result."""
         self.end_op_list()
         with torch.utils._python_dispatch._disable_current_modes():
-            result = fn(*inputs).clone()  # has the right shape; the values are garbage, since inputs is not computed
+            # Only for the shape: inputs are not computed yet. If fn is a collective, all ranks run it here, too, in the
+            # same order.
+            result = fn(*inputs).clone()
 
         def call():
             result.copy_(fn(*inputs))
@@ -194,7 +208,7 @@ class CPUGraph(TorchDispatchMode):
 
 
 class OpList:
-    """OpList of kernels/csrc/op_list.h. The constructor starts the capture; CPUGraph.end_op_list stops. A call replays.
+    """OpList of kernels/csrc/op_list.h. The constructor starts the capture, which CaptureMode ends. A call replays.
 
     adapt_threads: whether to use fewer threads while other programs need the cores (kernels/csrc/threads.h)."""
 
@@ -203,6 +217,7 @@ class OpList:
         weakref.finalize(self, functions.op_list_free, self.address)
 
     def __call__(self):
+        this_thread.library = self.functions
         error = self.functions.op_list_replay(self.address, self.adapt_threads)
         if error:
             raise RuntimeError(error.decode())

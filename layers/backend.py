@@ -35,6 +35,7 @@ from torch import Tensor
 from config import ACTIVATIONS
 from kernels import build
 from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
+from kernels.triton import TRITON_ACTIVATIONS
 
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
 # The tokens of all sequences of a step count together.
@@ -118,8 +119,7 @@ TRITON_BACKEND = Backend(
     dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *MATMULS], MAX_TRITON_TOKENS),
     MAX_TRITON_QUERY_LEN,
     MAX_TRITON_QUERIES,
-    # The branches of kernels/triton/epilogue.py: activate
-    activations=frozenset(["swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2"]),
+    activations=frozenset(TRITON_ACTIVATIONS),
     filters=frozenset(["top_p", "min_p"]),
 )
 
@@ -142,13 +142,13 @@ def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
 
 
 def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:
-    """TRITON_BACKEND with the limits of a model whose activations have this dtype, on this device. Without matrix units
-    the matmuls take up to MMA_TOKENS tokens, since PyTorch is faster with more."""
-    from kernels.triton.launch import MMA_TOKENS, has_matrix_units  # here, since not every machine has Triton
+    """TRITON_BACKEND with the limits of a model whose activations have this dtype, on this device. Without tensor cores
+    the matmuls take up to MMA_N tokens, since PyTorch is faster with more."""
+    from kernels.triton.launch import MMA_N, uses_tensor_cores  # here, since not every machine has Triton
 
-    if has_matrix_units(device, dtype):
+    if uses_tensor_cores(device, dtype):
         return TRITON_BACKEND
-    return TRITON_BACKEND.with_limits(**dict.fromkeys(MATMULS, MMA_TOKENS))
+    return TRITON_BACKEND.with_limits(**dict.fromkeys(MATMULS, MMA_N))
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

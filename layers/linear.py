@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import is_gated
-from kernels.schema import ACTIVATION_IDS, Epilogue
+from kernels.schema import ACTIVATION_IDS, SWIGLU_ALPHA, SWIGLU_LIMIT, Epilogue
 from layers import aten
 from layers.aten import AtenInt4, AtenInt8
 from layers.backend import TORCH_BACKEND, Backend, contiguous, count_tokens
@@ -184,8 +184,8 @@ def activate_torch(x: Tensor, activation: str) -> Tensor:
         case "geglu_tanh":
             return F.gelu(gate, approximate="tanh") * up
         case "clamped_swiglu":  # gpt-oss
-            gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-            return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+            gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+            return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
         case "gelu_pytorch_tanh":
             return F.gelu(up, approximate="tanh")
         case "relu2":

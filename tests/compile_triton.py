@@ -2,9 +2,9 @@
 
     python -m tests.compile_triton
 
-Each must fit into the shared memory of the GPU, and use its matrix units if Triton can.
+Each must fit into the shared memory of the GPU, and use its tensor cores if Triton can.
 
-A kernel takes a second or two. To save time, all of them are compiled for one GPU of each kind: without matrix units
+A kernel takes a second or two. To save time, all of them are compiled for one GPU of each kind: without tensor cores
 (Turing), with those of NVIDIA (Ampere), and with those of AMD (CDNA 3). For every other GPU, each function of a kernel
 is compiled once.
 
@@ -66,7 +66,8 @@ class Gpu:
     target: GPUTarget
     dtype: torch.dtype
     shared_kb: int  # shared memory that a program may have
-    min_block_m: int  # of launch.Gpu
+    has_tensor_cores: bool = True  # this and the next three: of launch.Gpu
+    min_block_m: int = 8
     num_sms: int = 100
     has_pdl: bool = False
     compiles_all: bool = False
@@ -76,7 +77,7 @@ class Gpu:
         """Formats whose matmuls are compiled for this GPU."""
         if self.has_larger_tiles:
             return TILED_FORMATS
-        if self.has_pdl and self.has_matrix_units:
+        if self.has_pdl and self.uses_tensor_cores:
             return PREFETCHED_FORMATS
         return COMPILED_FORMATS + OTHER_GROUP_SIZES if self.compiles_all else COMPILED_FORMATS
 
@@ -86,18 +87,18 @@ class Gpu:
         return self.num_sms == 1
 
     @property
-    def has_matrix_units(self) -> bool:
-        return self.dtype != torch.float32 and self.min_block_m > 1
+    def uses_tensor_cores(self) -> bool:
+        return self.dtype != torch.float32 and self.has_tensor_cores
 
 
 GPUS = [
-    Gpu("Turing", GPUTarget("cuda", 75, 32), torch.float16, 64, 1, compiles_all=True),
-    Gpu("Ampere", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8, compiles_all=True),
-    Gpu("Ampere, larger tiles", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, 8, num_sms=1),
-    Gpu("Hopper", GPUTarget("cuda", 90, 32), torch.bfloat16, 99, 8, has_pdl=True),
-    Gpu("Hopper, float32", GPUTarget("cuda", 90, 32), torch.float32, 64, 8, has_pdl=True),
-    Gpu("CDNA 3", GPUTarget("hip", "gfx942", 64), torch.bfloat16, 64, 16, compiles_all=True),
-    Gpu("RDNA 3", GPUTarget("hip", "gfx1100", 32), torch.float16, 64, 16),
+    Gpu("Turing", GPUTarget("cuda", 75, 32), torch.float16, 64, has_tensor_cores=False, compiles_all=True),
+    Gpu("Ampere", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, compiles_all=True),
+    Gpu("Ampere, larger tiles", GPUTarget("cuda", 86, 32), torch.bfloat16, 99, num_sms=1),
+    Gpu("Hopper", GPUTarget("cuda", 90, 32), torch.bfloat16, 99, has_pdl=True),
+    Gpu("Hopper, float32", GPUTarget("cuda", 90, 32), torch.float32, 64, has_pdl=True),
+    Gpu("CDNA 3", GPUTarget("hip", "gfx942", 64), torch.bfloat16, 64, min_block_m=16, compiles_all=True),
+    Gpu("RDNA 3", GPUTarget("hip", "gfx1100", 32), torch.float16, 64, min_block_m=16),
 ]
 
 
@@ -120,7 +121,7 @@ class Compiler:
         sizes = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
         assert code.metadata.shared <= self.gpu.shared_kb * 2**10, (name, code.metadata.shared, sizes)
         has_products = "DTYPE" in values
-        if has_products and self.gpu.has_matrix_units:
+        if has_products and self.gpu.uses_tensor_cores:
             ((kind, pattern),) = [item for item in MATRIX_INSTRUCTIONS.items() if item[0] in code.asm]
             assert re.search(pattern, code.asm[kind]), (name, sizes)
 
@@ -220,14 +221,14 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
 def compile_for(gpu: Gpu):
     compiler = Compiler(gpu)
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
-    known = launch.Gpu(gpu.num_sms, gpu.min_block_m, gpu.has_pdl, {})
+    known = launch.Gpu(gpu.num_sms, gpu.has_tensor_cores, gpu.min_block_m, gpu.has_pdl, {})
     launch.gpu_info = attention.gpu_info = lambda device: known
     linear.dot_dtype = attention.dot_dtype = lambda x: getattr(tl, str(x.dtype).removeprefix("torch."))
     expected = launch_products(gpu)
     if not gpu.has_larger_tiles:
         launch_others(gpu.dtype, gpu.compiles_all)
         expected += ALL_OTHERS if gpu.compiles_all else OTHERS
-    if gpu.has_matrix_units and gpu.name != "Ampere":  # "Ampere, larger tiles" compiles the same kernels
+    if gpu.uses_tensor_cores and gpu.name != "Ampere":  # "Ampere, larger tiles" compiles the same kernels
         launch_many(gpu.dtype)
         expected += MANY
     assert compiler.compiled == expected

@@ -11,7 +11,7 @@ import torch
 import kernels.build
 from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
-from kernels.capture import MAX_CPU_GRAPHS, call_with_graph_threads, capture, split_graph_at
+from kernels.capture import MAX_CPU_GRAPHS, capture, graph_break, graph_num_threads
 from kernels.schema import CAPTURABLE
 from layers.attention import LayerCache
 from layers.backend import CPU_BACKEND, MAX_CPU_TOKENS, TORCH_BACKEND, TRITON_BACKEND
@@ -148,7 +148,7 @@ def test_threads_capture_at_the_same_time():
     """Two threads can each capture a step of two OpLists at the same time."""
 
     def add_thrice(x):
-        twice = split_graph_at(lambda t: t + 0, add(x, x, CPU_BACKEND))
+        twice = graph_break(lambda t: t + 0, add(x, x, CPU_BACKEND))
         return add(twice, x, CPU_BACKEND)
 
     def step(x):
@@ -156,7 +156,7 @@ def test_threads_capture_at_the_same_time():
         thread = threading.Thread(target=lambda: others.append(capture(add_thrice)(y)))
         thread.start()
         thread.join()
-        return add(split_graph_at(lambda t: t * 2, twice), x, CPU_BACKEND)
+        return add(graph_break(lambda t: t * 2, twice), x, CPU_BACKEND)
 
     x, y, others = torch.randn(2, 37), torch.randn(5), []
     assert torch.equal(capture(step)(x), x * 4 + x)
@@ -276,13 +276,14 @@ def test_between_replays_pytorch_takes_the_graphs_threads(monkeypatch):
     class Functions:
         op_list_threads = staticmethod(lambda: 2)
 
-    monkeypatch.setattr(kernels.capture, "library", Functions)
+    monkeypatch.setattr(kernels.capture.this_thread, "library", Functions)
     torch.set_num_threads(3)
     try:
-        assert call_with_graph_threads(lambda x: (x, torch.get_num_threads()), 5) == (5, 2)
+        with graph_num_threads():
+            assert torch.get_num_threads() == 2
         assert torch.get_num_threads() == 3
-        with pytest.raises(ZeroDivisionError):
-            call_with_graph_threads(lambda x: 1 / x, 0)
+        with pytest.raises(ZeroDivisionError), graph_num_threads():
+            1 / 0  # noqa: B018
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
@@ -296,10 +297,10 @@ def test_a_function_runs_between_two_op_lists():
         total.append(float(t.sum()))
         return t * 2
 
-    step = capture(lambda t: add(split_graph_at(double, add(t, t, CPU_BACKEND)), t, CPU_BACKEND))
+    step = capture(lambda t: add(graph_break(double, add(t, t, CPU_BACKEND)), t, CPU_BACKEND))
     for value in (1.0, 3.0):
         assert torch.equal(step(x + value), x + 5 * value)
     assert total[-2:] == [148.0, 444.0]  # of what the first OpList had just computed
-    assert torch.equal(split_graph_at(double, x + 1), x + 2)
+    assert torch.equal(graph_break(double, x + 1), x + 2)
 
 

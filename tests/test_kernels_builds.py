@@ -20,8 +20,9 @@ from config import is_gated
 from formats import FORMATS, Int4, Int8, Unquantized
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
+from formats.triton_layouts import pack_tiles
 from kernels.schema import MAX_CPU_TOKENS, SCHEMAS
-from kernels.triton import heads
+from kernels.triton import heads, weights
 from kernels.triton.elements import magic_number_for
 from layers import aten, backend, packing
 from layers.experts import ExpertsDown
@@ -302,3 +303,6 @@ def test_sizes_are_the_same_in_all_languages():
     for dtype in (torch.bfloat16, torch.float16):
         halves = torch.tensor([magic_number_for(dtype)], dtype=torch.int32).view(dtype).tolist()
         assert halves == 2 * [MAGIC_BIASES[dtype]]
+    tile_n, tile_k, words = weights.TILE_N.value, weights.TILE_K.value, weights.TILE_WORDS.value
+    assert pack_tiles(torch.zeros(2 * tile_n, 3 * tile_k, dtype=torch.uint8)).shape == (2, 3, words)
+    assert pack_tiles(torch.zeros(2 * tile_n + 1, 3 * tile_k + 1, dtype=torch.uint8)).shape == (3, 4, words)

@@ -20,7 +20,14 @@ from triton.runtime import interpreter
 from config import ModelConfig
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.triton_layouts import pack_tiles
-from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401  (some register operations)
+from kernels.triton import (  # noqa: F401  (some register operations)
+    TRITON_ACTIVATIONS,
+    attention,
+    launch,
+    linear,
+    moe,
+    sampling,
+)
 from kernels.triton.formats import KERNEL_FORMATS
 from layers.attention import LayerCache
 from layers.backend import TRITON_BACKEND
@@ -82,8 +89,8 @@ def fast_interpreter():
 @pytest.fixture
 def small_gpu(monkeypatch):
     """The GPU seems to have two multiprocessors, so that programs compute several tiles of W even in small matmuls."""
-    monkeypatch.setattr(launch, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
-    monkeypatch.setattr(attention, "gpu_info", lambda device: launch.Gpu(2, 8, False, {}))
+    monkeypatch.setattr(launch, "gpu_info", lambda device: launch.Gpu(2, True, 8, False, {}))
+    monkeypatch.setattr(attention, "gpu_info", lambda device: launch.Gpu(2, True, 8, False, {}))
 
 
 CHECKS = {  # a check that does not depend on dtype occurs once
@@ -198,9 +205,9 @@ def test_every_format_is_checked():
 
 
 def test_every_activation_has_a_branch():
-    """The activations of the backend are exactly the branches of the kernel."""
+    """TRITON_ACTIVATIONS are the branches of the kernel."""
     epilogue_py = (ROOT / "kernels/triton/epilogue.py").read_text()
-    assert set(re.findall(r'ACTIVATION == "(\w+)"', epilogue_py)) == TRITON_BACKEND.activations
+    assert set(re.findall(r'ACTIVATION == "(\w+)"', epilogue_py)) == set(TRITON_ACTIVATIONS)
 
 
 class Unknown(Int4):
@@ -369,9 +376,9 @@ def test_many_sequences(small_gpu):
 
 
 def test_without_matrix_units(monkeypatch):
-    """In float32, and on a GPU with matrix units that Triton does not use, the kernels take few tokens."""
-    for dtype, min_block_m, most in [(torch.bfloat16, 8, 64), (torch.float32, 8, 8), (torch.float16, 1, 8)]:
-        monkeypatch.setattr(launch, "gpu_info", lambda device, m=min_block_m: launch.Gpu(2, m, False, {}))
+    """In float32, and on a GPU whose tensor cores Triton does not use, the kernels take few tokens."""
+    for dtype, has_cores, most in [(torch.bfloat16, True, 64), (torch.float32, True, 8), (torch.float16, False, 8)]:
+        monkeypatch.setattr(launch, "gpu_info", lambda device, has=has_cores: launch.Gpu(2, has, 8, False, {}))
         w = make_linear(16, 64, Int8(), torch.float32)
         pack_for_triton([w], dtype)
         assert w.backend.token_limits["fused_linear"] == most
@@ -384,7 +391,7 @@ def test_torch_compile(small_gpu):
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
 
     def step(tokens, *others):
-        return (compiled if tokens.numel() <= launch.MMA_TOKENS else model)(tokens, *others)
+        return (compiled if tokens.numel() <= launch.MMA_N else model)(tokens, *others)
 
     assert torch.equal(logits_of(model, prompt, step), expected)
 

@@ -30,8 +30,8 @@ def measured_name(tiles: launch.TileConfig) -> str:
 
 
 def test_guess_is_near_the_best(monkeypatch):
-    """With tile sizes from the rule, no matmul takes 10 % longer than with the best measured ones."""
-    gpu = launch.Gpu(N_PROCESSORS, min_block_m=8, has_pdl=True, tuned={})
+    """With the tile sizes of the rule, no matmul takes 10 % longer than with the best measured ones."""
+    gpu = launch.Gpu(N_PROCESSORS, has_tensor_cores=True, min_block_m=8, has_pdl=True, tuned={})
     n_checked = 0
     for key, product in PRODUCTS.items():
         bits, n, k, gated = map(int, key.split())
@@ -46,7 +46,7 @@ def test_measured_tiles_are_used(monkeypatch):
     """tuned.json has the best tile sizes of each matmul, or some in less shared memory that take at most 1 % longer."""
     table = json.loads(launch.TUNED.read_text())[MEASURED["device"]]
     assert len(table) == len(PRODUCTS)
-    gpu = launch.Gpu(N_PROCESSORS, min_block_m=8, has_pdl=True, tuned=table)
+    gpu = launch.Gpu(N_PROCESSORS, has_tensor_cores=True, min_block_m=8, has_pdl=True, tuned=table)
     for key, product in PRODUCTS.items():
         bits, n, k, gated = map(int, key.split())
         assert launch.table_key(FORMAT_IDS[bits], n, k, gated == 2, 64) in table
@@ -64,7 +64,7 @@ def test_guess_fits(format, bits, group_size, gated, monkeypatch):
     """For every size, loads in flight fit into 99 KB, and a warp has at most 8 sums of 16 rows by 8."""
     for n in (64, 576, 1536, 4096, 16384, 57344, 128256):
         for num_sms in (1, 16, 132, 300):
-            gpu = launch.Gpu(num_sms, min_block_m=8, has_pdl=True, tuned={})
+            gpu = launch.Gpu(num_sms, has_tensor_cores=True, min_block_m=8, has_pdl=True, tuned={})
             tiles = choose(monkeypatch, gpu, format.format_id, n, 576, gated, group_size)
             elements_in_step = tiles.block_n * tiles.num_warps * tiles.warp_k
             assert (tiles.num_stages - 1) * elements_in_step * bits // 8 <= 99 * 1024
@@ -101,7 +101,7 @@ def test_programs_compute_many_outputs():
 
 
 def test_unknown_format(monkeypatch):
-    gpu = launch.Gpu(N_PROCESSORS, min_block_m=8, has_pdl=True, tuned={})
+    gpu = launch.Gpu(N_PROCESSORS, has_tensor_cores=True, min_block_m=8, has_pdl=True, tuned={})
     with pytest.raises(ValueError, match="formats .* not 99"):
         choose(monkeypatch, gpu, 99, 64, 64, gated=False)
 
@@ -109,7 +109,7 @@ def test_unknown_format(monkeypatch):
 def test_pdl_options(monkeypatch):
     """A kernel lets the next one begin at once if no multiprocessor has more than one of its programs."""
     for has_pdl, grid, at_once in [(True, (66, 2), True), (True, (67, 2), False), (False, (1,), False)]:
-        gpu = launch.Gpu(N_PROCESSORS, 8, has_pdl, tuned={})
+        gpu = launch.Gpu(N_PROCESSORS, True, 8, has_pdl, tuned={})
         monkeypatch.setattr(launch, "gpu_info", lambda device, gpu=gpu: gpu)
         options = launch.pdl_options(torch.device("cpu"), grid)
         assert options["USE_PDL"] == options.get("launch_pdl", False) == has_pdl

@@ -17,6 +17,8 @@ inline bool is_gated(Activation activation) {
   return false;
 }
 
+constexpr float SWIGLU_ALPHA = 1.702f, SWIGLU_LIMIT = 7;  // of CLAMPED_SWIGLU; as in kernels/schema.py
+
 // Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2, the distribution function of the normal distribution. NaN stays NaN.
 // Formula 7.1.26 of Abramowitz and Stegun gives erf with an error of at most 1.5e-7:
 //     1 - erf(z) = (a1 t + a2 t^2 + ... + a5 t^5) e^(-z^2)  for z >= 0, with t = 1 / (1 + 0.3275911 z)
@@ -44,8 +46,8 @@ inline f32x16 activate_vec(f32x16 x, f32x16 up, Activation activation) {
     case Activation::GEGLU: return x * normal_cdf(x) * up;
     case Activation::GEGLU_TANH: return gelu_tanh(x) * up;
     case Activation::CLAMPED_SWIGLU:
-      x = x > 7.0f ? f32x16{} + 7 : x;
-      return x / (1 + exp_vec(-1.702f * x)) * (clamp(up, 7) + 1);
+      x = x > SWIGLU_LIMIT ? f32x16{} + SWIGLU_LIMIT : x;
+      return x / (1 + exp_vec(-SWIGLU_ALPHA * x)) * (clamp(up, SWIGLU_LIMIT) + 1);
     case Activation::GELU_PYTORCH_TANH: return gelu_tanh(x);
     case Activation::RELU2: return x < 0.0f ? f32x16{} : x * x;  // NaN stays NaN
   }

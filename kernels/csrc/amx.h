@@ -57,9 +57,9 @@ class TileRegisters {
 
 // ---- The matmul -----------------------------------------------------------------------------------------------------
 
-// Computes out [16 N, BLOCK_N] = activations [16 N, k] * (a block of w)^T. tiles [k / AMX_TILE_K, N] are the
-// activations. The numbers of tile registers are part of the instructions: 0-3 hold sums, 4-6 activations, 7 weights.
-template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const char* tiles, f32x16* out) {
+// Computes out [16 N, BLOCK_N] = activations [16 N, k] * (a block of w)^T. The activations are panels of N tiles. The
+// numbers of tile registers are part of the instructions: 0-3 hold sums, 4-6 activations, 7 weights.
+template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const char* panels, f32x16* out) {
   WeightTiles<F> weights(w, block);
   i32x16 rows[AMX_TILE_K / 2];  // of a tile of weights
   const auto zero_sums = [] {
@@ -76,17 +76,17 @@ template <typename F, int N> void dot_amx(const Weights& w, int64_t block, const
     asm volatile("" ::: "memory");  // tells the compiler that the instructions above write memory
   };
   zero_sums();
-  for (int64_t k = 0; k < w.k; k += AMX_TILE_K, tiles += N * AMX_TILE_BYTES) {
+  for (int64_t k = 0; k < w.k; k += AMX_TILE_K, panels += N * AMX_TILE_BYTES) {
     const int64_t end = std::min(w.k, k + AMX_TILE_K);
     if (end < k + AMX_TILE_K) std::fill_n(rows, AMX_TILE_K / 2, i32x16{});
     weights.read(k, end, rows);
     asm volatile("" ::: "memory");  // tells the compiler that the next instruction reads memory
     _tile_loadd(7, rows, 64);
-    _tile_loadd(4, tiles, 64);
+    _tile_loadd(4, panels, 64);
     _tile_dpbf16ps(0, 4, 7);
-    if constexpr (N > 1) { _tile_loadd(5, tiles + AMX_TILE_BYTES, 64); _tile_dpbf16ps(1, 5, 7); }
-    if constexpr (N > 2) { _tile_loadd(6, tiles + 2 * AMX_TILE_BYTES, 64); _tile_dpbf16ps(2, 6, 7); }
-    if constexpr (N > 3) { _tile_loadd(4, tiles + 3 * AMX_TILE_BYTES, 64); _tile_dpbf16ps(3, 4, 7); }
+    if constexpr (N > 1) { _tile_loadd(5, panels + AMX_TILE_BYTES, 64); _tile_dpbf16ps(1, 5, 7); }
+    if constexpr (N > 2) { _tile_loadd(6, panels + 2 * AMX_TILE_BYTES, 64); _tile_dpbf16ps(2, 6, 7); }
+    if constexpr (N > 3) { _tile_loadd(4, panels + 3 * AMX_TILE_BYTES, 64); _tile_dpbf16ps(3, 4, 7); }
     if constexpr (F::SCALE_AFTER_SUM) {
       if (end < w.k && end % w.group_size) continue;
       f32x16 sums[16 * N];  // of the group of inputs that ends here
@@ -108,12 +108,12 @@ static_assert(MAX_CPU_TOKENS == 4 * AMX_TILE_M);
 template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
     dot_amx<F, 1>, dot_amx<F, 2>, dot_amx<F, 3>, dot_amx<F, 4>};
 
-// Computes what matmul in dot.h computes, from activations in tiles.
-inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const char* tiles,
+// Computes what matmul in dot.h computes, from activations in panels (prologue.h) of AMX_TILE_K inputs.
+inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const char* panels,
                     BlockSums* out) {
   dispatch_format(w, [&]<typename F>(F) {
     const auto dot_block = DOT_AMX<F>[(m - 1) / AMX_TILE_M];
-    for (int64_t b = 0; b < n_blocks; b++) dot_block(w, blocks[b], tiles, out[b]);
+    for (int64_t b = 0; b < n_blocks; b++) dot_block(w, blocks[b], panels, out[b]);
   });
 }
 

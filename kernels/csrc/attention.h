@@ -142,33 +142,12 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   int64_t window;             // how many keys a token sees, including the key of the token; 0 means all
   T* out;                     // [batch, n_tokens, n_heads, head_dim]
 
-  int64_t heads_per_kv_head() const { return n_heads / n_kv_heads; }
-  ScoreMod score_mod(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
-  float sink(int64_t head) const { return sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY; }
-  // The first key that the token at a position sees.
-  int64_t first_key_of(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
-  // The first key that a new token of sequence b sees.
-  int64_t first_key(int64_t b) const { return first_key_of(start_pos[b]); }
-  // The keys of a split. The scratch memory for partial outputs grows with tokens times splits. To bound the memory, a
-  // step with more tokens has longer and fewer splits.
-  int64_t split_len() const { return SPLIT_LEN * divide_up(batch * n_tokens, TOKEN_BLOCK); }
-  int64_t count_splits(int64_t n_keys) const { return divide_up(n_keys, split_len()); }
-  int64_t n_splits(int64_t b) const { return count_splits(start_pos[b] + n_tokens - first_key(b)); }
-  int64_t max_splits() const { return count_splits(max_seq_len); }
-  int64_t n_token_blocks() const { return divide_up(n_tokens, TOKEN_BLOCK); }  // of a sequence
-
-  // The queries of a key/value head are [n_tokens, heads_per_kv_head]. query_index is an index into these queries,
-  // flattened.
-  int64_t queries_per_kv_head() const { return n_tokens * heads_per_kv_head(); }
-  int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv_head() + head % heads_per_kv_head(); }
-
   // Scratch memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and softmax states.
   struct Shared {
     float* partial;         // [batch, n_kv_heads, max_splits, queries_per_kv_head, head_dim]
     T* q;                   // [batch, n_tokens, n_heads, head_dim]
     SoftmaxState* softmax;  // [batch, n_kv_heads, max_splits, queries_per_kv_head]
   };
-  int64_t n_queries() const { return batch * n_tokens * n_heads; }
   size_t shared_bytes() const {
     return n_queries() * (max_splits() * (head_dim * sizeof(float) + sizeof(SoftmaxState)) + head_dim * sizeof(T));
   }
@@ -177,6 +156,14 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     T* q = reinterpret_cast<T*>(partial + n_queries() * max_splits() * head_dim);
     return {partial, q, reinterpret_cast<SoftmaxState*>(q + n_queries() * head_dim)};
   }
+
+  // A block of new tokens of sequence b, and a split of the keys of a key/value head. The members are in the order of
+  // the tasks: token_block changes from each task to the next.
+  struct Task { int64_t b, kv_head, split, token_block; };
+
+  // The queries of one new token t with the key/value head of a task: query heads first_head to first_head + count - 1,
+  // count <= MAX_Q. index is the index of the first query in partial and softmax (see Shared).
+  struct Queries { int64_t t, first_head, count, index; };
 
   void execute(char* memory, Barrier& barrier) const {
     const Shared shared = partition(memory);
@@ -195,19 +182,6 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     barrier.wait();
   }
 
-  bool any_sequence_is_split() const {
-    for (int64_t b = 0; b < batch; b++)
-      if (n_splits(b) > 1) return true;
-    return false;
-  }
-
-  // A block of new tokens of sequence b, and a split of the keys of a key/value head. The members are in the order of
-  // the tasks: token_block changes from each task to the next.
-  struct Task { int64_t b, kv_head, split, token_block; };
-
-  int64_t n_tasks(int64_t b) const { return n_kv_heads * n_splits(b) * n_token_blocks(); }  // of sequence b
-  int64_t first_key(const Task& task) const { return first_key(task.b) + task.split * split_len(); }
-
   void attend_to_splits(const Shared& shared) const {
     int64_t total = 0;
     for (int64_t b = 0; b < batch; b++) total += n_tasks(b);
@@ -223,37 +197,12 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     attend_to_split(shared, task, nullptr);
   }
 
-  Task task_at(int64_t i) const {
-    int64_t b = 0;
-    for (; i >= n_tasks(b); b++) i -= n_tasks(b);
-    const int64_t n_blocks = n_token_blocks(), n = n_splits(b);
-    return {b, i / n_blocks / n, i / n_blocks % n, i % n_blocks};
-  }
-
-  Task next_task(Task task) const {
-    if (++task.token_block < n_token_blocks()) return task;
-    task.token_block = 0;
-    if (++task.split < n_splits(task.b)) return task;
-    task.split = 0;
-    if (++task.kv_head < n_kv_heads) return task;
-    return {task.b + 1, 0, 0, 0};
-  }
-
   // next_keys: the keys of the thread's next task, or null if the next task has the same keys.
   void attend_to_split(const Shared& shared, const Task& task, const T* next_keys) const {
     if (head_dim == 64) attend_to_split<64>(shared, task, next_keys);
     else if (head_dim == 128) attend_to_split<128>(shared, task, next_keys);
     else if (head_dim == 256) attend_to_split<256>(shared, task, next_keys);
     else attend_to_split<0>(shared, task, next_keys);
-  }
-
-  // The queries of one new token t with the key/value head of a task: query heads first_head to first_head + count - 1,
-  // count <= MAX_Q. index is the index of the first query in partial and softmax (see Shared).
-  struct Queries { int64_t t, first_head, count, index; };
-
-  int64_t first_index(const Task& task, int64_t t) const {
-    const auto& [b, kv_head, split, token_block] = task;
-    return ((b * n_kv_heads + kv_head) * max_splits() + split) * queries_per_kv_head() + query_index(t, 0);
   }
 
   // Only the first queries of a task read keys and values from memory. The other queries find both in the cache.
@@ -325,5 +274,63 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
         acc += weights[s] * load_partial(shared.partial + (first + s * stride) * head_dim, i, head_dim);
       store_partial(acc, out + (token * n_heads + head) * head_dim, i, head_dim);
     }
+  }
+
+  // ---- Scores ----
+
+  ScoreMod score_mod(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
+  float sink(int64_t head) const { return sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY; }
+
+  // ---- Splits ----
+
+  // The first key that the token at a position sees.
+  int64_t first_key_of(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
+  // The first key that a new token of sequence b sees.
+  int64_t first_key(int64_t b) const { return first_key_of(start_pos[b]); }
+  int64_t first_key(const Task& task) const { return first_key(task.b) + task.split * split_len(); }
+  // The keys of a split. The scratch memory for partial outputs grows with tokens times splits. To bound it, a step
+  // with more tokens has longer and fewer splits.
+  int64_t split_len() const { return SPLIT_LEN * divide_up(batch * n_tokens, TOKEN_BLOCK); }
+  int64_t count_splits(int64_t n_keys) const { return divide_up(n_keys, split_len()); }
+  int64_t n_splits(int64_t b) const { return count_splits(start_pos[b] + n_tokens - first_key(b)); }
+  int64_t max_splits() const { return count_splits(max_seq_len); }
+  bool any_sequence_is_split() const {
+    for (int64_t b = 0; b < batch; b++)
+      if (n_splits(b) > 1) return true;
+    return false;
+  }
+
+  // ---- Tasks ----
+
+  int64_t n_token_blocks() const { return divide_up(n_tokens, TOKEN_BLOCK); }  // of a sequence
+  int64_t n_tasks(int64_t b) const { return n_kv_heads * n_splits(b) * n_token_blocks(); }  // of sequence b
+
+  Task task_at(int64_t i) const {
+    int64_t b = 0;
+    for (; i >= n_tasks(b); b++) i -= n_tasks(b);
+    const int64_t n_blocks = n_token_blocks(), n = n_splits(b);
+    return {b, i / n_blocks / n, i / n_blocks % n, i % n_blocks};
+  }
+
+  Task next_task(Task task) const {
+    if (++task.token_block < n_token_blocks()) return task;
+    task.token_block = 0;
+    if (++task.split < n_splits(task.b)) return task;
+    task.split = 0;
+    if (++task.kv_head < n_kv_heads) return task;
+    return {task.b + 1, 0, 0, 0};
+  }
+
+  // ---- Queries ----
+
+  int64_t n_queries() const { return batch * n_tokens * n_heads; }
+  int64_t heads_per_kv_head() const { return n_heads / n_kv_heads; }
+  // The queries of a key/value head are [n_tokens, heads_per_kv_head]. query_index is an index into them, flattened.
+  int64_t queries_per_kv_head() const { return n_tokens * heads_per_kv_head(); }
+  int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv_head() + head % heads_per_kv_head(); }
+  // The index in Shared::partial and Shared::softmax of a task's first query of new token t.
+  int64_t first_index(const Task& task, int64_t t) const {
+    const auto& [b, kv_head, split, token_block] = task;
+    return ((b * n_kv_heads + kv_head) * max_splits() + split) * queries_per_kv_head() + query_index(t, 0);
   }
 };

@@ -7,6 +7,9 @@
 #include "prologue.h"
 #include "prefetch.h"
 
+// A tile of activations is [AMX_TILE_M tokens, AMX_TILE_K inputs], and a tile of weights [AMX_TILE_K inputs, BLOCK_N].
+constexpr int64_t AMX_TILE_M = 16, AMX_TILE_K = 32, AMX_TILE_BYTES = AMX_TILE_M * AMX_TILE_K * sizeof(bf16);
+
 // Truncates a and b to bf16. Lane i of the result is the pair (a[i], b[i]).
 inline i32x16 bf16_pairs(f32x16 a, f32x16 b) { return (i32x16)(((u32x16)a >> 16) | ((u32x16)b & 0xffff0000)); }
 

@@ -79,13 +79,13 @@ inline i32x16 dot_block(const UnpackedWeights& weights, const ActGroup& x) {
 
 // Multiplies Int8 weights with M tokens.
 template <int M, int BLOCKS>
-void dot_int8(const Weights& w, const int64_t* blocks, const MBlock& m_block, const ActGroup* const* tokens,
+void dot_int8(const Weights& w, const int64_t* blocks, const TokenTile& tile, const ActGroup* const* tokens,
               f32x16* const* out) {
   const char* data[BLOCKS];
   const ActGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
-  const Prefetcher<M, BLOCKS> prefetch(w, m_block);
+  const Prefetcher<M, BLOCKS> prefetch(w, tile);
   constexpr int64_t N_BYTES = PACKED_BYTES<Int8>;
   f32x16 total[BLOCKS][M] = {};
   for (int64_t i = 0; i < divide_up(w.k, ACT_GROUP_SIZE); i++) {
@@ -97,7 +97,7 @@ void dot_int8(const Weights& w, const int64_t* blocks, const MBlock& m_block, co
 #pragma GCC unroll 8  // so that the sums stay in registers
     for (int m = 0; m < M; m++)
       for (int b = 0; b < BLOCKS; b++)
-        total[b][m] += (to_float(dot_block(weights[b], x[m][i])) + x[m][i].zero_term) * x[m][i].scale;
+        total[b][m] += (to_float(dot_block(weights[b], x[m][i])) + x[m][i].zero_correction) * x[m][i].scale;
   }
   for (int b = 0; b < BLOCKS; b++) {
     const f32x16 scale = Int8::channel_scales(w, blocks[b]);
@@ -108,14 +108,14 @@ void dot_int8(const Weights& w, const int64_t* blocks, const MBlock& m_block, co
 // Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts groups of ACT_GROUP_SIZE inputs,
 // whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
-void dot_grouped(const Weights& w, const int64_t* blocks, const MBlock& m_block, const ActGroup* const* tokens,
+void dot_grouped(const Weights& w, const int64_t* blocks, const TokenTile& tile, const ActGroup* const* tokens,
                  f32x16* const* out) {
   constexpr int64_t N_BYTES = PACKED_BYTES<F>;
   const char* data[BLOCKS];
   const ActGroup* x[M];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
   for (int m = 0; m < M; m++) x[m] = tokens[m];
-  const Prefetcher<M, BLOCKS> prefetch(w, m_block);
+  const Prefetcher<M, BLOCKS> prefetch(w, tile);
   f32x16 total[BLOCKS][M] = {};
   for (int64_t i = 0, end, group = 0; i < divide_up(w.k, ACT_GROUP_SIZE); i = end, group++) {
     end = divide_up(std::min(w.k, i * ACT_GROUP_SIZE + w.group_size), ACT_GROUP_SIZE);
@@ -133,7 +133,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const MBlock& m_block,
     }
     for (int b = 0; b < BLOCKS; b++) {
       const auto [scale, zero] = F::scales_and_zeros(w, blocks[b] * w.n_groups + group);
-      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].running_sum) * scale;
+      for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].zero_correction) * scale;
     }
   }
   for (int b = 0; b < BLOCKS; b++)
@@ -173,13 +173,13 @@ inline f32x16 add_pairs(f32x16 a, f32x16 b) {
 // Independent sums along k, UNROLL * SUMS for each token, hide the latency of the additions. Floats need two sums for
 // the two lanes of a pair. bf16 with many tokens needs only one.
 template <int M, int BLOCKS, typename X>
-void dot_float8(const Weights& w, const int64_t* blocks, const MBlock& m_block, const X* const* tokens,
+void dot_float8(const Weights& w, const int64_t* blocks, const TokenTile& tile, const X* const* tokens,
                 f32x16* const* out) {
   constexpr bool IS_BF16 = std::is_same_v<X, bf16>;
   constexpr int UNROLL = M <= (IS_BF16 ? 4 : 2) ? 2 : 1, SUMS = IS_BF16 && M > 5 ? 1 : 2;
   const char* data[BLOCKS];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
-  const Prefetcher<M, BLOCKS> prefetch(w, m_block);
+  const Prefetcher<M, BLOCKS> prefetch(w, tile);
   f32x16 total[BLOCKS][M] = {};
   for (int64_t k = 0, group = 0; k < w.k; group++) {
     f32x16 acc[BLOCKS][M][UNROLL][SUMS] = {};

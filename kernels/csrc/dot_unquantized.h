@@ -14,19 +14,19 @@
 
 // Multiplies packed bf16 weights with M tokens.
 template <int M, int BLOCKS>
-void dot_packed_bf16(const Weights& w, const int64_t* blocks, const MBlock& m_block, const bf16* const* tokens,
+void dot_packed_bf16(const Weights& w, const int64_t* blocks, const TokenTile& tile, const bf16* const* tokens,
                      f32x16* const* out) {
   // Two independent sums hide a part of the additions' latency. Two for any number of tokens: so a token's result does
   // not depend on how many tokens are multiplied together, and a text not on the texts beside it.
   constexpr int UNROLL = 2;
   const char* data[BLOCKS];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
-  const Prefetcher<M, BLOCKS> prefetch(w, m_block);
+  const Prefetcher<M, BLOCKS> prefetch(w, tile);
   f32x16 acc[BLOCKS][M][UNROLL] = {};
   const auto step = [&](int64_t word, int u) {
     i32x16 words[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
-      // Two blocks in step are for several m-blocks, each of which prefetches at most half of the next weights.
+      // Only several tiles read two blocks side by side, and each of them prefetches at most half of the next weights.
       if (BLOCKS == 1 || u == 0) prefetch(data[b], 64 * word);
       words[b] = load<i32x16>(data[b] + 64 * word);
     }
@@ -77,13 +77,13 @@ void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* con
 //     ...                                output 2  -------->  output 6  -------->
 //                                        output 3  -------->  output 7  -------->
 template <int M, int R, typename T>
-void dot_unquantized(const Weights& w, int64_t block, const MBlock& m_block, const T* const* tokens, f32x16* out) {
+void dot_unquantized(const Weights& w, int64_t block, const TokenTile& tile, const T* const* tokens, f32x16* out) {
   constexpr int UNROLL = R > 1 ? 1 : 4;  // independent sums along k hide the latency of the additions
   constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH / sizeof(T) / R;
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
   const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];
   for (int m = 0; m < M; m++) x[m] = tokens[m];
-  const Prefetcher<M, 1> prefetch(w, m_block);
+  const Prefetcher<M, 1> prefetch(w, tile);
   f32x16 sums[M][BLOCK_N] = {};
   for (int64_t r = 0; r < n; r += R) {
     const T* weight[R];

@@ -22,7 +22,7 @@ template <typename T> struct FusedLinearOp {
   int64_t n_out() const { return is_gated(activation) ? w.n / 2 : w.n; }
   int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
   bool is_on_amx() const { return uses_amx<T>(w, m); }
-  Prologue<T> prologue() const { return {x, m, w, norm_weight, eps, is_on_amx()}; }
+  Prologue<T> prologue() const { return {x, m, w, norm_weight, eps, is_on_amx() ? AMX_TILE_K : 0, AMX_TILE_M}; }
   size_t shared_bytes() const { return prologue().shared_bytes(); }
 
   // The threads share the blocks of outputs. Each iteration multiplies up to two blocks of W. With a gated activation,
@@ -31,7 +31,9 @@ template <typename T> struct FusedLinearOp {
     const bool gated = is_gated(activation), on_amx = is_on_amx();
     const int64_t n_out = this->n_out();
     TokenPtr tokens[MAX_CPU_TOKENS];
-    const char* tiles = prologue().run(shared, barrier, tokens);
+    const char* panels = nullptr;
+    if (on_amx) panels = prologue().run_to_panels(shared, barrier);
+    else prologue().run(shared, barrier, tokens);
     const Range range = thread_range(n_out_blocks());
     BlockSums sums[2];
     std::optional<TileRegisters> tile_registers;
@@ -39,7 +41,7 @@ template <typename T> struct FusedLinearOp {
     for (int64_t block = range.begin, n_blocks; block < range.end; block += n_blocks) {
       n_blocks = gated ? 1 : std::min<int64_t>(2, range.end - block);  // blocks of outputs
       const int64_t blocks[] = {block, gated ? block + n_out / BLOCK_N : block + 1};
-      if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, tiles, sums);
+      if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, panels, sums);
       else matmul<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, sums);
       for (int64_t token = 0; token < m; token++)
         for (int64_t b = 0; b < n_blocks; b++) epilogue(sums, token, b, blocks, n_out);

@@ -1,6 +1,5 @@
-// The operations of a mixture of experts: route, experts_gate_up and experts_down, in order of execution. route chooses
-// the experts of each token; experts_gate_up and experts_down multiply with the weights of the chosen experts. ops.cpp
-// submits the operations.
+// The operations of a mixture of experts: route chooses the experts of each token, then experts_gate_up and
+// experts_down multiply with their weights.
 #pragma once
 
 #include "dot.h"

@@ -83,16 +83,25 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
                   topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
 }
 
-// Checks the tensors of a weight [n, k] or [n_experts, n, k]. Returns them as Weights. format_id is
-// WeightFormat.format_id in formats/, and type is the dtype of the activations.
-Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, int64_t format_id, int64_t n,
-                      int64_t k, int64_t group_size, ScalarType type) {
+// The arguments for a weight [n, k] or [n_experts, n, k]: kernels/schema.py says what they are. PyTorch passes the
+// fields one by one, so each operation lists them among its parameters.
+struct WeightArguments {
+  const Tensor& weight;
+  const OptTensor &scales, &zeros;
+  int64_t format_id, n, group_size;
+};
+
+// Checks a weight, and returns it as Weights. type is the dtype of the activations.
+Weights check_weights(const WeightArguments& arguments, int64_t k, ScalarType type) {
+  const Tensor& w = arguments.weight;
+  const OptTensor &scales = arguments.scales, &zeros = arguments.zeros;
+  const int64_t format_id = arguments.format_id, group_size = arguments.group_size;
   STD_TORCH_CHECK(format_id >= 0 && format_id < Formats::SIZE, "these kernels do not know this format of weights");
   const auto stride = [](const Tensor& t) { return t.stride(0) * int64_t(t.element_size()); };
   Weights result{.format = format_id, .is_packed = w.scalar_type() == ScalarType::Int, .data = ptr<char>(w),
                  .scales = ptr<char>(scales), .zeros = ptr<char>(zeros),
                  .expert_strides = {stride(w), scales ? stride(*scales) : 0, zeros ? stride(*zeros) : 0},
-                 .n = n, .k = k, .group_size = group_size, .n_groups = 1};
+                 .n = arguments.n, .k = k, .group_size = group_size, .n_groups = 1};
   const bool is_readable = dispatch_format(result, [&]<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) {
       result.bits = 8 * w.element_size(), result.padded_k = k;
@@ -127,7 +136,7 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
   const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(m <= MAX_CPU_TOKENS || (HAS_PREFILL_LINEAR && is_bf16),
                   "activations must be of 1 to MAX_CPU_TOKENS tokens");
-  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
+  const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, x.scalar_type());
   const Activation act_fn = check_activation(activation);
   Tensor out = torch::stable::new_empty(x, resized(x, is_gated(act_fn) ? n / 2 : n),
                                         float32_out ? ScalarType::Float : x.scalar_type());
@@ -198,7 +207,7 @@ Tensor permute_inputs(Tensor x, Tensor input_order) {
 Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
              int64_t group_size, int64_t k, ScalarType dtype, double scale) {
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous(), "tokens must be int64");
-  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, dtype);
+  const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, dtype);
   Tensor out = torch::stable::new_empty(weight, extended(tokens, k), dtype);
   dispatch_type(dtype, [&]<typename T>(T) {
     submit(EmbedOp<T>{.tokens = ptr<int64_t>(tokens), .m = tokens.numel(), .w = w, .scale = float(scale),
@@ -294,7 +303,7 @@ Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zero
                        int64_t activation) {
   const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight});
   check_ids(topk_ids, m);
-  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, x.scalar_type());
+  const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, x.scalar_type());
   const Activation act_fn = check_activation(activation);
   Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, is_gated(act_fn) ? n / 2 : n));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
@@ -314,7 +323,7 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
                   (!bias || bias->scalar_type() == hidden.scalar_type()) &&
                   (!residual || residual->scalar_type() == hidden.scalar_type()),
                   "experts are weighted by float32 [..., top_k], hidden is [..., top_k, k], the others of its type");
-  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, hidden.scalar_type());
+  const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, hidden.scalar_type());
   Tensor out = torch::stable::new_empty(hidden, resized(topk_ids, n));
   dispatch_type(hidden.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsDownOp<T>{.hidden = ptr<T>(hidden), .m = m, .top_k = top_k, .topk_ids = ptr<int64_t>(topk_ids),
@@ -344,7 +353,7 @@ Tensor sample(Tensor logits, double temperature, OptTensor temperatures, int64_t
 
 Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n, int64_t group_size,
                   int64_t k, ScalarType dtype) {
-  const Weights w = check_weights(weight, scales, zeros, format_id, n, k, group_size, dtype);
+  const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, dtype);
   Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, dtype);
   dispatch_type(dtype, [&]<typename T>(T) {
     dispatch_format(w, [&]<typename F>(F) {
@@ -372,8 +381,8 @@ int max_unquantized_tokens(int is_bf16) {
 int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 
-// The rest is for the tests. These functions return what Python says, too: a format's 8 / bits and int8_activations
-// (formats/), and an activation's is_gated (config.py).
+// Only the tests call the rest, to compare C++ with Python: elements_per_byte and int8_activations of a format
+// (formats/), and is_gated of an activation (config.py).
 int format_elements_per_byte(int id) {
   return dispatch(Formats{}, id, []<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) return 1;

@@ -1,7 +1,8 @@
 // The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill.
 //
 //     task     a block of tokens, and NR outputs
-//     panel    PANEL_K inputs of the task's weights, dequantized to bf16 once for all tokens of the task
+//     panel    PANEL_K inputs of the task's weights, dequantized to bf16 once for all tokens of the task. The prologue
+//              cuts norm(x) into panels, too
 //
 //     for each panel:
 //         for MR tokens at a time:  acc [MR, NR] += x [MR, PANEL_K] panel
@@ -34,18 +35,13 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   static constexpr int64_t MIN_BLOCK_TOKENS = 96, MAX_BLOCK_TOKENS = 516;
   static constexpr int64_t TASKS_PER_THREAD = 8;  // enough that no thread ends much later than other threads
 
-  int64_t n_panels() const { return divide_up(w.k, PANEL_K); }
-  int64_t padded_m() const { return round_up(m, MR); }
+  Prologue<bf16> prologue() const { return {x, m, w, norm_weight, eps, PANEL_K, MR}; }
+  size_t shared_bytes() const { return prologue().shared_bytes(); }
   // With a gated activation, half of a task's blocks are of the gate projection, and half of the up projection.
   int64_t out_blocks_per_task() const { return is_gated(activation) ? 2 : 4; }
 
-  // The scratch memory that all threads share: norm(x) as pairs [n_panels, padded_m, PANEL_PAIRS], padded with zeros.
-  size_t shared_bytes() const { return n_panels() * padded_m() * PANEL_PAIRS * sizeof(VnniPair); }
-
   void execute(char* shared, Barrier& barrier) const {
-    VnniPair* x_pairs = reinterpret_cast<VnniPair*>(shared);
-    run_prologue(x_pairs);
-    barrier.wait();
+    const VnniPair* x_pairs = reinterpret_cast<const VnniPair*>(prologue().run_to_panels(shared, barrier));
     const int64_t n_threads = omp_get_num_threads(), n_columns = divide_up(n_out_blocks(), out_blocks_per_task());
     const int64_t n_token_blocks = std::clamp(divide_up(TASKS_PER_THREAD * n_threads, n_columns),
                                               divide_up(m, MAX_BLOCK_TOKENS), divide_up(m, MIN_BLOCK_TOKENS));
@@ -53,21 +49,6 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     for (int64_t i = omp_get_thread_num(); i < n_columns * n_token_blocks; i += n_threads) {
       const int64_t begin = i % n_token_blocks * block_tokens, end = std::min(m, begin + block_tokens);
       if (begin < end) matmul_task(x_pairs, i / n_token_blocks * out_blocks_per_task(), {begin, end});
-    }
-  }
-
-  void run_prologue(VnniPair* x_pairs) const {
-    const Range range = thread_range(padded_m());
-    for (int64_t token = range.begin; token < range.end; token++) {
-      const bf16* from = x + token * w.k;
-      const float scale = norm_weight && token < m ? inverse_rms(from, eps, w.k) : 1;
-      for (int64_t i = 0; i < n_panels() * PANEL_K; i += LANES) {
-        VnniPair* to = x_pairs + (i / PANEL_K * padded_m() + token) * PANEL_PAIRS + i % PANEL_K / 2;
-        f32x16 v = {};
-        if (token < m && i < w.k)
-          v = norm_weight ? normed_vec(from, norm_weight, scale, i, w.k) : load_partial(from, i, w.k);
-        store_vec(v, reinterpret_cast<bf16*>(to));
-      }
     }
   }
 
@@ -93,7 +74,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
         for (int64_t i = 0; i < 4; i++)
           dequantize_panel<F>(tiles[i], blocks[i], begin, end,
                               reinterpret_cast<i32x16*>(panel + i * PANEL_PAIRS * BLOCK_N));
-        const VnniPair* x = x_pairs + (begin / PANEL_K * padded_m() + tokens.begin) * PANEL_PAIRS;
+        const VnniPair* x = x_pairs + (begin / PANEL_K * prologue().padded_m() + tokens.begin) * PANEL_PAIRS;
         matmul_panel(x, panel, round_up(end - begin, AMX_TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
       }
     });

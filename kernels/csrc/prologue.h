@@ -1,13 +1,10 @@
-// The prologue of a matmul: norms the activations, and then quantizes, converts or copies them into tiles (Prologue).
-// The operations with a matmul (linear.h, moe.h) run the prologue first, and pass the result to dot.h or amx.h.
+// The prologue of a matmul: norms the activations, and then quantizes them, converts them, or copies them into panels.
+// Every operation with a matmul runs a Prologue first.
 #pragma once
 
 #include <cmath>
 
 #include "weights.h"
-
-constexpr int64_t AMX_TILE_M = 16, AMX_TILE_K = 32;  // a tile of activations is [16 tokens, 32 inputs]
-constexpr int64_t AMX_TILE_BYTES = 1024;
 
 // ---- RMSNorm --------------------------------------------------------------------------------------------------------
 
@@ -43,22 +40,19 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 //
 //     sum of (w - zero) * x  =  sum of w * x  -  zero * (sum of x)
 //
-// All outputs need the same sum of x, so quantize_token computes this sum once (ggml: s of block_q8_1). If all weights
-// of the format F have one zero point, F::SHARED_ZERO, quantize_token multiplies the zero point, too. Otherwise each
-// group of weights has a zero point, and spans several ActGroups. Then an ActGroup has the sum of x from the first
-// ActGroup of the group of weights on. dot_grouped reads the last ActGroup, which has the whole sum. With groups of 48
-// weights, and sums s0, s1, ... of ActGroups:
+// All outputs need the same sum of x, so quantize_token computes it once (ggml: s of block_q8_1). If all weights of the
+// format F have one zero point, F::SHARED_ZERO, zero_correction is -zero * (sum of q). Otherwise each group of weights
+// has its own zero point, and zero_correction is a running sum of x, which restarts at each group. The loops read only
+// its value in the group's last ActGroup, the sum over the whole group. With groups of 48 weights, and sums s0, s1, ...
+// of ActGroups:
 //
 //     group of weights    0                             1
 //     ActGroup            0     1          2            3     4          5
-//     running_sum         s0    s0 + s1    s0+s1+s2     s3    s3 + s4    s3+s4+s5
+//     zero_correction     s0    s0 + s1    s0+s1+s2     s3    s3 + s4    s3+s4+s5
 //                                          read                          read
 struct ActGroup {
   float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
-  union {
-    float zero_term;    // with F::SHARED_ZERO: -zero * (sum of q)
-    float running_sum;  // with other formats
-  };
+  float zero_correction;  // see above
   int8_t q[ACT_GROUP_SIZE];
 };
 
@@ -88,8 +82,7 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
     ActGroup& act_group = groups[k / ACT_GROUP_SIZE];
     act_group.scale = max[0] * (1 / 127.0f) + max[0] * 0.0f;  // infinity becomes NaN
     running_sum = (k % w.group_size == 0 ? 0 : running_sum) + sum * act_group.scale;
-    if constexpr (F::SHARED_ZERO) act_group.zero_term = -F::SHARED_ZERO * sum;
-    else act_group.running_sum = running_sum;
+    act_group.zero_correction = F::SHARED_ZERO ? -F::SHARED_ZERO * sum : running_sum;
     std::memcpy(act_group.q, &bytes, ACT_GROUP_SIZE);
   }
 }
@@ -107,29 +100,37 @@ using ActElement =
 using TokenPtr = const void*;
 
 // The prologue of x [m, k] W^T. If norm_weight [k] is not null, applies RMSNorm first.
+//
+//     run              tokens of ActElement<F, T>, for dot.h
+//     run_to_panels    panels of T, for amx.h and prefill_linear.h: [k / panel_k, m, panel_k]
+//
+//     panel 0    token 0: inputs 0 to panel_k - 1              token 1: the same inputs     ...    token m - 1
+//     panel 1    token 0: inputs panel_k to 2 panel_k - 1      token 1                      ...    token m - 1
+//
+// A panel's inputs beyond k are zeros. m is padded to a multiple of panel_m by tokens of any values, whose outputs are
+// not stored.
 template <typename T> struct Prologue {
   const T* x;
   int64_t m;
   const Weights& w;
   const T* norm_weight;
   float eps;
-  // Whether to copy x into tiles [k / AMX_TILE_K, m / AMX_TILE_M, AMX_TILE_M, AMX_TILE_K], padded with zeros.
-  bool for_amx = false;
+  int64_t panel_k = 0, panel_m = 1;  // the sizes of panels. Without panels, panel_k is 0
 
   bool is_quantized() const {
-    return !for_amx && dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
+    return !panel_k && dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
   }
   bool is_widened() const {
-    return !for_amx && dispatch_format(w, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
+    return !panel_k && dispatch_format(w, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
   }
-  int64_t padded_m() const { return for_amx ? round_up(m, AMX_TILE_M) : m; }
-  int64_t padded_k() const { return round_up(w.k, AMX_TILE_K); }
+  int64_t padded_m() const { return round_up(m, panel_m); }
+  int64_t padded_k() const { return round_up(w.k, panel_k ? panel_k : 32); }  // 32 elements of 16 bits: a cache line
 
   // Returns the bytes of a token after the prologue. 0 means that the matmul reads x itself.
   int64_t token_bytes() const {
     if (is_quantized()) return padded_k() / ACT_GROUP_SIZE * sizeof(ActGroup);
     if (is_widened()) return padded_k() * sizeof(float);
-    return norm_weight || for_amx ? padded_k() * sizeof(T) : 0;
+    return norm_weight || panel_k ? padded_k() * sizeof(T) : 0;
   }
   int64_t bytes() const { return padded_m() * token_bytes(); }
 
@@ -138,15 +139,21 @@ template <typename T> struct Prologue {
   bool is_shared() const { return m > BLOCK_M && token_bytes() > 0; }
   size_t shared_bytes() const { return is_shared() ? bytes() : 0; }
 
-  // Writes the addresses of the results to tokens [m]. With for_amx, writes no tokens, and returns the address of the
-  // tiles. The results stay valid until this thread calls run again or, if is_shared, until the operation ends.
-  const char* run(char* shared, Barrier& barrier, TokenPtr* tokens) const {
+  // Writes the addresses of the results to tokens [m]. The results stay valid until this thread runs another prologue
+  // or, if is_shared, until the operation ends. The same holds for panels.
+  void run(char* shared, Barrier& barrier, TokenPtr* tokens) const {
+    const char* memory = run_tokens(shared, barrier);
+    for (int64_t i = 0; i < m; i++)
+      tokens[i] = token_bytes() ? static_cast<TokenPtr>(memory + i * token_bytes()) : x + i * w.k;
+  }
+
+  const char* run_to_panels(char* shared, Barrier& barrier) const { return run_tokens(shared, barrier); }
+
+  char* run_tokens(char* shared, Barrier& barrier) const {
     static thread_local Scratch scratch;
     char* memory = is_shared() ? shared : scratch.at_least<char>(bytes());
     const Range range = is_shared() ? thread_range(m) : Range{0, m};
     for (int64_t i = range.begin; i < range.end; i++) run_token(i, memory);
-    for (int64_t i = 0; i < m && !for_amx; i++)
-      tokens[i] = token_bytes() ? static_cast<TokenPtr>(memory + i * token_bytes()) : x + i * w.k;
     if (is_shared()) barrier.wait();
     return memory;
   }
@@ -156,7 +163,7 @@ template <typename T> struct Prologue {
     char* out = memory + i * token_bytes();
     const T* token = x + i * w.k;
     if (norm_weight) {
-      const bool is_last_step = !is_quantized() && !is_widened() && !for_amx;
+      const bool is_last_step = !is_quantized() && !is_widened() && !panel_k;
       T* normed = is_last_step ? reinterpret_cast<T*>(out) : scratch.at_least<T>(padded_k());
       token = apply_norm(token, norm_weight, inverse_rms(token, eps, w.k), w.k, normed);
     }
@@ -164,7 +171,7 @@ template <typename T> struct Prologue {
     if (is_widened())
       for (int64_t k = 0; k < w.k; k += LANES)
         store_partial(load_partial(token, k, w.k), reinterpret_cast<float*>(out), k, w.k);
-    if (for_amx) copy_to_tiles(token, i, memory);
+    if (panel_k) copy_to_panels(token, i, reinterpret_cast<T*>(memory));
   }
 
   void quantize(const T* token, ActGroup* out) const {
@@ -173,11 +180,11 @@ template <typename T> struct Prologue {
     });
   }
 
-  void copy_to_tiles(const T* token, int64_t i, char* tiles) const {
-    for (int64_t k = 0; k < w.k; k += AMX_TILE_K, tiles += padded_m() / AMX_TILE_M * AMX_TILE_BYTES) {
-      T row[AMX_TILE_K] = {};  // of a tile
-      std::memcpy(row, token + k, std::min(AMX_TILE_K, w.k - k) * sizeof(T));
-      std::memcpy(tiles + i * sizeof row, row, sizeof row);
+  void copy_to_panels(const T* token, int64_t i, T* panels) const {
+    for (int64_t k = 0; k < w.k; k += panel_k, panels += padded_m() * panel_k) {
+      const int64_t n = std::min(panel_k, w.k - k);
+      std::memcpy(panels + i * panel_k, token + k, n * sizeof(T));
+      std::fill(panels + i * panel_k + n, panels + (i + 1) * panel_k, T{});
     }
   }
 };

@@ -1,6 +1,5 @@
 // The operation rope_and_cache: norms and rotates the new queries and keys, and writes the new keys and values into the
-// cache. Where PyTorch computes the attention, ops.cpp submits this operation. Otherwise the operation is phase 1
-// of attend (attention.h, prefill_attention.h).
+// cache. ops.cpp submits it where PyTorch computes the attention. Elsewhere it is phase 1 of attend.
 //
 //     qkv of a token    [q heads | k heads | v heads]
 //                           |         |         |

@@ -141,9 +141,9 @@ struct SampleOp {
   }
 
   // Finds the smallest set of likeliest tokens for which is_enough(Sum) is true. Returns t such that the set is
-  // {weight > t}. Ties at the border: later tokens are removed from weights by setting their weights to 0. If all
-  // tokens above low are not enough, returns low. The bits of positive floats are ordered like the floats, so the bits
-  // are bisected:
+  // {weight > t}. If several tokens tie at the border, only as many as needed stay: the weights of the last ones become
+  // 0. If even all tokens above low are not enough, returns low. The bits of positive floats are ordered like the
+  // floats, so the search bisects the bits:
   //
   //     0 ........ low ........ middle ........ high ........ 1
   //                 |                            |

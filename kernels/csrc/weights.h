@@ -19,7 +19,7 @@ constexpr int64_t MAX_CPU_TOKENS = GPTFAST_MAX_CPU_TOKENS;  // the most tokens o
 constexpr int64_t BLOCK_N = GPTFAST_BLOCK_N;                // the outputs of a block: one for each lane of an f32x16
 constexpr int64_t ACT_GROUP_SIZE = GPTFAST_ACT_GROUP_SIZE;  // the activations that share a scale as int8 (prologue.h)
 
-constexpr int64_t BLOCK_M = 8;  // the tokens of an m-block: the most whose sums fit in registers
+constexpr int64_t BLOCK_M = 8;  // the most tokens of a tile: their sums fit in registers
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Packed weights are in blocks of 16 outputs
 // and in words of 4 bytes. The words of 16 outputs are adjacent:

@@ -29,3 +29,6 @@ Then, in every decode step:
         elements.py: unpack_scale_words     words to scales and zero points
         formats.py: dot_with_zeros          tl.dot on the tensor cores
 """
+
+# The activations of config.py: ACTIVATIONS that epilogue.py computes. Here, where Triton need not be installed
+TRITON_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2")

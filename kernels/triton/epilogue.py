@@ -1,8 +1,10 @@
 """The epilogue of fused_linear_kernel: the steps after the matmul, in the order of layers/linear.py: Linear.
 
-    epilogue         bias, activation, out_scale, softcap, clip and residual
-    activate         the activations
-    apply_softcap    a softcap, also of attention scores (attention.py)
+    load_column, load_residual    load the epilogue's operands
+    inverse_rms                   1 / rms(x), for the norm before the matmul
+    epilogue                      bias, activation, out_scale, softcap, clip and residual
+    activate                      the activations
+    apply_softcap                 a softcap, also of attention scores (attention.py)
 """
 
 from typing import NamedTuple
@@ -11,28 +13,56 @@ import triton
 import triton.language as tl
 
 
-class EpilogueScalars(NamedTuple):
-    """The numbers of the epilogue. None means that the step is left out."""
+class EpilogueArgs(NamedTuple):
+    """The epilogue's operands. A step whose operand is None is left out."""
 
+    bias_ptr: tl.tensor | None  # [N], of experts [E, N]
+    residual_ptr: tl.tensor | None  # [M, N_OUT]
     out_scale: tl.tensor | None
     softcap: tl.tensor | None
     clip: tl.tensor | None
 
 
 @triton.jit
-def epilogue(y, bias, scalars, residual, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
-    """y [BLOCK_N, BLOCK_M] -> [BLOCK_OUT, BLOCK_M]. bias [BLOCK_N, 1] and residual [BLOCK_OUT, BLOCK_M] may be
-    None."""
+def load_column(ptr, w):
+    """Loads a number for each row of W that the program has: [BLOCK_N, 1], float32."""
+    if ptr is None:
+        return None
+    else:
+        return tl.load(ptr + w.offs_n, mask=w.mask_n, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def load_residual(residual_ptr, y_offsets, mask_y):
+    if residual_ptr is None:
+        return None
+    else:
+        return tl.load(residual_ptr + y_offsets, mask=mask_y, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def inverse_rms(squares, eps, SPECIALIZED_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Returns 1 / rms of every token: [BLOCK_M]."""
+    offs_m, total = tl.arange(0, BLOCK_M), tl.zeros([BLOCK_M], tl.float32)
+    for m in tl.static_range(SPECIALIZED_TOKENS):
+        total = tl.where(offs_m == m, tl.sum(tl.sum(squares[m], axis=1), axis=0), total)
+    return tl.rsqrt(total / K + eps)
+
+
+@triton.jit
+def epilogue(y, bias, residual, args, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
+    """y [BLOCK_N, BLOCK_M] -> [BLOCK_OUT, BLOCK_M]. bias is [BLOCK_N, 1] or None, residual [BLOCK_OUT, BLOCK_M] or
+    None, as loaded. args: EpilogueArgs."""
     if bias is not None:
         y += bias
     if ACTIVATION is not None:
         y = activate(y, ACTIVATION, IS_GATED)
-    if scalars.out_scale is not None:
-        y *= scalars.out_scale
-    if scalars.softcap is not None:
-        y = apply_softcap(y, scalars.softcap)
-    if scalars.clip is not None:
-        y = tl.clamp(y, -scalars.clip, scalars.clip, propagate_nan=tl.PropagateNan.ALL)
+    if args.out_scale is not None:
+        y *= args.out_scale
+    if args.softcap is not None:
+        y = apply_softcap(y, args.softcap)
+    if args.clip is not None:
+        y = tl.clamp(y, -args.clip, args.clip, propagate_nan=tl.PropagateNan.ALL)
     if residual is not None:
         y += residual
     return y
@@ -59,9 +89,11 @@ def activate(y, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
         x *= tl.sigmoid(1.5957691 * (x + 0.044715 * x * x * x))
     else:
         tl.static_assert(ACTIVATION == "clamped_swiglu", "no kernel for this activation")
-        x = tl.minimum(x, 7.0, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1
-        x *= tl.sigmoid(1.702 * x)
+        ALPHA: tl.constexpr = 1.702  # kernels/schema.py: SWIGLU_ALPHA, SWIGLU_LIMIT
+        LIMIT: tl.constexpr = 7.0
+        x = tl.minimum(x, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL) + 1
+        x *= tl.sigmoid(ALPHA * x)
     if IS_GATED:
         x *= up
     return x

@@ -201,7 +201,7 @@ class KernelFormat(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """The bits of an element. With matrix units, a weight that is not quantized has 16."""
+        """The bits of an element. With tensor cores, a weight that is not quantized has 16."""
         return 16 if self.scales is Scales.NONE else 8 // self.format_class.elements_per_byte
 
     def has_channel_scales(self, group_size: int, k: int) -> bool:

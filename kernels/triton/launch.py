@@ -2,7 +2,7 @@
 evenly its programs share the GPU (tile sizes), and how long the GPU idles between two kernels (kernels that overlap).
 
     gpu_info                    what the GPU can do
-    has_matrix_units, min_block_m, dot_dtype    what a matmul needs to know, by device and by type of x
+    uses_tensor_cores, min_block_m, dot_dtype    what a matmul needs to know, by device and by type of x
     pdl_options                 arguments for the launch of a kernel that may overlap with the previous kernel
     pdl_wait                    the first call in every kernel
     semaphores, is_last_program    how a program finds out that all other programs have finished
@@ -52,15 +52,16 @@ from formats import Unquantized
 from kernels.triton.formats import kernel_format
 
 TUNED = Path(__file__).with_name("tuned.json")
-# Tokens that an instruction of NVIDIA's matrix unit multiplies: the n of mma.m16n8k16. So 8 tokens cost as much as one,
-# and the tile sizes that were measured for one token hold for 8.
-MMA_TOKENS = 8
+# The n of mma.m16n8k16, an instruction of NVIDIA's tensor cores: 8 tokens cost as much as one. So the tile sizes that
+# were measured for one token hold for 8.
+MMA_N = 8
 N_SEMAPHORES = 2**14  # 64 tokens (layers/backend.py: MAX_TRITON_TOKENS) with 256 key/value heads
 
 
 class Gpu(NamedTuple):
     num_sms: int  # multiprocessors (NVIDIA) or compute units (AMD)
-    min_block_m: int  # tokens that a matrix unit multiplies at a time; 1 means that the kernels use no matrix units
+    has_tensor_cores: bool  # that Triton uses. AMD calls them matrix cores
+    min_block_m: int  # the fewest tokens that a tensor core multiplies
     has_pdl: bool  # whether the GPU has PDL
     tuned: dict[str, dict[str, int]]  # table_key -> fields of a TileConfig
 
@@ -68,31 +69,27 @@ class Gpu(NamedTuple):
 @cache
 def gpu_info(device: torch.device) -> Gpu:
     if device.type == "cpu":  # Triton's interpreter
-        return Gpu(num_sms=16, min_block_m=8, has_pdl=False, tuned={})
+        return Gpu(num_sms=16, has_tensor_cores=True, min_block_m=MMA_N, has_pdl=False, tuned={})
     properties = torch.cuda.get_device_properties(device)
     is_nvidia = torch.version.hip is None
-    if is_nvidia:
-        min_block_m = 8 if properties.major >= 8 else 1  # Triton does not use Turing's
-    else:
-        min_block_m = 16
     tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     return Gpu(
         properties.multi_processor_count,
-        min_block_m,
+        has_tensor_cores=not is_nvidia or properties.major >= 8,  # Triton does not use Turing's
+        min_block_m=MMA_N if is_nvidia else 16,
         has_pdl=is_nvidia and properties.major >= 9,
         tuned=tuned.get(properties.name, {}),
     )
 
 
-def has_matrix_units(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether matmuls with x in dtype use matrix units. Matmuls in float32 do not, since matrix units would
-    round x to fewer bits."""
-    return dtype != torch.float32 and gpu_info(device).min_block_m > 1
+def uses_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns whether matmuls with x in dtype use tensor cores, which would round float32 to fewer bits."""
+    return dtype != torch.float32 and gpu_info(device).has_tensor_cores
 
 
 def min_block_m(x: Tensor) -> int:
     """Returns the smallest BLOCK_M of a matmul with x."""
-    return gpu_info(x.device).min_block_m if has_matrix_units(x.device, x.dtype) else 1
+    return gpu_info(x.device).min_block_m if uses_tensor_cores(x.device, x.dtype) else 1
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
@@ -182,18 +179,18 @@ def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> s
 
 def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int, n_tokens: int = 1) -> TileConfig:
     """Returns the tile sizes for x [..., K] and W [n, K], from tuned.json or by a guess. A guess takes at most 99 KB
-    of shared memory per program, or 64 KB if min_block_m is not 8: AMD's MI300 and NVIDIA's Turing have no more.
+    of shared memory per program, or 64 KB on AMD's MI300 and NVIDIA's Turing, which have no more.
 
     gated: W is a gate projection above an up projection. A program needs 16 rows of each.
     n_tokens: not taken from x, since x of experts_down has a vector for each pair of a token and an expert."""
-    gpu, k, uses_matrix_units = gpu_info(x.device), x.shape[-1], has_matrix_units(x.device, x.dtype)
-    if n_tokens > MMA_TOKENS and uses_matrix_units:
+    gpu, k, on_tensor_cores = gpu_info(x.device), x.shape[-1], uses_tensor_cores(x.device, x.dtype)
+    if n_tokens > MMA_N and on_tensor_cores:
         tiles = guess_many_tokens(triton.next_power_of_2(n_tokens), format_id, n, k, gated, group_size, gpu.num_sms)
-        return tiles if gpu.min_block_m == 8 else tiles._replace(num_stages=2)
+        return tiles if gpu.min_block_m == MMA_N else tiles._replace(num_stages=2)
     key = table_key(format_id, n, k, gated, group_size)
-    if key in gpu.tuned and uses_matrix_units:
+    if key in gpu.tuned and on_tensor_cores:
         return TileConfig(**gpu.tuned[key])
-    if min_block_m(x) != 8:
+    if min_block_m(x) != MMA_N:
         is_float32 = format_id == Unquantized.format_id and x.dtype == torch.float32
         warp_k = 32 if is_float32 else 64
         return TileConfig(32 if gated else 16, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
@@ -230,7 +227,7 @@ def guess_tiled(bits: int, outputs_per_sm: float, gated: bool, group_size: int) 
 def guess_many_tokens(
     block_m: int, format_id: int, n: int, k: int, gated: bool, group_size: int, num_sms: int
 ) -> TileConfig:
-    """Guesses the tile sizes for more than MMA_TOKENS tokens.
+    """Guesses the tile sizes for more than MMA_N tokens.
 
     All programs together read W once, but each program reads all of x. With 32 rows of int8 and 64 tokens, x is four
     times as many bytes as the rows. So block_n is the candidate with which the busiest multiprocessor reads the fewest
@@ -238,7 +235,7 @@ def guess_many_tokens(
 
     The registers of a warp bound the tile. A warp has block_n * block_m sums for each slice, and with group scales
     twice as many: the result of tl.dot is scaled before it is added to the sums. In a step a warp executes at most 64
-    instructions of the matrix unit, 128 with zero points."""
+    instructions of the tensor cores, 128 with zero points."""
     format = kernel_format(format_id)
     has_group_scales = format.has_group_scales(group_size, k)
     slice_k, max_sums = (min(64, group_size), 2048) if has_group_scales else (64, 4096)

@@ -31,10 +31,10 @@ from kernels.schema import (
     register_triton,
 )
 from kernels.triton.elements import magic_number_for
-from kernels.triton.epilogue import EpilogueScalars, epilogue
+from kernels.triton.epilogue import EpilogueArgs, epilogue, inverse_rms, load_column, load_residual
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
-    MMA_TOKENS,
+    MMA_N,
     choose_tiles,
     dot_dtype,
     min_block_m,
@@ -70,7 +70,7 @@ ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
 #    outputs +---------+---------+---------+       +---------+
 #                        of W
 #
-# W is the left operand. An instruction of NVIDIA's matrix unit, mma.m16n8k16, multiplies [16, 16] with [16, 8]: 16
+# W is the left operand. An instruction of the tensor cores, mma.m16n8k16, multiplies [16, 16] with [16, 8]: 16
 # outputs with 8 tokens. So 8 tokens cost as much as one.
 #
 # Each warp takes some of the slices (CUTLASS's sliced-K). The sums of the slices are added up after the loop.
@@ -99,10 +99,9 @@ def fused_linear_kernel(
     topk_ids_ptr,  # [M, TOP_K]
     y_ptr,  # [M, N_OUT]; with topk_ids [M * TOP_K, N_OUT]
     norm,  # Norm
-    bias_ptr, residual_ptr,  # [N], of experts [E, N]; [M, N_OUT]
-    epilogue_scalars,  # epilogue.py: EpilogueScalars
+    epilogue_args,  # epilogue.py: EpilogueArgs
     magic_number,  # see elements.py: int4_pair
-    N, n_tokens, NUM_TOKENS: tl.constexpr,
+    N, n_tokens, SPECIALIZED_TOKENS: tl.constexpr,
     K: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
     DOT: tl.constexpr, LAYOUT: tl.constexpr,  # formats.py: KernelFormat; weights.py: WeightLayout
     SIZES: tl.constexpr,  # weights.py: BlockSizes
@@ -123,8 +122,8 @@ def fused_linear_kernel(
         expert      5          2             2          7
         program     pair 0     pairs 1, 2    returns    pair 3
 
-    NUM_TOKENS: n_tokens, if at most MMA_TOKENS. A kernel is compiled for each such number, since add_squares has a
-    tensor for each token. 0: the kernel is not specialized, and serves every larger n_tokens with the same BLOCK_M."""
+    SPECIALIZED_TOKENS: n_tokens, if at most MMA_N. The kernel is compiled for each such number, since add_squares has a
+    tensor for each token. 0 if one kernel serves every larger n_tokens with the same BLOCK_M."""
     # Prologue. Before pdl_wait a program reads only W
     N_OUT = N // 2 if IS_GATED else N
     w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, SIZES)
@@ -132,16 +131,16 @@ def fused_linear_kernel(
         prefetch_weights(w, LAYOUT, SIZES)
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     offs_m = tl.arange(0, SIZES.BLOCK_M)
-    n_tokens = NUM_TOKENS if NUM_TOKENS else n_tokens
+    n_tokens, bias_ptr = SPECIALIZED_TOKENS if SPECIALIZED_TOKENS else n_tokens, epilogue_args.bias_ptr
     x_index, y_index, mask_m = offs_m, offs_m, offs_m < n_tokens  # the rows of x and y that belong to each token
     if topk_ids_ptr is not None:
         pair = tl.program_id(1)
         expert = tl.load(topk_ids_ptr + pair)
-        if NUM_TOKENS == 1:
+        if SPECIALIZED_TOKENS == 1:
             x_ptr += pair * K if X_IS_PER_PAIR else 0
             y_ptr += pair * N_OUT
         else:
-            y_index, mask_m, first_pair = pairs_of(expert, topk_ids_ptr, offs_m, n_tokens, TOP_K, NUM_TOKENS)
+            y_index, mask_m, first_pair = pairs_of(expert, topk_ids_ptr, offs_m, n_tokens, TOP_K, SPECIALIZED_TOKENS)
             if first_pair < pair:
                 return
             x_index = y_index if X_IS_PER_PAIR else offs_m
@@ -151,38 +150,38 @@ def fused_linear_kernel(
     y_offsets, mask_y = output_offsets(y_index, mask_m, N_OUT, SIZES.BLOCK_OUT)
     channel_scale = load_column(w.scales_ptr if LAYOUT.HAS_CHANNEL_SCALES else None, w)
     bias = load_column(bias_ptr, w)
-    residual = load_residual(residual_ptr if NUM_TOKENS else None, y_offsets, mask_y)
+    residual = load_residual(epilogue_args.residual_ptr if SPECIALIZED_TOKENS else None, y_offsets, mask_y)
 
     # Loop
     acc = tl.full([SIZES.K_SLICES, SIZES.BLOCK_N, SIZES.BLOCK_M], 0.0, tl.float32)
     squares = ()
     if norm.weight_ptr is not None:
-        squares = zero_squares(NUM_TOKENS, SIZES.K_SLICES, SIZES.SLICE_K)
+        squares = zero_squares(SPECIALIZED_TOKENS, SIZES.K_SLICES, SIZES.SLICE_K)
     starts = slice_starts(LAYOUT.IS_TILED, SIZES.SLICE_K, SIZES.K_SLICES)
     for k in tl.range(0, K, SIZES.BLOCK_K, num_stages=SIZES.NUM_STAGES):
         k_starts = k + starts  # [K_SLICES]
         offs_k = slice_columns(k_starts, SIZES.SLICE_K)  # [K_SLICES, SLICE_K]
-        x = load_x(x_ptr, norm.weight_ptr, x_index, mask_m, offs_k, NUM_TOKENS, K, DTYPE)
+        x = load_x(x_ptr, norm.weight_ptr, x_index, mask_m, offs_k, SPECIALIZED_TOKENS, K, DTYPE)
         if norm.weight_ptr is not None:
-            squares = add_squares(squares, x_ptr, offs_k, NUM_TOKENS, K)
+            squares = add_squares(squares, x_ptr, offs_k, SPECIALIZED_TOKENS, K)
         acc = DOT(acc, x, w, k, k_starts, K, LAYOUT.GROUP_SIZE, SIZES.BLOCK_OUT)
     if USE_PDL and not TRIGGER_EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
     # Epilogue
-    if not NUM_TOKENS:
-        residual = load_residual(residual_ptr, y_offsets, mask_y)
+    if not SPECIALIZED_TOKENS:
+        residual = load_residual(epilogue_args.residual_ptr, y_offsets, mask_y)
     y = tl.sum(acc, axis=0)  # [BLOCK_N, BLOCK_M]
     if LAYOUT.HAS_CHANNEL_SCALES:
         y *= channel_scale
     if norm.weight_ptr is not None:
-        y *= inverse_rms(squares, norm.eps, NUM_TOKENS, K, SIZES.BLOCK_M)[None, :]
-    y = epilogue(y, bias, epilogue_scalars, residual, ACTIVATION, IS_GATED)  # [BLOCK_OUT, BLOCK_M]
+        y *= inverse_rms(squares, norm.eps, SPECIALIZED_TOKENS, K, SIZES.BLOCK_M)[None, :]
+    y = epilogue(y, bias, residual, epilogue_args, ACTIVATION, IS_GATED)  # [BLOCK_OUT, BLOCK_M]
     tl.store(y_ptr + y_offsets, y, mask=mask_y)
 
 
 @triton.jit
-def pairs_of(expert, topk_ids_ptr, token, n_tokens, TOP_K: tl.constexpr, NUM_TOKENS: tl.constexpr):
+def pairs_of(expert, topk_ids_ptr, token, n_tokens, TOP_K: tl.constexpr, SPECIALIZED_TOKENS: tl.constexpr):
     """Returns the pair of every token [BLOCK_M] with expert, whether the token has this pair, and the first such pair.
     A token has an expert at most once."""
     pair, has_pair = token * TOP_K, token < 0
@@ -190,7 +189,8 @@ def pairs_of(expert, topk_ids_ptr, token, n_tokens, TOP_K: tl.constexpr, NUM_TOK
         is_expert = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < n_tokens, other=-1) == expert
         pair = tl.where(is_expert, token * TOP_K + i, pair)
         has_pair |= is_expert
-    AFTER_ALL: tl.constexpr = (NUM_TOKENS if NUM_TOKENS else token.shape[0]) * TOP_K  # more than any pair
+    MAX_TOKENS: tl.constexpr = SPECIALIZED_TOKENS if SPECIALIZED_TOKENS else token.shape[0]
+    AFTER_ALL: tl.constexpr = MAX_TOKENS * TOP_K  # more than any pair
     return pair, has_pair, tl.min(tl.where(has_pair, pair, AFTER_ALL), axis=0)
 
 
@@ -203,30 +203,14 @@ def output_offsets(y_index, mask_m, N_OUT, BLOCK_OUT: tl.constexpr):
 
 
 @triton.jit
-def load_column(ptr, w):
-    """Loads a number for each row of W that the program has: [BLOCK_N, 1], float32."""
-    if ptr is None:
-        return None
-    else:
-        return tl.load(ptr + w.offs_n, mask=w.mask_n, other=0.0).to(tl.float32)[:, None]
-
-
-@triton.jit
-def load_residual(residual_ptr, y_offsets, mask_y):
-    if residual_ptr is None:
-        return None
-    else:
-        return tl.load(residual_ptr + y_offsets, mask=mask_y, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def load_x(
-    x_ptr, norm_weight_ptr, x_index, mask_m, offs_k, NUM_TOKENS: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr
+    x_ptr, norm_weight_ptr, x_index, mask_m, offs_k,
+    SPECIALIZED_TOKENS: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """Loads inputs offs_k [K_SLICES, SLICE_K] of the tokens at rows x_index [BLOCK_M] of x, and multiplies with
     the weight of the norm: [K_SLICES, SLICE_K, BLOCK_M]."""
     mask_k = offs_k < K
-    if NUM_TOKENS == 1:  # the same token in every column
+    if SPECIALIZED_TOKENS == 1:  # the same token in every column
         x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0)[:, :, None]
     else:
         x = tl.load(x_ptr + offs_k[:, :, None] + x_index * K, mask=mask_k[:, :, None] & mask_m, other=0.0)
@@ -237,31 +221,22 @@ def load_x(
 
 
 @triton.jit
-def zero_squares(NUM_TOKENS: tl.constexpr, K_SLICES: tl.constexpr, SLICE_K: tl.constexpr):
+def zero_squares(SPECIALIZED_TOKENS: tl.constexpr, K_SLICES: tl.constexpr, SLICE_K: tl.constexpr):
     """Returns the first squares of add_squares: zeros [K_SLICES, SLICE_K] for every token, as a tuple."""
     squares = ()
-    for _ in tl.static_range(NUM_TOKENS):
+    for _ in tl.static_range(SPECIALIZED_TOKENS):
         squares = squares + (tl.zeros([K_SLICES, SLICE_K], tl.float32),)
     return squares
 
 
 @triton.jit
-def add_squares(squares, x_ptr, offs_k, NUM_TOKENS: tl.constexpr, K: tl.constexpr):
+def add_squares(squares, x_ptr, offs_k, SPECIALIZED_TOKENS: tl.constexpr, K: tl.constexpr):
     """Adds the squares of inputs offs_k [K_SLICES, SLICE_K] to squares, a tuple with a tensor for every token."""
     new = ()
-    for m in tl.static_range(NUM_TOKENS):
+    for m in tl.static_range(SPECIALIZED_TOKENS):
         x = tl.load(x_ptr + offs_k + m * K, mask=offs_k < K, other=0.0).to(tl.float32)
         new = new + (squares[m] + x * x,)
     return new
-
-
-@triton.jit
-def inverse_rms(squares, eps, NUM_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Returns 1 / rms of every token: [BLOCK_M]."""
-    offs_m, total = tl.arange(0, BLOCK_M), tl.zeros([BLOCK_M], tl.float32)
-    for m in tl.static_range(NUM_TOKENS):
-        total = tl.where(offs_m == m, tl.sum(tl.sum(squares[m], axis=1), axis=0), total)
-    return tl.rsqrt(total / K + eps)
 
 
 @register_triton
@@ -283,17 +258,18 @@ def fused_linear(
         n_tokens = n_pairs // top_k
     is_gated = activation in GATED_IDS
     y = x.new_empty(*y_shape, output_width(n, activation), dtype=torch.float32 if float32_out else x.dtype)
-    is_specialized = n_tokens <= MMA_TOKENS
+    is_specialized = n_tokens <= MMA_N
     if norm_weight is not None and not is_specialized:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
     format, (sizes, num_warps) = kernel_format(w.format_id), choose_sizes(x, w, n_tokens, is_gated)
     grid = triton.cdiv(n, sizes.BLOCK_N), n_pairs
     fused_linear_kernel[grid](
         w_ptr=w.weight, scales_ptr=w.scales, x_ptr=x, topk_ids_ptr=topk_ids, y_ptr=y, norm=Norm(norm_weight, eps),
-        bias_ptr=bias, residual_ptr=residual,
-        epilogue_scalars=EpilogueScalars(out_scale if out_scale != 1 else None, softcap or None, clip or None),
+        epilogue_args=EpilogueArgs(
+            bias, residual, out_scale if out_scale != 1 else None, softcap or None, clip or None
+        ),
         magic_number=magic_number_for(x.dtype),
-        N=n, n_tokens=n_tokens, NUM_TOKENS=n_tokens if is_specialized else 0, K=k, TOP_K=top_k,
+        N=n, n_tokens=n_tokens, SPECIALIZED_TOKENS=n_tokens if is_specialized else 0, K=k, TOP_K=top_k,
         X_IS_PER_PAIR=n_inputs > n_tokens, DOT=format.dot,
         LAYOUT=WeightLayout(
             format.is_tiled, format.stride(w.weight), group_size, format.has_channel_scales(group_size, k)

@@ -3,16 +3,17 @@
     sample    logits and uniform random numbers -> token ids, registered as torch.ops.gptfast_triton.sample
 
 A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is the argmax of logits / T + G,
-where G is Gumbel noise, one number for each logit. So sample_kernel needs neither a softmax nor a sum. sample_kernel
-takes the argmax of logits + T G, which also works for T = 0. A row has one random number, which seeds the noise of all
-its logits (gumbel_noise).
+where G is Gumbel noise, one number for each logit. So sample_kernel needs neither a softmax nor a sum. It takes the
+argmax of logits + T G, which also works for T = 0. One random number of a row seeds the noise of all its logits
+(gumbel_noise).
 
 top_p and min_p keep the likeliest tokens. The drawn token is the argmax among these. A second kernel finds it without
 sorting, by rejections as in FlashInfer's sampling kernels:
 
     1. The argmax of all tokens is the candidate.
     2. The sum of the probabilities of all likelier tokens says whether the candidate is kept. A kept one is drawn.
-    3. Otherwise no token that is as likely or less is kept. The argmax of the likelier tokens is the next candidate.
+    3. Otherwise every token that is not likelier is excluded as well. The argmax of the likelier ones is the next
+       candidate.
 
 With top_p 0.9 the first candidate is kept in nine of ten cases. So all programs share step 2 of the first candidate,
 and one program does the rest.

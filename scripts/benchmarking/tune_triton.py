@@ -16,7 +16,7 @@ from triton.testing import do_bench_cudagraph
 from checkpoint import meta_model
 from config import ModelConfig, is_gated
 from formats import WeightFormat
-from kernels.triton.launch import MMA_TOKENS, TUNED, TileConfig, choose_tiles, gpu_info, table_key
+from kernels.triton.launch import MMA_N, TUNED, TileConfig, choose_tiles, gpu_info, table_key
 from layers.linear import Linear, RMSNorm
 from layers.packing import pack_for_triton
 from scripts.benchmarking.speed import fill_randomly, random_linear
@@ -41,10 +41,10 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
 
 
 def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torch.device):
-    """Writes the fastest tile sizes for W [n, k] into tuned.json. Only tile sizes that also run with MMA_TOKENS tokens
+    """Writes the fastest tile sizes for W [n, k] into tuned.json. Only tile sizes that also run with MMA_N tokens
     count. gated: whether W stacks gate and up projection, and the matmul ends with the activation."""
     weights = make_weights(n, k, gated, format, device)
-    x = torch.randn(1, MMA_TOKENS, k, device=device, dtype=torch.bfloat16)
+    x = torch.randn(1, MMA_N, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_info(x.device).tuned  # where choose_tiles looks first
     group_size = format.effective_group_size(k)
     key = table_key(format.format_id, n, k, gated, group_size)
@@ -64,7 +64,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
         candidates = [tiles for tiles in candidates if tiles.block_n % 32 == 0]
     times = {tiles: microseconds(tiles, n_tokens=1) for tiles in candidates}
     for tiles in sorted(times, key=times.get):
-        if times[tiles] < math.inf and microseconds(tiles, MMA_TOKENS) < math.inf:
+        if times[tiles] < math.inf and microseconds(tiles, MMA_N) < math.inf:
             print(f"{key}: {tuple(tiles)} takes {times[tiles]:.1f} us, the guess {times[guess]:.1f}", file=sys.stderr)
             write_tiles(key, tiles)
             return

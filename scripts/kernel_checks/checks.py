@@ -211,13 +211,13 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
-    """Returns an additional error of x [B, T, ..., K] times matrix [..., N, K], or 0 for up to MMA_TOKENS tokens. With
+    """Returns an additional error of x [B, T, ..., K] times matrix [..., N, K], or 0 for up to MMA_N tokens. With
     more tokens the norm has its own kernel. That kernel rounds the normed x, so the matmul's data are not exact."""
     normed = exact_rms_norm(x, norm)
     error = stored_error(normed, 2 * (x.shape[-1] + 8) * U32 * normed.abs(), x.dtype) @ matrix.abs().mT
-    from kernels.triton.launch import MMA_TOKENS  # here, since Triton is installed only where there is a GPU
+    from kernels.triton.launch import MMA_N  # here, since Triton is installed only where there is a GPU
 
-    return error * (x.shape[1] > MMA_TOKENS)
+    return error * (x.shape[1] > MMA_N)
 
 
 def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):

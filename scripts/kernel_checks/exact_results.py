@@ -19,7 +19,7 @@ import torch
 import formats
 from formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.integers import GroupwiseAffine
-from kernels.schema import ACTIVATION_IDS, AttentionParams
+from kernels.schema import ACTIVATION_IDS, SWIGLU_LIMIT, AttentionParams
 from layers import attention
 from layers.attention import LayerCache, apply_rope, norm_heads
 from layers.backend import Backend
@@ -42,7 +42,8 @@ TRITON_FORMATS += [  # a format with a method to_triton_layout has kernels
     if format not in CHECKED_FORMATS and type(format).to_triton_layout is not WeightFormat.to_triton_layout
 ]
 U32 = bounds.U[torch.float32]
-MAGIC_BIASES = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}  # kernels/triton/elements.py: magic_bias
+# What kernels/triton/elements.py: magic_bias returns, again, since not every machine has Triton. A test compares them
+MAGIC_BIASES = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}
 
 
 class Comparison(NamedTuple):
@@ -211,7 +212,7 @@ def activate_with_error(
     (gate, up), (gate_error, up_error) = x.chunk(2, -1), error.chunk(2, -1)
     one = torch.ones_like(up)
     if activation == "clamped_swiglu":
-        gate, up, one = gate.clamp(max=7), up.clamp(-7, 7) + 1, one - 1
+        gate, up, one = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1, one - 1
     activated = activate_torch(torch.cat([gate, one], -1), activation).abs()
     bound = 1.13 * gate_error * (up.abs() + up_error) + activated * up_error
     # Relative errors of an activation, with u the unit roundoff of float32:
