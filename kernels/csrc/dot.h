@@ -28,17 +28,23 @@ constexpr int UNQUANTIZED_BLOCK_M = 6;
 // long as the matmul is memory-bound, one block after the other is faster, because memory is read in order. So this
 // many blocks are read side by side if registers are wide (otherwise always one):
 //
-//     format              activations     1-5 tokens     6-8 tokens     more tokens, in tiles of 4 to 8
-//     Unquantized         any             1              1              1
-//     PackedBf16          bf16            1              1              2, in a tile of 4 tokens 1
-//     Float8              bf16            1              2              2, in a tile of 4 tokens 1
-//     other quantized     int8            1              2              2
-//     any packed          float           1              1              1
+//     format               activations     1-2 tokens     3-5 tokens     6-8 tokens     more tokens, in tiles of 4 to 8
+//     Unquantized          any             1              1              1              1
+//     PackedBf16           bf16            1              1              1              2, in a tile of 4 tokens 1
+//     Float8               bf16            1              1              2              2, in a tile of 4 tokens 1
+//     Int8                 int8            1              1              2              2
+//     other quantized      int8            1, gated 2     2              2              2
+//     any packed           float           1              1              1              1
+//
+// The other quantized formats have scales of groups, whose unpacking makes them compute-bound sooner. "gated": a block of
+// the gate projection and one of the up projection. Each projection is read in order, also its scales. One block after
+// the other would jump between four streams of memory at each block.
 //
 // Measured on two cores of a Zen 5 server at 43 to 80 GB/s, November 2026.
 constexpr int MAX_MEMORY_BOUND_TOKENS = 5;  // with more, a matmul of quantized weights is compute-bound
+constexpr int MAX_MEMORY_BOUND_TOKENS_IN_GROUPS = 2;  // the same for weights whose groups have scales
 constexpr int MIN_SHARED_BF16_TOKENS = 5;   // the loads of fewer bf16 tokens are not worth sharing
-constexpr int MIN_SHARED_INT8_TOKENS = 4;   // fewer tokens are an only tile (9 tokens are tiles of 4 and 5)
+constexpr int MIN_SHARED_INT8_TOKENS = 4;   // fewer tokens of Int8 are an only tile (9 tokens are tiles of 4 and 5)
 
 // The matmul of M tokens with BLOCKS blocks of weights, by the loop for the format F and the type X of the activations.
 template <typename F, int M, int BLOCKS, typename X>
@@ -72,11 +78,15 @@ void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks,
     for (int m = 0; m < M; m++) typed[m] = static_cast<const X*>(tokens[m]);
     constexpr bool IS_INT8 = std::is_same_v<X, ActGroup>, IS_BF16 = F::BF16_ACTIVATIONS && std::is_same_v<X, bf16>;
     constexpr bool FITS_REGISTERS = IS_QUANTIZED<F> || M <= UNQUANTIZED_BLOCK_M;
-    constexpr bool GAINS_BY_SHARING =
-        IS_INT8 ? M >= MIN_SHARED_INT8_TOKENS : IS_BF16 && M >= MIN_SHARED_BF16_TOKENS && FITS_REGISTERS;
-    const bool is_memory_bound = tile.n_tiles == 1 && (M <= MAX_MEMORY_BOUND_TOKENS || !IS_QUANTIZED<F>);
+    constexpr bool HAS_GROUPS = IS_INT8 && !F::HAS_CHANNEL_SCALES;
+    constexpr bool GAINS_BY_SHARING = HAS_GROUPS || (IS_INT8 && M >= MIN_SHARED_INT8_TOKENS) ||
+                                      (IS_BF16 && M >= MIN_SHARED_BF16_TOKENS && FITS_REGISTERS);
+    constexpr int MAX_TOKENS = HAS_GROUPS ? MAX_MEMORY_BOUND_TOKENS_IN_GROUPS : MAX_MEMORY_BOUND_TOKENS;
+    const bool is_memory_bound = tile.n_tiles == 1 && (M <= MAX_TOKENS || !IS_QUANTIZED<F>);
+    const bool is_gated = tile.n_adjacent == 1;  // for two blocks
     if constexpr (HAS_WIDE_REGISTERS && GAINS_BY_SHARING)
-      if (n_blocks == 2 && !is_memory_bound) return run_loop<F, M, 2>(w, blocks, tile, typed, out);
+      if (n_blocks == 2 && (!is_memory_bound || (HAS_GROUPS && is_gated)))
+        return run_loop<F, M, 2>(w, blocks, tile, typed, out);
     for (int64_t b = 0; b < n_blocks; b++) run_loop<F, M, 1>(w, blocks + b, tile, typed, out + b);
   });
 }

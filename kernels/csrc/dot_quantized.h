@@ -132,6 +132,7 @@ void dot_grouped(const Weights& w, const int64_t* blocks, const TokenTile& tile,
           partial[b][m] += to_float(dot_block(weights[b], x[m][i])) * x[m][i].scale;
     }
     for (int b = 0; b < BLOCKS; b++) {
+      if constexpr (BLOCKS > 1) prefetch.template scales<F>(w, blocks[b], group);
       const auto [scale, zero] = F::scales_and_zeros(w, blocks[b] * w.n_groups + group);
       for (int m = 0; m < M; m++) total[b][m] += (partial[b][m] - zero * x[m][end - 1].zero_correction) * scale;
     }

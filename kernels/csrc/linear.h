@@ -7,6 +7,9 @@
 //
 // With a gated activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each
 // projection has n / 2 outputs, a multiple of BLOCK_N, so no block has outputs of both projections.
+//
+// m is at most MAX_CPU_TOKENS, or any number if activations are quantized. A prompt then rounds like the steps after it,
+// and takes 0.6 to 0.9 of the time of bf16 (prefill_linear.h).
 template <typename T> struct FusedLinearOp {
   const T* x;
   int64_t m;
@@ -19,39 +22,48 @@ template <typename T> struct FusedLinearOp {
   T* out;
   float* float32_out;  // if not null, replaces out
 
+  // A thread reads the activations of a slice for each block of its weights, so a slice must fit in the last cache.
+  static constexpr int64_t MAX_SLICE_TOKENS = 512;
+
   int64_t n_out() const { return is_gated(activation) ? w.n / 2 : w.n; }
   int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
-  bool is_on_amx() const { return uses_amx<T>(w, m); }
+  bool is_on_amx() const { return m <= MAX_CPU_TOKENS && uses_amx<T>(w, m); }
   Prologue<T> prologue() const { return {x, m, w, norm_weight, eps, is_on_amx() ? AMX_TILE_K : 0, AMX_TILE_M}; }
   size_t shared_bytes() const { return prologue().shared_bytes(); }
 
-  // The threads share the blocks of outputs. Each iteration multiplies up to two blocks of W. With a gated activation,
-  // the two are a block of the gate projection and a block of the up projection, for the same outputs.
+  // A task is a block of outputs, for a slice of the tokens. An iteration computes up to two tasks, which are neighbouring
+  // blocks. With a gated activation it computes one, with a block of the gate and a block of the up projection.
   void execute(char* shared, Barrier& barrier) const {
+    static thread_local Scratch scratch;
+    TokenPtr* const tokens = scratch.at_least<TokenPtr>(m);
     const bool gated = is_gated(activation), on_amx = is_on_amx();
-    const int64_t n_out = this->n_out();
-    TokenPtr tokens[MAX_CPU_TOKENS];
     const char* panels = nullptr;
     if (on_amx) panels = prologue().run_to_panels(shared, barrier);
     else prologue().run(shared, barrier, tokens);
-    const Range range = thread_range(n_out_blocks());
+    const int64_t n_slices = divide_up(m, MAX_SLICE_TOKENS);
+    const Range range = thread_range(n_slices * n_out_blocks());
     BlockSums sums[2];
     std::optional<TileRegisters> tile_registers;
     if (on_amx) tile_registers.emplace();
-    for (int64_t block = range.begin, n_blocks; block < range.end; block += n_blocks) {
-      n_blocks = gated ? 1 : std::min<int64_t>(2, range.end - block);  // blocks of outputs
-      const int64_t blocks[] = {block, gated ? block + n_out / BLOCK_N : block + 1};
-      if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, panels, sums);
-      else matmul<T>(m, w, blocks, gated ? 2 : n_blocks, tokens, sums);
-      for (int64_t token = 0; token < m; token++)
-        for (int64_t b = 0; b < n_blocks; b++) epilogue(sums, token, b, blocks, n_out);
+    for (int64_t task = range.begin, n_blocks; task < range.end; task += n_blocks) {
+      const int64_t block = task % n_out_blocks();
+      n_blocks = gated ? 1 : std::min({int64_t{2}, range.end - task, n_out_blocks() - block});  // blocks of outputs
+      const int64_t blocks[] = {block, gated ? block + n_out_blocks() : block + 1};
+      const Range slice = split_range(task / n_out_blocks(), n_slices, m);
+      for (int64_t first = slice.begin; first < slice.end; first += MAX_CPU_TOKENS) {
+        const int64_t n_tokens = std::min(MAX_CPU_TOKENS, slice.end - first);
+        if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, panels, sums);
+        else matmul<T>(n_tokens, w, blocks, gated ? 2 : n_blocks, tokens + first, sums);
+        for (int64_t i = 0; i < n_tokens; i++)
+          for (int64_t b = 0; b < n_blocks; b++) epilogue(sums, i, first + i, b, blocks);
+      }
     }
   }
 
-  // Computes and stores the outputs of a token in block blocks[b].
-  void epilogue(const BlockSums* sums, int64_t token, int64_t b, const int64_t* blocks, int64_t n_out) const {
-    const int64_t block = blocks[b];
-    f32x16 v = add_bias_and_activate(sums, token, b, blocks, bias, w.n, activation);
+  // Computes and stores the outputs of a token in block blocks[b]. sums[b][i] are the sums of the token.
+  void epilogue(const BlockSums* sums, int64_t i, int64_t token, int64_t b, const int64_t* blocks) const {
+    const int64_t block = blocks[b], n_out = this->n_out();
+    f32x16 v = add_bias_and_activate(sums, i, b, blocks, bias, w.n, activation);
     if (out_scale != 1) v *= out_scale;
     if (softcap) v = apply_softcap(v, softcap);
     if (clip) v = clamp(v, clip);

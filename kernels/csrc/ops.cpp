@@ -146,7 +146,8 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
         .residual = ptr<T>(residual), .activation = act_fn, .out_scale = float(out_scale),
         .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
         .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr};
-    if (m <= MAX_CPU_TOKENS) submit(op);
+    const bool is_int8 = dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
+    if (m <= MAX_CPU_TOKENS || is_int8) submit(op);
 #if defined(__AVX512BF16__)
     else if constexpr (std::is_same_v<T, bf16>) submit(PrefillLinearOp{op});
 #endif

@@ -5,6 +5,9 @@
 //     block 0  ------->  block 2  ------->  block 4
 //     block 1  ------->  block 3  ------->  block 5
 //
+// The scales of groups are read side by side, too, in short runs: those of block 0 end where those of block 1 begin,
+// which misleads the processor's own prefetcher. So they are prefetched in the same order.
+//
 // With more than BLOCK_M tokens, the loop runs once for each tile of tokens. Only the first tile reads the blocks from
 // memory. So that memory is never idle, each of n tiles prefetches an n-th of the next blocks:
 //
@@ -32,11 +35,13 @@ template <int M, int BLOCKS> class Prefetcher {
   //     | block 0      read | block 1            | block 2  prefetched     |
   //                     |<--- distance + jump_bytes --->|
   int64_t jump_from, jump_bytes;
+  int64_t distance_groups, jump_groups;  // distance and jump_bytes, as groups of weights
 
  public:
   Prefetcher(const Weights& w, const TokenTile& tile)
       : distance(std::min(PREFETCH, w.block_bytes())), jump_from(w.block_bytes() - distance),
-        jump_bytes((tile.n_adjacent - 1) * w.block_bytes()) {
+        jump_bytes((tile.n_adjacent - 1) * w.block_bytes()), distance_groups(w.n_groups * distance / w.block_bytes()),
+        jump_groups((tile.n_adjacent - 1) * w.n_groups) {
     if (IS_ONLY || tile.n_tiles == 1) return;
     distance = tile.n_adjacent * w.block_bytes() + tile.index * w.block_bytes() / tile.n_tiles;
     step = 64 / tile.n_tiles, jump_from = w.block_bytes();
@@ -47,5 +52,13 @@ template <int M, int BLOCKS> class Prefetcher {
     if constexpr (IS_ONLY && BLOCKS == 1) return prefetch_l1(block + offset + PREFETCH);
     const char* p = block + distance + offset / 64 * step;
     prefetch_l1(BLOCKS > 1 && offset >= jump_from ? p + jump_bytes : p);
+  }
+
+  // Prefetches scales and zeros for group `group` of the block with this index.
+  template <typename F> [[gnu::always_inline]] void scales(const Weights& w, int64_t block, int64_t group) const {
+    const int64_t jump = group + distance_groups >= w.n_groups ? jump_groups : 0;
+    const int64_t i = block * w.n_groups + group + distance_groups + jump;
+    prefetch_l1(w.scales + i * BLOCK_N * F::SCALE_BYTES);
+    if constexpr (F::HAS_ZEROS) prefetch_l1(w.zeros + i * BLOCK_N);
   }
 };

@@ -1,4 +1,5 @@
-// The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill.
+// The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill: for unquantized
+// weights and 8-bit floats. Other formats quantize the activations (linear.h: FusedLinearOp).
 //
 //     task     a block of tokens, and NR outputs
 //     panel    PANEL_K inputs of the task's weights, dequantized to bf16 once for all tokens of the task. The prologue
@@ -8,8 +9,8 @@
 //         for MR tokens at a time:  acc [MR, NR] += x [MR, PANEL_K] panel
 //     out = epilogue(acc)
 //
-// A panel stays in the L1 cache for all tokens of the task. PyTorch would dequantize a whole matrix to memory first.
-// Quantized weights are rounded to bf16, as PyTorch's would be. Activations are not quantized.
+// A panel stays in the L1 cache for all tokens of the task. PyTorch would dequantize a whole matrix to memory first, and
+// round the weights to bf16, too.
 #pragma once
 
 #include "bf16_weights.h"
@@ -64,22 +65,28 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     VnniPair* panel = panel_scratch.at_least<VnniPair>(PANEL_PAIRS * NR);
     float* acc = acc_scratch.at_least<float>(round_up(tokens.end - tokens.begin, MR) * NR);
     dispatch_format(w, [&]<typename F>(F) {
-      const auto tiles_of = [&](int64_t i) {
-        if constexpr (std::is_same_v<F, Unquantized>) return WeightTiles<F>(w, blocks[i], PANEL_BYTES);
-        else return WeightTiles<F>(w, blocks[i]);
-      };
-      WeightTiles<F> tiles[] = {tiles_of(0), tiles_of(1), tiles_of(2), tiles_of(3)};
-      for (int64_t begin = 0; begin < w.k; begin += PANEL_K) {
-        const int64_t end = std::min(w.k, begin + PANEL_K);
-        for (int64_t i = 0; i < 4; i++)
-          dequantize_panel<F>(tiles[i], blocks[i], begin, end,
-                              reinterpret_cast<i32x16*>(panel + i * PANEL_PAIRS * BLOCK_N));
-        const VnniPair* x = x_pairs + (begin / PANEL_K * prologue().padded_m() + tokens.begin) * PANEL_PAIRS;
-        matmul_panel(x, panel, round_up(end - begin, AMX_TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
-      }
+      if constexpr (!F::INT8_ACTIVATIONS) matmul_blocks<F>(x_pairs, blocks, tokens, panel, acc);
     });
     for (int64_t token = tokens.begin; token < tokens.end; token += MR, acc += MR * NR)
       store_outputs(acc, first_block, blocks, {token, std::min(token + MR, tokens.end)});
+  }
+
+  // Computes acc [tokens, NR], the sums of four blocks.
+  template <typename F>
+  void matmul_blocks(const VnniPair* x_pairs, const int64_t* blocks, Range tokens, VnniPair* panel, float* acc) const {
+    const auto tiles_of = [&](int64_t i) {
+      if constexpr (std::is_same_v<F, Unquantized>) return WeightTiles<F>(w, blocks[i], PANEL_BYTES);
+      else return WeightTiles<F>(w, blocks[i]);
+    };
+    WeightTiles<F> tiles[] = {tiles_of(0), tiles_of(1), tiles_of(2), tiles_of(3)};
+    for (int64_t begin = 0; begin < w.k; begin += PANEL_K) {
+      const int64_t end = std::min(w.k, begin + PANEL_K);
+      for (int64_t i = 0; i < 4; i++)
+        dequantize_panel<F>(tiles[i], blocks[i], begin, end,
+                            reinterpret_cast<i32x16*>(panel + i * PANEL_PAIRS * BLOCK_N));
+      const VnniPair* x = x_pairs + (begin / PANEL_K * prologue().padded_m() + tokens.begin) * PANEL_PAIRS;
+      matmul_panel(x, panel, round_up(end - begin, AMX_TILE_K) / 2, begin > 0, tokens.end - tokens.begin, acc);
+    }
   }
 
   // Dequantizes the inputs [begin, end) of a block to panel [pairs, 16].
@@ -104,20 +111,13 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   // Applies the epilogue to acc [MR, NR], the sums of tokens [begin, end), and stores the outputs.
   void store_outputs(const float* acc, int64_t first_block, const int64_t* blocks, Range tokens) const {
     BlockSums sums[4];
-    for (int64_t i = 0; i < 4; i++) {
-      const f32x16 scale = dispatch_format(w, [&]<typename F>(F) { return F::channel_scales(w, blocks[i]); });
-      for (int64_t r = 0; r < tokens.end - tokens.begin; r++)
-        sums[i][r] = load_vec(acc + r * NR + i * LANES) * scale;
-    }
-    FusedLinearOp<bf16> op = *this;  // of these tokens
-    op.out += tokens.begin * n_out();
-    if (residual) op.residual += tokens.begin * n_out();
-    if (float32_out) op.float32_out += tokens.begin * n_out();
+    for (int64_t i = 0; i < 4; i++)
+      for (int64_t r = 0; r < tokens.end - tokens.begin; r++) sums[i][r] = load_vec(acc + r * NR + i * LANES);
     const int64_t blocks_per_output = 4 / out_blocks_per_task();
     const int64_t n_blocks = std::min(out_blocks_per_task(), n_out_blocks() - first_block);
     for (int64_t r = 0; r < tokens.end - tokens.begin; r++)
       for (int64_t b = 0; b < n_blocks; b++)
-        op.epilogue(sums + b * blocks_per_output, r, 0, blocks + b * blocks_per_output, n_out());
+        epilogue(sums + b * blocks_per_output, r, tokens.begin + r, 0, blocks + b * blocks_per_output);
   }
 };
 
