@@ -102,7 +102,7 @@ def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
     for file, tensors in zip(files, contents, strict=True):
         if difference := tensors.keys() ^ contents[0].keys():
             raise UsageError(f"{file.name} and {files[0].name} do not both have the tensor {min(difference)}")
-    names = [name for name in contents[0] if name != "rope.freqs"]  # a table that rope.py computes
+    names = [name for name in contents[0] if name != "rope.freqs"]  # a table that layers/rope.py computes
     return {to_canonical_name(name): [tensors[name] for tensors in contents] for name in names}
 
 

@@ -15,9 +15,9 @@ The backends compute the same functions, but round differently. With activations
                       every step of an operation is rounded.
     kernels           Most steps of an operation stay float32, and only the last result is rounded. Exceptions:
     CPU_BACKEND       A matmul with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16
-                      with a scale each (kernels/csrc/prologue.h: quantize_token). AMX (kernels/csrc/amx.h) and
-                      prefill (kernels/csrc/prefill_linear.h) do not round x, but weights to bfloat16. A norm rounds
-                      x / rms(x), and then multiplies with the norm's weight, as PyTorch does.
+                      with a scale each (kernels/csrc/prologue.h: quantize_token). AMX (kernels/csrc/amx.h) and,
+                      in prefill, PyTorch do not round x, but weights to bfloat16. A norm rounds x / rms(x), and
+                      then multiplies with the norm's weight, as PyTorch does.
     TRITON_BACKEND    A fused norm rounds x * weight to 16 bits, and divides by rms(x) after the matmul
                       (kernels/triton/linear.py: fused_linear_kernel). For many tokens the norm is a separate kernel.
 
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from config import ACTIVATIONS
+from formats import WeightFormat
 from kernels import build
 from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 from kernels.triton import TRITON_ACTIVATIONS
@@ -107,9 +108,9 @@ TORCH_BACKEND = Backend("torch")
 CPU_BACKEND = Backend(
     "cpu",
     CPU_NAMESPACE,
-    # rms_norm, activate, add and rope_and_cache are elementwise or per token, so any number of tokens is fine
-    dict.fromkeys(["embed", "permute_inputs", "attend", "route", *MATMULS], MAX_CPU_TOKENS)
-    | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache"], math.inf),
+    # The second group is elementwise or per token, so any number of tokens is fine
+    dict.fromkeys(["embed", "attend", "route", *MATMULS], MAX_CPU_TOKENS)
+    | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache", "permute_inputs"], math.inf),
     activations=frozenset(ACTIVATIONS),  # cpu_backend leaves out those without C++ code
     filters=frozenset(["top_k", "top_p", "min_p"]),
 )
@@ -124,17 +125,21 @@ TRITON_BACKEND = Backend(
 )
 
 
-def cpu_backend(dtype: torch.dtype, is_quantized: bool) -> Backend:
-    """CPU_BACKEND with the limits of a model on this machine.
+def cpu_backend(dtype: torch.dtype, format: WeightFormat, is_quantized: bool) -> Backend:
+    """CPU_BACKEND with the limits of a weight on this machine.
 
     dtype: the dtype of the activations.
-    is_quantized: whether any weight is quantized. If so, kernels also multiply with unquantized weights, such as those
-    of routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but would keep the step from being captured."""
+    format: the format of the weight.
+    is_quantized: whether any weight of the model is quantized. If so, kernels also multiply with unquantized weights,
+    such as those of routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but would keep the step from being
+    captured."""
     library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(MATMULS, library.max_unquantized_tokens(is_bf16))
-    # Prompts have kernels of their own, where these are faster than PyTorch: prefill_*.h of kernels/csrc/
-    if library.has_prefill_linear(is_bf16):
+    # Prompts, where kernels are faster than PyTorch: those of decode, or kernels of their own (csrc/prefill_*.h)
+    if format.int8_activations and dtype.itemsize == 2 and library.has_int8_prefill():
+        limits |= dict.fromkeys(MATMULS, math.inf)
+    elif library.has_prefill_linear(is_bf16):
         limits["fused_linear"] = math.inf
     if library.has_prefill_attention(is_bf16):
         limits["attend"] = math.inf

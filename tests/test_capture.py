@@ -196,8 +196,16 @@ def test_other_operations_raise(operation):
         assert torch.equal(captured(token, position), model(token, position, kv_cache).flatten())
 
 
+@pytest.fixture
+def python_handles_sigint():
+    """A shell starts background jobs with SIGINT ignored, and then Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @built
-def test_ctrl_c_leaves_no_kernel_capturing():
+def test_ctrl_c_leaves_no_kernel_capturing(python_handles_sigint):
     """Ctrl-C at any call in capture.py or signals.py raises KeyboardInterrupt. Later kernels compute, and all signals
     have the handlers that they had before."""
     x, expected = torch.ones(37), torch.full((37,), 2.0)

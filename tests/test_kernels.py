@@ -82,20 +82,21 @@ def test_linear_of_many_tokens(format, dtype):
     activations, AMX and prefill round weights with a scale for each group."""
     torch.manual_seed(0)
     is_bf16 = dtype == torch.bfloat16
-    on_amx, has_prefill = is_bf16 and library().has_amx_bf16(), library().has_prefill_linear(is_bf16)
+    on_amx = is_bf16 and library().has_amx_bf16()
+    is_prefill = library().has_prefill_linear(is_bf16) and not format.int8_activations
     odd = [(21, 37)] if isinstance(format, Unquantized) else []  # quantized, K must be a multiple of 8
     for n, k in [(33, 72), (64, 200), *odd]:
         w, norm = make_linear(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
         matrix, magnitude = w.dequantize(torch.float32).double(), bounds.magnitudes(w)
         bias = 0 if w.bias is None else w.bias.double()
         packed(w).backend = ANY_TOKENS
-        for tokens in (6, 9, 15, 16, 17, 33, 64, *((65, 67, 200) if has_prefill else ())):
+        for tokens in (6, 9, 15, 16, 17, 33, 64, 65, 67, 200):
             x, residual = torch.randn(tokens, k).to(dtype), torch.randn(tokens, n).to(dtype)
             x[2], x[4, 1] = 0, torch.nan  # zeros and NaN do not change the results of other tokens
             for given_norm in (None, norm):
                 case = f"{n}x{k}, {tokens} tokens, norm: {given_norm is not None}"
                 normed = rms_norm_torch(x, norm.weight, norm.eps) if given_norm else x
-                rounds_weights = on_amx and tokens > 8 or tokens > 64
+                rounds_weights = on_amx and 8 < tokens <= 64 or is_prefill and tokens > 64
                 seen = normed if rounds_weights else as_seen(normed, format)
                 y = seen.double() @ matrix.T + bias
                 step = step_of(normed.nan_to_num(), quantized=seen is not normed)
@@ -112,12 +113,6 @@ def test_linear_of_many_tokens(format, dtype):
                 if n % 32 == 0:
                     ours = with_activation(w, "swiglu")(x, norm=given_norm)
                     check_activated(ours[others], "swiglu", y[others], bound[others], True, case)
-    if not is_bf16:
-        with pytest.raises(RuntimeError, match="1 to MAX_CPU_TOKENS"):
-            torch.ops.gptfast_cpu.fused_linear(
-                torch.zeros(65, k, dtype=dtype), **w.kernel_arguments(), bias=None, norm_weight=None, eps=0,
-                residual=None, activation=0, out_scale=1, softcap=0, clip=0, float32_out=False,
-            )
 
 
 @built
@@ -125,7 +120,7 @@ def test_linear_of_many_tokens(format, dtype):
 @pytest.mark.parametrize("n, k, tokens", [(176, 544, 70), (96, 1032, 131), (64, 520, 600)])
 def test_linear_of_a_prompt(format, n, k, tokens):
     """Matmuls with several panels of inputs, several tasks, and a last task of fewer outputs or tokens
-    (csrc/prefill_linear.h)."""
+    (csrc/prefill_linear.h). With int8 activations: with a second slice of tokens (csrc/linear.h)."""
     if not library().has_prefill_linear(True):
         pytest.skip("this CPU has no instructions for bf16, or AMX")
     torch.manual_seed(0)
@@ -134,10 +129,11 @@ def test_linear_of_a_prompt(format, n, k, tokens):
     packed(w).backend = ANY_TOKENS
     x, residual = torch.randn(tokens, k).bfloat16(), torch.randn(tokens, n).bfloat16()
     normed = rms_norm_torch(x, norm.weight, norm.eps)
-    y = normed.double() @ matrix.T + w.bias.double()
-    step = 2 * step_of(normed, quantized=False)
-    bound = bounds.product_error(normed, magnitude, y, torch.float32, step)
-    if not isinstance(format, EXACT_IN_BF16):
+    seen = as_seen(normed, format)
+    y = seen.double() @ matrix.T + w.bias.double()
+    step = step_of(normed, quantized=seen is not normed) + step_of(normed, quantized=False)
+    bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
+    if not isinstance(format, EXACT_IN_BF16) and not format.int8_activations:
         bound = bound + bounds.U[torch.bfloat16] * (normed.double().abs() @ matrix.abs().T)
     bounds.check(w(x, norm=norm, out_dtype=torch.float32), y, bound)
     total = y + residual.double()
@@ -230,16 +226,19 @@ def test_softcap_of_extremes():
 @built
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 def test_a_token_does_not_depend_on_the_tokens_beside_it(format):
-    """A row has the same bits in a batch as alone. (AMX and plain rows of bf16 sum in another order.)"""
+    """A row has the same bits in a batch as alone, and in a prompt, if activations are rounded to int8. (AMX and plain
+    rows of bf16 sum in another order.)"""
     if library().has_amx_bf16():
         pytest.skip("AMX multiplies many tokens")
     torch.manual_seed(0)
     w = packed(make_linear(64, 200, format, torch.bfloat16))
     if not w.is_packed:
         pytest.skip("plain rows of bf16")
-    x = torch.randn(64, 200).bfloat16()
+    w.backend = ANY_TOKENS
+    x = torch.randn(1100, 200).bfloat16()
     alone = torch.cat([w(row) for row in x.split(1)])
-    for n_tokens in (*range(2, 20), 33, 64):
+    in_prompts = [65, 511, 513, 1100] if format.int8_activations else []
+    for n_tokens in (*range(2, 20), 33, 64, *in_prompts):
         assert torch.equal(w(x[:n_tokens]), alone[:n_tokens]), n_tokens
 
 

@@ -24,6 +24,12 @@
 // Copies four activations into every lane.
 inline i32x16 broadcast4(const int8_t* x) { return i32x16{} + load<int32_t>(x); }
 
+#if defined(__AVX2__)
+constexpr bool HAS_FAST_DOT4 = true;
+#else
+constexpr bool HAS_FAST_DOT4 = false;
+#endif
+
 // acc[lane] += the sum over j < 4 of w[lane][j] * x[lane][j]. Bytes of w are unsigned, bytes of x signed. Exact.
 inline void dot4(i32x16& acc, i32x16 w, i32x16 x) {
 #if defined(__AVX512VNNI__)

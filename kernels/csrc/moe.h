@@ -46,8 +46,9 @@ template <typename T> struct ExpertsGateUpOp {
   void execute(char* shared, Barrier& barrier) const {
     const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = divide_up(n_out, BLOCK_N);
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
-    TokenPtr tokens[MAX_CPU_TOKENS], batch_tokens[MAX_CPU_TOKENS];
-    prologue().run(shared, barrier, tokens);
+    std::vector<TokenPtr> tokens(m);
+    prologue().run(shared, barrier, tokens.data());
+    TokenPtr batch_tokens[MAX_CPU_TOKENS];
     BlockSums sums[2];
     const Range range = thread_range(n_blocks * batches.size());
     for (int64_t task = range.begin; task < range.end; task++) {
@@ -86,10 +87,11 @@ template <typename T> struct ExpertsDownOp {
     std::vector<TokenPtr> rows(m * top_k);  // a row of hidden for each pair
     prologue().run(shared, barrier, rows.data());
     TokenPtr batch_rows[MAX_CPU_TOKENS];
-    BlockSums sums[2], total;  // matmul fills sums[0] alone
+    BlockSums sums[2];  // matmul fills sums[0] alone
+    std::vector<f32x16> total(m);
     const Range range = thread_range(w.n_blocks());
     for (int64_t block = range.begin; block < range.end; block++) {
-      std::fill_n(total, m, f32x16{});
+      std::ranges::fill(total, f32x16{});
       for (const auto& [expert, pairs] : batches) {
         const int64_t n_pairs = pairs.size();
         for (int64_t i = 0; i < n_pairs; i++) batch_rows[i] = rows[pairs[i]];

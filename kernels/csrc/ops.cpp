@@ -71,13 +71,6 @@ int64_t check_rows(const Tensor& x, int64_t k, std::initializer_list<OptTensor> 
   return m;
 }
 
-// Calls check_rows, and checks that there are at most MAX_CPU_TOKENS tokens.
-int64_t check_tokens(const Tensor& x, int64_t k, std::initializer_list<OptTensor> others) {
-  const int64_t m = check_rows(x, k, others);
-  STD_TORCH_CHECK(m <= MAX_CPU_TOKENS, "activations must be of 1 to MAX_CPU_TOKENS tokens");
-  return m;
-}
-
 void check_ids(const Tensor& topk_ids, int64_t m) {
   STD_TORCH_CHECK(topk_ids.scalar_type() == ScalarType::Long && topk_ids.is_contiguous() && topk_ids.size(-1) > 0 &&
                   topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
@@ -133,9 +126,6 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
                     int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
                     int64_t activation, double out_scale, double softcap, double clip, bool float32_out) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight, residual});
-  const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(m <= MAX_CPU_TOKENS || (HAS_PREFILL_LINEAR && is_bf16),
-                  "activations must be of 1 to MAX_CPU_TOKENS tokens");
   const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, x.scalar_type());
   const Activation act_fn = check_activation(activation);
   Tensor out = torch::stable::new_empty(x, resized(x, is_gated(act_fn) ? n / 2 : n),
@@ -146,11 +136,12 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
         .residual = ptr<T>(residual), .activation = act_fn, .out_scale = float(out_scale),
         .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
         .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr};
-    const bool is_int8 = dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
-    if (m <= MAX_CPU_TOKENS || is_int8) submit(op);
 #if defined(__AVX512BF16__)
-    else if constexpr (std::is_same_v<T, bf16>) submit(PrefillLinearOp{op});
+    const bool has_int8_loops = dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
+    if constexpr (std::is_same_v<T, bf16>)
+      if (m > MAX_CPU_TOKENS && !has_int8_loops) return submit(PrefillLinearOp{op});
 #endif
+    submit(op);
   });
   return out;
 }
@@ -191,7 +182,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
 
 // Checks the values of input_order here, and not when a CPU graph is replayed: input_order is as constant as a weight.
 Tensor permute_inputs(Tensor x, Tensor input_order) {
-  const int64_t k = x.size(-1), m = check_tokens(x, k, {}), n = input_order.numel();
+  const int64_t k = x.size(-1), m = check_rows(x, k, {}), n = input_order.numel();
   STD_TORCH_CHECK(input_order.scalar_type() == ScalarType::Int && input_order.is_contiguous() &&
                   input_order.dim() == 1, "input_order must be int32 [K]");
   const int32_t* order = ptr<int32_t>(input_order);
@@ -302,7 +293,7 @@ std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool norm_topk_pr
 Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
                        int64_t group_size, OptTensor bias, Tensor topk_ids, OptTensor norm_weight, double eps,
                        int64_t activation) {
-  const int64_t k = x.size(-1), m = check_tokens(x, k, {bias, norm_weight});
+  const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight});
   check_ids(topk_ids, m);
   const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, x.scalar_type());
   const Activation act_fn = check_activation(activation);
@@ -319,7 +310,7 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
                     int64_t group_size, OptTensor bias, Tensor topk_ids, Tensor topk_weights, OptTensor residual) {
   const int64_t k = hidden.size(-1), top_k = topk_ids.size(-1), m = topk_ids.numel() / top_k;
   check_ids(topk_ids, m);
-  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == m * top_k * k && m <= MAX_CPU_TOKENS &&
+  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == m * top_k * k &&
                   topk_weights.scalar_type() == ScalarType::Float && topk_weights.is_contiguous() &&
                   (!bias || bias->scalar_type() == hidden.scalar_type()) &&
                   (!residual || residual->scalar_type() == hidden.scalar_type()),
@@ -377,8 +368,10 @@ const char* activation_names() { return NAMES_OF(ACTIVATIONS); }
 int max_unquantized_tokens(int is_bf16) {
   return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_CPU_TOKENS : MAX_CPU_TOKENS / 2;
 }
-// Return whether fused_linear and attend compute more than MAX_CPU_TOKENS tokens faster than PyTorch does. Where bf16
-// has AMX, PyTorch multiplies with AMX, and the two were not compared.
+// Return whether these kernels compute more than MAX_CPU_TOKENS tokens faster than PyTorch does: matmuls with int8
+// activations, fused_linear with others, and attend. Where bf16 has AMX, PyTorch multiplies with AMX, and the two were
+// not compared.
+int has_int8_prefill() { return HAS_FAST_DOT4 && !has_amx(); }
 int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 
