@@ -23,8 +23,8 @@ from config import ACTIVATIONS, is_gated
 CPU_NAMESPACE = "gptfast_cpu"
 TRITON_NAMESPACE = "gptfast_triton"
 NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
-# The most tokens that a C++ kernel takes, since the C++ code has arrays of this size. The tokens of all sequences of a
-# step count together
+# The most tokens of a step on a CPU, of all sequences together. C++ has arrays of this size for the sums of a matmul,
+# which cuts more tokens into batches
 MAX_CPU_TOKENS = 64
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold

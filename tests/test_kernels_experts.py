@@ -1,5 +1,6 @@
 """The C++ kernels for feed-forwards, experts and routers against plain PyTorch."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -107,6 +108,26 @@ def test_experts(format, dtype):
 
 
 @built
+@pytest.mark.parametrize("format", [f for f in CPU_FORMATS if f.int8_activations], ids=format_label)
+def test_experts_of_a_prompt(format):
+    """A token of a prompt has the same bits as alone."""
+    torch.manual_seed(0)
+    gate_up = make_linear(96, 64, format, torch.bfloat16, n_experts=6, kind=ExpertsGateUp, activation="swiglu")
+    down = make_linear(64, 48, format, torch.bfloat16, n_experts=6, kind=ExpertsDown)
+    any_tokens = CPU_BACKEND.with_limits(experts_gate_up=math.inf, experts_down=math.inf)
+    packed(gate_up).backend = packed(down).backend = any_tokens
+    x = torch.randn(1, 200, 64).bfloat16()
+    topk_weights, topk_ids = route_torch(torch.randn(1, 200, 6), 3, True)
+    topk_ids[:, 20:] = torch.tensor([5, 0, 2])  # 180 times the same experts
+
+    def forward(tokens):
+        routed = {"topk_ids": topk_ids[:, tokens], "topk_weights": topk_weights[:, tokens]}
+        return down(gate_up(x[:, tokens], topk_ids=routed["topk_ids"]), **routed, residual=x[:, tokens])
+
+    alone = torch.cat([forward(slice(i, i + 1)) for i in range(200)], 1)
+    assert torch.equal(forward(slice(0, 200)), alone)
+
+
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_route(norm_topk_prob):
     torch.manual_seed(0)
