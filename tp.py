@@ -24,11 +24,16 @@ in these places:
                            prints; other ranks discard what they print     cli/ranks.py: silence, wait_for_rank_0
                            reads what the user types, and sends it         cli/ranks.py: input_lines; cli/terminal.py
                            keeps the biases of o_proj and down_proj        shard_row_parallel
+                           ends when nobody reads its output any more      cli/ranks.py: process_group
     every rank another     device                                          cli/ranks.py: process_group; check_device
                            part of the tensors and of the heads            shard_tensor, shard_attention
                            part of a layer's outputs or sums               RowParallelLinear, ParallelLMHead
                            name of a trace file                            cli/ranks.py: rank_path
+                           zeros, where outputs do not divide evenly       shard_column_parallel
     every rank the same    token: all sample one, then take rank 0's       collectives.py: broadcast
+
+No other code asks for the rank. Other scripts, and programs with LLM, do not use ranks: with torchrun, every process
+would do all of their work.
 """
 
 import math
