@@ -1,7 +1,7 @@
 """From a model to text: what happens in a step and between steps. Each file imports only from the files above it.
 
     sampling_params.py    SamplingParams: temperature, top_k, top_p, min_p, repetition penalty
-    sampling.py           Sampler: the end of a step, from logits to tokens
+    sampler.py            Sampler: the end of a step, from logits to tokens
     sequence.py           Sequence: a prompt, its new tokens and their text, and where it ends
     runner.py             ModelRunner: a model with a KV cache; prefill, decode and verification
     generation.py         DecodeLoop: a prompt to new tokens, with one decode step per token

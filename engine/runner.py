@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from engine.sampling import Sampler
+from engine.sampler import Sampler
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import capture, graph_num_threads
@@ -51,7 +51,7 @@ from utils.errors import UsageError
 CPU_PREFILL_CHUNK_TOKENS = 2048
 GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
-Mode = Literal["captured", "compiled", "eager"]  # the modes of a step: see the table above
+ExecutionMode = Literal["captured", "compiled", "eager"]  # the modes of a step: see the table above
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 
 
@@ -174,7 +174,7 @@ class Step:
         return self.functions[has_kernels](tokens, start_pos, *inputs)
 
 
-def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Mode:
+def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> ExecutionMode:
     """Returns the mode of a step, by the table at the top of this file."""
     if has_kernels and (compile or device_type == "cpu"):
         return "captured"

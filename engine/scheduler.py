@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from engine.runner import NOT_FINITE, ModelRunner
-from engine.sampling import Sampler, store_token_ids
+from engine.sampler import Sampler, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import graph_num_threads
@@ -239,7 +239,7 @@ class Scheduler:
         sequences = [self.slots[i].sequence for i in slots]
         token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
         all_params = [sequence.params for sequence in sequences]
-        sampler = BatchSampler(all_params, token_ids, self.model.lm_head.backend, sequences)
+        sampler = PerSequenceSampler(all_params, token_ids, self.model.lm_head.backend, sequences)
         ids = sampler(logits, tokens, start_pos).tolist()
         return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
 
@@ -276,7 +276,7 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
 
 
 @dataclass(frozen=True)
-class BatchSampler(Sampler):
+class PerSequenceSampler(Sampler):
     """The sampler of a step of the Scheduler: every sequence has its own options, random numbers and
     logits_processor."""
 

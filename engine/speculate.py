@@ -28,7 +28,7 @@ from torch import Tensor
 import collectives
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner, active_weight_bytes, check_sampled_ids
-from engine.sampling import Sampler, probabilities
+from engine.sampler import Sampler, probabilities
 from engine.sampling_params import SamplingParams
 from layers.backend import TORCH_BACKEND, Backend
 from layers.sampling import INVALID_TOKEN, multinomial, sample

@@ -23,7 +23,7 @@ import torch
 
 from cli.generate_args import parse_args
 from utils.errors import UsageError
-from engine.sampling import probabilities
+from engine.sampler import probabilities
 from engine.sampling_params import SamplingParams
 from layers.sampling import Filters
 from tests.tiny import call_main

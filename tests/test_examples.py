@@ -30,7 +30,7 @@ from utils.files import ROOT
 
 RUN = (  # other examples need a GPU or more files, or are part of a longer function
     "checkpoint.py", "cli/interrupts.py", "converters/convert_folder.py", "converters/hf_config.py",
-    "converters/checkpoint_path.py", "engine/chat.py", "engine/generation.py", "engine/runner.py", "engine/sampling.py",
+    "converters/checkpoint_path.py", "engine/chat.py", "engine/generation.py", "engine/runner.py", "engine/sampler.py",
     "engine/scheduler.py", "engine/sequence.py", "engine/speculate.py", "evaluation/scoring.py", "layers/aten.py",
     "kernels/capture.py", "llm.py", "text/chat_template.py", "text/tokenizer.py",
     "text/tokenizer_files.py", "utils/machine.py",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import runner as runner_module
-from engine import sampling
+from engine import sampler
 from engine.generation import DecodeLoop, read_one_step_later
 from engine.runner import ModelRunner, choose_mode
 from engine.sampling_params import SamplingParams
@@ -54,8 +54,8 @@ def test_rescoring_gives_the_same_log_probabilities(family, both_models, monkeyp
         seen.append(logits.clone())  # the next step overwrites the logits
         return sample(logits, *options)
 
-    sample = sampling.sample
-    monkeypatch.setattr(sampling, "sample", sample_and_note)
+    sample = sampler.sample
+    monkeypatch.setattr(sampler, "sample", sample_and_note)
     torch.manual_seed(0)
     new = new_tokens(fresh_runner(ours, 3, 64, SamplingParams(temperature=1.0)), prompt, 30)
     assert torch.unique(new).numel() > 20  # tokens are drawn, and differ

@@ -10,7 +10,7 @@ from transformers.generation import logits_process as hf
 
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
-from engine.sampling import probabilities, seen_token_mask, store_token_ids
+from engine.sampler import probabilities, seen_token_mask, store_token_ids
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence

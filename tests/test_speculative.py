@@ -11,7 +11,7 @@ import quantize
 from engine import speculate as speculate_module
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
-from engine.sampling import Sampler, probabilities
+from engine.sampler import Sampler, probabilities
 from engine.sampling_params import SamplingParams
 from engine.speculate import (
     DraftModelProposer,
