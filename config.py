@@ -139,11 +139,6 @@ class ModelConfig:
         has_window = self.layer_has_window is None or self.layer_has_window[layer_idx]
         return self.sliding_window if has_window else 0
 
-    def mean_attended_tokens(self, n_tokens: int) -> float:
-        """Returns how many of n_tokens tokens the last token sees, itself included: the mean over all layers."""
-        visible = [min(n_tokens, self.window(i) or n_tokens) for i in range(self.n_layers)]
-        return sum(visible) / self.n_layers
-
     def with_layers(self, n: int) -> "ModelConfig":
         """Returns the config of a model that has only the first n layers."""
         has_window = self.layer_has_window and self.layer_has_window[:n]

@@ -14,7 +14,7 @@ import torch
 
 import collectives
 from cli.ranks import rank_path
-from engine.runner import active_weight_bytes, step_bytes
+from engine.memory_traffic import active_weight_bytes, mean_attended_tokens, step_bytes
 from engine.sequence import Sequence
 from model import KVCache, Transformer
 from utils.errors import UsageError
@@ -80,7 +80,7 @@ def median(values: list[float]) -> float:
 def tokens_read(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> float:
     """Returns how many tokens' keys and values a decode step reads for a sequence of n_tokens."""
     if model.has_kernels_for(kv_cache.batch_size, 1):
-        return model.config.mean_attended_tokens(n_tokens)
+        return mean_attended_tokens(model.config, n_tokens)
     return kv_cache.max_seq_len if compile else n_tokens  # a compiled step reads the whole cache
 
 

@@ -4,6 +4,7 @@
     sampler.py            Sampler: the end of a step, from logits to tokens
     sequence.py           Sequence: a prompt, its new tokens and their text, and where it ends
     runner.py             ModelRunner: a model with a KV cache; prefill, decode and verification
+    memory_traffic.py     how many bytes a decode step reads, for speculation and for reports
     generation.py         DecodeLoop: a prompt to new tokens, with one decode step per token
     speculate.py          SpeculativeLoop: draft models, prompt lookup, verification
     scheduler.py          Scheduler: many sequences at once, each at its own position

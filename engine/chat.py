@@ -1,6 +1,6 @@
 """A conversation with a chat model.
 
-    conversation = LLM("checkpoints/M/model.pth").chat()  # llm.py
+    conversation = LLM("checkpoints/SmolLM2-135M-Instruct/model.pth").chat()  # llm.py
     for piece in conversation.answer("Hello!", max_new_tokens=100):
         print(piece, end="", flush=True)
 
@@ -15,8 +15,9 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
 from engine.generation import DecodeLoop, stream_texts
-from engine.sequence import Sequence, build_generator, check_seed, check_stop, exceeds
+from engine.sequence import Sequence, build_generator, check_seed, check_stop
 from text.chat_template import read_message
+from text.prompt import exceeds
 from text.tokenizer import Tokenizer, common_prefix_length
 from utils.errors import UsageError, check_integer
 

@@ -11,13 +11,13 @@ There are three kinds of steps:
     decode          takes one token of every sequence
     verification    takes several proposed tokens; speculate.py makes it with build_step
 
-A decode or verification step has one of three modes (choose_mode):
+A decode or verification step has one of four modes, which choose_mode chooses. Each has a function build_MODE_step:
 
     kernels    device    --compile    mode
-    all        CPU       yes or no    captured: a CPU graph of the model; then the sampler, eagerly
-    all        GPU       yes          captured: a CUDA graph of model and sampler
+    all        CPU       yes or no    cpu_graph     captures the model; then the sampler runs eagerly
+    all        GPU       yes          cuda_graph    captures model and sampler
     all        GPU       no           eager
-    not all    any       yes          compiled by torch.compile; without experts, a GPU also captures the result
+    not all    any       yes          compiled      by torch.compile; without experts, a GPU also captures the result
     not all    any       no           eager
 
 "all" means that every operation has a kernel for B * T tokens (layers/backend.py: Backend.token_limits). An eager step
@@ -40,9 +40,7 @@ from engine.sampler import Sampler
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import capture, graph_num_threads
-from layers.experts import ExpertsDown, ExpertsGateUp
 from layers.sampling import INVALID_TOKEN, uniform_dtype
-from layers.weight import Embedding
 from model import KVCache, Transformer
 from utils.errors import UsageError
 
@@ -51,7 +49,7 @@ from utils.errors import UsageError
 CPU_PREFILL_CHUNK_TOKENS = 2048
 GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
-ExecutionMode = Literal["captured", "compiled", "eager"]  # the modes of a step: see the table above
+ExecutionMode = Literal["cpu_graph", "cuda_graph", "compiled", "eager"]  # how a step runs: see the table above
 NOT_FINITE = "the model's logits are not finite: NaN weights, or --precision too narrow"
 
 
@@ -153,7 +151,7 @@ class ModelRunner:
 
 
 class Step:
-    """What a step computes, and how it is run: captured, compiled or eagerly.
+    """A step, in the ExecutionMode that fits the shape of its tokens.
 
         step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
 
@@ -163,61 +161,72 @@ class Step:
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool):
         self.model, self.kv_cache, self.sampler, self.compile = model, kv_cache, sampler, compile
         self.has_kernels_for = cache(model.has_kernels_for)  # slow: it goes through all modules
-        self.functions: dict[bool, Callable] = {}  # with and without kernels for all operations
+        self.functions: dict[bool, Callable] = {}  # by has_kernels
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         has_kernels = self.has_kernels_for(*tokens.shape)
         if has_kernels not in self.functions:  # built at first use: importing Inductor takes a second and 150 MB
-            parts = self.model, self.kv_cache, self.sampler
-            self.functions[has_kernels] = build_step_function(*parts, has_kernels, self.compile)
+            self.functions[has_kernels] = self.build_function(has_kernels)
         return self.functions[has_kernels](tokens, start_pos, *inputs)
+
+    def build_function(self, has_kernels: bool) -> Callable:
+        parts = self.model, self.kv_cache, self.sampler
+        match choose_mode(has_kernels, self.model.device.type, self.compile):
+            case "cpu_graph":
+                return build_cpu_graph_step(*parts)
+            case "cuda_graph":
+                return build_cuda_graph_step(*parts)
+            case "compiled":
+                return build_compiled_step(*parts)
+            case "eager":
+                return build_eager_step(*parts, has_kernels)
 
 
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> ExecutionMode:
-    """Returns the mode of a step, by the table at the top of this file."""
-    if has_kernels and (compile or device_type == "cpu"):
-        return "captured"
+    """Returns the mode of a step, by the table at the top of this file. has_kernels: whether every operation has a
+    kernel."""
+    if has_kernels and device_type == "cpu":
+        return "cpu_graph"
+    if has_kernels and compile:
+        return "cuda_graph"
     return "compiled" if compile else "eager"
 
 
-def build_step_function(
-    model: Transformer, kv_cache: KVCache, sampler: Callable, has_kernels: bool, compile: bool
-) -> Callable:
-    """Returns the function that Step calls, in its mode. has_kernels: whether every operation has a kernel."""
-    # A captured function must not be a method of Step: Step -> graph -> method -> Step would be a reference cycle, and
-    # the KV cache would stay in memory until Python's garbage collection.
+# The functions that these return must not be methods of Step: Step -> graph -> method -> Step would be a reference
+# cycle, and the KV cache would stay in memory until Python's garbage collection.
 
-    def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
+
+def build_eager_step(model: Transformer, kv_cache: KVCache, sampler: Callable, has_kernels: bool) -> Callable:
+    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         used_cache = kv_cache.slots(0, len(tokens))
         if not has_kernels:
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.first_positions(int(start_pos.max()) + tokens.shape[1])
-        return model(tokens, start_pos, used_cache)
+        return sampler(model(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
 
-    def eager_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        return sampler(compute_logits(tokens, start_pos), tokens, start_pos, *inputs)
-
-    device_type = model.device.type
-    mode = choose_mode(has_kernels, device_type, compile)
-    if mode == "captured" and device_type == "cpu":
-        graph = capture(compute_logits)  # a CPU graph holds kernels alone, so the sampler runs after it
-
-        def cpu_graph_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-            logits = graph(tokens, start_pos)
-            with graph_num_threads():
-                return sampler(logits, tokens, start_pos, *inputs)
-
-        return cpu_graph_step
-    if mode == "captured":
-        return capture(eager_step)
-    if mode == "compiled":
-        compiled_step = compile_step(model, kv_cache, sampler)
-        return capture(compiled_step) if device_type == "cuda" and can_be_one_graph(model) else compiled_step
-    return eager_step
+    return step
 
 
-def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
+def build_cpu_graph_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
+    def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        return model(tokens, start_pos, kv_cache.slots(0, len(tokens)))
+
+    graph = capture(compute_logits)  # without the sampler, since a CPU graph holds kernels alone
+
+    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        logits = graph(tokens, start_pos)
+        with graph_num_threads():
+            return sampler(logits, tokens, start_pos, *inputs)
+
+    return step
+
+
+def build_cuda_graph_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
+    return capture(build_eager_step(model, kv_cache, sampler, has_kernels=True))
+
+
+def build_compiled_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
     """Compiles a step in two pieces: the blocks, of which one compiled block serves all layers, and the head with the
     sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
@@ -228,11 +237,11 @@ def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Ca
     head = torch.compile(sample_from_hidden, **options)
     blocks = compile_blocks(model, **options)
 
-    def compiled_step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         used_cache = kv_cache.slots(0, len(tokens))
         return head(blocks.compute_hidden(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
 
-    return compiled_step
+    return capture(step) if model.device.type == "cuda" and can_be_one_graph(model) else step
 
 
 def compile_blocks(model: Transformer, **options) -> Transformer:
@@ -255,25 +264,3 @@ def can_be_one_graph(model: Transformer) -> bool:
     """Whether torch.compile can trace the model without a graph break. With many tokens a mixture of experts breaks the
     graph, since the host reads which experts they need."""
     return model.config.moe is None
-
-
-# ---- The bytes that a decode step reads: over the bandwidth of the memory, the least time of a step ------------------
-
-
-def active_weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
-    total = 0
-    for module in model.modules():
-        if isinstance(module, Embedding):  # a tied embedding is the head, which a step reads
-            continue
-        own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        is_experts = isinstance(module, ExpertsGateUp | ExpertsDown)
-        fraction = model.config.moe.active_fraction if is_experts else 1
-        total += fraction * sum(tensor.nbytes for tensor in own_tensors)
-    return round(total)
-
-
-def step_bytes(model: Transformer, n_attended: float, batch_size: int = 1) -> int:
-    """Bytes that a decode step reads: the weights, and the keys and values of n_attended tokens of each sequence
-    (config.py: mean_attended_tokens)."""
-    return active_weight_bytes(model) + round(batch_size * n_attended * model.kv_bytes_per_token())

@@ -27,7 +27,8 @@ from torch import Tensor
 
 import collectives
 from engine.generation import DecodeLoop
-from engine.runner import ModelRunner, active_weight_bytes, check_sampled_ids
+from engine.memory_traffic import active_weight_bytes
+from engine.runner import ModelRunner, check_sampled_ids
 from engine.sampler import Sampler, probabilities
 from engine.sampling_params import SamplingParams
 from layers.backend import TORCH_BACKEND, Backend

@@ -14,7 +14,8 @@ from itertools import accumulate
 
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence, SequenceUpdate, encode_prompt
+from engine.sequence import Sequence, SequenceUpdate
+from text.prompt import encode_prompt
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError, check_integer
 

@@ -32,7 +32,7 @@ RUN = (  # other examples need a GPU or more files, or are part of a longer func
     "checkpoint.py", "cli/interrupts.py", "converters/convert_folder.py", "converters/hf_config.py",
     "converters/checkpoint_path.py", "engine/chat.py", "engine/generation.py", "engine/runner.py", "engine/sampler.py",
     "engine/scheduler.py", "engine/sequence.py", "engine/speculate.py", "evaluation/scoring.py", "layers/aten.py",
-    "kernels/capture.py", "llm.py", "text/chat_template.py", "text/tokenizer.py",
+    "kernels/capture.py", "llm.py", "text/chat_template.py", "text/prompt.py", "text/tokenizer.py",
     "text/tokenizer_files.py", "utils/machine.py",
 )
 FOLDERS = ("checkpoints/M", "checkpoints/SmolLM2-135M-Instruct", "checkpoints/meta-llama/Llama-3.2-1B")

@@ -153,11 +153,11 @@ def test_random_numbers_are_those_of_single_draws(batch_size, both_models):
 
 
 def test_modes_of_a_step():
-    """A step is captured, compiled or plain, as the table of engine/runner.py says, for each device."""
+    """A step has the mode that the table of engine/runner.py says, for each device."""
     for device, has_kernels, expected in [
-        ("cpu", True, ["captured", "captured"]),
+        ("cpu", True, ["cpu_graph", "cpu_graph"]),
         ("cpu", False, ["eager", "compiled"]),
-        ("cuda", True, ["eager", "captured"]),
+        ("cuda", True, ["eager", "cuda_graph"]),
         ("cuda", False, ["eager", "compiled"]),
         ("mps", False, ["eager", "compiled"]),
     ]:

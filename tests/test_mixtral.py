@@ -11,7 +11,7 @@ import torch
 
 import tp
 from config import ModelConfig, MoEConfig
-from engine.runner import active_weight_bytes
+from engine.memory_traffic import active_weight_bytes
 from formats import Int4, Int8, Unquantized
 from model import Transformer
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python

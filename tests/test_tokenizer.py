@@ -16,8 +16,8 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tokenizers import AddedToken, models, normalizers, processors
 
-from engine.sequence import SAMPLE_LENGTH, encode_prompt, exceeds
 from tests.tiny_tokenizers import FORGED, MISTRAL, TEMPLATES, TEXTS, conversations, train, write
+from text.prompt import SAMPLE_LENGTH, encode_prompt, exceeds
 from text.tokenizer import detokenize, load_tokenizer
 from utils.errors import UsageError
 

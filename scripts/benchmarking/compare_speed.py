@@ -24,7 +24,8 @@ from tqdm import tqdm
 from cli.interrupts import exit_on_interrupt
 from config import ModelConfig
 from engine.generation import DecodeLoop
-from engine.runner import ModelRunner, step_bytes
+from engine.memory_traffic import mean_attended_tokens, step_bytes
+from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from loading import load_model
 from model import KVCache, Transformer
@@ -107,7 +108,7 @@ def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
     both sides."""
     load = partial(load_model, device=CPU, dtype=torch.bfloat16, use_kernels=False)
     model = load(files["bf16"])
-    n_attended = mean(model.config.mean_attended_tokens(PROMPT + i + 1) for i in range(STEPS))
+    n_attended = mean(mean_attended_tokens(model.config, PROMPT + i + 1) for i in range(STEPS))
     cache_bytes = round(n_attended * model.kv_bytes_per_token())
     sizes = {}
     for name, file in files.items():
@@ -119,7 +120,7 @@ def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
 
 
 def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
-    """Returns the bytes of weights that a decode step reads, for a GGUF (engine/runner.py: active_weight_bytes)."""
+    """Returns what engine/memory_traffic.py: active_weight_bytes does, for a GGUF."""
     from converters.gguf_file import read_gguf
 
     _, tensors = read_gguf(file)

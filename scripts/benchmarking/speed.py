@@ -24,7 +24,8 @@ from checkpoint import meta_model, read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.hf_config import config_from_hf
 from engine.generation import DecodeLoop
-from engine.runner import ModelRunner, active_weight_bytes, step_bytes
+from engine.memory_traffic import active_weight_bytes, mean_attended_tokens, step_bytes
+from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -199,7 +200,7 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     seconds = median(mean(time_tokens(model, runner, start, 1, n_new)[1:]) for _ in range(SAMPLES))
     read_after = read_bandwidth(device)
     positions = range(n_prompt, n_prompt + n_new - 1)  # prefill makes the first new token
-    n_attended = mean(model.config.mean_attended_tokens(position + 1) for position in positions)
+    n_attended = mean(mean_attended_tokens(model.config, position + 1) for position in positions)
     bytes_per_second = step_bytes(model, n_attended) / seconds
     return {
         "compile_seconds": compile_seconds,
@@ -284,7 +285,7 @@ def prefill_flops(config: ModelConfig, n: int) -> int:
     n_experts, top_k = (config.moe.n_experts, config.moe.top_k) if config.moe else (0, 1)
     ffn = (sum(config.gate_up_dims) + config.ffn_dim) * top_k
     matrices = config.dim * (2 * config.q_dim + 2 * config.kv_dim + n_experts + ffn)
-    attention = 2 * config.q_dim * sum(config.mean_attended_tokens(position + 1) for position in range(n))
+    attention = 2 * config.q_dim * sum(mean_attended_tokens(config, position + 1) for position in range(n))
     return 2 * (config.n_layers * (n * matrices + attention) + config.dim * config.vocab_size)
 
 
