@@ -29,7 +29,7 @@ from cli.startup import compile_steps, describe_ranks, load_draft, required_seq_
 from cli.terminal import converse
 from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
-from engine.generation import DecodeLoop, stream_texts
+from engine.generation import GenerationLoop, stream_texts
 from engine.sequence import Sequence, to_64_bits
 from llm import LLM
 from model import Transformer
@@ -61,7 +61,7 @@ def run_loop(
 ):
     """Continues one prompt after another, or has a conversation. stats: more fields for --json."""
     max_seq_len = required_seq_len(args, sequences, llm.model, draft)
-    loop = llm.build_loop(args.sampling_params, args.batch_size, max_seq_len, args.compile_prefill)
+    loop: GenerationLoop = llm.build_loop(args.sampling_params, args.batch_size, max_seq_len, args.compile_prefill)
     if args.speculative:
         loop = speculative_loop(args, loop.runner, draft)
     stats |= compile_steps(args, loop, sequences)
@@ -84,7 +84,7 @@ def run_loop(
 
 
 def generate_text(
-    args: argparse.Namespace, prompt: Sequence, loop: DecodeLoop, labels: list
+    args: argparse.Namespace, prompt: Sequence, loop: GenerationLoop, labels: list
 ) -> list[Sequence]:
     """Continues prompt in a batch of args.batch_size sequences. Without --json, prints the first text while it is
     generated, and then all other texts. labels: the argument of print_label."""

@@ -11,7 +11,7 @@ import torch
 
 import collectives
 from cli.ranks import communication_share
-from engine.generation import DecodeLoop
+from engine.generation import GenerationLoop
 from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeLoop
@@ -77,7 +77,7 @@ def warn_without_kernels(k: int, model: Transformer):
 
 
 @torch.inference_mode()
-def compile_steps(args: argparse.Namespace, loop: DecodeLoop, sequences: list[Sequence]) -> dict:
+def compile_steps(args: argparse.Namespace, loop: GenerationLoop, sequences: list[Sequence]) -> dict:
     """Compiles or captures what --compile_prefill and --compile name, before the first prompt. Without --compile, a CPU
     captures a step at its first use. The first prompt overwrites what the KV caches then hold. Returns compile_seconds,
     a field of --json."""

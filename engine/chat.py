@@ -14,7 +14,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 
-from engine.generation import DecodeLoop, stream_texts
+from engine.generation import GenerationLoop, stream_texts
 from engine.sequence import Sequence, build_generator, check_seed, check_stop
 from text.chat_template import read_message
 from text.prompt import exceeds
@@ -37,7 +37,7 @@ class Conversation:
     answer or changes the messages ends an earlier one, as if its caller had stopped."""
 
     def __init__(
-        self, tokenizer: Tokenizer, loop: DecodeLoop, max_seq_len: int, eos_ids: Collection[int],
+        self, tokenizer: Tokenizer, loop: GenerationLoop, max_seq_len: int, eos_ids: Collection[int],
         system: str | None = None, stop: tuple[str, ...] = (), seed: int | None = None,
     ):
         """Raises UsageError if the checkpoint has no chat template, or if the template refuses a system message.

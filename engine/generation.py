@@ -4,11 +4,16 @@
     for ids in loop.decode_tokens(prompt, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-stream_texts goes from the tokens to text. engine/__init__.py compares the loop with the Scheduler.
+Four generators, each of which takes what the one on its left yields at every step:
 
-Shapes: B sequences, T tokens of a prompt.
+    run_steps -----> read_one_step_later -----> decode_tokens -----> stream_texts
+    tokens [B]       on a GPU only: the         a list of B          the new text of
+    on the device    same, on the host          checked ids          B sequences
+
+engine/__init__.py compares the loop with the Scheduler. Shapes: B sequences, T tokens of a prompt.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -18,12 +23,32 @@ from engine.runner import ModelRunner, check_sampled_ids
 from engine.sequence import Sequence
 
 
-class DecodeLoop:
-    """Continues a text with a decode step for every token. SpeculativeLoop (speculate.py) is a DecodeLoop whose steps
-    also verify proposals."""
+class GenerationLoop(ABC):
+    """A loop over steps: DecodeLoop, or SpeculativeLoop (speculate.py)."""
 
     def __init__(self, runner: ModelRunner):
         self.runner = runner
+
+    @abstractmethod
+    def decode_tokens(
+        self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
+    ) -> Iterator[list[int]]:
+        """Continues token_ids [B, T], of which the KV cache already holds the first n_cached of each sequence. Yields
+        the next token of each sequence, max_new_tokens times. The cache must have room for T + max_new_tokens - 1
+        tokens. Raises UsageError if logits are not finite. generator: as in ModelRunner.draw_uniform."""
+
+    @abstractmethod
+    def warm_up(self, max_new_tokens: int):
+        """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
+        Overwrites the first tokens of the KV cache."""
+
+    @abstractmethod
+    def accept_counts(self) -> list[int] | None:
+        """Returns how many steps of the last text accepted 0, 1 ... proposed tokens, or None if nothing proposes."""
+
+
+class DecodeLoop(GenerationLoop):
+    """Continues a text with a decode step for every token."""
 
     def run_steps(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int, generator: torch.Generator | None
@@ -32,6 +57,8 @@ class DecodeLoop:
         since they may be a static buffer of a captured graph."""
         prompt = token_ids[:, n_cached:].to(self.runner.device)
         start_pos = torch.full((len(prompt),), n_cached, device=prompt.device)
+        # The random numbers of all steps, drawn before the first step: a step takes its numbers as an input. So one
+        # captured step serves every generator, and a GPU never waits for a draw.
         uniforms = self.runner.draw_uniform(max_new_tokens, len(prompt), generator)
         tokens = self.runner.prefill(prompt, start_pos, next(uniforms))
         start_pos = start_pos + prompt.shape[1]
@@ -45,9 +72,6 @@ class DecodeLoop:
     def decode_tokens(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        """Continues token_ids [B, T], of which the KV cache already holds the first n_cached of each sequence. Yields
-        the next token of each sequence, max_new_tokens times. The cache must have room for T + max_new_tokens - 1
-        tokens. Raises UsageError if logits are not finite. generator: as in ModelRunner.draw_uniform."""
         steps = self.run_steps(token_ids, max_new_tokens, n_cached, generator)
         if self.runner.device.type == "cuda":
             steps = read_one_step_later(steps)
@@ -56,18 +80,16 @@ class DecodeLoop:
 
     @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
-        """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
-        Overwrites the first tokens of the KV cache."""
-        zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
-        self.runner.decode(zeros, zeros[:, 0])
+        if max_new_tokens > 1:  # prefill gives the first token
+            zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
+            self.runner.decode(zeros, zeros[:, 0])
 
-    def accept_counts(self) -> list[int] | None:
-        """Returns how many steps of the last text accepted 0, 1 ... proposed tokens, or None if nothing proposes."""
+    def accept_counts(self) -> None:
         return None
 
 
 def stream_texts(
-    loop: DecodeLoop, batch: list[Sequence], token_ids: list[int], n_cached: int = 0,
+    loop: GenerationLoop, batch: list[Sequence], token_ids: list[int], n_cached: int = 0,
     generator: torch.Generator | None = None,
 ) -> Iterator[list[str]]:
     """Continues token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have ended.

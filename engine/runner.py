@@ -128,10 +128,8 @@ class ModelRunner:
     def draw_uniform(
         self, n_steps: int, batch_size: int, generator: torch.Generator | None = None
     ) -> Iterator[Tensor | None]:
-        """Yields the random numbers in [0, 1) of each step: uniform [B, 1], or None if sampling is greedy.
-
-        The host draws the numbers of all steps before the first step, and each step takes its numbers as an input. So
-        one captured step serves every generator, and a GPU never waits for a draw.
+        """Yields the random numbers in [0, 1) of each step: uniform [B, 1], or None if sampling is greedy. The host
+        draws all of them when the first step asks.
 
         generator: a generator on the CPU, by default PyTorch's global one."""
         if self.sampler.params.is_greedy:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import collectives
-from engine.generation import DecodeLoop
+from engine.generation import GenerationLoop
 from engine.memory_traffic import active_weight_bytes
 from engine.runner import ModelRunner, check_sampled_ids
 from engine.sampler import Sampler, probabilities
@@ -63,11 +63,11 @@ class Proposer(Protocol):
         """Tells the proposer that the next text may differ from the previous text after the first n tokens."""
 
 
-class SpeculativeLoop(DecodeLoop):
-    """A DecodeLoop whose steps also verify what proposer proposes. The batch size is 1.
+class SpeculativeLoop(GenerationLoop):
+    """A loop whose steps also verify what proposer proposes. The batch size is 1.
 
-    Draws from PyTorch's global generators, and ignores generator: rejection sampling uses the numbers differently, so a
-    seed could not give the text of a DecodeLoop anyway."""
+    It draws from PyTorch's global generators, and refuses any other: rejection sampling uses the numbers differently,
+    so a seed could not give the text of a DecodeLoop anyway."""
 
     def __init__(self, runner: ModelRunner, proposer: Proposer, max_k: int):
         """max_k: the most tokens to propose at a time, --speculate_k."""
@@ -83,7 +83,7 @@ class SpeculativeLoop(DecodeLoop):
     def decode_tokens(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        """Continues token_ids [1, T]. The arguments are those of DecodeLoop.decode_tokens."""
+        assert generator is None or generator is torch.default_generator
         self.n_tokens_per_step.clear()
         ids = token_ids[0].tolist()  # the text so far
         n_left = max_new_tokens
@@ -125,10 +125,11 @@ class SpeculativeLoop(DecodeLoop):
 
     @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
-        super().warm_up(max_new_tokens)
         zeros = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        if max_new_tokens > 1:  # prefill gives the first token
+            self.runner.decode(zeros, zeros[0])
         for k in k_choices(self.max_k):
-            if k < max_new_tokens:
+            if k < max_new_tokens - 1:  # a step that accepts k tokens adds k + 1
                 self.verify(zeros, zeros[0], self.proposer.propose([0, 0, 0], k))
 
     def accept_counts(self) -> list[int]:
