@@ -1,7 +1,7 @@
 """Measures a model's quality: tasks of the lm-evaluation-harness, or the perplexity of a text.
 
-    python eval.py --checkpoint_path checkpoints/M/model.pth --tasks hellaswag winogrande --limit 100
-    python eval.py --checkpoint_path checkpoints/M/model_int8.pth --text_file book.txt
+    python eval.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --tasks hellaswag --limit 100
+    python eval.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model_int8.pth --text_file book.txt
 
 Tasks need `pip install lm_eval`, version 0.4. The perplexity is per token. The text is cut into windows that do not
 overlap, and each window is scored by itself. Every window begins with the bos token, if the tokenizer has one.

@@ -1,6 +1,6 @@
 """A conversation on a terminal, or through a pipe with one message a line.
 
-    python generate.py --checkpoint_path checkpoints/M/model.pth --chat
+    python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --chat
 
 Answers go to standard output, everything else to standard error. On a terminal the user edits messages with
 prompt_toolkit, so a message may be long and have several lines. With several ranks, only rank 0 reads input, and only

@@ -65,7 +65,6 @@ TABLES = {  # name -> columns: (header, template of a cell)
         ("", "{model}, {weights}"),
         ("one step, tokens/s", "{tokens_per_sec:,.0f}"),
         ("share of the card's copy bandwidth", "{share_of_copy:.0%}"),
-        ("original gpt-fast", "{gpt_fast}"),
     ],
     "speculation": [
         ("proposed by", "{proposer}: {prompt}"),

@@ -29,6 +29,7 @@ from utils.files import ROOT
 
 README, MIXTRAL, MEASUREMENTS = ROOT / "README.md", ROOT / "mixtral-moe/README.md", ROOT / "docs/measurements.md"
 PAGES = [README, MIXTRAL, *sorted((ROOT / "docs").glob("*.md"))]
+(M,) = re.findall(r"^    .*\bM=(checkpoints/\S+)$", README.read_text(), re.M)  # the demo's model, $M in commands
 COMMANDS = [
     re.sub(r"\s+#.*", "", line.strip())
     for page in (README, MEASUREMENTS, MIXTRAL)
@@ -70,11 +71,14 @@ def copy_of_scripts(tree: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """copy_of_scripts with a tiny model as checkpoints/M."""
+    """copy_of_scripts with a tiny model in M, and the files that commands read."""
     tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
-    write_folder("llama3", tree / "checkpoints/M")
-    convert(tree / "checkpoints/M")
-    (tree / "prompts.txt").write_text("Hello, is there anybody in there?\nOnce upon a time there was a mouse.\n")
+    write_folder("llama3", tree / M)
+    convert(tree / M)
+    (tree / "README.md").symlink_to(README)
+    (line,) = re.findall(r"^    (printf .* > prompts.txt)$", README.read_text(), re.M)
+    subprocess.run(line, shell=True, cwd=tree, check=True)
+    assert (tree / "prompts.txt").read_text().count("\n") == 2
     return tree
 
 
@@ -83,7 +87,8 @@ def test_command(command, tree, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tree)
     if "--cold_start" in command and build.library():  # with an empty cache, so the kernels are compiled
         monkeypatch.setenv("CXX", write_compiler(tmp_path / "compiler"))
-    command = command.replace("meta-llama/Llama-3.2-1B", "M").replace("TinyLlama-1.1B", "checkpoints/M/config.json")
+    command = command.replace("meta-llama/Llama-3.2-1B", Path(M).name).replace("TinyLlama-1.1B", f"{M}/config.json")
+    command = command.replace("$M", M)
     if command.startswith("torchrun"):
         run_torchrun(f"{command} --max_new_tokens 4")
         return
@@ -206,20 +211,21 @@ def test_names_in_comments_exist():
 def test_sizes_of_the_code():
     """The numbers of lines in README.md are right to 5%."""
     text = README.read_text()
-    spine = [ROOT / name for name in re.findall(r"^\d\. `([\w/]+\.py)`", text, re.M)]
+    spine = [ROOT / name for name in re.findall(r"^\d+\. `([\w/]+\.py)`", text, re.M)]
     code = [*sources(), *(ROOT / "kernels/csrc").iterdir()]
     groups = [("kernels", "layers", "formats"), ("converters",), ("scripts",)]
     parts = [[path for path in code if path.relative_to(ROOT).parts[0] in group] for group in groups]
     rest = [path for path in code if not any(path in part for part in parts)]
     tests = [path for path in (ROOT / "tests").iterdir() if path.suffix in (".py", ".cpp")]
     said = re.search(
-        r"files, ([\d,]+) lines in all, .* code is ([\d,]+) lines of Python and C\+\+: kernels, layers and weight "
-        r"formats ([\d,]+), converters ([\d,]+), scripts ([\d,]+), everything else ([\d,]+)\. "
+        r"(\d+) files, ([\d,]+) lines in all, .* code is ([\d,]+) lines of Python and C\+\+: kernels, layers and "
+        r"weight formats ([\d,]+), converters ([\d,]+), scripts ([\d,]+), everything else ([\d,]+)\. "
         r"The tests are ([\d,]+) more",
         " ".join(text.split()),
     )
-    assert len(spine) == 8
-    for number, paths in zip(said.groups(), [spine, code, *parts, rest, tests], strict=True):
+    n_files, *sizes = said.groups()
+    assert int(n_files) == len(spine)
+    for number, paths in zip(sizes, [spine, code, *parts, rest, tests], strict=True):
         n_lines = sum(len(path.read_text().splitlines()) for path in paths)
         assert int(number.replace(",", "")) == pytest.approx(n_lines, rel=0.05), [path.name for path in paths]
 
