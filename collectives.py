@@ -38,7 +38,7 @@ def world_size() -> int:
 def collective(join_ranks: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Decorator for a function that joins the x of all ranks. With one rank the result is x itself.
 
-    A CUDA graph captures the collective. A CPU graph is split at it (kernels/capture.py: graph_break)."""
+    A CUDA graph captures the collective. A CPU graph is cut at it (kernels/capture.py: graph_break)."""
 
     def timed(x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():

@@ -311,20 +311,20 @@ def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = T
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
     ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: the backend of the
     model's head."""
-    groups: dict[SamplingParams, list[int]] = {}
+    batches: dict[SamplingParams, list[int]] = {}
     for i, sequence in enumerate(sequences):
         params = sequence.params
         options = GREEDY if params.is_greedy else replace(params, temperature=1.0, repetition_penalty=1.0)
-        groups.setdefault(options, []).append(i)
+        batches.setdefault(options, []).append(i)
     ids = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
-    for options, indices in groups.items():
-        group = [sequences[i] for i in indices]
-        rows = logits if len(groups) == 1 else logits[indices]
+    for options, indices in batches.items():
+        batch = [sequences[i] for i in indices]
+        rows = logits if len(batches) == 1 else logits[indices]
         if options.is_greedy:
             ids[indices] = sample(rows, 0.0, options.filters, backend)
             continue
-        uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in group])
-        temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in group])
+        uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in batch])
+        temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in batch])
         uniform = uniform.to(logits.device, uniform_dtype(logits.device))
         ids[indices] = sample(rows, 1.0, options.filters, backend, uniform, temperatures)
     return ids
