@@ -60,8 +60,8 @@ def silence(errors: io.StringIO) -> Iterator[None]:
 
 
 def wait_for_rank_0(errors: str):
-    """Lets rank 0 print its error before any rank exits. It prints, and then calls this function, for which the other
-    ranks wait. Without an error of its own it never does, so another rank prints errors after 5 s."""
+    """Lets rank 0 print its error before any rank exits. Rank 0 calls this after printing, and the other ranks wait for
+    that call, at most 5 s. If it does not come, rank 0 has had no error, and the waiting rank prints errors."""
     store = dist.distributed_c10d._get_default_store()  # the key-value store that all ranks share
     if dist.get_rank() == 0:
         store.set("rank 0 has printed", "")

@@ -64,8 +64,8 @@ class Sequence:
     # Only a Scheduler uses the next two.
     logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
     n_logprobs: int | None = None  # report log-probabilities, also of that many of the likeliest tokens
-    # Whether undecodable trailing bytes and a half-matched stop string are kept for resume at the length limit.
-    # Otherwise they are flushed (incomplete UTF-8 becomes U+FFFD).
+    # At the length limit the text may end within a character or a stop string. True holds that part back, so that
+    # resume can complete it. False adds it to the text, an incomplete character as U+FFFD.
     hold_incomplete: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
