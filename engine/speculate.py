@@ -34,6 +34,7 @@ from engine.sampling_params import SamplingParams
 from layers.backend import TORCH_BACKEND, Backend
 from layers.sampling import INVALID_TOKEN, multinomial, sample
 from model import Transformer
+from utils.errors import UsageError
 
 MAX_SPECULATE_K = 32  # the limit of --speculate_k and --prompt_lookup
 # The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights. One
@@ -83,7 +84,8 @@ class SpeculativeLoop(GenerationLoop):
     def decode_tokens(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        assert generator is None or generator is torch.default_generator
+        if generator not in (None, torch.default_generator):
+            raise UsageError("speculation draws from PyTorch's global generators: seed those, and leave generator out")
         self.n_tokens_per_step.clear()
         ids = token_ids[0].tolist()  # the text so far
         n_left = max_new_tokens

@@ -26,6 +26,7 @@ from layers.backend import TORCH_BACKEND
 from loading import load_model
 from model import KVCache
 from tests.tiny import FAMILIES, call_main, convert, make_hf, to_ours
+from utils.errors import UsageError
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams()
@@ -100,6 +101,15 @@ def test_a_text_goes_on_where_the_cache_ends(name, both_models, drafts):
         text = TEXT + answer[:kept] + TEXT[5:15]
         assert flat(loop.decode_tokens(torch.tensor([text]), 20, len(TEXT) + kept)) == plain(model, text, 20)
         flat(loop.decode_tokens(torch.tensor([TEXT]), 21, len(TEXT) - 1))
+
+
+def test_another_generator_is_refused(both_models):
+    """A seed could not give the text that it gives without speculation."""
+    loop = loop_of(both_models("llama3")[1], None, 40, 4)
+    prompt = torch.tensor([TEXT])
+    with pytest.raises(UsageError, match="global generators"):
+        flat(loop.decode_tokens(prompt, 9, generator=torch.Generator()))
+    assert len(flat(loop.decode_tokens(prompt, 9, generator=torch.default_generator))) == 9
 
 
 @pytest.mark.parametrize("family, use_kernels, k", [("qwen3", True, 3), ("qwen3", False, 3), ("mixtral", True, 10)])
