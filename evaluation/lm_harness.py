@@ -67,7 +67,7 @@ def task_text(tasks: list[str], limit: int) -> str:
     manager, texts = task_manager(tasks, None), []
 
     class RequestCollector(import_lm_eval().api.model.LM):
-        """A model that records every request and returns a dummy answer."""
+        """Records every request, and returns a dummy answer."""
 
         def collect(self, requests, answer) -> list:
             for request in requests:
@@ -90,15 +90,15 @@ def task_text(tasks: list[str], limit: int) -> str:
 def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):
     """Returns the model as lm_eval's TemplateLM."""
 
-    class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):  # here, since TemplateLM needs lm_eval
+    class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):  # here, since the base class needs lm_eval
         """HarnessModel implements the abstract methods of TemplateLM."""
 
     return Model(model, tokenizer, max_length, batch_size, compile)
 
 
 class HarnessModel:
-    """Implements the abstract methods of lm_eval's TemplateLM. Tokenizes, truncates and scores as lm_eval's Hugging
-    Face class does."""
+    """The methods that lm_eval's TemplateLM leaves abstract. They tokenize, truncate and score as lm_eval's class for
+    Hugging Face models does."""
 
     tokenizer_name = "gpt-fast"
 

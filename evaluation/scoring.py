@@ -21,7 +21,7 @@ from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
-LOGITS_CHUNK_TOKENS = 256  # positions whose logits are in memory at a time
+LOGITS_CHUNK_TOKENS = 256
 
 
 def split_windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
@@ -36,8 +36,8 @@ def split_windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int
 def perplexity(
     model: Transformer, tokenizer: Tokenizer, text: str, length: int, batch_size: int = 1, compile: bool = False
 ) -> dict:
-    """Computes the perplexity of text: exp of the mean negative log-likelihood of the tokens, in windows of length
-    tokens. All tokens of a window but the first are predicted."""
+    """Computes the perplexity of text: exp of the mean negative log-likelihood of its tokens. The text is cut into
+    windows of length tokens, and all tokens of a window but the first are predicted."""
     windows = split_windows(tokenizer, text, length)
     sequences = [ScoredSequence(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
     if not sequences:
@@ -98,7 +98,9 @@ def pad(id_lists: list[list[int]]) -> Tensor:
 
 
 def score_sequence(model: Transformer, index: int, sequence: ScoredSequence, hidden: Tensor) -> Score:
-    """hidden [T, dim]: the hidden states of all tokens of sequence but the last."""
+    """Computes logits for LOGITS_CHUNK_TOKENS positions at a time, since those of a whole window may not fit in memory.
+
+    hidden [T, dim]: the hidden states of all tokens of sequence but the last."""
     n, last = sequence.n_scored, len(sequence.ids) - 1
     targets = torch.tensor(sequence.ids[-n:], device=hidden.device)
     logprobs, is_greedy = [], []

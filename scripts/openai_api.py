@@ -20,8 +20,8 @@ from text.tokenizer import Tokenizer
 from utils.errors import UsageError, check_integer
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # limits of one request
-# Fields that are not supported -> a value that is accepted, since it changes nothing. null, 0, false and empty values
-# are accepted, too.
+# Fields that are not supported -> a value that is accepted all the same, since it changes nothing, as null, 0, false
+# and empty values are.
 UNSUPPORTED = {"best_of": 1, "response_format": {"type": "text"}} | dict.fromkeys(
     ["echo", "frequency_penalty", "functions", "logit_bias", "presence_penalty", "suffix", "tools"]
 )
@@ -124,8 +124,8 @@ class CompletionRequest:
         require(isinstance(options, dict), "stream_options must be a JSON object")
         self.streams_usage = bool(options.get("include_usage"))
         self.special_tokens = {i: text for text, i in tokenizer.special_token_ids.items()}
-        object = f"chat.completion{'.chunk' if self.is_stream else ''}" if is_chat else "text_completion"
-        self.header = {"id": secrets.token_hex(12), "object": object, "created": int(time.time()), "model": model_name}
+        kind = f"chat.completion{'.chunk' if self.is_stream else ''}" if is_chat else "text_completion"
+        self.header = {"id": secrets.token_hex(12), "object": kind, "created": int(time.time()), "model": model_name}
 
     def response(self) -> dict:
         choices = [self.choice(sequence, sequence) for sequence in self.sequences]
@@ -147,7 +147,7 @@ class CompletionRequest:
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
     def choice(self, sequence: Sequence, part: Sequence | SequenceUpdate) -> dict:
-        """Returns the choice of a response, or of a chunk. part: all of sequence, or what a step has added."""
+        """Returns the entry of "choices" for a sequence. part: the sequence itself, or what a step has added to it."""
         role, n_sent = {} if sequence in self.n_sent else {"role": "assistant"}, self.n_sent.get(sequence, 0)
         self.n_sent[sequence] = n_sent + len(part.text)
         logprobs = self.describe_logprobs(part, n_sent) if part.logprobs else None

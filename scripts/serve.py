@@ -45,7 +45,7 @@ except ImportError as e:
 
 OOM_HINT = "take a quantized checkpoint, a smaller --parallel or --max_seq_length"
 MAX_BODY = 4 * 2**20  # bytes of a request
-MAX_BODY_SECONDS = 30  # to receive a request; a client that stops sending must not keep the server from ending
+MAX_BODY_SECONDS = 30  # to receive a request: a client that stops sending must not keep the server from ending
 CHAT_PATH = "/v1/chat/completions"
 
 

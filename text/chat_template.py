@@ -70,7 +70,7 @@ def read_message(message) -> dict:
 
 def check_unicode(text: str, name: str):
     """Raises UsageError if text holds half of a surrogate pair, which UTF-8 cannot encode. name: what the error calls
-    it."""
+    the text."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -29,8 +29,8 @@ from text.tokenizer_files import (
 )
 from utils.errors import UsageError
 
-# A mark in text that is not to be read as a special token: a random number, which occurs in no user's text, in digits,
-# which no filter of a template, such as upper, changes.
+# Put into a special token's text, so that it is not read as the token. It is a random number, which no user's text
+# contains, and it has only digits, which no filter of a template (such as upper) changes.
 SENTINEL = str(secrets.randbits(128))
 MATCHES_NOTHING = "(?!)"  # a regular expression
 
@@ -123,7 +123,7 @@ class Tokenizer:
             self.vocab_size = min(self.vocab_size, n_tokens)
 
     def special_token_starts(self) -> re.Pattern:
-        """Returns what matches the first character of everything that looks like a special token."""
+        """Returns a pattern of the first character of everything that looks like a special token."""
         starts = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in self.special_token_ids)
         return re.compile(starts or MATCHES_NOTHING)
 
@@ -293,7 +293,7 @@ class JsonTokenizer(Tokenizer):
             return bytes(self.byte_of[character] for character in piece)
         if not self.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes.fromhex(piece[3:5])
-        # After an "a", which is cut off, since the decoder may drop a space at the start of a text
+        # At the start of a text the decoder may drop a space. So decode the piece after an "a", and cut that off.
         return self.decode_pieces(["a", piece])[1:].encode()
 
     def decode_pieces(self, pieces: list[str]) -> str:
@@ -313,7 +313,7 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    ANCHOR = "\ue000"  # no piece contains this character, so the next character does not change its ids
+    ANCHOR = "\ue000"  # no piece contains this character, so it has the same ids whatever follows
 
     def __init__(self, path: Path, config: TokenizerConfig):
         super().__init__(config)

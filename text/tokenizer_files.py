@@ -22,12 +22,12 @@ from text.chat_template import check_unicode
 from utils.errors import UsageError
 from utils.files import read_json
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # the first of these files that is there counts
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # the first one that exists counts
 TOKENIZER_FILES = (*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja")
 # Special tokens without an id get new ids in this order.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-UNNAMED_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first of these fields that is there counts
+UNNAMED_TOKENS = ("extra_special_tokens", "additional_special_tokens")  # the first one that is set counts
 TIKTOKEN_LINE = rb"[A-Za-z0-9+/=]+ \d+\r?\n"  # the first line of a tokenizer.model for the tiktoken library
 
 # Qwen2 cuts a text by this pattern before byte-level BPE.
@@ -35,7 +35,7 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer_class -> the special tokens, if the files name none. Other classes are not read from vocab.json with
+# tokenizer_class -> its special tokens, if the files name none. These classes alone are read from vocab.json with
 # merges.txt.
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_CLASSES = {
@@ -113,7 +113,7 @@ def read_fields(path: Path) -> dict:
 
 @contextlib.contextmanager
 def refuse_broken(path: Path) -> Iterator[None]:
-    """Raises UsageError if this context fails on the contents of path."""
+    """Raises UsageError if reading the contents of path fails within this context."""
     try:
         yield
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
@@ -131,7 +131,7 @@ def special_tokens(fields: dict) -> tuple[dict[str, AddedToken], list[AddedToken
 
 
 def build_added_token(token: str | dict, special: bool | None = None) -> AddedToken:
-    """Makes an AddedToken of a token in JSON: a text, or a dict with flags. special: overrides the dict's flag."""
+    """token: as JSON has it, a text or a dict with flags. special: overrides the dict's flag."""
     token = {"content": token} if isinstance(token, str) else token
     if not token["content"]:
         raise ValueError("a token without text")
