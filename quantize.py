@@ -1,8 +1,8 @@
 """Quantizes the linear layers of a checkpoint, output head included, to 8 or 4 bits.
 
-    python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int8                 -> model_int8.pth
-    python quantize.py --checkpoint_path checkpoints/M/model.pth --mode fp8                  -> model_fp8.pth
-    python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4 --groupsize 64  -> model_int4.g64.pth
+    python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int8    -> model_int8.pth
+    python quantize.py --checkpoint_path checkpoints/M/model.pth --mode fp8     -> model_fp8.pth
+    python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4    -> model_int4.g32.pth
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4-gptq --calibration_text book.txt
 
 int8        symmetric, one scale per output channel
