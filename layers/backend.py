@@ -63,7 +63,7 @@ class Backend:
     key/value head.
     activations: the activations that the kernels compute. Plain PyTorch computes other activations, after the kernel
     of the matmul.
-    filters: the fields of sampling.py: Filters that the kernel of sample takes."""
+    filters: the fields of sampling.py: TokenFilters that the kernel of sample takes."""
 
     name: str
     namespace: str | None = None
