@@ -19,7 +19,6 @@ class Float8(WeightFormat):
     output share a scale; None: all inputs of an output."""
 
     group_size: int | None = None
-    format_id = 4
     mode = "fp8"
     dtypes = {"weight": torch.float8_e4m3fn, "scales": torch.float32}
 
@@ -61,7 +60,6 @@ class MXFP4(WeightFormat):
     Formats, version 1.0)."""
 
     group_size: int = 32  # smaller in a shard that cuts through a group
-    format_id = 5
     mode = "mxfp4"
     dtypes = {"weight": torch.uint8, "scales": torch.uint8}
     elements_per_byte = 2
