@@ -28,7 +28,6 @@ The files. Each imports only from the files above it; base.py is the one to read
     triton_layouts.py   the layouts for the Triton kernels (kernels/triton/formats.py: two functions for each)
     base.py             WeightFormat, the interface; Unquantized; packing of 4-bit elements
     integers.py         Int8, Int4, GroupedInt8
-    float_bits.py       floats of 8 and 4 bits: rounding and decoding
     floats.py           Float8, MXFP4
 """
 

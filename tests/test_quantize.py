@@ -15,7 +15,7 @@ import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationConfig, Unquantized, format_from_dict
-from formats.float_bits import E2M1_VALUES, round_mxfp4
+from formats.floats import E2M1_VALUES, round_mxfp4
 from formats.integers import GroupwiseAffine, split_groups
 from loading import load_model
 from model import KVCache
