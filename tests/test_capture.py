@@ -239,10 +239,12 @@ def test_ctrl_c_leaves_no_kernel_capturing(python_handles_sigint):
 
 
 def test_there_are_the_kernels_that_a_graph_needs():
-    """On a CPU a graph needs those of all operations that it can hold."""
+    """On a CPU a graph needs those of all operations that it can hold. Limits of other operations do not count."""
     assert CAPTURABLE == CPU_BACKEND.required_in_graph <= CPU_BACKEND.token_limits.keys()
     assert TRITON_BACKEND.required_in_graph <= TRITON_BACKEND.token_limits.keys()
     assert all(CPU_BACKEND.find_kernel(name, 1) is not None for name in CPU_BACKEND.token_limits)
+    for backend, needs_add in [(CPU_BACKEND, True), (TRITON_BACKEND, False)]:
+        assert backend.with_limits(add=1).supports_step(2, 1, 1, "swiglu") != needs_add
 
 
 def test_a_kernel_that_plain_pytorch_cannot_replace():
