@@ -142,7 +142,7 @@ def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str,
 # ---- The empty model ------------------------------------------------------------------------------------------------
 
 
-def meta_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZED) -> Transformer:
+def empty_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZED) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
     quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or
     gives an input_order to one that cannot have it."""

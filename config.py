@@ -61,8 +61,9 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """0 turns a number's option off. None means that the value follows from other fields, as the option's comment says;
-    moe and rope_scaling may be None, too, and a vocabulary may have no bos_id."""
+    """0 switches a number's option off. None in attention_scale, rotary_dim, layer_has_window, layer_has_rope and
+    local_rope_theta means the value that the field's comment names. None in moe, rope_scaling and bos_id means that the
+    model has none."""
 
     dim: int  # width of the residual stream
     n_layers: int  # transformer blocks

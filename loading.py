@@ -18,7 +18,7 @@ from torch import Tensor
 
 import collectives
 import tp
-from checkpoint import meta_model, read_checkpoint, with_tied_head
+from checkpoint import empty_model, read_checkpoint, with_tied_head
 from formats import QuantizationConfig
 from model import DTYPES, Transformer
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -61,7 +61,7 @@ def load_model(
     device = torch.device(device)
     config, quantization, tensors = read_checkpoint(path)
     tensors = with_tied_head(config, tensors)
-    model = meta_model(config, QuantizationConfig.from_dict(quantization))
+    model = empty_model(config, QuantizationConfig.from_dict(quantization))
     quantized_names = quantized_tensor_names(model)
     check_tensors(path, model, tensors, quantized_names)
     check_input_orders(path, tensors)

@@ -150,7 +150,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]."""
+        # x + post_norm(attention(pre_norm(x)))
         x = add_sublayer(x, self.attention, self.pre_attention_norm, self.post_attention_norm, start_pos, cache)
+        # x + post_norm(feed_forward(pre_norm(x)))
         x = add_sublayer(x, self.feed_forward, self.pre_ffn_norm, self.post_ffn_norm)
         return x
 
@@ -158,11 +160,9 @@ class TransformerBlock(nn.Module):
 def add_sublayer(
     x: Tensor, sublayer: nn.Module, pre_norm: RMSNorm | None, post_norm: RMSNorm | None, *inputs: Tensor | LayerCache
 ) -> Tensor:
-    """x + post_norm(sublayer(pre_norm(x))), without a norm that is None. inputs: further inputs of the sublayer.
-
-    The sublayer takes norm and residual as arguments, since kernels fuse them: the norm with the sublayer's first
-    matmul, the residual with its last one. A post-norm comes after the last matmul, so the post-norm takes the
-    residual."""
+    """Passes norm and residual on, where kernels fuse them, rather than applying them: pre_norm to the sublayer's first
+    matmul, the residual to its last one. A post_norm comes after the last matmul, so it takes the residual. The result
+    is x + post_norm(sublayer(pre_norm(x))), without a norm that is None. inputs: further inputs of the sublayer."""
     if post_norm is None:
         return sublayer(x, *inputs, norm=pre_norm, residual=x)
     return post_norm(sublayer(x, *inputs, norm=pre_norm), residual=x)

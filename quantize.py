@@ -35,7 +35,7 @@ from torch import Tensor
 
 import formats
 import gptq
-from checkpoint import meta_model, read_checkpoint, save_checkpoint, with_tied_head
+from checkpoint import empty_model, read_checkpoint, save_checkpoint, with_tied_head
 from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
@@ -208,7 +208,7 @@ def main():
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights to quantize, by the name of the layer. tensors: those of the checkpoint at path. The weight of a tied
     head is the embedding."""
-    shapes = {name: linear.weight.shape for name, linear in meta_model(config).quantizable_linears()}
+    shapes = {name: linear.weight.shape for name, linear in empty_model(config).quantizable_linears()}
     tensors = with_tied_head(config, tensors)
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}
     for name, shape in shapes.items():

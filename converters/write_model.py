@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import meta_model, save_checkpoint
+from checkpoint import empty_model, save_checkpoint
 from config import ModelConfig
 from converters.canonical_checkpoint import (
     CANONICAL_PARTS,
@@ -147,7 +147,7 @@ def write_folder(folder: Path, checkpoint: CanonicalCheckpoint, announce: Announ
 def plan_stacks(config: ModelConfig, tensors: SourceTensors) -> dict[str, StackedTensor]:
     """Returns the tensors of model.pth by name."""
     try:
-        model = meta_model(config.with_layers(1))  # shapes are the same in every layer
+        model = empty_model(config.with_layers(1))  # shapes are the same in every layer
     except RuntimeError as e:
         raise UsageError(f"no model has the sizes of this config: {str(e).splitlines()[0]}") from None
     one_layer = model.state_dict()

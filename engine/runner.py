@@ -20,7 +20,7 @@ A decode or verification step has one of four modes, which choose_mode chooses. 
     not all    any       yes          compiled      by torch.compile; without experts, a GPU also captures the result
     not all    any       no           eager
 
-"all" means that every operation has a kernel for B * T tokens (layers/backend.py: Backend.token_limits). An eager step
+"all" means that every operation has a kernel for B * T tokens (layers/backend.py: Backend.supports_step). An eager step
 uses the kernels of the operations that are within their limit.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
-from layers.sampling import Filters
+from layers.sampling import TokenFilters
 from utils.errors import UsageError
 
 INTEGER_LIMIT = 2**63  # kernels take integers of 64 bits
@@ -19,7 +19,7 @@ def sampling_field(
     allowed: is_allowed in words, for error messages.
     no_op: a value that turns the option off, such as top_p=1. It is stored as the default, so an option that is off
         never keeps a kernel from sampling.
-    is_filter: whether the option excludes tokens. Then layers/sampling.py: Filters has a field of the same name."""
+    is_filter: whether the option excludes tokens. Then layers/sampling.py: TokenFilters has a field of this name."""
     metadata = dict(type=type, help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op, is_filter=is_filter)
     return field(default=default, metadata=metadata)
 
@@ -87,12 +87,12 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def filters(self) -> Filters:
+    def filters(self) -> TokenFilters:
         """The options that exclude tokens. None of them excludes the likeliest token, which greedy sampling takes."""
         if self.is_greedy:
-            return Filters()
-        values = {name: getattr(self, name) for name in Filters._fields}
-        return Filters(**{name: value for name, value in values.items() if value is not None})
+            return TokenFilters()
+        values = {name: getattr(self, name) for name in TokenFilters._fields}
+        return TokenFilters(**{name: value for name, value in values.items() if value is not None})
 
     @property
     def needs_token_ids(self) -> bool:
@@ -100,5 +100,5 @@ class SamplingParams:
         return self.repetition_penalty != 1
 
 
-assert {option.name for option in fields(SamplingParams) if option.metadata["is_filter"]} == {*Filters._fields}
+assert {option.name for option in fields(SamplingParams) if option.metadata["is_filter"]} == {*TokenFilters._fields}
 GREEDY = SamplingParams()

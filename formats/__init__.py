@@ -28,7 +28,6 @@ The files. Each imports only from the files above it; base.py is the one to read
     triton_layouts.py   the layouts for the Triton kernels (kernels/triton/formats.py: two functions for each)
     base.py             WeightFormat, the interface; Unquantized; packing of 4-bit elements
     integers.py         Int8, Int4, GroupedInt8
-    float_bits.py       floats of 8 and 4 bits: rounding and decoding
     floats.py           Float8, MXFP4
 """
 
@@ -44,8 +43,11 @@ __all__ = [
     "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
-# By format_id. kernels/csrc/weights.h: FORMATS has the same order, which is checked when the kernels are loaded
+# The kernels know a format by its place here, format_id. kernels/csrc/weights.h: FORMATS has the same order, which is
+# checked when the kernels are loaded
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
+for format_id, format_class in enumerate(FORMATS):
+    format_class.format_id = format_id
 MODES = {  # by --mode
     format_class.mode: format_class for format_class in FORMATS if format_class not in (Unquantized, GroupedInt8)
 }

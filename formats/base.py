@@ -33,7 +33,7 @@ class WeightFormat:
     is no room for a codebook or for scales of scales.
     """
 
-    format_id: int  # the position in FORMATS and in kernels/csrc/weights.h: FORMATS
+    format_id: int  # the position in FORMATS, set there
     mode: str | None = None  # None: not quantized
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
     # The sizes from which --groupsize chooses, and which model.pth then names. Empty: there is no choice
@@ -141,7 +141,6 @@ class WeightFormat:
 class Unquantized(WeightFormat):
     """A tensor of 16 or 32 bits."""
 
-    format_id = 0
     group_size = None
 
     def allocate(self, shape, dtype, device):

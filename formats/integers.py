@@ -18,7 +18,6 @@ GROUP_SIZES = (32, 64, 128, 256)  # of Int4 and Float8; GroupedInt8 may have 16,
 class Int8(WeightFormat):
     """Symmetric, with one scale for each output. quantize.py makes q from -127 to 127."""
 
-    format_id = 1
     mode = "int8"
     group_size = None
     int8_activations = True
@@ -99,7 +98,6 @@ class Int4(GroupwiseAffine):
     """q from 0 to 15. A zero point is a multiple of 1/16, from 0 to 255/16: an integer would shift the range of q by up
     to half a step, and clamp weights at one end of the group."""
 
-    format_id = 2
     mode = "int4"
     group_size_choices = GROUP_SIZES
     k_alignment = shard_alignment = 8
@@ -136,7 +134,6 @@ class Int4(GroupwiseAffine):
 class GroupedInt8(GroupwiseAffine):
     """q from 0 to 255. A zero point is an integer from 0 to 255."""
 
-    format_id = 3
     mode = "int8-grouped"
     group_size_choices = (16, *GROUP_SIZES)
     zero_fraction_bits = 0

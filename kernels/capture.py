@@ -139,6 +139,7 @@ class CPUGraph:
         with CaptureMode() as capture:
             self.outputs = step(*self.inputs)
         self.segments, self.keepalive = capture.segments, capture.keepalive
+        # With several OpLists the number of threads would change within a step, which costs more than it gains.
         if len(self.segments) == 1:
             self.segments[0].adapt_threads = True
 

@@ -29,7 +29,7 @@ MAX_CPU_TOKENS = 64
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
 ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/activation.h: Activation
-# clamped_swiglu has two parameters, by gpt-oss's names. csrc/activation.h and triton/epilogue.py have them, too
+# clamped_swiglu has two parameters, by gpt-oss's names. triton/epilogue.py has them, too
 SWIGLU_ALPHA = 1.702  # sigmoid(alpha * gate)
 SWIGLU_LIMIT = 7.0  # gate is at most the limit, up between -limit and limit
 GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}

@@ -1,8 +1,9 @@
 """The layers of a model. model.py composes them.
 
-A forward calls a kernel of the layer's backend. If the backend has none, the forward computes in plain PyTorch, right
-below: in prefill, on other devices and with --kernels off. These lines are also the definition with which the tests
-compare the kernels. What has no weights is a function of tensors and a backend: attend_torch defines attend.
+A forward calls a kernel of the layer's backend. If the backend has none, the layer computes in plain PyTorch, right
+below or in forward_torch: in prefill, on other devices and with --kernels off. These lines are also the definition with
+which the tests compare the kernels. What has no weights is a function of tensors and a backend: attend_torch defines
+attend.
 
     backend.py     the backends: which operations have kernels, and for how many tokens; how rounding differs
     aten.py        matmuls with quantized weights by PyTorch's own kernels, without a C++ compiler

@@ -146,10 +146,8 @@ def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
 
 def is_sdpa_compatible(params: AttentionParams, cache: LayerCache) -> bool:
     """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute the
-    attention. Norms and RoPE come before the scores. SDPA would ignore a new field silently. So the next line names
-    every field, and raises ValueError if there is a new field: decide here whether SDPA can compute the field."""
-    _n_heads, _scale, _window, softcap, _q_norm_weight, _k_norm_weight, _eps, sinks = params
-    return not softcap and sinks is None and cache.alibi_slopes is None
+    attention. Norms and RoPE come before the scores."""
+    return not params.softcap and params.sinks is None and cache.alibi_slopes is None
 
 
 def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor
 from config import ACTIVATIONS
 from formats import WeightFormat
 from kernels import build
-from kernels.schema import CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
+from kernels.schema import CAPTURABLE, CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
 from kernels.triton import TRITON_ACTIVATIONS
 
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
@@ -45,6 +45,7 @@ MAX_TRITON_TOKENS = 64
 MAX_TRITON_QUERY_LEN = 16  # the new tokens of a sequence
 MAX_TRITON_QUERIES = 64  # the queries of a key/value head
 MATMULS = ("fused_linear", "experts_gate_up", "experts_down")
+TRITON_OPERATIONS = ("rms_norm", "permute_inputs", "attend", "route", *MATMULS)  # those with a limit of tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +57,18 @@ class Backend:
     namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
     token_limits: operation -> the largest step that the kernel takes, in tokens of all sequences. Plain PyTorch
     computes larger steps, and operations without an entry.
+    required_in_graph: the operations that need a kernel in a captured step. A CPU graph can hold nothing but kernels. A
+    CUDA graph can also hold PyTorch's operations: activate, add, and embed of unquantized weights.
     max_query_len, max_queries: further limits of attend: new tokens of a sequence; new tokens times query heads of a
     key/value head.
     activations: the activations that the kernels compute. Plain PyTorch computes other activations, after the kernel
     of the matmul.
-    filters: the fields of sampling.py: Filters that the kernel of sample takes."""
+    filters: the fields of sampling.py: TokenFilters that the kernel of sample takes."""
 
     name: str
     namespace: str | None = None
     token_limits: dict[str, float] = field(default_factory=dict)
+    required_in_graph: frozenset[str] = frozenset()
     max_query_len: float = math.inf
     max_queries: float = math.inf
     activations: frozenset[str] = frozenset()
@@ -72,7 +76,10 @@ class Backend:
 
     def find_kernel(self, name: str, n_tokens: int) -> Callable | None:
         """The kernel of the operation called name, for a step of n_tokens tokens of all sequences, or None if plain
-        PyTorch computes the step."""
+        PyTorch computes the step.
+
+        Kernels are called like their operation: "attend" is attend in kernels/csrc/ops.cpp and in
+        kernels/triton/attention.py. kernels/schema.py declares it for both, as empty_attend."""
         return self.get_kernel(name) if 0 < n_tokens <= self.token_limits.get(name, 0) else None
 
     def supports_queries(self, query_len: int, heads_per_kv_head: int) -> bool:
@@ -87,17 +94,16 @@ class Backend:
         return getattr(getattr(torch.ops, self.namespace), name)
 
     def supports_step(self, batch_size: int, query_len: int, heads_per_kv_head: int, activation: str) -> bool:
-        """Whether kernels compute every operation in the table, for query_len tokens in each of batch_size sequences.
-        Then the step can be captured. A CPU graph holds only kernels, so CPU_BACKEND has a kernel for every operation.
-        A CUDA graph also holds PyTorch's operations, so the table of TRITON_BACKEND lacks activate, add and embed
-        (whose kernel is for packed weights alone).
+        """Whether a step of query_len tokens in each of batch_size sequences can be captured: every operation in
+        required_in_graph has a kernel for it.
 
         heads_per_kv_head, activation: those of the model."""
+        if self.namespace is None:
+            return False
         n_tokens = batch_size * query_len
-        has_kernels = 0 < n_tokens <= min(self.token_limits.values(), default=0)
-        if "activate" in self.token_limits:
-            has_kernels = has_kernels and activation in self.activations
-        return has_kernels and self.supports_queries(query_len, heads_per_kv_head)
+        has_kernels = all(self.find_kernel(name, n_tokens) is not None for name in self.required_in_graph)
+        has_activation = activation in self.activations or "activate" not in self.required_in_graph
+        return has_kernels and has_activation and self.supports_queries(query_len, heads_per_kv_head)
 
     def with_limits(self, **token_limits: float) -> "Backend":
         """This backend with other limits, by operation."""
@@ -111,15 +117,17 @@ CPU_BACKEND = Backend(
     # The second group is elementwise or per token, so any number of tokens is fine
     dict.fromkeys(["embed", "attend", "route", *MATMULS], MAX_CPU_TOKENS)
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache", "permute_inputs"], math.inf),
+    required_in_graph=frozenset(CAPTURABLE),
     activations=frozenset(ACTIVATIONS),  # cpu_backend leaves out those without C++ code
     filters=frozenset(["top_k", "top_p", "min_p"]),
 )
 TRITON_BACKEND = Backend(
     "triton",
     TRITON_NAMESPACE,
-    dict.fromkeys(["rms_norm", "permute_inputs", "attend", "route", *MATMULS], MAX_TRITON_TOKENS),
-    MAX_TRITON_QUERY_LEN,
-    MAX_TRITON_QUERIES,
+    dict.fromkeys(TRITON_OPERATIONS, MAX_TRITON_TOKENS),
+    required_in_graph=frozenset(TRITON_OPERATIONS),
+    max_query_len=MAX_TRITON_QUERY_LEN,
+    max_queries=MAX_TRITON_QUERIES,
     activations=frozenset(TRITON_ACTIVATIONS),
     filters=frozenset(["top_p", "min_p"]),
 )

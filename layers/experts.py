@@ -85,19 +85,22 @@ class ExpertsGateUp(ExpertsBase):
         """activation(norm(x) W^T + bias) for each expert of every token: x [B, T, dim], topk_ids [B, T, top_k] ->
         [B, T, top_k, F]."""
         kernel = self.backend.find_kernel("experts_gate_up", count_tokens(x))
-        if kernel is not None:
-            fuses_activation = self.can_fuse_activation()
-            y = kernel(
-                contiguous(x), **self.kernel_arguments(), bias=self.bias, topk_ids=contiguous(topk_ids),
-                **norm_arguments(norm), activation=ACTIVATION_IDS[self.activation if fuses_activation else None],
-            )
-            if fuses_activation:
-                return y
-        else:
-            x = x if norm is None else norm(x)
-            repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
-            y = self.matmul(repeated.flatten(0, -2), topk_ids.flatten(), query_len=x.shape[-2])
-            y = y.view(*topk_ids.shape, self.out_features)
+        if kernel is None:
+            return self.forward_torch(x, topk_ids, norm)
+        fuses_activation = self.can_fuse_activation()
+        y = kernel(
+            contiguous(x), **self.kernel_arguments(), bias=self.bias, topk_ids=contiguous(topk_ids),
+            **norm_arguments(norm), activation=ACTIVATION_IDS[self.activation if fuses_activation else None],
+        )
+        return y if fuses_activation else activate(y, self.activation, self.backend)
+
+    def forward_torch(self, x: Tensor, topk_ids: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Defines what the kernel computes."""
+        if norm is not None:
+            x = norm(x)
+        repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
+        y = self.matmul(repeated.flatten(0, -2), topk_ids.flatten(), query_len=x.shape[-2])
+        y = y.view(*topk_ids.shape, self.out_features)
         return y if self.activation is None else activate(y, self.activation, self.backend)
 
 

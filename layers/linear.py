@@ -111,17 +111,20 @@ class Linear(LinearBase):
         if self.input_order is not None:
             x = permute_inputs(x, self.input_order, self.backend)
         kernel = self.backend.find_kernel("fused_linear", count_tokens(x))
-        if kernel is not None and self.can_fuse_activation():
-            return self.call_kernel(kernel, x, norm, self.epilogue, residual, out_dtype)  # all that follows, fused
+        if kernel is None:
+            return self.forward_torch(x, norm, residual, out_dtype)
+        if self.can_fuse_activation():
+            return self.call_kernel(kernel, x, norm, self.epilogue, residual, out_dtype)
+        y = self.call_kernel(kernel, x, norm, Epilogue())  # only norm(x) W^T + bias, since the activation comes next
+        return self.apply_epilogue(y, residual, out_dtype)
 
-        if kernel is not None:  # which lacks the activation, so it fuses only norm, matmul and bias
-            y = self.call_kernel(kernel, x, norm, Epilogue())
-        else:
-            y = self.matmul(x if norm is None else norm(x))
-        if self.activation is not None:
-            y = activate(y, self.activation, self.backend)
-        y = apply_epilogue(y, self.epilogue, out_dtype)
-        return y if residual is None else residual + y
+    def forward_torch(
+        self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None, out_dtype: torch.dtype | None
+    ) -> Tensor:
+        """Defines what the kernel computes."""
+        if norm is not None:
+            x = norm(x)
+        return self.apply_epilogue(self.matmul(x), residual, out_dtype)
 
     def call_kernel(
         self, kernel: Callable, x: Tensor, norm: RMSNorm | None, epilogue: Epilogue, residual: Tensor | None = None,
@@ -144,17 +147,19 @@ class Linear(LinearBase):
             return y if self.bias is None else y + self.bias
         return F.linear(x, weight, self.bias)
 
-
-def apply_epilogue(y: Tensor, epilogue: Epilogue, out_dtype: torch.dtype | None) -> Tensor:
-    """The steps of epilogue after the activation: y [..., N] -> [..., N] in out_dtype, or in y.dtype."""
-    _activation, out_scale, softcap, clip = epilogue  # all fields: a new field raises ValueError here
-    if out_scale != 1:
-        y = y * out_scale
-    if out_dtype is not None:
-        y = y.to(out_dtype)
-    if softcap:
-        y = apply_softcap(y, softcap)
-    return y.clamp(-clip, clip) if clip else y
+    def apply_epilogue(self, y: Tensor, residual: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
+        """All that follows the matmul, y [..., N], with the result in out_dtype, or in y.dtype."""
+        if self.activation is not None:
+            y = activate(y, self.activation, self.backend)
+        if self.epilogue.out_scale != 1:
+            y = y * self.epilogue.out_scale
+        if out_dtype is not None:
+            y = y.to(out_dtype)
+        if self.epilogue.softcap:
+            y = apply_softcap(y, self.epilogue.softcap)
+        if self.epilogue.clip:
+            y = y.clamp(-self.epilogue.clip, self.epilogue.clip)
+        return y if residual is None else residual + y
 
 
 def apply_softcap(x: Tensor, softcap: float) -> Tensor:

@@ -25,7 +25,7 @@ FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
 
 
-class Filters(NamedTuple):
+class TokenFilters(NamedTuple):
     """Which tokens sample may draw, by the options of engine/sampling_params.py. The default of a field excludes none.
     A field need not be an argument of the kernels: Backend.filters has the fields that a kernel takes."""
 
@@ -39,7 +39,7 @@ class Filters(NamedTuple):
 
 
 def sample(
-    logits: Tensor, temperature: float, filters: Filters, backend: Backend, uniform: Tensor | None = None,
+    logits: Tensor, temperature: float, filters: TokenFilters, backend: Backend, uniform: Tensor | None = None,
     temperatures: Tensor | None = None,
 ) -> Tensor:
     """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
@@ -59,12 +59,12 @@ def sample(
     )
 
 
-def has_sample_kernel(backend: Backend, filters: Filters) -> bool:
+def has_sample_kernel(backend: Backend, filters: TokenFilters) -> bool:
     return backend.namespace is not None and backend.filters >= filters.active()
 
 
 def sample_torch(
-    logits: Tensor, temperature: float, filters: Filters, uniform: Tensor | None = None,
+    logits: Tensor, temperature: float, filters: TokenFilters, uniform: Tensor | None = None,
     temperatures: Tensor | None = None,
 ) -> Tensor:
     if temperature == 0:
@@ -78,7 +78,7 @@ def sample_torch(
 
 
 def filtered_probs(
-    logits: Tensor, temperature: float, filters: Filters, temperatures: Tensor | None = None
+    logits: Tensor, temperature: float, filters: TokenFilters, temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
     sequence need not sum to one. If ids is None, C is V, and the tokens are in the order of their ids."""

@@ -34,7 +34,7 @@ from layers.backend import TRITON_BACKEND
 from layers.experts import ExpertsDown, ExpertsGateUp, route
 from layers.linear import permute_inputs
 from layers.packing import pack_for_triton
-from layers.sampling import Filters, sample
+from layers.sampling import TokenFilters, sample
 from scripts.kernel_checks.exact_results import attend, make_linear, make_norm, with_activation
 
 TYPES = {
@@ -204,9 +204,9 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
         hidden = gate_up(x.expand(1, 5, 2048), topk_ids=topk_ids, norm=norm)
         down(hidden, topk_ids=topk_ids, topk_weights=topk_weights)
     for temperature in (0, 1):
-        sample(torch.randn(1, 5000), temperature, Filters(), TRITON_BACKEND)
+        sample(torch.randn(1, 5000), temperature, TokenFilters(), TRITON_BACKEND)
     for temperatures in (None, torch.ones(1, 1)):
-        sample(torch.randn(1, 5000), 1, Filters(top_p=0.9), TRITON_BACKEND, temperatures=temperatures)
+        sample(torch.randn(1, 5000), 1, TokenFilters(top_p=0.9), TRITON_BACKEND, temperatures=temperatures)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
     cache = LayerCache(k, v, torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)

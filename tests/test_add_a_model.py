@@ -25,7 +25,7 @@ from cli.generate_args import parse_args
 from utils.errors import UsageError
 from engine.sampler import probabilities
 from engine.sampling_params import SamplingParams
-from layers.sampling import Filters
+from layers.sampling import TokenFilters
 from tests.tiny import call_main
 
 
@@ -38,7 +38,7 @@ def test_top_n_sigma():
         with pytest.raises(UsageError, match="top_n_sigma"):
             SamplingParams(top_n_sigma=wrong)
     assert SamplingParams(1.0, top_n_sigma=0.0) == SamplingParams(1.0)
-    assert SamplingParams(1.0).filters == Filters() != SamplingParams(1.0, top_n_sigma=2).filters
+    assert SamplingParams(1.0).filters == TokenFilters() != SamplingParams(1.0, top_n_sigma=2).filters
 
 
 def test_top_n_sigma_option():

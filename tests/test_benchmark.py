@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from checkpoint import Checkpoint, meta_model
+from checkpoint import Checkpoint, empty_model
 from converters.hf_config import config_from_hf
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationConfig, Unquantized
 from layers.linear import RMSNorm
@@ -93,7 +93,7 @@ def test_random_weights_keep_the_size_of_activations(format):
 def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     config = config_from_hf(DENSE | (MOE if moe else {}) | {"tie_word_embeddings": not moe})
     model = benchmark_speed.random_model(config, format, CPU, torch.float16)
-    on_meta = meta_model(config, QuantizationConfig(format))
+    on_meta = empty_model(config, QuantizationConfig(format))
     needed, quantized_names = on_meta.state_dict(), quantized_tensor_names(on_meta)
     held = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     dtypes = {name: t.dtype if name in quantized_names else torch.float16 for name, t in needed.items()}

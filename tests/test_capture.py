@@ -238,10 +238,13 @@ def test_ctrl_c_leaves_no_kernel_capturing(python_handles_sigint):
     assert n_interrupts > 10
 
 
-def test_a_cpu_graph_can_hold_every_operation_of_a_short_step():
-    """Each operation of a CPU graph is in the table of the backend, as Backend.supports_step assumes."""
-    assert CAPTURABLE <= CPU_BACKEND.token_limits.keys()
+def test_there_are_the_kernels_that_a_graph_needs():
+    """On a CPU a graph needs those of all operations that it can hold. Limits of other operations do not count."""
+    assert CAPTURABLE == CPU_BACKEND.required_in_graph <= CPU_BACKEND.token_limits.keys()
+    assert TRITON_BACKEND.required_in_graph <= TRITON_BACKEND.token_limits.keys()
     assert all(CPU_BACKEND.find_kernel(name, 1) is not None for name in CPU_BACKEND.token_limits)
+    for backend, needs_add in [(CPU_BACKEND, True), (TRITON_BACKEND, False)]:
+        assert backend.with_limits(add=1).supports_step(2, 1, 1, "swiglu") != needs_add
 
 
 def test_a_kernel_that_plain_pytorch_cannot_replace():

@@ -197,6 +197,18 @@ def test_epilogue_that_no_kernel_fuses(n, prepare):
     bounds.check(ours, total, bound + bounds.rounding_error(total, torch.float32))
 
 
+def test_pytorch_applies_every_field_of_epilogue():
+    """A new field: compute it in Linear.apply_epilogue, and give it a value here that changes the result."""
+    torch.manual_seed(0)
+    w, x = make_linear(64, 72, Unquantized(), torch.float32), torch.randn(3, 72)
+    values = {"activation": 1, "out_scale": 0.5, "softcap": 0.1, "clip": 0.1}
+    assert values.keys() == {*Epilogue._fields}
+    plain = w(x)
+    for name, value in values.items():
+        w.activation, w.epilogue = ACTIVATIONS[0] if name == "activation" else None, Epilogue(**{name: value})
+        assert not torch.equal(w(x), plain)
+
+
 def softcap_with_error(
     y: torch.Tensor, error: torch.Tensor, scale: float, softcap: float, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from config import ModelConfig
+from kernels.schema import AttentionParams
 from layers import attention
-from layers.attention import LayerCache
+from layers.attention import LayerCache, is_sdpa_compatible
 from layers.backend import CPU_BACKEND, TORCH_BACKEND
 from layers.rope import alibi_slopes, rope_table
 from model import DTYPES
@@ -200,3 +201,16 @@ def test_tokens_beyond_the_cache_are_refused():
         with pytest.raises(RuntimeError, match="slopes"):
             with_slopes = cache._replace(alibi_slopes=slopes)
             attend(torch.randn(1, 1, 128), with_slopes, torch.zeros(1, dtype=torch.long), 4, CPU_BACKEND)
+
+
+def test_which_options_sdpa_can_compute():
+    """SDPA would silently ignore the other options. A new field of AttentionParams: decide here whether SDPA can
+    compute it."""
+    weight, cache = torch.ones(16), LayerCache(*torch.zeros(3, 1, 2, 8, 16))
+    can = {"n_heads": 4, "scale": 0.3, "window": 5, "q_norm_weight": weight, "k_norm_weight": weight, "eps": 1e-6}
+    cannot = {"softcap": 2.0, "sinks": torch.zeros(4)}
+    assert can.keys() | cannot.keys() == {*AttentionParams._fields}
+    params = AttentionParams(n_heads=2, scale=0.25)
+    for name, value in (can | cannot).items():
+        assert is_sdpa_compatible(params._replace(**{name: value}), cache) == (name in can)
+    assert not is_sdpa_compatible(params, cache._replace(alibi_slopes=torch.ones(2)))

@@ -21,7 +21,7 @@ from formats import FORMATS, Int4, Int8, Unquantized
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
 from formats.triton_layouts import pack_tiles
-from kernels.schema import MAX_CPU_TOKENS, SCHEMAS
+from kernels.schema import MAX_CPU_TOKENS, SCHEMAS, SWIGLU_ALPHA, SWIGLU_LIMIT
 from kernels.triton import heads, weights
 from kernels.triton.elements import magic_number_for
 from layers import aten, backend, packing
@@ -70,12 +70,14 @@ def test_a_format_without_cpp_code():
     assert linear.format == Unquantized() and torch.equal(linear.weight, expected)
 
 
-def test_cpp_has_pythons_sizes():
-    """Sources have a size only by name, and a library with other sizes has another name in the cache."""
-    weights_h = (kernels.build.SOURCES / "weights.h").read_text()
+def test_cpp_has_pythons_numbers():
+    """Sources have these numbers only by name, and a library with other numbers has another name in the cache."""
+    weights_h, activation_h = ((kernels.build.SOURCES / name).read_text() for name in ("weights.h", "activation.h"))
     sizes = {"MAX_CPU_TOKENS": MAX_CPU_TOKENS, "BLOCK_N": CPU_BLOCK_N, "ACT_GROUP_SIZE": ACT_GROUP_SIZE}
-    for name, ours in sizes.items():
-        assert f"constexpr int64_t {name} = GPTFAST_{name};" in weights_h
+    parameters = {"SWIGLU_ALPHA": SWIGLU_ALPHA, "SWIGLU_LIMIT": SWIGLU_LIMIT}
+    assert all(f"constexpr int64_t {name} = GPTFAST_{name};" in weights_h for name in sizes)
+    assert all(f"constexpr float {name} = GPTFAST_{name};" in activation_h for name in parameters)
+    for name, ours in (sizes | parameters).items():
         assert f"-DGPTFAST_{name}={ours}" in kernels.build.compiler_flags()
 
 

@@ -5,7 +5,7 @@ import torch
 
 import kernels.build
 from layers.backend import CPU_BACKEND, TORCH_BACKEND
-from layers.sampling import Filters, sample
+from layers.sampling import TokenFilters, sample
 from scripts.kernel_checks.exact_results import kept_tokens
 from tests.cpu_kernels import built
 
@@ -28,12 +28,12 @@ def test_likeliest_token(vocab_size):
         logits[20 + i, [0, vocab_size // 2, -1][i // 3]] = value
     expected = logits.argmax(-1)
     expected[20:29] = -1
-    assert torch.equal(sample(logits, 0.0, Filters(), CPU_BACKEND), expected)
+    assert torch.equal(sample(logits, 0.0, TokenFilters(), CPU_BACKEND), expected)
     strided = logits[:, None].expand(70, 2, vocab_size)[:, -1]
-    assert torch.equal(sample(strided, 0.0, Filters(), CPU_BACKEND), expected)
-    assert torch.equal(sample(logits, 0.0, Filters(), TORCH_BACKEND), expected)
+    assert torch.equal(sample(strided, 0.0, TokenFilters(), CPU_BACKEND), expected)
+    assert torch.equal(sample(logits, 0.0, TokenFilters(), TORCH_BACKEND), expected)
     for i in (0, 25):
-        assert sample(logits[i : i + 1], 0.0, Filters(), CPU_BACKEND) == expected[i]
+        assert sample(logits[i : i + 1], 0.0, TokenFilters(), CPU_BACKEND) == expected[i]
 
 
 @built
@@ -41,12 +41,12 @@ def test_logits_that_the_kernel_does_not_take():
     assert kernels.build.library()
     for wrong in (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(3), torch.zeros(0, 3)):
         with pytest.raises(RuntimeError, match="logits must be float32"):
-            sample(wrong, 0.0, Filters(), CPU_BACKEND)
+            sample(wrong, 0.0, TokenFilters(), CPU_BACKEND)
     for options in ({"uniform": torch.rand(2, 1)}, {"uniform": torch.rand(1, 1).double()}):
         with pytest.raises(RuntimeError, match="random numbers must be float64"):
-            sample(torch.zeros(2, 3), 0.5, Filters(), CPU_BACKEND, **options)
+            sample(torch.zeros(2, 3), 0.5, TokenFilters(), CPU_BACKEND, **options)
     with pytest.raises(RuntimeError, match="temperatures must be float32"):
-        sample(torch.zeros(2, 3), 0.5, Filters(), CPU_BACKEND, temperatures=torch.ones(3, 1))
+        sample(torch.zeros(2, 3), 0.5, TokenFilters(), CPU_BACKEND, temperatures=torch.ones(3, 1))
 
 
 # ---- A random token -------------------------------------------------------------------------------------------------
@@ -71,11 +71,11 @@ def test_drawn_tokens(vocab_size, truncation):
             weights = ((logits.double() - logits.max()) / temperature).exp()
             weights *= kept_tokens(logits[None], temperature, **truncation)[0]
             expected, rows = weights / weights.sum(), logits.expand(n, vocab_size)
-            tokens = sample(rows, temperature, Filters(**truncation), CPU_BACKEND, uniform)
+            tokens = sample(rows, temperature, TokenFilters(**truncation), CPU_BACKEND, uniform)
             assert (tokens.diff() >= 0).all()  # more likely tokens need not come first
             assert (torch.bincount(tokens, minlength=vocab_size) - n * expected).abs().max() < 1.01
             if "top_k" not in truncation or len(logits.unique()) == vocab_size:  # of tied logits, topk may keep any
-                tokens = sample(rows, temperature, Filters(**truncation), TORCH_BACKEND, uniform)
+                tokens = sample(rows, temperature, TokenFilters(**truncation), TORCH_BACKEND, uniform)
                 assert (torch.bincount(tokens, minlength=vocab_size) - n * expected).abs().max() < 1.01
 
 
@@ -86,7 +86,7 @@ def test_each_row_has_its_own_temperature():
     uniform[4] = 1.0  # which rounding of a random number can give
     temperatures = torch.logspace(-30, 3, 9)[:, None]
     logits[2, 7] = torch.nan
-    filters = Filters(top_p=0.9)
+    filters = TokenFilters(top_p=0.9)
     tokens = sample(logits, 1.0, filters, CPU_BACKEND, uniform, temperatures)
     for i, temperature in enumerate(temperatures[:, 0].tolist()):
         alone = sample(logits[i : i + 1], temperature, filters, CPU_BACKEND, uniform[i : i + 1])

@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from checkpoint import meta_model
+from checkpoint import empty_model
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
@@ -61,7 +61,7 @@ def test_embedding_scale_is_rounded(dtype):
         rounded = torch.tensor(scale, dtype=dtype).item()
         assert round_to_dtype(scale, dtype) == rounded
         config = ModelConfig(16, 1, 1, 1, 16, 16, 97, 64, embed_scale=scale)
-        model = meta_model(config).to_empty(device="cpu").to(dtype)
+        model = empty_model(config).to_empty(device="cpu").to(dtype)
         model.embed_tokens.weight.fill_(1)
         assert (model.embed(torch.tensor([[3]])) == rounded).all()
 

@@ -15,7 +15,7 @@ import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationConfig, Unquantized, format_from_dict
-from formats.float_bits import E2M1_VALUES, round_mxfp4
+from formats.floats import E2M1_VALUES, round_mxfp4
 from formats.integers import GroupwiseAffine, split_groups
 from loading import load_model
 from model import KVCache
@@ -133,10 +133,8 @@ def test_a_shard_means_its_part_of_the_weight(format, start, length):
 
 
 def test_every_format_is_tested():
-    """Every format is in the lists of the tests, and its format_id is its place in FORMATS."""
     for tested in ([Unquantized(), *EVERY.values()], exact_results.CPU_FORMATS):
         assert {type(format) for format in tested} >= set(formats.FORMATS)
-    assert [format_class.format_id for format_class in formats.FORMATS] == list(range(len(formats.FORMATS)))
     assert quantize.QUANTIZERS.keys() == {name.partition(".")[0] for name in FORMATS} | {"int4-gptq"}
 
 
@@ -145,10 +143,6 @@ def test_a_header_names_its_format(format):
     parsed = format_from_dict(format.to_dict())
     assert parsed.to_dict() == format.to_dict() and parsed.name == format.name
     assert QuantizationConfig.from_dict({"mode": "int8", "layers": {"a": format.to_dict()}}).of_layer("a") == parsed
-
-
-def test_a_format_id_is_a_position_in_the_table():
-    assert [format_class.format_id for format_class in formats.FORMATS] == list(range(len(formats.FORMATS)))
 
 
 def test_a_mode_names_one_class():

@@ -178,9 +178,10 @@ def test_names_in_pages_exist(page):
 
 
 def test_names_in_comments_exist():
-    """Docstrings and comments, also in tests and C++, name files that exist and, in FILE: NAME and NAME (FILE), names
-    in them. In Python every word with underscores is in the code, or is a test file. (C++ has such words in formulas.)
-    In NAME (FILE), and in tests in FILE: NAME, a NAME has underscores or inner capitals, which ordinary words lack."""
+    """Docstrings and comments, also in tests and C++, name files and folders that exist and, in FILE: NAME and NAME
+    (FILE), names in them. In Python every word with underscores is in the code, or is a test file. (C++ has such words
+    in formulas.) In NAME (FILE), and in tests in FILE: NAME, a NAME has underscores or inner capitals, which ordinary
+    words lack."""
     comments, code = {}, []
     for path in [*sources(), *(ROOT / "tests").glob("*.py"), *(ROOT / "kernels/csrc").iterdir()]:
         split = split_comments if path.suffix == ".py" else split_cpp_comments
@@ -204,6 +205,8 @@ def test_names_in_comments_exist():
             assert found, f"{path}: {file}"
             for name in names.split(", ") if names else []:
                 assert re.search(rf"\b{name}\b", found[0].read_text()), f"{path}: {file}: {name}"
+        for folder in re.findall(r"(?<![\w/.~-])((?:[\w-]+/)+)(?![\w<{*$]|\.\w)", text):
+            assert any((place / folder).is_dir() for place in (path.parent, path.parent.parent, ROOT)), (path, folder)
         words = re.findall(r"\b[a-z][a-z0-9]*(?:_[a-z][a-z0-9]*)+\b(?!\.(?:md|pth|py))", text)
         assert path.suffix != ".py" or set(words) <= known, f"{path}: {set(words) - known}"
 

@@ -17,7 +17,7 @@ from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
 from layers import sampling
 from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
-from layers.sampling import INVALID_TOKEN, Filters, has_sample_kernel
+from layers.sampling import INVALID_TOKEN, TokenFilters, has_sample_kernel
 from model import KVCache
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
@@ -187,10 +187,11 @@ def test_options_that_change_nothing_are_off():
     """Options that change nothing equal the defaults, so sample can use the kernel of a GPU, and the scheduler samples
     such sequences together."""
     params = SamplingParams(0.8, top_p=1, min_p=0.0, repetition_penalty=1.1)
-    assert params == SamplingParams(0.8, repetition_penalty=1.1) and params.filters == Filters()
+    assert params == SamplingParams(0.8, repetition_penalty=1.1) and params.filters == TokenFilters()
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
-        assert SamplingParams(0.8, **options).filters == Filters(**options)
-        assert Filters(**options).active() == {*options} and SamplingParams(0.0, **options).filters == Filters()
+        assert SamplingParams(0.8, **options).filters == TokenFilters(**options)
+        assert TokenFilters(**options).active() == {*options}
+        assert SamplingParams(0.0, **options).filters == TokenFilters()
 
 
 @pytest.mark.parametrize("option", ["temperature", "top_k", "repetition_penalty"])
@@ -205,15 +206,15 @@ def test_no_kernel_draws_with_an_option_that_it_does_not_take():
     class MoreFilters(NamedTuple):
         top_p: float = 1.0
         top_n_sigma: float = 0.0
-        active = Filters.active
+        active = TokenFilters.active
 
     for backend in (CPU_BACKEND, TRITON_BACKEND):
         assert has_sample_kernel(backend, MoreFilters(top_p=0.9))
         assert not has_sample_kernel(backend, MoreFilters(top_n_sigma=1.0))
-    assert has_sample_kernel(CPU_BACKEND, Filters(top_k=5))
-    assert has_sample_kernel(TRITON_BACKEND, Filters(top_p=0.9, min_p=0.1))
-    assert not has_sample_kernel(TRITON_BACKEND, Filters(top_k=5))
-    assert not has_sample_kernel(TORCH_BACKEND, Filters())
+    assert has_sample_kernel(CPU_BACKEND, TokenFilters(top_k=5))
+    assert has_sample_kernel(TRITON_BACKEND, TokenFilters(top_p=0.9, min_p=0.1))
+    assert not has_sample_kernel(TRITON_BACKEND, TokenFilters(top_k=5))
+    assert not has_sample_kernel(TORCH_BACKEND, TokenFilters())
 
 
 def test_greedy_takes_the_lowest_of_tied_tokens():

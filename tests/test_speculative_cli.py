@@ -12,7 +12,7 @@ import pytest
 import generate
 import llm
 import quantize
-from checkpoint import meta_model, read_checkpoint, save_checkpoint
+from checkpoint import empty_model, read_checkpoint, save_checkpoint
 from cli.startup import warn_without_kernels
 from config import ModelConfig
 from engine import speculate as speculate_module
@@ -136,7 +136,7 @@ def test_mistakes(folders, capsys, monkeypatch):
 
 @pytest.mark.parametrize("heads_per_kv_head, most", [(1, 15), (4, 15), (7, 8), (16, 3)])
 def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
-    model = meta_model(ModelConfig(64, 1, 16 * heads_per_kv_head, 16, 4, 64, 64, 64))
+    model = empty_model(ModelConfig(64, 1, 16 * heads_per_kv_head, 16, 4, 64, 64, 64))
     cases = [(TRITON_BACKEND, most, False), (TRITON_BACKEND, most + 1, True), (CPU_BACKEND, 32, False)]
     for backend, k, warns in cases:
         for _, linear in model.quantizable_linears():

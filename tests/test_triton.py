@@ -35,7 +35,7 @@ from layers.experts import ExpertsDown, route
 from layers.linear import LinearBase
 from layers.packing import pack_for_triton
 from layers.rope import rope_table
-from layers.sampling import Filters, sample
+from layers.sampling import TokenFilters, sample
 from model import DTYPES, KVCache
 from scripts.kernel_checks import checks
 from scripts.kernel_checks import error_bounds as bounds
@@ -265,7 +265,7 @@ def test_sample_of_logits_that_are_not_finite(value):
     logits = torch.randn(2, 3000)
     logits[1, 2500] = value
     for temperature, options in ((0.0, {}), (1.0, {}), (1.0, {"top_p": 0.9}), (1.0, {"min_p": 0.1})):
-        tokens = sample(logits, temperature, Filters(**options), TRITON_BACKEND)
+        tokens = sample(logits, temperature, TokenFilters(**options), TRITON_BACKEND)
         assert tokens[0] >= 0 and tokens[1] == -1
 
 
@@ -273,7 +273,7 @@ def test_sample_of_logits_that_are_not_finite(value):
 def test_a_row_draws_the_token_that_it_draws_alone(top_p):
     """Also with a temperature of its own."""
     logits, uniform = torch.randn(6, 300), torch.rand(6, 1, dtype=torch.float64)
-    temperatures, filters = torch.logspace(-30, 3, 6)[:, None], Filters(top_p=top_p)
+    temperatures, filters = torch.logspace(-30, 3, 6)[:, None], TokenFilters(top_p=top_p)
     together = sample(logits, 1.0, filters, TRITON_BACKEND, uniform, temperatures)
     for i, temperature in enumerate(temperatures[:, 0].tolist()):
         alone = sample(logits[i : i + 1], temperature, filters, TRITON_BACKEND, uniform[i : i + 1])

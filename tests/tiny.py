@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
-from checkpoint import meta_model, read_checkpoint, save_checkpoint
+from checkpoint import empty_model, read_checkpoint, save_checkpoint
 from converters.convert_folder import convert_folder
 from formats import QuantizationConfig
 from loading import load_model
@@ -256,7 +256,7 @@ def give_input_orders(source: Path, target: Path):
     act-order. The result is another model."""
     config, quantization, tensors = read_checkpoint(source)
     generator = torch.Generator().manual_seed(0)
-    linears = dict(meta_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears())
+    linears = dict(empty_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears())
     names = [name for name, linear in linears.items() if linear.n_experts is None]
     for name in names:
         order = torch.randperm(linears[name].in_features, generator=generator)

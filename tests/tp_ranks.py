@@ -25,7 +25,7 @@ import formats  # noqa: E402
 import generate  # noqa: E402
 import loading  # noqa: E402
 import tp  # noqa: E402
-from checkpoint import meta_model, read_checkpoint, with_tied_head  # noqa: E402
+from checkpoint import empty_model, read_checkpoint, with_tied_head  # noqa: E402
 from cli.ranks import process_group  # noqa: E402
 from engine import generation  # noqa: E402
 from engine.runner import ModelRunner  # noqa: E402
@@ -226,7 +226,7 @@ def bytes_read(path: Path) -> dict:
     """Returns the bytes that this rank reads from the file, those that it needs, and those of all sharded tensors."""
     config, quantization, tensors = read_checkpoint(path)
     tensors = with_tied_head(config, tensors)
-    model = meta_model(config, QuantizationConfig.from_dict(quantization))
+    model = empty_model(config, QuantizationConfig.from_dict(quantization))
     shard_tensor = tp.tensor_sharder(model)
     with BytesRead(tensors.values()) as read:
         parts = {name: shard_tensor(name, t) for name, t in tensors.items()}

@@ -17,7 +17,8 @@ inline bool is_gated(Activation activation) {
   return false;
 }
 
-constexpr float SWIGLU_ALPHA = 1.702f, SWIGLU_LIMIT = 7;  // of CLAMPED_SWIGLU; as in kernels/schema.py
+constexpr float SWIGLU_ALPHA = GPTFAST_SWIGLU_ALPHA;  // of CLAMPED_SWIGLU: see kernels/schema.py
+constexpr float SWIGLU_LIMIT = GPTFAST_SWIGLU_LIMIT;
 
 // Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2, the distribution function of the normal distribution. NaN stays NaN.
 // Formula 7.1.26 of Abramowitz and Stegun gives erf with an error of at most 1.5e-7:

@@ -1,7 +1,7 @@
 // The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Kernels trust addresses and sizes, also when a
 // CPU graph is replayed, so tensors are checked here. Each function checks its tensors, allocates the output, and
 // submits the operation (op_list.h: submit). The functions have the parameters of the schemas (kernels/schema.py).
-// ops/ describes the operations. kernels/build.py compiles this file, which includes the headers.
+// layers/ describes the operations. kernels/build.py compiles this file, which includes the headers.
 //
 // The headers, in reading order:
 //

@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 
-from checkpoint import meta_model, read_checkpoint, with_tied_head
+from checkpoint import empty_model, read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.checkpoint_path import ensure_converted
@@ -110,7 +110,7 @@ def bits_per_weight(file: Path) -> float:
     config, _, tensors = read_checkpoint(file)
     tensors = with_tied_head(config, tensors)
     n_bytes = n_weights = 0
-    for layer, linear in meta_model(config).quantizable_linears():
+    for layer, linear in empty_model(config).quantizable_linears():
         n_weights += linear.weight.numel()
         names = [f"{layer}.{name}" for name in ("weight", "scales", "zeros")]
         n_bytes += sum(tensors[name].nbytes for name in names if name in tensors)

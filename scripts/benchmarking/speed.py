@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from checkpoint import meta_model, read_checkpoint, save_checkpoint
+from checkpoint import empty_model, read_checkpoint, save_checkpoint
 from config import ModelConfig, MoEConfig, RopeScaling
 from converters.hf_config import config_from_hf
 from engine.generation import DecodeLoop
@@ -77,7 +77,7 @@ def find_config(name: str) -> ModelConfig:
 
 def random_model(config: ModelConfig, format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Transformer:
     """Makes a model whose linear layers have format, not packed for the kernels."""
-    model = meta_model(config).to(dtype)
+    model = empty_model(config).to(dtype)
     for _, linear in model.quantizable_linears():
         linear.set_format(format)
     if config.tie_embeddings and format == Unquantized():  # quantize.py gives a quantized head its own weight

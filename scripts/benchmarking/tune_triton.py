@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
-from checkpoint import meta_model
+from checkpoint import empty_model
 from config import ModelConfig, is_gated
 from formats import WeightFormat
 from kernels.triton.launch import MMA_N, TUNED, TileConfig, choose_tiles, gpu_info, table_key
@@ -32,7 +32,7 @@ CANDIDATES = [
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """Tunes every matmul of a model whose linear layers have format. This takes some minutes."""
-    linears = meta_model(config.with_layers(1)).quantizable_linears()
+    linears = empty_model(config.with_layers(1)).quantizable_linears()
     has_gate = is_gated(config.activation)
     for n, k, gated in {
         (w.out_features, w.in_features, has_gate and name.endswith("gate_up_proj")) for name, w in linears

@@ -13,7 +13,7 @@ u is the unit roundoff of a type: half the distance between 1 and the next numbe
 import torch
 from torch import Tensor
 
-from formats.float_bits import decode_e8m0
+from formats.floats import decode_e8m0
 
 U = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # unit roundoffs
 SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}  # half of the smallest subnormal number

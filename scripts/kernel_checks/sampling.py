@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from layers.backend import TRITON_BACKEND
-from layers.sampling import Filters, multinomial, sample
+from layers.sampling import TokenFilters, multinomial, sample
 from scripts.kernel_checks.exact_results import U32, Comparison, kept_tokens
 
 TEMPERATURES = [(1e-30,), (0.7,), (1e30,), (0.2, 0.7, 3.0)]  # of all rows, or of each row
@@ -45,14 +45,14 @@ def check_sample(vocab_size: int):
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, -1
-    ours = sample(logits, 0.0, Filters(), TRITON_BACKEND)
+    ours = sample(logits, 0.0, TokenFilters(), TRITON_BACKEND)
     yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
     logits, uniform = torch.randn(3, vocab_size), torch.rand(3, 1, dtype=torch.float64)
     noise = exact_gumbel_noise(uniform, vocab_size)
     for temperatures, top_p, min_p in product(TEMPERATURES, (1.0, 0.613, 1e-9), (0.0, 0.05)):
         column = torch.tensor(temperatures).view(-1, 1)  # [3, 1], or [1, 1] for all rows
         by_row = column if len(column) > 1 else None
-        ours = sample(logits, temperatures[0], Filters(0, top_p, min_p), TRITON_BACKEND, uniform, by_row)
+        ours = sample(logits, temperatures[0], TokenFilters(0, top_p, min_p), TRITON_BACKEND, uniform, by_row)
         scores = logits + column * noise
         bound = column[:, 0] * 2 * GUMBEL_ERROR + 4 * U32 * scores.abs().amax(-1)
         scores = scores.masked_fill(~kept_tokens(logits, column, top_p=top_p, min_p=min_p), -torch.inf)
@@ -71,7 +71,7 @@ def check_distribution(operation: str):
         is_kept = kept_tokens(logits[None], temperature, top_p=top_p)[0] & (logits > -1e30)
         probabilities = (logits.double() / temperature).masked_fill(~is_kept, -torch.inf).softmax(-1)
         if operation == "sample":
-            tokens = sample(logits.expand(n, -1), temperature, Filters(top_p=top_p), TRITON_BACKEND)
+            tokens = sample(logits.expand(n, -1), temperature, TokenFilters(top_p=top_p), TRITON_BACKEND)
         else:
             tokens = multinomial(probabilities.expand(n, -1))
         frequencies = tokens.bincount(minlength=len(logits)) / n
