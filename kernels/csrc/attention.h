@@ -48,9 +48,10 @@ template <typename T> inline void prefetch_vector(const T* x, int64_t d) {
   for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) prefetch_l2(x + i);
 }
 
-// The score_mod of FlexAttention: a score is softcap(scale * (q . k)) + slope * distance. The slope is ALiBi's, and
-// distance is the position of the key minus the position of the query. Every member but scale has a default that
-// changes nothing.
+// The score_mod of FlexAttention. Every member but scale has a default that changes nothing.
+//
+//     score     =  softcap(scale * (q . k)) + slope * distance        slope: ALiBi's
+//     distance  =  the position of the key - the position of the query
 struct ScoreMod {
   float scale, softcap = 0, slope = 0;
   bool operator==(const ScoreMod&) const = default;
@@ -64,8 +65,10 @@ inline f32x16 apply_score_mod(f32x16 qk, const ScoreMod& mod, f32x16 distance) {
 }
 
 // Computes the scores [n] of q [d] and k [n, d], 16 keys at a time, and returns the largest score. Scores beyond n, up
-// to a multiple of 16, become -infinity. distance (see ScoreMod) is the distance of the first key. If next is not null,
-// score_keys also prefetches the values next [n / stride, d]: one value for every stride keys.
+// to a multiple of 16, become -infinity. distance (see ScoreMod) is the distance of the first key.
+//
+// next, if not null: the values [n / stride, d] that this call also prefetches, one for every stride keys. So the first
+// `stride` queries of a task share the prefetch of its n values.
 template <int64_t D, typename T>
 float score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreMod& mod, int64_t distance,
                  float* scores, const T* next, int64_t stride) {

@@ -26,7 +26,8 @@ void dot_packed_bf16(const Weights& w, const int64_t* blocks, const TokenTile& t
   const auto step = [&](int64_t word, int u) {
     i32x16 words[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
-      // Only several tiles read two blocks side by side, and each of them prefetches at most half of the next weights.
+      // Two blocks mean at least two tiles of tokens, and each tile prefetches at most half of the next weights: 64
+      // bytes for two words. So every second word prefetches.
       if (BLOCKS == 1 || u == 0) prefetch(data[b], 64 * word);
       words[b] = load<i32x16>(data[b] + 64 * word);
     }
