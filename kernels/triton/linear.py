@@ -122,8 +122,9 @@ def fused_linear_kernel(
         expert      5          2             2          7
         program     pair 0     pairs 1, 2    returns    pair 3
 
-    SPECIALIZED_TOKENS: n_tokens, if at most MMA_N. The kernel is compiled for each such number, since add_squares has a
-    tensor for each token. 0 if one kernel serves every larger n_tokens with the same BLOCK_M."""
+    SPECIALIZED_TOKENS: n_tokens as a compile-time constant, for up to MMA_N tokens, since add_squares has a tensor for
+    each token. 0 for more: then n_tokens is a value at run time, and one compiled kernel serves all that round up to
+    the same BLOCK_M."""
     # Prologue. Before pdl_wait a program reads only W
     N_OUT = N // 2 if IS_GATED else N
     w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, SIZES)
