@@ -80,7 +80,7 @@ void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* con
 template <int M, int R, typename T>
 void dot_unquantized(const Weights& w, int64_t block, const TokenTile& tile, const T* const* tokens, f32x16* out) {
   constexpr int UNROLL = R > 1 ? 1 : 4;  // independent sums along k hide the latency of the additions
-  constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH / sizeof(T) / R;
+  constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH_DISTANCE / sizeof(T) / R;
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
   const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];
   for (int m = 0; m < M; m++) x[m] = tokens[m];
