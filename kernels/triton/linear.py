@@ -31,7 +31,7 @@ from kernels.schema import (
     register_triton,
 )
 from kernels.triton.elements import magic_number_for
-from kernels.triton.epilogue import EpilogueArgs, epilogue, inverse_rms, load_column, load_residual
+from kernels.triton.epilogue import EpilogueArgs, epilogue, inverse_rms, load_per_output, load_residual
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
     MMA_N,
@@ -149,8 +149,8 @@ def fused_linear_kernel(
     # The operands of the epilogue are loaded before the loop, so that the epilogue does not wait for memory. Only the
     # residual of many tokens is loaded after the loop, since registers have no room during the loop
     y_offsets, mask_y = output_offsets(y_index, mask_m, N_OUT, SIZES.BLOCK_OUT)
-    channel_scale = load_column(w.scales_ptr if LAYOUT.HAS_CHANNEL_SCALES else None, w)
-    bias = load_column(bias_ptr, w)
+    channel_scale = load_per_output(w.scales_ptr if LAYOUT.HAS_CHANNEL_SCALES else None, w)
+    bias = load_per_output(bias_ptr, w)
     residual = load_residual(epilogue_args.residual_ptr if SPECIALIZED_TOKENS else None, y_offsets, mask_y)
 
     # Loop
