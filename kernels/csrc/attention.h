@@ -253,7 +253,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
                      is_first ? next_keys : nullptr);
   }
 
-  // Combines the splits of the queries that attend_to_split has not combined.
+  // Combines the splits of all sequences with several. The others' outputs are complete.
   void combine_splits(const Shared& shared) const {
     const Range range = thread_range(n_queries());
     for (int64_t i = range.begin; i < range.end; i++) {
@@ -264,8 +264,10 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     }
   }
 
-  // Combines the n splits of a query: a head of a token, an index of [batch, n_tokens]. The partial output and the
-  // softmax of the first split are at index first. out = the sum of weights_s * partial_s (see combine_softmaxes).
+  // Combines the n splits of a query, which is a head of a token in [batch, n_tokens]. first is the index of its first
+  // split in Shared::partial and Shared::softmax.
+  //
+  //     out  =  the sum of weights_s * partial_s        weights: combine_softmaxes
   void combine_query(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
     static thread_local Scratch scratch;
     float* weights = scratch.at_least<float>(n);
