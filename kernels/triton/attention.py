@@ -94,7 +94,6 @@ def attend_kernel(
     out_ptr, results,  # [B, T, H, D]; SplitResults, or None if N_SPLITS is 1
     qk_scale, qk_softcap, T,
     HEADS: tl.constexpr, SIZES: tl.constexpr,  # heads.py: HeadLayout; AttentionSizes
-    Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr,  # heads that are normed together: 1, or all
     WINDOW: tl.constexpr, DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
     """Attends to one split. Grid: [N_SPLITS, G, B]. Program (i, g, b) has the T * H / G queries that use key/value head
@@ -118,7 +117,7 @@ def attend_kernel(
     q = load_new_queries(qkv_ptr, kv_head, T, HEADS, SIZES.BLOCK_M)
     k, v = load_new_keys_values(qkv_ptr, kv_head, T, HEADS)
     tokens = NewTokens(start, T, S, cos_sin_ptr)
-    q = norm_and_rope(q, tokens, norms.q_weight_ptr, qkv_ptr, norms.eps, Q_NORM_HEADS, HEADS, DTYPE)
+    q = norm_and_rope(q, tokens, norms.q_weight_ptr, qkv_ptr, norms.eps, HEADS.Q_NORM_HEADS, HEADS, DTYPE)
     has_sink = q.mask & (split == SIZES.N_SPLITS - 1)  # the sink counts once, in the last split
     softmax = initial_softmax(sinks_ptr, q.head, has_sink, SIZES.BLOCK_M, HEADS.BLOCK_D)
     score_mod = ScoreMod(qk_scale, qk_softcap, load_slopes(alibi_slopes_ptr, q.head, q.mask))
@@ -132,7 +131,7 @@ def attend_kernel(
     # The new tokens, which are also written into the cache
     if split == SIZES.N_SPLITS - 1:
         keys_ptr = qkv_ptr + HEADS.N_HEADS * HEADS.D
-        new_k = norm_and_rope(k, tokens, norms.k_weight_ptr, keys_ptr, norms.eps, K_NORM_HEADS, HEADS, DTYPE)
+        new_k = norm_and_rope(k, tokens, norms.k_weight_ptr, keys_ptr, norms.eps, HEADS.K_NORM_HEADS, HEADS, DTYPE)
         mask_k = k.mask & is_inside(start + k.token, S)
         softmax = attend_to_new(softmax, q, new_k, v, mask_k, score_mod, WINDOW)
         store_halves(k_cache_ptr, (start + k.token) * HEADS.D, new_k.lo, new_k.hi, mask_k, HEADS.D)
@@ -316,16 +315,15 @@ def attend(
         HEADS=HeadLayout(
             n_heads, n_kv_heads, HEADS_PER_KV_HEAD=n_heads // n_kv_heads, D=head_dim, TOKEN_STRIDE=qkv.shape[-1],
             BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
+            Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,
+            K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
         ),
         SIZES=AttentionSizes(
             BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
             BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
             N_SPLITS=n_splits, N_SPLITS_PADDED=triton.next_power_of_2(n_splits),
         ),
-        Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,
-        K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
-        WINDOW=window,
-        DTYPE=dot_dtype(qkv), num_stages=2, **pdl_options(qkv.device, grid),
+        WINDOW=window, DTYPE=dot_dtype(qkv), num_stages=2, **pdl_options(qkv.device, grid),
     )
     return out
 

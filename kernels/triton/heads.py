@@ -29,6 +29,8 @@ class HeadLayout(NamedTuple):
     TOKEN_STRIDE: int  # elements of a token
     BLOCK_D: int  # D, padded to a power of two
     BLOCK_HALF: int  # D / 2, padded to a power of two
+    Q_NORM_HEADS: int  # query heads that are normed together: 1, or all
+    K_NORM_HEADS: int
 
 
 class NewTokens(NamedTuple):
