@@ -84,7 +84,7 @@ void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks,
     for (int m = 0; m < M; m++) typed[m] = static_cast<const X*>(tokens[m]);
     constexpr SideBySide WHEN = side_by_side<F, X>(M);
     if constexpr (WHEN != NEVER) {
-      const bool is_gated = tile.n_adjacent == 1, is_cut = tile.n_tiles > 1;
+      const bool is_gated = tile.n_adjacent == 1, is_cut = tile.n_tiles > 1;  // gate and up blocks are not adjacent
       if (n_blocks == 2 && (WHEN == ALWAYS || (WHEN == IF_GATED && is_gated) || (WHEN == IF_CUT && is_cut)))
         return run_loop<F, M, 2>(w, blocks, tile, typed, out);
     }

@@ -40,7 +40,7 @@ template <typename T> struct FusedLinearOp {
   //     slice     0  0  0  ...  0                      1  ...
   //     block     0  1  2  ...  n_out_blocks() - 1     0  ...
   //
-  // A thread reads the activations of a slice again for each block, so they must fit in the last cache.
+  // A thread reads the activations of a slice again for each block, so they must fit in the last-level cache.
   static constexpr int64_t MAX_SLICE_TOKENS = 512;
 
   void execute(char* shared, Barrier& barrier) const {
