@@ -34,16 +34,18 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 
 // ---- Quantization ---------------------------------------------------------------------------------------------------
 
-// ACT_GROUP_SIZE activations x as int8: x = scale * q, |q| <= 127. ggml's block_q8_1 is the same with 32 elements, and
-// its s is zero_correction. The loops multiply with unsigned weights w, and subtract the zero points afterwards:
+// ACT_GROUP_SIZE activations x as int8: x = scale * q, |q| <= 127. ggml's block_q8_1 is the same with 32 elements.
+//
+// The loops multiply with unsigned weights w, and subtract the zero points afterwards:
 //
 //     sum of (w - zero) * x  =  sum of w * x  -  zero * (sum of x)
 //
-// The sum of x is the same for all outputs, so quantize_token computes it once. zero_correction depends on the format:
+// The sum of x is the same for all outputs, so quantize_token computes it once (ggml: s of block_q8_1). What
+// zero_correction holds depends on the format:
 //
 //     all weights have one zero point, F::SHARED_ZERO    -F::SHARED_ZERO * (sum of q), of this ActGroup
-//     each group of weights has its own                  the sum of x, from the start of that group up to here. The
-//                                                        loop reads it once, in the last ActGroup of the group
+//     each group of weights has its own                  the sum of x from the start of that group up to here. The loop
+//                                                        reads it once, in the last ActGroup of the group
 //
 // With groups of 48 weights, and sums s0, s1, ... of ActGroups:
 //
