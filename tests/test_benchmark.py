@@ -24,8 +24,10 @@ from model import DTYPES
 from scripts import benchmark
 from scripts.benchmarking import gpu_jobs, real_models
 from scripts.benchmarking import speed as benchmark_speed
-from scripts.kernel_checks import checks
 from scripts.kernel_checks import command as check_command
+from scripts.kernel_checks.all_checks import all_checks, gpu_sizes, name_of
+from scripts.kernel_checks.check_linear import check_linear, check_rms_norm
+from scripts.kernel_checks.exact_results import Comparison
 from tests.cpu_kernels import stored_rows
 from tests.tiny import call_main, convert, write_folder
 from utils.errors import UsageError
@@ -252,10 +254,9 @@ def test_tune(tmp_path, monkeypatch):
 
 def few_checks(dtype, sizes):
     """Returns checks of two operations, and one check with a mistake in its arguments."""
-    all_checks = checks.all_checks(dtype, sizes)
-    rms_norms = [check for check in all_checks if check.func is checks.check_rms_norm]
-    linear = partial(checks.check_linear, dtype, Unquantized(), (64, 72, True, (1,)))
-    return [*rms_norms, linear, partial(checks.check_linear, dtype, Unquantized(), (64, 72, True, ("one",)))]
+    rms_norms = [check for check in all_checks(dtype, sizes) if check.func is check_rms_norm]
+    linear = partial(check_linear, dtype, Unquantized(), (64, 72, True, (1,)))
+    return [*rms_norms, linear, partial(check_linear, dtype, Unquantized(), (64, 72, True, ("one",)))]
 
 
 def test_check(monkeypatch, capsys):
@@ -284,14 +285,14 @@ def test_check_that_fails(monkeypatch, capsys):
 def test_check_finds_nan():
     outcome = check_command.CheckResult()
     right = torch.ones(3)
-    outcome.add(checks.Comparison("linear", "NaN", right * torch.nan, right, right))
+    outcome.add(Comparison("linear", "NaN", right * torch.nan, right, right))
     assert outcome.failed == {"linear NaN": "error nan"}
 
 
 def test_checks_of_a_gpu_can_be_sent_to_processes():
     for dtype in DTYPES:
-        all_checks = checks.all_checks(dtype, checks.gpu_sizes(dtype))
-        assert [checks.name_of(pickle.loads(pickle.dumps(check))) for check in all_checks]
+        checks = all_checks(dtype, gpu_sizes(dtype))
+        assert [name_of(pickle.loads(pickle.dumps(check))) for check in checks]
 
 
 # ---- Of checkpoints -------------------------------------------------------------------------------------------------

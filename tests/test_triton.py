@@ -1,7 +1,7 @@
 """The Triton kernels against exact results, in the interpreter (conftest.py turns it on), and compiled for GPUs.
 
-scripts/kernel_checks/checks.py has the checks that also run on a GPU. This file adds whole models, results that cannot
-differ on a GPU, and whatever is not a result.
+scripts/kernel_checks/all_checks.py lists the checks that also run on a GPU. This file adds whole models, results that
+cannot differ on a GPU, and whatever is not a result.
 """
 
 import functools
@@ -37,8 +37,8 @@ from layers.packing import pack_for_triton
 from layers.rope import rope_table
 from layers.sampling import TokenFilters, sample
 from model import DTYPES, KVCache
-from scripts.kernel_checks import checks
 from scripts.kernel_checks import error_bounds as bounds
+from scripts.kernel_checks.all_checks import all_checks, interpreter_sizes, name_of
 from scripts.kernel_checks.exact_results import (
     QUANTIZED,
     TRITON_FORMATS,
@@ -94,9 +94,9 @@ def small_gpu(monkeypatch):
 
 
 CHECKS = {  # a check that does not depend on dtype occurs once
-    checks.name_of(check): check
+    name_of(check): check
     for dtype in DTYPES
-    for check in checks.all_checks(dtype, checks.interpreter_sizes(dtype))
+    for check in all_checks(dtype, interpreter_sizes(dtype))
 }
 
 

@@ -29,7 +29,7 @@ def measured_name(tiles: launch.TileConfig) -> str:
     return str((tiles.block_n // 16, tiles.num_warps, tiles.warp_k // 64, tiles.num_stages))
 
 
-def test_guess_is_near_the_best(monkeypatch):
+def test_default_is_near_the_best(monkeypatch):
     """With the tile sizes of the rule, no matmul takes 10 % longer than with the best measured ones."""
     gpu = launch.Gpu(N_PROCESSORS, has_tensor_cores=True, min_block_m=8, has_pdl=True, tuned={})
     n_checked = 0
@@ -60,7 +60,7 @@ def test_measured_tiles_are_used(monkeypatch):
      (GroupedInt8, 8, 32), (Float8, 8, 128), (Unquantized, 16, 576)],
 )
 @pytest.mark.parametrize("gated", [False, True])
-def test_guess_fits(format, bits, group_size, gated, monkeypatch):
+def test_default_fits(format, bits, group_size, gated, monkeypatch):
     """For every size, loads in flight fit into 99 KB, and a warp has at most 8 sums of 16 rows by 8."""
     for n in (64, 576, 1536, 4096, 16384, 57344, 128256):
         for num_sms in (1, 16, 132, 300):
@@ -75,14 +75,14 @@ def test_guess_fits(format, bits, group_size, gated, monkeypatch):
 
 @pytest.mark.parametrize("n_tokens", [9, 16, 33, 64])
 @pytest.mark.parametrize("gated", [False, True])
-def test_guess_many_tokens_fits(n_tokens, gated):
+def test_default_tiles_of_many_tokens_fit(n_tokens, gated):
     """Loads in flight fit into 99 KB. The sums of a warp and the products of one step fit into its registers."""
     formats = [(Unquantized, 16, 576), (Int8, 8, 576), (Float8, 8, 576), (Float8, 8, 128), (GroupedInt8, 8, 16)]
     formats += [(Int4, 4, 64), (Int4, 4, 128), (MXFP4, 4, 32)]
     block_m = triton.next_power_of_2(n_tokens)
     sizes = itertools.product(formats, (64, 1536, 4096, 57344, 128256), (1, 16, 132, 300))
     for (format, bits, group_size), n, num_sms in sizes:
-        tiles = launch.guess_many_tokens(block_m, format.format_id, n, 576, gated, group_size, num_sms)
+        tiles = launch.default_tiles_many_tokens(block_m, format.format_id, n, 576, gated, group_size, num_sms)
         block_n, num_warps, warp_k, num_stages = tiles
         bits_of_step = num_warps * warp_k * (block_n * bits + block_m * 16)
         assert num_stages >= 2 and (num_stages - 1) * bits_of_step <= 99 * 1024 * 8
@@ -96,7 +96,7 @@ def test_programs_compute_many_outputs():
     """If there are enough outputs for all multiprocessors, a program computes many, since fewer programs read less of
     x."""
     for n, block_n in [(576, 16), (4096, 32), (57344, 64)]:
-        tiles = launch.guess_many_tokens(64, Int8.format_id, n, 4096, False, 4096, N_PROCESSORS)
+        tiles = launch.default_tiles_many_tokens(64, Int8.format_id, n, 4096, False, 4096, N_PROCESSORS)
         assert tiles.block_n == block_n
 
 

@@ -48,9 +48,10 @@ template <typename T> inline void prefetch_vector(const T* x, int64_t d) {
   for (int64_t i = 0; i < d; i += 64 / int64_t(sizeof(T))) prefetch_l2(x + i);
 }
 
-// The score_mod of FlexAttention: a score is softcap(scale * (q . k)) + slope * distance. The slope is ALiBi's, and
-// distance is the position of the key minus the position of the query. Every member but scale has a default that
-// changes nothing.
+// The score_mod of FlexAttention. Every member but scale has a default that changes nothing.
+//
+//     score     =  softcap(scale * (q . k)) + slope * distance        slope: ALiBi's
+//     distance  =  the position of the key - the position of the query
 struct ScoreMod {
   float scale, softcap = 0, slope = 0;
   bool operator==(const ScoreMod&) const = default;
@@ -64,8 +65,10 @@ inline f32x16 apply_score_mod(f32x16 qk, const ScoreMod& mod, f32x16 distance) {
 }
 
 // Computes the scores [n] of q [d] and k [n, d], 16 keys at a time, and returns the largest score. Scores beyond n, up
-// to a multiple of 16, become -infinity. distance (see ScoreMod) is the distance of the first key. If next is not null,
-// score_keys also prefetches the values next [n / stride, d]: one value for every stride keys.
+// to a multiple of 16, become -infinity. distance (see ScoreMod) is the distance of the first key.
+//
+// next, if not null: the values [n / stride, d] that this call also prefetches, one for every stride keys. So the first
+// `stride` queries of a task share the prefetch of its n values.
 template <int64_t D, typename T>
 float score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreMod& mod, int64_t distance,
                  float* scores, const T* next, int64_t stride) {
@@ -250,7 +253,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
                      is_first ? next_keys : nullptr);
   }
 
-  // Combines the splits of the queries that attend_to_split has not combined.
+  // Combines the splits of all sequences with several. The others' outputs are complete.
   void combine_splits(const Shared& shared) const {
     const Range range = thread_range(n_queries());
     for (int64_t i = range.begin; i < range.end; i++) {
@@ -261,8 +264,10 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     }
   }
 
-  // Combines the n splits of a query: a head of a token, an index of [batch, n_tokens]. The partial output and the
-  // softmax of the first split are at index first. out = the sum of weights_s * partial_s (see combine_softmaxes).
+  // Combines the n splits of a query, which is a head of a token in [batch, n_tokens]. first is the index of its first
+  // split in Shared::partial and Shared::softmax.
+  //
+  //     out  =  the sum of weights_s * partial_s        weights: combine_softmaxes
   void combine_query(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
     static thread_local Scratch scratch;
     float* weights = scratch.at_least<float>(n);

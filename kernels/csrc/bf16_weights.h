@@ -130,7 +130,7 @@ template <typename F> class WeightTiles {
   void read(int64_t begin, int64_t end, i32x16* rows) {
     for (int64_t k = begin; k < end; k += F::ELEMENTS_PER_WORD, rows += F::ELEMENTS_PER_WORD / 2, data += 64) {
       if (k == next_group_begin) dequantizer.set_group(w, next_group++), next_group_begin += w.group_size;
-      prefetch_l2(data + PREFETCH);  // and not to L1, which holds tiles
+      prefetch_l2(data + PREFETCH_DISTANCE);  // and not to L1, which holds tiles
       prefetch_l1(data + 512);
       dequantizer.dequantize(load<i32x16>(data), rows);
     }

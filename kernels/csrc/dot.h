@@ -24,27 +24,33 @@ using BlockSums = f32x16[MAX_CPU_TOKENS];  // the outputs of a block of weights:
 // not. Even so, one loop over 8 tokens is faster than two over 4, so the limit holds only if there are more than 8.
 constexpr int UNQUANTIZED_BLOCK_M = 6;
 
-// Two blocks of weights side by side share the loads of the activations, but need registers for twice as many sums. As
-// long as the matmul is memory-bound, one block after the other is faster, because memory is read in order. So this
-// many blocks are read side by side if registers are wide (otherwise always one):
+// When a tile reads two blocks of weights side by side. Two share the loads of the activations, but need registers for
+// twice as many sums. A memory-bound matmul is faster with one block after the other, because memory is read in order.
 //
-//     format               activations     1-2 tokens     3-5 tokens     6-8 tokens     more tokens, in tiles of 4 to 8
-//     Unquantized          any             1              1              1              1
-//     PackedBf16           bf16            1              1              1              2, in a tile of 4 tokens 1
-//     Float8               bf16            1              1              2              2, in a tile of 4 tokens 1
-//     Int8                 int8            1              1              2              2
-//     other quantized      int8            1, gated 2     2              2              2
-//     any packed           float           1              1              1              1
-//
-// The other quantized formats have scales of groups, whose unpacking makes them compute-bound sooner. "gated": a block of
-// the gate projection and one of the up projection. Each projection is read in order, also its scales. One block after
-// the other would jump between four streams of memory at each block.
-//
-// Measured on two cores of a Zen 5 server at 43 to 80 GB/s, November 2026.
-constexpr int MAX_MEMORY_BOUND_TOKENS = 5;  // with more, a matmul of quantized weights is compute-bound
-constexpr int MAX_MEMORY_BOUND_TOKENS_IN_GROUPS = 2;  // the same for weights whose groups have scales
-constexpr int MIN_SHARED_BF16_TOKENS = 5;   // the loads of fewer bf16 tokens are not worth sharing
-constexpr int MIN_SHARED_INT8_TOKENS = 4;   // fewer tokens of Int8 are an only tile (9 tokens are tiles of 4 and 5)
+//     IF_GATED    if one block is of the gate projection and one of the up projection. Each projection is read in
+//                 order, also its scales. One block after the other would jump between four streams of memory
+//     IF_CUT      if the tokens are cut into several tiles: all tiles but the first find the weights in the cache
+enum SideBySide { NEVER, IF_GATED, IF_CUT, ALWAYS };
+
+// By the number of tokens in the tile, for wide registers. If the tokens are cut, tiles have at least 4 of them (9 are
+// cut into 4 and 5), so a tile of fewer is the only one. PackedBf16 is memory-bound as an only tile. Groups with scales
+// are compute-bound soonest, since the scales have to be unpacked. Measured on two cores of a Zen 5 server at 43 to 80
+// GB/s, November 2026.
+using ByTokens = std::array<SideBySide, BLOCK_M>;
+//                                   1 token   2         3       4       5       6       7       8 tokens
+constexpr ByTokens PACKED_BF16_TILES{NEVER,    NEVER,    NEVER,  NEVER,  IF_CUT, IF_CUT, NEVER,  NEVER};
+constexpr ByTokens FLOAT8_TILES     {NEVER,    NEVER,    NEVER,  NEVER,  IF_CUT, ALWAYS, ALWAYS, ALWAYS};
+constexpr ByTokens INT8_TILES       {NEVER,    NEVER,    NEVER,  IF_CUT, IF_CUT, ALWAYS, ALWAYS, ALWAYS};
+constexpr ByTokens GROUPED_TILES    {IF_GATED, IF_GATED, ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS};
+
+// The line of the table for weights of format F and activations of type X.
+template <typename F, typename X> constexpr SideBySide side_by_side(int m) {
+  if (!HAS_WIDE_REGISTERS) return NEVER;
+  if (std::is_same_v<X, ActGroup>) return F::HAS_CHANNEL_SCALES ? INT8_TILES[m - 1] : GROUPED_TILES[m - 1];
+  if (!std::is_same_v<X, bf16>) return NEVER;
+  if (std::is_same_v<F, Float8>) return FLOAT8_TILES[m - 1];
+  return std::is_same_v<F, PackedBf16> ? PACKED_BF16_TILES[m - 1] : NEVER;
+}
 
 // The matmul of M tokens with BLOCKS blocks of weights, by the loop for the format F and the type X of the activations.
 template <typename F, int M, int BLOCKS, typename X>
@@ -76,17 +82,12 @@ void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks,
     using X = ActElement<F, T>;
     const X* typed[M];
     for (int m = 0; m < M; m++) typed[m] = static_cast<const X*>(tokens[m]);
-    constexpr bool IS_INT8 = std::is_same_v<X, ActGroup>, IS_BF16 = F::BF16_ACTIVATIONS && std::is_same_v<X, bf16>;
-    constexpr bool FITS_REGISTERS = IS_QUANTIZED<F> || M <= UNQUANTIZED_BLOCK_M;
-    constexpr bool HAS_GROUPS = IS_INT8 && !F::HAS_CHANNEL_SCALES;
-    constexpr bool GAINS_BY_SHARING = HAS_GROUPS || (IS_INT8 && M >= MIN_SHARED_INT8_TOKENS) ||
-                                      (IS_BF16 && M >= MIN_SHARED_BF16_TOKENS && FITS_REGISTERS);
-    constexpr int MAX_TOKENS = HAS_GROUPS ? MAX_MEMORY_BOUND_TOKENS_IN_GROUPS : MAX_MEMORY_BOUND_TOKENS;
-    const bool is_memory_bound = tile.n_tiles == 1 && (M <= MAX_TOKENS || !IS_QUANTIZED<F>);
-    const bool is_gated = tile.n_adjacent == 1;  // for two blocks
-    if constexpr (HAS_WIDE_REGISTERS && GAINS_BY_SHARING)
-      if (n_blocks == 2 && (!is_memory_bound || (HAS_GROUPS && is_gated)))
+    constexpr SideBySide WHEN = side_by_side<F, X>(M);
+    if constexpr (WHEN != NEVER) {
+      const bool is_gated = tile.n_adjacent == 1, is_cut = tile.n_tiles > 1;  // gate and up blocks are not adjacent
+      if (n_blocks == 2 && (WHEN == ALWAYS || (WHEN == IF_GATED && is_gated) || (WHEN == IF_CUT && is_cut)))
         return run_loop<F, M, 2>(w, blocks, tile, typed, out);
+    }
     for (int64_t b = 0; b < n_blocks; b++) run_loop<F, M, 1>(w, blocks + b, tile, typed, out + b);
   });
 }

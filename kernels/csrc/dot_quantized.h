@@ -1,5 +1,5 @@
-// The loops of dot.h over blocks of quantized weights. A loop reads 1 or 2 blocks in step, from the first word to the
-// last (weights.h draws a block). Two blocks share the loads of the activations.
+// The loops of dot.h over quantized weights, which unpack a few words at a time to registers and multiply them with all
+// tokens of a tile. A loop reads 1 or 2 blocks in step, from the first word to the last (weights.h draws a block):
 //
 //     for each group of inputs, whose weights share a scale:              (dot_int8: all inputs)
 //         for each ACT_GROUP_SIZE inputs:                                 (dot_float8, dot_dequantized: each word)
@@ -13,7 +13,7 @@
 //     dot_dequantized    any packed format                             float
 //     dot_float8         Float8                                        bf16 or float
 //
-// Some loops copy the addresses of the tokens to x [M], a local array, which the compiler can keep in registers.
+// Some loops copy the addresses of the tokens to x [M], a local array that the compiler keeps in registers.
 #pragma once
 
 #include "prologue.h"
@@ -30,7 +30,9 @@ constexpr bool HAS_FAST_DOT4 = true;
 constexpr bool HAS_FAST_DOT4 = false;
 #endif
 
-// acc[lane] += the sum over j < 4 of w[lane][j] * x[lane][j]. Bytes of w are unsigned, bytes of x signed. Exact.
+// Multiplies four unsigned bytes of w with four signed bytes of x in each lane. The sum is exact.
+//
+//     acc[lane] += w[lane][0] * x[lane][0] + ... + w[lane][3] * x[lane][3]
 inline void dot4(i32x16& acc, i32x16 w, i32x16 x) {
 #if defined(__AVX512VNNI__)
   acc = (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
@@ -111,8 +113,8 @@ void dot_int8(const Weights& w, const int64_t* blocks, const TokenTile& tile, co
   }
 }
 
-// Multiplies weights of format F, Int4, MXFP4 or GroupedInt8, with M tokens. i counts groups of ACT_GROUP_SIZE inputs,
-// whose activations share a scale. group counts runs of w.group_size inputs, whose weights share a scale.
+// Multiplies weights whose groups have scales with M tokens. i counts ActGroups: ACT_GROUP_SIZE inputs, whose
+// activations share a scale. group counts w.group_size inputs, whose weights share a scale.
 template <typename F, int M, int BLOCKS>
 void dot_grouped(const Weights& w, const int64_t* blocks, const TokenTile& tile, const ActGroup* const* tokens,
                  f32x16* const* out) {
@@ -177,8 +179,8 @@ inline f32x16 add_pairs(f32x16 a, f32x16 b) {
 
 // Multiplies Float8 weights with M tokens. X is bf16 or float. Scales the sum of each group of inputs.
 //
-// Independent sums along k, UNROLL * SUMS for each token, hide the latency of the additions. Floats need two sums for
-// the two lanes of a pair. bf16 with many tokens needs only one.
+// Each token has UNROLL * SUMS sums along k, which are independent and so hide the latency of additions. Floats need
+// two for the two lanes of a pair. With many tokens of bf16, one for each token suffices.
 template <int M, int BLOCKS, typename X>
 void dot_float8(const Weights& w, const int64_t* blocks, const TokenTile& tile, const X* const* tokens,
                 f32x16* const* out) {

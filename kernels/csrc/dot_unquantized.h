@@ -26,7 +26,8 @@ void dot_packed_bf16(const Weights& w, const int64_t* blocks, const TokenTile& t
   const auto step = [&](int64_t word, int u) {
     i32x16 words[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
-      // Only several tiles read two blocks side by side, and each of them prefetches at most half of the next weights.
+      // Two blocks mean at least two tiles of tokens, and each tile prefetches at most half of the next weights: 64
+      // bytes for two words. So every second word prefetches.
       if (BLOCKS == 1 || u == 0) prefetch(data[b], 64 * word);
       words[b] = load<i32x16>(data[b] + 64 * word);
     }
@@ -79,7 +80,7 @@ void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* con
 template <int M, int R, typename T>
 void dot_unquantized(const Weights& w, int64_t block, const TokenTile& tile, const T* const* tokens, f32x16* out) {
   constexpr int UNROLL = R > 1 ? 1 : 4;  // independent sums along k hide the latency of the additions
-  constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH / sizeof(T) / R;
+  constexpr int64_t WIDTH = 64 / sizeof(T), AHEAD = PREFETCH_DISTANCE / sizeof(T) / R;
   const int64_t k = w.k, n = std::min(BLOCK_N, w.n - block * BLOCK_N);
   const T *first = reinterpret_cast<const T*>(w.block_data(block)), *x[M];
   for (int m = 0; m < M; m++) x[m] = tokens[m];

@@ -22,41 +22,56 @@ template <typename T> struct FusedLinearOp {
   T* out;
   float* float32_out;  // if not null, replaces out
 
-  // A thread reads the activations of a slice for each block of its weights, so a slice must fit in the last cache.
-  static constexpr int64_t MAX_SLICE_TOKENS = 512;
-
   int64_t n_out() const { return is_gated(activation) ? w.n / 2 : w.n; }
   int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
   bool is_on_amx() const { return m <= MAX_CPU_TOKENS && uses_amx<T>(w, m); }
   Prologue<T> prologue() const { return {x, m, w, norm_weight, eps, is_on_amx() ? AMX_TILE_K : 0, AMX_TILE_M}; }
   size_t shared_bytes() const { return prologue().shared_bytes(); }
 
-  // A task is a block of outputs, for a slice of the tokens. An iteration computes up to two tasks, which are neighbouring
-  // blocks. With a gated activation it computes one, with a block of the gate and a block of the up projection.
+  // The loops, from the outermost:
+  //
+  //     slice     up to MAX_SLICE_TOKENS tokens
+  //     blocks    of W: two neighbours, or with a gated activation one of the gate and one of the up projection
+  //     batch     up to MAX_CPU_TOKENS tokens of the slice, as many as matmul takes
+  //
+  // A task is a block of outputs for a slice. The tasks of a slice are neighbours:
+  //
+  //     task      0  1  2  ...  n_out_blocks() - 1     n_out_blocks()  ...
+  //     slice     0  0  0  ...  0                      1  ...
+  //     block     0  1  2  ...  n_out_blocks() - 1     0  ...
+  //
+  // A thread reads the activations of a slice again for each block, so they must fit in the last-level cache.
+  static constexpr int64_t MAX_SLICE_TOKENS = 512;
+
   void execute(char* shared, Barrier& barrier) const {
     static thread_local Scratch scratch;
     TokenPtr* const tokens = scratch.at_least<TokenPtr>(m);
-    const bool gated = is_gated(activation), on_amx = is_on_amx();
     const char* panels = nullptr;
-    if (on_amx) panels = prologue().run_to_panels(shared, barrier);
+    std::optional<TileRegisters> tile_registers;
+    if (is_on_amx()) panels = prologue().run_to_panels(shared, barrier), tile_registers.emplace();
     else prologue().run(shared, barrier, tokens);
     const int64_t n_slices = divide_up(m, MAX_SLICE_TOKENS);
     const Range range = thread_range(n_slices * n_out_blocks());
-    BlockSums sums[2];
-    std::optional<TileRegisters> tile_registers;
-    if (on_amx) tile_registers.emplace();
-    for (int64_t task = range.begin, n_blocks; task < range.end; task += n_blocks) {
+    for (int64_t task = range.begin, n_tasks; task < range.end; task += n_tasks) {
       const int64_t block = task % n_out_blocks();
-      n_blocks = gated ? 1 : std::min({int64_t{2}, range.end - task, n_out_blocks() - block});  // blocks of outputs
-      const int64_t blocks[] = {block, gated ? block + n_out_blocks() : block + 1};
-      const Range slice = split_range(task / n_out_blocks(), n_slices, m);
-      for (int64_t first = slice.begin; first < slice.end; first += MAX_CPU_TOKENS) {
-        const int64_t n_tokens = std::min(MAX_CPU_TOKENS, slice.end - first);
-        if (on_amx) dot_amx(m, w, blocks, gated ? 2 : n_blocks, panels, sums);
-        else matmul<T>(n_tokens, w, blocks, gated ? 2 : n_blocks, tokens + first, sums);
-        for (int64_t i = 0; i < n_tokens; i++)
-          for (int64_t b = 0; b < n_blocks; b++) epilogue(sums, i, first + i, b, blocks);
-      }
+      n_tasks = is_gated(activation) ? 1 : std::min({int64_t{2}, range.end - task, n_out_blocks() - block});
+      matmul_slice(split_range(task / n_out_blocks(), n_slices, m), block, n_tasks, tokens, panels);
+    }
+  }
+
+  // The inner loop of execute: n_tasks blocks of outputs, from block on, for the tokens of a slice. Reads panels unless
+  // they are null, and then tokens.
+  [[gnu::always_inline]]
+  void matmul_slice(Range slice, int64_t block, int64_t n_tasks, const TokenPtr* tokens, const char* panels) const {
+    const bool gated = is_gated(activation);
+    const int64_t blocks[] = {block, block + (gated ? n_out_blocks() : 1)}, n_blocks = gated ? 2 : n_tasks;
+    BlockSums sums[2];
+    for (int64_t first = slice.begin; first < slice.end; first += MAX_CPU_TOKENS) {
+      const int64_t n_tokens = std::min(MAX_CPU_TOKENS, slice.end - first);
+      if (panels) dot_amx(n_tokens, w, blocks, n_blocks, panels, sums);
+      else matmul<T>(n_tokens, w, blocks, n_blocks, tokens + first, sums);
+      for (int64_t i = 0; i < n_tokens; i++)
+        for (int64_t b = 0; b < n_tasks; b++) epilogue(sums, i, first + i, b, blocks);
     }
   }
 

@@ -102,13 +102,13 @@ inline const char* validate(const Ops& ops) {
   return nullptr;
 }
 
-// All OpLists use the same number of threads, since a change of the number between OpLists costs more than the change
-// gains.
+// All OpLists use the same number of threads, since a change from one to the next costs more than it gains.
 inline thread_local ThreadCount thread_count;
 
 // Executes an OpList. If the value of an input is wrong, computes nothing and returns the message.
-// adapt_threads: whether to use fewer threads while other programs need the cores. Must be false if functions run
-// between the OpLists of a step (kernels/capture.py).
+// adapt_threads: whether to use fewer threads while other programs need the cores. It must be false if a step is
+// several OpLists (kernels/capture.py: CPUGraph): ThreadCount decides after each, and would change the number within a
+// step.
 inline const char* replay(OpList& list, bool adapt_threads) {
   static thread_local double last_end = 0;
   if (const char* error = validate(list.ops)) return error;

@@ -1,6 +1,6 @@
 // What the loops of dot.h prefetch. A core reaches memory's bandwidth only if it asks for weights long before it
-// multiplies them: PREFETCH bytes ahead, in the order of reading. A loop over two adjacent blocks reads them side by
-// side, then the next two:
+// multiplies them: PREFETCH_DISTANCE bytes ahead, in the order of reading. A loop over two adjacent blocks reads them
+// side by side, then the next two:
 //
 //     block 0  ------->  block 2  ------->  block 4
 //     block 1  ------->  block 3  ------->  block 5
@@ -18,7 +18,7 @@
 #include "weights.h"
 
 // A core that reads 40 GB/s at a latency of 200 ns has 8,000 bytes in flight. L1 then still has room for activations.
-constexpr int64_t PREFETCH = 8192;
+constexpr int64_t PREFETCH_DISTANCE = 8192;
 
 // A tile is up to BLOCK_M tokens, which a loop multiplies together. This one is tile index of n_tiles, and multiplies
 // with n_adjacent blocks that are adjacent in memory: 1 or 2.
@@ -39,7 +39,7 @@ template <int M, int BLOCKS> class Prefetcher {
 
  public:
   Prefetcher(const Weights& w, const TokenTile& tile)
-      : distance(std::min(PREFETCH, w.block_bytes())), jump_from(w.block_bytes() - distance),
+      : distance(std::min(PREFETCH_DISTANCE, w.block_bytes())), jump_from(w.block_bytes() - distance),
         jump_bytes((tile.n_adjacent - 1) * w.block_bytes()), distance_groups(w.n_groups * distance / w.block_bytes()),
         jump_groups((tile.n_adjacent - 1) * w.n_groups) {
     if (IS_ONLY || tile.n_tiles == 1) return;
@@ -49,7 +49,7 @@ template <int M, int BLOCKS> class Prefetcher {
 
   // Prefetches for the weights at an offset in a block.
   [[gnu::always_inline]] void operator()(const char* block, int64_t offset) const {
-    if constexpr (IS_ONLY && BLOCKS == 1) return prefetch_l1(block + offset + PREFETCH);
+    if constexpr (IS_ONLY && BLOCKS == 1) return prefetch_l1(block + offset + PREFETCH_DISTANCE);
     const char* p = block + distance + offset / 64 * step;
     prefetch_l1(BLOCKS > 1 && offset >= jump_from ? p + jump_bytes : p);
   }

@@ -1,5 +1,5 @@
-// The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill: for unquantized
-// weights and 8-bit floats. Other formats quantize the activations (linear.h: FusedLinearOp).
+// The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill: for
+// unquantized weights and 8-bit floats. Other formats quantize the activations (linear.h: FusedLinearOp).
 //
 //     task     a block of tokens, and NR outputs
 //     panel    PANEL_K inputs of the task's weights, dequantized to bf16 once for all tokens of the task. The prologue
@@ -9,8 +9,8 @@
 //         for MR tokens at a time:  acc [MR, NR] += x [MR, PANEL_K] panel
 //     out = epilogue(acc)
 //
-// A panel stays in the L1 cache for all tokens of the task. PyTorch would dequantize a whole matrix to memory first, and
-// round the weights to bf16, too.
+// A panel stays in the L1 cache for all tokens of the task. PyTorch would dequantize a whole matrix to memory first,
+// and round the weights to bf16, too.
 #pragma once
 
 #include "bf16_weights.h"

@@ -34,17 +34,20 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 
 // ---- Quantization ---------------------------------------------------------------------------------------------------
 
-// ACT_GROUP_SIZE activations x as int8: x = scale * q, |q| <= 127. ggml's block_q8_1 is alike, but has 32 elements.
+// ACT_GROUP_SIZE activations x as int8: x = scale * q, |q| <= 127. ggml's block_q8_1 is the same with 32 elements.
 //
-// The loops multiply x with weights w - zero. They compute the sum of w * x, and subtract the zero points afterwards:
+// The loops multiply with unsigned weights w, and subtract the zero points afterwards:
 //
 //     sum of (w - zero) * x  =  sum of w * x  -  zero * (sum of x)
 //
-// All outputs need the same sum of x, so quantize_token computes it once (ggml: s of block_q8_1). If all weights of the
-// format F have one zero point, F::SHARED_ZERO, zero_correction is -zero * (sum of q). Otherwise each group of weights
-// has its own zero point, and zero_correction is a running sum of x, which restarts at each group. The loops read only
-// its value in the group's last ActGroup, the sum over the whole group. With groups of 48 weights, and sums s0, s1, ...
-// of ActGroups:
+// The sum of x is the same for all outputs, so quantize_token computes it once (ggml: s of block_q8_1). What
+// zero_correction holds depends on the format:
+//
+//     all weights have one zero point, F::SHARED_ZERO    -F::SHARED_ZERO * (sum of q), of this ActGroup
+//     each group of weights has its own                  the sum of x from the start of that group up to here. The loop
+//                                                        reads it once, in the last ActGroup of the group
+//
+// With groups of 48 weights, and sums s0, s1, ... of ActGroups:
 //
 //     group of weights    0                             1
 //     ActGroup            0     1          2            3     4          5

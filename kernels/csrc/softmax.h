@@ -1,15 +1,18 @@
-// The softmax of attention, computed for some of the keys at a time, for attention.h and prefill_attention.h.
+// The softmax of attention, computed for some of the keys at a time, for attention.h and prefill_attention.h. The names
+// are FlashAttention's:
 //
-//     softmax(scores) v  =  (the sum of p v) / (the sum of p)      with p = 2^(score * log2(e) - m_i)
+//     m_i     =  the maximum of score * log2(e)
+//     p       =  2^(score * log2(e) - m_i)
+//     l_i     =  the sum of p
+//     output  =  (the sum of p v) / l_i         =  softmax(scores) v
 //
-// The quotient is the same for every m_i. The maximum of the exponents keeps p from overflowing. If a score is NaN, m_i
-// ignores the score, but the p of the score is NaN, and so is the output.
+// The output is the same for every m_i, and the maximum keeps p from overflowing. m_i ignores a score that is NaN. Its
+// p is NaN, and so is the output.
 #pragma once
 
 #include "simd.h"
 
-// The state of a softmax over some keys, with FlashAttention's names: m_i is the maximum of the exponents
-// score * log2(e), and l_i is the sum of p.
+// A softmax over some keys
 struct SoftmaxState { float m_i, l_i; };
 
 // Computes p = 2^(score * exponent_scale - m_i) for scores [n], 16 at a time: store(p, i) gets p of scores i to
@@ -25,14 +28,16 @@ inline float exponentiate(const float* scores, int64_t n, float exponent_scale, 
   return sum(l_i);
 }
 
-// Combines the softmaxes of a query over n splits s of the keys. splits[s * stride] is m_s and l_s. A sink is the score
-// of one more key, whose value is zero; -infinity means that there is no sink. Computes weights [n]: the output is the
-// sum of weights_s * (the sum of p v of split s).
+// Computes the weights [n] with which the n splits s of a query's keys are combined:
 //
 //     m_i        =  the maximum of all m_s and of sink * log2(e)
 //     alpha_s    =  2^(m_s - m_i)
 //     l_i        =  the sum of alpha_s * l_s, and of 2^(sink * log2(e) - m_i)
 //     weights_s  =  alpha_s / l_i
+//     output     =  the sum of weights_s * (the sum of p v of split s)
+//
+// splits[s * stride] is m_s and l_s. A sink is the score of one more key, whose value is zero; -infinity means that
+// there is no sink.
 inline void combine_softmaxes(const SoftmaxState* splits, int64_t n, int64_t stride, float sink, float* weights) {
   float m_i = sink * LOG2_E;
   for (int64_t s = 0; s < n; s++) m_i = std::max(m_i, splits[s * stride].m_i);

@@ -21,8 +21,8 @@ constexpr int64_t ACT_GROUP_SIZE = GPTFAST_ACT_GROUP_SIZE;  // the activations t
 
 constexpr int64_t BLOCK_M = 8;  // the most tokens of a tile: their sums fit in registers
 
-// A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). Packed weights are in blocks of 16 outputs
-// and in words of 4 bytes. The words of 16 outputs are adjacent:
+// A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). A packed matrix is stored in blocks of 16
+// outputs, so that one load has a word of 4 bytes of each output:
 //
 //                64 bytes, one load
 //     word 0     output 0   output 1   output 2   ...   output 15      elements 0-3 (8 bits) or 0-7 (4 bits) of each
@@ -46,7 +46,7 @@ struct Weights {
   int64_t bits;                                            // of an element
   int64_t padded_k;                                        // k, if outputs are not padded
   int64_t n, k;
-  int64_t group_size, n_groups;  // group_size inputs of an output share a scale. Int8 has one group of k inputs
+  int64_t group_size, n_groups;  // group_size inputs of an output share a scale; in Int8, all k inputs do
   bool has_f16_scales;           // whether scales of 16 bits are f16 and not bf16
 
   int64_t n_blocks() const { return divide_up(n, BLOCK_N); }
@@ -60,8 +60,8 @@ struct Weights {
     return w;
   }
 
-  // Scales and zeros are [n_blocks, n_groups, 16]. scales_of and zeros_of return the address of the 16 of a block in
-  // one group of inputs. group is block * n_groups + the index of the group in the block.
+  // Scales and zeros are [n_blocks, n_groups, 16]. scales_of and zeros_of return the address of 16 of them, where
+  // group = block * n_groups + the index of the group in the block.
   template <typename T> const T* scales_of(int64_t group) const {
     return reinterpret_cast<const T*>(scales) + group * BLOCK_N;
   }
@@ -73,19 +73,20 @@ struct Weights {
 
 // ---- Formats --------------------------------------------------------------------------------------------------------
 //
-// The struct of a format says how the loops of dot_quantized.h, bf16_weights.h and linear.h unpack its weights. A new
-// format needs
+// The struct of a format says how its weights are unpacked, for all loops. A new format needs
 //
 //     ELEMENTS_PER_WORD   elements of a word
 //     SCALE_BYTES         bytes of a scale: 4 (float), 2 (f16 or bf16) or 1 (an exponent)
 //     element             element j of each of 16 words
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
-// and an entry in FORMATS. Then the loops for any format can read it. Faster code for one format is a branch of
-// run_loop (dot.h), a specialization of WordDequantizer (bf16_weights.h), or an overload of unpack_words (linear.h).
+// and an entry in FORMATS. Then the loops for any format can read it. Faster loops of its own are a branch of run_loop
+// (dot.h), a specialization of WordDequantizer (bf16_weights.h), or an overload of unpack_words.
 
-// The scales and zeros of a block's 16 outputs in one group of inputs. An element q of a quantized weight stands for
-// (q - zero) * scale, or for (q - zero) * scale * channel_scale if the format has HAS_CHANNEL_SCALES.
+// The scales and zeros of a block's 16 outputs in one group of inputs:
+//
+//     weight  =  (q - zero) * scale                     of an element q
+//     weight  =  (q - zero) * scale * channel_scale     if HAS_CHANNEL_SCALES
 struct ScalesAndZeros { f32x16 scales, zeros; };
 
 // A format derives from these defaults.
@@ -156,8 +157,9 @@ struct Float8 : FormatDefaults {
   }
 };
 
-// 4-bit floats, e2m1. Twice such a number is an integer from -12 to 12, so the matmul takes q = 12 + 2 * e2m1, from 0
-// to 24, with the zero point 12 and half the scale.
+// 4-bit floats, e2m1. The matmul takes them as integers q from 0 to 24, with the zero point 12 and half the scale:
+//
+//     q  =  12 + 2 * e2m1        2 * e2m1 is an integer from -12 to 12
 struct MXFP4 : FormatDefaults {
   static constexpr bool INT8_ACTIVATIONS = true;
   static constexpr int ELEMENTS_PER_WORD = 8, SCALE_BYTES = 1;

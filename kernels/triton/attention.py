@@ -3,8 +3,8 @@
     attend    q/k norm, RoPE, cache write and softmax([ALiBi] q k^T) v, registered as torch.ops.gptfast_triton.attend
 
 This is Flash-Decoding. The cache is cut into splits. Each program goes over one split with FlashAttention's online
-softmax (arXiv:2205.14135). The last program to finish combines the results of all splits. Programs read on the device
-how many tokens the cache holds, so one CUDA graph serves every position.
+softmax (arXiv:2205.14135), and the one that finishes last combines the results of all splits. Programs read on the
+device how many tokens the cache holds, so one CUDA graph serves every position.
 
 In shape comments B is sequences, T new tokens of a sequence, S max_seq_len of the cache, H query heads, G key/value
 heads, D head_dim. In a program M is queries and N keys. BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_HALF and BLOCK_T are powers
@@ -22,6 +22,7 @@ from kernels.schema import AttentionParams, empty_attend, register_triton
 from kernels.triton.epilogue import apply_softcap
 from kernels.triton.heads import (
     HeadLayout,
+    NewTokens,
     is_inside,
     load_halves,
     load_new_keys_values,
@@ -42,6 +43,14 @@ class ScoreMod(NamedTuple):
     scale: tl.tensor
     softcap: tl.tensor | None
     slope: tl.tensor | None  # [BLOCK_M], ALiBi: slope * distance is added
+
+
+class SoftmaxState(NamedTuple):
+    """The softmax of M queries over the keys so far, with FlashAttention's names. The output is acc / l_i."""
+
+    m_i: tl.tensor  # [M], the largest score
+    l_i: tl.tensor  # [M], the sum of 2^(score - m_i)
+    acc: tl.tensor  # [M, D], the sum of 2^(score - m_i) v
 
 
 class AttentionSizes(NamedTuple):
@@ -70,7 +79,7 @@ class HeadNorms(NamedTuple):
 
 
 class SplitResults(NamedTuple):
-    """What the programs of the splits store for the last program of a key/value head."""
+    """What the programs of a key/value head store, one for each split, for the one that finishes last."""
 
     out_ptr: tl.tensor  # [B, T, H, N_SPLITS, D] float32: acc
     ml_ptr: tl.tensor  # [B, T, H, N_SPLITS, 2] float32: m_i and l_i
@@ -85,18 +94,17 @@ def attend_kernel(
     out_ptr, results,  # [B, T, H, D]; SplitResults, or None if N_SPLITS is 1
     qk_scale, qk_softcap, T,
     HEADS: tl.constexpr, SIZES: tl.constexpr,  # heads.py: HeadLayout; AttentionSizes
-    Q_NORM_HEADS: tl.constexpr, K_NORM_HEADS: tl.constexpr,  # heads that are normed together: 1, or all
     WINDOW: tl.constexpr, DTYPE: tl.constexpr, USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
     """Attends to one split. Grid: [N_SPLITS, G, B]. Program (i, g, b) has the T * H / G queries that use key/value head
-    g, and split i of the cached tokens of sequence b. The last program also has the new tokens:
+    g, and split i of the cached tokens of sequence b. The program of the last split also has the new tokens:
 
         start_pos    0                              start           start + T
                      |   cached tokens              |   new tokens  |
         program i    |    0    |    1    |    2     |       2       |            for N_SPLITS = 3
 
-    The last program reads the new tokens from qkv, and only this program writes to the cache. So no program waits for
-    another. The last program to finish combines the results of all splits.
+    It reads them from qkv, and alone writes to the cache, so no program waits for another. Whichever program of a
+    sequence and key/value head finishes last combines all splits.
 
     The softmax has base 2, since exp2 is one instruction: qk_scale and qk_softcap include a factor of LOG2_E."""
     # Prologue. The loads of the new tokens come first: their addresses do not depend on start, which is being loaded
@@ -108,41 +116,35 @@ def attend_kernel(
     start = tl.load(start_pos_ptr + sequence).to(tl.int32)  # position of the first new token
     q = load_new_queries(qkv_ptr, kv_head, T, HEADS, SIZES.BLOCK_M)
     k, v = load_new_keys_values(qkv_ptr, kv_head, T, HEADS)
-    q_lo, q_hi = norm_and_rope(
-        q, norms.q_weight_ptr, qkv_ptr, cos_sin_ptr, start, S, T, norms.eps, Q_NORM_HEADS, HEADS, DTYPE
-    )
+    tokens = NewTokens(start, T, S, cos_sin_ptr)
+    q = norm_and_rope(q, tokens, norms.q_weight_ptr, qkv_ptr, norms.eps, HEADS.Q_NORM_HEADS, HEADS, DTYPE)
     has_sink = q.mask & (split == SIZES.N_SPLITS - 1)  # the sink counts once, in the last split
-    m_i, l_i = initial_softmax(sinks_ptr, q.head, has_sink, SIZES.BLOCK_M)
-    acc = tl.full([SIZES.BLOCK_M, HEADS.BLOCK_D], 0.0, tl.float32)
+    softmax = initial_softmax(sinks_ptr, q.head, has_sink, SIZES.BLOCK_M, HEADS.BLOCK_D)
     score_mod = ScoreMod(qk_scale, qk_softcap, load_slopes(alibi_slopes_ptr, q.head, q.mask))
 
     # Loop over the cached tokens of the split
     begin, end = split_bounds(start, S, split, WINDOW, SIZES.N_SPLITS, SIZES.BLOCK_N)
-    m_i, l_i, acc = attend_to_split(
-        q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, start + q.token, q.mask, score_mod,
-        HEADS.D, WINDOW, SIZES.BLOCK_N,
+    softmax = attend_to_split(
+        softmax, q, k_cache_ptr, v_cache_ptr, begin, end, start, score_mod, HEADS.D, WINDOW, SIZES.BLOCK_N
     )
 
     # The new tokens, which are also written into the cache
     if split == SIZES.N_SPLITS - 1:
-        k_lo, k_hi = norm_and_rope(
-            k, norms.k_weight_ptr, qkv_ptr + HEADS.N_HEADS * HEADS.D, cos_sin_ptr, start, S, T, norms.eps,
-            K_NORM_HEADS, HEADS, DTYPE,
-        )
+        keys_ptr = qkv_ptr + HEADS.N_HEADS * HEADS.D
+        new_k = norm_and_rope(k, tokens, norms.k_weight_ptr, keys_ptr, norms.eps, HEADS.K_NORM_HEADS, HEADS, DTYPE)
         mask_k = k.mask & is_inside(start + k.token, S)
-        m_i, l_i, acc = attend_to_new(q_lo, q_hi, k_lo, k_hi, v, q, k.token, mask_k, score_mod, m_i, l_i, acc, WINDOW)
-        store_halves(k_cache_ptr, (start + k.token) * HEADS.D, k_lo, k_hi, mask_k, HEADS.D)
+        softmax = attend_to_new(softmax, q, new_k, v, mask_k, score_mod, WINDOW)
+        store_halves(k_cache_ptr, (start + k.token) * HEADS.D, new_k.lo, new_k.hi, mask_k, HEADS.D)
         store_vectors(v_cache_ptr, (start + k.token) * HEADS.D, v, mask_k, HEADS.D)
 
     # Epilogue
     query = (sequence * T + q.token) * HEADS.N_HEADS + q.head  # index in [B, T, H]
     if SIZES.N_SPLITS == 1:
-        store_vectors(out_ptr, query * HEADS.D, acc / l_i[:, None], q.mask, HEADS.D)
+        store_vectors(out_ptr, query * HEADS.D, softmax.acc / softmax.l_i[:, None], q.mask, HEADS.D)
     else:
         semaphore = sequence * HEADS.N_KV_HEADS + kv_head  # index in [B, G]
         store_and_combine(
-            m_i, l_i, acc, out_ptr, results, query, split, semaphore, q.mask,
-            HEADS.D, SIZES.N_SPLITS, SIZES.N_SPLITS_PADDED,
+            softmax, out_ptr, results, query, split, semaphore, q.mask, HEADS.D, SIZES.N_SPLITS, SIZES.N_SPLITS_PADDED
         )
 
 
@@ -157,21 +159,18 @@ def split_bounds(start, S, split, WINDOW: tl.constexpr, N_SPLITS: tl.constexpr, 
 
 
 # ---- Softmax --------------------------------------------------------------------------------------------------------
-#
-# The names are FlashAttention's. For each query m_i is the largest score so far, l_i is the sum of 2^(score - m_i), and
-# acc is the sum of 2^(score - m_i) v. The output is acc / l_i.
 
 
 @triton.jit
-def initial_softmax(sinks_ptr, head, has_sink, BLOCK_M: tl.constexpr):
-    """Returns m_i and l_i [BLOCK_M] before the first key. A sink is the score of a key whose value is zero."""
+def initial_softmax(sinks_ptr, head, has_sink, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Returns the SoftmaxState before the first key. A sink is the score of a key whose value is zero."""
     m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf, since a query may see no key, and -inf - -inf is NaN
     l_i = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, mask=has_sink, other=0.0).to(tl.float32) * LOG2_E
         m_i = tl.where(has_sink, tl.maximum(sink, m_i, propagate_nan=tl.PropagateNan.ALL), m_i)
         l_i = tl.where(has_sink, tl.exp2(sink - m_i), l_i)
-    return m_i, l_i
+    return SoftmaxState(m_i, l_i, tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32))
 
 
 @triton.jit
@@ -184,41 +183,44 @@ def load_slopes(alibi_slopes_ptr, head, mask):
 
 @triton.jit
 def attend_to_split(
-    q_lo, q_hi, m_i, l_i, acc, k_cache_ptr, v_cache_ptr, begin, end, position, mask_m, score_mod,
+    softmax, q, k_cache_ptr, v_cache_ptr, begin, end, start, score_mod,
     D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Adds the cached tokens [begin, end) to the softmax of the queries at position [BLOCK_M]."""
+    """Adds the cached tokens [begin, end) to the softmax of the queries q (NewHeads). start: the first new token."""
+    position = start + q.token
     for n in range(begin, end, BLOCK_N):
         key = n + tl.arange(0, BLOCK_N)
-        k_lo, k_hi = load_halves(k_cache_ptr, key * D, key < end, D, q_lo.shape[1])
-        v = load_vectors(v_cache_ptr, key * D, key < end, D, acc.shape[1])
-        mask = (key < end)[None, :] & mask_m[:, None]
+        k_lo, k_hi = load_halves(k_cache_ptr, key * D, key < end, D, q.lo.shape[1])
+        v = load_vectors(v_cache_ptr, key * D, key < end, D, softmax.acc.shape[1])
+        mask = (key < end)[None, :] & q.mask[:, None]
         if WINDOW:
             mask &= key[None, :] > position[:, None] - WINDOW
         distance = key[None, :] - position[:, None]
-        m_i, l_i, acc = online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, score_mod, distance, m_i, l_i, acc)
-    return m_i, l_i, acc
+        softmax = online_softmax_step(softmax, q, k_lo, k_hi, v, mask, score_mod, distance)
+    return softmax
 
 
 @triton.jit
-def attend_to_new(q_lo, q_hi, k_lo, k_hi, v, q, key, mask_k, score_mod, m_i, l_i, acc, WINDOW: tl.constexpr):
-    """Adds the new tokens key [BLOCK_T] to the softmax of the queries q. A query sees no later token."""
-    mask = mask_k[None, :] & q.mask[:, None] & (key[None, :] <= q.token[:, None])
+def attend_to_new(softmax, q, k, v, mask_k, score_mod, WINDOW: tl.constexpr):
+    """Adds the new tokens to the softmax of the queries q: keys k (both NewHeads) and values v [BLOCK_T, BLOCK_D]. A
+    query sees no later token."""
+    mask = mask_k[None, :] & q.mask[:, None] & (k.token[None, :] <= q.token[:, None])
     if WINDOW:
-        mask &= key[None, :] > q.token[:, None] - WINDOW
-    distance = key[None, :] - q.token[:, None]
-    return online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, score_mod, distance, m_i, l_i, acc)
+        mask &= k.token[None, :] > q.token[:, None] - WINDOW
+    distance = k.token[None, :] - q.token[:, None]
+    return online_softmax_step(softmax, q, k.lo, k.hi, v, mask, score_mod, distance)
 
 
 @triton.jit
-def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, score_mod, distance, m_i, l_i, acc):
-    """Adds keys [N, D] and values v [N, D] to the softmax of queries [M, D]: to m_i [M], l_i [M] and acc [M, D].
+def online_softmax_step(softmax, q, k_lo, k_hi, v, mask, score_mod, distance):
+    """Adds keys [N, D] and values v [N, D] to the softmax of the queries q (NewHeads).
 
     mask [M, N]: whether a query sees a key.
     distance [M, N]: the position of the key minus the position of the query.
     Keys, values and p are rounded to the type of q, since both operands of tl.dot must have one type."""
-    k_lo, k_hi, v = k_lo.to(q_lo.dtype), k_hi.to(q_lo.dtype), v.to(q_lo.dtype)
-    qk = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q_hi, tl.trans(k_hi), input_precision="ieee")
+    m_i, l_i, acc = softmax
+    k_lo, k_hi, v = k_lo.to(q.lo.dtype), k_hi.to(q.lo.dtype), v.to(q.lo.dtype)
+    qk = tl.dot(q.lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q.hi, tl.trans(k_hi), input_precision="ieee")
     qk *= score_mod.scale
     if score_mod.softcap is not None:
         qk = apply_softcap(qk, score_mod.softcap)
@@ -228,24 +230,24 @@ def online_softmax_step(q_lo, q_hi, k_lo, k_hi, v, mask, score_mod, distance, m_
     m_new = tl.maximum(m_i, tl.max(qk, axis=1))
     p = tl.exp2(qk - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
-    acc = acc * alpha[:, None] + tl.dot(p.to(q_lo.dtype), v, input_precision="ieee")
+    acc = acc * alpha[:, None] + tl.dot(p.to(q.lo.dtype), v, input_precision="ieee")
     l_i = l_i * alpha + tl.sum(p, axis=1)
-    return m_new, l_i, acc
+    return SoftmaxState(m_new, l_i, acc)
 
 
 @triton.jit
 def store_and_combine(
-    m_i, l_i, acc, out_ptr, results, query, split, semaphore, mask_m,
+    softmax, out_ptr, results, query, split, semaphore, mask_m,
     D: tl.constexpr, N_SPLITS: tl.constexpr, N_SPLITS_PADDED: tl.constexpr,
 ):
-    """Stores the result of one split. The last program of the semaphore stores the output.
+    """Stores the result of one split. The program that finishes last combines all splits and stores the output.
     query [BLOCK_M]: indices of the queries in [B, T, H]."""
     first_split = query * N_SPLITS  # index in [B, T, H, N_SPLITS]
-    store_vectors(results.out_ptr, (first_split + split) * D, acc, mask_m, D)
-    tl.store(results.ml_ptr + (first_split + split) * 2, m_i, mask=mask_m)
-    tl.store(results.ml_ptr + (first_split + split) * 2 + 1, l_i, mask=mask_m)
+    store_vectors(results.out_ptr, (first_split + split) * D, softmax.acc, mask_m, D)
+    tl.store(results.ml_ptr + (first_split + split) * 2, softmax.m_i, mask=mask_m)
+    tl.store(results.ml_ptr + (first_split + split) * 2 + 1, softmax.l_i, mask=mask_m)
     if is_last_program(results.semaphores_ptr + semaphore, N_SPLITS):
-        out = combine_splits(results, first_split, mask_m, D, N_SPLITS, N_SPLITS_PADDED, acc.shape[1])
+        out = combine_splits(results, first_split, mask_m, D, N_SPLITS, N_SPLITS_PADDED, softmax.acc.shape[1])
         store_vectors(out_ptr, query * D, out, mask_m, D)
 
 
@@ -313,16 +315,15 @@ def attend(
         HEADS=HeadLayout(
             n_heads, n_kv_heads, HEADS_PER_KV_HEAD=n_heads // n_kv_heads, D=head_dim, TOKEN_STRIDE=qkv.shape[-1],
             BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
+            Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,
+            K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
         ),
         SIZES=AttentionSizes(
             BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
             BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
             N_SPLITS=n_splits, N_SPLITS_PADDED=triton.next_power_of_2(n_splits),
         ),
-        Q_NORM_HEADS=1 if q_norm_weight is None else q_norm_weight.numel() // head_dim,
-        K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
-        WINDOW=window,
-        DTYPE=dot_dtype(qkv), num_stages=2, **pdl_options(qkv.device, grid),
+        WINDOW=window, DTYPE=dot_dtype(qkv), num_stages=2, **pdl_options(qkv.device, grid),
     )
     return out
 

@@ -1,10 +1,10 @@
 """The epilogue of fused_linear_kernel: the steps after the matmul, in the order of layers/linear.py: Linear.
 
-    load_column, load_residual    load the epilogue's operands
-    inverse_rms                   1 / rms(x), for the norm before the matmul
-    epilogue                      bias, activation, out_scale, softcap, clip and residual
-    activate                      the activations
-    apply_softcap                 a softcap, also of attention scores (attention.py)
+    load_per_output, load_residual    load the epilogue's operands
+    inverse_rms                       1 / rms(x), for the norm before the matmul
+    epilogue                          bias, activation, out_scale, softcap, clip and residual
+    activate                          the activations
+    apply_softcap                     a softcap, also of attention scores (attention.py)
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class EpilogueArgs(NamedTuple):
 
 
 @triton.jit
-def load_column(ptr, w):
+def load_per_output(ptr, w):
     """Loads a number for each row of W that the program has: [BLOCK_N, 1], float32."""
     if ptr is None:
         return None

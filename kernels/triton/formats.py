@@ -91,14 +91,18 @@ def dequantize_grouped_int8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, m
 
 @triton.jit
 def dot_with_zeros(q, x, scale, zero):
-    """Computes ((q - zero) * scale) x, slice by slice: q [K_SLICES, BLOCK_N, SLICE_K] times x [K_SLICES, SLICE_K,
-    BLOCK_M] is [K_SLICES, BLOCK_N, BLOCK_M]. All columns of a slice share scale and zero [K_SLICES, BLOCK_N, 1], so
+    """Computes ((q - zero) * scale) x, slice by slice, where all columns of a slice share scale and zero:
 
         sum of (q - zero) * scale * x  =  scale * (sum of q * x  -  zero * sum of x)
 
-    The sum of x is tl.dot(ones, x), since tensor cores have time to spare and leave the sum in the layout of the other
-    tl.dot. tl.full would get another register layout than q, and Triton would then convert x twice. Built with
-    tl.join, as q is, `ones` gets q's layout, so x is loaded once for both."""
+        q              [K_SLICES, BLOCK_N, SLICE_K]
+        x              [K_SLICES, SLICE_K, BLOCK_M]
+        scale, zero    [K_SLICES, BLOCK_N, 1]
+        the result     [K_SLICES, BLOCK_N, BLOCK_M]
+
+    The sum of x is tl.dot(ones, x), since tensor cores have time to spare and leave it in the layout of the other
+    tl.dot. `ones` is built with tl.join, as q is, and so gets q's register layout: x is loaded once for both. With
+    tl.full Triton would convert x twice."""
     half = tl.full([q.shape[0], q.shape[1], q.shape[2] // 2], 1.0, q.dtype)
     ones = tl.reshape(tl.join(half, half), q.shape)
     sum_x = tl.dot(ones, x, input_precision="ieee")  # equal in all rows

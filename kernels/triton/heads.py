@@ -3,10 +3,12 @@
     load_new_queries, load_new_keys_values    the part of qkv that a program of attend_kernel has
     norm_and_rope                             norms and rotates new queries or keys
 
-X is whatever a function is called with: queries or keys.
+A program holds queries and keys as two halves, lo and hi, since RoPE rotates elements i and i + D / 2 of a head:
 
-RoPE rotates elements i and i + D / 2 of a head. So a program holds queries and keys as two halves, lo and hi, of
-D / 2 elements each, padded to BLOCK_HALF.
+    lo    elements 0 ... D / 2 - 1      padded to BLOCK_HALF
+    hi    elements D / 2 ... D - 1      padded to BLOCK_HALF
+
+In shapes, X is the number of queries or keys that a function is called with.
 """
 
 from typing import NamedTuple
@@ -27,6 +29,17 @@ class HeadLayout(NamedTuple):
     TOKEN_STRIDE: int  # elements of a token
     BLOCK_D: int  # D, padded to a power of two
     BLOCK_HALF: int  # D / 2, padded to a power of two
+    Q_NORM_HEADS: int  # query heads that are normed together: 1, or all
+    K_NORM_HEADS: int
+
+
+class NewTokens(NamedTuple):
+    """The T new tokens of a sequence: positions start, start + 1, ... in a cache of S positions."""
+
+    start: tl.tensor
+    T: tl.tensor
+    S: tl.tensor
+    cos_sin_ptr: tl.tensor  # [S, D / 2, 2]
 
 
 class NewHeads(NamedTuple):
@@ -65,40 +78,35 @@ def load_new_keys_values(qkv_ptr, kv_head, T, HEADS: tl.constexpr):
 
 @triton.jit
 def norm_and_rope(
-    x, norm_weight_ptr, heads_ptr, cos_sin_ptr, start, S, T, eps,
-    NORM_HEADS: tl.constexpr, HEADS: tl.constexpr, DTYPE: tl.constexpr,
+    x, tokens, weight_ptr, heads_ptr, eps, NORM_HEADS: tl.constexpr, HEADS: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Norms new queries or keys x, if there is a weight, and applies RoPE: lo and hi [X, BLOCK_HALF]. Heads beyond
-    the end of the cache become zeros."""
-    position = start + x.token
-    mask = x.mask & is_inside(position, S)
+    """Norms new queries or keys x (NewHeads), if there is a weight, and applies RoPE. Heads beyond the end of the cache
+    become zeros. tokens: NewTokens."""
+    position = tokens.start + x.token
+    mask = x.mask & is_inside(position, tokens.S)
     lo, hi = x.lo.to(tl.float32), x.hi.to(tl.float32)
-    if norm_weight_ptr is not None:
-        lo, hi = norm_halves(
-            lo, hi, norm_weight_ptr, heads_ptr, x.token, x.head, T, eps, HEADS.D, NORM_HEADS, HEADS.TOKEN_STRIDE
-        )
-    return apply_rope(lo, hi, cos_sin_ptr, position, mask, HEADS.D, DTYPE)
+    if weight_ptr is not None:
+        lo, hi = norm_halves(x, weight_ptr, heads_ptr, tokens.T, eps, NORM_HEADS, HEADS)
+    lo, hi = apply_rope(lo, hi, tokens.cos_sin_ptr, position, mask, HEADS.D, DTYPE)
+    return NewHeads(lo, hi, x.token, x.head, x.mask)
 
 
 @triton.jit
-def norm_halves(
-    lo, hi, weight_ptr, heads_ptr, token, head, T, eps,
-    D: tl.constexpr, NORM_HEADS: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
-):
-    """Computes RMSNorm of vectors of D elements, given and returned as halves lo and hi [X, BLOCK_HALF]. Vector x is
-    head[x] of token[x].
+def norm_halves(x, weight_ptr, heads_ptr, T, eps, NORM_HEADS: tl.constexpr, HEADS: tl.constexpr):
+    """Returns RMSNorm of the heads x (NewHeads), as float32 halves lo and hi [X, BLOCK_HALF].
 
     NORM_HEADS = 1: each head has an rms of its own, and the weight is [D].
     NORM_HEADS > 1: the NORM_HEADS heads of a token, at heads_ptr, share one rms, and the weight is [NORM_HEADS, D]."""
+    lo, hi = x.lo.to(tl.float32), x.hi.to(tl.float32)
     if NORM_HEADS == 1:
         squares = tl.sum(lo * lo + hi * hi, axis=1)
         weight_offset = tl.zeros([1], tl.int32)
     else:
-        squares = sum_of_squares(heads_ptr, token, T, NORM_HEADS * D, TOKEN_STRIDE)
-        weight_offset = head * D + tl.zeros([1], tl.int32)  # [X], or [1] if head is one number
-    inverse_rms = tl.rsqrt(squares / (NORM_HEADS * D) + eps)[:, None]
+        squares = sum_of_squares(heads_ptr, x.token, T, NORM_HEADS * HEADS.D, HEADS.TOKEN_STRIDE)
+        weight_offset = x.head * HEADS.D + tl.zeros([1], tl.int32)  # [X], or [1] if head is one number
+    inverse_rms = tl.rsqrt(squares / (NORM_HEADS * HEADS.D) + eps)[:, None]
     all_true = weight_offset >= 0
-    weight_lo, weight_hi = load_halves(weight_ptr, weight_offset, all_true, D, lo.shape[1])
+    weight_lo, weight_hi = load_halves(weight_ptr, weight_offset, all_true, HEADS.D, HEADS.BLOCK_HALF)
     return lo * (inverse_rms * weight_lo.to(tl.float32)), hi * (inverse_rms * weight_hi.to(tl.float32))
 
 

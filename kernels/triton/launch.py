@@ -22,19 +22,18 @@ Here kernel B follows kernel A:
     A    ... loop over K ...  gdc_launch_dependents  epilogue, stores  end
     B                                   starts, prefetches its weights    gdc_wait  reads what A wrote ...
 
-Before gdc_wait a kernel reads only weights, since no kernel writes weights. Every kernel executes gdc_wait, even a
-kernel that needs no result of the previous kernel. So kernels end in order, and a kernel that waits for B waits for A,
-too.
+Before gdc_wait a kernel reads only weights, since no kernel writes them. Every kernel executes gdc_wait, even if it
+needs no result of the previous one. So kernels end in order, and a kernel that waits for B waits for A, too.
 
-A executes gdc_launch_dependents
+B should start early, but not take multiprocessors that A still needs, since B's programs occupy them while they wait.
+So A executes gdc_launch_dependents
 
-    at once (TRIGGER_EARLY)       if A has one wave: at most one program for each multiprocessor
-    after its loop over K         if A is a matmul of several waves
-    never                         if A is any other kernel of several waves, so B starts when A ends
+    at once (TRIGGER_EARLY)       if A has one wave: at most one program for each multiprocessor, and all run already
+    after its loop over K         if A is a matmul of several waves: its last programs are nearly done
+    never                         if A is any other kernel of several waves: B starts when A ends
 
-Why not always at once? B's programs occupy multiprocessors while they wait. If A has one wave, all programs of A run
-already. If A has several, B's programs would share the multiprocessors with A's last wave. Int8 steps of Llama-3.1-8B
-then took 4.5 ms instead of 3.3 (H100). After the loop over K, A's last programs are nearly done.
+If matmuls of several waves did so at once, B would share the multiprocessors with A's last wave. Int8 steps of
+Llama-3.1-8B then took 4.5 ms instead of 3.3 (H100).
 """
 
 import json
@@ -178,14 +177,15 @@ def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> s
 
 
 def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int, n_tokens: int = 1) -> TileConfig:
-    """Returns the tile sizes for x [..., K] and W [n, K], from tuned.json or by a guess. A guess takes at most 99 KB
-    of shared memory per program, or 64 KB on AMD's MI300 and NVIDIA's Turing, which have no more.
+    """Returns the tile sizes for x [..., K] and W [n, K], from tuned.json or by default. By default a program takes at
+    most 99 KB of shared memory, or 64 KB on AMD's MI300 and NVIDIA's Turing, which have no more.
 
     gated: W is a gate projection above an up projection. A program needs 16 rows of each.
     n_tokens: not taken from x, since x of experts_down has a vector for each pair of a token and an expert."""
     gpu, k, on_tensor_cores = gpu_info(x.device), x.shape[-1], uses_tensor_cores(x.device, x.dtype)
     if n_tokens > MMA_N and on_tensor_cores:
-        tiles = guess_many_tokens(triton.next_power_of_2(n_tokens), format_id, n, k, gated, group_size, gpu.num_sms)
+        block_m = triton.next_power_of_2(n_tokens)
+        tiles = default_tiles_many_tokens(block_m, format_id, n, k, gated, group_size, gpu.num_sms)
         return tiles if gpu.min_block_m == MMA_N else tiles._replace(num_stages=2)
     key = table_key(format_id, n, k, gated, group_size)
     if key in gpu.tuned and on_tensor_cores:
@@ -196,12 +196,12 @@ def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int
         return TileConfig(32 if gated else 16, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
     format = kernel_format(format_id)
     if format.is_tiled:
-        return guess_tiled(format.bits, n / gpu.num_sms, gated, group_size)
-    return guess_rows(format_id != Unquantized.format_id, k, gated, group_size)
+        return default_tiles_tiled(format.bits, n / gpu.num_sms, gated, group_size)
+    return default_tiles_rows(format_id != Unquantized.format_id, k, gated, group_size)
 
 
-def guess_rows(is_quantized: bool, k: int, gated: bool, group_size: int) -> TileConfig:
-    """Guesses the tile sizes for weights that are stored in rows."""
+def default_tiles_rows(is_quantized: bool, k: int, gated: bool, group_size: int) -> TileConfig:
+    """For weights that are stored in rows."""
     block_n = 32 if gated else 16
     has_narrow_slices = group_size <= 16  # each slice has sums of its own, and all sums must fit in registers
     if k <= 1024 and not gated and not has_narrow_slices:
@@ -209,8 +209,8 @@ def guess_rows(is_quantized: bool, k: int, gated: bool, group_size: int) -> Tile
     return TileConfig(block_n, num_warps=4, warp_k=64 if gated and is_quantized else 128, num_stages=3)
 
 
-def guess_tiled(bits: int, outputs_per_sm: float, gated: bool, group_size: int) -> TileConfig:
-    """Guesses the tile sizes for weights that are stored in tiles.
+def default_tiles_tiled(bits: int, outputs_per_sm: float, gated: bool, group_size: int) -> TileConfig:
+    """For weights that are stored in tiles.
 
     bits: of an element.
     outputs_per_sm: n divided by the number of multiprocessors."""
@@ -224,10 +224,10 @@ def guess_tiled(bits: int, outputs_per_sm: float, gated: bool, group_size: int) 
     return TileConfig(block_n, num_warps, warp_k, num_stages=3)
 
 
-def guess_many_tokens(
+def default_tiles_many_tokens(
     block_m: int, format_id: int, n: int, k: int, gated: bool, group_size: int, num_sms: int
 ) -> TileConfig:
-    """Guesses the tile sizes for more than MMA_N tokens.
+    """For more than MMA_N tokens.
 
     All programs together read W once, but each program reads all of x. With 32 rows of int8 and 64 tokens, x is four
     times as many bytes as the rows. So block_n is the candidate with which the busiest multiprocessor reads the fewest

@@ -31,7 +31,7 @@ from kernels.schema import (
     register_triton,
 )
 from kernels.triton.elements import magic_number_for
-from kernels.triton.epilogue import EpilogueArgs, epilogue, inverse_rms, load_column, load_residual
+from kernels.triton.epilogue import EpilogueArgs, epilogue, inverse_rms, load_per_output, load_residual
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import (
     MMA_N,
@@ -122,8 +122,9 @@ def fused_linear_kernel(
         expert      5          2             2          7
         program     pair 0     pairs 1, 2    returns    pair 3
 
-    SPECIALIZED_TOKENS: n_tokens, if at most MMA_N. The kernel is compiled for each such number, since add_squares has a
-    tensor for each token. 0 if one kernel serves every larger n_tokens with the same BLOCK_M."""
+    SPECIALIZED_TOKENS: n_tokens as a compile-time constant, for up to MMA_N tokens, since add_squares has a tensor for
+    each token. 0 for more: then n_tokens is a value at run time, and one compiled kernel serves all that round up to
+    the same BLOCK_M."""
     # Prologue. Before pdl_wait a program reads only W
     N_OUT = N // 2 if IS_GATED else N
     w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, SIZES)
@@ -148,8 +149,8 @@ def fused_linear_kernel(
     # The operands of the epilogue are loaded before the loop, so that the epilogue does not wait for memory. Only the
     # residual of many tokens is loaded after the loop, since registers have no room during the loop
     y_offsets, mask_y = output_offsets(y_index, mask_m, N_OUT, SIZES.BLOCK_OUT)
-    channel_scale = load_column(w.scales_ptr if LAYOUT.HAS_CHANNEL_SCALES else None, w)
-    bias = load_column(bias_ptr, w)
+    channel_scale = load_per_output(w.scales_ptr if LAYOUT.HAS_CHANNEL_SCALES else None, w)
+    bias = load_per_output(bias_ptr, w)
     residual = load_residual(epilogue_args.residual_ptr if SPECIALIZED_TOKENS else None, y_offsets, mask_y)
 
     # Loop

@@ -3,8 +3,10 @@ command "check" of benchmark.py and the tests call these files:
 
     error_bounds.py     bounds of the error of a result
     exact_results.py    random layers, data whose sums are exact, exact results
-    attention.py        the check of attention
-    sampling.py         the checks of sampling
-    checks.py           all checks of the Triton kernels, and the sizes to check
+    check_linear.py     the checks of matmuls and of other operations on weights
+    check_experts.py    the checks of a mixture of experts
+    check_attention.py  the check of attention
+    check_sampling.py   the checks of sampling
+    all_checks.py       all checks of the Triton kernels, and the sizes to check
     command.py          the command, for a GPU
 """

@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py check --precision bfloat16
 
-checks.py has the checks; tests/test_triton.py runs the same checks in Triton's interpreter. This file also checks
+all_checks.py lists the checks; tests/test_triton.py runs the same checks in Triton's interpreter. This file also checks
 captured steps of whole models, since only a GPU can capture Triton kernels.
 """
 
@@ -27,7 +27,8 @@ from layers.packing import load_triton_kernels
 from model import KVCache
 from scripts.benchmarking.speed import random_model
 from scripts.kernel_checks import error_bounds as bounds
-from scripts.kernel_checks.checks import Check, Comparison, all_checks, gpu_sizes, interpreter_sizes, name_of
+from scripts.kernel_checks.all_checks import Check, all_checks, gpu_sizes, interpreter_sizes, name_of
+from scripts.kernel_checks.exact_results import Comparison
 from utils.errors import UsageError
 
 CAPTURED_MODELS = [  # options of a ModelConfig

@@ -1,4 +1,4 @@
-"""Checks attention. checks.py lists the sizes and options."""
+"""Checks attention. all_checks.py lists the sizes and options."""
 
 import torch
 from torch import Tensor
