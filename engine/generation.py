@@ -33,9 +33,10 @@ class GenerationLoop(ABC):
     def decode_tokens(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        """Continues token_ids [B, T], of which the KV cache already holds the first n_cached of each sequence. Yields
-        the next token of each sequence, max_new_tokens times. The cache must have room for T + max_new_tokens - 1
-        tokens. Raises UsageError if logits are not finite. generator: as in ModelRunner.draw_uniform."""
+        """Continues token_ids [B, T], of which the KV cache already holds the first n_cached < T of each sequence.
+        Yields the next token of each sequence, max_new_tokens times. The cache must have room for
+        T + max_new_tokens - 1 tokens. Raises UsageError if logits are not finite. generator: as in
+        ModelRunner.draw_uniform."""
 
     @abstractmethod
     def warm_up(self, max_new_tokens: int):

@@ -5,6 +5,7 @@
 A table stands between <!-- NAME --> and <!-- /NAME -->, with at least one row for every benchmarks/*_NAME.json.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -146,4 +147,5 @@ def number_or_nothing(value: float | None) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()
