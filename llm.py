@@ -154,6 +154,9 @@ class LLM:
             for (text,) in stream_texts(loop, [sequence], sequence.prompt_ids, generator=sequence.generator):
                 if text:
                     yield text
+        except UsageError:  # NaN may be left in the KV cache. A compiled step reads all of it, and 0 * NaN is NaN
+            loop = None
+            raise
         finally:
             self.idle_loop = loop
 

@@ -395,3 +395,17 @@ def test_a_notebook_goes_on(chat_model):
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == second
+
+
+def test_a_text_after_one_that_failed(chat_model):
+    """A text whose logits are not finite may leave NaN in its KV cache, so the next text gets another cache."""
+    llm = LLM(chat_model / "model.pth", device="cpu", max_seq_len=160)
+    expected = "".join(llm.generate("Hello", max_new_tokens=8))
+    weight = llm.model.layers[0].pre_attention_norm.weight
+    before = weight.clone()
+    weight.fill_(torch.nan)
+    with pytest.raises(UsageError, match="not finite"):
+        list(llm.generate("Hello there", max_new_tokens=8))
+    weight.copy_(before)
+    assert "".join(llm.generate("Hello", max_new_tokens=8)) == expected
+    assert llm.idle_loop.runner.kv_cache.layers[0].k.isfinite().all()
