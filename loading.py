@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import collectives
 import tp
 from checkpoint import empty_model, read_checkpoint, with_tied_head
 from formats import QuantizationConfig
+from layers import collectives
 from model import DTYPES, Transformer
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UsageError

@@ -149,23 +149,21 @@ class TransformerBlock(nn.Module):
         self.post_ffn_norm = norm(config.post_norm)
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]."""
-        # x + post_norm(attention(pre_norm(x)))
-        x = add_sublayer(x, self.attention, self.pre_attention_norm, self.post_attention_norm, start_pos, cache)
-        # x + post_norm(feed_forward(pre_norm(x)))
-        x = add_sublayer(x, self.feed_forward, self.pre_ffn_norm, self.post_ffn_norm)
-        return x
+        """x [B, T, dim] -> [B, T, dim]:
 
+            x = x + post_attention_norm(attention(pre_attention_norm(x)))
+            x = x + post_ffn_norm(feed_forward(pre_ffn_norm(x)))
 
-def add_sublayer(
-    x: Tensor, sublayer: nn.Module, pre_norm: RMSNorm | None, post_norm: RMSNorm | None, *inputs: Tensor | LayerCache
-) -> Tensor:
-    """Passes norm and residual on, where kernels fuse them, rather than applying them: pre_norm to the sublayer's first
-    matmul, the residual to its last one. A post_norm comes after the last matmul, so it takes the residual. The result
-    is x + post_norm(sublayer(pre_norm(x))), without a norm that is None. inputs: further inputs of the sublayer."""
-    if post_norm is None:
-        return sublayer(x, *inputs, norm=pre_norm, residual=x)
-    return post_norm(sublayer(x, *inputs, norm=pre_norm), residual=x)
+        A model has only some of the norms. The kernel of a matmul also computes the norm before it and the addition
+        after it, so a sublayer takes both as arguments. A norm after the sublayer takes the addition."""
+        if self.post_attention_norm is None:
+            x = self.attention(x, start_pos, cache, norm=self.pre_attention_norm, residual=x)
+        else:
+            y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
+            x = self.post_attention_norm(y, residual=x)
+        if self.post_ffn_norm is None:
+            return self.feed_forward(x, norm=self.pre_ffn_norm, residual=x)
+        return self.post_ffn_norm(self.feed_forward(x, norm=self.pre_ffn_norm), residual=x)
 
 
 class Attention(nn.Module):

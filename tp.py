@@ -20,7 +20,7 @@ table. loading.py: load_model takes two steps:
 cli/ranks.py: process_group connects the processes of generate.py and eval.py. Then all ranks run the same code, except
 in these places:
 
-    only rank 0            converts a checkpoint, while other ranks wait   collectives.py: call_on_rank_0
+    only rank 0            converts a checkpoint, while other ranks wait   layers/collectives.py: call_on_rank_0
                            prints; other ranks discard what they print     cli/ranks.py: silence, wait_for_rank_0
                            reads what the user types, and sends it         cli/ranks.py: input_lines; cli/terminal.py
                            keeps the biases of o_proj and down_proj        shard_row_parallel
@@ -30,7 +30,7 @@ in these places:
                            part of a layer's outputs or sums               RowParallelLinear, ParallelLMHead
                            name of a trace file                            cli/ranks.py: rank_path
                            zeros, where outputs do not divide evenly       shard_column_parallel
-    every rank the same    token: all sample one, then take rank 0's       collectives.py: broadcast
+    every rank the same    token: all sample one, then take rank 0's       layers/collectives.py: broadcast
 
 No other code asks for the rank. Other scripts, and programs with LLM, do not use ranks: with torchrun, every process
 would do all of their work.
@@ -46,10 +46,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collectives import all_gather, choose_all_reduce, world_size
 from config import ModelConfig
 from formats import WeightFormat
 from kernels.capture import graph_break
+from layers.collectives import all_gather, choose_all_reduce, world_size
 from layers.linear import Linear, LinearBase, add
 from model import Attention, Transformer
 from utils.errors import UsageError

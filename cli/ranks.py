@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from collectives import broadcast_json, collective_seconds, world_size
+from layers.collectives import broadcast_json, collective_seconds, world_size
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if a rank dies, torchrun ends the other ranks at once
 

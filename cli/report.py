@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-import collectives
 from cli.ranks import rank_path
 from engine.memory_traffic import active_weight_bytes, mean_attended_tokens, step_bytes
 from engine.sequence import Sequence
+from layers import collectives
 from model import KVCache, Transformer
 from utils.errors import UsageError
 from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of

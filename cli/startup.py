@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 
-import collectives
 from cli.ranks import communication_share
 from engine.generation import GenerationLoop
 from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeLoop
+from layers import collectives
 from layers.backend import MAX_CPU_TOKENS, TRITON_BACKEND
 from loading import load
 from model import KVCache, Transformer

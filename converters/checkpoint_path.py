@@ -10,7 +10,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from collectives import call_on_rank_0
 from converters.source_files import (
     GGUF_PART,
     MODELS,
@@ -22,6 +21,7 @@ from converters.source_files import (
     hint_at_subfolder,
     is_stale,
 )
+from layers.collectives import call_on_rank_0
 from utils.errors import UsageError
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import collectives
 from engine.sampling_params import SamplingParams
+from layers import collectives
 from layers.backend import Backend
 from layers.sampling import filtered_probs, sample
 

@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import collectives
 from engine.generation import GenerationLoop
 from engine.memory_traffic import active_weight_bytes
 from engine.runner import ModelRunner, check_sampled_ids
 from engine.sampler import Sampler, probabilities
 from engine.sampling_params import SamplingParams
+from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
 from layers.sampling import INVALID_TOKEN, multinomial, sample
 from model import Transformer

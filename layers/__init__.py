@@ -5,15 +5,16 @@ below or in forward_torch: in prefill, on other devices and with --kernels off. 
 which the tests compare the kernels. What has no weights is a function of tensors and a backend: attend_torch defines
 attend.
 
-    backend.py     the backends: which operations have kernels, and for how many tokens; how rounding differs
-    aten.py        matmuls with quantized weights by PyTorch's own kernels, without a C++ compiler
-    weight.py      WeightMatrix: a weight in some format, packed for some backend; Embedding
-    linear.py      RMSNorm, Linear, the activations
-    experts.py     the experts of a mixture: route, ExpertsGateUp, ExpertsDown
-    rope.py        positions: the tables of RoPE, the slopes of ALiBi
-    attention.py   attend: q/k norm, RoPE, cache write, attention
-    sampling.py    sample: from logits to a token
-    packing.py     chooses the backend of a model, and packs the weights for the backend
+    backend.py      the backends: which operations have kernels, and for how many tokens; how rounding differs
+    collectives.py  what the ranks of a tensor-parallel run tell each other
+    aten.py         matmuls with quantized weights by PyTorch's own kernels, without a C++ compiler
+    weight.py       WeightMatrix: a weight in some format, packed for some backend; Embedding
+    linear.py       RMSNorm, Linear, the activations
+    experts.py      the experts of a mixture: route, ExpertsGateUp, ExpertsDown
+    rope.py         positions: the tables of RoPE, the slopes of ALiBi
+    attention.py    attend: q/k norm, RoPE, cache write, attention
+    sampling.py     sample: from logits to a token
+    packing.py      chooses the backend of a model, and packs the weights for the backend
 
 Within layers/ each file imports only from files above it in this list.
 

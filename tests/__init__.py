@@ -5,7 +5,7 @@
     checkpoint.py                   test_checkpoint
     loading.py                      test_loading
     quantize.py, gptq.py            test_quantize, test_gptq
-    tp.py, collectives.py           test_tp
+    tp.py, layers/collectives.py    test_tp
     kernels/                        test_capture, test_kernels_builds
     formats/                        test_quantize
     layers/                         test_kernels, test_triton, test_kernels_builds, test_sampling

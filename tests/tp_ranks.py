@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import collectives  # noqa: E402
 import eval as evaluation  # noqa: E402
 import formats  # noqa: E402
 import generate  # noqa: E402
@@ -31,6 +30,7 @@ from engine import generation  # noqa: E402
 from engine.runner import ModelRunner  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
 from formats import QuantizationConfig  # noqa: E402
+from layers import collectives  # noqa: E402
 from model import KVCache, Transformer  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)
