@@ -149,18 +149,17 @@ class TransformerBlock(nn.Module):
         self.post_ffn_norm = norm(config.post_norm)
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]:
+        """x [B, T, dim] -> [B, T, dim].
 
-            x = x + post_attention_norm(attention(pre_attention_norm(x)))
-            x = x + post_ffn_norm(feed_forward(pre_ffn_norm(x)))
-
-        A model has only some of the norms. The kernel of a matmul also computes the norm before it and the addition
-        after it, so a sublayer takes both as arguments. A norm after the sublayer takes the addition."""
+        The kernel of a matmul also computes the norm before it and the addition after it, so a sublayer takes both as
+        arguments. A norm after a sublayer takes the addition. A model has only some of the norms."""
+        # x = x + post_attention_norm(attention(pre_attention_norm(x)))
         if self.post_attention_norm is None:
             x = self.attention(x, start_pos, cache, norm=self.pre_attention_norm, residual=x)
         else:
             y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
             x = self.post_attention_norm(y, residual=x)
+        # x = x + post_ffn_norm(feed_forward(pre_ffn_norm(x)))
         if self.post_ffn_norm is None:
             return self.feed_forward(x, norm=self.pre_ffn_norm, residual=x)
         return self.post_ffn_norm(self.feed_forward(x, norm=self.pre_ffn_norm), residual=x)
