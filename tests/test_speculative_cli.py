@@ -13,7 +13,7 @@ import generate
 import llm
 import quantize
 from checkpoint import empty_model, read_checkpoint, save_checkpoint
-from cli.startup import warn_without_kernels
+from cli.speculation import warn_without_kernels
 from config import ModelConfig
 from engine import speculate as speculate_module
 from layers.backend import CPU_BACKEND, TRITON_BACKEND
