@@ -33,7 +33,7 @@ from formats import QuantizationConfig, Unquantized
 from layers.linear import Linear
 from model import Transformer
 from utils.errors import UsageError
-from utils.files import delete_if_possible, is_state_dict, load_torch_file
+from utils.files import delete_if_possible, is_state_dict, load_torch_file, replace_file
 
 CHECKPOINT_VERSION = "gpt-fast/7"  # if a name changes, so does the version, and UPGRADES gets a row
 UNQUANTIZED = Unquantized()
@@ -52,10 +52,13 @@ class Checkpoint(NamedTuple):
 
 def save_checkpoint(
     path: Path, config: ModelConfig, shapes: Shapes, tensors: Iterable[tuple[str, Tensor]],
-    quantization: dict | None = None,
+    quantization: dict | None = None, tokenizer_files: dict[str, bytes | None] | None = None,
 ):
     """Writes a checkpoint to path. tensors yields the tensors of shapes in any order, so that only one tensor needs to
-    be in memory at a time. An error leaves path unchanged."""
+    be in memory at a time. An error leaves path unchanged.
+
+    tokenizer_files: name -> content of files beside path, where None removes the file. They are replaced before path,
+    so that a folder with a model.pth has a complete tokenizer."""
     header = {"format": CHECKPOINT_VERSION, "config": config.to_dict(), "quantization": quantization}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -66,6 +69,11 @@ def save_checkpoint(
             write_tensors(file, placeholders, tensors)
             file.flush()
             os.fsync(file.fileno())
+        for name, content in (tokenizer_files or {}).items():
+            if content is None:
+                path.with_name(name).unlink(missing_ok=True)
+            else:
+                replace_file(path.with_name(name), content)
         replace_checkpoint(temporary, path)
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror or e}") from None

@@ -27,7 +27,7 @@ from converters.gguf_quantized import GGUFQuantizer
 from converters.gguf_tokenizer import make_tokenizer_files
 from converters.hf_tensors import kv_starts, reorder_heads, rope_row_order
 from converters.source_files import describe_sources, find_gguf_parts, record_sources
-from converters.write_model import Announcement, plan_stacks, write_folder
+from converters.write_model import Announcement, plan_stacks, write_model
 from text.tokenizer_files import TOKENIZER_FILES
 from utils.errors import UsageError, convert_type_errors
 
@@ -82,7 +82,7 @@ def convert_gguf(
     checkpoint = CanonicalCheckpoint(config, tensors, read, files)
     if kept is not None:
         checkpoint.tensors, checkpoint.read = tensors | kept.weights, kept.reader(read)
-    path = write_folder(folder, checkpoint, announce)
+    path = write_model(folder / "model.pth", checkpoint, announce)
     if kept is not None:
         print(*kept.report(), sep="\n")
     record_sources(folder, sources, path)

@@ -13,7 +13,7 @@ import quantize
 from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig
 from converters.canonical_checkpoint import CanonicalCheckpoint
-from converters.write_model import write_folder
+from converters.write_model import write_model
 from loading import load_model
 from model import KVCache
 from tests.tiny import call_main, convert, make_hf, write_earlier_version
@@ -116,7 +116,7 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="cannot write .*model.pth: No such file or directory"):
         save(tmp_path / "gone" / "model.pth", [])
     with pytest.raises(UsageError, match="cannot write to .*: Read-only file system"):
-        write_folder(tmp_path, CanonicalCheckpoint(CONFIG, {}, read=refuse, tokenizer_files={"tokenizer.json": b"{}"}))
+        write_model(tmp_path / "M.pth", CanonicalCheckpoint(CONFIG, {}, refuse, {"tokenizer.json": b"{}"}))
     with pytest.raises(OSError, match="Read-only file system"):
         replace_file(tmp_path / "model.sources.json", b"{}")
 
