@@ -135,7 +135,7 @@ def test_a_shard_means_its_part_of_the_weight(format, start, length):
 def test_every_format_is_tested():
     for tested in ([Unquantized(), *EVERY.values()], exact_results.CPU_FORMATS):
         assert {type(format) for format in tested} >= set(formats.FORMATS)
-    assert quantize.QUANTIZERS.keys() == {name.partition(".")[0] for name in FORMATS} | {"int4-gptq"}
+    assert quantize.MODES.keys() == {name.partition(".")[0] for name in FORMATS} | {"int4-gptq"}
 
 
 @pytest.mark.parametrize("format", [Unquantized(), *FORMATS.values(), *IMPORTED.values()], ids=format_label)
@@ -327,7 +327,7 @@ def test_calibration_windows_come_from_all_over(folder):
         (["--percdamp=0.1"], "--percdamp belongs to int4-gptq"),
         (["--blocksize=128", "--mode=int4-hqq"], "--blocksize belongs to int4-gptq"),
         (["--act_order"], "--act_order belongs to int4-gptq"),
-        (["--no-act_order", "--mode=mxfp4"], "--act_order belongs to int4-gptq"),
+        (["--no-act_order", "--mode=mxfp4"], "--no-act_order belongs to int4-gptq"),
         (["--device=cpu", "--mode=fp8"], "--device belongs to int4-gptq"),
         (["--checkpoint_path=."], "holds no model"),
         (["--percdamp=0", "--mode=int4-gptq"], "--percdamp must be"),

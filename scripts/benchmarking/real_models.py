@@ -24,7 +24,7 @@ from checkpoint import empty_model, read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.checkpoint_path import ensure_converted
-from quantize import GROUP_SIZE_MODES, QUANTIZERS
+from quantize import GROUP_SIZE_MODES, MODES
 from scripts import tables
 from utils.errors import UsageError
 from utils.files import ROOT
@@ -37,7 +37,7 @@ ROUNDS = 5
 # Perplexity is measured with prefill, which does not round activations. A decode step on a CPU rounds activations to 8
 # bits, except with fp8.
 UNQUANTIZED = "16 bits"
-QUANTIZE_FLAGS = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in QUANTIZERS if mode not in GROUP_SIZE_MODES}
+QUANTIZE_FLAGS = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in MODES if mode not in GROUP_SIZE_MODES}
 QUANTIZE_FLAGS |= {
     f"{mode} g{size}": ["--mode", mode, "--groupsize", size] for mode in GROUP_SIZE_MODES for size in (32, 64, 128)
 }
