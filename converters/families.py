@@ -12,10 +12,9 @@ from config import ModelConfig
 from converters.canonical_checkpoint import SourceTensors
 from converters.family_config import (
     all_sliding,
-    arcee,
     baichuan,
+    bias_everywhere,
     dbrx,
-    ernie,
     full_attention_every,
     gemma,
     gemma2,
@@ -34,6 +33,7 @@ from converters.family_config import (
     smollm3,
     smollm3_layer_types,
     starcoder2,
+    ungated,
 )
 from converters.family_tensors import (
     BAICHUAN_TO_CANONICAL,
@@ -273,7 +273,7 @@ FAMILIES = {
             max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=2, head_dim=128,
             rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
         ),
-        read_config_fields=ernie,
+        read_config_fields=bias_everywhere,
         interleaved_rope=True,
     ),
     "GptOssForCausalLM": Family(
@@ -324,7 +324,7 @@ FAMILIES = {
             hidden_act="relu2",
         ),
         handled_hf_fields=("hidden_act",),
-        read_config_fields=arcee,
+        read_config_fields=partial(ungated, activation="relu2"),
     ),
     "NemotronForCausalLM": Family(
         "nemotron",

@@ -1,6 +1,7 @@
 """Reads fields of config.json that only one family has, or a few. families.py: FAMILIES says which family uses what.
 
-A function for Family.read_config_fields is called like its family, and returns fields of ModelConfig. How to read one:
+A function for Family.read_config_fields returns fields of ModelConfig. Most are called like their family. How to read a
+field of config.json:
 
     hf_config[name]              if every family that reads it has a default
     required(hf_config, name)    if there is no default; raises UsageError if config.json lacks the field
@@ -73,10 +74,6 @@ def smollm3(hf_config: dict) -> dict:
     return {"layer_has_rope": tuple(bool(x) for x in has_rope)}
 
 
-def arcee(hf_config: dict) -> dict:
-    return ungated(hf_config, "relu2")
-
-
 def nemotron(hf_config: dict) -> dict:
     return ungated(hf_config, "relu2") | {"norm_eps": hf_config["norm_eps"]}
 
@@ -109,10 +106,6 @@ def granite(hf_config: dict) -> dict:
 
 def seed_oss(hf_config: dict) -> dict:
     return {"o_proj_bias": read_flag(hf_config, "attention_out_bias")}
-
-
-def ernie(hf_config: dict) -> dict:
-    return bias_everywhere(hf_config)
 
 
 def qwen2_moe(hf_config: dict) -> dict:
