@@ -55,8 +55,6 @@ ShardTensor = Callable[[str, Tensor], Tensor]  # (name, tensor of the checkpoint
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How a linear layer is sharded."""
-
     style: str  # "column": column-parallel, along the outputs; "row": row-parallel, along the inputs
     sizes: tuple[int, ...]  # the width of each matrix that one weight stacks (q, k and v); each is sharded by itself
     head_size: int = 1  # elements of a head, which stay on one rank; 1: the layer has no heads

@@ -115,7 +115,6 @@ def communication_share(runner: ModelRunner) -> float | None:
 
 
 def time_steps(step: Callable[[], Tensor], n_steps: int = 8) -> float:
-    """Returns how many seconds n_steps steps take."""
     start = time.perf_counter()
     for _ in range(n_steps):
         step().tolist()

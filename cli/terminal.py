@@ -75,7 +75,6 @@ def parse(line: str) -> tuple[str, str]:
 
 
 def check_command(command: str, argument: str, line: str):
-    """Raises UsageError if command does not exist, or does not go with argument."""
     if command not in COMMANDS:
         raise UsageError(f"{line} is none of the commands; to say it, write /{line}. {HELP}")
     if COMMANDS[command] and not argument:

@@ -124,7 +124,6 @@ def stored_name(name: str, tensor_name: str) -> str:
 
 
 def plan_stacks(config: ModelConfig, tensors: SourceTensors) -> dict[str, StackedTensor]:
-    """Returns the tensors of model.pth by name."""
     try:
         model = empty_model(config.with_layers(1))  # shapes are the same in every layer
     except RuntimeError as e:
@@ -246,7 +245,6 @@ def check_finite_tensor(name: str, tensor: Tensor):
 
 
 def most_common_format(stacks: dict[str, StackedTensor]) -> WeightFormat:
-    """Returns the format of most quantized weights, or Unquantized if there are none."""
     counts = Counter(stack.format for stack in stacks.values() if stack.format.is_quantized)
     return counts.most_common(1)[0][0] if counts else Unquantized()
 
@@ -270,7 +268,6 @@ def describe_formats(stacks: dict[str, StackedTensor], default: WeightFormat) ->
 
 
 def warn_dequantized(stacks: dict[str, StackedTensor], tensors: SourceTensors):
-    """Prints which quantized weights become unquantized, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for name, stack in stacks.items():
         quantized = {name: tensors[name] for name in stack.part_names if isinstance(tensors[name], QuantizedWeight)}

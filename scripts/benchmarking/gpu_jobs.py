@@ -152,7 +152,6 @@ def hf_transformers(args: argparse.Namespace):
 
 
 def time_transformers_step(model) -> float:
-    """Returns the seconds that a decode step takes."""
     prompt = torch.ones(1, 5, dtype=torch.long, device="cuda")
 
     def seconds(n: int) -> float:

@@ -97,7 +97,6 @@ def link_checkpoint(path: Path, folder: Path) -> Path:
 
 
 def quantized_file(source: Path, mode: str, calibration_text: Path) -> Path:
-    """Quantizes source in one of QUANTIZE_FLAGS."""
     if mode == UNQUANTIZED:
         return source
     calibration = ["--calibration_text", calibration_text] if "gptq" in mode else []
@@ -184,7 +183,6 @@ def script_output(script: str, *arguments) -> str:
 
 
 def write_result(table: str, result: dict, json_file: Path | None):
-    """Prints result as a table of tables.py. Writes result and the software's versions to json_file."""
     print(tables.table(table, result))
     software = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": torch.get_num_threads()}
     if json_file:

@@ -174,7 +174,6 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
 
 
 def describe_machine() -> dict:
-    """Returns the CPU, the number of threads, the date and PyTorch's version, for JSON files of results."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
