@@ -116,8 +116,8 @@ def generate_texts(
         torch.manual_seed(to_64_bits(sequence.seed))  # as with --parallel: a text does not depend on the prompts before
         samples = []
         for j in range(1, n_samples + 1):
-            batch = [replace(sequence) for _ in range(batch_size)]
             with profiled(trace_file if j == n_samples else None):
+                batch = [replace(sequence) for _ in range(batch_size)]  # whose clock starts here
                 texts = stream_texts(loop, batch, sequence.prompt_ids)
                 if reporter.as_json:
                     collections.deque(texts, maxlen=0)  # runs the loop

@@ -23,7 +23,7 @@ from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_ba
 
 @dataclass
 class Result:
-    """What --json prints about a prompt: an object with these fields, without those at their defaults."""
+    """What --json prints about a prompt: an object with these fields. One that has its default value is left out."""
 
     text: list[str]  # of each sequence of the last sample
     tokens: list[list[int]]  # the new ones, including an end token
