@@ -221,10 +221,9 @@ def write_quantized(
     """Writes a checkpoint of tensors, but with quantized in place of weights. quantized: (name, tensors in format) of
     all weights, in any order."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
+    empty = dict(kept)
     for name, w in weights.items():
-        for tensor_name, t in format.allocate(w.shape, w.dtype, "meta").items():
-            shapes[f"{name}.{tensor_name}"] = (tuple(t.shape), t.dtype)
+        empty |= {f"{name}.{part}": t for part, t in format.allocate(w.shape, w.dtype, "meta").items()}
 
     def all_tensors() -> Iterator[tuple[str, Tensor]]:
         yield from kept.items()
@@ -233,7 +232,7 @@ def write_quantized(
                 yield f"{name}.{tensor_name}", t
             drop_pages(weights[name])  # or the mapped file's pages would count as memory in use
 
-    save_checkpoint(path, config, shapes, all_tensors(), format.to_dict())
+    save_checkpoint(path, config, empty, format.to_dict(), all_tensors())
 
 
 if __name__ == "__main__":

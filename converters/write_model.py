@@ -83,16 +83,16 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
     if default.is_quantized:
         path = path.with_name(f"{path.stem}_{default.name}{path.suffix}")
     warn_dequantized(stacks, tensors)
-    shapes = {}
+    empty = {}
     for name, stack in stacks.items():
         for tensor_name, t in stack.format.allocate(stack.shape, stack.dtype, "meta").items():
-            shapes[stored_name(name, tensor_name)] = (tuple(t.shape), t.dtype)
+            empty[stored_name(name, tensor_name)] = t
         if stack.input_order is not None:
-            shapes[stored_name(name, "input_order")] = (tuple(stack.input_order.shape), torch.int32)
+            empty[stored_name(name, "input_order")] = stack.input_order.int()
     if announce is not None:
         announce()
     quantization = describe_formats(stacks, default)
-    save_checkpoint(path, config, shapes, stack_tensors(stacks, read), quantization, checkpoint.tokenizer_files)
+    save_checkpoint(path, config, empty, quantization, stack_tensors(stacks, read), checkpoint.tokenizer_files)
     return path
 
 

@@ -356,7 +356,7 @@ def test_wrong_checkpoints_are_named(folder, monkeypatch, tmp_path, capsys):
     name = "layers.1.attention.o_proj.weight"
     tensors[name] = tensors[name].clone()
     tensors[name][3, 4] = torch.nan
-    save_checkpoint(tmp_path / "model.pth", config, shapes_of(tensors), tensors.items())
+    save_checkpoint(tmp_path / "model.pth", config, tensors)
     for mode in ("int8", "int4", "fp8", "mxfp4"):
         with pytest.raises(SystemExit) as e:
             run_script(lambda mode=mode: run_quantize(monkeypatch, tmp_path / "model.pth", f"--mode={mode}"))

@@ -105,8 +105,7 @@ def test_conversation(way, folders, capsys, monkeypatch):
 def short_draft(folder) -> list[str]:
     """Returns the flags of a draft with a context of 32 tokens."""
     config, _, tensors = read_checkpoint(folder / "model.pth")
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    save_checkpoint(folder / "short.pth", replace(config, max_seq_len=32), shapes, tensors.items())
+    save_checkpoint(folder / "short.pth", replace(config, max_seq_len=32), tensors)
     return ["--draft_checkpoint_path", str(folder / "short.pth"), "--max_new_tokens=20"]
 
 
