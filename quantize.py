@@ -164,8 +164,8 @@ def check_args(args: argparse.Namespace):
     check_integer("--blocksize", args.blocksize, 1)
     if not 0 < args.percdamp <= MAX_PERCDAMP:
         raise UsageError(f"--percdamp must be above 0 and at most {MAX_PERCDAMP}, not {args.percdamp}")
-    if args.calibration_seq_length is not None and args.calibration_seq_length < 2:
-        raise UsageError(f"--calibration_seq_length must be above 1, not {args.calibration_seq_length}")
+    if args.calibration_seq_length is not None:
+        check_integer("--calibration_seq_length", args.calibration_seq_length, 2)
     if Path(f"x{args.label}").name != f"x{args.label}":
         raise UsageError(f"--label {args.label!r} must be a part of a file's name")
     if args.mode == "int4-gptq" and not args.calibration_text and not args.calibration_tasks:
