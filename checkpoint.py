@@ -42,7 +42,7 @@ ALL_UNQUANTIZED = QuantizationConfig(UNQUANTIZED)
 
 class Checkpoint(NamedTuple):
     config: ModelConfig
-    quantization: dict | None  # formats: QuantizationConfig.from_dict reads it; None: no weight is quantized
+    quantization: dict | None  # for formats: QuantizationConfig.from_dict; None if no weight is quantized
     tensors: dict[str, Tensor]  # memory-mapped
 
 
