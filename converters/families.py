@@ -12,6 +12,7 @@ from config import ModelConfig
 from converters.canonical_checkpoint import SourceTensors
 from converters.family_config import (
     all_sliding,
+    arcee,
     baichuan,
     bias_everywhere,
     dbrx,
@@ -33,7 +34,6 @@ from converters.family_config import (
     smollm3,
     smollm3_layer_types,
     starcoder2,
-    ungated,
 )
 from converters.family_tensors import (
     BAICHUAN_TO_CANONICAL,
@@ -324,7 +324,7 @@ FAMILIES = {
             hidden_act="relu2",
         ),
         handled_hf_fields=("hidden_act",),
-        read_config_fields=partial(ungated, activation="relu2"),
+        read_config_fields=arcee,
     ),
     "NemotronForCausalLM": Family(
         "nemotron",

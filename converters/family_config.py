@@ -74,6 +74,10 @@ def smollm3(hf_config: dict) -> dict:
     return {"layer_has_rope": tuple(bool(x) for x in has_rope)}
 
 
+def arcee(hf_config: dict) -> dict:
+    return ungated(hf_config, "relu2")
+
+
 def nemotron(hf_config: dict) -> dict:
     return ungated(hf_config, "relu2") | {"norm_eps": hf_config["norm_eps"]}
 
