@@ -6,9 +6,10 @@
 
 Four generators, each of which takes what the one on its left yields at every step:
 
-    run_steps -----> read_one_step_later -----> decode_tokens -----> stream_texts
-    tokens [B]       on a GPU only: the         a list of B          the new text of
-    on the device    same, on the host          checked ids          B sequences
+    launch_steps --> run_one_step_ahead --> decode_tokens --> stream_texts
+    tokens [B]       on a GPU only:         a list of B       the new text of
+    on the device    the same, on the       checked ids       B sequences
+                     host
 
 engine/__init__.py compares the loop with the Scheduler. Shapes: B sequences, T tokens of a prompt.
 """
@@ -51,7 +52,7 @@ class GenerationLoop(ABC):
 class DecodeLoop(GenerationLoop):
     """Continues a text with a decode step for every token."""
 
-    def run_steps(
+    def launch_steps(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
         """Yields the tokens [B] of prefill and of each decode step, on the device. The next step may overwrite them,
@@ -73,9 +74,9 @@ class DecodeLoop(GenerationLoop):
     def decode_tokens(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        steps = self.run_steps(token_ids, max_new_tokens, n_cached, generator)
+        steps = self.launch_steps(token_ids, max_new_tokens, n_cached, generator)
         if self.runner.device.type == "cuda":
-            steps = read_one_step_later(steps)
+            steps = run_one_step_ahead(steps)
         for tokens in steps:
             yield check_sampled_ids(tokens.tolist())
 
@@ -107,9 +108,10 @@ def stream_texts(
 # ---- A GPU computes while the host handles the token before ---------------------------------------------------------
 
 
-def read_one_step_later(steps: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yields the tokens of every step on the host. Step i + 1 is queued before the host waits for the tokens of step i,
-    so the GPU computes while the host handles them. (A CPU would compute step i + 1 first, and show token i late.)"""
+def run_one_step_ahead(steps: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yields the tokens of each step on the host. The GPU runs one step ahead: step i + 1 is queued before the host
+    waits for the tokens of step i, so the GPU computes while the host handles them. (To queue a step on a CPU is to
+    compute it, so every token would come a step late.)"""
     copy = HostCopy(next(steps))
     for tokens in steps:
         next_copy = HostCopy(tokens)

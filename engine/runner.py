@@ -103,7 +103,7 @@ class ModelRunner:
     def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
         """Runs the blocks on chunks of tokens, one after another. Yields the hidden states of each chunk:
         [B, chunk, dim]. With compile_prefill, a chunk that is too long for the kernels runs compiled blocks."""
-        kv_cache = self.kv_cache.slots(first_slot, len(tokens))
+        kv_cache = self.kv_cache.view_sequences(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
         n_cached = int(start_pos.max())
         offset = 0
@@ -112,7 +112,7 @@ class ModelRunner:
             is_long = chunk.numel() >= MIN_COMPILED_TOKENS
             if self.compiled_model and is_long and not model.has_kernels_for(*chunk.shape):
                 model = self.compiled_model
-            used_cache = kv_cache.first_positions(n_cached + offset + chunk.shape[1])
+            used_cache = kv_cache.view_positions(n_cached + offset + chunk.shape[1])
             yield model.compute_hidden(chunk, start_pos + offset, used_cache)
             offset += chunk.shape[1]
 
@@ -197,10 +197,10 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Execution
 
 def build_eager_step(model: Transformer, kv_cache: KVCache, sampler: Callable, has_kernels: bool) -> Callable:
     def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        used_cache = kv_cache.slots(0, len(tokens))
+        used_cache = kv_cache.view_sequences(0, len(tokens))
         if not has_kernels:
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
-            used_cache = used_cache.first_positions(int(start_pos.max()) + tokens.shape[1])
+            used_cache = used_cache.view_positions(int(start_pos.max()) + tokens.shape[1])
         return sampler(model(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
 
     return step
@@ -208,7 +208,7 @@ def build_eager_step(model: Transformer, kv_cache: KVCache, sampler: Callable, h
 
 def build_cpu_graph_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
     def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        return model(tokens, start_pos, kv_cache.slots(0, len(tokens)))
+        return model(tokens, start_pos, kv_cache.view_sequences(0, len(tokens)))
 
     graph = capture(compute_logits)  # without the sampler, since a CPU graph holds kernels alone
 
@@ -236,7 +236,7 @@ def build_compiled_step(model: Transformer, kv_cache: KVCache, sampler: Callable
     blocks = compile_blocks(model, **options)
 
     def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        used_cache = kv_cache.slots(0, len(tokens))
+        used_cache = kv_cache.view_sequences(0, len(tokens))
         return head(blocks.compute_hidden(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
 
     return capture(step) if model.device.type == "cuda" and can_be_one_graph(model) else step
