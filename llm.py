@@ -144,7 +144,7 @@ class LLM:
     def take_loop(self, params: SamplingParams) -> DecodeLoop:
         """Returns a loop whose KV cache no text uses."""
         loop, self.idle_loop = self.idle_loop or self.build_loop(params), None
-        if loop.runner.sampler.params != params:  # the cache fits any params, but a captured step contains them
+        if loop.runner.params != params:  # the cache fits any params, but a captured step contains them
             loop = DecodeLoop(ModelRunner(self.model, loop.runner.kv_cache, params, self.compile))
         return loop
 

@@ -60,11 +60,6 @@ def check_sampled_ids(ids: list[int]) -> list[int]:
     return ids
 
 
-def return_logits(logits: Tensor, *_) -> Tensor:
-    """Takes the place of a sampler in a step whose result is the logits."""
-    return logits
-
-
 class ModelRunner:
     """The steps of a model with one KV cache. Prefill and decode end with the Sampler of params."""
 
@@ -77,7 +72,8 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.compile = compile
         self.device = model.device
-        self.sampler = Sampler([params], kv_cache.token_ids, model.lm_head.backend)
+        self.params = params
+        self.sampler = Sampler(params, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
 
@@ -92,13 +88,14 @@ class ModelRunner:
 
     def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
         """Returns the logits [B, 1, V] after the last of tokens."""
-        return self.model.compute_logits(self.fill_kv_cache(tokens, start_pos, first_slot))
-
-    def fill_kv_cache(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
-        """Computes keys and values. Returns the hidden states after the last of tokens: [B, 1, dim]."""
         for hidden in self.prefill_chunks(tokens, start_pos, first_slot):
             last_hidden = hidden[:, -1:]
-        return last_hidden
+        return self.model.compute_logits(last_hidden)
+
+    def fill_kv_cache(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0):
+        """Computes the keys and values of tokens, and no logits."""
+        for _ in self.prefill_chunks(tokens, start_pos, first_slot):
+            pass
 
     def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
         """Runs the blocks on chunks of tokens, one after another. Yields the hidden states of each chunk:
@@ -132,7 +129,7 @@ class ModelRunner:
         draws all of them when the first step asks.
 
         generator: a generator on the CPU, by default PyTorch's global one."""
-        if self.sampler.params.is_greedy:
+        if self.params.is_greedy:
             yield from repeat(None, n_steps)
             return
         uniform = torch.rand(n_steps, batch_size, 1, dtype=torch.float64, generator=generator)
@@ -140,7 +137,7 @@ class ModelRunner:
         for i in range(n_steps):
             yield uniform[i]
 
-    def build_step(self, sampler: Callable = return_logits) -> "Step":
+    def build_step(self, sampler: Callable) -> "Step":
         """Returns a step that ends with sampler."""
         return Step(self.model, self.kv_cache, sampler, self.compile)
 

@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 from engine.runner import NOT_FINITE, ModelRunner
-from engine.sampler import Sampler, store_token_ids
+from engine.sampler import apply_repetition_penalty, return_logits, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import graph_num_threads
+from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
 from layers.sampling import INVALID_TOKEN, sample, uniform_dtype
 from model import KVCache, Transformer
@@ -86,7 +87,7 @@ class Scheduler:
         self.kv_cache = KVCache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
         self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.has_kernels_for(n_slots, 1))
-        self.decode_step = self.runner.build_step()  # gives logits, since every sequence has its own sampling options
+        self.decode_step = self.runner.build_step(return_logits)
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
         self.n_steps = 0
@@ -206,7 +207,7 @@ class Scheduler:
             return []
         logits = self.runner.prefill_logits(tokens, start_pos, first_slot=i)
         slot.cached_ids += chunk
-        return self.sample_and_append(range(i, i + 1), logits, tokens, start_pos)
+        return self.sample_and_append(range(i, i + 1), logits)
 
     def decode(self, n: int) -> list[SequenceUpdate]:
         self.move_decoding_first(n)
@@ -220,7 +221,7 @@ class Scheduler:
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
         with graph_num_threads():
-            return self.sample_and_append(range(n), logits, tokens, start_pos)
+            return self.sample_and_append(range(n), logits)
 
     def move_decoding_first(self, n: int):
         """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of
@@ -232,16 +233,19 @@ class Scheduler:
             self.kv_cache.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
-    def sample_and_append(
-        self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor
-    ) -> list[SequenceUpdate]:
-        """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
-        sequences = [self.slots[i].sequence for i in slots]
-        token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
-        all_params = [sequence.params for sequence in sequences]
-        sampler = PerSequenceSampler(all_params, token_ids, self.model.lm_head.backend, sequences)
-        ids = sampler(logits, tokens, start_pos).tolist()
-        return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
+    def sample_and_append(self, slot_ids: range, logits: Tensor) -> list[SequenceUpdate]:
+        """Samples a token for the sequence in each of n slots, from the logits [n, 1, V] after its cached tokens."""
+        slots = [self.slots[i] for i in slot_ids]
+        sequences = [slot.sequence for slot in slots]
+        adjusted = logits  # compute_logprobs needs the model's own
+        if any(sequence.params.needs_token_ids for sequence in sequences):
+            token_ids = self.kv_cache.token_ids[slot_ids.start : slot_ids.stop]
+            last_positions = torch.tensor([[len(slot.cached_ids) - 1] for slot in slots], device=logits.device)
+            penalties = logits.new_tensor([sequence.params.repetition_penalty for sequence in sequences])
+            adjusted = apply_repetition_penalty(logits, token_ids, last_positions, penalties.view(-1, 1, 1))
+        adjusted = apply_logits_processors(adjusted[:, 0], sequences)
+        ids = collectives.broadcast(sample_batch(adjusted, sequences, self.model.lm_head.backend)).tolist()
+        return [self.add_token(i, token, row[0]) for i, token, row in zip(slot_ids, ids, logits, strict=True)]
 
     def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
         """Appends a token, sampled from logits [V], to the sequence in slot i. Frees the slot if that ends it."""
@@ -273,17 +277,6 @@ def longest_seq_len(model: Transformer, sequences: list[Sequence]) -> int:
 def max_slots(model: Transformer, max_seq_len: int) -> int:
     """Returns how many sequences of max_seq_len tokens fit into the free main memory."""
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
-
-
-@dataclass(frozen=True)
-class PerSequenceSampler(Sampler):
-    """The sampler of a step of the Scheduler: every sequence has its own options, random numbers and
-    logits_processor."""
-
-    sequences: list[Sequence]
-
-    def draw(self, logits: Tensor) -> Tensor:
-        return sample_batch(apply_logits_processors(logits[:, -1], self.sequences), self.sequences, self.backend)
 
 
 def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.generation import GenerationLoop
 from engine.memory_traffic import active_weight_bytes
 from engine.runner import ModelRunner, check_sampled_ids
-from engine.sampler import Sampler, probabilities
+from engine.sampler import apply_repetition_penalty, probabilities, store_token_ids
 from engine.sampling_params import SamplingParams
 from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
@@ -75,7 +75,7 @@ class SpeculativeLoop(GenerationLoop):
         super().__init__(runner)
         self.proposer, self.max_k, self.device = proposer, max_k, runner.device
         sampler = runner.sampler
-        self.verify_step = runner.build_step(RejectionSampler(sampler.all_params, sampler.token_ids, sampler.backend))
+        self.verify_step = runner.build_step(RejectionSampler(sampler.params, sampler.token_ids, sampler.backend))
         self.verify_cost = estimate_verify_cost(runner.model)  # the cost to verify one proposed token
         # How many tokens of the last text each step gave, and the caller took. Step 0 is prefill.
         self.n_tokens_per_step: list[int] = []
@@ -121,8 +121,7 @@ class SpeculativeLoop(GenerationLoop):
         """Verifies the proposed tokens after last_token [1, 1]. Returns n_accepted and the ids of n_accepted + 1
         tokens: the accepted tokens, then one token that the model sampled."""
         tokens = torch.cat([last_token, proposal.tokens[None]], dim=1)  # [1, k + 1]
-        inputs = [tensor for tensor in proposal if tensor is not None]
-        n_accepted, *next_ids = self.verify_step(tokens, start_pos, *inputs).tolist()
+        n_accepted, *next_ids = self.verify_step(tokens, start_pos, proposal.tokens, proposal.probs).tolist()
         return n_accepted, next_ids[: n_accepted + 1]
 
     @torch.inference_mode()
@@ -139,12 +138,24 @@ class SpeculativeLoop(GenerationLoop):
         return [self.n_tokens_per_step[1:].count(n_accepted + 1) for n_accepted in range(self.max_k + 1)]
 
 
-class RejectionSampler(Sampler):
-    """The sampler of a verification, whose tokens [1, k + 1] are the last token of the text and draft_tokens. Returns
-    the result of rejection_sample."""
+@dataclass(frozen=True)
+class RejectionSampler:
+    """The end of a verification, whose tokens [1, k + 1] are the last token of the text and draft_tokens."""
 
-    def draw(self, logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None) -> Tensor:
-        return rejection_sample(logits[0], draft_tokens, draft_probs, self.params, self.backend)
+    params: SamplingParams
+    token_ids: Tensor  # [1, S], KVCache.token_ids
+    backend: Backend  # the backend of the model's head
+
+    def __call__(
+        self, logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
+    ) -> Tensor:
+        """Returns the result of rejection_sample."""
+        params = self.params
+        if params.needs_token_ids:
+            positions = store_token_ids(self.token_ids, tokens, start_pos)
+            logits = apply_repetition_penalty(logits, self.token_ids, positions, params.repetition_penalty)
+        result = rejection_sample(logits[0], draft_tokens, draft_probs, params, self.backend)
+        return collectives.broadcast(result)
 
 
 def rejection_sample(
@@ -308,20 +319,19 @@ class DraftModelProposer:
 
 @dataclass(frozen=True)
 class DraftSampler:
-    """The sampler of a draft. Returns a token [1], and its distribution [1, V] unless sampling is greedy.
-
-    It leaves out the repetition penalty. The output stays exact, since verification applies the penalty, but fewer of
-    the draft's tokens are accepted."""
+    """The end of a draft's step. It leaves out the repetition penalty: the output stays exact, since verification
+    applies the penalty, but fewer of the draft's tokens are accepted."""
 
     params: SamplingParams
     backend: Backend  # the backend of the draft's head
     vocab_size: int  # the vocabulary of the model; the draft may pad the same vocabulary to a larger size
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns a token [1], and its distribution [1, V] unless sampling is greedy."""
         logits = logits[:, -1, : self.vocab_size]
         if self.params.is_greedy:
-            tokens = sample(logits, 0.0, self.params.filters, self.backend)
-            tokens = tokens.clamp(min=0)  # the embedding has no INVALID_TOKEN
-            return collectives.broadcast(tokens), None
+            token = sample(logits, 0.0, self.params.filters, self.backend)
+            token = token.clamp(min=0)  # the embedding has no INVALID_TOKEN
+            return collectives.broadcast(token), None
         probs = probabilities(logits, self.params)
         return collectives.broadcast(multinomial(probs)), probs
