@@ -30,7 +30,6 @@ token.
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import repeat
 from typing import Literal
 
 import torch
@@ -40,7 +39,7 @@ from engine.sampler import Sampler
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import capture, graph_num_threads
-from layers.sampling import INVALID_TOKEN, uniform_dtype
+from layers.sampling import INVALID_TOKEN, draw_uniform
 from model import KVCache, Transformer
 from utils.errors import UsageError
 
@@ -81,9 +80,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Returns the next tokens [B]. uniform [B, 1]: random numbers, by default from draw_uniform."""
+        """Returns the next tokens [B]. uniform [B, 1]: random numbers, by default of PyTorch's global generator."""
         if uniform is None:
-            uniform = next(self.draw_uniform(1, len(tokens)))
+            (uniform,) = self.uniform_per_step(1, len(tokens))
         return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos, uniform)
 
     def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
@@ -119,23 +118,18 @@ class ModelRunner:
         """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B], which the next call may
         overwrite. uniform: as for prefill."""
         if uniform is None:
-            uniform = next(self.draw_uniform(1, len(tokens)))
+            (uniform,) = self.uniform_per_step(1, len(tokens))
         return self.decode_step(tokens, start_pos, uniform)
 
-    def draw_uniform(
+    def uniform_per_step(
         self, n_steps: int, batch_size: int, generator: torch.Generator | None = None
-    ) -> Iterator[Tensor | None]:
-        """Yields the random numbers in [0, 1) of each step: uniform [B, 1], or None if sampling is greedy. The host
-        draws all of them when the first step asks.
-
-        generator: a generator on the CPU, by default PyTorch's global one."""
+    ) -> Tensor | list[None]:
+        """Returns the random numbers of n_steps steps: uniform [B, 1] for each, or None if sampling is greedy.
+        generator: on the CPU, by default PyTorch's global one, also for a GPU."""
         if self.params.is_greedy:
-            yield from repeat(None, n_steps)
-            return
-        uniform = torch.rand(n_steps, batch_size, 1, dtype=torch.float64, generator=generator)
-        uniform = uniform.to(self.device, uniform_dtype(self.device))
-        for i in range(n_steps):
-            yield uniform[i]
+            return [None] * n_steps
+        uniform = draw_uniform(n_steps * batch_size, self.device, generator or torch.default_generator)
+        return uniform.view(n_steps, batch_size, 1)
 
     def build_step(self, sampler: Callable) -> "Step":
         """Returns a step that ends with sampler."""

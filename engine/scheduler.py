@@ -38,7 +38,7 @@ from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import graph_num_threads
 from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import INVALID_TOKEN, sample, uniform_dtype
+from layers.sampling import INVALID_TOKEN, draw_uniform, sample, uniform_dtype
 from model import KVCache, Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
@@ -316,9 +316,10 @@ def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = T
         if options.is_greedy:
             ids[indices] = sample(rows, 0.0, options.filters, backend)
             continue
-        uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in batch])
+        host = torch.device("cpu")
+        uniform = torch.cat([draw_uniform(1, host, sequence.generator) for sequence in batch])
+        uniform = uniform.to(logits.device, uniform_dtype(logits.device))  # all in one copy
         temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in batch])
-        uniform = uniform.to(logits.device, uniform_dtype(logits.device))
         ids[indices] = sample(rows, 1.0, options.filters, backend, uniform, temperatures)
     return ids
 
