@@ -26,19 +26,18 @@ prefix may round differently in 16 bits. With RoPE of type dynamic or longrope a
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampler import apply_repetition_penalty, return_logits, store_token_ids
-from engine.sampling_params import GREEDY, SamplingParams
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import graph_num_threads
 from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import INVALID_TOKEN, draw_uniform, sample, uniform_dtype
+from layers.sampling import INVALID_TOKEN, TokenFilters, draw_uniform, sample, uniform_dtype
 from model import KVCache, Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
@@ -302,25 +301,22 @@ def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor
 
 def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH_BACKEND) -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
-    ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: the backend of the
-    model's head."""
-    batches: dict[SamplingParams, list[int]] = {}
+    ids [n]. One call of sample serves all sequences with the same filters. backend: the backend of the model's head."""
+    batches: dict[tuple[bool, TokenFilters], list[int]] = {}
     for i, sequence in enumerate(sequences):
-        params = sequence.params
-        options = GREEDY if params.is_greedy else replace(params, temperature=1.0, repetition_penalty=1.0)
-        batches.setdefault(options, []).append(i)
+        batches.setdefault((sequence.params.is_greedy, sequence.params.filters), []).append(i)
     ids = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
-    for options, indices in batches.items():
+    for (is_greedy, filters), indices in batches.items():
         batch = [sequences[i] for i in indices]
         rows = logits if len(batches) == 1 else logits[indices]
-        if options.is_greedy:
-            ids[indices] = sample(rows, 0.0, options.filters, backend)
+        if is_greedy:
+            ids[indices] = sample(rows, 0.0, filters, backend)
             continue
         host = torch.device("cpu")
         uniform = torch.cat([draw_uniform(1, host, sequence.generator) for sequence in batch])
         uniform = uniform.to(logits.device, uniform_dtype(logits.device))  # all in one copy
         temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in batch])
-        ids[indices] = sample(rows, 1.0, options.filters, backend, uniform, temperatures)
+        ids[indices] = sample(rows, 1.0, filters, backend, uniform, temperatures)
     return ids
 
 
