@@ -11,7 +11,7 @@ There are three kinds of steps:
     decode          takes one token of every sequence
     verification    takes several proposed tokens; speculate.py makes it with build_step
 
-A decode or verification step has one of four modes, which choose_mode chooses. Each has a function build_MODE_step:
+A decode or verification step has one of four modes, which choose_mode chooses and build_in_mode builds:
 
     kernels    device    --compile    mode
     all        CPU       yes or no    cpu_graph     captures the model; then the sampler runs eagerly
@@ -29,7 +29,7 @@ token.
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -150,26 +150,38 @@ class Step:
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool):
         self.model, self.kv_cache, self.sampler, self.compile = model, kv_cache, sampler, compile
         self.has_kernels_for = cache(model.has_kernels_for)  # slow: it goes through all modules
-        self.functions: dict[bool, Callable] = {}  # by has_kernels
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        has_kernels = self.has_kernels_for(*tokens.shape)
-        if has_kernels not in self.functions:  # built at first use: importing Inductor takes a second and 150 MB
-            self.functions[has_kernels] = self.build_function(has_kernels)
-        return self.functions[has_kernels](tokens, start_pos, *inputs)
+        step = self.with_kernels if self.has_kernels_for(*tokens.shape) else self.without_kernels
+        return step(tokens, start_pos, *inputs)
 
-    def build_function(self, has_kernels: bool) -> Callable:
-        parts = self.model, self.kv_cache, self.sampler
-        match choose_mode(has_kernels, self.model.device.type, self.compile):
-            case "cpu_graph":
-                return build_cpu_graph_step(*parts)
-            case "cuda_graph":
-                return build_cuda_graph_step(*parts)
-            case "compiled":
-                return build_compiled_step(*parts)
-            case "eager":
-                return build_eager_step(*parts, has_kernels)
+    # Both are built at first use, since torch.compile imports Inductor, which takes a second and 150 MB. Neither refers
+    # to self: in a reference cycle the KV cache would stay in memory until Python's next garbage collection.
+
+    @cached_property
+    def with_kernels(self) -> Callable:
+        return build_in_mode(self.model, self.kv_cache, self.sampler, self.compile, has_kernels=True)
+
+    @cached_property
+    def without_kernels(self) -> Callable:
+        return build_in_mode(self.model, self.kv_cache, self.sampler, self.compile, has_kernels=False)
+
+
+def build_in_mode(
+    model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool, has_kernels: bool
+) -> Callable:
+    """Returns a Step for the shapes of tokens for which every operation has a kernel, or for all other shapes."""
+    forward = build_forward(model, kv_cache, has_kernels)
+    match choose_mode(has_kernels, model.device.type, compile):
+        case "cpu_graph":
+            return add_sampler(capture(forward), sampler)  # a CPU graph holds kernels alone, so not the sampler
+        case "cuda_graph":
+            return capture(add_sampler(forward, sampler))
+        case "compiled":
+            return build_compiled_step(model, kv_cache, sampler)
+        case "eager":
+            return add_sampler(forward, sampler)
 
 
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> ExecutionMode:
@@ -182,53 +194,40 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Execution
     return "compiled" if compile else "eager"
 
 
-# The functions that these return must not be methods of Step: Step -> graph -> method -> Step would be a reference
-# cycle, and the KV cache would stay in memory until Python's garbage collection.
-
-
-def build_eager_step(model: Transformer, kv_cache: KVCache, sampler: Callable, has_kernels: bool) -> Callable:
-    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+def build_forward(model: Transformer, kv_cache: KVCache, has_kernels: bool) -> Callable:
+    def forward(tokens: Tensor, start_pos: Tensor) -> Tensor:
         used_cache = kv_cache.view_sequences(0, len(tokens))
         if not has_kernels:
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
             used_cache = used_cache.view_positions(int(start_pos.max()) + tokens.shape[1])
-        return sampler(model(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
+        return model(tokens, start_pos, used_cache)
 
-    return step
+    return forward
 
 
-def build_cpu_graph_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
-    def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        return model(tokens, start_pos, kv_cache.view_sequences(0, len(tokens)))
-
-    graph = capture(compute_logits)  # without the sampler, since a CPU graph holds kernels alone
-
+def add_sampler(forward: Callable, sampler: Callable) -> Callable:
     def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        logits = graph(tokens, start_pos)
+        logits = forward(tokens, start_pos)
         with graph_num_threads():
             return sampler(logits, tokens, start_pos, *inputs)
 
     return step
 
 
-def build_cuda_graph_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
-    return capture(build_eager_step(model, kv_cache, sampler, has_kernels=True))
-
-
 def build_compiled_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
     """Compiles a step in two pieces: the blocks, of which one compiled block serves all layers, and the head with the
     sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
-    def sample_from_hidden(hidden: Tensor, *inputs: Tensor | None):
-        return sampler(model.compute_logits(hidden), *inputs)
+    def sample_from_hidden(hidden: Tensor, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        return sampler(model.compute_logits(hidden), tokens, start_pos, *inputs)
 
     options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
     head = torch.compile(sample_from_hidden, **options)
     blocks = compile_blocks(model, **options)
 
     def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        used_cache = kv_cache.view_sequences(0, len(tokens))
-        return head(blocks.compute_hidden(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
+        hidden = blocks.compute_hidden(tokens, start_pos, kv_cache.view_sequences(0, len(tokens)))
+        return head(hidden, tokens, start_pos, *inputs)
 
     return capture(step) if model.device.type == "cuda" and can_be_one_graph(model) else step
 
