@@ -25,7 +25,7 @@ from engine.sequence import Sequence
 
 
 class GenerationLoop(ABC):
-    """A loop over steps: DecodeLoop, or SpeculativeLoop (speculate.py)."""
+    """Continues texts step by step: DecodeLoop, or SpeculativeLoop (speculate.py)."""
 
     def __init__(self, runner: ModelRunner):
         self.runner = runner
@@ -39,14 +39,13 @@ class GenerationLoop(ABC):
         T + max_new_tokens - 1 tokens. Raises UsageError if logits are not finite. generator: as in
         ModelRunner.uniform_per_step."""
 
-    @abstractmethod
+    @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
         """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
         Overwrites the first tokens of the KV cache."""
-
-    @abstractmethod
-    def accept_counts(self) -> list[int] | None:
-        """Returns how many steps of the last text accepted 0, 1 ... proposed tokens, or None if nothing proposes."""
+        if max_new_tokens > 1:  # prefill gives the first token
+            zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
+            self.runner.decode(zeros, zeros[:, 0])
 
 
 class DecodeLoop(GenerationLoop):
@@ -79,15 +78,6 @@ class DecodeLoop(GenerationLoop):
             steps = run_one_step_ahead(steps)
         for tokens in steps:
             yield check_sampled_ids(tokens.tolist())
-
-    @torch.inference_mode()
-    def warm_up(self, max_new_tokens: int):
-        if max_new_tokens > 1:  # prefill gives the first token
-            zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
-            self.runner.decode(zeros, zeros[:, 0])
-
-    def accept_counts(self) -> None:
-        return None
 
 
 def stream_texts(
