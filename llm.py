@@ -152,7 +152,7 @@ class LLM:
         self.idle_loop = None
         if loop is None:
             return self.build_loop(params)
-        if loop.runner.params != params:  # a captured step contains them, while the KV cache serves any
+        if loop.runner.sampler.params != params:  # a captured step contains them, while the KV cache serves any
             return DecodeLoop(ModelRunner(self.model, loop.runner.kv_cache, params, self.compile))
         return loop
 

@@ -71,7 +71,6 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.compile = compile
         self.device = model.device
-        self.params = params
         self.sampler = Sampler(params, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
@@ -126,7 +125,7 @@ class ModelRunner:
     ) -> Tensor | list[None]:
         """Returns the random numbers of n_steps steps: uniform [B, 1] for each, or None if sampling is greedy.
         generator: on the CPU, by default PyTorch's global one, also for a GPU."""
-        if self.params.is_greedy:
+        if self.sampler.params.is_greedy:
             return [None] * n_steps
         uniform = draw_uniform(n_steps * batch_size, self.device, generator or torch.default_generator)
         return uniform.view(n_steps, batch_size, 1)
@@ -171,7 +170,7 @@ class Step:
 def build_in_mode(
     model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool, has_kernels: bool
 ) -> Callable:
-    """Returns a Step for the shapes of tokens for which every operation has a kernel, or for all other shapes."""
+    """Builds a step. has_kernels: whether every operation has a kernel for the tokens that the step will get."""
     forward = build_forward(model, kv_cache, has_kernels)
     match choose_mode(has_kernels, model.device.type, compile):
         case "cpu_graph":
@@ -185,8 +184,7 @@ def build_in_mode(
 
 
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> ExecutionMode:
-    """Returns the mode of a step, by the table at the top of this file. has_kernels: whether every operation has a
-    kernel."""
+    """Returns the mode of a step, by the table at the top of this file."""
     if has_kernels and device_type == "cpu":
         return "cpu_graph"
     if has_kernels and compile:

@@ -6,9 +6,9 @@
     the scheduler      return_logits       a step ends with logits. Scheduler.sample_and_append goes on: penalty,
                                            logits_processor, sample_batch
 
-RejectionSampler and DraftSampler are in speculate.py. The first argument of each is the logits [B, n, V] after the last
-n tokens of a step, and the next two are the step's: tokens [B, T], and the position start_pos [B] of each sequence's
-first token.
+RejectionSampler and DraftSampler are in speculate.py. Each sampler takes the logits [B, n, V] after the last n tokens
+of a step, and then the step's own arguments: tokens [B, T], and start_pos [B], the position of each sequence's first
+token.
 
     sampler = Sampler(SamplingParams(temperature=0.8), kv_cache.token_ids, model.lm_head.backend)
     tokens = sampler(logits[:, None], tokens, start_pos)  # [B, V] -> [B]

@@ -236,7 +236,7 @@ class Scheduler:
         """Samples a token for the sequence in each of n slots, from the logits [n, 1, V] after its cached tokens."""
         slots = [self.slots[i] for i in slot_ids]
         sequences = [slot.sequence for slot in slots]
-        adjusted = logits  # compute_logprobs needs the model's own
+        adjusted = logits
         if any(sequence.params.needs_token_ids for sequence in sequences):
             token_ids = self.kv_cache.token_ids[slot_ids.start : slot_ids.stop]
             last_positions = torch.tensor([[len(slot.cached_ids) - 1] for slot in slots], device=logits.device)
