@@ -121,7 +121,7 @@ class SpeculativeLoop(GenerationLoop):
         """Verifies the proposed tokens after last_token [1, 1]. Returns n_accepted and the ids of n_accepted + 1
         tokens: the accepted tokens, then one token that the model sampled."""
         tokens = torch.cat([last_token, proposal.tokens[None]], dim=1)  # [1, k + 1]
-        n_accepted, *next_ids = self.verify_step(tokens, start_pos, proposal.tokens, proposal.probs).tolist()
+        n_accepted, *next_ids = self.verify_step(tokens, start_pos, proposal.probs).tolist()
         return n_accepted, next_ids[: n_accepted + 1]
 
     @torch.inference_mode()
@@ -140,21 +140,19 @@ class SpeculativeLoop(GenerationLoop):
 
 @dataclass(frozen=True)
 class RejectionSampler:
-    """The end of a verification, whose tokens [1, k + 1] are the last token of the text and draft_tokens."""
+    """The end of a verification, whose tokens [1, k + 1] are the last token of the text and the proposed tokens."""
 
     params: SamplingParams
     token_ids: Tensor  # [1, S], KVCache.token_ids
     backend: Backend  # the backend of the model's head
 
-    def __call__(
-        self, logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_probs: Tensor | None = None) -> Tensor:
         """Returns the result of rejection_sample."""
         params = self.params
         if params.needs_token_ids:
             positions = store_token_ids(self.token_ids, tokens, start_pos)
             logits = apply_repetition_penalty(logits, self.token_ids, positions, params.repetition_penalty)
-        result = rejection_sample(logits[0], draft_tokens, draft_probs, params, self.backend)
+        result = rejection_sample(logits[0], tokens[0, 1:], draft_probs, params, self.backend)
         return collectives.broadcast(result)
 
 
