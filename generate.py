@@ -31,6 +31,7 @@ from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
 from engine.generation import GenerationLoop, stream_texts
 from engine.sequence import Sequence, to_64_bits
+from engine.speculate import SpeculativeLoop
 from llm import LLM
 from model import Transformer
 
@@ -79,7 +80,8 @@ def run_loop(
             labels = [("prompt", i, len(sequences)), ("sample", j, args.num_samples)]
             with profiled(args.profile if j == args.num_samples else None):
                 samples.append(generate_text(args, sequence, loop, labels))
-        result = build_result(args, llm.model, loop.runner.kv_cache, samples, loop.accept_counts())
+        accept_counts = loop.accept_counts() if isinstance(loop, SpeculativeLoop) else None
+        result = build_result(args, llm.model, loop.runner.kv_cache, samples, accept_counts)
         print_result(args, result | stats, llm.model)
 
 
