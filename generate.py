@@ -32,6 +32,7 @@ from converters.checkpoint_path import ensure_converted
 from engine.chat import Conversation
 from engine.generation import GenerationLoop, stream_texts
 from engine.sequence import Sequence, check_length, to_64_bits
+from engine.speculate import SpeculativeLoop
 from layers.backend import MAX_CPU_TOKENS
 from llm import LLM
 from model import Transformer
@@ -124,7 +125,8 @@ def generate_texts(
                 else:
                     print_texts(texts, batch, [("prompt", i, len(sequences)), ("sample", j, n_samples)])
             samples.append(batch)
-        reporter.report(samples, loop.runner.kv_cache, loop.accept_counts())
+        accept_counts = loop.accept_counts() if isinstance(loop, SpeculativeLoop) else None
+        reporter.report(samples, loop.runner.kv_cache, accept_counts)
 
 
 def print_texts(texts: Iterator[list[str]], batch: list[Sequence], labels: list[tuple[str, int, int]]):

@@ -66,8 +66,9 @@ class LLM:
         self.params = GREEDY.override(sampling)
         self.compile = compile
         self.checkpoint_path = ensure_converted(checkpoint_path)
-        options = {"device": pick_device(device), "dtype": dtype, "use_kernels": use_kernels}
-        self.model, self.tokenizer = load(self.checkpoint_path, **options)
+        self.model, self.tokenizer = load(
+            self.checkpoint_path, device=pick_device(device), dtype=dtype, use_kernels=use_kernels
+        )
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         # The loop of the last text that has ended, whose KV cache and captured steps serve the next text. Only one is
         # kept, since a KV cache is large.
@@ -85,12 +86,14 @@ class LLM:
         logits_processor: a function (token ids so far, logits [V]) -> logits [V], called before each token is sampled.
             A Scheduler then runs the text, with a KV cache of its own, and a GPU waits for the host between tokens.
         sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change."""
-        config = self.model.config
-        options = {"stop": stop, "seed": seed, "logits_processor": logits_processor}
-        options["params"] = self.params.override(sampling)
+        params, config = self.params.override(sampling), self.model.config
+        hint = ""
         if self.max_seq_len < config.max_seq_len:
-            options["hint"] = ", which is LLM's max_seq_len; raise it or lower max_new_tokens"
-        sequence = build_sequence(prompt, self.tokenizer, config, max_new_tokens, self.max_seq_len, **options)
+            hint = ", which is LLM's max_seq_len; raise it or lower max_new_tokens"
+        sequence = build_sequence(
+            prompt, self.tokenizer, config, max_new_tokens, self.max_seq_len, hint,
+            params=params, stop=stop, seed=seed, logits_processor=logits_processor,
+        )
         return self.stream_from_loop(sequence) if logits_processor is None else self.stream_from_scheduler(sequence)
 
     def generate_many(
@@ -109,8 +112,10 @@ class LLM:
             raise UsageError(f"generate_many takes a list of prompts, not {prompts!r:.80}")
         check_integer("parallel", parallel, 1)
         check_seed(seed)
-        options = {"stop": stop, "logits_processor": logits_processor, "params": self.params.override(sampling)}
-        sequences = build_sequences(prompts, self.tokenizer, self.model.config, max_new_tokens, seed, **options)
+        sequences = build_sequences(
+            prompts, self.tokenizer, self.model.config, max_new_tokens, seed,
+            params=self.params.override(sampling), stop=stop, logits_processor=logits_processor,
+        )
         for i, sequence in enumerate(sequences):
             raise_error(i, sequence)
         return run_all(build_scheduler(self.model, sequences, parallel, self.compile), sequences)
@@ -143,9 +148,12 @@ class LLM:
 
     def take_loop(self, params: SamplingParams) -> DecodeLoop:
         """Returns a loop whose KV cache no text uses."""
-        loop, self.idle_loop = self.idle_loop or self.build_loop(params), None
-        if loop.runner.sampler.params != params:  # the cache fits any params, but a captured step contains them
-            loop = DecodeLoop(ModelRunner(self.model, loop.runner.kv_cache, params, self.compile))
+        loop = self.idle_loop
+        self.idle_loop = None
+        if loop is None:
+            return self.build_loop(params)
+        if loop.runner.sampler.params != params:  # a captured step contains them, while the KV cache serves any
+            return DecodeLoop(ModelRunner(self.model, loop.runner.kv_cache, params, self.compile))
         return loop
 
     def stream_from_loop(self, sequence: Sequence) -> Iterator[str]:

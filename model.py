@@ -264,9 +264,8 @@ class MoE(nn.Module):
 
 class KVCache:
     """Keys, values and token ids of batch_size sequences of up to max_seq_len tokens. The cache does not count its
-    tokens: every step passes the position of each sequence's first new token. Proposals that a speculation rejects stay
-    in the cache, where the proposals do no harm: attention and the repetition penalty read no further than the last
-    token of the text, and the next steps overwrite what follows.
+    tokens: every step passes the position of each sequence's first new token. Rejected draft tokens stay in the cache:
+    attention and the repetition penalty read nothing beyond a sequence's last token, and later steps overwrite them.
 
     layers: the keys and values of each layer, and the tables that RoPE and ALiBi need at every position. The tables are
         the cache's, because the angles of RoPE of type dynamic or longrope depend on max_seq_len.
@@ -294,7 +293,7 @@ class KVCache:
             self.layers.append(LayerCache(k, v, cos_sin, slopes))
         self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
 
-    def first_positions(self, n: int) -> "KVCache":
+    def view_positions(self, n: int) -> "KVCache":
         """A view of the first n positions. Attention in plain PyTorch computes scores for every position of the cache,
         so a shorter view costs less."""
         view = copy.copy(self)
@@ -303,7 +302,7 @@ class KVCache:
         view.token_ids = self.token_ids[:, :n]
         return view
 
-    def slots(self, start: int, n: int) -> "KVCache":
+    def view_sequences(self, start: int, n: int) -> "KVCache":
         """A view of n sequences, the first of which is number start."""
         if n == self.batch_size:  # always, except in a scheduler's steps
             return self

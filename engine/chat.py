@@ -92,8 +92,10 @@ class Conversation:
         self.end_answer()
         ids = self.make_room(self.messages, message, [], max_new_tokens)
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
-        options = {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids, "stop": self.stop, "hold_incomplete": True}
-        sequence = Sequence(ids, limit, starts_new_text=True, **options)
+        sequence = Sequence(
+            ids, limit, tokenizer=self.tokenizer, eos_ids=self.eos_ids, stop=self.stop, starts_new_text=True,
+            hold_incomplete=True,
+        )
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.start_answer(sequence, ids, new_messages)
 

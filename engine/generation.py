@@ -6,9 +6,10 @@
 
 Four generators, each of which takes what the one on its left yields at every step:
 
-    run_steps -----> read_one_step_later -----> decode_tokens -----> stream_texts
-    tokens [B]       on a GPU only: the         a list of B          the new text of
-    on the device    same, on the host          checked ids          B sequences
+    launch_steps --> run_one_step_ahead --> decode_tokens --> stream_texts
+    tokens [B]       on a GPU only:         a list of B       the new text of
+    on the device    the same, on the       checked ids       B sequences
+                     host
 
 engine/__init__.py compares the loop with the Scheduler. Shapes: B sequences, T tokens of a prompt.
 """
@@ -24,7 +25,7 @@ from engine.sequence import Sequence
 
 
 class GenerationLoop(ABC):
-    """A loop over steps: DecodeLoop, or SpeculativeLoop (speculate.py)."""
+    """Continues texts step by step: DecodeLoop, or SpeculativeLoop (speculate.py)."""
 
     def __init__(self, runner: ModelRunner):
         self.runner = runner
@@ -36,22 +37,21 @@ class GenerationLoop(ABC):
         """Continues token_ids [B, T], of which the KV cache already holds the first n_cached < T of each sequence.
         Yields the next token of each sequence, max_new_tokens times. The cache must have room for
         T + max_new_tokens - 1 tokens. Raises UsageError if logits are not finite. generator: as in
-        ModelRunner.draw_uniform."""
+        ModelRunner.uniform_per_step."""
 
-    @abstractmethod
+    @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
         """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
         Overwrites the first tokens of the KV cache."""
-
-    @abstractmethod
-    def accept_counts(self) -> list[int] | None:
-        """Returns how many steps of the last text accepted 0, 1 ... proposed tokens, or None if nothing proposes."""
+        if max_new_tokens > 1:  # prefill gives the first token
+            zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
+            self.runner.decode(zeros, zeros[:, 0])
 
 
 class DecodeLoop(GenerationLoop):
     """Continues a text with a decode step for every token."""
 
-    def run_steps(
+    def launch_steps(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
         """Yields the tokens [B] of prefill and of each decode step, on the device. The next step may overwrite them,
@@ -60,11 +60,11 @@ class DecodeLoop(GenerationLoop):
         start_pos = torch.full((len(prompt),), n_cached, device=prompt.device)
         # The random numbers of all steps, drawn before the first step: a step takes its numbers as an input. So one
         # captured step serves every generator, and a GPU never waits for a draw.
-        uniforms = self.runner.draw_uniform(max_new_tokens, len(prompt), generator)
-        tokens = self.runner.prefill(prompt, start_pos, next(uniforms))
+        first, *others = self.runner.uniform_per_step(max_new_tokens, len(prompt), generator)
+        tokens = self.runner.prefill(prompt, start_pos, first)
         start_pos = start_pos + prompt.shape[1]
         yield tokens
-        for uniform in uniforms:
+        for uniform in others:
             # On a GPU this step starts before the host has checked the tokens, and the embedding has no INVALID_TOKEN.
             tokens = self.runner.decode(tokens[:, None].clamp(min=0), start_pos, uniform)
             start_pos = start_pos + 1
@@ -73,20 +73,11 @@ class DecodeLoop(GenerationLoop):
     def decode_tokens(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        steps = self.run_steps(token_ids, max_new_tokens, n_cached, generator)
+        steps = self.launch_steps(token_ids, max_new_tokens, n_cached, generator)
         if self.runner.device.type == "cuda":
-            steps = read_one_step_later(steps)
+            steps = run_one_step_ahead(steps)
         for tokens in steps:
             yield check_sampled_ids(tokens.tolist())
-
-    @torch.inference_mode()
-    def warm_up(self, max_new_tokens: int):
-        if max_new_tokens > 1:  # prefill gives the first token
-            zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
-            self.runner.decode(zeros, zeros[:, 0])
-
-    def accept_counts(self) -> None:
-        return None
 
 
 def stream_texts(
@@ -107,9 +98,10 @@ def stream_texts(
 # ---- A GPU computes while the host handles the token before ---------------------------------------------------------
 
 
-def read_one_step_later(steps: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yields the tokens of every step on the host. Step i + 1 is queued before the host waits for the tokens of step i,
-    so the GPU computes while the host handles them. (A CPU would compute step i + 1 first, and show token i late.)"""
+def run_one_step_ahead(steps: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yields the tokens of each step on the host. The GPU runs one step ahead: step i + 1 is queued before the host
+    waits for the tokens of step i, so the GPU computes while the host handles them. (To queue a step on a CPU is to
+    compute it, so every token would come a step late.)"""
     copy = HostCopy(next(steps))
     for tokens in steps:
         next_copy = HostCopy(tokens)

@@ -11,7 +11,7 @@ There are three kinds of steps:
     decode          takes one token of every sequence
     verification    takes several proposed tokens; speculate.py makes it with build_step
 
-A decode or verification step has one of four modes, which choose_mode chooses. Each has a function build_MODE_step:
+A decode or verification step has one of four modes, which choose_mode chooses and build_in_mode builds:
 
     kernels    device    --compile    mode
     all        CPU       yes or no    cpu_graph     captures the model; then the sampler runs eagerly
@@ -29,8 +29,7 @@ token.
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cache
-from itertools import repeat
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -40,7 +39,7 @@ from engine.sampler import Sampler
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import capture, graph_num_threads
-from layers.sampling import INVALID_TOKEN, uniform_dtype
+from layers.sampling import INVALID_TOKEN, draw_uniform
 from model import KVCache, Transformer
 from utils.errors import UsageError
 
@@ -60,11 +59,6 @@ def check_sampled_ids(ids: list[int]) -> list[int]:
     return ids
 
 
-def return_logits(logits: Tensor, *_) -> Tensor:
-    """Takes the place of a sampler in a step whose result is the logits."""
-    return logits
-
-
 class ModelRunner:
     """The steps of a model with one KV cache. Prefill and decode end with the Sampler of params."""
 
@@ -77,7 +71,7 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.compile = compile
         self.device = model.device
-        self.sampler = Sampler([params], kv_cache.token_ids, model.lm_head.backend)
+        self.sampler = Sampler(params, kv_cache.token_ids, model.lm_head.backend)
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
 
@@ -85,25 +79,26 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Returns the next tokens [B]. uniform [B, 1]: random numbers, by default from draw_uniform."""
+        """Returns the next tokens [B]. uniform [B, 1]: random numbers, by default of PyTorch's global generator."""
         if uniform is None:
-            uniform = next(self.draw_uniform(1, len(tokens)))
+            (uniform,) = self.uniform_per_step(1, len(tokens))
         return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos, uniform)
 
     def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
         """Returns the logits [B, 1, V] after the last of tokens."""
-        return self.model.compute_logits(self.fill_kv_cache(tokens, start_pos, first_slot))
-
-    def fill_kv_cache(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
-        """Computes keys and values. Returns the hidden states after the last of tokens: [B, 1, dim]."""
         for hidden in self.prefill_chunks(tokens, start_pos, first_slot):
             last_hidden = hidden[:, -1:]
-        return last_hidden
+        return self.model.compute_logits(last_hidden)
+
+    def fill_kv_cache(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0):
+        """Computes the keys and values of tokens, and no logits."""
+        for _ in self.prefill_chunks(tokens, start_pos, first_slot):
+            pass
 
     def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
         """Runs the blocks on chunks of tokens, one after another. Yields the hidden states of each chunk:
         [B, chunk, dim]. With compile_prefill, a chunk that is too long for the kernels runs compiled blocks."""
-        kv_cache = self.kv_cache.slots(first_slot, len(tokens))
+        kv_cache = self.kv_cache.view_sequences(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
         n_cached = int(start_pos.max())
         offset = 0
@@ -112,7 +107,7 @@ class ModelRunner:
             is_long = chunk.numel() >= MIN_COMPILED_TOKENS
             if self.compiled_model and is_long and not model.has_kernels_for(*chunk.shape):
                 model = self.compiled_model
-            used_cache = kv_cache.first_positions(n_cached + offset + chunk.shape[1])
+            used_cache = kv_cache.view_positions(n_cached + offset + chunk.shape[1])
             yield model.compute_hidden(chunk, start_pos + offset, used_cache)
             offset += chunk.shape[1]
 
@@ -122,25 +117,20 @@ class ModelRunner:
         """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B], which the next call may
         overwrite. uniform: as for prefill."""
         if uniform is None:
-            uniform = next(self.draw_uniform(1, len(tokens)))
+            (uniform,) = self.uniform_per_step(1, len(tokens))
         return self.decode_step(tokens, start_pos, uniform)
 
-    def draw_uniform(
+    def uniform_per_step(
         self, n_steps: int, batch_size: int, generator: torch.Generator | None = None
-    ) -> Iterator[Tensor | None]:
-        """Yields the random numbers in [0, 1) of each step: uniform [B, 1], or None if sampling is greedy. The host
-        draws all of them when the first step asks.
-
-        generator: a generator on the CPU, by default PyTorch's global one."""
+    ) -> Tensor | list[None]:
+        """Returns the random numbers of n_steps steps: uniform [B, 1] for each, or None if sampling is greedy.
+        generator: on the CPU, by default PyTorch's global one, also for a GPU."""
         if self.sampler.params.is_greedy:
-            yield from repeat(None, n_steps)
-            return
-        uniform = torch.rand(n_steps, batch_size, 1, dtype=torch.float64, generator=generator)
-        uniform = uniform.to(self.device, uniform_dtype(self.device))
-        for i in range(n_steps):
-            yield uniform[i]
+            return [None] * n_steps
+        uniform = draw_uniform(n_steps * batch_size, self.device, generator or torch.default_generator)
+        return uniform.view(n_steps, batch_size, 1)
 
-    def build_step(self, sampler: Callable = return_logits) -> "Step":
+    def build_step(self, sampler: Callable) -> "Step":
         """Returns a step that ends with sampler."""
         return Step(self.model, self.kv_cache, sampler, self.compile)
 
@@ -159,31 +149,42 @@ class Step:
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool):
         self.model, self.kv_cache, self.sampler, self.compile = model, kv_cache, sampler, compile
         self.has_kernels_for = cache(model.has_kernels_for)  # slow: it goes through all modules
-        self.functions: dict[bool, Callable] = {}  # by has_kernels
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        has_kernels = self.has_kernels_for(*tokens.shape)
-        if has_kernels not in self.functions:  # built at first use: importing Inductor takes a second and 150 MB
-            self.functions[has_kernels] = self.build_function(has_kernels)
-        return self.functions[has_kernels](tokens, start_pos, *inputs)
+        step = self.with_kernels if self.has_kernels_for(*tokens.shape) else self.without_kernels
+        return step(tokens, start_pos, *inputs)
 
-    def build_function(self, has_kernels: bool) -> Callable:
-        parts = self.model, self.kv_cache, self.sampler
-        match choose_mode(has_kernels, self.model.device.type, self.compile):
-            case "cpu_graph":
-                return build_cpu_graph_step(*parts)
-            case "cuda_graph":
-                return build_cuda_graph_step(*parts)
-            case "compiled":
-                return build_compiled_step(*parts)
-            case "eager":
-                return build_eager_step(*parts, has_kernels)
+    # Both are built at first use, since torch.compile imports Inductor, which takes a second and 150 MB. Neither refers
+    # to self: in a reference cycle the KV cache would stay in memory until Python's next garbage collection.
+
+    @cached_property
+    def with_kernels(self) -> Callable:
+        return build_in_mode(self.model, self.kv_cache, self.sampler, self.compile, has_kernels=True)
+
+    @cached_property
+    def without_kernels(self) -> Callable:
+        return build_in_mode(self.model, self.kv_cache, self.sampler, self.compile, has_kernels=False)
+
+
+def build_in_mode(
+    model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool, has_kernels: bool
+) -> Callable:
+    """Builds a step. has_kernels: whether every operation has a kernel for the tokens that the step will get."""
+    forward = build_forward(model, kv_cache, has_kernels)
+    match choose_mode(has_kernels, model.device.type, compile):
+        case "cpu_graph":
+            return add_sampler(capture(forward), sampler)  # a CPU graph holds kernels alone, so not the sampler
+        case "cuda_graph":
+            return capture(add_sampler(forward, sampler))
+        case "compiled":
+            return build_compiled_step(model, kv_cache, sampler)
+        case "eager":
+            return add_sampler(forward, sampler)
 
 
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> ExecutionMode:
-    """Returns the mode of a step, by the table at the top of this file. has_kernels: whether every operation has a
-    kernel."""
+    """Returns the mode of a step, by the table at the top of this file."""
     if has_kernels and device_type == "cpu":
         return "cpu_graph"
     if has_kernels and compile:
@@ -191,53 +192,40 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Execution
     return "compiled" if compile else "eager"
 
 
-# The functions that these return must not be methods of Step: Step -> graph -> method -> Step would be a reference
-# cycle, and the KV cache would stay in memory until Python's garbage collection.
-
-
-def build_eager_step(model: Transformer, kv_cache: KVCache, sampler: Callable, has_kernels: bool) -> Callable:
-    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        used_cache = kv_cache.slots(0, len(tokens))
+def build_forward(model: Transformer, kv_cache: KVCache, has_kernels: bool) -> Callable:
+    def forward(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        used_cache = kv_cache.view_sequences(0, len(tokens))
         if not has_kernels:
             # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
-            used_cache = used_cache.first_positions(int(start_pos.max()) + tokens.shape[1])
-        return sampler(model(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
+            used_cache = used_cache.view_positions(int(start_pos.max()) + tokens.shape[1])
+        return model(tokens, start_pos, used_cache)
 
-    return step
+    return forward
 
 
-def build_cpu_graph_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
-    def compute_logits(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        return model(tokens, start_pos, kv_cache.slots(0, len(tokens)))
-
-    graph = capture(compute_logits)  # without the sampler, since a CPU graph holds kernels alone
-
+def add_sampler(forward: Callable, sampler: Callable) -> Callable:
     def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        logits = graph(tokens, start_pos)
+        logits = forward(tokens, start_pos)
         with graph_num_threads():
             return sampler(logits, tokens, start_pos, *inputs)
 
     return step
 
 
-def build_cuda_graph_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
-    return capture(build_eager_step(model, kv_cache, sampler, has_kernels=True))
-
-
 def build_compiled_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
     """Compiles a step in two pieces: the blocks, of which one compiled block serves all layers, and the head with the
     sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
 
-    def sample_from_hidden(hidden: Tensor, *inputs: Tensor | None):
-        return sampler(model.compute_logits(hidden), *inputs)
+    def sample_from_hidden(hidden: Tensor, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        return sampler(model.compute_logits(hidden), tokens, start_pos, *inputs)
 
     options = {"fullgraph": can_be_one_graph(model), "dynamic": False}
     head = torch.compile(sample_from_hidden, **options)
     blocks = compile_blocks(model, **options)
 
     def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        used_cache = kv_cache.slots(0, len(tokens))
-        return head(blocks.compute_hidden(tokens, start_pos, used_cache), tokens, start_pos, *inputs)
+        hidden = blocks.compute_hidden(tokens, start_pos, kv_cache.view_sequences(0, len(tokens)))
+        return head(hidden, tokens, start_pos, *inputs)
 
     return capture(step) if model.device.type == "cuda" and can_be_one_graph(model) else step
 

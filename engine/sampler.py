@@ -1,9 +1,19 @@
-"""The end of a step, from logits to the next token: the repetition penalty, then the operation sample.
+"""From logits to the next token. What comes after the head, in each of the four places:
 
-    sampler = Sampler([SamplingParams(temperature=0.8)], kv_cache.token_ids, model.lm_head.backend)
+    prefill, decode    Sampler             penalty, sample
+    verification       RejectionSampler    penalty, rejection_sample; or sample if the draft tokens were not sampled
+    a draft            DraftSampler        sample or multinomial; without the penalty
+    the scheduler      return_logits       a step ends with logits. Scheduler.sample_and_append goes on: penalty,
+                                           logits_processor, sample_batch
+
+RejectionSampler and DraftSampler are in speculate.py. Each sampler takes the logits [B, n, V] after the last n tokens
+of a step, and then the step's own arguments: tokens [B, T], and start_pos [B], the position of each sequence's first
+token.
+
+    sampler = Sampler(SamplingParams(temperature=0.8), kv_cache.token_ids, model.lm_head.backend)
     tokens = sampler(logits[:, None], tokens, start_pos)  # [B, V] -> [B]
 
-Nothing here waits for the device, so the next step can start before the host has read the token.
+Nothing here waits for the device, since a CUDA graph captures model and sampler. Every rank gets the tokens of rank 0.
 """
 
 from dataclasses import dataclass
@@ -19,38 +29,46 @@ from layers.sampling import filtered_probs, sample
 
 @dataclass(frozen=True)
 class Sampler:
-    """The end of a prefill or decode step. Verification and the Scheduler have samplers of their own, which differ in
-    draw."""
+    """The end of a prefill or decode step."""
 
-    all_params: list[SamplingParams]  # of each sequence, or one for all sequences
+    params: SamplingParams
     token_ids: Tensor  # [B, S], KVCache.token_ids
     backend: Backend  # the backend of the model's head
 
-    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None) -> Tensor:
-        """Returns what draw gives, the same on all ranks.
-
-        logits [B, n, V]: those after the last n of tokens [B, T].
-        start_pos [B]: the position of each sequence's first token.
-        inputs: further arguments of draw."""
-        logits = apply_repetition_penalty(logits, tokens, start_pos, self.token_ids, self.all_params)
-        return collectives.broadcast(self.draw(logits, *inputs))
-
-    def draw(self, logits: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Draws the next token of each sequence: [B]. uniform [B, 1]: as for the operation sample."""
-        params = self.params
-        return sample(logits[:, -1], params.temperature, params.filters, self.backend, uniform)
-
-    @property
-    def params(self) -> SamplingParams:
-        """The one SamplingParams for all sequences."""
-        (params,) = self.all_params
-        return params
+    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """Returns the next tokens [B]. uniform [B, 1]: as for the operation sample."""
+        params, logits = self.params, logits[:, -1:]
+        if params.needs_token_ids:
+            positions = store_token_ids(self.token_ids, tokens, start_pos)
+            logits = apply_repetition_penalty(logits, self.token_ids, positions[:, -1:], params.repetition_penalty)
+        next_tokens = sample(logits[:, 0], params.temperature, params.filters, self.backend, uniform)
+        return collectives.broadcast(next_tokens)
 
 
-def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor):
-    """Stores tokens [B, T] in token_ids [B, S] of a KVCache, the first of each sequence at start_pos [B]."""
+def return_logits(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
+    """Takes the place of a sampler in a step of the Scheduler, which samples after the step: its sequences have options
+    of their own, and a CUDA graph would keep those that the sequences had during the capture."""
+    return logits
+
+
+def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
+    """Stores tokens [B, T] in token_ids [B, S] of a KVCache, the first of each sequence at start_pos [B]. Returns the
+    positions of all tokens: [B, T]."""
     positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     token_ids.scatter_(1, positions, tokens)
+    return positions
+
+
+def apply_repetition_penalty(
+    logits: Tensor, token_ids: Tensor, last_positions: Tensor, penalty: float | Tensor
+) -> Tensor:
+    """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text.
+
+    token_ids [B, S], last_positions [B, n]: the texts, as in seen_token_mask.
+    penalty: one for all sequences, or one for each: [B, 1, 1]."""
+    seen = seen_token_mask(token_ids, last_positions, logits.shape[-1])
+    # A penalty above 1 lowers a logit, positive or negative.
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def seen_token_mask(token_ids: Tensor, last_positions: Tensor, vocab_size: int) -> Tensor:
@@ -60,27 +78,6 @@ def seen_token_mask(token_ids: Tensor, last_positions: Tensor, vocab_size: int) 
     ids = token_ids[:, None].masked_fill(is_later, vocab_size)
     seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=token_ids.device)
     return seen.scatter_(-1, ids, True)[..., :vocab_size]
-
-
-def apply_repetition_penalty(
-    logits: Tensor, tokens: Tensor, start_pos: Tensor, token_ids: Tensor, all_params: list[SamplingParams]
-) -> Tensor:
-    """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text. The penalty
-    is no part of sample, so one call of sample serves sequences with different penalties (scheduler.py: sample_batch).
-
-    The arguments are those of Sampler. token_ids must hold the text before tokens, which this function stores there."""
-    if not any(params.needs_token_ids for params in all_params):
-        return logits
-    store_token_ids(token_ids, tokens, start_pos)
-    n = logits.shape[1]
-    last_positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)[-n:]  # [B, n]
-    seen = seen_token_mask(token_ids, last_positions, logits.shape[-1])
-    penalty: float | Tensor = all_params[0].repetition_penalty
-    if len(all_params) > 1:  # only in the scheduler, since a CUDA graph cannot hold the copy to the GPU
-        penalties = [params.repetition_penalty for params in all_params]
-        penalty = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
-    # A penalty above 1 lowers a logit, positive or negative.
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:

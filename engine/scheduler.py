@@ -26,18 +26,18 @@ prefix may round differently in 16 bits. With RoPE of type dynamic or longrope a
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine.runner import NOT_FINITE, ModelRunner
-from engine.sampler import Sampler, store_token_ids
-from engine.sampling_params import GREEDY, SamplingParams
+from engine.sampler import apply_repetition_penalty, return_logits, store_token_ids
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import graph_num_threads
+from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import INVALID_TOKEN, sample, uniform_dtype
+from layers.sampling import INVALID_TOKEN, TokenFilters, draw_uniform, sample, uniform_dtype
 from model import KVCache, Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
@@ -86,7 +86,7 @@ class Scheduler:
         self.kv_cache = KVCache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
         self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.has_kernels_for(n_slots, 1))
-        self.decode_step = self.runner.build_step()  # gives logits, since every sequence has its own sampling options
+        self.decode_step = self.runner.build_step(return_logits)
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
         self.n_steps = 0
@@ -206,7 +206,7 @@ class Scheduler:
             return []
         logits = self.runner.prefill_logits(tokens, start_pos, first_slot=i)
         slot.cached_ids += chunk
-        return self.sample_and_append(range(i, i + 1), logits, tokens, start_pos)
+        return self.sample_and_append(range(i, i + 1), logits)
 
     def decode(self, n: int) -> list[SequenceUpdate]:
         self.move_decoding_first(n)
@@ -220,7 +220,7 @@ class Scheduler:
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
         with graph_num_threads():
-            return self.sample_and_append(range(n), logits, tokens, start_pos)
+            return self.sample_and_append(range(n), logits)
 
     def move_decoding_first(self, n: int):
         """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of
@@ -232,16 +232,19 @@ class Scheduler:
             self.kv_cache.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
-    def sample_and_append(
-        self, slots: range, logits: Tensor, tokens: Tensor, start_pos: Tensor
-    ) -> list[SequenceUpdate]:
-        """Samples a token for each of n neighbouring slots, from the logits [n, 1, V] after tokens [n, T]."""
-        sequences = [self.slots[i].sequence for i in slots]
-        token_ids = self.kv_cache.token_ids[slots.start : slots.stop]
-        all_params = [sequence.params for sequence in sequences]
-        sampler = PerSequenceSampler(all_params, token_ids, self.model.lm_head.backend, sequences)
-        ids = sampler(logits, tokens, start_pos).tolist()
-        return [self.add_token(i, token, row[-1]) for i, token, row in zip(slots, ids, logits, strict=True)]
+    def sample_and_append(self, slot_ids: range, logits: Tensor) -> list[SequenceUpdate]:
+        """Samples a token for the sequence in each of n slots, from the logits [n, 1, V] after its cached tokens."""
+        slots = [self.slots[i] for i in slot_ids]
+        sequences = [slot.sequence for slot in slots]
+        adjusted = logits
+        if any(sequence.params.needs_token_ids for sequence in sequences):
+            token_ids = self.kv_cache.token_ids[slot_ids.start : slot_ids.stop]
+            last_positions = torch.tensor([[len(slot.cached_ids) - 1] for slot in slots], device=logits.device)
+            penalties = logits.new_tensor([sequence.params.repetition_penalty for sequence in sequences])
+            adjusted = apply_repetition_penalty(logits, token_ids, last_positions, penalties.view(-1, 1, 1))
+        adjusted = apply_logits_processors(adjusted[:, 0], sequences)
+        ids = collectives.broadcast(sample_batch(adjusted, sequences, self.model.lm_head.backend)).tolist()
+        return [self.add_token(i, token, row[0]) for i, token, row in zip(slot_ids, ids, logits, strict=True)]
 
     def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
         """Appends a token, sampled from logits [V], to the sequence in slot i. Frees the slot if that ends it."""
@@ -275,17 +278,6 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
     return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
 
 
-@dataclass(frozen=True)
-class PerSequenceSampler(Sampler):
-    """The sampler of a step of the Scheduler: every sequence has its own options, random numbers and
-    logits_processor."""
-
-    sequences: list[Sequence]
-
-    def draw(self, logits: Tensor) -> Tensor:
-        return sample_batch(apply_logits_processors(logits[:, -1], self.sequences), self.sequences, self.backend)
-
-
 def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """Applies the logits_processor of each of n sequences to its row of logits [n, V]. Leaves logits as they
     are, since compute_logprobs needs them."""
@@ -309,24 +301,22 @@ def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor
 
 def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH_BACKEND) -> Tensor:
     """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
-    ids [n]. Sequences whose options differ only in the temperature are sampled together. backend: the backend of the
-    model's head."""
-    batches: dict[SamplingParams, list[int]] = {}
+    ids [n]. One call of sample serves all sequences with the same filters. backend: the backend of the model's head."""
+    batches: dict[tuple[bool, TokenFilters], list[int]] = {}
     for i, sequence in enumerate(sequences):
-        params = sequence.params
-        options = GREEDY if params.is_greedy else replace(params, temperature=1.0, repetition_penalty=1.0)
-        batches.setdefault(options, []).append(i)
+        batches.setdefault((sequence.params.is_greedy, sequence.params.filters), []).append(i)
     ids = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
-    for options, indices in batches.items():
+    for (is_greedy, filters), indices in batches.items():
         batch = [sequences[i] for i in indices]
         rows = logits if len(batches) == 1 else logits[indices]
-        if options.is_greedy:
-            ids[indices] = sample(rows, 0.0, options.filters, backend)
+        if is_greedy:
+            ids[indices] = sample(rows, 0.0, filters, backend)
             continue
-        uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequence.generator) for sequence in batch])
+        host = torch.device("cpu")
+        uniform = torch.cat([draw_uniform(1, host, sequence.generator) for sequence in batch])
+        uniform = uniform.to(logits.device, uniform_dtype(logits.device))  # all in one copy
         temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in batch])
-        uniform = uniform.to(logits.device, uniform_dtype(logits.device))
-        ids[indices] = sample(rows, 1.0, options.filters, backend, uniform, temperatures)
+        ids[indices] = sample(rows, 1.0, filters, backend, uniform, temperatures)
     return ids
 
 

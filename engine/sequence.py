@@ -78,6 +78,7 @@ class Sequence:
 
     def __post_init__(self):
         check_seed(self.seed)
+        check_stop(self.stop)
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise UsageError(f"logits_processor must be a function, not {self.logits_processor!r:.80}")
         self.detokenizer = None
@@ -128,13 +129,12 @@ def build_sequence(
     max_seq_len: int | None = None, hint: str = "", **options,
 ) -> Sequence:
     """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt,
-    check_length and check_stop do.
+    check_length and Sequence do.
 
     config: the model's config.
     max_seq_len, hint: the arguments of check_length. The default of max_seq_len is the model's context.
     options: further fields of Sequence. The default of eos_ids is the model's."""
     check_integer("max_new_tokens", max_new_tokens, 1)
-    check_stop(options.get("stop", ()))
     ids = encode_prompt(prompt, tokenizer, config.max_seq_len)
     check_length(len(ids), max_new_tokens, max_seq_len or config.max_seq_len, hint)
     options = {"eos_ids": config.eos_ids} | options
@@ -150,9 +150,9 @@ def build_sequences(
     example because it exceeds the context, gives a Sequence that has failed with the error."""
     sequences = []
     for i, prompt in enumerate(prompts):
-        options["seed"] = None if seed is None else seed + i
+        own_seed = None if seed is None else seed + i
         try:
-            sequence = build_sequence(prompt, tokenizer, config, max_new_tokens, **options)
+            sequence = build_sequence(prompt, tokenizer, config, max_new_tokens, seed=own_seed, **options)
         except UsageError as e:
             sequence = Sequence([], max_new_tokens, prompt=prompt)
             sequence.fail(str(e))

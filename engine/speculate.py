@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.generation import GenerationLoop
 from engine.memory_traffic import active_weight_bytes
 from engine.runner import ModelRunner, check_sampled_ids
-from engine.sampler import Sampler, probabilities
+from engine.sampler import apply_repetition_penalty, probabilities, store_token_ids
 from engine.sampling_params import SamplingParams
 from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
@@ -37,9 +37,9 @@ from model import Transformer
 from utils.errors import UsageError
 
 MAX_SPECULATE_K = 32  # the limit of --speculate_k and --prompt_lookup
-# The cost to verify one proposed token. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with 4-bit weights. One
-# number, near the largest, serves all weights: too large a number makes speculation gain less, but too small a number
-# makes a text slower than without speculation.
+# The cost to verify one proposed token, in decode steps. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with
+# 4-bit weights. One number, near the largest, serves all three: with a number that is too large, speculation gains
+# less, but with one that is too small, a text becomes slower than without speculation.
 VERIFY_COST = 0.1
 # AcceptanceRate counts accepted and rejected tokens, beginning with the priors. Every step decays the counts towards
 # the priors, also a step without a proposal: otherwise nothing would be proposed again after a few bad proposals.
@@ -61,7 +61,7 @@ class Proposer(Protocol):
         those of the previous call, unless rewind is called in between."""
 
     def rewind(self, n: int):
-        """Tells the proposer that the next text may differ from the previous text after the first n tokens."""
+        """Tells the proposer that the next text may differ from the previous one after the first n tokens."""
 
 
 class SpeculativeLoop(GenerationLoop):
@@ -75,7 +75,7 @@ class SpeculativeLoop(GenerationLoop):
         super().__init__(runner)
         self.proposer, self.max_k, self.device = proposer, max_k, runner.device
         sampler = runner.sampler
-        self.verify_step = runner.build_step(RejectionSampler(sampler.all_params, sampler.token_ids, sampler.backend))
+        self.verify_step = runner.build_step(RejectionSampler(sampler.params, sampler.token_ids, sampler.backend))
         self.verify_cost = estimate_verify_cost(runner.model)  # the cost to verify one proposed token
         # How many tokens of the last text each step gave, and the caller took. Step 0 is prefill.
         self.n_tokens_per_step: list[int] = []
@@ -102,7 +102,7 @@ class SpeculativeLoop(GenerationLoop):
             n_left -= len(new_ids)
             if n_left == 0:
                 return
-            # At the last position the draft's cache may hold a rejected guess, which rewind forgets.
+            # The draft computes again from the last position on, where its cache may hold rejected tokens.
             self.proposer.rewind(len(ids) - 1)
             # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
             choices = [k for k in k_choices(self.max_k) if k < n_left]
@@ -121,30 +121,39 @@ class SpeculativeLoop(GenerationLoop):
         """Verifies the proposed tokens after last_token [1, 1]. Returns n_accepted and the ids of n_accepted + 1
         tokens: the accepted tokens, then one token that the model sampled."""
         tokens = torch.cat([last_token, proposal.tokens[None]], dim=1)  # [1, k + 1]
-        inputs = [tensor for tensor in proposal if tensor is not None]
-        n_accepted, *next_ids = self.verify_step(tokens, start_pos, *inputs).tolist()
+        n_accepted, *next_ids = self.verify_step(tokens, start_pos, proposal.probs).tolist()
         return n_accepted, next_ids[: n_accepted + 1]
 
     @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
+        super().warm_up(max_new_tokens)
         zeros = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        if max_new_tokens > 1:  # prefill gives the first token
-            self.runner.decode(zeros, zeros[0])
         for k in k_choices(self.max_k):
             if k < max_new_tokens - 1:  # a step that accepts k tokens adds k + 1
                 self.verify(zeros, zeros[0], self.proposer.propose([0, 0, 0], k))
 
     def accept_counts(self) -> list[int]:
+        """Returns how many steps of the last text accepted 0, 1 ... max_k proposed tokens."""
         # A step that accepts n tokens gives n + 1.
         return [self.n_tokens_per_step[1:].count(n_accepted + 1) for n_accepted in range(self.max_k + 1)]
 
 
-class RejectionSampler(Sampler):
-    """The sampler of a verification, whose tokens [1, k + 1] are the last token of the text and draft_tokens. Returns
-    the result of rejection_sample."""
+@dataclass(frozen=True)
+class RejectionSampler:
+    """The end of a verification, whose tokens [1, k + 1] are the last token of the text and the proposed tokens."""
 
-    def draw(self, logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None = None) -> Tensor:
-        return rejection_sample(logits[0], draft_tokens, draft_probs, self.params, self.backend)
+    params: SamplingParams
+    token_ids: Tensor  # [1, S], KVCache.token_ids
+    backend: Backend  # the backend of the model's head
+
+    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_probs: Tensor | None = None) -> Tensor:
+        """Returns the result of rejection_sample."""
+        params = self.params
+        if params.needs_token_ids:
+            positions = store_token_ids(self.token_ids, tokens, start_pos)
+            logits = apply_repetition_penalty(logits, self.token_ids, positions, params.repetition_penalty)
+        result = rejection_sample(logits[0], tokens[0, 1:], draft_probs, params, self.backend)
+        return collectives.broadcast(result)
 
 
 def rejection_sample(
@@ -183,8 +192,8 @@ def rejection_sample(
 
 @dataclass
 class AcceptanceRate:
-    """The rate at which the model accepts proposed tokens, as an exponential moving average. A step is some
-    accepted tokens and at most one rejection, since verification stops at the first rejected token."""
+    """The rate at which the model accepts proposed tokens, as an exponential moving average. A step counts its accepted
+    tokens and at most one rejected token, since verification stops there."""
 
     n_accepted: float = PRIOR_ACCEPTED
     n_rejected: float = PRIOR_REJECTED
@@ -194,7 +203,7 @@ class AcceptanceRate:
         return self.n_accepted / (self.n_accepted + self.n_rejected)
 
     def update(self, n_accepted: int, is_rejected: bool):
-        """Counts a step. is_rejected: whether the step rejected the token after the n_accepted tokens."""
+        """Counts a step that verified tokens. is_rejected: whether it rejected the token after the n_accepted."""
         self.n_accepted += n_accepted
         self.n_rejected += int(is_rejected)
         self.decay(EMA_DECAY)
@@ -212,8 +221,10 @@ def k_choices(max_k: int) -> list[int]:
 
 
 def estimate_verify_cost(model: Transformer) -> float:
-    """Returns the cost to verify one proposed token. In a mixture of experts every token adds experts that must be
-    read. For example, of Mixtral's 8 experts one token uses 2, and 5 tokens that choose independently use 6.1."""
+    """Returns the cost to verify one proposed token: VERIFY_COST, or in a mixture of experts the cost of reading the
+    experts that the token adds, if that is more. It assumes that a step reads nothing but experts, and that each token
+    chooses its experts at random. For example, of Mixtral's 8 experts one token uses 2, but the last token and 4
+    proposed tokens use 6.1. So such a step takes 3.05 times as long, and the cost is 2.05 / 4."""
     moe = model.config.moe
     if moe is None:
         return VERIFY_COST
@@ -308,20 +319,19 @@ class DraftModelProposer:
 
 @dataclass(frozen=True)
 class DraftSampler:
-    """The sampler of a draft. Returns a token [1], and its distribution [1, V] unless sampling is greedy.
-
-    It leaves out the repetition penalty. The output stays exact, since verification applies the penalty, but fewer of
-    the draft's tokens are accepted."""
+    """The end of a draft's step. It leaves out the repetition penalty: the output stays exact, since verification
+    applies the penalty, but fewer of the draft's tokens are accepted."""
 
     params: SamplingParams
     backend: Backend  # the backend of the draft's head
     vocab_size: int  # the vocabulary of the model; the draft may pad the same vocabulary to a larger size
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns a token [1], and its distribution [1, V] unless sampling is greedy."""
         logits = logits[:, -1, : self.vocab_size]
         if self.params.is_greedy:
-            tokens = sample(logits, 0.0, self.params.filters, self.backend)
-            tokens = tokens.clamp(min=0)  # the embedding has no INVALID_TOKEN
-            return collectives.broadcast(tokens), None
+            token = sample(logits, 0.0, self.params.filters, self.backend)
+            token = token.clamp(min=0)  # the embedding has no INVALID_TOKEN
+            return collectives.broadcast(token), None
         probs = probabilities(logits, self.params)
         return collectives.broadcast(multinomial(probs)), probs

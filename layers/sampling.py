@@ -45,14 +45,14 @@ def sample(
     """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
     likeliest token. The id is INVALID_TOKEN for a sequence with a logit that is not finite.
 
-    uniform: random numbers float64 [B, 1] in [0, 1), one for each sequence; None: PyTorch's generator makes them.
+    uniform: random numbers [B, 1] of draw_uniform, by default from the device's global generator.
     temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature, which must not be 0."""
     if not has_sample_kernel(backend, filters):
         return sample_torch(logits, temperature, filters, uniform, temperatures)
     if temperature == 0:
         uniform = None
     elif uniform is None:
-        uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+        uniform = draw_uniform(len(logits), logits.device)
     return backend.get_kernel("sample")(
         contiguous(logits), temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
         top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform),
@@ -103,6 +103,14 @@ def filtered_probs(
     return probs, ids
 
 
+def draw_uniform(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Returns random numbers [n, 1] in [0, 1) on device. By default they are drawn there, by the device's global
+    generator. A generator draws on its own device, so a seeded generator of the CPU gives every device the same."""
+    source = device if generator is None else generator.device
+    uniform = torch.rand(n, 1, dtype=uniform_dtype(source), device=source, generator=generator)
+    return uniform.to(device, uniform_dtype(device))
+
+
 def uniform_dtype(device: torch.device) -> torch.dtype:
     """The type of the random numbers on device: float64, but float32 on an accelerator that may lack float64, as MPS
     does."""
@@ -113,12 +121,12 @@ def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Draws a token for each sequence: probs [B, V] -> ids [B]. The probabilities of a sequence need not sum to one. A
     token of probability 0 is never drawn.
 
-    uniform: the random numbers [B, 1], in [0, 1); None: PyTorch's generator makes them."""
+    uniform: as for sample."""
     # Inverse transform sampling: take the first token whose cumulative probability exceeds the random number.
     dtype = uniform_dtype(probs.device)
     cumulative = probs.cumsum(-1, dtype=dtype)
     if uniform is None:
-        uniform = torch.rand(len(probs), 1, dtype=dtype, device=probs.device)
+        uniform = draw_uniform(len(probs), probs.device)
     uniform = uniform.to(dtype).clamp(max=1 - torch.finfo(dtype).eps)  # rounding could give 1
     return (cumulative <= uniform * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
 

@@ -140,7 +140,7 @@ def test_a_cache_holds_the_tokens_of_the_text(both_models, data):
         rows = range(first, data.draw(st.integers(first + 1, n_texts)))
         starts = [data.draw(st.integers(0, min(len(texts[row]), length - n_new))) for row in rows]
         tokens = [data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=n_new, max_size=n_new)) for _ in rows]
-        view = kv_cache.slots(first, len(rows)).first_positions(max(starts) + n_new)
+        view = kv_cache.view_sequences(first, len(rows)).view_positions(max(starts) + n_new)
         store_token_ids(view.token_ids, torch.tensor(tokens), torch.tensor(starts))
         for i, (row, start, new) in enumerate(zip(rows, starts, tokens, strict=True)):
             view.layers[-1].k[i, 0, start : start + n_new, 0] = torch.tensor(new)  # the keys are the token ids

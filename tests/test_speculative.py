@@ -146,7 +146,7 @@ class ToyRunner:
         self.table, self.tokens = table, list(text)
         self.model = torch.nn.LayerNorm(1)  # its bytes are the cost, for draft and model
         self.model.config = SimpleNamespace(vocab_size=V, moe=None)
-        self.sampler = Sampler([params], torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
+        self.sampler = Sampler(params, torch.zeros(1, len(text), dtype=torch.long), TORCH_BACKEND)
         self.prefill = self.decode = self.build_step(self.sampler)
 
     def fill_kv_cache(self, tokens, start_pos):
