@@ -70,6 +70,7 @@ class AttentionParams(NamedTuple):
     k_norm_weight: Tensor | None = None  # [D] or [G D]
     eps: float = 0.0  # eps of both norms
     sinks: Tensor | None = None  # [H], the scores of an additional key, whose value is zero
+    alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores
 
 
 def as_schema(fields: type[NamedTuple]) -> str:
@@ -181,7 +182,7 @@ def empty_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
 
 @define(
     "attend(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cos_sin, "
-    f"Tensor? alibi_slopes, {ATTENTION}) -> Tensor"
+    f"{ATTENTION}) -> Tensor"
 )
 def empty_attend(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])

@@ -20,13 +20,12 @@ EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a
 
 
 class LayerCache(NamedTuple):
-    """What a layer's attention knows about earlier tokens: their keys and values, and the tables that tell positions
-    apart. rope.py makes the tables for all positions of the cache."""
+    """The keys and values of earlier tokens in a layer, and RoPE's table. The table belongs to the cache and not to the
+    model, because the angles of RoPE of type dynamic or longrope depend on the cache's length."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]
     cos_sin: Tensor  # [S or more, D/2, 2] float32: cos and sin of RoPE's angles at every position
-    alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores
 
 
 def attend(
@@ -39,8 +38,7 @@ def attend(
     if kernel is None or not backend.supports_queries(T, params.n_heads // cache.k.shape[1]):
         return attend_torch(qkv, params, cache, start_pos, backend)
     return kernel(
-        contiguous(qkv), contiguous(start_pos), cache.k, cache.v,
-        cos_sin=cache.cos_sin, alibi_slopes=cache.alibi_slopes, **params._asdict(),
+        contiguous(qkv), contiguous(start_pos), cache.k, cache.v, cos_sin=cache.cos_sin, **params._asdict()
     )
 
 
@@ -106,7 +104,7 @@ def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, posi
     """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
     B, T, _, _ = q.shape
     q = q.transpose(1, 2)  # [B, H, T, D]
-    if is_sdpa_compatible(params, cache):
+    if is_sdpa_compatible(params):
         y = sdpa_attention(q, params, cache, positions)
     else:
         step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
@@ -122,9 +120,9 @@ def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, posit
     scores = (grouped @ cache.k[:, :, None].mT).float() * params.scale  # [B, G, H/G, T, S]
     if params.softcap:
         scores = apply_softcap(scores, params.softcap)
-    if cache.alibi_slopes is not None:
+    if params.alibi_slopes is not None:
         distances = torch.arange(S, device=q.device) - positions[..., None]  # [B, T, S]
-        bias = cache.alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
+        bias = params.alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
         scores = scores + bias.view_as(scores)
     mask = causal_mask(positions, S, params.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
@@ -144,10 +142,10 @@ def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
     return mask[:, None]
 
 
-def is_sdpa_compatible(params: AttentionParams, cache: LayerCache) -> bool:
+def is_sdpa_compatible(params: AttentionParams) -> bool:
     """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute the
     attention. Norms and RoPE come before the scores."""
-    return not params.softcap and params.sinks is None and cache.alibi_slopes is None
+    return not params.softcap and params.sinks is None and params.alibi_slopes is None
 
 
 def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:

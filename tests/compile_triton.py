@@ -213,9 +213,10 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
     attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, start_pos, 8, TRITON_BACKEND)
     # A key/value head has at most 64 queries. All options are on, because none needs less shared memory.
     norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
-    cache = cache._replace(alibi_slopes=torch.zeros(16))
     qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)
-    attend(qkv, cache, start_pos, 16, TRITON_BACKEND, 100, *norms, sinks, softcap=50.0)
+    attend(
+        qkv, cache, start_pos, 16, TRITON_BACKEND, 100, *norms, sinks, softcap=50.0, alibi_slopes=torch.zeros(16)
+    )
 
 
 def compile_for(gpu: Gpu):

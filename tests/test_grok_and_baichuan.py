@@ -231,4 +231,4 @@ def test_which_baichuan_has_alibi():
 
 def test_slopes():
     for n_heads in (1, 2, 3, 6, 8, 12, 32, 40, 64):
-        torch.testing.assert_close(torch.tensor(alibi_slopes(n_heads)), slopes(n_heads))
+        torch.testing.assert_close(alibi_slopes(n_heads), slopes(n_heads))

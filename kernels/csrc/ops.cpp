@@ -254,9 +254,9 @@ Tensor rope_and_cache(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cac
   return q;
 }
 
-Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor cos_sin, OptTensor alibi_slopes,
-              int64_t n_heads, double scale, int64_t window, double softcap, OptTensor q_norm_weight,
-              OptTensor k_norm_weight, double eps, OptTensor sinks) {
+Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor cos_sin, int64_t n_heads,
+              double scale, int64_t window, double softcap, OptTensor q_norm_weight, OptTensor k_norm_weight,
+              double eps, OptTensor sinks, OptTensor alibi_slopes) {
   const int64_t batch = k_cache.size(0), d = k_cache.size(3);
   const int64_t m = check_rows(qkv, qkv_width(k_cache, n_heads),
                                {k_cache, v_cache, q_norm_weight, k_norm_weight, sinks});
