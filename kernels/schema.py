@@ -79,6 +79,12 @@ def as_schema(fields: type[NamedTuple]) -> str:
     return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
 
 
+def active_fields(group: NamedTuple) -> set[str]:
+    """The fields of a group that differ from their defaults, and those without a default."""
+    defaults = group._field_defaults
+    return {name for name, value in group._asdict().items() if name not in defaults or value != defaults[name]}
+
+
 WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
 
 

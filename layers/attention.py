@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.schema import AttentionParams
+from kernels.schema import AttentionParams, active_fields
 from layers.backend import Backend, contiguous, count_tokens
 from layers.linear import apply_softcap, rms_norm_torch
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
+# The fields of AttentionParams that SDPA can compute, or that rope_and_cache has computed before
+SDPA_FIELDS = {"n_heads", "scale", "window", "q_norm_weight", "k_norm_weight", "eps"}
 
 
 class LayerCache(NamedTuple):
@@ -143,9 +145,8 @@ def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
 
 
 def is_sdpa_compatible(params: AttentionParams) -> bool:
-    """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute the
-    attention. Norms and RoPE come before the scores."""
-    return not params.softcap and params.sinks is None and params.alibi_slopes is None
+    """Whether PyTorch's SDPA can compute the attention: every option that it lacks, also a new one, is off."""
+    return active_fields(params) <= SDPA_FIELDS
 
 
 def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:

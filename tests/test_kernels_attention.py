@@ -1,6 +1,7 @@
 """Attention in C++ and in PyTorch against attention in float64."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -203,13 +204,16 @@ def test_tokens_beyond_the_cache_are_refused():
             )
 
 
-def test_which_options_sdpa_can_compute():
-    """SDPA would silently ignore the other options. A new field of AttentionParams: decide here whether SDPA can
-    compute it."""
-    weight = torch.ones(16)
-    can = {"n_heads": 4, "scale": 0.3, "window": 5, "q_norm_weight": weight, "k_norm_weight": weight, "eps": 1e-6}
-    cannot = {"softcap": 2.0, "sinks": torch.zeros(4), "alibi_slopes": torch.ones(4)}
-    assert can.keys() | cannot.keys() == {*AttentionParams._fields}
-    params = AttentionParams(n_heads=2, scale=0.25)
-    for name, value in (can | cannot).items():
-        assert is_sdpa_compatible(params._replace(**{name: value})) == (name in can)
+def test_sdpa_computes_no_option_that_it_lacks():
+    """SDPA would ignore the option, also a new one, without an error."""
+    class MoreParams(NamedTuple):
+        n_heads: int
+        sinks: torch.Tensor | None = None
+        temperature_scale: float = 1.0
+
+    assert is_sdpa_compatible(MoreParams(2)) and is_sdpa_compatible(MoreParams(4, temperature_scale=1.0))
+    assert not is_sdpa_compatible(MoreParams(2, temperature_scale=0.9))
+    params, weight = AttentionParams(n_heads=2, scale=0.25), torch.ones(16)
+    assert is_sdpa_compatible(params._replace(window=5, q_norm_weight=weight, k_norm_weight=weight, eps=1e-6))
+    for option in ({"softcap": 2.0}, {"sinks": torch.zeros(2)}, {"alibi_slopes": torch.zeros(2)}):
+        assert not is_sdpa_compatible(params._replace(**option))

@@ -268,7 +268,7 @@ Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tens
     AttendOp<T> op{rope_and_cache_op<T>(qkv, start_pos, k_cache, v_cache, cos_sin, n_heads, q_norm_weight,
                                         k_norm_weight, eps)};
     op.sinks = ptr<T>(sinks), op.alibi_slopes = ptr<float>(alibi_slopes);
-    op.scale = float(scale), op.softcap = float(softcap), op.window = window;
+    op.score_mod = {.scale = float(scale), .softcap = float(softcap)}, op.window = window;
     op.out = mutable_ptr<T>(out);
     if (m <= MAX_CPU_TOKENS) submit(op);
     else submit(PrefillAttendOp<T>{op});
