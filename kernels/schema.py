@@ -6,8 +6,8 @@ implement the same schema, so a changed schema changes both. layers/ describes t
 In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. But C++ gets all
 arguments by position, so a test compares the parameters in csrc/ops.cpp with the schemas.
 
-WEIGHT, EPILOGUE and ATTENTION are groups of arguments: the fields of WeightArguments, Epilogue and AttentionParams.
-activation is a value of ACTIVATION_IDS.
+WEIGHT, EPILOGUE, ATTENTION and FILTERS are groups of arguments: the fields of WeightArguments, Epilogue,
+AttentionParams and TokenFilters. activation is a value of ACTIVATION_IDS.
 """
 
 from collections.abc import Callable
@@ -73,10 +73,23 @@ class AttentionParams(NamedTuple):
     alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores
 
 
-def as_schema(fields: type[NamedTuple]) -> str:
-    """The fields of a NamedTuple as arguments of a schema."""
+class TokenFilters(NamedTuple):
+    """Which tokens sample may draw, by the options of engine/sampling_params.py. The default of a field excludes
+    none."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+# The fields of TokenFilters that are arguments of sample. While another field is active, PyTorch samples
+KERNEL_FILTERS = ("top_k", "top_p", "min_p")
+
+
+def as_schema(group: type[NamedTuple], names: tuple[str, ...] | None = None) -> str:
+    """The fields of a group, or those in names, as arguments of a schema."""
     types = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float"}
-    return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
+    return ", ".join(f"{types[group.__annotations__[name]]} {name}" for name in names or group._fields)
 
 
 def active_fields(group: NamedTuple) -> set[str]:
@@ -86,6 +99,7 @@ def active_fields(group: NamedTuple) -> set[str]:
 
 
 WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
+FILTERS = as_schema(TokenFilters, KERNEL_FILTERS)
 
 
 # ---- Defining operations --------------------------------------------------------------------------------------------
@@ -224,8 +238,7 @@ def empty_dequantize(*, w, k, dtype):
 
 # Takes the logits that a CPU graph computes, so sample comes after the graph. At temperature 0 uniform is None.
 @define(
-    "sample(Tensor logits, *, float temperature, Tensor? temperatures, int top_k, float top_p, float min_p, "
-    "Tensor? uniform) -> Tensor",
+    f"sample(Tensor logits, *, float temperature, Tensor? temperatures, Tensor? uniform, {FILTERS}) -> Tensor",
     capturable=False,
 )
 def empty_sample(logits, **_):

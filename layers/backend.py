@@ -35,7 +35,7 @@ from torch import Tensor
 from config import ACTIVATIONS
 from formats import WeightFormat
 from kernels import build
-from kernels.schema import CAPTURABLE, CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
+from kernels.schema import CAPTURABLE, CPU_NAMESPACE, KERNEL_FILTERS, MAX_CPU_TOKENS, TRITON_NAMESPACE
 from kernels.triton import TRITON_ACTIVATIONS
 
 # The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
@@ -63,7 +63,7 @@ class Backend:
     key/value head.
     activations: the activations that the kernels compute. Plain PyTorch computes other activations, after the kernel
     of the matmul.
-    filters: the fields of sampling.py: TokenFilters that the kernel of sample takes."""
+    filters: the fields of TokenFilters by which the kernel of sample can exclude tokens."""
 
     name: str
     namespace: str | None = None
@@ -119,7 +119,7 @@ CPU_BACKEND = Backend(
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache", "permute_inputs"], math.inf),
     required_in_graph=frozenset(CAPTURABLE),
     activations=frozenset(ACTIVATIONS),  # cpu_backend leaves out those without C++ code
-    filters=frozenset(["top_k", "top_p", "min_p"]),
+    filters=frozenset(KERNEL_FILTERS),
 )
 TRITON_BACKEND = Backend(
     "triton",
@@ -129,7 +129,7 @@ TRITON_BACKEND = Backend(
     max_query_len=MAX_TRITON_QUERY_LEN,
     max_queries=MAX_TRITON_QUERIES,
     activations=frozenset(TRITON_ACTIVATIONS),
-    filters=frozenset(["top_p", "min_p"]),
+    filters=frozenset(KERNEL_FILTERS) - {"top_k"},
 )
 
 

@@ -6,13 +6,12 @@
 A CUDA graph holds these functions, so on a GPU none may wait for the device (.item(), .tolist()).
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kernels.schema import KERNEL_FILTERS, TokenFilters, active_fields
 from layers.backend import Backend, contiguous
 
 # What sample returns for a sequence whose logits are not all finite: weights with NaN, or overflow in 16 bits. Sampling
@@ -23,19 +22,6 @@ SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
 SMALL_VOCABULARY = 1000  # with this many tokens or fewer, sorting is faster than searching
 FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
-
-
-class TokenFilters(NamedTuple):
-    """Which tokens sample may draw, by the options of engine/sampling_params.py. The default of a field excludes none.
-    A field need not be an argument of the kernels: Backend.filters has the fields that a kernel takes."""
-
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def active(self) -> set[str]:
-        """The fields that may exclude tokens."""
-        return {name for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
 
 def sample(
@@ -54,13 +40,13 @@ def sample(
     elif uniform is None:
         uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
     return backend.get_kernel("sample")(
-        contiguous(logits), temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
-        top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform),
+        contiguous(logits), temperature=temperature, temperatures=contiguous(temperatures),
+        uniform=contiguous(uniform), **{name: getattr(filters, name) for name in KERNEL_FILTERS},
     )
 
 
 def has_sample_kernel(backend: Backend, filters: TokenFilters) -> bool:
-    return backend.namespace is not None and backend.filters >= filters.active()
+    return backend.namespace is not None and backend.filters >= active_fields(filters)
 
 
 def sample_torch(

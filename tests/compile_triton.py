@@ -27,6 +27,7 @@ from triton.runtime import JITFunction
 
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
+from kernels.schema import TokenFilters
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from kernels.triton.formats import KERNEL_FORMATS, kernel_format
 from layers.attention import LayerCache
@@ -34,7 +35,7 @@ from layers.backend import TRITON_BACKEND
 from layers.experts import ExpertsDown, ExpertsGateUp, route
 from layers.linear import permute_inputs
 from layers.packing import pack_for_triton
-from layers.sampling import TokenFilters, sample
+from layers.sampling import sample
 from scripts.kernel_checks.exact_results import attend, make_linear, make_norm, with_activation
 
 TYPES = {

@@ -25,7 +25,7 @@ from cli.generate_args import parse_args
 from utils.errors import UsageError
 from engine.sampler import probabilities
 from engine.sampling_params import SamplingParams
-from layers.sampling import TokenFilters
+from kernels.schema import TokenFilters
 from tests.tiny import call_main
 
 

@@ -100,7 +100,7 @@ def test_functions_take_the_arguments_of_the_schemas():
     changes = [
         ("double softcap, double clip", "double clip, double softcap"),
         ("int64_t k, ScalarType dtype", "double k, ScalarType dtype"),
-        ("double min_p,\n              OptTensor uniform)", "double min_p)"),
+        ("double top_p, double min_p)", "double top_p)"),
     ]
     for change in changes:
         assert change[0] in ops_cpp

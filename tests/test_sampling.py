@@ -15,9 +15,10 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
+from kernels.schema import TokenFilters, active_fields
 from layers import sampling
 from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
-from layers.sampling import INVALID_TOKEN, TokenFilters, has_sample_kernel
+from layers.sampling import INVALID_TOKEN, has_sample_kernel
 from model import KVCache
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
@@ -190,7 +191,7 @@ def test_options_that_change_nothing_are_off():
     assert params == SamplingParams(0.8, repetition_penalty=1.1) and params.filters == TokenFilters()
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
         assert SamplingParams(0.8, **options).filters == TokenFilters(**options)
-        assert TokenFilters(**options).active() == {*options}
+        assert active_fields(TokenFilters(**options)) == {*options}
         assert SamplingParams(0.0, **options).filters == TokenFilters()
 
 
@@ -206,7 +207,6 @@ def test_no_kernel_draws_with_an_option_that_it_does_not_take():
     class MoreFilters(NamedTuple):
         top_p: float = 1.0
         top_n_sigma: float = 0.0
-        active = TokenFilters.active
 
     for backend in (CPU_BACKEND, TRITON_BACKEND):
         assert has_sample_kernel(backend, MoreFilters(top_p=0.9))

@@ -325,8 +325,8 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
   return out;
 }
 
-Tensor sample(Tensor logits, double temperature, OptTensor temperatures, int64_t top_k, double top_p, double min_p,
-              OptTensor uniform) {
+Tensor sample(Tensor logits, double temperature, OptTensor temperatures, OptTensor uniform, int64_t top_k,
+              double top_p, double min_p) {
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && logits.dim() == 2 &&
                   logits.numel() > 0, "logits must be float32 [B, V]");
   const int64_t m = logits.size(0);
@@ -338,8 +338,9 @@ Tensor sample(Tensor logits, double temperature, OptTensor temperatures, int64_t
   STD_TORCH_CHECK(top_k >= 0 && top_p > 0 && min_p >= 0 && min_p <= 1, "top_k, top_p or min_p is out of range");
   Tensor tokens = torch::stable::new_empty(logits, Sizes{m}, ScalarType::Long);
   submit(SampleOp{.logits = ptr<float>(logits), .m = m, .n = logits.size(1), .uniform = ptr<double>(uniform),
-                  .temperatures = ptr<float>(temperatures), .temperature = float(temperature), .top_k = top_k,
-                  .top_p = top_p, .min_p = float(min_p), .tokens = mutable_ptr<int64_t>(tokens)});
+                  .temperatures = ptr<float>(temperatures), .temperature = float(temperature),
+                  .filters = {.top_k = top_k, .top_p = top_p, .min_p = float(min_p)},
+                  .tokens = mutable_ptr<int64_t>(tokens)});
   return tokens;
 }
 

@@ -5,8 +5,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kernels.schema import TokenFilters
 from layers.backend import TRITON_BACKEND
-from layers.sampling import TokenFilters, multinomial, sample
+from layers.sampling import multinomial, sample
 from scripts.kernel_checks.exact_results import U32, Comparison, kept_tokens
 
 TEMPERATURES = [(1e-30,), (0.7,), (1e30,), (0.2, 0.7, 3.0)]  # of all rows, or of each row
