@@ -40,7 +40,8 @@ from engine.sampler import Sampler
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import capture, graph_num_threads
-from layers.sampling import INVALID_TOKEN, uniform_dtype
+from kernels.schema import INVALID_TOKEN
+from layers.sampling import uniform_dtype
 from model import KVCache, Transformer
 from utils.errors import UsageError
 

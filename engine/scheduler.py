@@ -36,8 +36,9 @@ from engine.sampler import Sampler, store_token_ids
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import graph_num_threads
+from kernels.schema import INVALID_TOKEN
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import INVALID_TOKEN, sample, uniform_dtype
+from layers.sampling import sample, uniform_dtype
 from model import KVCache, Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError

@@ -30,9 +30,10 @@ from engine.memory_traffic import active_weight_bytes
 from engine.runner import ModelRunner, check_sampled_ids
 from engine.sampler import Sampler, probabilities
 from engine.sampling_params import SamplingParams
+from kernels.schema import INVALID_TOKEN
 from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import INVALID_TOKEN, multinomial, sample
+from layers.sampling import multinomial, sample
 from model import Transformer
 from utils.errors import UsageError
 

@@ -26,6 +26,16 @@ NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
 # The most tokens of a step on a CPU, of all sequences together. C++ has arrays of this size for the sums of a matmul,
 # which cuts more tokens into batches
 MAX_CPU_TOKENS = 64
+# The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
+# The tokens of all sequences of a step count together.
+MAX_TRITON_TOKENS = 64
+# A program of Triton's attention holds the new tokens and the queries in registers
+MAX_TRITON_QUERY_LEN = 16  # the new tokens of a sequence
+MAX_TRITON_QUERIES = 64  # the queries of a key/value head
+# What sample returns for a sequence whose logits are not all finite: weights with NaN, or overflow in 16 bits. Sampling
+# does not wait for the device, so it cannot raise an error: whoever reads the token on the host does.
+INVALID_TOKEN = -1
+SMALLEST_TEMPERATURE = 1e-30  # of sample; a smaller divisor could round to 0 in float32
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
 ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/activation.h: Activation

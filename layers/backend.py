@@ -35,15 +35,18 @@ from torch import Tensor
 from config import ACTIVATIONS
 from formats import WeightFormat
 from kernels import build
-from kernels.schema import CAPTURABLE, CPU_NAMESPACE, KERNEL_FILTERS, MAX_CPU_TOKENS, TRITON_NAMESPACE
+from kernels.schema import (
+    CAPTURABLE,
+    CPU_NAMESPACE,
+    KERNEL_FILTERS,
+    MAX_CPU_TOKENS,
+    MAX_TRITON_QUERIES,
+    MAX_TRITON_QUERY_LEN,
+    MAX_TRITON_TOKENS,
+    TRITON_NAMESPACE,
+)
 from kernels.triton import TRITON_ACTIVATIONS
 
-# The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
-# The tokens of all sequences of a step count together.
-MAX_TRITON_TOKENS = 64
-# A program of Triton's attention holds the new tokens and the queries in registers
-MAX_TRITON_QUERY_LEN = 16  # the new tokens of a sequence
-MAX_TRITON_QUERIES = 64  # the queries of a key/value head
 MATMULS = ("fused_linear", "experts_gate_up", "experts_down")
 TRITON_OPERATIONS = ("rms_norm", "permute_inputs", "attend", "route", *MATMULS)  # those with a limit of tokens
 

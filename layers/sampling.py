@@ -11,13 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kernels.schema import KERNEL_FILTERS, TokenFilters, active_fields
+from kernels.schema import INVALID_TOKEN, KERNEL_FILTERS, SMALLEST_TEMPERATURE, TokenFilters, active_fields
 from layers.backend import Backend, contiguous
 
-# What sample returns for a sequence whose logits are not all finite: weights with NaN, or overflow in 16 bits. Sampling
-# does not wait for the device, so it cannot raise an error: whoever reads the token on the host does.
-INVALID_TOKEN = -1
-SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
 # On a CPU sort_for_top_p searches for the likely tokens, instead of sorting the whole vocabulary.
 SMALL_VOCABULARY = 1000  # with this many tokens or fewer, sorting is faster than searching
 FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it

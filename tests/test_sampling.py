@@ -15,10 +15,10 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
-from kernels.schema import TokenFilters, active_fields
+from kernels.schema import INVALID_TOKEN, TokenFilters, active_fields
 from layers import sampling
 from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
-from layers.sampling import INVALID_TOKEN, has_sample_kernel
+from layers.sampling import has_sample_kernel
 from model import KVCache
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError

@@ -8,7 +8,11 @@
 
 #include "op_list.h"
 
-// kernels/schema.py: TokenFilters
+// Both are explained in kernels/schema.py
+constexpr int64_t INVALID_TOKEN = GPTFAST_INVALID_TOKEN;
+constexpr float SMALLEST_TEMPERATURE = GPTFAST_SMALLEST_TEMPERATURE;
+
+// The options that exclude tokens
 struct TokenFilters {
   int64_t top_k;  // 0 means all
   double top_p;   // 1 means all
@@ -17,7 +21,7 @@ struct TokenFilters {
 
 // Computes tokens [m] from logits [m, n]. Without uniform, SampleOp takes the likeliest token, or the first of tied
 // tokens. With uniform, SampleOp draws a token by exp(logit / temperature) among the tokens that filters keep. If a
-// logit is not finite, the token is -1.
+// logit is not finite, the token is INVALID_TOKEN.
 struct SampleOp {
   const float* logits;
   int64_t m, n;
@@ -29,10 +33,9 @@ struct SampleOp {
 
   // The vocabulary is cut into N_PARTS parts. A part begins at a multiple of LANES.
   static constexpr int64_t N_PARTS = 32;
-  static constexpr int64_t BLOCK = 16 * LANES;  // weights that are added up in float; double adds up the blocks
-  static constexpr int64_t MAX_COPIED = 1024;   // a multiple of LANES
-  static constexpr uint32_t MAX_STEP = 8 << 23;          // 8 in the exponent of a float: a factor of 2^8
-  static constexpr float SMALLEST_TEMPERATURE = 1e-30f;  // a smaller divisor could round to 0
+  static constexpr int64_t BLOCK = 16 * LANES;   // weights that are added up in float; double adds up the blocks
+  static constexpr int64_t MAX_COPIED = 1024;    // a multiple of LANES
+  static constexpr uint32_t MAX_STEP = 8 << 23;  // 8 in the exponent of a float: a factor of 2^8
 
   Range part_range(int64_t part) const {
     const Range vecs = split_range(part, N_PARTS, divide_up(n, LANES));
@@ -60,7 +63,8 @@ struct SampleOp {
     const Range rows = thread_range(m);
     for (int64_t row = rows.begin; row < rows.end; row++) {
       const float* row_largest = largest + row * N_PARTS;
-      if (std::any_of(row_largest, row_largest + N_PARTS, [](float x) { return std::isnan(x); })) tokens[row] = -1;
+      const bool is_finite = std::none_of(row_largest, row_largest + N_PARTS, [](float x) { return std::isnan(x); });
+      if (!is_finite) tokens[row] = INVALID_TOKEN;
       else if (uniform) tokens[row] = draw(weights + row * padded_n(), uniform[row]);
       else tokens[row] = likeliest(logits + row * n, row_largest);
     }

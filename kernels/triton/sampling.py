@@ -26,13 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import schema
 from kernels.schema import TokenFilters, active_fields, empty_sample, register_triton
 from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
 TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel. One program may go through all tokens
-# A smaller divisor could round to 0, and a larger factor could make scores infinite.
-SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = tl.constexpr(1e-30), tl.constexpr(1e30)
+INVALID_TOKEN = tl.constexpr(schema.INVALID_TOKEN)
+SMALLEST_TEMPERATURE = tl.constexpr(schema.SMALLEST_TEMPERATURE)
+LARGEST_TEMPERATURE = tl.constexpr(1e30)  # a larger factor could make scores infinite
 SEEDS = tl.constexpr(2.0**53)  # float64 has 53 bits, so a uniform random number in [0, 1) has at most as many values
 SMALL_UNIFORM = tl.constexpr(2.0**-6)  # below, gumbel_noise computes -log(1 - u) by its Taylor series
 
@@ -57,7 +59,7 @@ def sample_kernel(
 ):
     """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
     The last program of a sequence to finish finds the best token of all blocks. A non-finite logit gets the score +inf
-    and the token -1, so it wins the argmax and the row returns -1.
+    and INVALID_TOKEN, so it wins the argmax.
 
     sums: for each sequence the largest logit, and the sum of the weights exp((logit - largest logit) / temperature)."""
     pdl_wait(USE_PDL, TRIGGER_EARLY)
@@ -71,7 +73,7 @@ def sample_kernel(
     is_finite = tl.abs(logits) < float("inf")  # false for NaN, too
     scores = tl.where(is_finite, scores, float("inf"))
     best_score, best_index = tl.max(scores, axis=0), tl.argmax(scores, axis=0)
-    best_token = tl.where(best_score == float("inf"), -1, block * BLOCK_V + best_index)
+    best_token = tl.where(best_score == float("inf"), INVALID_TOKEN, block * BLOCK_V + best_index)
 
     tl.store(results.scores_ptr + sequence * N_BLOCKS + block, best_score)
     tl.store(results.tokens_ptr + sequence * N_BLOCKS + block, best_token)
@@ -162,7 +164,7 @@ def top_p_min_p_kernel(
     block, sequence = tl.program_id(0), tl.program_id(1)
     row_logits_ptr = logits_ptr + sequence * V
     temperature, seed = load_temperature(temperature, temperatures_ptr, sequence), load_seed(uniform_ptr, sequence)
-    candidate = tl.load(tokens_ptr + sequence).to(tl.int32)  # -1 if a logit is not finite
+    candidate = tl.load(tokens_ptr + sequence).to(tl.int32)  # or INVALID_TOKEN
     threshold = tl.load(row_logits_ptr + tl.maximum(candidate, 0))
     largest = tl.load(sums_ptr + sequence)
     enough = tl.load(sums_ptr + tl.num_programs(1) + sequence) * filters.top_p
@@ -173,7 +175,9 @@ def top_p_min_p_kernel(
         index = tl.arange(0, N_BLOCKS_PADDED)
         block_above_ptrs = block_above_ptr + sequence * N_BLOCKS + index
         above = tl.sum(tl.load(block_above_ptrs, mask=index < N_BLOCKS, other=0.0, cache_modifier=".cg"), axis=0)
-        while (candidate >= 0) & is_excluded(above, enough, tl.exp((threshold - largest) / temperature), filters):
+        while (candidate != INVALID_TOKEN) & is_excluded(
+            above, enough, tl.exp((threshold - largest) / temperature), filters
+        ):
             candidate = best_of_likelier(
                 row_logits_ptr, seed, threshold, candidate, temperature, V, BLOCK_V, N_BLOCKS
             )
@@ -230,7 +234,7 @@ def best_of_likelier(
 def sample(
     logits: Tensor, *, temperature: float, temperatures: Tensor | None, uniform: Tensor | None, **filters
 ) -> Tensor:
-    """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives -1.
+    """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives INVALID_TOKEN.
 
     uniform: float64 random numbers [B, 1] in [0, 1). None: the likeliest tokens are taken.
     temperatures: float32 [B, 1], in place of temperature."""
