@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.sampling_params import SamplingParams
 from layers import collectives
 from layers.backend import Backend
-from layers.sampling import filtered_probs, sample
+from layers.sampling import sample
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,3 @@ def apply_repetition_penalty(
         penalty = torch.tensor(penalties, device=logits.device).view(-1, 1, 1)
     # A penalty above 1 lowers a logit, positive or negative.
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Returns the distribution [B, V] from which sample draws. params must not be greedy."""
-    probs, ids = filtered_probs(logits, params.temperature, params.filters)
-    probs = probs / probs.sum(-1, keepdim=True)
-    return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)

@@ -1,9 +1,9 @@
 """Attention.
 
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache: one kernel, or attend_torch
-
-attend_torch calls two steps: rope_and_cache, which may be a kernel of its own, and cached_attention. The definition of
-the second is eager_attention, for which PyTorch's SDPA stands in where it can (is_sdpa_compatible).
+    rope_and_cache     the first step of attend_torch: norm, RoPE and cache write. It may be a kernel of its own
+    eager_attention    the second step, from queries to outputs: the definition of attention
+    sdpa_attention     the second step by PyTorch's SDPA, where it can compute all options (is_sdpa_compatible)
 """
 
 from typing import NamedTuple
@@ -47,9 +47,16 @@ def attend(
 def attend_torch(
     qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: Backend
 ) -> Tensor:
-    positions = start_pos[:, None] + torch.arange(qkv.shape[1], device=qkv.device)  # [B, T]
-    q = rope_and_cache(qkv, params, cache, positions, backend)  # [B, T, H, D]
-    return cached_attention(q, params, cache, positions)
+    B, T, _ = qkv.shape
+    positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
+    q = rope_and_cache(qkv, params, cache, positions, backend).transpose(1, 2)  # [B, H, T, D]
+    if is_sdpa_compatible(params):
+        y = sdpa_attention(q, params, cache, positions)
+    else:
+        step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
+        parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
+        y = torch.cat([eager_attention(q, params, cache, positions) for q, positions in parts], dim=2)
+    return y.transpose(1, 2).reshape(B, T, -1)
 
 
 def rope_and_cache(
@@ -102,21 +109,8 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
-    """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
-    B, T, _, _ = q.shape
-    q = q.transpose(1, 2)  # [B, H, T, D]
-    if is_sdpa_compatible(params):
-        y = sdpa_attention(q, params, cache, positions)
-    else:
-        step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
-        parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
-        y = torch.cat([eager_attention(q, params, cache, positions) for q, positions in parts], dim=2)
-    return y.transpose(1, 2).reshape(B, T, -1)
-
-
 def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
-    """Attention with softcap, ALiBi or sinks, which SDPA lacks: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    """Attends to the keys and values in the cache: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
     scores = (grouped @ cache.k[:, :, None].mT).float() * params.scale  # [B, G, H/G, T, S]
@@ -150,7 +144,7 @@ def is_sdpa_compatible(params: AttentionParams) -> bool:
 
 
 def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
-    """Attends by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    """The same by PyTorch's scaled_dot_product_attention, which is faster, if is_sdpa_compatible."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     if T == 1:  # fold the query heads of a key/value head into the dimension T: SDPA is then several times faster
         mask = causal_mask(positions, S, params.window)

@@ -1,7 +1,7 @@
 """From logits to a token: temperature, top_k, top_p, min_p, and the draw.
 
-    sample             the next token, drawn or the likeliest: a kernel, or sample_torch
-    filtered_probs     the distribution from which sample_torch draws
+    sample           the next token, drawn or the likeliest: a kernel, or sample_torch
+    compute_probs    the distribution from which sample draws, for speculation
 
 A CUDA graph holds these functions, so on a GPU none may wait for the device (.item(), .tolist()).
 """
@@ -52,14 +52,14 @@ def sample_torch(
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        probs, ids = filtered_probs(logits, temperature, filters, temperatures)
+        probs, ids = apply_temperature_and_filters(logits, temperature, filters, temperatures)
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.isfinite().all(-1)
     return torch.where(is_finite, tokens, INVALID_TOKEN)
 
 
-def filtered_probs(
+def apply_temperature_and_filters(
     logits: Tensor, temperature: float, filters: TokenFilters, temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
@@ -83,6 +83,13 @@ def filtered_probs(
     if filters.min_p > 0:
         probs = probs.masked_fill(probs < filters.min_p * probs.amax(-1, keepdim=True), 0)
     return probs, ids
+
+
+def compute_probs(logits: Tensor, temperature: float, filters: TokenFilters) -> Tensor:
+    """Returns the distribution [B, V] from which sample draws. temperature must not be 0."""
+    probs, ids = apply_temperature_and_filters(logits, temperature, filters)
+    probs = probs / probs.sum(-1, keepdim=True)
+    return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
 def uniform_dtype(device: torch.device) -> torch.dtype:
