@@ -12,9 +12,9 @@ import kernels.build
 from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
 from kernels.capture import MAX_CPU_GRAPHS, capture, graph_break, graph_num_threads
-from kernels.schema import CAPTURABLE
+from kernels.schema import CAPTURABLE, MAX_CPU_TOKENS
 from layers.attention import LayerCache
-from layers.backend import CPU_BACKEND, MAX_CPU_TOKENS, TORCH_BACKEND, TRITON_BACKEND
+from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
 from layers.experts import ExpertsDown, ExpertsGateUp, route
 from layers.linear import add
 from layers.rope import rope_table

@@ -284,7 +284,8 @@ def attend(
     qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos_sin: Tensor, **params
 ) -> Tensor:
     """Attends from T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The first new token is at
-    start_pos [B]. T may be up to 16 and T H / G up to 64, since a program holds all queries of a key/value head.
+    start_pos [B]. T may be up to MAX_TRITON_QUERY_LEN and T H / G up to MAX_TRITON_QUERIES, since a program holds all
+    queries of a key/value head.
 
     k_cache, v_cache: [B, G, S, D], the keys and values of earlier tokens. attend writes the keys and values of the new
     tokens. Both may be views of longer caches; attend reads and writes nothing beyond S.

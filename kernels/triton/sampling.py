@@ -241,7 +241,7 @@ def sample(
     filters = TokenFilters(**filters)
     assert filters.top_k == 0  # layers/sampling.py: has_sample_kernel
     batch, vocab_size = logits.shape
-    has_filters = uniform is not None and active_fields(filters)
+    has_filters = uniform is not None and bool(active_fields(filters))
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
     tokens = empty_sample(logits)
     sums = logits.new_empty(2, batch) if has_filters else None
