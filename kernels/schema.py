@@ -84,16 +84,17 @@ class AttentionParams(NamedTuple):
 
 
 class TokenFilters(NamedTuple):
-    """Which tokens sample may draw, by the options of engine/sampling_params.py. The default of a field excludes
-    none."""
+    """The options of engine/sampling_params.py that exclude tokens. The default of a field excludes none."""
 
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
 
 
-# The fields of TokenFilters that are arguments of sample. While another field is active, PyTorch samples
-KERNEL_FILTERS = ("top_k", "top_p", "min_p")
+# The fields of TokenFilters that a kernel of sample uses. While another field is active, PyTorch samples
+CPU_FILTERS = ("top_k", "top_p", "min_p")
+TRITON_FILTERS = ("top_p", "min_p")
+KERNEL_FILTERS = tuple(name for name in TokenFilters._fields if name in CPU_FILTERS + TRITON_FILTERS)
 
 
 def as_schema(group: type[NamedTuple], names: tuple[str, ...] | None = None) -> str:

@@ -37,12 +37,13 @@ from formats import WeightFormat
 from kernels import build
 from kernels.schema import (
     CAPTURABLE,
+    CPU_FILTERS,
     CPU_NAMESPACE,
-    KERNEL_FILTERS,
     MAX_CPU_TOKENS,
     MAX_TRITON_QUERIES,
     MAX_TRITON_QUERY_LEN,
     MAX_TRITON_TOKENS,
+    TRITON_FILTERS,
     TRITON_NAMESPACE,
 )
 from kernels.triton import TRITON_ACTIVATIONS
@@ -66,7 +67,7 @@ class Backend:
     key/value head.
     activations: the activations that the kernels compute. Plain PyTorch computes other activations, after the kernel
     of the matmul.
-    filters: the fields of TokenFilters by which the kernel of sample can exclude tokens."""
+    filters: the fields of TokenFilters that the kernel of sample uses."""
 
     name: str
     namespace: str | None = None
@@ -122,7 +123,7 @@ CPU_BACKEND = Backend(
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache", "permute_inputs"], math.inf),
     required_in_graph=frozenset(CAPTURABLE),
     activations=frozenset(ACTIVATIONS),  # cpu_backend leaves out those without C++ code
-    filters=frozenset(KERNEL_FILTERS),
+    filters=frozenset(CPU_FILTERS),
 )
 TRITON_BACKEND = Backend(
     "triton",
@@ -132,7 +133,7 @@ TRITON_BACKEND = Backend(
     max_query_len=MAX_TRITON_QUERY_LEN,
     max_queries=MAX_TRITON_QUERIES,
     activations=frozenset(TRITON_ACTIVATIONS),
-    filters=frozenset(KERNEL_FILTERS) - {"top_k"},
+    filters=frozenset(TRITON_FILTERS),
 )
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import schema
-from kernels.schema import TokenFilters, active_fields, empty_sample, register_triton
+from kernels.schema import TRITON_FILTERS, TokenFilters, active_fields, empty_sample, register_triton
 from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
@@ -239,7 +239,7 @@ def sample(
     uniform: float64 random numbers [B, 1] in [0, 1). None: the likeliest tokens are taken.
     temperatures: float32 [B, 1], in place of temperature."""
     filters = TokenFilters(**filters)
-    assert filters.top_k == 0  # layers/sampling.py: has_sample_kernel
+    assert active_fields(filters) <= {*TRITON_FILTERS}  # layers/sampling.py: has_sample_kernel
     batch, vocab_size = logits.shape
     has_filters = uniform is not None and bool(active_fields(filters))
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)

@@ -42,8 +42,7 @@ def exact_gumbel_noise(uniform: Tensor, vocab_size: int) -> Tensor:
 
 def check_sample(vocab_size: int):
     """Checks that greedy sampling finds the first of the likeliest tokens, or returns INVALID_TOKEN if a logit is not
-    finite. With a temperature, checks the score of the chosen token, the best one of those that top_p and min_p
-    keep."""
+    finite. With a temperature, checks the score of the chosen token, the best one that top_p and min_p keep."""
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
     logits[2, 3], expected[2] = torch.nan, INVALID_TOKEN
