@@ -14,8 +14,9 @@ from engine.generation import GenerationLoop
 from engine.runner import ModelRunner
 from engine.sequence import Sequence, check_length
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeLoop
+from kernels.schema import MAX_CPU_TOKENS
 from layers import collectives
-from layers.backend import MAX_CPU_TOKENS, TRITON_BACKEND
+from layers.backend import TRITON_BACKEND
 from loading import load
 from model import KVCache, Transformer
 from text.tokenizer import Tokenizer
