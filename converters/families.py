@@ -275,8 +275,8 @@ FAMILIES = {
     ),
     "OlmoeForCausalLM": Family(
         "olmoe",
-        OLMO | dict(max_position_embeddings=4096, num_experts=64, num_experts_per_tok=8),
-        n_experts_fields=("num_experts",),
+        OLMO | dict(max_position_embeddings=4096, num_local_experts=64, num_experts_per_tok=8),
+        n_experts_fields=("num_experts", "num_local_experts"),
         norm_topk_prob=None,
         config_overrides=dict(qk_norm=True, qk_norm_across_heads=True),
     ),
