@@ -147,22 +147,25 @@ class TransformerBlock(nn.Module):
         self.pre_ffn_norm = norm(config.pre_norm)
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
         self.post_ffn_norm = norm(config.post_norm)
+        self.is_parallel = config.parallel_blocks
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim].
 
         The kernel of a matmul also computes the norm before it and the addition after it, so a sublayer takes both as
         arguments. A norm after a sublayer takes the addition. A model has only some of the norms."""
+        block_input = x
         # x = x + post_attention_norm(attention(pre_attention_norm(x)))
         if self.post_attention_norm is None:
             x = self.attention(x, start_pos, cache, norm=self.pre_attention_norm, residual=x)
         else:
             y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
             x = self.post_attention_norm(y, residual=x)
-        # x = x + post_ffn_norm(feed_forward(pre_ffn_norm(x)))
+        # x = x + post_ffn_norm(feed_forward(pre_ffn_norm(ffn_input)))
+        ffn_input = block_input if self.is_parallel else x
         if self.post_ffn_norm is None:
-            return self.feed_forward(x, norm=self.pre_ffn_norm, residual=x)
-        return self.post_ffn_norm(self.feed_forward(x, norm=self.pre_ffn_norm), residual=x)
+            return self.feed_forward(ffn_input, norm=self.pre_ffn_norm, residual=x)
+        return self.post_ffn_norm(self.feed_forward(ffn_input, norm=self.pre_ffn_norm), residual=x)
 
 
 class Attention(nn.Module):
