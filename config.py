@@ -76,6 +76,7 @@ class ModelConfig:
     norm_eps: float = 1e-5  # RMSNorm adds this to the mean square
     pre_norm: bool = True  # RMSNorm before attention and feed-forward
     post_norm: bool = False  # RMSNorm after attention and feed-forward, before the residual is added
+    parallel_blocks: bool = False  # attention and feed-forward of a block have the same input
     activation: str = "swiglu"  # one of ACTIVATIONS
     qkv_bias: bool = False  # the projections to queries, keys and values have biases
     o_proj_bias: bool = False  # attention's output projection has a bias

@@ -33,7 +33,7 @@ from engine.chat import Conversation
 from engine.generation import GenerationLoop, stream_texts
 from engine.sequence import Sequence, check_length, to_64_bits
 from engine.speculate import SpeculativeLoop
-from layers.backend import MAX_CPU_TOKENS
+from kernels.schema import MAX_CPU_TOKENS
 from llm import LLM
 from model import Transformer
 

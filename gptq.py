@@ -58,7 +58,7 @@ def quantize_model(
     block_inputs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, block in enumerate(model.layers):
         block.to(device)
-        cache = LayerCache(*(t if t is None else t.to(device) for t in kv_cache.layers[i]))
+        cache = LayerCache(*(t.to(device) for t in kv_cache.layers[i]))
         hessians = compute_hessians(model, i, block_inputs, start_pos, cache)
         for name in list(hessians):
             hessian = hessians.pop(name)  # frees the Hessian's memory before the next layer

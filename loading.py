@@ -73,6 +73,7 @@ def load_model(
     shard_tensor = tp.shard_model(model, device) if n_ranks > 1 else None
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
     model.load_state_dict(moved, assign=True)
+    model.to(device)  # what checkpoints do not have: ALiBi's slopes
     if moved["lm_head.weight"] is moved["embed_tokens.weight"]:  # not if the head is sharded: the embedding is whole
         model.tie_embedding()
     model.eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
     Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
-    KVCache           the keys, values and ids of earlier tokens, and the tables of positions; allocated once, passed in
+    KVCache           the keys, values and ids of earlier tokens, and RoPE's tables; allocated once, passed in
 
 Every computation is a layer of layers/, which calls a kernel or plain PyTorch, so one forward runs on every device. To
 read the maths, read layers/linear.py and layers/attention.py.
@@ -147,22 +147,25 @@ class TransformerBlock(nn.Module):
         self.pre_ffn_norm = norm(config.pre_norm)
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
         self.post_ffn_norm = norm(config.post_norm)
+        self.is_parallel = config.parallel_blocks
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim].
 
         The kernel of a matmul also computes the norm before it and the addition after it, so a sublayer takes both as
         arguments. A norm after a sublayer takes the addition. A model has only some of the norms."""
+        block_input = x
         # x = x + post_attention_norm(attention(pre_attention_norm(x)))
         if self.post_attention_norm is None:
             x = self.attention(x, start_pos, cache, norm=self.pre_attention_norm, residual=x)
         else:
             y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
             x = self.post_attention_norm(y, residual=x)
-        # x = x + post_ffn_norm(feed_forward(pre_ffn_norm(x)))
+        # x = x + post_ffn_norm(feed_forward(pre_ffn_norm(ffn_input)))
+        ffn_input = block_input if self.is_parallel else x
         if self.post_ffn_norm is None:
-            return self.feed_forward(x, norm=self.pre_ffn_norm, residual=x)
-        return self.post_ffn_norm(self.feed_forward(x, norm=self.pre_ffn_norm), residual=x)
+            return self.feed_forward(ffn_input, norm=self.pre_ffn_norm, residual=x)
+        return self.post_ffn_norm(self.feed_forward(ffn_input, norm=self.pre_ffn_norm), residual=x)
 
 
 class Attention(nn.Module):
@@ -191,7 +194,8 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(k_heads * self.head_dim, config.norm_eps)
         if config.sinks:
             self.sinks = nn.Parameter(torch.empty(config.n_heads), requires_grad=False)
-        self.alibi_slopes = alibi_slopes(config.n_heads) if config.alibi else None
+        # Not persistent, since a checkpoint does not have it. Loading moves it to the device.
+        self.register_buffer("alibi_slopes", alibi_slopes(config.n_heads) if config.alibi else None, persistent=False)
         qkv_dim = config.q_dim + 2 * config.kv_dim
         self.qkv_proj = Linear(config.dim, qkv_dim, config.qkv_bias, clip=config.clip_qkv)
         self.o_proj = Linear(config.q_dim, config.dim, config.o_proj_bias, out_scale=config.residual_scale)
@@ -206,7 +210,9 @@ class Attention(nn.Module):
 
     def attention_params(self) -> AttentionParams:
         """Made anew for each step, because loading replaces the tensors, and tensor parallelism also n_heads."""
-        params = AttentionParams(self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks)
+        params = AttentionParams(
+            self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks, alibi_slopes=self.alibi_slopes
+        )
         if self.q_norm is None:
             return params
         q_norm, k_norm = self.q_norm, self.k_norm
@@ -267,8 +273,7 @@ class KVCache:
     tokens: every step passes the position of each sequence's first new token. Rejected draft tokens stay in the cache:
     attention and the repetition penalty read nothing beyond a sequence's last token, and later steps overwrite them.
 
-    layers: the keys and values of each layer, and the tables that RoPE and ALiBi need at every position. The tables are
-        the cache's, because the angles of RoPE of type dynamic or longrope depend on max_seq_len.
+    layers: the LayerCache of each layer.
     token_ids [B, S]: for the repetition penalty, which depends on the whole text. Steps with the penalty store the ids,
         and so do all steps of the scheduler, since a later sequence with the penalty may reuse the cached tokens."""
 
@@ -287,10 +292,7 @@ class KVCache:
         for block, cos_sin in zip(model.layers, cos_sin_tables, strict=True):
             shape = (batch_size, block.attention.n_kv_heads, max_seq_len, block.attention.head_dim)
             k, v = (torch.zeros(shape, dtype=model.dtype, device=self.device) for _ in range(2))
-            slopes = block.attention.alibi_slopes
-            if slopes is not None:
-                slopes = torch.tensor(slopes, dtype=torch.float32, device=self.device)
-            self.layers.append(LayerCache(k, v, cos_sin, slopes))
+            self.layers.append(LayerCache(k, v, cos_sin))
         self.token_ids = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=self.device)
 
     def view_positions(self, n: int) -> "KVCache":

@@ -181,10 +181,9 @@ def tensor_sharder(model: Transformer) -> ShardTensor:
 def shard_attention(attention: Attention, n_ranks: int):
     start, length = shard_range(attention.n_heads, 1, dist.get_rank(), n_ranks)
     attention.n_heads, attention.n_kv_heads = length, math.ceil(attention.n_kv_heads / n_ranks)
-    if attention.sinks is not None:  # meta tensors: loading reads the values from the checkpoint
-        attention.sinks = nn.Parameter(attention.sinks[:length], requires_grad=False)
-    if attention.alibi_slopes is not None:
-        attention.alibi_slopes = attention.alibi_slopes[start : start + length]
+    for tensor in (attention.sinks, attention.alibi_slopes):  # a number for each head
+        if tensor is not None:
+            tensor.data = tensor.data[start : start + length]
 
 
 def shard_row_parallel(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: WeightFormat) -> Tensor:

@@ -19,7 +19,7 @@ from config import ModelConfig
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence, build_sequences, check_length, check_stop
 from engine.speculate import MAX_SPECULATE_K
-from layers.backend import MAX_TRITON_QUERY_LEN, MAX_TRITON_TOKENS
+from kernels.schema import MAX_TRITON_QUERY_LEN, MAX_TRITON_TOKENS
 from text.prompt import read_prompt
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError, check_integer

@@ -15,24 +15,31 @@ from converters.family_config import (
     arcee,
     baichuan,
     bias_everywhere,
+    cohere,
+    cohere2,
     dbrx,
+    exaone4,
+    full_attention_by_pattern,
     full_attention_every,
     gemma,
     gemma2,
     gemma3,
-    gemma3_layer_types,
     gpt_oss,
     granite,
     grok,
+    nanochat,
     nemotron,
     normalize_dbrx,
     normalize_phi3,
+    olmo,
+    phi,
     qwen2_moe,
     seed_oss,
     sliding_below_max_window_layers,
     sliding_from_max_window_layers,
     smollm3,
     smollm3_layer_types,
+    stablelm,
     starcoder2,
 )
 from converters.family_tensors import (
@@ -43,6 +50,8 @@ from converters.family_tensors import (
     GPT_OSS_TO_CANONICAL,
     GROK_TO_CANONICAL,
     MIXTRAL_TO_CANONICAL,
+    NANOCHAT_TO_CANONICAL,
+    PHI_TO_CANONICAL,
     STARCODER2_TO_CANONICAL,
     is_baichuan2,
     split_dbrx_experts,
@@ -86,10 +95,14 @@ class Family:
     split_experts: Callable[[SourceTensors, ModelConfig], None] = split_stacked_experts
     # Whether conversion scales each row of the head to length one
     normalizes_head: Callable[[ModelConfig], bool] = lambda config: False
+    # Whether conversion norms each row of the embedding: a model with a norm before its first layer
+    normalizes_embedding: bool = False
+    has_norm_weights: bool = True  # if not, conversion makes weights of ones
     norm_offset: float = 0.0  # added to the weights of norms; Gemma computes x * (1 + w)
     layer_norm: bool = False  # whether norms subtract the mean of x; conversion makes it zero
     norm_bias: bool = False  # whether LayerNorms have biases; conversion moves each into the layers after the norm
     interleaved_rope: bool = False  # whether RoPE pairs elements 2 i and 2 i + 1, instead of i and i + rotary_dim / 2
+    reversed_rope: bool = False  # whether RoPE rotates by the negative angle
 
 
 # ---- The table ------------------------------------------------------------------------------------------------------
@@ -107,6 +120,10 @@ GLM = dict(
     max_position_embeddings=131072, head_dim=128, num_key_value_heads=2, attention_bias=True, partial_rotary_factor=0.5,
     rms_norm_eps=1.5625e-7, eos_token_id=[151329, 151336, 151338],
 )
+COHERE = dict(
+    max_position_embeddings=8192, bos_token_id=5, eos_token_id=255001, layer_norm_eps=1e-5, logit_scale=0.0625,
+    tie_word_embeddings=True,
+)
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 GPT_OSS_ROPE = dict(
@@ -120,6 +137,12 @@ FAMILIES = {
     "LlamaForCausalLM": Family("llama", dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
     "MistralForCausalLM": Family(
         "mistral",
+        MISTRAL | dict(sliding_window=4096),
+        sliding_layers="layer_types",
+        default_layer_types=all_sliding,
+    ),
+    "MinistralForCausalLM": Family(
+        "ministral",
         MISTRAL | dict(sliding_window=4096),
         sliding_layers="layer_types",
         default_layer_types=all_sliding,
@@ -200,7 +223,7 @@ FAMILIES = {
             rope_theta=1e6, rope_local_base_freq=10000.0,
         ),
         sliding_layers="layer_types",
-        default_layer_types=gemma3_layer_types,
+        default_layer_types=partial(full_attention_by_pattern, 6),
         sliding_rope_theta_field="rope_local_base_freq",
         handled_hf_fields=("hidden_act", *SOFTCAPS),
         config_fields=dict(qk_norm=True),
@@ -218,6 +241,26 @@ FAMILIES = {
         sliding_layers="all",
         handled_hf_fields=("partial_rotary_factor",),
     ),
+    "PhiForCausalLM": Family(
+        "phi",
+        dict(
+            max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, layer_norm_eps=1e-5,
+            partial_rotary_factor=0.5, hidden_act="gelu_new",
+        ),
+        handled_hf_fields=("hidden_act", "partial_rotary_factor"),
+        read_config_fields=phi,
+        tensor_renames=PHI_TO_CANONICAL,
+        layer_norm=True,
+        norm_bias=True,
+    ),
+    "OlmoForCausalLM": Family(
+        "olmo",
+        OLMO,
+        handled_hf_fields=("clip_qkv",),
+        read_config_fields=olmo,
+        layer_norm=True,
+        has_norm_weights=False,
+    ),
     "Olmo2ForCausalLM": Family("olmo2", OLMO, config_fields=OLMO_NORMS, tensor_renames=GEMMA_NORMS_TO_CANONICAL),
     "Olmo3ForCausalLM": Family(
         "olmo3",
@@ -227,6 +270,13 @@ FAMILIES = {
         scales_sliding_rope=False,
         config_fields=OLMO_NORMS,
         tensor_renames=GEMMA_NORMS_TO_CANONICAL,
+    ),
+    "OlmoeForCausalLM": Family(
+        "olmoe",
+        OLMO | dict(max_position_embeddings=4096, num_local_experts=64, num_experts_per_tok=8),
+        n_experts_fields=("num_experts", "num_local_experts"),
+        norm_topk_prob=None,
+        config_fields=dict(qk_norm=True, qk_norm_across_heads=True),
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
@@ -258,6 +308,47 @@ FAMILIES = {
         config_fields=dict(o_proj_bias=False, post_norm=True),
         tensor_renames=GLM4_NORMS_TO_CANONICAL,
         interleaved_rope=True,
+    ),
+    "CohereForCausalLM": Family(
+        "cohere",
+        COHERE | dict(rope_theta=5e5),
+        handled_hf_fields=("logit_scale",),
+        read_config_fields=cohere,
+        layer_norm=True,
+        interleaved_rope=True,
+    ),
+    "Cohere2ForCausalLM": Family(
+        "cohere2",
+        COHERE | dict(sliding_window=4096),
+        sliding_layers="layer_types",
+        default_layer_types=partial(full_attention_by_pattern, 4),
+        handled_hf_fields=("logit_scale",),
+        read_config_fields=cohere2,
+        layer_norm=True,
+        interleaved_rope=True,
+    ),
+    "StableLmForCausalLM": Family(
+        "stablelm",
+        dict(
+            max_position_embeddings=4096, num_key_value_heads=32, bos_token_id=0, eos_token_id=0, layer_norm_eps=1e-5,
+            partial_rotary_factor=0.25,
+        ),
+        handled_hf_fields=("partial_rotary_factor",),
+        read_config_fields=stablelm,
+        layer_norm=True,
+        norm_bias=True,
+    ),
+    "Exaone4ForCausalLM": Family(
+        "exaone4",
+        dict(
+            max_position_embeddings=2048, bos_token_id=0, eos_token_id=2, num_key_value_heads=32, sliding_window=4096,
+            rms_norm_eps=1e-5,
+        ),
+        sliding_layers="layer_types",
+        default_layer_types=partial(full_attention_by_pattern, 4),
+        config_fields=dict(pre_norm=False, post_norm=True, qk_norm=True),
+        read_config_fields=exaone4,
+        tensor_renames=GEMMA_NORMS_TO_CANONICAL,
     ),
     "SeedOssForCausalLM": Family(
         "seed_oss",
@@ -325,6 +416,20 @@ FAMILIES = {
         ),
         handled_hf_fields=("hidden_act",),
         read_config_fields=arcee,
+    ),
+    "NanoChatForCausalLM": Family(
+        "nanochat",
+        dict(
+            max_position_embeddings=2048, bos_token_id=0, eos_token_id=1, final_logit_softcapping=15.0,
+            hidden_act="relu2",
+        ),
+        handled_hf_fields=("hidden_act", "final_logit_softcapping"),
+        config_fields=dict(qk_norm=True),
+        read_config_fields=nanochat,
+        tensor_renames=NANOCHAT_TO_CANONICAL,
+        normalizes_embedding=True,
+        has_norm_weights=False,
+        reversed_rope=True,
     ),
     "NemotronForCausalLM": Family(
         "nemotron",

@@ -78,8 +78,18 @@ def arcee(hf_config: dict) -> dict:
     return ungated(hf_config, "relu2")
 
 
+def nanochat(hf_config: dict) -> dict:
+    if hf_config.get("tie_word_embeddings"):  # conversion norms the embedding, but the head must not change
+        raise UsageError("config.json: tie_word_embeddings = True is not supported for nanochat")
+    return ungated(hf_config, "relu2") | {"logit_softcap": hf_config["final_logit_softcapping"] or 0.0}
+
+
 def nemotron(hf_config: dict) -> dict:
     return ungated(hf_config, "relu2") | {"norm_eps": hf_config["norm_eps"]}
+
+
+def olmo(hf_config: dict) -> dict:
+    return {"clip_qkv": hf_config.get("clip_qkv") or 0.0}
 
 
 def starcoder2(hf_config: dict) -> dict:
@@ -87,16 +97,48 @@ def starcoder2(hf_config: dict) -> dict:
     return activation | bias_everywhere(hf_config) | {"norm_eps": hf_config["norm_epsilon"]}
 
 
-def ungated(hf_config: dict, activation: str) -> dict:
-    """Checks that hidden_act is the activation of the family, which has no gate and is called as in transformers."""
+def ungated(hf_config: dict, activation: str, *other_names: str) -> dict:
+    """Checks that hidden_act is the activation of the family, which has no gate and is called as in transformers.
+    other_names: what transformers also calls it."""
     found = hf_config["hidden_act"]
-    if found != activation:
+    if found not in (activation, *other_names):
         raise UsageError(f"config.json: hidden_act = {found!r} is not supported")
     return {"activation": activation}
 
 
 def bias_everywhere(hf_config: dict) -> dict:
     return dict.fromkeys(("qkv_bias", "o_proj_bias", "ffn_bias"), read_flag(hf_config, "use_bias"))
+
+
+def cohere(hf_config: dict) -> dict:
+    return {"norm_eps": hf_config["layer_norm_eps"], "logit_scale": hf_config["logit_scale"], "parallel_blocks": True}
+
+
+def cohere2(hf_config: dict) -> dict:
+    return cohere(hf_config) | {"layer_has_rope": layers_with_window(hf_config)}
+
+
+def exaone4(hf_config: dict) -> dict:
+    return {"layer_has_rope": layers_with_window(hf_config)} if hf_config["sliding_window"] else {}
+
+
+def layers_with_window(hf_config: dict) -> tuple[bool, ...]:
+    layer_types = hf_config.get("layer_types") or full_attention_by_pattern(4, hf_config)
+    return tuple(layer_type == "sliding_attention" for layer_type in layer_types)
+
+
+def stablelm(hf_config: dict) -> dict:
+    return {
+        "norm_eps": hf_config["layer_norm_eps"],
+        "qkv_bias": read_flag(hf_config, "use_qkv_bias"),
+        "parallel_blocks": read_flag(hf_config, "use_parallel_residual"),
+    }
+
+
+def phi(hf_config: dict) -> dict:
+    biases = dict.fromkeys(("qkv_bias", "o_proj_bias", "ffn_bias", "head_bias"), True)
+    biases |= {"norm_eps": hf_config["layer_norm_eps"], "parallel_blocks": True}
+    return ungated(hf_config, "gelu_pytorch_tanh", "gelu_new") | biases
 
 
 def granite(hf_config: dict) -> dict:
@@ -149,7 +191,7 @@ def baichuan(hf_config: dict) -> dict:
 def dbrx(hf_config: dict) -> dict:
     if hf_config.get("tie_word_embeddings"):  # conversion centers the embedding, but the head must not change
         raise UsageError("config.json: tie_word_embeddings = True is not supported for DBRX")
-    return {"norm_eps": 1e-5, "clip_qkv": hf_config["clip_qkv"] or 0.0}
+    return olmo(hf_config) | {"norm_eps": 1e-5}
 
 
 # ---- default_layer_types --------------------------------------------------------------------------------------------
@@ -176,8 +218,12 @@ def full_attention_every(n: int, hf_config: dict) -> list[str]:
     return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf_config)]
 
 
-def gemma3_layer_types(hf_config: dict) -> list[str]:
-    return full_attention_every(hf_config.get("sliding_window_pattern") or 6, hf_config)
+def full_attention_by_pattern(default: int, hf_config: dict) -> list[str]:
+    """Every n-th layer has no window. n is sliding_window_pattern, or default if it is missing."""
+    n = hf_config.get("sliding_window_pattern") or default
+    if not isinstance(n, int):
+        raise UsageError(f"config.json: sliding_window_pattern {n!r} is no number; layer_types must list the layers")
+    return full_attention_every(n, hf_config)
 
 
 def smollm3_layer_types(hf_config: dict) -> list[str]:

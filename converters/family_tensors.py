@@ -25,6 +25,8 @@ META_FFN_TO_CANONICAL = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": "
 MIXTRAL_TO_CANONICAL = META_FFN_TO_CANONICAL | {".block_sparse_moe.": ".mlp."}
 GPT_OSS_TO_CANONICAL = {".mlp.router.": ".mlp.gate."}
 STARCODER2_TO_CANONICAL = {".c_fc.": ".up_proj.", ".c_proj.": ".down_proj."}
+NANOCHAT_TO_CANONICAL = {".fc1.": ".up_proj.", ".fc2.": ".down_proj."}
+PHI_TO_CANONICAL = NANOCHAT_TO_CANONICAL | {".dense.": ".o_proj.", ".final_layernorm.": ".norm."}
 BAICHUAN_TO_CANONICAL = {".W_pack.": ".qkv_proj."}
 GROK_TO_CANONICAL = {
     ".pre_attn_norm.scale": ".pre_attention_norm.weight", ".post_attn_norm.scale": ".post_attention_norm.weight",

@@ -127,6 +127,8 @@ ARCHITECTURES = {
     "gemma3": Architecture("Gemma3ForCausalLM", {"rope.freq_base_swa": "rope_local_base_freq"}, gemma3_fields),
     "phi3": Architecture("Phi3ForCausalLM", ffn_up_has_gate=True),
     "olmo2": Architecture("Olmo2ForCausalLM", extra_fields=olmo2_fields),
+    "olmoe": Architecture("OlmoeForCausalLM"),
+    "exaone4": Architecture("Exaone4ForCausalLM"),
     "smollm3": Architecture("SmolLM3ForCausalLM", interleaved_rope=True),
     "granite": Architecture("GraniteForCausalLM", extra_fields=granite_fields, interleaved_rope=True),
     "arcee": Architecture("ArceeForCausalLM", interleaved_rope=True),

@@ -63,6 +63,8 @@ HF_NO_OP_VALUES = {
     "mlp_only_layers": ([],),
     "decoder_sparse_step": (1,),
     "use_bidirectional_attention": (),
+    "use_qk_norm": (),
+    "qk_layernorm": (),
 }
 # Field of ModelConfig -> its name in config.json, for error messages
 OUR_NAMES_TO_HF = {

@@ -33,12 +33,16 @@ def to_canonical_layout(
     split = partial(split_tensors, config=config, family=family)
     rename_all(tensors, rename)
     add_tied_tensors(tensors, config, family)
+    if config.parallel_blocks:
+        add_shared_norms(tensors)
+    if not family.has_norm_weights:
+        add_norm_weights(tensors, config)
     if adapter is not None:
         replace_tensors(adapter, tensors, config, rename)
     split(tensors)
     merge = LoraMerger(adapter, tensors, config, rename, split) if adapter is not None else None
     norm_biases = pop_norm_biases(tensors, config) if family.norm_bias else {}
-    row_order = rope_row_order(config, family.interleaved_rope)
+    row_order = rope_row_order(config, family.interleaved_rope, family.reversed_rope)
     read = CanonicalReader(dict(tensors), config, family, merge, norm_biases, row_order)
     mark_as_float32(tensors, [name for name in tensors if read.computes(name)])
     return read
@@ -67,6 +71,24 @@ def add_tied_tensors(tensors: SourceTensors, config: ModelConfig, family: Family
         tensors[EMBEDDING] = tensors[HEAD]
     if config.tie_embeddings and family.layer_norm:  # conversion centers the embedding, but the head must not change
         tensors.setdefault(HEAD, tensors[EMBEDDING])
+
+
+def add_shared_norms(tensors: SourceTensors):
+    """In a layer without a norm of its own before the feed-forward, adds the norm before attention under that name."""
+    for name in [name for name in tensors if ".pre_attention_norm." in name]:
+        tensors.setdefault(name.replace(".pre_attention_norm.", ".pre_ffn_norm."), tensors[name])
+
+
+def add_norm_weights(tensors: SourceTensors, config: ModelConfig):
+    """Adds weights of ones. A norm without weights commutes with RoPE, so nanochat's q/k norms, which come after RoPE,
+    may come before it."""
+    dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.float32
+    tensors["model.norm.weight"] = torch.ones(config.dim, dtype=dtype)
+    for i in range(config.n_layers):
+        for name in ("pre_attention_norm", "pre_ffn_norm"):
+            tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(config.dim, dtype=dtype)
+        for name in ("q_norm", "k_norm") if config.qk_norm else ():
+            tensors[f"model.layers.{i}.self_attn.{name}.weight"] = torch.ones(config.head_dim, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -103,6 +125,8 @@ class CanonicalReader:
         """Returns the function that changes the numbers of a tensor, from float32 to float32, or None."""
         if name == HEAD and self.family.normalizes_head(self.config):
             return F.normalize
+        if name == EMBEDDING and self.family.normalizes_embedding:
+            return partial(F.rms_norm, normalized_shape=(self.config.dim,), eps=self.config.norm_eps)
         if name.endswith("norm.weight") and self.family.norm_offset:
             return partial(torch.add, other=self.family.norm_offset)
         writes_to_residual = name == EMBEDDING or re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", name)
@@ -118,17 +142,20 @@ def mark_as_float32(tensors: SourceTensors, names: list[str]):
             tensors[name] = torch.empty_like(tensors[name], dtype=torch.float32, device="meta")
 
 
-def rope_row_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
+def rope_row_order(config: ModelConfig, interleaved: bool, reverses: bool = False) -> Tensor | None:
     """Returns the order that puts the elements of a head where model.py expects them, or None if they are there
     already: the two elements of a RoPE pair are half a head apart, and elements without RoPE come last in each half.
 
     interleaved: whether the two elements of a pair are stored as neighbours, as in Meta's files. Six elements then get
-    the order 0 2 4 1 3 5."""
+    the order 0 2 4 1 3 5.
+    reverses: whether RoPE rotates by the negative angle. That is the same as exchanging the elements of each pair."""
     rotary_dim = config.rotary_dim or config.head_dim
-    if rotary_dim == config.head_dim and not interleaved:
+    if rotary_dim == config.head_dim and not interleaved and not reverses:
         return None
     rotated = torch.arange(rotary_dim)
     first, second = (rotated[::2], rotated[1::2]) if interleaved else rotated.chunk(2)
+    if reverses:
+        first, second = second, first
     rest_first, rest_second = torch.arange(rotary_dim, config.head_dim).tensor_split(2)
     return torch.cat([first, rest_first, second, rest_second])
 
@@ -164,7 +191,7 @@ def undo_act_order(tensors: SourceTensors):
 # LayerNorm -> the field of ModelConfig for biases of the layers after it, and these layers
 LINEARS_AFTER_NORM = {
     "pre_attention_norm": ("qkv_bias", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
-    "pre_ffn_norm": ("ffn_bias", ["mlp.up_proj"]),
+    "pre_ffn_norm": ("ffn_bias", ["mlp.gate_proj", "mlp.up_proj"]),
     "norm": ("head_bias", ["lm_head"]),
 }
 

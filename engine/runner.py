@@ -39,7 +39,8 @@ from engine.sampler import Sampler
 from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import capture, graph_num_threads
-from layers.sampling import INVALID_TOKEN, draw_uniform
+from kernels.schema import INVALID_TOKEN
+from layers.sampling import draw_uniform
 from model import KVCache, Transformer
 from utils.errors import UsageError
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.sampling_params import SamplingParams
 from layers import collectives
 from layers.backend import Backend
-from layers.sampling import filtered_probs, sample
+from layers.sampling import sample
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,3 @@ def seen_token_mask(token_ids: Tensor, last_positions: Tensor, vocab_size: int) 
     return seen.scatter_(-1, ids, True)[..., :vocab_size]
 
 
-def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Returns the distribution [B, V] from which sample draws. params must not be greedy."""
-    probs, ids = filtered_probs(logits, params.temperature, params.filters)
-    probs = probs / probs.sum(-1, keepdim=True)
-    return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
-from layers.sampling import TokenFilters
+from kernels.schema import TokenFilters
 from utils.errors import UsageError
 
 INTEGER_LIMIT = 2**63  # kernels take integers of 64 bits
@@ -19,7 +19,7 @@ def sampling_field(
     allowed: is_allowed in words, for error messages.
     no_op: a value that turns the option off, such as top_p=1. It is stored as the default, so an option that is off
         never keeps a kernel from sampling.
-    is_filter: whether the option excludes tokens. Then layers/sampling.py: TokenFilters has a field of this name."""
+    is_filter: whether the option excludes tokens. Then kernels/schema.py: TokenFilters has a field of this name."""
     metadata = dict(type=type, help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op, is_filter=is_filter)
     return field(default=default, metadata=metadata)
 

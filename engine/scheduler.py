@@ -35,9 +35,10 @@ from engine.runner import NOT_FINITE, ModelRunner
 from engine.sampler import apply_repetition_penalty, return_logits, store_token_ids
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import graph_num_threads
+from kernels.schema import INVALID_TOKEN, TokenFilters
 from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import INVALID_TOKEN, TokenFilters, draw_uniform, sample, uniform_dtype
+from layers.sampling import draw_uniform, sample, uniform_dtype
 from model import KVCache, Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError

@@ -28,11 +28,12 @@ from torch import Tensor
 from engine.generation import GenerationLoop
 from engine.memory_traffic import active_weight_bytes
 from engine.runner import ModelRunner, check_sampled_ids
-from engine.sampler import apply_repetition_penalty, probabilities, store_token_ids
+from engine.sampler import apply_repetition_penalty, store_token_ids
 from engine.sampling_params import SamplingParams
+from kernels.schema import INVALID_TOKEN
 from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import INVALID_TOKEN, multinomial, sample
+from layers.sampling import compute_probs, multinomial, sample
 from model import Transformer
 from utils.errors import UsageError
 
@@ -171,7 +172,7 @@ def rejection_sample(
         tokens = sample(logits, params.temperature, params.filters, backend)
         n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
         return torch.cat([n_accepted, tokens])
-    probs = probabilities(logits, params)  # [k + 1, V]
+    probs = compute_probs(logits, params.temperature, params.filters)  # [k + 1, V]
     draft_probs = F.pad(draft_probs, (0, probs.shape[1] - draft_probs.shape[1], 0, 1))  # [k + 1, V]
     # Accept each token with probability min(1, p / q). The first rejected token ends the accepted prefix.
     p = probs[:-1].gather(1, draft_tokens[:, None])[:, 0]
@@ -333,5 +334,5 @@ class DraftSampler:
             token = sample(logits, 0.0, self.params.filters, self.backend)
             token = token.clamp(min=0)  # the embedding has no INVALID_TOKEN
             return collectives.broadcast(token), None
-        probs = probabilities(logits, self.params)
+        probs = compute_probs(logits, self.params.temperature, self.params.filters)
         return collectives.broadcast(multinomial(probs)), probs

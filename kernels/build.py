@@ -25,7 +25,7 @@ import torch
 from config import ACTIVATIONS
 from formats import FORMATS
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
-from kernels.schema import MAX_CPU_TOKENS, SWIGLU_ALPHA, SWIGLU_LIMIT
+from kernels.schema import INVALID_TOKEN, MAX_CPU_TOKENS, SMALLEST_TEMPERATURE, SWIGLU_ALPHA, SWIGLU_LIMIT
 from utils.signals import defer_signals
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -36,12 +36,14 @@ CPU_FIELDS = (  # the fields of /proc/cpuinfo that -march=native depends on
 FLAGS = [
     "-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
     "-Werror=switch",  # the compiler then names each place that lacks a case for a new activation
-    # The numbers that csrc/weights.h and csrc/activation.h share with Python
+    # The numbers that csrc/weights.h, csrc/activation.h and csrc/sampling.h share with Python
     f"-DGPTFAST_MAX_CPU_TOKENS={MAX_CPU_TOKENS}",
     f"-DGPTFAST_BLOCK_N={CPU_BLOCK_N}",
     f"-DGPTFAST_ACT_GROUP_SIZE={ACT_GROUP_SIZE}",
     f"-DGPTFAST_SWIGLU_ALPHA={SWIGLU_ALPHA}",
     f"-DGPTFAST_SWIGLU_LIMIT={SWIGLU_LIMIT}",
+    f"-DGPTFAST_INVALID_TOKEN={INVALID_TOKEN}",
+    f"-DGPTFAST_SMALLEST_TEMPERATURE={SMALLEST_TEMPERATURE}",
 ]
 
 

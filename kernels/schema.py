@@ -6,8 +6,8 @@ implement the same schema, so a changed schema changes both. layers/ describes t
 In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. But C++ gets all
 arguments by position, so a test compares the parameters in csrc/ops.cpp with the schemas.
 
-WEIGHT, EPILOGUE and ATTENTION are groups of arguments: the fields of WeightArguments, Epilogue and AttentionParams.
-activation is a value of ACTIVATION_IDS.
+WEIGHT, EPILOGUE, ATTENTION and FILTERS are groups of arguments: the fields of WeightArguments, Epilogue,
+AttentionParams and TokenFilters. activation is a value of ACTIVATION_IDS.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,16 @@ NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
 # The most tokens of a step on a CPU, of all sequences together. C++ has arrays of this size for the sums of a matmul,
 # which cuts more tokens into batches
 MAX_CPU_TOKENS = 64
+# The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
+# The tokens of all sequences of a step count together.
+MAX_TRITON_TOKENS = 64
+# A program of Triton's attention holds the new tokens and the queries in registers
+MAX_TRITON_QUERY_LEN = 16  # the new tokens of a sequence
+MAX_TRITON_QUERIES = 64  # the queries of a key/value head
+# What sample returns for a sequence whose logits are not all finite: weights with NaN, or overflow in 16 bits. Sampling
+# does not wait for the device, so it cannot raise an error: whoever reads the token on the host does.
+INVALID_TOKEN = -1
+SMALLEST_TEMPERATURE = 1e-30  # of sample; a smaller divisor could round to 0 in float32
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
 ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/activation.h: Activation
@@ -70,15 +80,37 @@ class AttentionParams(NamedTuple):
     k_norm_weight: Tensor | None = None  # [D] or [G D]
     eps: float = 0.0  # eps of both norms
     sinks: Tensor | None = None  # [H], the scores of an additional key, whose value is zero
+    alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores
 
 
-def as_schema(fields: type[NamedTuple]) -> str:
-    """The fields of a NamedTuple as arguments of a schema."""
+class TokenFilters(NamedTuple):
+    """The options of engine/sampling_params.py that exclude tokens. The default of a field excludes none."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+# The fields of TokenFilters that a kernel of sample uses. While another field is active, PyTorch samples
+CPU_FILTERS = ("top_k", "top_p", "min_p")
+TRITON_FILTERS = ("top_p", "min_p")
+KERNEL_FILTERS = tuple(name for name in TokenFilters._fields if name in CPU_FILTERS + TRITON_FILTERS)
+
+
+def as_schema(group: type[NamedTuple], names: tuple[str, ...] | None = None) -> str:
+    """The fields of a group, or those in names, as arguments of a schema."""
     types = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float"}
-    return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
+    return ", ".join(f"{types[group.__annotations__[name]]} {name}" for name in names or group._fields)
+
+
+def active_fields(group: NamedTuple) -> set[str]:
+    """The fields of a group that differ from their defaults, and those without a default."""
+    defaults = group._field_defaults
+    return {name for name, value in group._asdict().items() if name not in defaults or value != defaults[name]}
 
 
 WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
+FILTERS = as_schema(TokenFilters, KERNEL_FILTERS)
 
 
 # ---- Defining operations --------------------------------------------------------------------------------------------
@@ -181,7 +213,7 @@ def empty_rope_and_cache(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
 
 @define(
     "attend(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cos_sin, "
-    f"Tensor? alibi_slopes, {ATTENTION}) -> Tensor"
+    f"{ATTENTION}) -> Tensor"
 )
 def empty_attend(qkv, start_pos, k_cache, v_cache, *, n_heads, **_):
     return qkv.new_empty(*qkv.shape[:-1], n_heads * k_cache.shape[-1])
@@ -217,8 +249,7 @@ def empty_dequantize(*, w, k, dtype):
 
 # Takes the logits that a CPU graph computes, so sample comes after the graph. At temperature 0 uniform is None.
 @define(
-    "sample(Tensor logits, *, float temperature, Tensor? temperatures, int top_k, float top_p, float min_p, "
-    "Tensor? uniform) -> Tensor",
+    f"sample(Tensor logits, *, float temperature, Tensor? temperatures, Tensor? uniform, {FILTERS}) -> Tensor",
     capturable=False,
 )
 def empty_sample(logits, **_):

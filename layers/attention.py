@@ -1,9 +1,9 @@
 """Attention.
 
     attend             q/k norm, RoPE or ALiBi, cache write, attention over the cache: one kernel, or attend_torch
-
-attend_torch calls two steps: rope_and_cache, which may be a kernel of its own, and cached_attention. The definition of
-the second is eager_attention, for which PyTorch's SDPA stands in where it can (is_sdpa_compatible).
+    rope_and_cache     the first step of attend_torch: norm, RoPE and cache write. It may be a kernel of its own
+    eager_attention    the second step, from queries to outputs: the definition of attention
+    sdpa_attention     the second step by PyTorch's SDPA, where it can compute all options (is_sdpa_compatible)
 """
 
 from typing import NamedTuple
@@ -12,21 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.schema import AttentionParams
+from kernels.schema import AttentionParams, active_fields
 from layers.backend import Backend, contiguous, count_tokens
 from layers.linear import apply_softcap, rms_norm_torch
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
+# The fields of AttentionParams that SDPA can compute, or that rope_and_cache has computed before
+SDPA_FIELDS = {"n_heads", "scale", "window", "q_norm_weight", "k_norm_weight", "eps"}
 
 
 class LayerCache(NamedTuple):
-    """What a layer's attention knows about earlier tokens: their keys and values, and the tables that tell positions
-    apart. rope.py makes the tables for all positions of the cache."""
+    """The keys and values of earlier tokens in a layer, and RoPE's table. The table belongs to the cache and not to the
+    model, because the angles of RoPE of type dynamic or longrope depend on the cache's length."""
 
     k: Tensor  # [B, G, S, D]
     v: Tensor  # [B, G, S, D]
     cos_sin: Tensor  # [S or more, D/2, 2] float32: cos and sin of RoPE's angles at every position
-    alibi_slopes: Tensor | None = None  # [H] float32: slope * (position of key - position of query) is added to scores
 
 
 def attend(
@@ -39,17 +40,23 @@ def attend(
     if kernel is None or not backend.supports_queries(T, params.n_heads // cache.k.shape[1]):
         return attend_torch(qkv, params, cache, start_pos, backend)
     return kernel(
-        contiguous(qkv), contiguous(start_pos), cache.k, cache.v,
-        cos_sin=cache.cos_sin, alibi_slopes=cache.alibi_slopes, **params._asdict(),
+        contiguous(qkv), contiguous(start_pos), cache.k, cache.v, cos_sin=cache.cos_sin, **params._asdict()
     )
 
 
 def attend_torch(
     qkv: Tensor, params: AttentionParams, cache: LayerCache, start_pos: Tensor, backend: Backend
 ) -> Tensor:
-    positions = start_pos[:, None] + torch.arange(qkv.shape[1], device=qkv.device)  # [B, T]
-    q = rope_and_cache(qkv, params, cache, positions, backend)  # [B, T, H, D]
-    return cached_attention(q, params, cache, positions)
+    B, T, _ = qkv.shape
+    positions = start_pos[:, None] + torch.arange(T, device=qkv.device)  # [B, T]
+    q = rope_and_cache(qkv, params, cache, positions, backend).transpose(1, 2)  # [B, H, T, D]
+    if is_sdpa_compatible(params):
+        y = sdpa_attention(q, params, cache, positions)
+    else:
+        step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
+        parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
+        y = torch.cat([eager_attention(q, params, cache, positions) for q, positions in parts], dim=2)
+    return y.transpose(1, 2).reshape(B, T, -1)
 
 
 def rope_and_cache(
@@ -102,29 +109,16 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def cached_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
-    """Attends from q [B, T, H, D] at positions [B, T] to the keys and values in the cache: [B, T, H D]."""
-    B, T, _, _ = q.shape
-    q = q.transpose(1, 2)  # [B, H, T, D]
-    if is_sdpa_compatible(params, cache):
-        y = sdpa_attention(q, params, cache, positions)
-    else:
-        step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
-        parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
-        y = torch.cat([eager_attention(q, params, cache, positions) for q, positions in parts], dim=2)
-    return y.transpose(1, 2).reshape(B, T, -1)
-
-
 def eager_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
-    """Attention with softcap, ALiBi or sinks, which SDPA lacks: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    """Attends to the keys and values in the cache: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     grouped = q.view(B, G, H // G, T, D)
     scores = (grouped @ cache.k[:, :, None].mT).float() * params.scale  # [B, G, H/G, T, S]
     if params.softcap:
         scores = apply_softcap(scores, params.softcap)
-    if cache.alibi_slopes is not None:
+    if params.alibi_slopes is not None:
         distances = torch.arange(S, device=q.device) - positions[..., None]  # [B, T, S]
-        bias = cache.alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
+        bias = params.alibi_slopes[:, None, None] * distances[:, None]  # [B, H, T, S]
         scores = scores + bias.view_as(scores)
     mask = causal_mask(positions, S, params.window)
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
@@ -144,14 +138,13 @@ def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
     return mask[:, None]
 
 
-def is_sdpa_compatible(params: AttentionParams, cache: LayerCache) -> bool:
-    """Whether scale and the mask are all that attention does to the scores, so that PyTorch's SDPA can compute the
-    attention. Norms and RoPE come before the scores."""
-    return not params.softcap and params.sinks is None and cache.alibi_slopes is None
+def is_sdpa_compatible(params: AttentionParams) -> bool:
+    """Whether PyTorch's SDPA can compute the attention: every option that it lacks, also a new one, is off."""
+    return active_fields(params) <= SDPA_FIELDS
 
 
 def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
-    """Attends by PyTorch's scaled_dot_product_attention: q [B, H, T, D] at positions [B, T] -> [B, H, T, D]."""
+    """The same by PyTorch's scaled_dot_product_attention, which is faster, if is_sdpa_compatible."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
     if T == 1:  # fold the query heads of a key/value head into the dimension T: SDPA is then several times faster
         mask = causal_mask(positions, S, params.window)

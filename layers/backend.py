@@ -35,15 +35,19 @@ from torch import Tensor
 from config import ACTIVATIONS
 from formats import WeightFormat
 from kernels import build
-from kernels.schema import CAPTURABLE, CPU_NAMESPACE, MAX_CPU_TOKENS, TRITON_NAMESPACE
+from kernels.schema import (
+    CAPTURABLE,
+    CPU_FILTERS,
+    CPU_NAMESPACE,
+    MAX_CPU_TOKENS,
+    MAX_TRITON_QUERIES,
+    MAX_TRITON_QUERY_LEN,
+    MAX_TRITON_TOKENS,
+    TRITON_FILTERS,
+    TRITON_NAMESPACE,
+)
 from kernels.triton import TRITON_ACTIVATIONS
 
-# The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
-# The tokens of all sequences of a step count together.
-MAX_TRITON_TOKENS = 64
-# A program of Triton's attention holds the new tokens and the queries in registers
-MAX_TRITON_QUERY_LEN = 16  # the new tokens of a sequence
-MAX_TRITON_QUERIES = 64  # the queries of a key/value head
 MATMULS = ("fused_linear", "experts_gate_up", "experts_down")
 TRITON_OPERATIONS = ("rms_norm", "permute_inputs", "attend", "route", *MATMULS)  # those with a limit of tokens
 
@@ -63,7 +67,7 @@ class Backend:
     key/value head.
     activations: the activations that the kernels compute. Plain PyTorch computes other activations, after the kernel
     of the matmul.
-    filters: the fields of sampling.py: TokenFilters that the kernel of sample takes."""
+    filters: the fields of TokenFilters that the kernel of sample uses."""
 
     name: str
     namespace: str | None = None
@@ -119,7 +123,7 @@ CPU_BACKEND = Backend(
     | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache", "permute_inputs"], math.inf),
     required_in_graph=frozenset(CAPTURABLE),
     activations=frozenset(ACTIVATIONS),  # cpu_backend leaves out those without C++ code
-    filters=frozenset(["top_k", "top_p", "min_p"]),
+    filters=frozenset(CPU_FILTERS),
 )
 TRITON_BACKEND = Backend(
     "triton",
@@ -129,7 +133,7 @@ TRITON_BACKEND = Backend(
     max_query_len=MAX_TRITON_QUERY_LEN,
     max_queries=MAX_TRITON_QUERIES,
     activations=frozenset(TRITON_ACTIVATIONS),
-    filters=frozenset(["top_p", "min_p"]),
+    filters=frozenset(TRITON_FILTERS),
 )
 
 

@@ -1,9 +1,7 @@
 """What a model knows about positions: the tables by which RoPE rotates queries and keys, and the slopes of ALiBi.
 
     rope_tables(config, length, device)    cos and sin of every position's angles: [length, D/2, 2] for each layer
-    alibi_slopes(n_heads)                  how fast each head's scores fall with the distance
-
-model.py: KVCache keeps both beside the keys and values, as tensors.
+    alibi_slopes(n_heads)                  how fast each head's scores fall with the distance: [n_heads]
 """
 
 import math
@@ -99,8 +97,9 @@ def yarn_ramp(scaling: RopeScaling, dim: int, theta: float) -> Tensor:
     return 1 - (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)
 
 
-def alibi_slopes(n_heads: int) -> list[float]:
-    """Returns how much each head's scores fall with every position between query and key (ALiBi: arXiv:2108.12409).
+def alibi_slopes(n_heads: int) -> Tensor:
+    """Returns how much each head's scores fall with every position between query and key (ALiBi: arXiv:2108.12409):
+    [n_heads], float32.
 
     If n_heads is a power of two, the slopes are a geometric series down to 1/256: for 8 heads 1/2, 1/4 ... 1/256.
     Otherwise the first heads have the slopes of the next lower power of two. The other heads have every second slope of
@@ -108,4 +107,4 @@ def alibi_slopes(n_heads: int) -> list[float]:
     power = 1 << (n_heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     between = [2 ** (-4 * i / power) for i in range(1, 2 * power, 2)]
-    return slopes + between[: n_heads - power]
+    return torch.tensor(slopes + between[: n_heads - power], device="cpu")  # even where a model is made on meta

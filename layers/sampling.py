@@ -1,41 +1,23 @@
 """From logits to a token: temperature, top_k, top_p, min_p, and the draw.
 
-    sample             the next token, drawn or the likeliest: a kernel, or sample_torch
-    filtered_probs     the distribution from which sample_torch draws
+    sample           the next token, drawn or the likeliest: a kernel, or sample_torch
+    compute_probs    the distribution from which sample draws, for speculation
 
 A CUDA graph holds these functions, so on a GPU none may wait for the device (.item(), .tolist()).
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kernels.schema import INVALID_TOKEN, KERNEL_FILTERS, SMALLEST_TEMPERATURE, TokenFilters, active_fields
 from layers.backend import Backend, contiguous
 
-# What sample returns for a sequence whose logits are not all finite: weights with NaN, or overflow in 16 bits. Sampling
-# does not wait for the device, so it cannot raise an error: whoever reads the token on the host does.
-INVALID_TOKEN = -1
-SMALLEST_TEMPERATURE = 1e-30  # a smaller divisor could round to 0 in float32
 # On a CPU sort_for_top_p searches for the likely tokens, instead of sorting the whole vocabulary.
 SMALL_VOCABULARY = 1000  # with this many tokens or fewer, sorting is faster than searching
 FIRST_THRESHOLD = 2**-10  # a probability; fewer than 1024 tokens can exceed it
 VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token exceeds the threshold
-
-
-class TokenFilters(NamedTuple):
-    """Which tokens sample may draw, by the options of engine/sampling_params.py. The default of a field excludes none.
-    A field need not be an argument of the kernels: Backend.filters has the fields that a kernel takes."""
-
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def active(self) -> set[str]:
-        """The fields that may exclude tokens."""
-        return {name for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
 
 def sample(
@@ -54,13 +36,13 @@ def sample(
     elif uniform is None:
         uniform = draw_uniform(len(logits), logits.device)
     return backend.get_kernel("sample")(
-        contiguous(logits), temperature=temperature, temperatures=contiguous(temperatures), top_k=filters.top_k,
-        top_p=filters.top_p, min_p=filters.min_p, uniform=contiguous(uniform),
+        contiguous(logits), temperature=temperature, temperatures=contiguous(temperatures),
+        uniform=contiguous(uniform), **{name: getattr(filters, name) for name in KERNEL_FILTERS},
     )
 
 
 def has_sample_kernel(backend: Backend, filters: TokenFilters) -> bool:
-    return backend.namespace is not None and backend.filters >= filters.active()
+    return backend.namespace is not None and backend.filters >= active_fields(filters)
 
 
 def sample_torch(
@@ -70,14 +52,14 @@ def sample_torch(
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        probs, ids = filtered_probs(logits, temperature, filters, temperatures)
+        probs, ids = apply_temperature_and_filters(logits, temperature, filters, temperatures)
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.isfinite().all(-1)
     return torch.where(is_finite, tokens, INVALID_TOKEN)
 
 
-def filtered_probs(
+def apply_temperature_and_filters(
     logits: Tensor, temperature: float, filters: TokenFilters, temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
@@ -101,6 +83,13 @@ def filtered_probs(
     if filters.min_p > 0:
         probs = probs.masked_fill(probs < filters.min_p * probs.amax(-1, keepdim=True), 0)
     return probs, ids
+
+
+def compute_probs(logits: Tensor, temperature: float, filters: TokenFilters) -> Tensor:
+    """Returns the distribution [B, V] from which sample draws. temperature must not be 0."""
+    probs, ids = apply_temperature_and_filters(logits, temperature, filters)
+    probs = probs / probs.sum(-1, keepdim=True)
+    return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
 def draw_uniform(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:

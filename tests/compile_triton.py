@@ -27,6 +27,7 @@ from triton.runtime import JITFunction
 
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
+from kernels.schema import TokenFilters
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from kernels.triton.formats import KERNEL_FORMATS, kernel_format
 from layers.attention import LayerCache
@@ -34,7 +35,7 @@ from layers.backend import TRITON_BACKEND
 from layers.experts import ExpertsDown, ExpertsGateUp, route
 from layers.linear import permute_inputs
 from layers.packing import pack_for_triton
-from layers.sampling import TokenFilters, sample
+from layers.sampling import sample
 from scripts.kernel_checks.exact_results import attend, make_linear, make_norm, with_activation
 
 TYPES = {
@@ -213,9 +214,10 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
     attend(torch.zeros(1, 2, (8 + 4) * 64, dtype=dtype), cache, start_pos, 8, TRITON_BACKEND)
     # A key/value head has at most 64 queries. All options are on, because none needs less shared memory.
     norms, sinks = [make_norm(n * 64, dtype) for n in (16, 2)], torch.zeros(16, dtype=dtype)
-    cache = cache._replace(alibi_slopes=torch.zeros(16))
     qkv = torch.zeros(1, 8, (16 + 4) * 64, dtype=dtype)
-    attend(qkv, cache, start_pos, 16, TRITON_BACKEND, 100, *norms, sinks, softcap=50.0)
+    attend(
+        qkv, cache, start_pos, 16, TRITON_BACKEND, 100, *norms, sinks, softcap=50.0, alibi_slopes=torch.zeros(16)
+    )
 
 
 def compile_for(gpu: Gpu):

@@ -23,15 +23,16 @@ import torch
 
 from cli.generate_args import parse_args
 from utils.errors import UsageError
-from engine.sampler import probabilities
 from engine.sampling_params import SamplingParams
-from layers.sampling import TokenFilters
+from kernels.schema import TokenFilters
+from layers.sampling import compute_probs
 from tests.tiny import call_main
 
 
 def test_top_n_sigma():
     logits = torch.tensor([[2.0, 1.0, 0.0, -5.0]])
-    probs = probabilities(logits, SamplingParams(temperature=3.0, top_n_sigma=0.5))  # the deviation is 3.1
+    filters = SamplingParams(temperature=3.0, top_n_sigma=0.5).filters
+    probs = compute_probs(logits, 3.0, filters)  # the deviation is 3.1
     torch.testing.assert_close(probs[0, :2], torch.tensor([2 / 3, 1 / 3]).softmax(-1))
     assert probs[0, 2:].tolist() == [0, 0]
     for wrong in (-1.0, float("inf")):

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from checkpoint import Checkpoint, empty_model
+from config import ModelConfig
 from converters.hf_config import config_from_hf
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationConfig, Unquantized
 from layers.linear import RMSNorm
+from layers.rope import alibi_slopes
 from loading import load_model, quantized_tensor_names
 from model import DTYPES
 from scripts import benchmark
@@ -106,6 +108,12 @@ def test_random_model_is_what_a_checkpoint_would_hold(format, moe, tmp_path):
     assert left_out == ({"lm_head.weight"} if is_tied else set())
     benchmark_speed.save_random_checkpoint(tmp_path / "model.pth", config, torch.float16)
     assert load_model(tmp_path / "model.pth", use_kernels=False).config == config
+
+
+def test_random_model_has_alibis_slopes():
+    config = ModelConfig(64, 2, 6, 2, 16, 48, 97, 64, alibi=True, sinks=True)
+    for layer in benchmark_speed.random_model(config, Unquantized(), CPU, torch.bfloat16).layers:
+        assert torch.equal(layer.attention.alibi_slopes, alibi_slopes(6)) and layer.attention.sinks.isfinite().all()
 
 
 # ---- Speed ----------------------------------------------------------------------------------------------------------

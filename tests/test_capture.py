@@ -12,9 +12,9 @@ import kernels.build
 from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
 from kernels.capture import MAX_CPU_GRAPHS, capture, graph_break, graph_num_threads
-from kernels.schema import CAPTURABLE
+from kernels.schema import CAPTURABLE, MAX_CPU_TOKENS
 from layers.attention import LayerCache
-from layers.backend import CPU_BACKEND, MAX_CPU_TOKENS, TORCH_BACKEND, TRITON_BACKEND
+from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
 from layers.experts import ExpertsDown, ExpertsGateUp, route
 from layers.linear import add
 from layers.rope import rope_table
@@ -103,14 +103,14 @@ def test_every_argument_is_captured(format):
     )
     down = make_linear(dim, 48, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsDown)
     packed(torch.nn.ModuleList([embedding, qkv_proj, head, router, gate_up, down]))
-    tables = rope_table(config, 40), torch.rand(n_heads)
-    caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), *tables) for _ in range(2)]
+    cos_sin, slopes = rope_table(config, 40), torch.rand(n_heads)
+    caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), cos_sin) for _ in range(2)]
 
     def step(tokens, start_pos, cache):
         x = embedding.lookup(tokens, 8.0, torch.float32)
         y = attend(
             qkv_proj(x), cache, start_pos, n_heads, CPU_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
-            softcap=2.0,
+            softcap=2.0, alibi_slopes=slopes,
         )
         x = norm(y, residual=x)
         topk_weights, topk_ids = route(router(x), 2, True, 2, CPU_BACKEND)

@@ -71,7 +71,8 @@ def test_every_spelling_is_the_same_model(family, tmp_path):
     theirs = make_hf(family).bfloat16()
     theirs.save_pretrained(tmp_path)
     config, _, tensors = read_checkpoint(convert(tmp_path))
-    changed = ("gemma", "gemma2", "gemma3", "dbrx", "nemotron", "starcoder2")  # what conversion computes is float32
+    changed = {"gemma", "gemma2", "gemma3", "dbrx", "nemotron", "starcoder2", "nanochat", "olmo"}  # computed in float32
+    changed |= {"phi", "cohere", "cohere2", "stablelm", "stablelm-parallel"}
     wide = {torch.float32} if family in changed else set()
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16} | wide
     named = load_file(tmp_path / "model.safetensors") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
@@ -441,7 +442,7 @@ def test_tinyllamas_give_transformers_logits(tmp_path):
     assert config.tie_embeddings and (config.bos_id, config.eos_ids) == (1, (1,))
 
 
-@pytest.mark.parametrize("family", ["nemotron", "starcoder2"])
+@pytest.mark.parametrize("family", ["nemotron", "starcoder2", "stablelm"])
 def test_the_bias_of_every_norm_is_needed(family, tmp_path):
     make_hf(family).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

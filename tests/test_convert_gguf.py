@@ -63,6 +63,8 @@ QWEN3_YARN = {"rope_parameters": YARN | {"rope_theta": 1e4, "beta_fast": 16.0, "
         ("phi4-mini", {}),
         ("olmo2", {}),
         ("olmo3", {}),
+        ("olmoe", {}),
+        ("exaone4", {"num_hidden_layers": 4, "layer_types": None}),
         ("smollm3", ONE_WITHOUT_ROPE),
         ("granite", {}),
         ("arcee", {}),

@@ -229,6 +229,13 @@ def test_which_baichuan_has_alibi():
         config_from_hf(neither)
 
 
+def test_slopes_stay_float32(tmp_path):
+    model = load_model(write_folder("baichuan 13B", tmp_path), "cpu", torch.bfloat16, use_kernels=False)
+    for layer in model.layers:
+        assert torch.equal(layer.attention.alibi_slopes, alibi_slopes(model.config.n_heads))
+    assert not any("slopes" in name for name in model.state_dict())
+
+
 def test_slopes():
     for n_heads in (1, 2, 3, 6, 8, 12, 32, 40, 64):
-        torch.testing.assert_close(torch.tensor(alibi_slopes(n_heads)), slopes(n_heads))
+        torch.testing.assert_close(alibi_slopes(n_heads), slopes(n_heads))

@@ -66,7 +66,7 @@ def test_config_means_what_it_means_to_transformers(family, changes, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["gemma", "gemma3", "dbrx", "nemotron", "starcoder2"])
+@pytest.mark.parametrize("family", "gemma gemma3 dbrx nemotron starcoder2 stablelm nanochat cohere".split())
 def test_conversion_computes_in_float32(family, dtype, tmp_path):
     """Sums with 16-bit weights are not rounded to 16 bits."""
     make_hf(family).to(dtype).save_pretrained(tmp_path)

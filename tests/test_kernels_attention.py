@@ -1,6 +1,7 @@
 """Attention in C++ and in PyTorch against attention in float64."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -40,12 +41,12 @@ def check_attention(starts, n_tokens, n_heads, cache: LayerCache, window, norms,
     assert torch.equal(cache.v.nan_to_num(9), v.nan_to_num(9))
 
 
-def make_cache(starts, n_kv_heads, length, d, dtype, cos_sin, slopes=None) -> LayerCache:
+def make_cache(starts, n_kv_heads, length, d, dtype, cos_sin) -> LayerCache:
     """starts: how many tokens each sequence has in the cache"""
     k, v = torch.randn(2, len(starts), n_kv_heads, length, d).to(dtype).unbind()
     for b, start in enumerate(starts):
         k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
-    return LayerCache(k, v, cos_sin, slopes)
+    return LayerCache(k, v, cos_sin)
 
 
 @built
@@ -91,13 +92,13 @@ def test_attention_sinks_scale_softcap(n_heads, n_kv_heads, d, norm, dtype):
     norms = [None, None] if widths is None else [make_norm(width, dtype) for width in widths]
     sinks = (torch.randn(n_heads) * 4 + 2).to(dtype)
     sinks[:2] = torch.tensor([-200, 200])
-    slopes = torch.tensor(alibi_slopes(n_heads))
-    for window, options, alibi in [
-        (0, {"sinks": sinks}, None), (0, {"scale": 0.3}, None), (7, {"softcap": 2.0}, None), (0, {}, slopes),
-        (300, {"sinks": sinks, "scale": 0.3, "softcap": 5.0}, slopes),
+    alibi = {"alibi_slopes": alibi_slopes(n_heads)}
+    for window, options in [
+        (0, {"sinks": sinks}), (0, {"scale": 0.3}), (7, {"softcap": 2.0}), (0, alibi),
+        (300, {"sinks": sinks, "scale": 0.3, "softcap": 5.0} | alibi),
     ]:
         for tokens, starts in [(1, [0]), (1, [255, 3, 639]), (4, [3, 510])]:
-            cache = make_cache(starts, n_kv_heads, 640, d, dtype, cos_sin, alibi)
+            cache = make_cache(starts, n_kv_heads, 640, d, dtype, cos_sin)
             check_attention(starts, tokens, n_heads, cache, window, norms, **options)
 
 
@@ -133,15 +134,15 @@ def test_attention_of_a_prompt(n_heads, n_kv_heads, d, dtype):
     """The kernel for prefill, for more tokens than a step has."""
     torch.manual_seed(0)
     cos_sin = rope_table(ModelConfig(64, 1, n_heads, n_kv_heads, d, 64, 64, 1024), 400)
-    slopes, sinks = torch.tensor(alibi_slopes(n_heads)), (torch.randn(n_heads) * 4 + 2).to(dtype)
+    alibi, sinks = {"alibi_slopes": alibi_slopes(n_heads)}, (torch.randn(n_heads) * 4 + 2).to(dtype)
     sinks[:2] = torch.tensor([-200, 200])
-    everything = {"sinks": sinks, "scale": 0.3, "softcap": 5.0}
+    everything = {"sinks": sinks, "scale": 0.3, "softcap": 5.0} | alibi
     norms = [make_norm(n_heads * d, dtype), make_norm(n_kv_heads * d, dtype)]
-    for tokens, starts, window, alibi, options in [
-        (65, [0], 0, None, {}), (200, [131], 0, None, {}), (33, [0, 367], 0, None, {}), (130, [7], 1, None, {}),
-        (90, [200, 0, 3], 70, None, {}), (150, [0], 0, slopes, {}), (66, [64], 5, slopes, everything),
+    for tokens, starts, window, options in [
+        (65, [0], 0, {}), (200, [131], 0, {}), (33, [0, 367], 0, {}), (130, [7], 1, {}),
+        (90, [200, 0, 3], 70, {}), (150, [0], 0, alibi), (66, [64], 5, everything),
     ]:
-        cache = make_cache(starts, n_kv_heads, 400, d, dtype, cos_sin, alibi)
+        cache = make_cache(starts, n_kv_heads, 400, d, dtype, cos_sin)
         check_attention(starts, tokens, n_heads, cache, window, norms, **options)
 
 
@@ -163,14 +164,13 @@ def test_attention_reference_sinks_scale_softcap():
     torch.manual_seed(0)
     cos_sin = rope_table(ModelConfig(64, 1, 6, 2, 16, 64, 64, 1024), 64)
     norms = [make_norm(6 * 16, torch.float32), make_norm(2 * 16, torch.float32)]
-    slopes, everything = torch.tensor(alibi_slopes(6)), {"sinks": torch.randn(6), "scale": 0.3, "softcap": 2.0}
-    for options, alibi in [
-        ({"scale": 0.3}, None), ({"sinks": torch.randn(6)}, None), ({}, slopes), (everything, slopes),
-    ]:
+    alibi = {"alibi_slopes": alibi_slopes(6)}
+    everything = {"sinks": torch.randn(6), "scale": 0.3, "softcap": 2.0} | alibi
+    for options in ({"scale": 0.3}, {"sinks": torch.randn(6)}, alibi, everything):
         for tokens, starts, window in [(1, [5, 63], 0), (20, [0, 0], 6), (64, [0], 100)]:
             start_pos, qkv = torch.tensor(starts), torch.randn(len(starts), tokens, 10 * 16)
             k, v = torch.randn(2, len(starts), 2, 64, 16).unbind()
-            cache = LayerCache(k, v, cos_sin, alibi)
+            cache = LayerCache(k, v, cos_sin)
             y, bound = exact_attention(qkv, cache, start_pos, 6, window, norms, factor=torch.float32, **options)
             ours = attend(qkv, cache, start_pos, 6, TORCH_BACKEND, window, *norms, **options)
             bounds.check(ours, y, bound + 4 * bounds.U[torch.float32] * v.double().abs().max())
@@ -199,18 +199,21 @@ def test_tokens_beyond_the_cache_are_refused():
             )
     for slopes in (torch.zeros(3), torch.zeros(4).half()):
         with pytest.raises(RuntimeError, match="slopes"):
-            with_slopes = cache._replace(alibi_slopes=slopes)
-            attend(torch.randn(1, 1, 128), with_slopes, torch.zeros(1, dtype=torch.long), 4, CPU_BACKEND)
+            attend(
+                torch.randn(1, 1, 128), cache, torch.zeros(1, dtype=torch.long), 4, CPU_BACKEND, alibi_slopes=slopes
+            )
 
 
-def test_which_options_sdpa_can_compute():
-    """SDPA would silently ignore the other options. A new field of AttentionParams: decide here whether SDPA can
-    compute it."""
-    weight, cache = torch.ones(16), LayerCache(*torch.zeros(3, 1, 2, 8, 16))
-    can = {"n_heads": 4, "scale": 0.3, "window": 5, "q_norm_weight": weight, "k_norm_weight": weight, "eps": 1e-6}
-    cannot = {"softcap": 2.0, "sinks": torch.zeros(4)}
-    assert can.keys() | cannot.keys() == {*AttentionParams._fields}
-    params = AttentionParams(n_heads=2, scale=0.25)
-    for name, value in (can | cannot).items():
-        assert is_sdpa_compatible(params._replace(**{name: value}), cache) == (name in can)
-    assert not is_sdpa_compatible(params, cache._replace(alibi_slopes=torch.ones(2)))
+def test_sdpa_computes_no_option_that_it_lacks():
+    """SDPA would ignore the option, also a new one, without an error."""
+    class MoreParams(NamedTuple):
+        n_heads: int
+        sinks: torch.Tensor | None = None
+        temperature_scale: float = 1.0
+
+    assert is_sdpa_compatible(MoreParams(2)) and is_sdpa_compatible(MoreParams(4, temperature_scale=1.0))
+    assert not is_sdpa_compatible(MoreParams(2, temperature_scale=0.9))
+    params, weight = AttentionParams(n_heads=2, scale=0.25), torch.ones(16)
+    assert is_sdpa_compatible(params._replace(window=5, q_norm_weight=weight, k_norm_weight=weight, eps=1e-6))
+    for option in ({"softcap": 2.0}, {"sinks": torch.zeros(2)}, {"alibi_slopes": torch.zeros(2)}):
+        assert not is_sdpa_compatible(params._replace(**option))

@@ -21,10 +21,10 @@ from formats import FORMATS, Int4, Int8, Unquantized
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
 from formats.triton_layouts import pack_tiles
-from kernels.schema import MAX_CPU_TOKENS, SCHEMAS, SWIGLU_ALPHA, SWIGLU_LIMIT
-from kernels.triton import heads, weights
+from kernels.schema import INVALID_TOKEN, MAX_CPU_TOKENS, SCHEMAS, SMALLEST_TEMPERATURE, SWIGLU_ALPHA, SWIGLU_LIMIT
+from kernels.triton import weights
 from kernels.triton.elements import magic_number_for
-from layers import aten, backend, packing
+from layers import aten, packing
 from layers.experts import ExpertsDown
 from layers.linear import FUSED_GLU_MULTIPLE
 from layers.packing import pack_weights
@@ -72,12 +72,15 @@ def test_a_format_without_cpp_code():
 
 def test_cpp_has_pythons_numbers():
     """Sources have these numbers only by name, and a library with other numbers has another name in the cache."""
-    weights_h, activation_h = ((kernels.build.SOURCES / name).read_text() for name in ("weights.h", "activation.h"))
+    headers = ("weights.h", "activation.h", "sampling.h")
+    weights_h, activation_h, sampling_h = ((kernels.build.SOURCES / name).read_text() for name in headers)
     sizes = {"MAX_CPU_TOKENS": MAX_CPU_TOKENS, "BLOCK_N": CPU_BLOCK_N, "ACT_GROUP_SIZE": ACT_GROUP_SIZE}
     parameters = {"SWIGLU_ALPHA": SWIGLU_ALPHA, "SWIGLU_LIMIT": SWIGLU_LIMIT}
+    sampling = {"INVALID_TOKEN": INVALID_TOKEN, "SMALLEST_TEMPERATURE": SMALLEST_TEMPERATURE}
     assert all(f"constexpr int64_t {name} = GPTFAST_{name};" in weights_h for name in sizes)
     assert all(f"constexpr float {name} = GPTFAST_{name};" in activation_h for name in parameters)
-    for name, ours in (sizes | parameters).items():
+    assert all(f" {name} = GPTFAST_{name};" in sampling_h for name in sampling)
+    for name, ours in (sizes | parameters | sampling).items():
         assert f"-DGPTFAST_{name}={ours}" in kernels.build.compiler_flags()
 
 
@@ -100,7 +103,7 @@ def test_functions_take_the_arguments_of_the_schemas():
     changes = [
         ("double softcap, double clip", "double clip, double softcap"),
         ("int64_t k, ScalarType dtype", "double k, ScalarType dtype"),
-        ("double min_p,\n              OptTensor uniform)", "double min_p)"),
+        ("double top_p, double min_p)", "double top_p)"),
     ]
     for change in changes:
         assert change[0] in ops_cpp
@@ -301,7 +304,6 @@ def test_every_check_says_what_is_wrong():
 def test_sizes_are_the_same_in_all_languages():
     """Numbers that Python and Triton each define are equal."""
     assert FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
-    assert heads.BLOCK_T.value == backend.MAX_TRITON_QUERY_LEN
     for dtype in (torch.bfloat16, torch.float16):
         halves = torch.tensor([magic_number_for(dtype)], dtype=torch.int32).view(dtype).tolist()
         assert halves == 2 * [MAGIC_BIASES[dtype]]

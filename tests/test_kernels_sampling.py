@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import kernels.build
+from kernels.schema import TokenFilters
 from layers.backend import CPU_BACKEND, TORCH_BACKEND
-from layers.sampling import TokenFilters, sample
+from layers.sampling import sample
 from scripts.kernel_checks.exact_results import kept_tokens
 from tests.cpu_kernels import built
 

@@ -66,7 +66,7 @@ def test_embedding_scale_is_rounded(dtype):
         assert (model.embed(torch.tensor([[3]])) == rounded).all()
 
 
-WITH_WINDOWS = ["mistral-window", "gemma2", "gemma3", "phi4-mini", "olmo3", "gpt-oss", "starcoder2"]
+WITH_WINDOWS = "mistral-window gemma2 gemma3 phi4-mini olmo3 gpt-oss starcoder2 cohere2 exaone4".split()
 
 
 @pytest.mark.parametrize("use_kernels", [True, False], ids=["kernels", "PyTorch"])
@@ -262,6 +262,11 @@ WRONG = [
     ("starcoder2", {"hidden_act": "relu2"}, "hidden_act = 'relu2' is not supported$"),
     ("nemotron", {"norm_eps": 0}, "norm_eps must be a positive number, not 0"),
     ("starcoder2", {"hidden_act": "gelu"}, "^config.json: hidden_act = 'gelu' is not supported$"),
+    ("phi", {"hidden_act": "gelu"}, "^config.json: hidden_act = 'gelu' is not supported$"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm = True is not supported"),
+    ("cohere", {"use_qk_norm": True}, "use_qk_norm = True is not supported"),
+    ("exaone4", {"layer_types": None, "sliding_window_pattern": "LLG"}, "sliding_window_pattern 'LLG' is no number"),
+    ("nanochat", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
     ("dbrx", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
     ("dbrx", {"attn_config": {"clip_qkv": -1}}, "clip_qkv must be a positive number"),
     ("dbrx", {"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "ffn_act_fn = {'name': 'gelu'} is not supported"),

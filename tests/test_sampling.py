@@ -10,14 +10,15 @@ from transformers.generation import logits_process as hf
 
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
-from engine.sampler import probabilities, seen_token_mask, store_token_ids
+from engine.sampler import seen_token_mask, store_token_ids
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculate import NgramProposer, SpeculativeLoop
+from kernels.schema import INVALID_TOKEN, TokenFilters, active_fields
 from layers import sampling
 from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
-from layers.sampling import INVALID_TOKEN, TokenFilters, has_sample_kernel
+from layers.sampling import compute_probs, has_sample_kernel
 from model import KVCache
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
@@ -85,7 +86,8 @@ def test_distribution_equals_transformers(params):
         (params.min_p, hf.MinPLogitsWarper),
     ]:
         expected = expected if value is None else warper(value)(None, expected)
-    torch.testing.assert_close(probabilities(logits, params), expected.softmax(-1))
+    ours = compute_probs(logits, params.temperature, params.filters)
+    torch.testing.assert_close(ours, expected.softmax(-1))
 
 
 def test_repetition_penalty_equals_transformers(both_models):
@@ -156,7 +158,7 @@ def test_a_cache_holds_the_tokens_of_the_text(both_models, data):
 
 
 def sorted_distribution(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Returns the probabilities that top_p leaves, found by sorting. All sums are float32, as in probabilities. With
+    """Returns the probabilities that top_p leaves, found by sorting. All sums are float32, as in compute_probs. With
     float64, as in kept_tokens, other tokens would remain where a sum is close to top_p."""
     probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = torch.nn.functional.pad(probs.cumsum(-1)[:, :-1], (1, 0))
@@ -171,7 +173,7 @@ def test_top_p_equals_sorting(vocab_size, top_p):
     noise = 3 * torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
     for logits in (noise, 3 * noise, noise.round(), (noise > 2).float(), torch.zeros(3, vocab_size)):
         expected = sorted_distribution(logits, top_p)
-        ours = probabilities(logits, SamplingParams(1.0, top_p=top_p))
+        ours = compute_probs(logits, 1.0, TokenFilters(top_p=top_p))
         assert torch.equal(ours > 0, expected > 0)
         torch.testing.assert_close(ours, expected, atol=0, rtol=1e-5)
 
@@ -179,7 +181,7 @@ def test_top_p_equals_sorting(vocab_size, top_p):
 def test_top_p_compiled():
     """A compiled sampler, which sorts as on a GPU so that the host need not wait, gives the same distribution."""
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
-    ours = torch.compile(probabilities, fullgraph=True)(logits, SamplingParams(1.0, top_p=0.7))
+    ours = torch.compile(compute_probs, fullgraph=True)(logits, 1.0, TokenFilters(top_p=0.7))
     torch.testing.assert_close(ours, sorted_distribution(logits, 0.7))
 
 
@@ -190,7 +192,7 @@ def test_options_that_change_nothing_are_off():
     assert params == SamplingParams(0.8, repetition_penalty=1.1) and params.filters == TokenFilters()
     for options in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
         assert SamplingParams(0.8, **options).filters == TokenFilters(**options)
-        assert TokenFilters(**options).active() == {*options}
+        assert active_fields(TokenFilters(**options)) == {*options}
         assert SamplingParams(0.0, **options).filters == TokenFilters()
 
 
@@ -206,7 +208,6 @@ def test_no_kernel_draws_with_an_option_that_it_does_not_take():
     class MoreFilters(NamedTuple):
         top_p: float = 1.0
         top_n_sigma: float = 0.0
-        active = TokenFilters.active
 
     for backend in (CPU_BACKEND, TRITON_BACKEND):
         assert has_sample_kernel(backend, MoreFilters(top_p=0.9))

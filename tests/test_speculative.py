@@ -11,7 +11,7 @@ import quantize
 from engine import speculate as speculate_module
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
-from engine.sampler import Sampler, probabilities
+from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
 from engine.speculate import (
     DraftModelProposer,
@@ -23,6 +23,7 @@ from engine.speculate import (
     rejection_sample,
 )
 from layers.backend import TORCH_BACKEND
+from layers.sampling import compute_probs
 from loading import load_model
 from model import KVCache
 from tests.tiny import FAMILIES, call_main, convert, make_hf, to_ours
@@ -134,7 +135,7 @@ def toy_logits(seed: int, never: int | None = None) -> torch.Tensor:
 
 
 def toy_probs(table: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    return probabilities(table.flatten(0, 1), params).view_as(table)
+    return compute_probs(table.flatten(0, 1), params.temperature, params.filters).view_as(table)
 
 
 class ToyRunner:
@@ -192,7 +193,7 @@ def test_sampled_tokens_have_the_models_distribution(draft, params, samples):
         n_speculated += len(loop.n_tokens_per_step) < 3
     assert n_speculated > samples // 20  # speculation took part
 
-    probs = probabilities(table.flatten(0, 1), params).view_as(table)
+    probs = toy_probs(table, params)
     p = torch.zeros(V, V, V)
     for a, b in itertools.product(range(V), repeat=2):
         p[a, b] = probs[0, 1, a] * probs[1, a, b] * probs[a, b]

@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 from config import ModelConfig
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.triton_layouts import pack_tiles
+from kernels.schema import TokenFilters
 from kernels.triton import (  # noqa: F401  (some register operations)
     TRITON_ACTIVATIONS,
     attention,
@@ -35,7 +36,7 @@ from layers.experts import ExpertsDown, route
 from layers.linear import LinearBase
 from layers.packing import pack_for_triton
 from layers.rope import rope_table
-from layers.sampling import TokenFilters, sample
+from layers.sampling import sample
 from model import DTYPES, KVCache
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.all_checks import all_checks, interpreter_sizes, name_of

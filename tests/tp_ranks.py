@@ -53,6 +53,7 @@ CASES = {
     "gpt-oss": ("gpt-oss", {}, [], (2,)),
     "qwen2-moe": ("qwen2-moe", {}, [], (2,)),
     "dbrx": ("dbrx", {}, [], (2,)),
+    "parallel blocks": ("cohere", {}, [], (2,)),
     "no gate": ("starcoder2", {}, [], (2,)),
     "int8 no gate": ("arcee", {}, ["int8"], (2, 4)),
     "alibi": ("baichuan 13B", {}, [], (2,)),

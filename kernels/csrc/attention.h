@@ -141,7 +141,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
 
   const T* sinks;             // [n_heads] or null
   const float* alibi_slopes;  // [n_heads] or null
-  float scale, softcap;       // a softcap of 0 changes nothing
+  ScoreMod score_mod;         // of all heads, without their slopes
   int64_t window;             // how many keys a token sees, including the key of the token; 0 means all
   T* out;                     // [batch, n_tokens, n_heads, head_dim]
 
@@ -244,7 +244,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     for (int64_t i = 0; i < queries.count; i++) {
       float* s = scores + i * split_len();
       const T* next = is_first ? v + n * i / queries.count * d : nullptr;  // each query prefetches n / count values
-      const ScoreMod mod = score_mod(queries.first_head + i);
+      const ScoreMod mod = score_mod_of(queries.first_head + i);
       const float m_i = LOG2_E * score_keys<D>(q + i * d, k, n, d, mod, begin - position, s, next, queries.count);
       const float l_i = exponentiate(s, n, LOG2_E, m_i, [&](f32x16 p, int64_t key) { store_vec(p, s + key); });
       shared.softmax[queries.index + i] = {m_i, l_i};
@@ -283,7 +283,11 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
 
   // ---- Scores ----
 
-  ScoreMod score_mod(int64_t head) const { return {scale, softcap, alibi_slopes ? alibi_slopes[head] : 0}; }
+  ScoreMod score_mod_of(int64_t head) const {
+    ScoreMod mod = score_mod;
+    if (alibi_slopes) mod.slope = alibi_slopes[head];
+    return mod;
+  }
   float sink(int64_t head) const { return sinks ? to_float(sinks[head]) : NEGATIVE_INFINITY; }
 
   // ---- Splits ----

@@ -254,9 +254,9 @@ Tensor rope_and_cache(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cac
   return q;
 }
 
-Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor cos_sin, OptTensor alibi_slopes,
-              int64_t n_heads, double scale, int64_t window, double softcap, OptTensor q_norm_weight,
-              OptTensor k_norm_weight, double eps, OptTensor sinks) {
+Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tensor cos_sin, int64_t n_heads,
+              double scale, int64_t window, double softcap, OptTensor q_norm_weight, OptTensor k_norm_weight,
+              double eps, OptTensor sinks, OptTensor alibi_slopes) {
   const int64_t batch = k_cache.size(0), d = k_cache.size(3);
   const int64_t m = check_rows(qkv, qkv_width(k_cache, n_heads),
                                {k_cache, v_cache, q_norm_weight, k_norm_weight, sinks});
@@ -268,7 +268,7 @@ Tensor attend(Tensor qkv, Tensor start_pos, Tensor k_cache, Tensor v_cache, Tens
     AttendOp<T> op{rope_and_cache_op<T>(qkv, start_pos, k_cache, v_cache, cos_sin, n_heads, q_norm_weight,
                                         k_norm_weight, eps)};
     op.sinks = ptr<T>(sinks), op.alibi_slopes = ptr<float>(alibi_slopes);
-    op.scale = float(scale), op.softcap = float(softcap), op.window = window;
+    op.score_mod = {.scale = float(scale), .softcap = float(softcap)}, op.window = window;
     op.out = mutable_ptr<T>(out);
     if (m <= MAX_CPU_TOKENS) submit(op);
     else submit(PrefillAttendOp<T>{op});
@@ -325,8 +325,8 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
   return out;
 }
 
-Tensor sample(Tensor logits, double temperature, OptTensor temperatures, int64_t top_k, double top_p, double min_p,
-              OptTensor uniform) {
+Tensor sample(Tensor logits, double temperature, OptTensor temperatures, OptTensor uniform, int64_t top_k,
+              double top_p, double min_p) {
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && logits.dim() == 2 &&
                   logits.numel() > 0, "logits must be float32 [B, V]");
   const int64_t m = logits.size(0);
@@ -338,8 +338,9 @@ Tensor sample(Tensor logits, double temperature, OptTensor temperatures, int64_t
   STD_TORCH_CHECK(top_k >= 0 && top_p > 0 && min_p >= 0 && min_p <= 1, "top_k, top_p or min_p is out of range");
   Tensor tokens = torch::stable::new_empty(logits, Sizes{m}, ScalarType::Long);
   submit(SampleOp{.logits = ptr<float>(logits), .m = m, .n = logits.size(1), .uniform = ptr<double>(uniform),
-                  .temperatures = ptr<float>(temperatures), .temperature = float(temperature), .top_k = top_k,
-                  .top_p = top_p, .min_p = float(min_p), .tokens = mutable_ptr<int64_t>(tokens)});
+                  .temperatures = ptr<float>(temperatures), .temperature = float(temperature),
+                  .filters = {.top_k = top_k, .top_p = top_p, .min_p = float(min_p)},
+                  .tokens = mutable_ptr<int64_t>(tokens)});
   return tokens;
 }
 

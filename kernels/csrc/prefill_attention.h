@@ -157,7 +157,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   bool is_scale_only(int64_t kv_head) const {
     for (int64_t h = 0; h < heads_per_kv_head(); h++)
-      if (!this->score_mod(kv_head * heads_per_kv_head() + h).is_scale_only()) return false;
+      if (!this->score_mod_of(kv_head * heads_per_kv_head() + h).is_scale_only()) return false;
     return true;
   }
 
@@ -197,10 +197,10 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
 
   // Scores [KEY_TILE] are q k^T, or what modify_scores makes of q k^T. score * exponent_scale is the exponent of a
   // softmax with base 2. SoftmaxState::m_i is the maximum of these exponents.
-  float exponent_scale(const Rows& rows) const { return LOG2_E * (rows.is_scale_only ? this->scale : 1.0f); }
+  float exponent_scale(const Rows& rows) const { return LOG2_E * (rows.is_scale_only ? this->score_mod.scale : 1.0f); }
 
   void modify_scores(const Rows& rows, int64_t row, int64_t key, float* scores) const {
-    const ScoreMod mod = this->score_mod(head(rows, std::min(row, rows.n_rows - 1)));
+    const ScoreMod mod = this->score_mod_of(head(rows, std::min(row, rows.n_rows - 1)));
     const float distance = key - position(rows, row);  // of the tile's first key
     for (int64_t i = 0; i < KEY_TILE; i += LANES)
       store_vec(apply_score_mod(load_vec(scores + i), mod, IOTA + (distance + i)), scores + i);

@@ -8,26 +8,34 @@
 
 #include "op_list.h"
 
+// Both are explained in kernels/schema.py
+constexpr int64_t INVALID_TOKEN = GPTFAST_INVALID_TOKEN;
+constexpr float SMALLEST_TEMPERATURE = GPTFAST_SMALLEST_TEMPERATURE;
+
+// The options that exclude tokens
+struct TokenFilters {
+  int64_t top_k;  // 0 means all
+  double top_p;   // 1 means all
+  float min_p;
+};
+
 // Computes tokens [m] from logits [m, n]. Without uniform, SampleOp takes the likeliest token, or the first of tied
-// tokens. With uniform, SampleOp draws a token by exp(logit / temperature) among the tokens that top_k, top_p and min_p
-// keep. If a logit is not finite, the token is -1.
+// tokens. With uniform, SampleOp draws a token by exp(logit / temperature) among the tokens that filters keep. If a
+// logit is not finite, the token is INVALID_TOKEN.
 struct SampleOp {
   const float* logits;
   int64_t m, n;
   const double* uniform;      // [m], random numbers in [0, 1), or null
   const float* temperatures;  // [m], or null: all rows have temperature
   float temperature;
-  int64_t top_k;  // 0 means all
-  double top_p;   // 1 means all
-  float min_p;
+  TokenFilters filters;
   int64_t* tokens;
 
   // The vocabulary is cut into N_PARTS parts. A part begins at a multiple of LANES.
   static constexpr int64_t N_PARTS = 32;
-  static constexpr int64_t BLOCK = 16 * LANES;  // weights that are added up in float; double adds up the blocks
-  static constexpr int64_t MAX_COPIED = 1024;   // a multiple of LANES
-  static constexpr uint32_t MAX_STEP = 8 << 23;          // 8 in the exponent of a float: a factor of 2^8
-  static constexpr float SMALLEST_TEMPERATURE = 1e-30f;  // a smaller divisor could round to 0
+  static constexpr int64_t BLOCK = 16 * LANES;   // weights that are added up in float; double adds up the blocks
+  static constexpr int64_t MAX_COPIED = 1024;    // a multiple of LANES
+  static constexpr uint32_t MAX_STEP = 8 << 23;  // 8 in the exponent of a float: a factor of 2^8
 
   Range part_range(int64_t part) const {
     const Range vecs = split_range(part, N_PARTS, divide_up(n, LANES));
@@ -55,7 +63,8 @@ struct SampleOp {
     const Range rows = thread_range(m);
     for (int64_t row = rows.begin; row < rows.end; row++) {
       const float* row_largest = largest + row * N_PARTS;
-      if (std::any_of(row_largest, row_largest + N_PARTS, [](float x) { return std::isnan(x); })) tokens[row] = -1;
+      const bool is_finite = std::none_of(row_largest, row_largest + N_PARTS, [](float x) { return std::isnan(x); });
+      if (!is_finite) tokens[row] = INVALID_TOKEN;
       else if (uniform) tokens[row] = draw(weights + row * padded_n(), uniform[row]);
       else tokens[row] = likeliest(logits + row * n, row_largest);
     }
@@ -176,18 +185,25 @@ struct SampleOp {
     return low;
   }
 
+  // Returns t such that the filters keep the tokens {weight > t} of weights [padded_n]. As find_threshold does, makes
+  // some weights 0.
+  float apply_filters(float* weights) const {
+    const int64_t size = padded_n();
+    float threshold = 0;
+    if (filters.top_k && filters.top_k < n)
+      threshold = find_threshold(threshold, weights, size, [&](const Sum& s) { return s.n_tokens >= filters.top_k; });
+    if (filters.top_p < 1) {
+      const double enough = filters.top_p * sum_above(threshold, weights, size).weight;
+      threshold = find_threshold(threshold, weights, size, [&](const Sum& s) { return s.weight >= enough; });
+    }
+    return std::max(threshold, std::nextafter(filters.min_p, 0.0f));
+  }
+
   // Draws a token by weights [padded_n], and overwrites some weights. Inverse transform sampling: draw takes the first
   // token at which the cumulative sum exceeds uniform times the sum of all weights.
   int64_t draw(float* weights, double uniform) const {
     const int64_t size = padded_n();
-    float threshold = 0;
-    if (top_k && top_k < n)
-      threshold = find_threshold(threshold, weights, size, [&](const Sum& s) { return s.n_tokens >= top_k; });
-    if (top_p < 1) {
-      const double enough = top_p * sum_above(threshold, weights, size).weight;
-      threshold = find_threshold(threshold, weights, size, [&](const Sum& s) { return s.weight >= enough; });
-    }
-    threshold = std::max(threshold, std::nextafter(min_p, 0.0f));
+    const float threshold = apply_filters(weights);
     constexpr double LARGEST = 1 - std::numeric_limits<double>::epsilon();  // a random number may be rounded to 1
     const double target = std::min(uniform, LARGEST) * sum_above(threshold, weights, size).weight;
     double sum = 0;

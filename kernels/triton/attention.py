@@ -281,11 +281,11 @@ def combine_splits(
 
 @register_triton
 def attend(
-    qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos_sin: Tensor, alibi_slopes: Tensor | None,
-    **params,
+    qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos_sin: Tensor, **params
 ) -> Tensor:
     """Attends from T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The first new token is at
-    start_pos [B]. T may be up to 16 and T H / G up to 64, since a program holds all queries of a key/value head.
+    start_pos [B]. T may be up to MAX_TRITON_QUERY_LEN and T H / G up to MAX_TRITON_QUERIES, since a program holds all
+    queries of a key/value head.
 
     k_cache, v_cache: [B, G, S, D], the keys and values of earlier tokens. attend writes the keys and values of the new
     tokens. Both may be views of longer caches; attend reads and writes nothing beyond S.
@@ -310,7 +310,7 @@ def attend(
         qkv_ptr=qkv, start_pos_ptr=start_pos, cos_sin_ptr=cos_sin,
         cache=Cache(k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), S=max_seq_len),
         norms=HeadNorms(q_norm_weight, k_norm_weight, params.eps),
-        sinks_ptr=params.sinks, alibi_slopes_ptr=alibi_slopes, out_ptr=out, results=results,
+        sinks_ptr=params.sinks, alibi_slopes_ptr=params.alibi_slopes, out_ptr=out, results=results,
         qk_scale=LOG2_E.value * params.scale, qk_softcap=LOG2_E.value * softcap if softcap else None, T=n_tokens,
         HEADS=HeadLayout(
             n_heads, n_kv_heads, HEADS_PER_KV_HEAD=n_heads // n_kv_heads, D=head_dim, TOKEN_STRIDE=qkv.shape[-1],

@@ -16,7 +16,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-BLOCK_T = tl.constexpr(16)  # layers/backend.py: MAX_TRITON_QUERY_LEN; tl.dot needs at least 16
+from kernels.schema import MAX_TRITON_QUERY_LEN
+
+BLOCK_T = tl.constexpr(MAX_TRITON_QUERY_LEN)  # tl.dot needs at least 16
 
 
 class HeadLayout(NamedTuple):

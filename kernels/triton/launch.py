@@ -48,13 +48,14 @@ import triton.language as tl
 from torch import Tensor
 
 from formats import Unquantized
+from kernels.schema import MAX_TRITON_TOKENS
 from kernels.triton.formats import kernel_format
 
 TUNED = Path(__file__).with_name("tuned.json")
 # The n of mma.m16n8k16, an instruction of NVIDIA's tensor cores: 8 tokens cost as much as one. So the tile sizes that
 # were measured for one token hold for 8.
 MMA_N = 8
-N_SEMAPHORES = 2**14  # 64 tokens (layers/backend.py: MAX_TRITON_TOKENS) with 256 key/value heads
+N_SEMAPHORES = 256 * MAX_TRITON_TOKENS  # of attention, with at most 256 key/value heads
 
 
 class Gpu(NamedTuple):

@@ -26,13 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.schema import empty_sample, register_triton
+from kernels import schema
+from kernels.schema import TRITON_FILTERS, TokenFilters, active_fields, empty_sample, register_triton
 from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
 TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel. One program may go through all tokens
-# A smaller divisor could round to 0, and a larger factor could make scores infinite.
-SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = tl.constexpr(1e-30), tl.constexpr(1e30)
+INVALID_TOKEN = tl.constexpr(schema.INVALID_TOKEN)
+SMALLEST_TEMPERATURE = tl.constexpr(schema.SMALLEST_TEMPERATURE)
+LARGEST_TEMPERATURE = tl.constexpr(1e30)  # a larger factor could make scores infinite
 SEEDS = tl.constexpr(2.0**53)  # float64 has 53 bits, so a uniform random number in [0, 1) has at most as many values
 SMALL_UNIFORM = tl.constexpr(2.0**-6)  # below, gumbel_noise computes -log(1 - u) by its Taylor series
 
@@ -57,7 +59,7 @@ def sample_kernel(
 ):
     """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
     The last program of a sequence to finish finds the best token of all blocks. A non-finite logit gets the score +inf
-    and the token -1, so it wins the argmax and the row returns -1.
+    and INVALID_TOKEN, so it wins the argmax.
 
     sums: for each sequence the largest logit, and the sum of the weights exp((logit - largest logit) / temperature)."""
     pdl_wait(USE_PDL, TRIGGER_EARLY)
@@ -71,7 +73,7 @@ def sample_kernel(
     is_finite = tl.abs(logits) < float("inf")  # false for NaN, too
     scores = tl.where(is_finite, scores, float("inf"))
     best_score, best_index = tl.max(scores, axis=0), tl.argmax(scores, axis=0)
-    best_token = tl.where(best_score == float("inf"), -1, block * BLOCK_V + best_index)
+    best_token = tl.where(best_score == float("inf"), INVALID_TOKEN, block * BLOCK_V + best_index)
 
     tl.store(results.scores_ptr + sequence * N_BLOCKS + block, best_score)
     tl.store(results.tokens_ptr + sequence * N_BLOCKS + block, best_token)
@@ -151,7 +153,7 @@ def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.co
 def top_p_min_p_kernel(
     logits_ptr, uniform_ptr, tokens_ptr, sums_ptr,  # [B, V], [B], [B], [2, B]
     block_above_ptr, semaphores_ptr,  # [B, N_BLOCKS], [B]
-    temperature, temperatures_ptr, top_p, min_p, V,  # temperatures: [B] or None
+    temperature, temperatures_ptr, filters, V,  # a number, [B] or None, TokenFilters, a number
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
@@ -162,10 +164,10 @@ def top_p_min_p_kernel(
     block, sequence = tl.program_id(0), tl.program_id(1)
     row_logits_ptr = logits_ptr + sequence * V
     temperature, seed = load_temperature(temperature, temperatures_ptr, sequence), load_seed(uniform_ptr, sequence)
-    candidate = tl.load(tokens_ptr + sequence).to(tl.int32)  # -1 if a logit is not finite
+    candidate = tl.load(tokens_ptr + sequence).to(tl.int32)  # or INVALID_TOKEN
     threshold = tl.load(row_logits_ptr + tl.maximum(candidate, 0))
     largest = tl.load(sums_ptr + sequence)
-    enough = tl.load(sums_ptr + tl.num_programs(1) + sequence) * top_p
+    enough = tl.load(sums_ptr + tl.num_programs(1) + sequence) * filters.top_p
 
     weights = likelier_weights(row_logits_ptr, block, threshold, candidate, largest, temperature, V, BLOCK_V)
     tl.store(block_above_ptr + sequence * N_BLOCKS + block, tl.sum(weights, axis=0))
@@ -173,7 +175,9 @@ def top_p_min_p_kernel(
         index = tl.arange(0, N_BLOCKS_PADDED)
         block_above_ptrs = block_above_ptr + sequence * N_BLOCKS + index
         above = tl.sum(tl.load(block_above_ptrs, mask=index < N_BLOCKS, other=0.0, cache_modifier=".cg"), axis=0)
-        while (candidate >= 0) & is_excluded(above, enough, top_p, tl.exp((threshold - largest) / temperature), min_p):
+        while (candidate != INVALID_TOKEN) & is_excluded(
+            above, enough, tl.exp((threshold - largest) / temperature), filters
+        ):
             candidate = best_of_likelier(
                 row_logits_ptr, seed, threshold, candidate, temperature, V, BLOCK_V, N_BLOCKS
             )
@@ -202,10 +206,10 @@ def is_likelier(logits, token, threshold, candidate):
 
 
 @triton.jit
-def is_excluded(above, enough, top_p, weight, min_p):
+def is_excluded(above, enough, weight, filters):
     """Whether top_p or min_p excludes a token. above is the sum of the weights of all likelier tokens: 0 for the
     likeliest token, which is never excluded. weight is the token's weight. The likeliest token has the weight 1."""
-    return (above > 0) & (((above >= enough) & (top_p < 1)) | (weight < min_p))
+    return (above > 0) & (((above >= enough) & (filters.top_p < 1)) | (weight < filters.min_p))
 
 
 @triton.jit
@@ -228,36 +232,36 @@ def best_of_likelier(
 
 @register_triton
 def sample(
-    logits: Tensor, *, temperature: float, temperatures: Tensor | None, top_k: int, top_p: float, min_p: float,
-    uniform: Tensor | None,
+    logits: Tensor, *, temperature: float, temperatures: Tensor | None, uniform: Tensor | None, **filters
 ) -> Tensor:
-    """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives -1.
+    """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives INVALID_TOKEN.
 
     uniform: float64 random numbers [B, 1] in [0, 1). None: the likeliest tokens are taken.
     temperatures: float32 [B, 1], in place of temperature."""
-    assert top_k == 0  # layers/sampling.py: has_sample_kernel
+    filters = TokenFilters(**filters)
+    assert active_fields(filters) <= {*TRITON_FILTERS}  # layers/sampling.py: has_sample_kernel
     batch, vocab_size = logits.shape
-    has_top_p_or_min_p = uniform is not None and (top_p < 1 or min_p > 0)
+    has_filters = uniform is not None and bool(active_fields(filters))
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
     tokens = empty_sample(logits)
-    sums = logits.new_empty(2, batch) if has_top_p_or_min_p else None
+    sums = logits.new_empty(2, batch) if has_filters else None
     grid = n_blocks, batch
     sample_kernel[grid](
         logits_ptr=logits, uniform_ptr=uniform, tokens_ptr=tokens, sums_ptr=sums,
         results=BlockResults(
             logits.new_empty(batch, n_blocks), logits.new_empty(batch, n_blocks, dtype=torch.int32),
-            logits.new_empty(2, batch, n_blocks) if has_top_p_or_min_p else None, semaphores(logits.device, batch),
+            logits.new_empty(2, batch, n_blocks) if has_filters else None, semaphores(logits.device, batch),
         ),
         temperature=temperature, temperatures_ptr=temperatures, V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks,
         N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
     )
-    if has_top_p_or_min_p:
+    if has_filters:
         n_blocks = triton.cdiv(vocab_size, TOP_P_BLOCK_V)
         grid = n_blocks, batch
         top_p_min_p_kernel[grid](
             logits_ptr=logits, uniform_ptr=uniform, tokens_ptr=tokens, sums_ptr=sums,
             block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device, batch),
-            temperature=temperature, temperatures_ptr=temperatures, top_p=top_p, min_p=min_p, V=vocab_size,
+            temperature=temperature, temperatures_ptr=temperatures, filters=filters, V=vocab_size,
             BLOCK_V=TOP_P_BLOCK_V, N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks),
             num_warps=TOP_P_WARPS, **pdl_options(logits.device, grid),
         )

@@ -31,8 +31,9 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from formats import Unquantized, WeightFormat
 from layers.linear import Linear, LinearBase, RMSNorm
+from layers.rope import alibi_slopes
 from layers.weight import Embedding
-from model import KVCache, Transformer
+from model import Attention, KVCache, Transformer
 from utils.errors import UsageError
 from utils.files import read_json
 from utils.machine import cpu_name, peak_memory, read_bandwidth, synchronize
@@ -104,7 +105,8 @@ def random_linear(
 
 @torch.no_grad()
 def fill_randomly(module: nn.Module):
-    """Fills the tensors of module, but not of its children. Norms become 1, and biases 0."""
+    """Fills the tensors of module, but not of its children. Norms become 1, and biases 0. ALiBi's slopes are not
+    random: they become float32 again, whatever the model's dtype."""
     if isinstance(module, RMSNorm):
         module.weight.fill_(1)
     elif isinstance(module, Embedding):
@@ -113,6 +115,11 @@ def fill_randomly(module: nn.Module):
         fill_weight_randomly(module)
         if module.bias is not None:
             module.bias.zero_()
+    elif isinstance(module, Attention):
+        if module.sinks is not None:
+            module.sinks.normal_()
+        if module.alibi_slopes is not None:
+            module.alibi_slopes = alibi_slopes(module.n_heads).to(module.alibi_slopes.device)
 
 
 def fill_weight_randomly(w: LinearBase):

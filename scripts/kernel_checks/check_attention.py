@@ -1,7 +1,6 @@
 """Checks attention. all_checks.py lists the sizes and options."""
 
 import torch
-from torch import Tensor
 
 from config import ModelConfig
 from layers.attention import LayerCache
@@ -18,7 +17,7 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
 
     caches: tuples (number of new tokens, position of the first new token in every sequence, max_seq_len)."""
     n_heads, n_kv_heads, head_dim = heads
-    norms, slopes, arguments = make_options(options, heads, dtype)
+    norms, arguments = make_options(options, heads, dtype)
     config = ModelConfig(64, 1, n_heads, n_kv_heads, head_dim, 64, 64, max_seq_len=10_000)
     for n_tokens, starts, length in caches:
         n_sequences, full_length = len(starts), length + 40
@@ -27,7 +26,7 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
         k, v = torch.randn(2, n_sequences, n_kv_heads, full_length, head_dim).to(dtype).unbind()
         for b, start in enumerate(starts):
             k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
-        before = LayerCache(k.clone(), v.clone(), cos_sin, slopes)
+        before = LayerCache(k.clone(), v.clone(), cos_sin)
         view = before._replace(k=k[:, :, :length], v=v[:, :, :length])
         ours = attend(qkv, view, start_pos, n_heads, TRITON_BACKEND, window, *norms, **arguments)
         case = f"{heads}, window {window}, {n_tokens} tokens from {starts} on, options {options}"
@@ -38,9 +37,9 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
         yield Comparison("attend", f"{case}: values", v.nan_to_num(9), exact_v.nan_to_num(9), torch.zeros(()))
 
 
-def make_options(options: tuple, heads: tuple, dtype: torch.dtype) -> tuple[list, Tensor | None, dict]:
-    """Makes the norms of queries and keys, the slopes of ALiBi, and the other arguments of attention. The first sink
-    takes nearly all of the softmax."""
+def make_options(options: tuple, heads: tuple, dtype: torch.dtype) -> tuple[list, dict]:
+    """Makes the norms of queries and keys, and the other arguments of attention. The first sink takes nearly all of the
+    softmax."""
     n_heads, n_kv_heads, head_dim = heads
     norms, arguments = [None, None], {}
     if "head_norms" in options:
@@ -50,5 +49,6 @@ def make_options(options: tuple, heads: tuple, dtype: torch.dtype) -> tuple[list
     if "sinks" in options:
         arguments["sinks"] = torch.cat([torch.tensor([9.0]), torch.randn(n_heads - 1)]).to(dtype)
     arguments |= {name: value for name, value in (("scale", 0.3), ("softcap", 1.5)) if name in options}
-    slopes = torch.tensor(alibi_slopes(n_heads)) if "alibi" in options else None
-    return norms, slopes, arguments
+    if "alibi" in options:
+        arguments["alibi_slopes"] = alibi_slopes(n_heads)
+    return norms, arguments

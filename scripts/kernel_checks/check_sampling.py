@@ -5,8 +5,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kernels.schema import INVALID_TOKEN, TokenFilters
 from layers.backend import TRITON_BACKEND
-from layers.sampling import TokenFilters, multinomial, sample
+from layers.sampling import multinomial, sample
 from scripts.kernel_checks.exact_results import U32, Comparison, kept_tokens
 
 TEMPERATURES = [(1e-30,), (0.7,), (1e30,), (0.2, 0.7, 3.0)]  # of all rows, or of each row
@@ -40,11 +41,11 @@ def exact_gumbel_noise(uniform: Tensor, vocab_size: int) -> Tensor:
 
 
 def check_sample(vocab_size: int):
-    """Checks that greedy sampling finds the first of the likeliest tokens, or returns -1 if a logit is not finite. With
-    a temperature, checks the score of the chosen token, the best one of those that top_p and min_p keep."""
+    """Checks that greedy sampling finds the first of the likeliest tokens, or returns INVALID_TOKEN if a logit is not
+    finite. With a temperature, checks the score of the chosen token, the best one that top_p and min_p keep."""
     logits = torch.randint(-20, 20, (3, vocab_size)).float()
     expected = logits.argmax(-1)
-    logits[2, 3], expected[2] = torch.nan, -1
+    logits[2, 3], expected[2] = torch.nan, INVALID_TOKEN
     ours = sample(logits, 0.0, TokenFilters(), TRITON_BACKEND)
     yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
     logits, uniform = torch.randn(3, vocab_size), torch.rand(3, 1, dtype=torch.float64)

@@ -266,7 +266,7 @@ def attention_factors(
 
 def exact_attention(
     qkv, cache: LayerCache, start_pos, n_heads: int, window: int, norms, sinks=None, scale=None, softcap=0.0,
-    factor: torch.dtype | None = None,
+    alibi_slopes=None, factor: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the output of attention in float64, and the error of a kernel. cache: as before the call of the kernel.
     factor: the type in which the kernel multiplies (None: the Triton kernels' type)."""
@@ -282,9 +282,9 @@ def exact_attention(
     if softcap:
         scores = apply_softcap(scores, softcap)
     farthest = 0
-    if cache.alibi_slopes is not None:
+    if alibi_slopes is not None:
         distances = (positions[..., None] - keys).where(sees, 0)  # [B, T, S]
-        bias = cache.alibi_slopes.double().view(G, -1, 1) * distances[:, :, None, None]
+        bias = alibi_slopes.double().view(G, -1, 1) * distances[:, :, None, None]
         scores, farthest = scores - bias, bias.max()
     scores = scores.masked_fill(~sees[:, :, None, None], -torch.inf)
     if sinks is not None:
