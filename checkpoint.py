@@ -33,17 +33,16 @@ from formats import QuantizationConfig, Unquantized
 from layers.linear import Linear
 from model import Transformer
 from utils.errors import UsageError
-from utils.files import delete_if_possible, is_state_dict, load_torch_file
+from utils.files import delete_if_possible, is_state_dict, load_torch_file, replace_file
 
 CHECKPOINT_VERSION = "gpt-fast/7"  # if a name changes, so does the version, and UPGRADES gets a row
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationConfig(UNQUANTIZED)
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a tensor -> its shape and dtype
 
 
 class Checkpoint(NamedTuple):
     config: ModelConfig
-    quantization: dict | None  # formats: QuantizationConfig.from_dict reads it; None: no weight is quantized
+    quantization: dict | None  # for formats: QuantizationConfig.from_dict; None if no weight is quantized
     tensors: dict[str, Tensor]  # memory-mapped
 
 
@@ -51,21 +50,30 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(
-    path: Path, config: ModelConfig, shapes: Shapes, tensors: Iterable[tuple[str, Tensor]],
-    quantization: dict | None = None,
+    path: Path, config: ModelConfig, tensors: dict[str, Tensor], quantization: dict | None = None,
+    stream: Iterable[tuple[str, Tensor]] | None = None, tokenizer_files: dict[str, bytes | None] | None = None,
 ):
-    """Writes a checkpoint to path. tensors yields the tensors of shapes in any order, so that only one tensor needs to
-    be in memory at a time. An error leaves path unchanged."""
+    """Writes a checkpoint to path. An error leaves path unchanged.
+
+    stream: yields all tensors in any order, so that only one needs to be in memory at a time. Those in tensors then
+        need no data, and may be on the meta device.
+    tokenizer_files: name -> content of files beside path, where None removes the file. They are replaced before path,
+        so that a folder with a model.pth has a complete tokenizer."""
     header = {"format": CHECKPOINT_VERSION, "config": config.to_dict(), "quantization": quantization}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # temporary files of killed processes
             leftover.unlink(missing_ok=True)
         with open(temporary, "w+b") as file:
-            placeholders = reserve_space(file, header, shapes)
-            write_tensors(file, placeholders, tensors)
+            placeholders = reserve_space(file, header, tensors)
+            write_tensors(file, placeholders, tensors.items() if stream is None else stream)
             file.flush()
             os.fsync(file.fileno())
+        for name, content in (tokenizer_files or {}).items():
+            if content is None:
+                path.with_name(name).unlink(missing_ok=True)
+            else:
+                replace_file(path.with_name(name), content)
         replace_checkpoint(temporary, path)
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror or e}") from None
@@ -73,11 +81,11 @@ def save_checkpoint(
         delete_if_possible(temporary)
 
 
-def reserve_space(file: BinaryIO, header: dict, shapes: Shapes) -> dict[str, Tensor]:
+def reserve_space(file: BinaryIO, header: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Writes the checkpoint to file, with room for the tensors' bytes but without the bytes. Returns a placeholder for
     each tensor: a fake tensor, which has no data, but knows the offset of the tensor's bytes in the file."""
     with FakeTensorMode():
-        fakes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        fakes = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
     with skip_data(materialize_fake_tensors=True):
         torch.save(header | {"tensors": fakes}, file)
     file.seek(0)

@@ -25,7 +25,7 @@ from converters.checkpoint_path import ensure_converted
 from evaluation.lm_harness import evaluate, harness_model, task_manager
 from evaluation.scoring import perplexity
 from loading import load
-from utils.errors import UsageError
+from utils.errors import UsageError, check_integer
 from utils.files import read_text
 
 OOM_HINT = "take a quantized checkpoint, a smaller --batch_size or --max_seq_length"
@@ -53,8 +53,8 @@ def parse_args() -> argparse.Namespace:
     add("--json", action="store_true", help="the results as one line of JSON")
     args = parser.parse_args()
     for name in ("limit", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, not {value}")
+        if (value := getattr(args, name)) is not None:
+            check_integer(f"--{name}", value, 1)
     if args.text_file and (args.limit or args.include_path or args.apply_chat_template):
         raise UsageError("--limit, --include_path and --apply_chat_template belong to --tasks")
     return args

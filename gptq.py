@@ -39,8 +39,8 @@ MAX_WEIGHTS_PER_PASS = 2**24  # weights rounded at a time, which bounds the memo
 @dataclass(frozen=True)
 class GPTQConfig:
     group_size: int
-    damp: float  # adds damp * mean(diag(H)) to diag(H), so that H has an inverse
-    block_size: int  # how many columns are rounded before all columns behind the block compensate the errors
+    percdamp: float  # adds percdamp * mean(diag(H)) to diag(H), so that H has an inverse
+    blocksize: int  # how many columns are rounded before all columns behind the block compensate the errors
     act_order: bool  # whether the columns with the largest inputs are rounded first
 
 
@@ -152,7 +152,7 @@ def gptq_quantize(w: Tensor, hessian: Tensor, config: GPTQConfig) -> Tensors:
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()  # [..., K]
     mean = diagonal.mean(-1, keepdim=True)
     mean[mean == 0] = 1  # without inputs, all columns have the same importance
-    damping = (config.damp * mean).expand_as(diagonal)
+    damping = (config.percdamp * mean).expand_as(diagonal)
     if config.act_order:
         order = diagonal.argsort(-1, descending=True)
     else:
@@ -187,8 +187,8 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
     column_zeros = decode_zeros(zeros).take_along_dim(group_ids, -1).mT.contiguous()
     columns = w.take_along_dim(order[..., None, :], -1).mT.contiguous()
 
-    for start in range(0, k, config.block_size):
-        stop = min(start + config.block_size, k)
+    for start in range(0, k, config.blocksize):
+        stop = min(start + config.blocksize, k)
         errors = torch.empty_like(columns[..., start:stop, :])
         for i in range(start, stop):
             column, scale, zero = columns[..., i, :], column_scales[..., i, :], column_zeros[..., i, :]  # [..., N]

@@ -132,7 +132,7 @@ def move_tensors(
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
     A tied head gets the embedding's tensors, unless it is sharded.
 
-    shard_tensor: the result of tp.shard_model; None: keep every tensor whole."""
+    shard_tensor: the result of tp.shard_model, or None if every tensor stays whole."""
     moved, whole = {}, {}  # whole: moved tensors by the id of the checkpoint's tensor
     for name, tensor in tensors.items():
         shard = tensor if shard_tensor is None else shard_tensor(name, tensor)

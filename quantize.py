@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -51,28 +50,7 @@ from utils.machine import drop_pages, pick_device
 
 QuantizedLayers = Iterator[tuple[str, Tensors]]  # (name of a linear layer, its tensors in model.pth)
 
-# ---- Quantizers: each yields (name, tensors in format) for all weights ----------------------------------------------
-
-
-def round_to_nearest(weights: dict[str, Tensor], format: WeightFormat, args: argparse.Namespace) -> QuantizedLayers:
-    return quantize_each(weights, format.quantize)
-
-
-def round_by_hqq(weights: dict[str, Tensor], format: Int4, args: argparse.Namespace) -> QuantizedLayers:
-    return quantize_each(weights, partial(in_chunks, partial(hqq_quantize_rows, format)))
-
-
-def round_by_gptq(weights: dict[str, Tensor], format: Int4, args: argparse.Namespace) -> QuantizedLayers:
-    device, limit = pick_device(args.device), args.calibration_limit
-    text = read_text(args.calibration_text) if args.calibration_text else task_text(args.calibration_tasks, limit)
-    model, tokenizer = load(args.checkpoint_path, dtype=weights["lm_head"].dtype, use_kernels=False)
-    context = model.config.max_seq_len
-    length = args.calibration_seq_length or min(512, context)
-    if length > context:
-        raise UsageError(f"--calibration_seq_length must be at most the model's context, {context}")
-    windows = gptq.calibration_windows(tokenizer, text, length, limit)
-    config = gptq.GPTQConfig(format.group_size, args.percdamp, args.blocksize, args.act_order)
-    return gptq.quantize_model(model, windows, device, config)
+# ---- Rounding -------------------------------------------------------------------------------------------------------
 
 
 def quantize_each(weights: dict[str, Tensor], quantize: Callable[[Tensor], Tensors]) -> QuantizedLayers:
@@ -105,16 +83,25 @@ def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, 
     return encode_zeros(best[..., 0])
 
 
-class Quantizer(NamedTuple):
-    format_class: type[WeightFormat]  # of the result
-    quantize: Callable[[dict[str, Tensor], WeightFormat, argparse.Namespace], QuantizedLayers]
+def round_by_gptq(args: argparse.Namespace, dtype: torch.dtype) -> QuantizedLayers:
+    """Calibrates and rounds the checkpoint of --checkpoint_path, whose weights have dtype."""
+    device, limit = pick_device(args.device), args.calibration_limit
+    text = read_text(args.calibration_text) if args.calibration_text else task_text(args.calibration_tasks, limit)
+    model, tokenizer = load(args.checkpoint_path, dtype=dtype, use_kernels=False)
+    context = model.config.max_seq_len
+    length = args.calibration_seq_length or min(512, context)
+    if length > context:
+        raise UsageError(f"--calibration_seq_length must be at most the model's context, {context}")
+    windows = gptq.calibration_windows(tokenizer, text, length, limit)
+    config = gptq.GPTQConfig(args.group_size, args.percdamp, args.blocksize, args.act_order)
+    return gptq.quantize_model(model, windows, device, config)
 
 
-# By --mode
-QUANTIZERS = {mode: Quantizer(format_class, round_to_nearest) for mode, format_class in formats.MODES.items()} | {
-    "int4-hqq": Quantizer(Int4, round_by_hqq), "int4-gptq": Quantizer(Int4, round_by_gptq),
-}
-GROUP_SIZE_MODES = [mode for mode, (format_class, _) in QUANTIZERS.items() if format_class.group_size_choices]
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+# By --mode: the format of the result
+MODES: dict[str, type[WeightFormat]] = formats.MODES | {"int4-hqq": Int4, "int4-gptq": Int4}
+GROUP_SIZE_MODES = [mode for mode, format_class in MODES.items() if format_class.group_size_choices]
 # Of options that only some modes read. argparse's own default is None, so that check_mode knows what the user gave
 DEFAULTS = {"group_size": 32, "calibration_limit": 64, "percdamp": 0.1, "blocksize": 128, "act_order": True}
 GPTQ_OPTIONS = (
@@ -124,15 +111,12 @@ GPTQ_OPTIONS = (
 MAX_PERCDAMP = 100  # far beyond what helps; a float32 Hessian must stay finite
 
 
-# ---- The command line -----------------------------------------------------------------------------------------------
-
-
 def parse_args() -> argparse.Namespace:
     parser = common_args.build_parser(__doc__)
     add = parser.add_argument
     help = "model.pth, or a model's folder or .gguf; the result goes beside model.pth"
     common_args.add_checkpoint_path(parser, help=help)
-    add("--mode", default="int8", help=f"{', '.join(QUANTIZERS)} (default: %(default)s)")
+    add("--mode", default="int8", help=f"{', '.join(MODES)} (default: %(default)s)")
     sizes = ", ".join(map(str, formats.GROUP_SIZES))
     help = f"of {', '.join(GROUP_SIZE_MODES)}: one of {sizes} (default: {DEFAULTS['group_size']})"
     add("--groupsize", dest="group_size", metavar="GROUPSIZE", type=int, help=help)
@@ -162,25 +146,26 @@ def parse_args() -> argparse.Namespace:
 
 def check_mode(args: argparse.Namespace):
     """Raises UsageError for an option that the mode does not read."""
-    if args.mode not in QUANTIZERS:
-        raise UsageError(f"--mode must be one of {', '.join(QUANTIZERS)}, not {args.mode}")
+    if args.mode not in MODES:
+        raise UsageError(f"--mode must be one of {', '.join(MODES)}, not {args.mode}")
     if args.group_size is not None and args.mode not in GROUP_SIZE_MODES:
         raise UsageError(f"--groupsize belongs to {', '.join(GROUP_SIZE_MODES)}: leave it out, or take one of these")
     given = [name for name in GPTQ_OPTIONS if getattr(args, name) is not None]
     if given and args.mode != "int4-gptq":
-        raise UsageError(f"--{given[0]} belongs to int4-gptq: leave it out, or take --mode int4-gptq")
+        flag = "--no-act_order" if args.act_order is False and given[0] == "act_order" else f"--{given[0]}"
+        raise UsageError(f"{flag} belongs to int4-gptq: leave it out, or take --mode int4-gptq")
 
 
 def check_args(args: argparse.Namespace):
-    choices = QUANTIZERS[args.mode].format_class.group_size_choices
+    choices = MODES[args.mode].group_size_choices
     if choices and args.group_size not in choices:
         raise UsageError(f"--groupsize must be one of {', '.join(map(str, choices))}, not {args.group_size}")
     check_integer("--calibration_limit", args.calibration_limit, 1)
     check_integer("--blocksize", args.blocksize, 1)
     if not 0 < args.percdamp <= MAX_PERCDAMP:
         raise UsageError(f"--percdamp must be above 0 and at most {MAX_PERCDAMP}, not {args.percdamp}")
-    if args.calibration_seq_length is not None and args.calibration_seq_length < 2:
-        raise UsageError(f"--calibration_seq_length must be above 1, not {args.calibration_seq_length}")
+    if args.calibration_seq_length is not None:
+        check_integer("--calibration_seq_length", args.calibration_seq_length, 2)
     if Path(f"x{args.label}").name != f"x{args.label}":
         raise UsageError(f"--label {args.label!r} must be a part of a file's name")
     if args.mode == "int4-gptq" and not args.calibration_text and not args.calibration_tasks:
@@ -194,11 +179,15 @@ def main():
     config, quantization, tensors = read_checkpoint(path)
     if quantization:
         raise UsageError(f"{path} is quantized already, to {quantization['mode']}; give a model.pth of 16 bits")
-    format_class, quantize = QUANTIZERS[args.mode]
-    format = format_class.from_options(args.group_size)
+    format = MODES[args.mode].from_options(args.group_size)
     weights = linear_weights(path, config, tensors)
     check_input_widths(weights, format)
-    quantized = quantize(weights, format, args)
+    if args.mode == "int4-gptq":
+        quantized = round_by_gptq(args, weights["lm_head"].dtype)
+    elif args.mode == "int4-hqq":
+        quantized = quantize_each(weights, partial(in_chunks, partial(hqq_quantize_rows, format)))
+    else:
+        quantized = quantize_each(weights, format.quantize)
     suffix = format.name.replace(format.mode, args.mode)  # int4.g32 -> int4-hqq.g32
     out = path.with_name(f"{path.stem}{args.label}{suffix}.pth")
     write_quantized(out, config, tensors, weights, quantized, format)
@@ -232,10 +221,9 @@ def write_quantized(
     """Writes a checkpoint of tensors, but with quantized in place of weights. quantized: (name, tensors in format) of
     all weights, in any order."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in kept.items()}
+    empty = dict(kept)
     for name, w in weights.items():
-        for tensor_name, t in format.allocate(w.shape, w.dtype, "meta").items():
-            shapes[f"{name}.{tensor_name}"] = (tuple(t.shape), t.dtype)
+        empty |= {f"{name}.{part}": t for part, t in format.allocate(w.shape, w.dtype, "meta").items()}
 
     def all_tensors() -> Iterator[tuple[str, Tensor]]:
         yield from kept.items()
@@ -244,7 +232,7 @@ def write_quantized(
                 yield f"{name}.{tensor_name}", t
             drop_pages(weights[name])  # or the mapped file's pages would count as memory in use
 
-    save_checkpoint(path, config, shapes, all_tensors(), format.to_dict())
+    save_checkpoint(path, config, empty, format.to_dict(), all_tensors())
 
 
 if __name__ == "__main__":

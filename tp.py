@@ -2,38 +2,34 @@
 
     torchrun --standalone --nproc_per_node=2 generate.py --checkpoint_path checkpoints/M/model.pth --prompt "Hello"
 
-The layout is Megatron's (arXiv:1909.08053). A rank has some heads of every attention layer, a part of the width of
-every feed-forward and expert, and a part of the output head's vocabulary. Every rank has the whole embedding, norms and
-routers.
+The layout is Megatron's (arXiv:1909.08053). Two weights that follow each other are cut so that one all-reduce joins the
+ranks. Between them is a function f of single outputs or heads: the activation, or attention. On two ranks,
 
-    qkv_proj, gate_up_proj    column-parallel, along the outputs: a rank computes some outputs in full
-    o_proj, down_proj         row-parallel, along the inputs: a rank computes partial sums, which an all-reduce adds up
-    lm_head                   column-parallel: an all-gather concatenates the logits
+                                          [ W1a ]
+    W2 f(W1 x)   =   [ W2a  W2b ]   f (   [     ] x )   =   W2a f(W1a x)   +   W2b f(W1b x)
+                                          [ W1b ]
+                                                            rank 0             rank 1
 
-Column and row are Megatron's words. Megatron stores W^T, so its columns are our rows: the outputs. tp_plan returns this
-table. loading.py: load_model takes two steps:
+so rank 0 keeps the first outputs of W1 and the first inputs of W2, all ranks compute their terms at the same time, and
+the all-reduce leaves the sum on each of them. In Megatron's words, W1 is column-parallel and W2 row-parallel (Megatron
+stores W^T, so its columns are our rows: the outputs).
 
-    shard_model           before the tensors are read: shards the empty model, and returns shard_tensor, which gives
-                          this rank's shard of a tensor of the checkpoint
-    insert_collectives    after the weights are packed: wraps o_proj, down_proj and lm_head
+    column-parallel    qkv_proj, cut between heads; gate_up_proj, also of every expert
+    row-parallel       o_proj, cut between heads; down_proj, also of every expert
+    lm_head            column-parallel without a W2: an all-gather concatenates the logits
+    whole              embedding, norms, routers, and the residual stream x
 
-cli/ranks.py: process_group connects the processes of generate.py and eval.py. Then all ranks run the same code, except
-in these places:
+tp_plan returns this table. loading.py: load_model calls shard_model before it reads tensors, so that a rank reads only
+its part, and insert_collectives when the weights are packed.
 
-    only rank 0            converts a checkpoint, while other ranks wait   layers/collectives.py: call_on_rank_0
-                           prints; other ranks discard what they print     cli/ranks.py: silence, wait_for_rank_0
-                           reads what the user types, and sends it         cli/ranks.py: input_lines; cli/terminal.py
-                           keeps the biases of o_proj and down_proj        shard_row_parallel
-                           ends when nobody reads its output any more      cli/ranks.py: process_group
-    every rank another     device                                          cli/ranks.py: process_group; check_device
-                           part of the tensors and of the heads            shard_tensor, shard_attention
-                           part of a layer's outputs or sums               RowParallelLinear, ParallelLMHead
-                           name of a trace file                            cli/ranks.py: rank_path
-                           zeros, where outputs do not divide evenly       shard_column_parallel
-    every rank the same    token: all sample one, then take rank 0's       layers/collectives.py: broadcast
+Every rank runs the same code on the same tokens, with a few exceptions. All ranks sample a token, and take that of
+rank 0 (layers/collectives.py: broadcast). Rank 0 alone converts a checkpoint (call_on_rank_0), prints, and reads what
+the user types (cli/ranks.py, where each rank also gets a device and a trace file of its own). It alone keeps the biases
+of o_proj and down_proj, which the all-reduce would add up. Outputs that do not divide evenly are padded with zeros on
+the last ranks.
 
-No other code asks for the rank. Other scripts, and programs with LLM, do not use ranks: with torchrun, every process
-would do all of their work.
+generate.py and eval.py connect the ranks (cli/ranks.py: process_group). Other scripts, and programs with LLM, do not:
+with torchrun, every process would do all of their work.
 """
 
 import math
@@ -59,8 +55,6 @@ ShardTensor = Callable[[str, Tensor], Tensor]  # (name, tensor of the checkpoint
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How a linear layer is sharded."""
-
     style: str  # "column": column-parallel, along the outputs; "row": row-parallel, along the inputs
     sizes: tuple[int, ...]  # the width of each matrix that one weight stacks (q, k and v); each is sharded by itself
     head_size: int = 1  # elements of a head, which stay on one rank; 1: the layer has no heads

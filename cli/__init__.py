@@ -8,7 +8,7 @@
 generate.py also uses these, in this order:
 
     generate_args.py       the options of generate.py, the checks of their values, and the prompts
-    startup.py             before the first token: the KV cache's size, speculation, compilation
+    speculation.py         the draft model, and the loop that verifies proposed tokens
     report.py              --json, the summary on stderr, --profile
     parallel.py            --parallel: many prompts at a time
     terminal.py            --chat: a conversation

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from utils.errors import check_integer
+from utils.errors import UsageError, check_integer
 
 PRECISIONS = ["bfloat16", "float16", "float32"]  # the names of model.py: DTYPES
 MAX_THREADS = 1024
@@ -63,3 +63,9 @@ def set_threads(n: int | None):
 
     os.environ["OMP_NUM_THREADS"] = str(n)
     torch.set_num_threads(n)
+
+
+def check_output_file(path: Path, what: str = ""):
+    """Raises UsageError if path cannot be a file that a script writes. what: goes before the path in the message."""
+    if not path.absolute().parent.is_dir() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{what}{path} must be a file in a folder that exists")

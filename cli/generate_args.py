@@ -186,14 +186,10 @@ def check_parallel(args: argparse.Namespace):
 
 
 def check_environment(args: argparse.Namespace):
-    if args.profile and not can_be_written(args.profile):
-        raise UsageError(f"--profile {args.profile} must be a file in a folder that exists")
+    if args.profile:
+        common_args.check_output_file(args.profile, "--profile ")
     if args.checkpoint_path == DEMO and not DEMO.is_file():
         raise UsageError("no --checkpoint_path given and no demo model here; run ./scripts/demo.sh, which gets one")
-
-
-def can_be_written(path: Path) -> bool:
-    return path.absolute().parent.is_dir() and (path.is_file() or not path.exists())
 
 
 def build_sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -240,7 +236,6 @@ def to_sequences(
 
 
 def with_chat_options(prompt: str | list[dict], args: argparse.Namespace) -> str | list[dict]:
-    """Applies --chat and --system to prompt: a text, or the messages of a chat."""
     if isinstance(prompt, str) and args.chat:
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, str) and args.system and prompt[0]["role"] != "system":

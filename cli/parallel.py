@@ -1,26 +1,23 @@
 """--parallel: many prompts of generate.py's command line at a time."""
 
-import argparse
 import json
 import sys
 import time
 
 from tqdm import tqdm
 
-from cli.report import build_result, print_result
+from cli.report import Reporter
 from engine.scheduler import Scheduler, build_scheduler, longest_seq_len, max_slots
 from engine.sequence import Sequence
 from model import Transformer
 from utils.errors import OutOfMemoryError, UsageError
 
 
-def generate_in_parallel(args: argparse.Namespace, model: Transformer, sequences: list[Sequence], stats: dict):
-    """Runs args.parallel sequences at a time, and prints the results in their order. If one has or gets an error, all
-    others run, and UsageError is raised at the end. After Ctrl-C, prints the sequences that have ended.
-
-    stats: more fields for --json."""
+def generate_in_parallel(model: Transformer, sequences: list[Sequence], parallel: int, reporter: Reporter):
+    """Runs parallel sequences at a time, and prints the results in their order. If one has or gets an error, all others
+    run, and UsageError is raised at the end. After Ctrl-C, prints the sequences that have ended."""
     try:
-        scheduler = build_scheduler(model, sequences, args.parallel, args.compile)
+        scheduler = build_scheduler(model, sequences, parallel, reporter.compile)
     except OutOfMemoryError as e:
         n_fitting = max_slots(model, longest_seq_len(model, sequences))
         if n_fitting == 0:
@@ -33,8 +30,8 @@ def generate_in_parallel(args: argparse.Namespace, model: Transformer, sequences
         sequence = not_printed[i]
         if sequence.error:
             print(f"prompt {i + 1}: {sequence.error}", file=sys.stderr)
-        if args.json:
-            print_json(args, model, scheduler, sequence, stats)
+        if reporter.as_json:
+            print_json(sequence, scheduler, reporter)
         else:
             print(f"--- prompt {i + 1}\n{sequence.text}", flush=True)
         del not_printed[i]
@@ -55,11 +52,11 @@ def generate_in_parallel(args: argparse.Namespace, model: Transformer, sequences
         raise UsageError(f"{n_failed} of {len(sequences)} prompts could not be completed")
 
 
-def print_json(args: argparse.Namespace, model: Transformer, scheduler: Scheduler, sequence: Sequence, stats: dict):
+def print_json(sequence: Sequence, scheduler: Scheduler, reporter: Reporter):
     if sequence.error:
         print(json.dumps({"error": sequence.error, "prompt": sequence.prompt}), flush=True)
         return
-    result = build_result(args, model, scheduler.kv_cache, samples=[[sequence]]) | stats | {"seed": sequence.seed}
-    if args.logprobs is not None:
-        result["logprobs"] = [[{"token": one.logprob, "top": one.top} for one in sequence.logprobs]]
-    print_result(args, result, model)
+    logprobs = None
+    if sequence.n_logprobs is not None:
+        logprobs = [[{"token": one.logprob, "top": one.top} for one in sequence.logprobs]]
+    reporter.report([[sequence]], scheduler.kv_cache, seed=sequence.seed, logprobs=logprobs)

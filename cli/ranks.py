@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.runner import ModelRunner
 from layers.collectives import broadcast_json, collective_seconds, world_size
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if a rank dies, torchrun ends the other ranks at once
@@ -89,9 +91,14 @@ def rank_path(path: Path) -> Path:
 
 
 @torch.inference_mode()
-def communication_share(step: Callable[[], Tensor]) -> float | None:
-    """Returns the fraction of a step's time that this rank spends in collectives, including the wait for other ranks.
-    Returns None for a compiled step on a CPU, whose collectives nobody times."""
+def communication_share(runner: ModelRunner) -> float | None:
+    """Returns the fraction of a decode step's time that this rank spends in collectives, including the wait for other
+    ranks. Returns None without torchrun, and for a compiled step on a CPU, whose collectives nobody times. The steps
+    are at position 0, which the first prompt overwrites."""
+    if world_size() == 1:
+        return None
+    tokens = torch.zeros(runner.kv_cache.batch_size, 1, dtype=torch.long, device=runner.device)
+    step = partial(runner.decode, tokens, tokens[:, 0])
     device_type = step().device.type  # the first call may capture or compile
     if device_type == "cpu":
         before = collective_seconds.total()
@@ -108,7 +115,6 @@ def communication_share(step: Callable[[], Tensor]) -> float | None:
 
 
 def time_steps(step: Callable[[], Tensor], n_steps: int = 8) -> float:
-    """Returns how many seconds n_steps steps take."""
     start = time.perf_counter()
     for _ in range(n_steps):
         step().tolist()

@@ -1,12 +1,12 @@
 """What generate.py reports about a prompt: the object that --json prints, the summary on stderr, labels between texts,
 and the trace of --profile."""
 
-import argparse
 import contextlib
 import json
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,44 +21,97 @@ from utils.errors import UsageError
 from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
 
 
-def build_result(
-    args: argparse.Namespace, model: Transformer, kv_cache: KVCache, samples: list[list[Sequence]],
-    accept_counts: list[int] | None = None,
-) -> dict:
-    """Returns the fields of --json's object that differ between prompts. The bandwidth is the model's, without a draft.
+@dataclass
+class Result:
+    """What --json prints about a prompt: an object with these fields. One that has its default value is left out."""
 
-    samples: each sample is a batch of sequences of the same prompt.
-    accept_counts: how many steps accepted 0, 1 ... proposed tokens, or None without speculation."""
-    longest = [max(batch, key=lambda sequence: len(sequence.new_ids)) for batch in samples]
-    last_batch, last = samples[-1], longest[-1]
-    # Token 0 comes from prefill, all others from decode steps.
-    decoded = [sequence for sequence in longest if len(sequence.new_ids) > 1]
-    tokens_per_second = median([(len(sequence.new_ids) - 1) / decode_seconds(sequence) for sequence in decoded])
-    steps_per_second = tokens_per_second
-    if accept_counts is not None:
-        steps_per_second /= tokens_per_step(accept_counts) or 1
-    n_prompt_tokens = len(last.prompt_ids)
-    halfway = n_prompt_tokens + len(last.new_ids) // 2  # the mean number of tokens in the cache over all steps
-    n_read = tokens_read(model, kv_cache, halfway, args.compile)
-    bytes_per_step = step_bytes(model, n_read, kv_cache.batch_size)
-    texts = [describe_batch(batch) for batch in samples]
-    return texts[-1] | {
-        "samples": texts,
-        "prompt": last.prompt,
-        "seed": args.seed,
-        "prompt_tokens": n_prompt_tokens,
-        "generated_tokens": sum(len(sequence.new_ids) for sequence in last_batch),
-        "prefill_seconds": last.token_times[0] - last.start_time,
-        "decode_tokens_per_sec": tokens_per_second,
-        "total_tokens_per_sec": tokens_per_second * len(last_batch),
-        "model_bytes": active_weight_bytes(model),
-        "bandwidth_gb_per_sec": bytes_per_step * steps_per_second / 1e9,
-        "peak_memory_bytes": peak_memory(model.device),
-        "device": str(model.device),
-        "precision": args.precision,
-        "quantization": model.weight_format.name,
-        "accept_counts": accept_counts,
-    }
+    text: list[str]  # of each sequence of the last sample
+    tokens: list[list[int]]  # the new ones, including an end token
+    finish_reason: list[str]
+    samples: list[dict]  # the three fields above, for each sample
+    prompt: str | list[dict]
+    seed: int
+    prompt_tokens: int
+    generated_tokens: int  # of all sequences of the last sample together
+    prefill_seconds: float  # from the start of the last sample to its first token
+    decode_tokens_per_sec: float  # of one sequence; the median over the samples
+    total_tokens_per_sec: float  # of all sequences together
+    model_bytes: int  # the weights that a decode step reads
+    bandwidth_gb_per_sec: float  # at which decoding reads weights, keys and values; those of a draft do not count
+    peak_memory_bytes: int
+    device: str
+    precision: str
+    quantization: str | None
+    accept_counts: list[int] | None  # how many steps accepted 0, 1 ... proposed tokens; None without speculation
+    compile_seconds: float
+    load_seconds: float
+    logprobs: list[list[dict]] | None = None  # with --logprobs: an entry for each token of each sequence
+    world_size: int = 1
+    communication_share: float | None = None  # the part of a decode step's time that this rank spends in collectives
+    rank_peak_memory_bytes: list[int] | None = None  # peak_memory_bytes of each rank, if there are several
+
+    def to_json(self) -> str:
+        return json.dumps({f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default})
+
+
+@dataclass
+class Reporter:
+    """Reports a prompt's texts: as a Result on stdout with --json, otherwise as a summary on stderr."""
+
+    model: Transformer
+    precision: str
+    compile: bool
+    as_json: bool  # whether --json is given
+    seed: int
+    load_seconds: float
+    compile_seconds: float = 0.0
+    communication_share: float | None = None  # unless measured
+
+    def report(
+        self, samples: list[list[Sequence]], kv_cache: KVCache, accept_counts: list[int] | None = None, **others
+    ):
+        """samples: each is a batch of sequences of the same prompt. others: more fields of Result."""
+        result = self.build_result(samples, kv_cache, accept_counts, **others)
+        if self.as_json:
+            print(result.to_json(), flush=True)
+        else:
+            print_summary(result, measured_bandwidth(self.model))
+
+    def build_result(
+        self, samples: list[list[Sequence]], kv_cache: KVCache, accept_counts: list[int] | None, **others
+    ) -> Result:
+        model, world_size, n_peak_bytes = self.model, collectives.world_size(), peak_memory(self.model.device)
+        longest = [max(batch, key=lambda sequence: len(sequence.new_ids)) for batch in samples]
+        last_batch, last = samples[-1], longest[-1]
+        # Token 0 comes from prefill, all others from decode steps.
+        speeds = [tokens_per_second(sequence.token_times) for sequence in longest if len(sequence.new_ids) > 1]
+        speed = statistics.median(speeds) if speeds else 0.0
+        steps_per_second = speed if accept_counts is None else speed / (tokens_per_step(accept_counts) or 1)
+        halfway = len(last.prompt_ids) + len(last.new_ids) // 2  # the mean number of tokens in the cache over all steps
+        n_read = tokens_read(model, kv_cache, halfway, self.compile)
+        texts = [describe_batch(batch) for batch in samples]
+        return Result(
+            samples=texts,
+            prompt=last.prompt,
+            prompt_tokens=len(last.prompt_ids),
+            generated_tokens=sum(len(sequence.new_ids) for sequence in last_batch),
+            prefill_seconds=last.token_times[0] - last.start_time,
+            decode_tokens_per_sec=speed,
+            total_tokens_per_sec=speed * len(last_batch),
+            model_bytes=active_weight_bytes(model),
+            bandwidth_gb_per_sec=step_bytes(model, n_read, kv_cache.batch_size) * steps_per_second / 1e9,
+            peak_memory_bytes=n_peak_bytes,
+            device=str(model.device),
+            precision=self.precision,
+            quantization=model.weight_format.name,
+            accept_counts=accept_counts,
+            compile_seconds=self.compile_seconds,
+            load_seconds=self.load_seconds,
+            world_size=world_size,
+            communication_share=self.communication_share,
+            rank_peak_memory_bytes=collectives.gather_objects(n_peak_bytes) if world_size > 1 else None,
+            **{"seed": self.seed} | texts[-1] | others,
+        )
 
 
 def describe_batch(batch: list[Sequence]) -> dict:
@@ -69,12 +122,9 @@ def describe_batch(batch: list[Sequence]) -> dict:
     }
 
 
-def decode_seconds(sequence: Sequence) -> float:
-    return sequence.token_times[-1] - sequence.token_times[0]
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values) if values else 0.0
+def tokens_per_second(times: list[float]) -> float:
+    """times: of several tokens. Those between the first and the last count."""
+    return (len(times) - 1) / (times[-1] - times[0])
 
 
 def tokens_read(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> float:
@@ -101,40 +151,27 @@ def measured_bandwidth(model: Transformer) -> float | None:
         raise
 
 
-def print_result(args: argparse.Namespace, result: dict, model: Transformer):
-    """Prints result as JSON to stdout if --json is given, else a summary to stderr."""
-    if collectives.world_size() > 1:
-        result = result | {"rank_peak_memory_bytes": collectives.gather_objects(result["peak_memory_bytes"])}
-    if args.json:
-        print(json.dumps(result), flush=True)
-    else:
-        print_summary(result, model)
-
-
 def tokens_per_step(accept_counts: list[int]) -> float:
     """Returns the mean number of tokens that a step gives. accept_counts[n]: how many steps accepted n proposed tokens,
     and so gave n + 1 tokens."""
     return sum(n * count for n, count in enumerate(accept_counts, start=1)) / max(sum(accept_counts), 1)
 
 
-def print_summary(result: dict, model: Transformer):
-    counts = result["accept_counts"]
-    speculation = ""
-    if counts is not None:
-        speculation = f", {tokens_per_step(counts):.2f} tokens a step"
-    used = result["bandwidth_gb_per_sec"]
-    percentage = ""
-    readable = measured_bandwidth(model)
-    if readable is not None:
-        percentage = f", {100 * used / (readable / 1e9):.0f} % of the {readable / 1e9:.1f} GB/s this machine reads"
-    # decode_tokens_per_sec is of one sequence: all sequences of a batch take every step together.
-    n = len(result["tokens"])
+def print_summary(result: Result, bandwidth: float | None):
+    """bandwidth: the bytes per second that the machine reads, if known."""
+    speculation = percentage = ""
+    if result.accept_counts is not None:
+        speculation = f", {tokens_per_step(result.accept_counts):.2f} tokens a step"
+    used = result.bandwidth_gb_per_sec
+    if bandwidth is not None:
+        percentage = f", {100 * used / (bandwidth / 1e9):.0f} % of the {bandwidth / 1e9:.1f} GB/s this machine reads"
+    n = len(result.tokens)
     sequences, each = (f" in {n} sequences,", " each") if n > 1 else ("", "")
     print(
-        f"{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.2f} s, "
-        f"{result['generated_tokens']} generated{sequences} at {result['decode_tokens_per_sec']:.1f} tokens/s"
+        f"{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, "
+        f"{result.generated_tokens} generated{sequences} at {result.decode_tokens_per_sec:.1f} tokens/s"
         f"{each}{speculation}: {used:.1f} GB/s{percentage} "
-        f"(load {result['load_seconds']:.1f} s, compile {result['compile_seconds']:.1f} s)",
+        f"(load {result.load_seconds:.1f} s, compile {result.compile_seconds:.1f} s)",
         file=sys.stderr,
     )
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cli.ranks import input_lines
+from cli.report import tokens_per_second
 from engine.chat import Conversation, check_messages
 from utils.errors import UsageError
 from utils.files import read_json, replace_file
@@ -74,7 +75,6 @@ def parse(line: str) -> tuple[str, str]:
 
 
 def check_command(command: str, argument: str, line: str):
-    """Raises UsageError if command does not exist, or does not go with argument."""
     if command not in COMMANDS:
         raise UsageError(f"{line} is none of the commands; to say it, write /{line}. {HELP}")
     if COMMANDS[command] and not argument:
@@ -169,7 +169,7 @@ class ChatCommands:
             is_stopped = True
         times = conversation.token_times
         if len(times) > 1:
-            print_note(f"{len(times)} tokens, {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
+            print_note(f"{len(times)} tokens, {tokens_per_second(times):.1f} tokens/s")
         if is_stopped and conversation.finish_reason != "interrupted":
             print_note("Stopped before the answer; the message is forgotten.")
         elif conversation.finish_reason in CUT_NOTES:

@@ -22,7 +22,7 @@ from converters.hf_tensors import to_canonical_layout, with_norm_biases
 from converters.lora import Adapter, read_adapter
 from converters.meta import PARAMS, read_meta, read_tinyllamas
 from converters.source_files import ADAPTER_CONFIG, SETTINGS, describe_sources, find_files, find_weights, record_sources
-from converters.write_model import Announcement, write_folder
+from converters.write_model import Announcement, write_model
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from utils.errors import UsageError
 from utils.files import load_safetensors, load_torch_state_dict, read_json
@@ -39,7 +39,7 @@ def convert_folder(folder: Path, lora: Path | None = None, announce: Announcemen
     target = folder if lora is None else lora
     sources = describe_sources([*find_weights(target), *find_files(target, SETTINGS)])
     checkpoint = read_folder(folder) if lora is None else merge_folders(folder, lora)
-    path = write_folder(target, checkpoint, announce)
+    path = write_model(target / "model.pth", checkpoint, announce)
     if checkpoint.note:
         print(checkpoint.note, file=sys.stderr)
     record_sources(target, sources, path)

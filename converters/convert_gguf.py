@@ -27,7 +27,7 @@ from converters.gguf_quantized import GGUFQuantizer
 from converters.gguf_tokenizer import make_tokenizer_files
 from converters.hf_tensors import kv_starts, reorder_heads, rope_row_order
 from converters.source_files import describe_sources, find_gguf_parts, record_sources
-from converters.write_model import Announcement, plan_stacks, write_folder
+from converters.write_model import Announcement, plan_stacks, write_model
 from text.tokenizer_files import TOKENIZER_FILES
 from utils.errors import UsageError, convert_type_errors
 
@@ -75,14 +75,15 @@ def convert_gguf(
     with convert_type_errors(f"{file} lacks metadata, or", Exception):  # tokenizers raises bare Exception
         config = read_gguf_config(metadata, stored)
         architecture = find_architecture(metadata)
-        tensors, read = rename_gguf_tensors(stored, config, dtype, architecture)
-        kept = keep_quantized(stored, config, tensors, architecture) if keep else None
+        renamed, row_order = rename_gguf_tensors(stored, config, architecture)
+        tensors, read = dequantize_gguf_tensors(renamed, row_order, dtype)
+        kept = GGUFQuantizer(plan_stacks(config, tensors), renamed, row_order) if keep else None
         tokenizer = make_tokenizer_files(metadata)
     files = dict.fromkeys(TOKENIZER_FILES) | tokenizer
     checkpoint = CanonicalCheckpoint(config, tensors, read, files)
     if kept is not None:
         checkpoint.tensors, checkpoint.read = tensors | kept.weights, kept.reader(read)
-    path = write_folder(folder, checkpoint, announce)
+    path = write_model(folder / "model.pth", checkpoint, announce)
     if kept is not None:
         print(*kept.report(), sep="\n")
     record_sources(folder, sources, path)
@@ -93,13 +94,23 @@ def convert_gguf(
 
 
 def rename_gguf_tensors(
-    stored: dict[str, GGUFTensor], config: ModelConfig, dtype: torch.dtype, architecture: Architecture
+    stored: dict[str, GGUFTensor], config: ModelConfig, architecture: Architecture
+) -> tuple[dict[str, GGUFTensor], Tensor | None]:
+    """Returns the tensors by canonical names, and the order that their heads need: see rope_row_order."""
+    renamed: dict[str, GGUFTensor] = {}
+    for name, tensor in stored.items():
+        if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
+            renamed |= split_tensor(name, tensor, config, architecture)
+    is_interleaved = architecture.interleaved_rope or FAMILIES[architecture.family].interleaved_rope
+    return renamed, rope_row_order(config, is_interleaved)
+
+
+def dequantize_gguf_tensors(
+    renamed: dict[str, GGUFTensor], row_order: Tensor | None, dtype: torch.dtype
 ) -> tuple[SourceTensors, TensorReader]:
     """Returns the tensors (on the meta device) and the read function of a CanonicalCheckpoint. The norms of Gemma need
     no change, since a GGUF stores 1 + w."""
-    renamed = split_gguf_tensors(stored, config, architecture)
     tensors = {name: torch.empty(tensor.shape(), dtype=dtype, device="meta") for name, tensor in renamed.items()}
-    row_order = gguf_rope_row_order(config, architecture)
 
     def read(name: str) -> Tensor:
         packed = renamed[name]
@@ -111,29 +122,6 @@ def rename_gguf_tensors(
         return reorder_heads(name, tensor, row_order)
 
     return tensors, read
-
-
-def keep_quantized(
-    stored: dict[str, GGUFTensor], config: ModelConfig, tensors: SourceTensors, architecture: Architecture
-) -> GGUFQuantizer:
-    """tensors: from rename_gguf_tensors"""
-    renamed = split_gguf_tensors(stored, config, architecture)
-    return GGUFQuantizer(plan_stacks(config, tensors), renamed, gguf_rope_row_order(config, architecture))
-
-
-def gguf_rope_row_order(config: ModelConfig, architecture: Architecture) -> Tensor | None:
-    is_interleaved = architecture.interleaved_rope or FAMILIES[architecture.family].interleaved_rope
-    return rope_row_order(config, is_interleaved)
-
-
-def split_gguf_tensors(
-    stored: dict[str, GGUFTensor], config: ModelConfig, architecture: Architecture
-) -> dict[str, GGUFTensor]:
-    renamed: dict[str, GGUFTensor] = {}
-    for name, tensor in stored.items():
-        if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
-            renamed |= split_tensor(name, tensor, config, architecture)
-    return renamed
 
 
 def split_tensor(

@@ -14,10 +14,10 @@ from converters.family_config import (
     all_sliding,
     arcee,
     baichuan,
+    bias_everywhere,
     cohere,
     cohere2,
     dbrx,
-    ernie,
     exaone4,
     full_attention_by_pattern,
     full_attention_every,
@@ -29,11 +29,11 @@ from converters.family_config import (
     grok,
     nanochat,
     nemotron,
+    normalize_dbrx,
+    normalize_phi3,
     olmo,
     phi,
     qwen2_moe,
-    rename_dbrx,
-    rename_phi3,
     seed_oss,
     sliding_below_max_window_layers,
     sliding_from_max_window_layers,
@@ -64,10 +64,10 @@ class Family:
     """How to read the config.json of one architecture, and how to make its tensors canonical."""
 
     model_type: str  # "model_type" in config.json
-    defaults: dict  # what transformers assumes for fields that config.json lacks, beyond COMMON_DEFAULTS
+    hf_defaults: dict  # what transformers assumes for fields that config.json lacks, beyond COMMON_DEFAULTS
 
-    # Renames the fields of config.json to Llama's names
-    rename_fields: Callable[[dict], dict] = lambda hf_config: hf_config
+    # Gives the fields of config.json the names and the nesting that they have in Llama's
+    normalize_hf_config: Callable[[dict], dict] = lambda hf_config: hf_config
 
     # Sliding window
     sliding_layers: str = "none"  # which layers have a window: "none", "all", or "layer_types" (config.json lists them)
@@ -83,16 +83,14 @@ class Family:
     shared_expert: bool = False  # whether every token also uses an expert of shared_expert_intermediate_size
     experts_bias: bool = False  # whether the router and the experts have biases
 
-    # Everything else that changes the maths. rename_fields runs first. After that, each of these sources of a
-    # ModelConfig field overrides the ones before it: defaults, config.json, config_overrides, read_overrides. A field
-    # in HF_NO_OP_VALUES (hf_config.py) may have another value only if it is in supported_fields; then read_overrides
-    # reads and checks it.
-    supported_fields: tuple[str, ...] = ()  # fields of HF_NO_OP_VALUES that may have other values
-    config_overrides: dict = field(default_factory=dict)  # fields of ModelConfig with one value for the whole family
-    read_overrides: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> more fields of ModelConfig
+    # Everything else that changes the maths. A field in HF_NO_OP_VALUES (hf_config.py) is refused if it has another
+    # value, unless it is in handled_hf_fields. Then read_config_fields reads and checks it.
+    handled_hf_fields: tuple[str, ...] = ()
+    config_fields: dict = field(default_factory=dict)  # fields of ModelConfig with one value for the whole family
+    read_config_fields: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> fields, which override others
 
-    # Tensors, at conversion. family_tensors.py defines these renames and functions, and hf_tensors.py applies them.
-    renames: dict[str, str] = field(default_factory=dict)  # part of a name -> part of a canonical name; in order
+    # Tensors, at conversion. family_tensors.py defines what these columns name, and hf_tensors.py applies it.
+    tensor_renames: dict[str, str] = field(default_factory=dict)  # part of a name -> part of a canonical name; in order
     # Splits tensors that hold all experts of a layer
     split_experts: Callable[[SourceTensors, ModelConfig], None] = split_stacked_experts
     # Whether conversion scales each row of the head to length one
@@ -132,8 +130,8 @@ GPT_OSS_ROPE = dict(
     rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
 )
 BAICHUAN = Family(
-    "baichuan", dict(bos_token_id=1, eos_token_id=2), read_overrides=baichuan, renames=BAICHUAN_TO_CANONICAL,
-    normalizes_head=is_baichuan2,
+    "baichuan", dict(bos_token_id=1, eos_token_id=2), read_config_fields=baichuan,
+    tensor_renames=BAICHUAN_TO_CANONICAL, normalizes_head=is_baichuan2,
 )
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
@@ -154,7 +152,7 @@ FAMILIES = {
         MISTRAL | dict(rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
         sliding_layers="all",
         n_experts_fields=("num_local_experts",),
-        renames=MIXTRAL_TO_CANONICAL,
+        tensor_renames=MIXTRAL_TO_CANONICAL,
     ),
     "Qwen2ForCausalLM": Family(
         "qwen2",
@@ -162,7 +160,7 @@ FAMILIES = {
         sliding_layers="layer_types",
         default_layer_types=sliding_from_max_window_layers,
         needs_use_sliding_window=True,
-        config_overrides=dict(qkv_bias=True, o_proj_bias=False),
+        config_fields=dict(qkv_bias=True, o_proj_bias=False),
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
@@ -170,7 +168,7 @@ FAMILIES = {
         sliding_layers="layer_types",
         default_layer_types=sliding_from_max_window_layers,
         needs_use_sliding_window=True,
-        config_overrides=dict(qk_norm=True),
+        config_fields=dict(qk_norm=True),
     ),
     "Qwen2MoeForCausalLM": Family(
         "qwen2_moe",
@@ -185,7 +183,7 @@ FAMILIES = {
         n_experts_fields=("num_experts",),
         norm_topk_prob=None,
         shared_expert=True,
-        read_overrides=qwen2_moe,
+        read_config_fields=qwen2_moe,
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe",
@@ -196,13 +194,13 @@ FAMILIES = {
         ffn_dim_field="moe_intermediate_size",
         n_experts_fields=("num_experts", "num_local_experts"),
         norm_topk_prob=None,
-        config_overrides=dict(qk_norm=True),
+        config_fields=dict(qk_norm=True),
     ),
     "GemmaForCausalLM": Family(
         "gemma",
         GEMMA | dict(num_key_value_heads=16),
-        supported_fields=("hidden_act",),
-        read_overrides=gemma,
+        handled_hf_fields=("hidden_act",),
+        read_config_fields=gemma,
         norm_offset=1.0,
     ),
     "Gemma2ForCausalLM": Family(
@@ -213,9 +211,9 @@ FAMILIES = {
         ),
         sliding_layers="layer_types",
         default_layer_types=partial(full_attention_every, 2),
-        supported_fields=("hidden_act", *SOFTCAPS),
-        read_overrides=gemma2,
-        renames=GEMMA_NORMS_TO_CANONICAL,
+        handled_hf_fields=("hidden_act", *SOFTCAPS),
+        read_config_fields=gemma2,
+        tensor_renames=GEMMA_NORMS_TO_CANONICAL,
         norm_offset=1.0,
     ),
     "Gemma3ForCausalLM": Family(
@@ -227,10 +225,10 @@ FAMILIES = {
         sliding_layers="layer_types",
         default_layer_types=partial(full_attention_by_pattern, 6),
         sliding_rope_theta_field="rope_local_base_freq",
-        supported_fields=("hidden_act", *SOFTCAPS),
-        config_overrides=dict(qk_norm=True),
-        read_overrides=gemma3,
-        renames=GEMMA_NORMS_TO_CANONICAL,
+        handled_hf_fields=("hidden_act", *SOFTCAPS),
+        config_fields=dict(qk_norm=True),
+        read_config_fields=gemma3,
+        tensor_renames=GEMMA_NORMS_TO_CANONICAL,
         norm_offset=1.0,
     ),
     "Phi3ForCausalLM": Family(
@@ -239,9 +237,9 @@ FAMILIES = {
             max_position_embeddings=4096, original_max_position_embeddings=4096, bos_token_id=1, eos_token_id=32000,
             rms_norm_eps=1e-5,
         ),
-        rename_fields=rename_phi3,
+        normalize_hf_config=normalize_phi3,
         sliding_layers="all",
-        supported_fields=("partial_rotary_factor",),
+        handled_hf_fields=("partial_rotary_factor",),
     ),
     "PhiForCausalLM": Family(
         "phi",
@@ -249,36 +247,36 @@ FAMILIES = {
             max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, layer_norm_eps=1e-5,
             partial_rotary_factor=0.5, hidden_act="gelu_new",
         ),
-        supported_fields=("hidden_act", "partial_rotary_factor"),
-        read_overrides=phi,
-        renames=PHI_TO_CANONICAL,
+        handled_hf_fields=("hidden_act", "partial_rotary_factor"),
+        read_config_fields=phi,
+        tensor_renames=PHI_TO_CANONICAL,
         layer_norm=True,
         norm_bias=True,
     ),
     "OlmoForCausalLM": Family(
         "olmo",
         OLMO,
-        supported_fields=("clip_qkv",),
-        read_overrides=olmo,
+        handled_hf_fields=("clip_qkv",),
+        read_config_fields=olmo,
         layer_norm=True,
         has_norm_weights=False,
     ),
-    "Olmo2ForCausalLM": Family("olmo2", OLMO, config_overrides=OLMO_NORMS, renames=GEMMA_NORMS_TO_CANONICAL),
+    "Olmo2ForCausalLM": Family("olmo2", OLMO, config_fields=OLMO_NORMS, tensor_renames=GEMMA_NORMS_TO_CANONICAL),
     "Olmo3ForCausalLM": Family(
         "olmo3",
         OLMO | dict(sliding_window=4096, rope_theta=5e5),
         sliding_layers="layer_types",
         default_layer_types=partial(full_attention_every, 4),
         scales_sliding_rope=False,
-        config_overrides=OLMO_NORMS,
-        renames=GEMMA_NORMS_TO_CANONICAL,
+        config_fields=OLMO_NORMS,
+        tensor_renames=GEMMA_NORMS_TO_CANONICAL,
     ),
     "OlmoeForCausalLM": Family(
         "olmoe",
         OLMO | dict(max_position_embeddings=4096, num_local_experts=64, num_experts_per_tok=8),
         n_experts_fields=("num_experts", "num_local_experts"),
         norm_topk_prob=None,
-        config_overrides=dict(qk_norm=True, qk_norm_across_heads=True),
+        config_fields=dict(qk_norm=True, qk_norm_across_heads=True),
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
@@ -288,34 +286,34 @@ FAMILIES = {
         ),
         sliding_layers="layer_types",
         default_layer_types=smollm3_layer_types,
-        read_overrides=smollm3,
+        read_config_fields=smollm3,
     ),
     "GraniteForCausalLM": Family(
         "granite",
         dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2) | dict.fromkeys(MULTIPLIERS, 1.0),
-        supported_fields=MULTIPLIERS,
-        read_overrides=granite,
+        handled_hf_fields=MULTIPLIERS,
+        read_config_fields=granite,
     ),
     "GlmForCausalLM": Family(
         "glm",
         GLM,
-        supported_fields=("partial_rotary_factor",),
-        config_overrides=dict(o_proj_bias=False),
+        handled_hf_fields=("partial_rotary_factor",),
+        config_fields=dict(o_proj_bias=False),
         interleaved_rope=True,
     ),
     "Glm4ForCausalLM": Family(
         "glm4",
         GLM,
-        supported_fields=("partial_rotary_factor",),
-        config_overrides=dict(o_proj_bias=False, post_norm=True),
-        renames=GLM4_NORMS_TO_CANONICAL,
+        handled_hf_fields=("partial_rotary_factor",),
+        config_fields=dict(o_proj_bias=False, post_norm=True),
+        tensor_renames=GLM4_NORMS_TO_CANONICAL,
         interleaved_rope=True,
     ),
     "CohereForCausalLM": Family(
         "cohere",
         COHERE | dict(rope_theta=5e5),
-        supported_fields=("logit_scale",),
-        read_overrides=cohere,
+        handled_hf_fields=("logit_scale",),
+        read_config_fields=cohere,
         layer_norm=True,
         interleaved_rope=True,
     ),
@@ -324,8 +322,8 @@ FAMILIES = {
         COHERE | dict(sliding_window=4096),
         sliding_layers="layer_types",
         default_layer_types=partial(full_attention_by_pattern, 4),
-        supported_fields=("logit_scale",),
-        read_overrides=cohere2,
+        handled_hf_fields=("logit_scale",),
+        read_config_fields=cohere2,
         layer_norm=True,
         interleaved_rope=True,
     ),
@@ -335,8 +333,8 @@ FAMILIES = {
             max_position_embeddings=4096, num_key_value_heads=32, bos_token_id=0, eos_token_id=0, layer_norm_eps=1e-5,
             partial_rotary_factor=0.25,
         ),
-        supported_fields=("partial_rotary_factor",),
-        read_overrides=stablelm,
+        handled_hf_fields=("partial_rotary_factor",),
+        read_config_fields=stablelm,
         layer_norm=True,
         norm_bias=True,
     ),
@@ -348,9 +346,9 @@ FAMILIES = {
         ),
         sliding_layers="layer_types",
         default_layer_types=partial(full_attention_by_pattern, 4),
-        config_overrides=dict(pre_norm=False, post_norm=True, qk_norm=True),
-        read_overrides=exaone4,
-        renames=GEMMA_NORMS_TO_CANONICAL,
+        config_fields=dict(pre_norm=False, post_norm=True, qk_norm=True),
+        read_config_fields=exaone4,
+        tensor_renames=GEMMA_NORMS_TO_CANONICAL,
     ),
     "SeedOssForCausalLM": Family(
         "seed_oss",
@@ -358,7 +356,7 @@ FAMILIES = {
             max_position_embeddings=524288, bos_token_id=0, eos_token_id=2, num_key_value_heads=8, head_dim=128,
             attention_bias=True,
         ),
-        read_overrides=seed_oss,
+        read_config_fields=seed_oss,
     ),
     "Ernie4_5ForCausalLM": Family(
         "ernie4_5",
@@ -366,7 +364,7 @@ FAMILIES = {
             max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=2, head_dim=128,
             rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
         ),
-        read_overrides=ernie,
+        read_config_fields=bias_everywhere,
         interleaved_rope=True,
     ),
     "GptOssForCausalLM": Family(
@@ -380,8 +378,8 @@ FAMILIES = {
         default_layer_types=partial(full_attention_every, 2),
         n_experts_fields=("num_local_experts", "num_experts"),
         experts_bias=True,
-        read_overrides=gpt_oss,
-        renames=GPT_OSS_TO_CANONICAL,
+        read_config_fields=gpt_oss,
+        tensor_renames=GPT_OSS_TO_CANONICAL,
         split_experts=partial(split_stacked_experts, are_transposed=True),
     ),
     "Grok1ModelForCausalLM": Family(
@@ -393,20 +391,20 @@ FAMILIES = {
         ),
         n_experts_fields=("num_experts",),
         norm_topk_prob=False,
-        supported_fields=("hidden_act",),
-        read_overrides=grok,
-        renames=GROK_TO_CANONICAL,
+        handled_hf_fields=("hidden_act",),
+        read_config_fields=grok,
+        tensor_renames=GROK_TO_CANONICAL,
     ),
     "DbrxForCausalLM": Family(
         "dbrx",
         dict(max_position_embeddings=2048),
-        rename_fields=rename_dbrx,
+        normalize_hf_config=normalize_dbrx,
         ffn_dim_field="ffn_hidden_size",
         n_experts_fields=("num_experts",),
         norm_topk_prob=None,
-        supported_fields=("clip_qkv",),
-        read_overrides=dbrx,
-        renames=DBRX_TO_CANONICAL,
+        handled_hf_fields=("clip_qkv",),
+        read_config_fields=dbrx,
+        tensor_renames=DBRX_TO_CANONICAL,
         split_experts=split_dbrx_experts,
         layer_norm=True,
     ),
@@ -416,8 +414,8 @@ FAMILIES = {
             max_position_embeddings=4096, bos_token_id=128000, eos_token_id=128001, rms_norm_eps=1e-5,
             hidden_act="relu2",
         ),
-        supported_fields=("hidden_act",),
-        read_overrides=arcee,
+        handled_hf_fields=("hidden_act",),
+        read_config_fields=arcee,
     ),
     "NanoChatForCausalLM": Family(
         "nanochat",
@@ -425,10 +423,10 @@ FAMILIES = {
             max_position_embeddings=2048, bos_token_id=0, eos_token_id=1, final_logit_softcapping=15.0,
             hidden_act="relu2",
         ),
-        supported_fields=("hidden_act", "final_logit_softcapping"),
-        config_overrides=dict(qk_norm=True),
-        read_overrides=nanochat,
-        renames=NANOCHAT_TO_CANONICAL,
+        handled_hf_fields=("hidden_act", "final_logit_softcapping"),
+        config_fields=dict(qk_norm=True),
+        read_config_fields=nanochat,
+        tensor_renames=NANOCHAT_TO_CANONICAL,
         normalizes_embedding=True,
         has_norm_weights=False,
         reversed_rope=True,
@@ -439,8 +437,8 @@ FAMILIES = {
             max_position_embeddings=4096, bos_token_id=2, eos_token_id=3, norm_eps=1e-5, partial_rotary_factor=0.5,
             hidden_act="relu2",
         ),
-        supported_fields=("hidden_act", "partial_rotary_factor"),
-        read_overrides=nemotron,
+        handled_hf_fields=("hidden_act", "partial_rotary_factor"),
+        read_config_fields=nemotron,
         norm_offset=1.0,
         layer_norm=True,
         norm_bias=True,
@@ -452,9 +450,9 @@ FAMILIES = {
             norm_epsilon=1e-5, use_bias=True, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
         ),
         sliding_layers="all",
-        supported_fields=("hidden_act",),
-        read_overrides=starcoder2,
-        renames=STARCODER2_TO_CANONICAL,
+        handled_hf_fields=("hidden_act",),
+        read_config_fields=starcoder2,
+        tensor_renames=STARCODER2_TO_CANONICAL,
         layer_norm=True,
         norm_bias=True,
     ),

@@ -1,6 +1,7 @@
 """Reads fields of config.json that only one family has, or a few. families.py: FAMILIES says which family uses what.
 
-A function for Family.read_overrides is called like its family, and returns fields of ModelConfig. How to read a field:
+A function for Family.read_config_fields returns fields of ModelConfig. Most are called like their family. How to read a
+field of config.json:
 
     hf_config[name]              if every family that reads it has a default
     required(hf_config, name)    if there is no default; raises UsageError if config.json lacks the field
@@ -37,7 +38,7 @@ def layer_numbers(hf_config: dict) -> range:
     return range(min(required(hf_config, "num_hidden_layers"), MAX_MODULES))
 
 
-# ---- read_overrides: fields of ModelConfig that come from config.json -----------------------------------------------
+# ---- read_config_fields: fields of ModelConfig that come from config.json -------------------------------------------
 
 
 def gemma(hf_config: dict) -> dict:
@@ -153,10 +154,6 @@ def seed_oss(hf_config: dict) -> dict:
     return {"o_proj_bias": read_flag(hf_config, "attention_out_bias")}
 
 
-def ernie(hf_config: dict) -> dict:
-    return bias_everywhere(hf_config)
-
-
 def qwen2_moe(hf_config: dict) -> dict:
     return {"qkv_bias": read_flag(hf_config, "qkv_bias"), "o_proj_bias": False}
 
@@ -236,10 +233,10 @@ def smollm3_layer_types(hf_config: dict) -> list[str]:
     return ["full_attention" if has_rope else "sliding_attention" for has_rope in smollm3(hf_config)["layer_has_rope"]]
 
 
-# ---- rename_fields --------------------------------------------------------------------------------------------------
+# ---- normalize_hf_config --------------------------------------------------------------------------------------------
 
 
-def rename_phi3(hf_config: dict) -> dict:
+def normalize_phi3(hf_config: dict) -> dict:
     """In older files of Phi 3, "yarn" and "su" mean longrope."""
     for name in ("rope_parameters", "rope_scaling"):
         rope = hf_config.get(name)
@@ -254,7 +251,7 @@ DBRX_FIELDS_TO_LLAMA = {
 }
 
 
-def rename_dbrx(hf_config: dict) -> dict:
+def normalize_dbrx(hf_config: dict) -> dict:
     """Renames fields, and lifts those of attn_config and ffn_config to the top level."""
     hf_config = {DBRX_FIELDS_TO_LLAMA.get(name, name): value for name, value in hf_config.items()}
     attention = hf_config.get("attn_config") or {}

@@ -8,9 +8,9 @@ from torch import Tensor
 from config import ModelConfig
 from converters.canonical_checkpoint import SourceTensors
 
-# ---- renames: parts of a family's names -> parts of canonical names -------------------------------------------------
+# ---- tensor_renames: parts of a family's names -> parts of canonical names ------------------------------------------
 
-# For every family, but its own renames take precedence
+# For every family; those of its row take precedence
 LLAMA_NORMS_TO_CANONICAL = {
     ".input_layernorm.": ".pre_attention_norm.", ".post_attention_layernorm.": ".pre_ffn_norm.",
 }

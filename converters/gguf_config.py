@@ -64,8 +64,6 @@ ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_l
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to read the GGUF files of one architecture."""
-
     family: str  # a key of families.py: FAMILIES
     fields: dict[str, str] = field(default_factory=dict)  # more rows of GGUF_FIELDS
     extra_fields: Callable[[dict], dict] = lambda hf_config: {}  # fields of config.json that the metadata lack

@@ -238,7 +238,6 @@ class GGUFQuantizer:
         return lambda name: self.weights[name] if name in self.weights else read(name)
 
     def read(self, name: str, stored: GGUFTensor, format: WeightFormat, row_order: Tensor | None) -> Tensors:
-        """Reads the tensor called name, as the tensors of format."""
         if stored.ggml_type not in BLOCK_TYPES and format != MXFP4():
             self.n_rounded[stored.ggml_type.name, format.name] += 1
             weight = torch.from_numpy(gguf.dequantize(stored.data, stored.ggml_type))

@@ -8,9 +8,9 @@ of tokenizer.ggml.pre, add a row to SPLITS.
 
 import json
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 
-from text.tokenizer_files import QWEN2_SPLIT
+from text.tokenizer_files import QWEN2_SPLIT, byte_level_bpe
 from utils.errors import UsageError
 
 # Regular expressions that split a text into words before byte-level BPE
@@ -55,8 +55,7 @@ def make_tokenizer_files(metadata: dict) -> dict[str, bytes]:
         prefix = [bos] if adds_bos else []
         if pre in LIKE_GLM4 and {*GLM4_PREFIX} <= {*pieces}:
             prefix = [pieces.index(piece) for piece in GLM4_PREFIX]
-        tokenizer = byte_level_bpe(metadata, prefix)
-        files = {"tokenizer.json": tokenizer.to_str().encode()}
+        files = {"tokenizer.json": bpe_tokenizer(metadata, prefix).to_str().encode()}
     elif model == "llama":
         files = {"tokenizer.model": sentencepiece_model(metadata)}
     else:
@@ -72,7 +71,7 @@ def make_tokenizer_files(metadata: dict) -> dict[str, bytes]:
     return files
 
 
-def byte_level_bpe(metadata: dict, prefix: list[int]) -> Tokenizer:
+def bpe_tokenizer(metadata: dict, prefix: list[int]) -> Tokenizer:
     """prefix: the tokens to put before every text"""
     pieces, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     pre = metadata.get("tokenizer.ggml.pre")
@@ -83,13 +82,9 @@ def byte_level_bpe(metadata: dict, prefix: list[int]) -> Tokenizer:
     for merge in merges:  # at such a merge the library panics
         if len(merge) != 2 or not ids.keys() >= {*merge, "".join(merge)}:
             raise ValueError("tokenizer.ggml.merges makes what is no token")
-    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre in LIKE_LLAMA3))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    tokenizer = byte_level_bpe(models.BPE(ids, merges, ignore_merges=pre in LIKE_LLAMA3), SPLITS[pre])
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
     added = []
     for piece, token_type in zip(pieces, types, strict=True):
         if token_type in (CONTROL, USER_DEFINED):

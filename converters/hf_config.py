@@ -47,7 +47,7 @@ def find_family(hf_config: dict) -> Family:
 # ---- What is not supported ------------------------------------------------------------------------------------------
 
 # Fields that change the maths -> the values that change nothing, besides null and false. Any other value is refused,
-# unless the family has the field in supported_fields.
+# unless the family has the field in handled_hf_fields.
 HF_NO_OP_VALUES = {
     "hidden_act": SILU_NAMES,
     "attn_logit_softcapping": (),
@@ -86,10 +86,10 @@ UNSUPPORTED_PARTS = {
 
 
 def check_no_op_values(fields: dict, family: Family):
-    if "hidden_act" not in family.supported_fields and fields.get("hidden_act", "silu") is None:
+    if "hidden_act" not in family.handled_hf_fields and fields.get("hidden_act", "silu") is None:
         raise UsageError("config.json: hidden_act is null; it must name the activation, such as 'silu'")
     for name, no_op in HF_NO_OP_VALUES.items():
-        if name not in family.supported_fields and fields.get(name) not in (None, False, *no_op):
+        if name not in family.handled_hf_fields and fields.get(name) not in (None, False, *no_op):
             raise UsageError(f"config.json: {name} = {fields[name]!r} is not supported")
 
 
@@ -117,8 +117,8 @@ def unsupported_part(hf_config: dict) -> str | None:
 
 
 def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelConfig:
-    hf_config = family.rename_fields(hf_config)
-    hf_config = COMMON_DEFAULTS | family.defaults | replace_rope_parameters(hf_config)
+    hf_config = family.normalize_hf_config(hf_config)
+    hf_config = COMMON_DEFAULTS | family.hf_defaults | replace_rope_parameters(hf_config)
     check_no_op_values(hf_config, family)
     check_layer_types(hf_config)
     fields = read_sizes(hf_config, family)
@@ -128,8 +128,8 @@ def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelCo
     fields["eos_ids"] = read_eos_ids(hf_config, generation)
     fields |= read_sliding_window(hf_config, family)
     fields |= read_rope(hf_config, family)
-    fields |= family.config_overrides
-    fields |= family.read_overrides(hf_config)
+    fields |= family.config_fields
+    fields |= family.read_config_fields(hf_config)
     return ModelConfig(**fields)
 
 

@@ -29,7 +29,7 @@ def to_canonical_layout(
 ) -> TensorReader:
     """Renames and splits tensors, in place. Returns a function that reads a tensor by canonical name, with the LoRA
     adapter, if given, merged into it."""
-    rename = partial(rename_tensor, new_names=LLAMA_NORMS_TO_CANONICAL | family.renames)
+    rename = partial(rename_tensor, new_names=LLAMA_NORMS_TO_CANONICAL | family.tensor_renames)
     split = partial(split_tensors, config=config, family=family)
     rename_all(tensors, rename)
     add_tied_tensors(tensors, config, family)

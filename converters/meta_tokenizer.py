@@ -14,13 +14,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, models, processors
 
 from config import ModelConfig
 from converters.gguf_tokenizer import LLAMA3_WORDS
 from text.tokenizer import byte_level_alphabet
-from text.tokenizer_files import TIKTOKEN_LINE, read_tokenizer_model
+from text.tokenizer_files import TIKTOKEN_LINE, byte_level_bpe, read_tokenizer_model
 from utils.errors import UsageError
 
 # Names of special tokens; "" stands for a reserved one
@@ -100,10 +99,8 @@ def make_tokenizer_files(ranks: dict[bytes, int], special: list[str]) -> dict[st
 
     vocab = {spell(token): rank for token, rank in ranks.items()}
     merges = [(spell(left), spell(right)) for left, right in find_merges(ranks)]
-    library = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))  # a word that is a token stays whole
-    words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
-    library.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    library.decoder = decoders.ByteLevel()
+    bpe = models.BPE(vocab, merges, ignore_merges=True)  # a word that is a token stays whole
+    library = byte_level_bpe(bpe, [LLAMA3_WORDS])
     library.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     bos = special[0]
     library.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, library.token_to_id(bos))])

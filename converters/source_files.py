@@ -104,7 +104,6 @@ def have_changed(folder: Path, files: list[Path]) -> bool:
 
 
 def is_stale(model: Path) -> bool:
-    """Whether model was made from files that have been replaced since."""
     stale = (read_record(model.parent) or {}).get(STALE, {})
     return stale.get(model.name) == size_and_time(model)  # if quantize.py has made it again, the time differs
 

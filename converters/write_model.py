@@ -6,7 +6,6 @@ It renames tensors, and stacks those that are always used together: q, k and v; 
 Only one weight is in memory at a time. Quantized weights stay quantized.
 """
 
-import os
 import re
 import sys
 from collections import Counter
@@ -31,7 +30,6 @@ from converters.canonical_checkpoint import (
 from converters.quantized_weight import QuantizedWeight, have_one_order, promote_formats
 from formats import Unquantized, WeightFormat
 from utils.errors import UsageError
-from utils.files import delete_if_possible, replace_file
 
 # Linear layer -> the norm before it. A layer with an input_order permutes x before the fused norm. rms(x) does not
 # change, but the weight of the norm must be in the same order, so it is stored permuted.
@@ -63,11 +61,15 @@ class StackedTensor:
 
 
 def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcement | None = None) -> Path:
-    """Writes checkpoint to path, without the tokenizer. Returns the path, whose name gets the format of quantized
+    """Writes checkpoint to path, and the tokenizer beside it. Returns the path, whose name gets the format of quantized
     weights: model_int4.g128.pth. float64 becomes float32. Raises UsageError if a tensor is missing, left over, or of
     the wrong shape or dtype.
 
     announce: called after all checks, just before the data is read."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"cannot write to {path.parent}: {e.strerror}") from None
     config, tensors, read = checkpoint.config, checkpoint.tensors, checkpoint.read
     if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors:
         if is_same_weight(read(HEAD), read(EMBEDDING)):
@@ -81,15 +83,16 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
     if default.is_quantized:
         path = path.with_name(f"{path.stem}_{default.name}{path.suffix}")
     warn_dequantized(stacks, tensors)
-    shapes = {}
+    empty = {}
     for name, stack in stacks.items():
         for tensor_name, t in stack.format.allocate(stack.shape, stack.dtype, "meta").items():
-            shapes[stored_name(name, tensor_name)] = (tuple(t.shape), t.dtype)
+            empty[stored_name(name, tensor_name)] = t
         if stack.input_order is not None:
-            shapes[stored_name(name, "input_order")] = (tuple(stack.input_order.shape), torch.int32)
+            empty[stored_name(name, "input_order")] = stack.input_order.int()
     if announce is not None:
         announce()
-    save_checkpoint(path, config, shapes, stack_tensors(stacks, read), describe_formats(stacks, default))
+    quantization = describe_formats(stacks, default)
+    save_checkpoint(path, config, empty, quantization, stack_tensors(stacks, read), checkpoint.tokenizer_files)
     return path
 
 
@@ -120,32 +123,7 @@ def stored_name(name: str, tensor_name: str) -> str:
     return name if tensor_name == "weight" else f"{name.removesuffix('.weight')}.{tensor_name}"
 
 
-def write_folder(folder: Path, checkpoint: CanonicalCheckpoint, announce: Announcement | None = None) -> Path:
-    """Writes model.pth, whose name write_model chooses, and the tokenizer to folder. Returns the path of model.pth. It
-    gets its name last, so that a folder with a model.pth has a complete tokenizer."""
-    if not checkpoint.tokenizer_files:
-        return write_model(folder / "model.pth", checkpoint, announce)
-    unnamed = folder / "model.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob("model*.tmp"):  # by a process that was killed
-            left_over.unlink(missing_ok=True)
-        unnamed = write_model(unnamed, checkpoint, announce)
-        for name, content in checkpoint.tokenizer_files.items():
-            if content is None:
-                (folder / name).unlink(missing_ok=True)
-            else:
-                replace_file(folder / name, content)
-        os.replace(unnamed, unnamed.with_suffix(".pth"))
-    except OSError as e:
-        raise UsageError(f"cannot write to {folder}: {e.strerror}") from None
-    finally:
-        delete_if_possible(unnamed)
-    return unnamed.with_suffix(".pth")
-
-
 def plan_stacks(config: ModelConfig, tensors: SourceTensors) -> dict[str, StackedTensor]:
-    """Returns the tensors of model.pth by name."""
     try:
         model = empty_model(config.with_layers(1))  # shapes are the same in every layer
     except RuntimeError as e:
@@ -267,7 +245,6 @@ def check_finite_tensor(name: str, tensor: Tensor):
 
 
 def most_common_format(stacks: dict[str, StackedTensor]) -> WeightFormat:
-    """Returns the format of most quantized weights, or Unquantized if there are none."""
     counts = Counter(stack.format for stack in stacks.values() if stack.format.is_quantized)
     return counts.most_common(1)[0][0] if counts else Unquantized()
 
@@ -291,7 +268,6 @@ def describe_formats(stacks: dict[str, StackedTensor], default: WeightFormat) ->
 
 
 def warn_dequantized(stacks: dict[str, StackedTensor], tensors: SourceTensors):
-    """Prints which quantized weights become unquantized, and why."""
     names_of: dict[str, list[str]] = {}  # reason -> names
     for name, stack in stacks.items():
         quantized = {name: tensors[name] for name in stack.part_names if isinstance(tensors[name], QuantizedWeight)}

@@ -6,7 +6,6 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 repo=${MODEL_REPO:-mistralai/Mixtral-8x7B-Instruct-v0.1}
-if [ -n "${TINY:-}" ]; then repo=tiny/mixtral; fi
 source "$root/scripts/python.sh"
 launcher=
 if [ "${NPROC:-1}" -gt 1 ]; then launcher="-m torch.distributed.run --standalone --nproc_per_node=$NPROC"; fi

@@ -7,7 +7,7 @@
     tiny_model.py               makes a tiny random model, for prepare.sh with TINY_FAMILY
 
     serve.py                    serves the OpenAI API over HTTP; openai_api.py reads and writes its JSON
-    speculate*.sh               speculates with large models, as in gpt-fast
+    speculate.sh                speculates with a large model; speculate_*.sh are the setups of gpt-fast
 
     benchmark.py                measures speed, memory and quality, and checks the kernels
     compare_llama_cpp.py        measures speed beside llama.cpp

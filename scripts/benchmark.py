@@ -50,7 +50,7 @@ from scripts import tables
 from scripts.benchmarking import busy, gpu_jobs, real_models
 from scripts.benchmarking.speed import CONFIGS, find_config, measure_speed, save_random_checkpoint
 from scripts.kernel_checks.command import check
-from utils.errors import UsageError
+from utils.errors import UsageError, check_integer
 from utils.files import ROOT
 from utils.machine import pick_device
 
@@ -179,8 +179,8 @@ def speed(args: argparse.Namespace):
 def check_speed_options(args: argparse.Namespace, config: ModelConfig):
     if args.cold_start and args.mode:
         raise UsageError("--cold_start is measured without --mode")
-    if args.parallel and min(args.parallel) < 1:
-        raise UsageError("--parallel must be at least 1")
+    for n in args.parallel or ():
+        check_integer("--parallel", n, 1)
     if args.busy is not None:
         check_busy_options(args)
     max_new_tokens = 2 if args.cold_start else args.max_new_tokens
@@ -190,8 +190,7 @@ def check_speed_options(args: argparse.Namespace, config: ModelConfig):
 
 
 def check_busy_options(args: argparse.Namespace):
-    if args.busy < 1:
-        raise UsageError("--busy must be at least 1")
+    check_integer("--busy", args.busy, 1)
     if args.cold_start or args.parallel or args.compile or args.tune:
         raise UsageError("--busy is measured without --cold_start, --parallel, --compile and --tune")
     if pick_device(args.device).type != "cpu":

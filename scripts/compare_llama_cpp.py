@@ -140,8 +140,8 @@ def parse_args() -> argparse.Namespace:
     if args.parallel and not 1 <= min(args.parallel) <= max(args.parallel) <= MAX_SEQUENCES:
         raise UsageError(f"--parallel takes numbers from 1 to {MAX_SEQUENCES}")
     for out in (args.json, args.plot):
-        if out and (out.is_dir() or not out.absolute().parent.is_dir()):
-            raise UsageError(f"{out} must be a file in a folder that exists")
+        if out:
+            common_args.check_output_file(out)
     for package in ("llama_cpp", "gguf", "matplotlib"):
         if package == "matplotlib" and not args.plot:
             continue

@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# A setup of speculate.sh, under the name it has in gpt-fast.
-exec "$(dirname "$0")/speculate.sh" 34B_bf16 "$@"
+# CodeLlama-34B in 16 bits; the draft is CodeLlama-7B in 4 bits. Arguments go to generate.py.
+exec "$(dirname "$0")/speculate.sh" codellama/CodeLlama-34b-Python-hf/model.pth \
+    codellama/CodeLlama-7b-Python-hf/model_int4.g32.pth "$@"

@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# A setup of speculate.sh, under the name it has in gpt-fast.
-exec "$(dirname "$0")/speculate.sh" 7B_int4 "$@"
+# Llama-2-7B in 16 bits; the draft is the same model in 4 bits. Arguments go to generate.py.
+exec "$(dirname "$0")/speculate.sh" meta-llama/Llama-2-7b-chat-hf/model.pth \
+    meta-llama/Llama-2-7b-chat-hf/model_int4.g32.pth "$@"

@@ -100,8 +100,7 @@ def zero_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
 
 def write_folder(folder: Path, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Path:
     """Writes model.pth, and a tokenizer whose ids are bytes, decoded as in Llama 2."""
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    checkpoint.save_checkpoint(folder / "model.pth", config, shapes, tensors.items())
+    checkpoint.save_checkpoint(folder / "model.pth", config, tensors)
     tok = tokenizers.Tokenizer(tokenizers.models.BPE({f"<0x{b:02X}>": b for b in range(256)}, [], byte_fallback=True))
     d = tokenizers.decoders
     tok.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])

@@ -13,18 +13,18 @@ import quantize
 from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig
 from converters.canonical_checkpoint import CanonicalCheckpoint
-from converters.write_model import write_folder
+from converters.write_model import write_model
 from loading import load_model
 from model import KVCache
 from tests.tiny import call_main, convert, make_hf, write_earlier_version
 from utils.errors import UsageError
 from utils.files import replace_file
 
-CONFIG, SHAPES = ModelConfig(*[2] * 8), {"a": ((9,), torch.float32)}
+CONFIG = ModelConfig(*[2] * 8)
 
 
 def save(path: Path, tensors):
-    save_checkpoint(path, CONFIG, SHAPES, tensors)
+    save_checkpoint(path, CONFIG, {"a": torch.empty(9, device="meta")}, stream=tensors)
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
@@ -41,8 +41,8 @@ def test_tensors_are_read_as_saved(tmp_path):
         "empty": torch.ones(0, 3),
         "scalar": torch.tensor(1.5),
     }
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    save_checkpoint(path, CONFIG, shapes, reversed(tensors.items()), quantization)
+    empty = {name: t.to("meta") for name, t in tensors.items()}
+    save_checkpoint(path, CONFIG, empty, quantization, reversed(tensors.items()))
     config, read_quantization, read = read_checkpoint(path)
     assert (config, read_quantization, read.keys()) == (CONFIG, quantization, tensors.keys())
     assert all(torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in tensors.items())
@@ -116,7 +116,7 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="cannot write .*model.pth: No such file or directory"):
         save(tmp_path / "gone" / "model.pth", [])
     with pytest.raises(UsageError, match="cannot write to .*: Read-only file system"):
-        write_folder(tmp_path, CanonicalCheckpoint(CONFIG, {}, read=refuse, tokenizer_files={"tokenizer.json": b"{}"}))
+        write_model(tmp_path / "M.pth", CanonicalCheckpoint(CONFIG, {}, refuse, {"tokenizer.json": b"{}"}))
     with pytest.raises(OSError, match="Read-only file system"):
         replace_file(tmp_path / "model.sources.json", b"{}")
 

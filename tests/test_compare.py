@@ -15,7 +15,7 @@ from checkpoint import read_checkpoint, save_checkpoint
 from cli.script import run_script
 from config import ModelConfig, RopeScaling
 from converters.canonical_checkpoint import CanonicalCheckpoint
-from converters.convert_gguf import rename_gguf_tensors
+from converters.convert_gguf import dequantize_gguf_tensors, rename_gguf_tensors
 from converters.gguf_config import find_architecture, read_gguf_config
 from converters.gguf_file import read_gguf
 from converters.write_model import write_model
@@ -43,8 +43,7 @@ def model(request, tmp_path):
     config = replace(TINY, **VARIANTS[request.param])
     meta = checkpoint_tensors(random_model(config, Unquantized(), torch.device("meta"), torch.bfloat16))
     weights = {name: torch.randn(t.shape).bfloat16() for name, t in meta.items()}
-    shapes = {name: (t.shape, t.dtype) for name, t in meta.items()}
-    save_checkpoint(tmp_path / "bf16.pth", config, shapes, weights.items())
+    save_checkpoint(tmp_path / "bf16.pth", config, weights)
     compare_files.write_gguf(tmp_path / "bf16.pth", tmp_path / "BF16.gguf")
     return config, weights
 
@@ -53,8 +52,8 @@ def test_both_sides_hold_the_same_weights(model, tmp_path):
     config, weights = model
     meta, stored = read_gguf(tmp_path / "BF16.gguf")
     back = read_gguf_config(meta, stored)
-    renamed = rename_gguf_tensors(stored, back, torch.bfloat16, find_architecture(meta))
-    write_model(tmp_path / "back.pth", CanonicalCheckpoint(back, *renamed))
+    tensors, read = dequantize_gguf_tensors(*rename_gguf_tensors(stored, back, find_architecture(meta)), torch.bfloat16)
+    write_model(tmp_path / "back.pth", CanonicalCheckpoint(back, tensors, read))
     _, _, tensors = read_checkpoint(tmp_path / "back.pth")
     # A GGUF has the divisors of the RoPE frequencies, but not the rule that gives them.
     assert replace(back, rope_scaling=config.rope_scaling) == config

@@ -20,7 +20,8 @@ def test_gptq_keeps_a_layers_outputs_closer_than_rounding(k, group_size, act_ord
         return random_matrix(1000, 24, seed) @ random_matrix(24, k, 2) + 0.1 * random_matrix(1000, k, seed + 1)
 
     x, w, format = inputs(3), random_matrix(96, k), Int4(group_size)
-    tensors = gptq.gptq_quantize(w, x.T @ x, gptq.GPTQConfig(group_size, damp=0.01, block_size=48, act_order=act_order))
+    config = gptq.GPTQConfig(group_size, percdamp=0.01, blocksize=48, act_order=act_order)
+    tensors = gptq.gptq_quantize(w, x.T @ x, config)
     assert shapes_of(tensors) == shapes_of(format.allocate(w.shape, w.dtype, "cpu"))
     fresh = inputs(5)
     ours, plain = (
@@ -33,7 +34,7 @@ def test_gptq_of_experts_is_gptq_of_each_and_rounds_the_unseen():
     x = random_matrix(300, 64, 1) @ random_matrix(64, 64, 2)
     w = random_matrix(90, 64).view(3, 30, 64)
     hessian = torch.stack([x.T @ x, torch.zeros(64, 64), x[:40].T @ x[:40]])
-    config, format = gptq.GPTQConfig(group_size=32, damp=0.1, block_size=16, act_order=True), Int4(32)
+    config, format = gptq.GPTQConfig(group_size=32, percdamp=0.1, blocksize=16, act_order=True), Int4(32)
     tensors = gptq.gptq_quantize(w, hessian, config)
     together = format.dequantize(tensors, torch.float32)
     for e in range(3):
@@ -59,7 +60,7 @@ def test_calibration_runs_the_model():
     with torch.inference_mode():
         model(windows, torch.zeros(1, dtype=torch.long), KVCache(model, 1, 24))
     expected, outputs[:] = list(outputs), []
-    config = gptq.GPTQConfig(32, damp=0.1, block_size=16, act_order=True)
+    config = gptq.GPTQConfig(32, percdamp=0.1, blocksize=16, act_order=True)
     assert len(list(gptq.quantize_model(model, windows, torch.device("cpu"), config))) == 4 * len(model.layers) + 1
     for i, output in enumerate(expected):  # a layer runs twice: for the Hessians, and for the outputs
         torch.testing.assert_close(outputs[2 * i + 1], output, rtol=1e-3, atol=1e-3)
@@ -71,7 +72,7 @@ def test_gptq_of_inputs_that_are_all_zero(capsys):
     linear = Linear(64, 16)
     linear.weight.normal_()
     exact = linear.weight.clone()
-    config = gptq.GPTQConfig(group_size=32, damp=0.1, block_size=128, act_order=True)
+    config = gptq.GPTQConfig(group_size=32, percdamp=0.1, blocksize=128, act_order=True)
     gptq.quantize_linear("lm_head", linear, torch.zeros(64, 64), config)
     assert capsys.readouterr().err == "lm_head: all inputs are 0, so it is rounded to nearest\n"
     plain = Int4(32).dequantize(Int4(32).quantize(exact), torch.float32)

@@ -29,8 +29,7 @@ def folder(tmp_path_factory):
 def rewrite(path, to, change):
     config, quantization, tensors = read_checkpoint(path)
     change(tensors)
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    save_checkpoint(to, config, shapes, tensors.items(), quantization)
+    save_checkpoint(to, config, tensors, quantization)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,14 +69,13 @@ def test_layers_in_other_formats(folder, tmp_path):
     for name, other in others.items():
         tensors |= {f"{name}.{part}": t for part, t in other.quantize(original[f"{name}.weight"]).items()}
     layers = {"lm_head": None} | {name: other.to_dict() for name, other in others.items()}
-    shapes = {tensor_name: (tuple(t.shape), t.dtype) for tensor_name, t in tensors.items()}
     path, tokens = tmp_path / "model.pth", torch.arange(9)[None]
     for overrides, error in [(layers, None), ({"lm_heat": None}, "lm_heat, which is no linear"), ([1], "layers are")]:
-        save_checkpoint(path, config, shapes, tensors.items(), quantization | {"layers": overrides})
+        save_checkpoint(path, config, tensors, quantization | {"layers": overrides})
         if error:
             with pytest.raises(UsageError, match=error):
                 load_model(path)
-    save_checkpoint(path, config, shapes, tensors.items(), quantization | {"layers": layers})
+    save_checkpoint(path, config, tensors, quantization | {"layers": layers})
     model = load_model(path, dtype=torch.float32)
     plain = load_model(path, dtype=torch.float32, use_kernels=False)
     assert model.is_tied and model.weight_format == Int8()
@@ -198,13 +196,12 @@ def test_broken_orders_of_inputs(act_order, tmp_path):
     rewrite(act_order, path, lambda tensors: tensors.pop(name))
     assert_refused(f"tensor {name} is missing")
     config, quantization, tensors = read_checkpoint(act_order)
-    shapes = {tensor_name: (tuple(t.shape), t.dtype) for tensor_name, t in tensors.items()}
     without = [layer for layer in quantization["act_order"] if f"{layer}.input_order" != name]
     for layers, match in [
         (without, f"tensor {name} is missing, left over"), (["norm"], "gives norm an order of inputs, which it cannot"),
         ("lm_head", "act_order is 'lm_head', not a list of layers"), ([1], r"act_order is \[1\], not a list"),
     ]:
-        save_checkpoint(path, config, shapes, tensors.items(), quantization | {"act_order": layers})
+        save_checkpoint(path, config, tensors, quantization | {"act_order": layers})
         assert_refused(match)
 
 

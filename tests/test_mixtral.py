@@ -14,7 +14,7 @@ from config import ModelConfig, MoEConfig
 from engine.memory_traffic import active_weight_bytes
 from formats import Int4, Int8, Unquantized
 from model import Transformer
-from tests.test_readme import calls_of_script, copy_of_scripts, run_python
+from tests.test_readme import TINY_MIXTRAL, calls_of_script, copy_of_scripts, run_python
 from tests.tiny import convert, make_hf, write_folder
 from utils.files import ROOT
 
@@ -47,7 +47,7 @@ def test_flow(tmp_path, monkeypatch, capsys):
     texts = {file: run(f"MODEL={file} ./mixtral-moe/generate.sh {' '.join(args)}") for file in files}
     assert all(text.strip() for text in texts.values())
     python = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    env = os.environ | {"TINY": "1", "OMP_NUM_THREADS": "1", "PATH": python, "NPROC": "2"}
+    env = os.environ | TINY_MIXTRAL | {"OMP_NUM_THREADS": "1", "PATH": python, "NPROC": "2"}
     done = subprocess.run(["mixtral-moe/generate.sh", *args], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stdout == texts["model_int8.pth"]

@@ -1,6 +1,5 @@
 """generate.py --parallel and --prompt_file: the output, errors of one prompt, and errors that end the command."""
 
-import argparse
 import json
 import sys
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from cli.parallel import generate_in_parallel
+from cli.report import Reporter
 from engine.scheduler import build_scheduler
 from engine.sequence import Sequence, build_sequence
 from loading import load
@@ -113,7 +113,7 @@ def test_a_prompt_is_the_same_wherever_it_stands(recall_model, ask, tmp_path):
 def test_ctrl_c_keeps_complete_results(recall_model, capsys, monkeypatch):
     """After Ctrl-C at any moment, each complete result is printed exactly once."""
     model, tokenizer = load(recall_model / "model.pth", dtype=torch.float32)
-    args = argparse.Namespace(parallel=3, compile=False, json=False)
+    reporter = Reporter(model, "float32", compile=False, as_json=False, seed=1234, load_seconds=0.0)
     interrupted_at = 0
     while True:
         n_left = interrupted_at = interrupted_at + 1
@@ -129,7 +129,7 @@ def test_ctrl_c_keeps_complete_results(recall_model, capsys, monkeypatch):
         capsys.readouterr()
         try:
             sys.setprofile(interrupt)
-            generate_in_parallel(args, model, sequences, {})
+            generate_in_parallel(model, sequences, 3, reporter)
         except KeyboardInterrupt:
             pass
         finally:

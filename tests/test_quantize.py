@@ -135,7 +135,7 @@ def test_a_shard_means_its_part_of_the_weight(format, start, length):
 def test_every_format_is_tested():
     for tested in ([Unquantized(), *EVERY.values()], exact_results.CPU_FORMATS):
         assert {type(format) for format in tested} >= set(formats.FORMATS)
-    assert quantize.QUANTIZERS.keys() == {name.partition(".")[0] for name in FORMATS} | {"int4-gptq"}
+    assert quantize.MODES.keys() == {name.partition(".")[0] for name in FORMATS} | {"int4-gptq"}
 
 
 @pytest.mark.parametrize("format", [Unquantized(), *FORMATS.values(), *IMPORTED.values()], ids=format_label)
@@ -327,7 +327,7 @@ def test_calibration_windows_come_from_all_over(folder):
         (["--percdamp=0.1"], "--percdamp belongs to int4-gptq"),
         (["--blocksize=128", "--mode=int4-hqq"], "--blocksize belongs to int4-gptq"),
         (["--act_order"], "--act_order belongs to int4-gptq"),
-        (["--no-act_order", "--mode=mxfp4"], "--act_order belongs to int4-gptq"),
+        (["--no-act_order", "--mode=mxfp4"], "--no-act_order belongs to int4-gptq"),
         (["--device=cpu", "--mode=fp8"], "--device belongs to int4-gptq"),
         (["--checkpoint_path=."], "holds no model"),
         (["--percdamp=0", "--mode=int4-gptq"], "--percdamp must be"),
@@ -356,7 +356,7 @@ def test_wrong_checkpoints_are_named(folder, monkeypatch, tmp_path, capsys):
     name = "layers.1.attention.o_proj.weight"
     tensors[name] = tensors[name].clone()
     tensors[name][3, 4] = torch.nan
-    save_checkpoint(tmp_path / "model.pth", config, shapes_of(tensors), tensors.items())
+    save_checkpoint(tmp_path / "model.pth", config, tensors)
     for mode in ("int8", "int4", "fp8", "mxfp4"):
         with pytest.raises(SystemExit) as e:
             run_script(lambda mode=mode: run_quantize(monkeypatch, tmp_path / "model.pth", f"--mode={mode}"))

@@ -53,6 +53,7 @@ LESS = {  # added to the commands, for a model with a context of 256 tokens and 
     "benchmark.py": ["--max_new_tokens", "4"],
     "int4-gptq": ["--calibration_seq_length", "16"],
 }
+TINY_MIXTRAL = {"TINY_FAMILY": "mixtral", "MODEL_REPO": "tiny/mixtral"}  # of the scripts of mixtral-moe/
 PYTHON = """#!/bin/sh
 printf '%s\\0' "$@" >>"$CALLS"
 echo >>"$CALLS"
@@ -111,7 +112,9 @@ def calls_of_script(command: str, tree: Path) -> list[list[str]]:
     """Returns the arguments with which a shell script calls Python."""
     log = tree / "calls"
     log.write_text("")
-    env = os.environ | {"TINY": "1", "CALLS": str(log), "PATH": f"{tree}/bin:{os.environ['PATH']}"}
+    env = os.environ | {"CALLS": str(log), "PATH": f"{tree}/bin:{os.environ['PATH']}"}
+    if "mixtral" in command:
+        env |= TINY_MIXTRAL
     subprocess.run(command, shell=True, env=env, check=True)
     calls = [line.split("\0")[:-1] for line in log.read_text().splitlines()]
     return [arguments for arguments in calls if "scripts/download.py" not in arguments]

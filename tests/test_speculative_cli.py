@@ -13,7 +13,7 @@ import generate
 import llm
 import quantize
 from checkpoint import empty_model, read_checkpoint, save_checkpoint
-from cli.startup import warn_without_kernels
+from cli.speculation import warn_without_kernels
 from config import ModelConfig
 from engine import speculate as speculate_module
 from layers.backend import CPU_BACKEND, TRITON_BACKEND
@@ -105,8 +105,7 @@ def test_conversation(way, folders, capsys, monkeypatch):
 def short_draft(folder) -> list[str]:
     """Returns the flags of a draft with a context of 32 tokens."""
     config, _, tensors = read_checkpoint(folder / "model.pth")
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    save_checkpoint(folder / "short.pth", replace(config, max_seq_len=32), shapes, tensors.items())
+    save_checkpoint(folder / "short.pth", replace(config, max_seq_len=32), tensors)
     return ["--draft_checkpoint_path", str(folder / "short.pth"), "--max_new_tokens=20"]
 
 
@@ -148,11 +147,18 @@ def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the project with the tiny target that the scripts take with TINY=1. They make the tiny draft."""
+    """A copy of the project with a tiny model and a tiny draft where the scripts look for large ones."""
     tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
-    target = tree / "checkpoints/tiny/target"
-    write_folder("llama2", target)
-    call_main(quantize.main, "--checkpoint_path", convert(target), "--mode", "int4")
+    for name, family in (("target", "llama2"), ("draft", "qwen3")):
+        write_folder(family, tree / name)
+        call_main(quantize.main, "--checkpoint_path", convert(tree / name), "--mode", "int4")
+    links = {
+        "meta-llama/Llama-2-70b-chat-hf": "target", "meta-llama/Llama-2-7b-chat-hf": "draft",
+        "codellama/CodeLlama-34b-Python-hf": "target", "codellama/CodeLlama-7b-Python-hf": "draft",
+    }
+    for link, name in links.items():
+        (tree / "checkpoints" / link).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "checkpoints" / link).symlink_to(tree / name)
     return tree
 
 
@@ -161,22 +167,22 @@ def test_script(setup, tree, monkeypatch, capsys):
     """The Python calls of a script run in this process, because torch takes seconds to load. Only ranks are started by
     the script."""
     monkeypatch.chdir(tree)
-    command = f"scripts/speculate.sh {setup} --max_new_tokens=8 --device=cpu --json --ignore_eos"
+    command = f"scripts/speculate_{setup}.sh --max_new_tokens=8 --device=cpu --json --ignore_eos"
     if setup.startswith("tp"):
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # torchrun and python of this environment
-        environment = os.environ | {"TINY": "1", "RANKS": "2", "PATH": path}
+        environment = os.environ | {"RANKS": "2", "PATH": path}
         done = subprocess.run(command.split(), capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         printed = done.stdout
     else:
-        for arguments in calls_of_script(command, tree):
-            run_python(arguments, less={})
+        (arguments,) = calls_of_script(command, tree)
+        run_python(arguments, less={})
         printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert result["generated_tokens"] == 8 and len(result["accept_counts"]) == 6
     assert result["quantization"] == ("int4.g32" if setup == "70B_int4" else None)
 
 
-def test_script_knows_its_setups():
+def test_script_needs_two_models():
     done = subprocess.run([ROOT / "scripts/speculate.sh", "13B"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("usage: ") and "70B_int4" in done.stderr

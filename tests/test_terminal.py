@@ -37,8 +37,7 @@ def counter(recall_model, tmp_path_factory) -> Path:
     (folder / "tokenizer.json").symlink_to(recall_model / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     config, _, tensors = read_checkpoint(recall_model / "model.pth")
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    save_checkpoint(folder / "model.pth", replace(config, max_seq_len=8192), shapes, tensors.items())
+    save_checkpoint(folder / "model.pth", replace(config, max_seq_len=8192), tensors)
     return folder
 
 

@@ -256,8 +256,7 @@ def quantize_embedding(source: Path, target: Path, is_tied: bool = True) -> Path
     others = {name: t for name, t in tensors.items() if not name.startswith(("lm_head.", "embed_tokens."))}
     tensors = {name.replace("lm_head", "embed_tokens"): t for name, t in head.items()} | others
     tensors |= {} if is_tied else head
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    save_checkpoint(target, config, shapes, tensors.items(), quantization | {"layers": {"embed_tokens": quantization}})
+    save_checkpoint(target, config, tensors, quantization | {"layers": {"embed_tokens": quantization}})
     return target
 
 
@@ -271,5 +270,4 @@ def give_input_orders(source: Path, target: Path):
     for name in names:
         order = torch.randperm(linears[name].in_features, generator=generator)
         tensors[f"{name}.input_order"] = order.int()
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    save_checkpoint(target, config, shapes, tensors.items(), quantization | {"act_order": names})
+    save_checkpoint(target, config, tensors, quantization | {"act_order": names})

@@ -187,17 +187,23 @@ def read_vocab_and_merges(folder: Path, fields: dict) -> tokenizers.Tokenizer:
             f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
     try:
-        library = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+        bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as e:  # tokenizers raises bare Exception
         raise UsageError(f"{folder}: vocab.json or merges.txt is broken ({e})") from None
-    prefix = bool(fields.get("add_prefix_space"))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    library.decoder = decoders.ByteLevel()
-    if kind == "Qwen2Tokenizer":
+    is_qwen2 = kind == "Qwen2Tokenizer"
+    library = byte_level_bpe(bpe, [QWEN2_SPLIT] if is_qwen2 else [], bool(fields.get("add_prefix_space")))
+    if is_qwen2:
         library.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
-        library.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    return library
+
+
+def byte_level_bpe(bpe: models.BPE, splits: list[str], add_prefix_space: bool = False) -> tokenizers.Tokenizer:
+    """splits: regular expressions that cut a text before BPE, one after the other; without any, that of GPT-2 does."""
+    library = tokenizers.Tokenizer(bpe)
+    cut = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space, use_regex=not splits)
+    library.pre_tokenizer = pre_tokenizers.Sequence([*cut, to_bytes])
+    library.decoder = decoders.ByteLevel()
     return library
 
 

@@ -32,6 +32,7 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+from cli.report import tokens_per_second
 from config import ModelConfig
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
@@ -59,14 +60,14 @@ def measure_busy(args: argparse.Namespace, config: ModelConfig, format: WeightFo
 
 
 def measure_round(timed_model: "TimedModel", second: Connection, n_threads: int) -> dict[str, float]:
-    alone = tokens_per_sec(timed_model.time_text(n_threads))
+    alone = tokens_per_second(timed_model.time_text(n_threads))
     with busy_process():
-        beside_busy = tokens_per_sec(timed_model.time_text(n_threads))
-        one_thread = tokens_per_sec(timed_model.time_text(1))
+        beside_busy = tokens_per_second(timed_model.time_text(n_threads))
+        one_thread = tokens_per_second(timed_model.time_text(1))
     send_request(second, "decode")
     times = timed_model.time_text(n_threads)
     their_times = send_request(second, "stop")
-    first_of_two = tokens_per_sec(times)
+    first_of_two = tokens_per_second(times)
     n_theirs = sum(times[0] < t <= times[-1] for t in their_times)  # tokens of the second process while both decoded
     second_of_two = n_theirs / (times[-1] - times[0])
     return {
@@ -79,10 +80,6 @@ def measure_round(timed_model: "TimedModel", second: Connection, n_threads: int)
         "two_tokens_per_sec": first_of_two + second_of_two,
         "two_over_alone": (first_of_two + second_of_two) / alone,
     }
-
-
-def tokens_per_sec(times: list[float]) -> float:
-    return (len(times) - 1) / (times[-1] - times[0])
 
 
 class TimedModel:

@@ -35,7 +35,6 @@ LLAMA_OPTIONS = (  # the options of ModelConfig that llama.cpp's architecture "l
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """Returns the files of both sides, by the name of the format."""
     ours = {name: folder / f"{name}.pth" for name in ("bf16", *OURS)}
     return ours | {name: folder / f"{name}.gguf" for name in THEIRS}
 

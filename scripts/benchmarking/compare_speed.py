@@ -66,7 +66,7 @@ def measure(
             for task in tasks:
                 for side in order:
                     arguments = LOADERS[side], str(files[names[side]]), threads, task
-                    result[side][task] = result_of(processes[side].submit(tokens_per_second, *arguments))
+                    result[side][task] = result_of(processes[side].submit(run_task, *arguments))
             for side, name in names.items() if "decode" in tasks else ():
                 result[side]["share_of_read"] = result[side]["decode"] * sizes[name] / result["read_bytes_per_sec"]
             rounds.append(result)
@@ -137,7 +137,7 @@ def gguf_active_weight_bytes(file: Path, config: ModelConfig) -> int:
 Generate = Callable[[list[list[int]], int], Iterator]  # (prompts, n) -> an iterator that decodes n tokens, step by step
 
 
-def tokens_per_second(load: Callable[[str, int, int], Generate], file: str, threads: int, task: str | int) -> float:
+def run_task(load: Callable[[str, int, int], Generate], file: str, threads: int, task: str | int) -> float:
     """Runs a task once and returns tokens per second. load: one of LOADERS. The tasks are
 
         "prefill"    prefill of PREFILL tokens

@@ -27,7 +27,9 @@ from statistics import median
 
 import torch
 
+from checkpoint import empty_model
 from cli.common_args import PRECISIONS
+from engine.memory_traffic import active_weight_bytes
 from scripts.benchmarking.speed import copy_bandwidth, find_config
 from utils.errors import UsageError
 from utils.files import ROOT
@@ -140,19 +142,16 @@ def hf_transformers(args: argparse.Namespace):
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).eval()
     step_seconds = time_transformers_step(model)
-    active_weight_bytes = sum(p.nbytes for p in model.parameters())  # a tied head and embedding count once
-    if not config.tie_embeddings:
-        active_weight_bytes -= model.get_input_embeddings().weight.nbytes  # a step reads one row of the embedding
+    n_bytes = active_weight_bytes(empty_model(config).bfloat16())
     result = {
         "decode_tokens_per_sec": 1 / step_seconds,
-        "decode_share_of_copy": active_weight_bytes / step_seconds / copy_bandwidth(),
+        "decode_share_of_copy": n_bytes / step_seconds / copy_bandwidth(),
         "version": transformers.__version__,
     }
     print(json.dumps(result))
 
 
 def time_transformers_step(model) -> float:
-    """Returns the seconds that a decode step takes."""
     prompt = torch.ones(1, 5, dtype=torch.long, device="cuda")
 
     def seconds(n: int) -> float:

@@ -24,7 +24,7 @@ from checkpoint import empty_model, read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.checkpoint_path import ensure_converted
-from quantize import GROUP_SIZE_MODES, QUANTIZERS
+from quantize import GROUP_SIZE_MODES, MODES
 from scripts import tables
 from utils.errors import UsageError
 from utils.files import ROOT
@@ -37,7 +37,7 @@ ROUNDS = 5
 # Perplexity is measured with prefill, which does not round activations. A decode step on a CPU rounds activations to 8
 # bits, except with fp8.
 UNQUANTIZED = "16 bits"
-QUANTIZE_FLAGS = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in QUANTIZERS if mode not in GROUP_SIZE_MODES}
+QUANTIZE_FLAGS = {UNQUANTIZED: []} | {mode: ["--mode", mode] for mode in MODES if mode not in GROUP_SIZE_MODES}
 QUANTIZE_FLAGS |= {
     f"{mode} g{size}": ["--mode", mode, "--groupsize", size] for mode in GROUP_SIZE_MODES for size in (32, 64, 128)
 }
@@ -97,7 +97,6 @@ def link_checkpoint(path: Path, folder: Path) -> Path:
 
 
 def quantized_file(source: Path, mode: str, calibration_text: Path) -> Path:
-    """Quantizes source in one of QUANTIZE_FLAGS."""
     if mode == UNQUANTIZED:
         return source
     calibration = ["--calibration_text", calibration_text] if "gptq" in mode else []
@@ -184,7 +183,6 @@ def script_output(script: str, *arguments) -> str:
 
 
 def write_result(table: str, result: dict, json_file: Path | None):
-    """Prints result as a table of tables.py. Writes result and the software's versions to json_file."""
     print(tables.table(table, result))
     software = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": torch.get_num_threads()}
     if json_file:

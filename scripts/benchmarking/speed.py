@@ -143,9 +143,8 @@ def checkpoint_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def save_random_checkpoint(path: Path, config: ModelConfig, dtype: torch.dtype):
     torch.manual_seed(1234)
-    tensors = checkpoint_tensors(random_model(config, Unquantized(), torch.device("cpu"), dtype))
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    save_checkpoint(path, config, shapes, tensors.items())
+    model = random_model(config, Unquantized(), torch.device("cpu"), dtype)
+    save_checkpoint(path, config, checkpoint_tensors(model))
 
 
 # ---- Speed and memory ------------------------------------------------------------------------------------------------
@@ -181,7 +180,6 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
 
 
 def describe_machine() -> dict:
-    """Returns the CPU, the number of threads, the date and PyTorch's version, for JSON files of results."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
