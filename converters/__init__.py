@@ -13,7 +13,8 @@ The files, in reading order. The first group is enough for an unquantized folder
     checkpoint_path.py            finds or makes the model.pth for --checkpoint_path, a folder or a .gguf
     convert_folder.py             converts a folder from Hugging Face or Meta, or with one of the tinyllamas
     canonical_checkpoint.py       CanonicalCheckpoint, which every reader makes, and the canonical names
-    families.py                   the table of families, for all formats; some columns are functions in two files:
+    families.py                   the table of families, for all formats
+      family.py                     its columns, some of which are functions in the next two files
       family_config.py              fields of config.json that only one family has
       family_tensors.py             names and layouts of tensors that only one family has
     hf_config.py, hf_tensors.py   the reader for Hugging Face

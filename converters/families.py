@@ -1,111 +1,13 @@
-"""The table of families: FAMILIES has a row for each architecture, and the class Family explains the columns. Some are
-functions, in family_config.py (of config.json) and family_tensors.py (of tensors).
+"""The table of families: FAMILIES has a row for each architecture, whose columns family.py explains. Some columns are
+functions: of config.json in family_config.py, of tensors in family_tensors.py.
 
 To add a family, add a row. docs/add_a_model.md has an example.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
-from config import ModelConfig
-from converters.canonical_checkpoint import SourceTensors
-from converters.family_config import (
-    all_sliding,
-    arcee,
-    baichuan,
-    bias_everywhere,
-    cohere,
-    cohere2,
-    dbrx,
-    exaone4,
-    full_attention_by_pattern,
-    full_attention_every,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt_oss,
-    granite,
-    grok,
-    nanochat,
-    nemotron,
-    normalize_dbrx,
-    normalize_phi3,
-    olmo,
-    phi,
-    qwen2_moe,
-    seed_oss,
-    sliding_below_max_window_layers,
-    sliding_from_max_window_layers,
-    smollm3,
-    smollm3_layer_types,
-    stablelm,
-    starcoder2,
-)
-from converters.family_tensors import (
-    BAICHUAN_TO_CANONICAL,
-    DBRX_TO_CANONICAL,
-    GEMMA_NORMS_TO_CANONICAL,
-    GLM4_NORMS_TO_CANONICAL,
-    GPT_OSS_TO_CANONICAL,
-    GROK_TO_CANONICAL,
-    MIXTRAL_TO_CANONICAL,
-    NANOCHAT_TO_CANONICAL,
-    PHI_TO_CANONICAL,
-    STARCODER2_TO_CANONICAL,
-    is_baichuan2,
-    split_dbrx_experts,
-    split_stacked_experts,
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to read the config.json of one architecture, and how to make its tensors canonical."""
-
-    model_type: str  # "model_type" in config.json
-    hf_defaults: dict  # what transformers assumes for fields that config.json lacks, beyond COMMON_DEFAULTS
-
-    # Gives the fields of config.json the names and the nesting that they have in Llama's
-    normalize_hf_config: Callable[[dict], dict] = lambda hf_config: hf_config
-
-    # Sliding window
-    sliding_layers: str = "none"  # which layers have a window: "none", "all", or "layer_types" (config.json lists them)
-    default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json lacks layer_types; None is an error
-    needs_use_sliding_window: bool = False  # layers have a window only if use_sliding_window is true
-    scales_sliding_rope: bool = True  # whether rope_scaling also changes layers with a window
-    sliding_rope_theta_field: str | None = None  # name in config.json of rope_theta for layers with a window
-
-    # Feed-forward
-    ffn_dim_field: str = "intermediate_size"
-    n_experts_fields: tuple[str, ...] = ()  # n_experts in config.json; the first found counts; () if there are none
-    norm_topk_prob: bool | None = True  # norm_topk_prob of MoEConfig; None if config.json has it
-    shared_expert: bool = False  # whether every token also uses an expert of shared_expert_intermediate_size
-    experts_bias: bool = False  # whether the router and the experts have biases
-
-    # Everything else that changes the maths. A field in HF_NO_OP_VALUES (hf_config.py) is refused if it has another
-    # value, unless it is in handled_hf_fields. Then read_config_fields reads and checks it.
-    handled_hf_fields: tuple[str, ...] = ()
-    config_fields: dict = field(default_factory=dict)  # fields of ModelConfig with one value for the whole family
-    read_config_fields: Callable[[dict], dict] = lambda hf_config: {}  # config.json -> fields, which override others
-
-    # Tensors, at conversion. family_tensors.py defines what these columns name, and hf_tensors.py applies it.
-    tensor_renames: dict[str, str] = field(default_factory=dict)  # part of a name -> part of a canonical name; in order
-    # Splits tensors that hold all experts of a layer
-    split_experts: Callable[[SourceTensors, ModelConfig], None] = split_stacked_experts
-    # Whether conversion scales each row of the head to length one
-    normalizes_head: Callable[[ModelConfig], bool] = lambda config: False
-    # Whether conversion norms each row of the embedding: a model with a norm before its first layer
-    normalizes_embedding: bool = False
-    has_norm_weights: bool = True  # if not, conversion makes weights of ones
-    norm_offset: float = 0.0  # added to the weights of norms; Gemma computes x * (1 + w)
-    layer_norm: bool = False  # whether norms subtract the mean of x; conversion makes it zero
-    norm_bias: bool = False  # whether LayerNorms have biases; conversion moves each into the layers after the norm
-    interleaved_rope: bool = False  # whether RoPE pairs elements 2 i and 2 i + 1, instead of i and i + rotary_dim / 2
-    reversed_rope: bool = False  # whether RoPE rotates by the negative angle
-
-
-# ---- The table ------------------------------------------------------------------------------------------------------
+from converters import family_config, family_tensors
+from converters.family import Family
 
 COMMON_DEFAULTS = dict(rms_norm_eps=1e-6, rope_theta=10000.0)  # of most architectures
 MISTRAL = dict(max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=8)
@@ -130,8 +32,8 @@ GPT_OSS_ROPE = dict(
     rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
 )
 BAICHUAN = Family(
-    "baichuan", dict(bos_token_id=1, eos_token_id=2), read_config_fields=baichuan,
-    tensor_renames=BAICHUAN_TO_CANONICAL, normalizes_head=is_baichuan2,
+    "baichuan", dict(bos_token_id=1, eos_token_id=2), read_config_fields=family_config.baichuan,
+    tensor_renames=family_tensors.BAICHUAN_TO_CANONICAL, normalizes_head=family_tensors.is_baichuan2,
 )
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
@@ -139,26 +41,26 @@ FAMILIES = {
         "mistral",
         MISTRAL | dict(sliding_window=4096),
         sliding_layers="layer_types",
-        default_layer_types=all_sliding,
+        default_layer_types=family_config.all_sliding,
     ),
     "MinistralForCausalLM": Family(
         "ministral",
         MISTRAL | dict(sliding_window=4096),
         sliding_layers="layer_types",
-        default_layer_types=all_sliding,
+        default_layer_types=family_config.all_sliding,
     ),
     "MixtralForCausalLM": Family(
         "mixtral",
         MISTRAL | dict(rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
         sliding_layers="all",
         n_experts_fields=("num_local_experts",),
-        tensor_renames=MIXTRAL_TO_CANONICAL,
+        tensor_renames=family_tensors.MIXTRAL_TO_CANONICAL,
     ),
     "Qwen2ForCausalLM": Family(
         "qwen2",
         QWEN,
         sliding_layers="layer_types",
-        default_layer_types=sliding_from_max_window_layers,
+        default_layer_types=family_config.sliding_from_max_window_layers,
         needs_use_sliding_window=True,
         config_fields=dict(qkv_bias=True, o_proj_bias=False),
     ),
@@ -166,7 +68,7 @@ FAMILIES = {
         "qwen3",
         QWEN | dict(head_dim=128),
         sliding_layers="layer_types",
-        default_layer_types=sliding_from_max_window_layers,
+        default_layer_types=family_config.sliding_from_max_window_layers,
         needs_use_sliding_window=True,
         config_fields=dict(qk_norm=True),
     ),
@@ -177,13 +79,13 @@ FAMILIES = {
             shared_expert_intermediate_size=5632, qkv_bias=True,
         ),
         sliding_layers="layer_types",
-        default_layer_types=sliding_below_max_window_layers,
+        default_layer_types=family_config.sliding_below_max_window_layers,
         needs_use_sliding_window=True,
         ffn_dim_field="moe_intermediate_size",
         n_experts_fields=("num_experts",),
         norm_topk_prob=None,
         shared_expert=True,
-        read_config_fields=qwen2_moe,
+        read_config_fields=family_config.qwen2_moe,
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe",
@@ -200,7 +102,7 @@ FAMILIES = {
         "gemma",
         GEMMA | dict(num_key_value_heads=16),
         handled_hf_fields=("hidden_act",),
-        read_config_fields=gemma,
+        read_config_fields=family_config.gemma,
         norm_offset=1.0,
     ),
     "Gemma2ForCausalLM": Family(
@@ -210,10 +112,10 @@ FAMILIES = {
             final_logit_softcapping=30.0,
         ),
         sliding_layers="layer_types",
-        default_layer_types=partial(full_attention_every, 2),
+        default_layer_types=partial(family_config.full_attention_every, 2),
         handled_hf_fields=("hidden_act", *SOFTCAPS),
-        read_config_fields=gemma2,
-        tensor_renames=GEMMA_NORMS_TO_CANONICAL,
+        read_config_fields=family_config.gemma2,
+        tensor_renames=family_tensors.GEMMA_NORMS_TO_CANONICAL,
         norm_offset=1.0,
     ),
     "Gemma3ForCausalLM": Family(
@@ -223,12 +125,12 @@ FAMILIES = {
             rope_theta=1e6, rope_local_base_freq=10000.0,
         ),
         sliding_layers="layer_types",
-        default_layer_types=partial(full_attention_by_pattern, 6),
+        default_layer_types=partial(family_config.full_attention_by_pattern, 6),
         sliding_rope_theta_field="rope_local_base_freq",
         handled_hf_fields=("hidden_act", *SOFTCAPS),
         config_fields=dict(qk_norm=True),
-        read_config_fields=gemma3,
-        tensor_renames=GEMMA_NORMS_TO_CANONICAL,
+        read_config_fields=family_config.gemma3,
+        tensor_renames=family_tensors.GEMMA_NORMS_TO_CANONICAL,
         norm_offset=1.0,
     ),
     "Phi3ForCausalLM": Family(
@@ -237,7 +139,7 @@ FAMILIES = {
             max_position_embeddings=4096, original_max_position_embeddings=4096, bos_token_id=1, eos_token_id=32000,
             rms_norm_eps=1e-5,
         ),
-        normalize_hf_config=normalize_phi3,
+        normalize_hf_config=family_config.normalize_phi3,
         sliding_layers="all",
         handled_hf_fields=("partial_rotary_factor",),
     ),
@@ -248,8 +150,8 @@ FAMILIES = {
             partial_rotary_factor=0.5, hidden_act="gelu_new",
         ),
         handled_hf_fields=("hidden_act", "partial_rotary_factor"),
-        read_config_fields=phi,
-        tensor_renames=PHI_TO_CANONICAL,
+        read_config_fields=family_config.phi,
+        tensor_renames=family_tensors.PHI_TO_CANONICAL,
         layer_norm=True,
         norm_bias=True,
     ),
@@ -257,19 +159,21 @@ FAMILIES = {
         "olmo",
         OLMO,
         handled_hf_fields=("clip_qkv",),
-        read_config_fields=olmo,
+        read_config_fields=family_config.olmo,
         layer_norm=True,
         has_norm_weights=False,
     ),
-    "Olmo2ForCausalLM": Family("olmo2", OLMO, config_fields=OLMO_NORMS, tensor_renames=GEMMA_NORMS_TO_CANONICAL),
+    "Olmo2ForCausalLM": Family(
+        "olmo2", OLMO, config_fields=OLMO_NORMS, tensor_renames=family_tensors.GEMMA_NORMS_TO_CANONICAL
+    ),
     "Olmo3ForCausalLM": Family(
         "olmo3",
         OLMO | dict(sliding_window=4096, rope_theta=5e5),
         sliding_layers="layer_types",
-        default_layer_types=partial(full_attention_every, 4),
+        default_layer_types=partial(family_config.full_attention_every, 4),
         scales_sliding_rope=False,
         config_fields=OLMO_NORMS,
-        tensor_renames=GEMMA_NORMS_TO_CANONICAL,
+        tensor_renames=family_tensors.GEMMA_NORMS_TO_CANONICAL,
     ),
     "OlmoeForCausalLM": Family(
         "olmoe",
@@ -285,14 +189,14 @@ FAMILIES = {
             rope_theta=2e6, tie_word_embeddings=True,
         ),
         sliding_layers="layer_types",
-        default_layer_types=smollm3_layer_types,
-        read_config_fields=smollm3,
+        default_layer_types=family_config.smollm3_layer_types,
+        read_config_fields=family_config.smollm3,
     ),
     "GraniteForCausalLM": Family(
         "granite",
         dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2) | dict.fromkeys(MULTIPLIERS, 1.0),
         handled_hf_fields=MULTIPLIERS,
-        read_config_fields=granite,
+        read_config_fields=family_config.granite,
     ),
     "GlmForCausalLM": Family(
         "glm",
@@ -306,14 +210,14 @@ FAMILIES = {
         GLM,
         handled_hf_fields=("partial_rotary_factor",),
         config_fields=dict(o_proj_bias=False, post_norm=True),
-        tensor_renames=GLM4_NORMS_TO_CANONICAL,
+        tensor_renames=family_tensors.GLM4_NORMS_TO_CANONICAL,
         interleaved_rope=True,
     ),
     "CohereForCausalLM": Family(
         "cohere",
         COHERE | dict(rope_theta=5e5),
         handled_hf_fields=("logit_scale",),
-        read_config_fields=cohere,
+        read_config_fields=family_config.cohere,
         layer_norm=True,
         interleaved_rope=True,
     ),
@@ -321,9 +225,9 @@ FAMILIES = {
         "cohere2",
         COHERE | dict(sliding_window=4096),
         sliding_layers="layer_types",
-        default_layer_types=partial(full_attention_by_pattern, 4),
+        default_layer_types=partial(family_config.full_attention_by_pattern, 4),
         handled_hf_fields=("logit_scale",),
-        read_config_fields=cohere2,
+        read_config_fields=family_config.cohere2,
         layer_norm=True,
         interleaved_rope=True,
     ),
@@ -334,7 +238,7 @@ FAMILIES = {
             partial_rotary_factor=0.25,
         ),
         handled_hf_fields=("partial_rotary_factor",),
-        read_config_fields=stablelm,
+        read_config_fields=family_config.stablelm,
         layer_norm=True,
         norm_bias=True,
     ),
@@ -345,10 +249,10 @@ FAMILIES = {
             rms_norm_eps=1e-5,
         ),
         sliding_layers="layer_types",
-        default_layer_types=partial(full_attention_by_pattern, 4),
+        default_layer_types=partial(family_config.full_attention_by_pattern, 4),
         config_fields=dict(pre_norm=False, post_norm=True, qk_norm=True),
-        read_config_fields=exaone4,
-        tensor_renames=GEMMA_NORMS_TO_CANONICAL,
+        read_config_fields=family_config.exaone4,
+        tensor_renames=family_tensors.GEMMA_NORMS_TO_CANONICAL,
     ),
     "SeedOssForCausalLM": Family(
         "seed_oss",
@@ -356,7 +260,7 @@ FAMILIES = {
             max_position_embeddings=524288, bos_token_id=0, eos_token_id=2, num_key_value_heads=8, head_dim=128,
             attention_bias=True,
         ),
-        read_config_fields=seed_oss,
+        read_config_fields=family_config.seed_oss,
     ),
     "Ernie4_5ForCausalLM": Family(
         "ernie4_5",
@@ -364,7 +268,7 @@ FAMILIES = {
             max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=2, head_dim=128,
             rope_theta=5e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
         ),
-        read_config_fields=bias_everywhere,
+        read_config_fields=family_config.bias_everywhere,
         interleaved_rope=True,
     ),
     "GptOssForCausalLM": Family(
@@ -375,12 +279,12 @@ FAMILIES = {
             num_experts_per_tok=4, rope_parameters=GPT_OSS_ROPE,
         ),
         sliding_layers="layer_types",
-        default_layer_types=partial(full_attention_every, 2),
+        default_layer_types=partial(family_config.full_attention_every, 2),
         n_experts_fields=("num_local_experts", "num_experts"),
         experts_bias=True,
-        read_config_fields=gpt_oss,
-        tensor_renames=GPT_OSS_TO_CANONICAL,
-        split_experts=partial(split_stacked_experts, are_transposed=True),
+        read_config_fields=family_config.gpt_oss,
+        tensor_renames=family_tensors.GPT_OSS_TO_CANONICAL,
+        split_experts=partial(family_tensors.split_stacked_experts, are_transposed=True),
     ),
     "Grok1ModelForCausalLM": Family(
         "grok-1",
@@ -392,20 +296,20 @@ FAMILIES = {
         n_experts_fields=("num_experts",),
         norm_topk_prob=False,
         handled_hf_fields=("hidden_act",),
-        read_config_fields=grok,
-        tensor_renames=GROK_TO_CANONICAL,
+        read_config_fields=family_config.grok,
+        tensor_renames=family_tensors.GROK_TO_CANONICAL,
     ),
     "DbrxForCausalLM": Family(
         "dbrx",
         dict(max_position_embeddings=2048),
-        normalize_hf_config=normalize_dbrx,
+        normalize_hf_config=family_config.normalize_dbrx,
         ffn_dim_field="ffn_hidden_size",
         n_experts_fields=("num_experts",),
         norm_topk_prob=None,
         handled_hf_fields=("clip_qkv",),
-        read_config_fields=dbrx,
-        tensor_renames=DBRX_TO_CANONICAL,
-        split_experts=split_dbrx_experts,
+        read_config_fields=family_config.dbrx,
+        tensor_renames=family_tensors.DBRX_TO_CANONICAL,
+        split_experts=family_tensors.split_dbrx_experts,
         layer_norm=True,
     ),
     "ArceeForCausalLM": Family(
@@ -415,7 +319,7 @@ FAMILIES = {
             hidden_act="relu2",
         ),
         handled_hf_fields=("hidden_act",),
-        read_config_fields=arcee,
+        read_config_fields=family_config.arcee,
     ),
     "NanoChatForCausalLM": Family(
         "nanochat",
@@ -425,8 +329,8 @@ FAMILIES = {
         ),
         handled_hf_fields=("hidden_act", "final_logit_softcapping"),
         config_fields=dict(qk_norm=True),
-        read_config_fields=nanochat,
-        tensor_renames=NANOCHAT_TO_CANONICAL,
+        read_config_fields=family_config.nanochat,
+        tensor_renames=family_tensors.NANOCHAT_TO_CANONICAL,
         normalizes_embedding=True,
         has_norm_weights=False,
         reversed_rope=True,
@@ -438,7 +342,7 @@ FAMILIES = {
             hidden_act="relu2",
         ),
         handled_hf_fields=("hidden_act", "partial_rotary_factor"),
-        read_config_fields=nemotron,
+        read_config_fields=family_config.nemotron,
         norm_offset=1.0,
         layer_norm=True,
         norm_bias=True,
@@ -451,8 +355,8 @@ FAMILIES = {
         ),
         sliding_layers="all",
         handled_hf_fields=("hidden_act",),
-        read_config_fields=starcoder2,
-        tensor_renames=STARCODER2_TO_CANONICAL,
+        read_config_fields=family_config.starcoder2,
+        tensor_renames=family_tensors.STARCODER2_TO_CANONICAL,
         layer_norm=True,
         norm_bias=True,
     ),

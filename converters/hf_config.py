@@ -9,7 +9,8 @@ import math
 import re
 
 from config import ModelConfig, MoEConfig, RopeScaling
-from converters.families import COMMON_DEFAULTS, FAMILIES, MODEL_TYPES, Family
+from converters.families import COMMON_DEFAULTS, FAMILIES, MODEL_TYPES
+from converters.family import Family
 from converters.family_config import SILU_NAMES, read_flag, required
 from utils.errors import UsageError, convert_type_errors
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoint import rename_tensor
 from config import ModelConfig
 from converters.canonical_checkpoint import EMBEDDING, HEAD, SourceTensors, TensorReader
-from converters.families import Family
+from converters.family import Family
 from converters.family_tensors import LLAMA_NORMS_TO_CANONICAL, pop_matches
 from converters.lora import Adapter, LoraMerger, replace_tensors
 from converters.quantized_weight import QuantizedWeight
