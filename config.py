@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from utils.errors import UsageError
 
-# layers/linear.py: activate_torch has the formulas. kernels/csrc/activation.h: ACTIVATIONS has the same order.
+# layers/linear.py: activate_torch has the formulas.
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2")
 GATED_ACTIVATIONS = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"}
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")

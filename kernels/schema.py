@@ -7,7 +7,7 @@ In a schema, the arguments after `*` are passed by name, so that no two numbers 
 arguments by position, so a test compares the parameters in csrc/ops.cpp with the schemas.
 
 WEIGHT, EPILOGUE and ATTENTION are groups of arguments: the fields of WeightArguments, Epilogue and AttentionParams.
-activation is a value of ACTIVATION_IDS.
+format is the name of a class in formats/, such as "Int4", and activation one of config.py: ACTIVATIONS.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import ACTIVATIONS, is_gated
+from config import is_gated
 
 # Namespaces of torch.ops
 CPU_NAMESPACE = "gptfast_cpu"
@@ -28,11 +28,9 @@ NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
 MAX_CPU_TOKENS = 64
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
-ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/activation.h: Activation
 # clamped_swiglu has two parameters, by gpt-oss's names. triton/epilogue.py has them, too
 SWIGLU_ALPHA = 1.702  # sigmoid(alpha * gate)
 SWIGLU_LIMIT = 7.0  # gate is at most the limit, up between -limit and limit
-GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}
 
 
 # ---- Groups of arguments --------------------------------------------------------------------------------------------
@@ -44,7 +42,7 @@ class WeightArguments(NamedTuple):
     weight: Tensor  # weight, scales and zeros are packed for the backend
     scales: Tensor | None
     zeros: Tensor | None
-    format_id: int  # WeightFormat.format_id
+    format: str
     n: int  # N
     group_size: int  # inputs of an output that share a scale
 
@@ -53,7 +51,7 @@ class Epilogue(NamedTuple):
     """What fused_linear does to y = x W^T + bias, in this order. The default of a field means that fused_linear leaves
     the step out."""
 
-    activation: int = 0  # a value of ACTIVATION_IDS
+    activation: str | None = None
     out_scale: float = 1.0  # y * out_scale
     softcap: float = 0.0  # softcap * tanh(y / softcap)
     clip: float = 0.0  # y, clamped to [-clip, clip]
@@ -74,7 +72,7 @@ class AttentionParams(NamedTuple):
 
 def as_schema(fields: type[NamedTuple]) -> str:
     """The fields of a NamedTuple as arguments of a schema."""
-    types = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float"}
+    types = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", str: "str", str | None: "str?"}
     return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
 
 
@@ -118,16 +116,16 @@ def bundle_weight(function: Callable) -> Callable:
 
     @wraps(function)
     def call(*args, **kwargs):
-        if "format_id" in kwargs:
+        if "format" in kwargs:
             kwargs["w"] = WeightArguments(**{name: kwargs.pop(name) for name in WeightArguments._fields})
         return function(*args, **kwargs)
 
     return call
 
 
-def output_width(n: int, activation: int) -> int:
+def output_width(n: int, activation: str | None) -> int:
     """The number of outputs after the activation. A gated activation turns gate and up, n outputs, into n / 2."""
-    return n // 2 if activation in GATED_IDS else n
+    return n // 2 if activation is not None and is_gated(activation) else n
 
 
 # ---- The operations -------------------------------------------------------------------------------------------------
@@ -144,7 +142,7 @@ def empty_fused_linear(x, *, w, activation, float32_out, **_):
     return x.new_empty(*x.shape[:-1], output_width(w.n, activation), dtype=dtype)
 
 
-@define("activate(Tensor x, int activation) -> Tensor", namespaces=(CPU_NAMESPACE,))
+@define("activate(Tensor x, str activation) -> Tensor", namespaces=(CPU_NAMESPACE,))
 def empty_activate(x, activation):
     return x.new_empty(*x.shape[:-1], output_width(x.shape[-1], activation))
 
@@ -195,7 +193,7 @@ def empty_route(logits, *, top_k, n_shared_experts, **_):
 
 @define(
     f"experts_gate_up(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm_weight, float eps, "
-    "int activation) -> Tensor"
+    "str? activation) -> Tensor"
 )
 def empty_experts_gate_up(x, *, w, topk_ids, activation, **_):
     return x.new_empty(*topk_ids.shape, output_width(w.n, activation))

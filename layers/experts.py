@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.schema import ACTIVATION_IDS
 from layers.backend import Backend, contiguous, count_tokens
 from layers.linear import LinearBase, RMSNorm, activate, norm_arguments
 
@@ -90,7 +89,7 @@ class ExpertsGateUp(ExpertsBase):
         fuses_activation = self.can_fuse_activation()
         y = kernel(
             contiguous(x), **self.kernel_arguments(), bias=self.bias, topk_ids=contiguous(topk_ids),
-            **norm_arguments(norm), activation=ACTIVATION_IDS[self.activation if fuses_activation else None],
+            **norm_arguments(norm), activation=self.activation if fuses_activation else None,
         )
         return y if fuses_activation else activate(y, self.activation, self.backend)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import is_gated
-from kernels.schema import ACTIVATION_IDS, SWIGLU_ALPHA, SWIGLU_LIMIT, Epilogue
+from kernels.schema import SWIGLU_ALPHA, SWIGLU_LIMIT, Epilogue
 from layers import aten
 from layers.aten import AtenInt4, AtenInt8
 from layers.backend import TORCH_BACKEND, Backend, contiguous, count_tokens
@@ -96,7 +96,7 @@ class Linear(LinearBase):
         out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
     ):
         super().__init__(in_features, out_features, bias, activation=activation)
-        self.epilogue = Epilogue(ACTIVATION_IDS[activation], out_scale, softcap, clip)
+        self.epilogue = Epilogue(activation, out_scale, softcap, clip)
         self.aten_weight: AtenInt8 | AtenInt4 | None = None
         self.register_buffer("input_order", None)
 
@@ -176,7 +176,7 @@ def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
     kernel = backend.find_kernel("activate", count_tokens(x))
     if kernel is None or activation not in backend.activations:
         return activate_torch(x, activation)
-    return kernel(contiguous(x), ACTIVATION_IDS[activation])
+    return kernel(contiguous(x), activation)
 
 
 def activate_torch(x: Tensor, activation: str) -> Tensor:

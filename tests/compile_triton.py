@@ -51,7 +51,7 @@ MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
 COMPILED_FORMATS = [format.format_class.stored_formats()[0] for format in KERNEL_FORMATS]  # one of each class
 OTHER_GROUP_SIZES = [Int4(64), GroupedInt8(64), Float8(128)]
 # Only of these do the tile sizes depend on num_sms
-TILED_FORMATS = [f for f in COMPILED_FORMATS + OTHER_GROUP_SIZES if kernel_format(f.format_id).is_tiled]
+TILED_FORMATS = [f for f in COMPILED_FORMATS + OTHER_GROUP_SIZES if kernel_format(type(f).__name__).is_tiled]
 PREFETCHED_FORMATS = [Unquantized(), Int4(64)]  # not tiled, and tiled
 MANY_TOKENS = [(16, Unquantized()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)

@@ -201,11 +201,11 @@ def test_pytorch_applies_every_field_of_epilogue():
     """A new field: compute it in Linear.apply_epilogue, and give it a value here that changes the result."""
     torch.manual_seed(0)
     w, x = make_linear(64, 72, Unquantized(), torch.float32), torch.randn(3, 72)
-    values = {"activation": 1, "out_scale": 0.5, "softcap": 0.1, "clip": 0.1}
+    values = {"activation": "swiglu", "out_scale": 0.5, "softcap": 0.1, "clip": 0.1}
     assert values.keys() == {*Epilogue._fields}
     plain = w(x)
     for name, value in values.items():
-        w.activation, w.epilogue = ACTIVATIONS[0] if name == "activation" else None, Epilogue(**{name: value})
+        w.activation, w.epilogue = value if name == "activation" else None, Epilogue(**{name: value})
         assert not torch.equal(w(x), plain)
 
 
@@ -351,8 +351,6 @@ def test_every_value_of_8_and_4_bits(dtype):
 
 class Unknown(Int8):
     """A format without a C++ struct, as every new class is at first."""
-
-    format_id = 99
 
 
 @built

@@ -3,6 +3,7 @@ run."""
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import kernels.build
-from config import is_gated
+from config import ACTIVATIONS, is_gated
 from formats import FORMATS, Int4, Int8, Unquantized
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
@@ -41,22 +42,37 @@ CASES = "one_thread and not 4-4-8 and not 2-1-256"
 COMPILING = "compiling kernels/csrc for this machine, once\n"
 CPP_TYPES = {  # type of an argument in kernels/schema.py -> type of the parameter in csrc/ops.cpp
     "Tensor": "Tensor", "Tensor?": "OptTensor", "int": "int64_t", "float": "double", "bool": "bool",
-    "ScalarType": "ScalarType",
+    "ScalarType": "ScalarType", "str": "StringHandle", "str?": "OptString",
 }
 VNNI_CASES = "one_thread and (test_linear[ or test_linear_of) and not unquantized and not fp8"
 
 
 @built
-@pytest.mark.parametrize("name", ["FORMATS", "ACTIVATIONS"])
-def test_both_lists_have_one_order(name, monkeypatch):
-    """The list in Python may have more at its end, without C++ code."""
-    path, ours = Path(kernels.build.library()._name), getattr(kernels.build, name)
-    monkeypatch.setattr(kernels.build, name, (*ours, ours[0]))
-    kernels.build.load_library(path)
-    for wrong in ((ours[1], ours[0], *ours[2:]), ours[:-1], ours[1:]):
-        monkeypatch.setattr(kernels.build, name, wrong)
-        with pytest.raises(ImportError, match=rf"\.h: {name} lists .*; .*: {name} lists"):
-            kernels.build.load_library(path)
+def test_names_that_cpp_does_not_know(library):
+    """C++ refuses them. Part of a name is no name."""
+    x, w = torch.randn(1, 32), make_linear(16, 32, Unquantized(), torch.float32)
+    for name in ("Int", "nt8", "Int8, Int4", ""):
+        with pytest.raises(RuntimeError, match=f"'{name}' is no weight format"):
+            torch.ops.gptfast_cpu.dequantize(**w.kernel_arguments() | {"format": name}, k=32, dtype=torch.float32)
+        with pytest.raises(RuntimeError, match=f"'{name}' is no activation"):
+            torch.ops.gptfast_cpu.activate(x, name)
+
+
+@built
+def test_names_are_freed(library):
+    """Calls of an operation with a name take no more memory, not even the bytes of one std::string each."""
+    statm, n_calls = Path("/proc/self/statm"), 100_000
+    if not statm.exists():
+        pytest.skip("the system has no /proc/self/statm")
+
+    def memory_after(n: int) -> int:
+        for _ in range(n):
+            torch.ops.gptfast_cpu.activate(x, "swiglu")
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+    x = torch.zeros(1, 2)
+    before = memory_after(1000)
+    assert memory_after(n_calls) - before < 32 * n_calls
 
 
 @built
@@ -111,13 +127,15 @@ def test_functions_take_the_arguments_of_the_schemas():
 @built
 def test_formats_and_activations_are_the_same_in_both_languages():
     library = kernels.build.library()
+    formats = {format_class.__name__: format_class for format_class in FORMATS}
     cpp_formats, cpp_activations = kernels.build.cpp_formats(library), kernels.build.cpp_activations(library)
-    assert len(cpp_formats) > 5 and len(cpp_activations) > 5
-    for i, format_class in enumerate(FORMATS[: len(cpp_formats)]):
-        assert library.format_elements_per_byte(i) == format_class.elements_per_byte
-        assert library.format_int8_activations(i) == format_class.int8_activations
-    for i, activation in enumerate(cpp_activations, 1):
-        assert library.activation_is_gated(i) == is_gated(activation)
+    assert len(cpp_formats) > 5 and formats.keys() >= {*cpp_formats}
+    assert len(cpp_activations) > 5 and {*ACTIVATIONS} >= {*cpp_activations}
+    for name in cpp_formats:
+        assert library.format_elements_per_byte(name.encode()) == formats[name].elements_per_byte
+        assert library.format_int8_activations(name.encode()) == formats[name].int8_activations
+    for name in cpp_activations:
+        assert library.activation_is_gated(name.encode()) == is_gated(name)
 
 
 @built

@@ -1,23 +1,24 @@
 // The activation of a feed-forward, such as swiglu: an epilogue of matmuls (dot.h), and an operation (linear.h).
 #pragma once
 
+#include "names.h"
 #include "simd.h"
 
-// The activations that C++ computes, in the order of ACTIVATIONS in config.py
-#define ACTIVATIONS SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, GELU_PYTORCH_TANH, RELU2
-enum class Activation : int64_t { NONE, ACTIVATIONS, COUNT };  // COUNT: how many there are, with NONE
+// The activations that C++ computes, by their names in config.py: ACTIVATIONS
+#define ACTIVATIONS swiglu, geglu, geglu_tanh, clamped_swiglu, gelu_pytorch_tanh, relu2
+enum class Activation { none, ACTIVATIONS };
 
 // Whether the feed-forward has a gate projection beside its up projection, as config.py: is_gated says.
 inline bool is_gated(Activation activation) {
   switch (activation) {
-    case Activation::SWIGLU: case Activation::GEGLU: case Activation::GEGLU_TANH: case Activation::CLAMPED_SWIGLU:
+    case Activation::swiglu: case Activation::geglu: case Activation::geglu_tanh: case Activation::clamped_swiglu:
       return true;
-    case Activation::NONE: case Activation::GELU_PYTORCH_TANH: case Activation::RELU2: case Activation::COUNT: break;
+    case Activation::none: case Activation::gelu_pytorch_tanh: case Activation::relu2: break;
   }
   return false;
 }
 
-constexpr float SWIGLU_ALPHA = GPTFAST_SWIGLU_ALPHA;  // of CLAMPED_SWIGLU: see kernels/schema.py
+constexpr float SWIGLU_ALPHA = GPTFAST_SWIGLU_ALPHA;  // of clamped_swiglu: see kernels/schema.py
 constexpr float SWIGLU_LIMIT = GPTFAST_SWIGLU_LIMIT;
 
 // Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2, the distribution function of the normal distribution. NaN stays NaN.
@@ -41,16 +42,15 @@ inline f32x16 gelu_tanh(f32x16 x) { return x / (1 + exp_vec(-1.59576912f * (x + 
 // gated, computes activation(x), and up is not used.
 inline f32x16 activate_vec(f32x16 x, f32x16 up, Activation activation) {
   switch (activation) {
-    case Activation::NONE: return x;
-    case Activation::COUNT: break;
-    case Activation::SWIGLU: return x / (1 + exp_vec(-x)) * up;
-    case Activation::GEGLU: return x * normal_cdf(x) * up;
-    case Activation::GEGLU_TANH: return gelu_tanh(x) * up;
-    case Activation::CLAMPED_SWIGLU:
+    case Activation::none: return x;
+    case Activation::swiglu: return x / (1 + exp_vec(-x)) * up;
+    case Activation::geglu: return x * normal_cdf(x) * up;
+    case Activation::geglu_tanh: return gelu_tanh(x) * up;
+    case Activation::clamped_swiglu:
       x = x > SWIGLU_LIMIT ? f32x16{} + SWIGLU_LIMIT : x;
       return x / (1 + exp_vec(-SWIGLU_ALPHA * x)) * (clamp(up, SWIGLU_LIMIT) + 1);
-    case Activation::GELU_PYTORCH_TANH: return gelu_tanh(x);
-    case Activation::RELU2: return x < 0.0f ? f32x16{} : x * x;  // NaN stays NaN
+    case Activation::gelu_pytorch_tanh: return gelu_tanh(x);
+    case Activation::relu2: return x < 0.0f ? f32x16{} : x * x;  // NaN stays NaN
   }
-  __builtin_unreachable();  // ops.cpp refuses other ids
+  __builtin_unreachable();
 }

@@ -229,20 +229,19 @@ KERNEL_FORMATS = [  # format_class, is_tiled, scales, dot, dequantize
     KernelFormat(Float8, False, Scales.FLOAT32, dot_float8, dequantize_float8),
     KernelFormat(MXFP4, True, Scales.E8M0, dot_mxfp4, dequantize_mxfp4),
 ]
-BY_ID = {format.format_class.format_id: format for format in KERNEL_FORMATS}
+BY_CLASS_NAME = {format.format_class.__name__: format for format in KERNEL_FORMATS}
 
 
-def kernel_format(format_id: int) -> KernelFormat:
+def kernel_format(class_name: str) -> KernelFormat:
     """Raises ValueError for a format that the kernels do not read."""
-    if format_id not in BY_ID:
-        names = {number: format.name for number, format in BY_ID.items()}
-        raise ValueError(f"the Triton kernels read the formats {names}, not {format_id}")
-    return BY_ID[format_id]
+    if class_name not in BY_CLASS_NAME:
+        raise ValueError(f"the Triton kernels read the formats {', '.join(BY_CLASS_NAME)}, not {class_name}")
+    return BY_CLASS_NAME[class_name]
 
 
 def triton_kernels_can_read(format: WeightFormat, n: int, k: int, is_experts: bool) -> bool:
     """Returns whether the kernels can read a weight [n, k] in format, or one for each expert."""
-    known = BY_ID.get(format.format_id)
+    known = BY_CLASS_NAME.get(type(format).__name__)
     if known is None or not format.kernels_can_read(k):
         return False
     narrowest_slice = 32 if known.is_tiled else 16
@@ -272,7 +271,7 @@ def dequantize(*, w: WeightArguments, k: int, dtype: torch.dtype) -> Tensor:
     y = empty_dequantize(w=w, k=k, dtype=dtype)
     grid = triton.cdiv(w.n, TILE_N.value), triton.cdiv(k, TILE_K.value)
     dequantize_kernel[grid](
-        w.weight, w.scales, y, N=w.n, K=k, GROUP_SIZE=w.group_size, DEQUANTIZE=kernel_format(w.format_id).dequantize
+        w.weight, w.scales, y, N=w.n, K=k, GROUP_SIZE=w.group_size, DEQUANTIZE=kernel_format(w.format).dequantize
     )
     return y
 
@@ -300,6 +299,6 @@ def embed(tokens: Tensor, *, w: WeightArguments, k: int, dtype: torch.dtype, sca
     if tokens.numel():
         embed_kernel[grid](
             tokens, w.weight, w.scales, y, scale=scale, N=w.n, K=k, GROUP_SIZE=w.group_size,
-            DEQUANTIZE=kernel_format(w.format_id).dequantize,
+            DEQUANTIZE=kernel_format(w.format).dequantize,
         )
     return y

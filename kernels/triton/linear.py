@@ -22,8 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import (
-    ACTIVATION_IDS,
-    GATED_IDS,
     WeightArguments,
     empty_permute_inputs,
     empty_rms_norm,
@@ -32,7 +30,7 @@ from kernels.schema import (
 )
 from kernels.triton.elements import magic_number_for
 from kernels.triton.epilogue import EpilogueArgs, epilogue, inverse_rms, load_per_output, load_residual
-from kernels.triton.formats import kernel_format
+from kernels.triton.formats import KernelFormat, kernel_format
 from kernels.triton.launch import (
     MMA_N,
     choose_tiles,
@@ -50,8 +48,6 @@ from kernels.triton.weights import (
     slice_starts,
     weights_of_expert,
 )
-
-ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
 
 # ---- fused_linear ---------------------------------------------------------------------------------------------------
 #
@@ -243,7 +239,7 @@ def add_squares(squares, x_ptr, offs_k, SPECIALIZED_TOKENS: tl.constexpr, K: tl.
 @register_triton
 def fused_linear(
     x: Tensor, *, w: WeightArguments, bias: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 0.0,
-    residual: Tensor | None = None, activation: int = 0, out_scale: float = 1.0, softcap: float = 0.0,
+    residual: Tensor | None = None, activation: str | None = None, out_scale: float = 1.0, softcap: float = 0.0,
     clip: float = 0.0, float32_out: bool = False, topk_ids: Tensor | None = None,
 ) -> Tensor:
     """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]:
@@ -257,12 +253,14 @@ def fused_linear(
     if topk_ids is not None:
         n_pairs, top_k, y_shape = topk_ids.numel(), topk_ids.shape[-1], topk_ids.shape
         n_tokens = n_pairs // top_k
-    is_gated = activation in GATED_IDS
-    y = x.new_empty(*y_shape, output_width(n, activation), dtype=torch.float32 if float32_out else x.dtype)
+    n_out = output_width(n, activation)
+    is_gated = n_out < n
+    y = x.new_empty(*y_shape, n_out, dtype=torch.float32 if float32_out else x.dtype)
     is_specialized = n_tokens <= MMA_N
     if norm_weight is not None and not is_specialized:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
-    format, (sizes, num_warps) = kernel_format(w.format_id), choose_sizes(x, w, n_tokens, is_gated)
+    format = kernel_format(w.format)
+    sizes, num_warps = choose_sizes(x, w, format, n_tokens, is_gated)
     grid = triton.cdiv(n, sizes.BLOCK_N), n_pairs
     fused_linear_kernel[grid](
         w_ptr=w.weight, scales_ptr=w.scales, x_ptr=x, topk_ids_ptr=topk_ids, y_ptr=y, norm=Norm(norm_weight, eps),
@@ -275,17 +273,19 @@ def fused_linear(
         LAYOUT=WeightLayout(
             format.is_tiled, format.stride(w.weight), group_size, format.has_channel_scales(group_size, k)
         ),
-        SIZES=sizes, ACTIVATION=ACTIVATION_NAMES[activation], IS_GATED=is_gated, DTYPE=dot_dtype(x),
+        SIZES=sizes, ACTIVATION=activation, IS_GATED=is_gated, DTYPE=dot_dtype(x),
         num_warps=num_warps, **pdl_options(x.device, grid),
     )
     return y
 
 
-def choose_sizes(x: Tensor, w: WeightArguments, n_tokens: int, is_gated: bool) -> tuple[BlockSizes, int]:
+def choose_sizes(
+    x: Tensor, w: WeightArguments, format: KernelFormat, n_tokens: int, is_gated: bool
+) -> tuple[BlockSizes, int]:
     """Returns the sizes of a program of fused_linear, and its number of warps."""
-    tiles = choose_tiles(x, w.format_id, w.n, is_gated, w.group_size, n_tokens)
+    tiles = choose_tiles(x, format, w.n, is_gated, w.group_size, n_tokens)
     slice_k = min(64, tiles.warp_k)
-    if kernel_format(w.format_id).has_group_scales(w.group_size, x.shape[-1]):
+    if format.has_group_scales(w.group_size, x.shape[-1]):
         slice_k = min(slice_k, w.group_size)
     block_k = tiles.num_warps * tiles.warp_k
     sizes = BlockSizes(

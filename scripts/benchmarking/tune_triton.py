@@ -16,6 +16,7 @@ from triton.testing import do_bench_cudagraph
 from checkpoint import empty_model
 from config import ModelConfig, is_gated
 from formats import WeightFormat
+from kernels.triton.formats import kernel_format
 from kernels.triton.launch import MMA_N, TUNED, TileConfig, choose_tiles, gpu_info, table_key
 from layers.linear import Linear, RMSNorm
 from layers.packing import pack_for_triton
@@ -47,9 +48,10 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     x = torch.randn(1, MMA_N, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_info(x.device).tuned  # where choose_tiles looks first
     group_size = format.effective_group_size(k)
-    key = table_key(format.format_id, n, k, gated, group_size)
+    known = kernel_format(type(format).__name__)
+    key = table_key(known, n, k, gated, group_size)
     tuned.pop(key, None)
-    guess = choose_tiles(x, format.format_id, n, gated, group_size)
+    guess = choose_tiles(x, known, n, gated, group_size)
 
     def microseconds(tiles: TileConfig, n_tokens: int) -> float:
         tuned[key] = tiles._asdict()

@@ -19,7 +19,7 @@ import torch
 import formats
 from formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.integers import GroupwiseAffine
-from kernels.schema import ACTIVATION_IDS, SWIGLU_LIMIT, AttentionParams
+from kernels.schema import SWIGLU_LIMIT, AttentionParams
 from layers import attention
 from layers.attention import LayerCache, apply_rope, norm_heads
 from layers.backend import Backend
@@ -102,7 +102,7 @@ def with_activation(w: LinearBase, activation: str | None) -> LinearBase:
     w = copy.copy(w)
     w.activation = activation
     if isinstance(w, Linear):
-        w.epilogue = w.epilogue._replace(activation=ACTIVATION_IDS[activation])
+        w.epilogue = w.epilogue._replace(activation=activation)
     return w
 
 
