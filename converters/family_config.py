@@ -45,12 +45,12 @@ def gemma(hf_config: dict) -> dict:
         # null is the default. The first config.json of Gemma says "gelu" for the tanh form, too
         if hf_config.get(name) not in (None, "gelu", "gelu_pytorch_tanh"):
             raise UsageError(f"config.json: {name} = {hf_config[name]!r} is not supported")
-    return {"embed_scale": required(hf_config, "hidden_size") ** 0.5, "activation": "geglu_tanh"}
+    return {"embed_scale": required(hf_config, "hidden_size") ** 0.5, "activation": "gelu_tanh"}
 
 
 def gemma2(hf_config: dict) -> dict:
     return gemma(hf_config) | {
-        "activation": "geglu" if hf_config.get("hidden_activation") == "gelu" else "geglu_tanh",
+        "activation": "gelu" if hf_config.get("hidden_activation") == "gelu" else "gelu_tanh",
         "post_norm": True,
         "attention_scale": required(hf_config, "query_pre_attn_scalar") ** -0.5,
         "attention_softcap": hf_config.get("attn_logit_softcapping") or 0.0,
@@ -74,24 +74,24 @@ def smollm3(hf_config: dict) -> dict:
 
 
 def arcee(hf_config: dict) -> dict:
-    return ungated(hf_config, "relu2")
+    return ungated(hf_config, "relu2", "relu2")
 
 
 def nemotron(hf_config: dict) -> dict:
-    return ungated(hf_config, "relu2") | {"norm_eps": hf_config["norm_eps"]}
+    return ungated(hf_config, "relu2", "relu2") | {"norm_eps": hf_config["norm_eps"]}
 
 
 def starcoder2(hf_config: dict) -> dict:
-    activation = ungated(hf_config, "gelu_pytorch_tanh")
+    activation = ungated(hf_config, "gelu_pytorch_tanh", "gelu_tanh")
     return activation | bias_everywhere(hf_config) | {"norm_eps": hf_config["norm_epsilon"]}
 
 
-def ungated(hf_config: dict, activation: str) -> dict:
-    """Checks that hidden_act is the activation of the family, which has no gate and is called as in transformers."""
+def ungated(hf_config: dict, hidden_act: str, activation: str) -> dict:
+    """For a family without gates. hidden_act: what transformers calls the activation of the family."""
     found = hf_config["hidden_act"]
-    if found != activation:
+    if found != hidden_act:
         raise UsageError(f"config.json: hidden_act = {found!r} is not supported")
-    return {"activation": activation}
+    return {"activation": activation, "gated": False}
 
 
 def bias_everywhere(hf_config: dict) -> dict:
@@ -122,13 +122,13 @@ def qwen2_moe(hf_config: dict) -> dict:
 def gpt_oss(hf_config: dict) -> dict:
     if hf_config["swiglu_alpha"] != 1.702 or hf_config["swiglu_limit"] != 7.0:
         raise UsageError("config.json: only swiglu_alpha 1.702 and swiglu_limit 7 are supported")
-    return {"activation": "clamped_swiglu", "sinks": True}
+    return {"activation": "clamped_silu", "sinks": True}
 
 
 def grok(hf_config: dict) -> dict:
     return {
         "post_norm": True,
-        "activation": "geglu_tanh",
+        "activation": "gelu_tanh",
         "embed_scale": hf_config["embedding_multiplier_scale"],
         "attention_scale": hf_config["attn_output_multiplier"],
         "attention_softcap": hf_config["max_attn_value"],

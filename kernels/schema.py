@@ -17,8 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import is_gated
-
 # Namespaces of torch.ops
 CPU_NAMESPACE = "gptfast_cpu"
 TRITON_NAMESPACE = "gptfast_triton"
@@ -28,7 +26,7 @@ NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
 MAX_CPU_TOKENS = 64
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
-# clamped_swiglu has two parameters, by gpt-oss's names. triton/epilogue.py has them, too
+# clamped_silu has two parameters, by gpt-oss's names. triton/epilogue.py has them, too
 SWIGLU_ALPHA = 1.702  # sigmoid(alpha * gate)
 SWIGLU_LIMIT = 7.0  # gate is at most the limit, up between -limit and limit
 
@@ -52,6 +50,7 @@ class Epilogue(NamedTuple):
     the step out."""
 
     activation: str | None = None
+    gated: bool = False  # y is gate and up, and becomes activation(gate) * up, of half the width
     out_scale: float = 1.0  # y * out_scale
     softcap: float = 0.0  # softcap * tanh(y / softcap)
     clip: float = 0.0  # y, clamped to [-clip, clip]
@@ -72,7 +71,8 @@ class AttentionParams(NamedTuple):
 
 def as_schema(fields: type[NamedTuple]) -> str:
     """The fields of a NamedTuple as arguments of a schema."""
-    types = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", str: "str", str | None: "str?"}
+    types = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
+    types |= {str: "str", str | None: "str?"}
     return ", ".join(f"{types[kind]} {name}" for name, kind in fields.__annotations__.items())
 
 
@@ -123,9 +123,9 @@ def bundle_weight(function: Callable) -> Callable:
     return call
 
 
-def output_width(n: int, activation: str | None) -> int:
-    """The number of outputs after the activation. A gated activation turns gate and up, n outputs, into n / 2."""
-    return n // 2 if activation is not None and is_gated(activation) else n
+def output_width(n: int, gated: bool) -> int:
+    """The number of outputs after the activation of n outputs."""
+    return n // 2 if gated else n
 
 
 # ---- The operations -------------------------------------------------------------------------------------------------
@@ -137,14 +137,14 @@ def output_width(n: int, activation: str | None) -> int:
     f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, {EPILOGUE}, "
     "bool float32_out) -> Tensor"
 )
-def empty_fused_linear(x, *, w, activation, float32_out, **_):
+def empty_fused_linear(x, *, w, gated, float32_out, **_):
     dtype = torch.float32 if float32_out else x.dtype
-    return x.new_empty(*x.shape[:-1], output_width(w.n, activation), dtype=dtype)
+    return x.new_empty(*x.shape[:-1], output_width(w.n, gated), dtype=dtype)
 
 
-@define("activate(Tensor x, str activation) -> Tensor", namespaces=(CPU_NAMESPACE,))
-def empty_activate(x, activation):
-    return x.new_empty(*x.shape[:-1], output_width(x.shape[-1], activation))
+@define("activate(Tensor x, str activation, bool gated) -> Tensor", namespaces=(CPU_NAMESPACE,))
+def empty_activate(x, _, gated):
+    return x.new_empty(*x.shape[:-1], output_width(x.shape[-1], gated))
 
 
 @define("add(Tensor x, Tensor y) -> Tensor", namespaces=(CPU_NAMESPACE,))
@@ -193,10 +193,10 @@ def empty_route(logits, *, top_k, n_shared_experts, **_):
 
 @define(
     f"experts_gate_up(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm_weight, float eps, "
-    "str? activation) -> Tensor"
+    "str? activation, bool gated) -> Tensor"
 )
-def empty_experts_gate_up(x, *, w, topk_ids, activation, **_):
-    return x.new_empty(*topk_ids.shape, output_width(w.n, activation))
+def empty_experts_gate_up(x, *, w, topk_ids, gated, **_):
+    return x.new_empty(*topk_ids.shape, output_width(w.n, gated))
 
 
 @define(

@@ -227,7 +227,7 @@ def test_tune(tmp_path, monkeypatch):
     times = {fastest: 1.0, (32, 4, 128, 3): 2.0, (16, 4, 128, 3): 1.5}
 
     def time_products(x, weights):
-        gated = weights[0].activation is not None
+        gated = weights[0].gated
         assert len(weights) > 4 * 1000 // weights[0].weight.nbytes
         tiles = launch.choose_tiles(x, kernel_format("Int4"), weights[0].out_features, gated, 64)
         if tiles == fastest and x.shape[1] == 8:
@@ -265,7 +265,7 @@ def test_check(monkeypatch, capsys):
     monkeypatch.setattr(check_command, "all_checks", lambda dtype, sizes: few_checks(dtype, sizes)[:-1])
     result = report(capsys, "check", "--device", "cpu", "--precision", "bfloat16")
     assert result["failed"] == {}
-    assert result["largest_errors"].keys() == {"rms_norm", "float32_linear", "linear", "swiglu_linear"}
+    assert result["largest_errors"].keys() == {"rms_norm", "float32_linear", "linear", "gated_linear"}
     assert 0 < result["largest_errors"]["rms_norm"] < 2**-6
 
 

@@ -129,8 +129,8 @@ def test_files_that_are_no_checkpoint(tmp_path):
     path = tmp_path / "model.pth"
     good = {"format": CHECKPOINT_VERSION, "config": {}, "quantization": None, "tensors": {}}
     for content, match in [
-        ([1], "is not a gpt-fast/7 checkpoint"),
-        (good | {"format": "gpt-fast/9"}, "is not a gpt-fast/7 checkpoint"),
+        ([1], "is not a gpt-fast/8 checkpoint"),
+        (good | {"format": "gpt-fast/9"}, "is not a gpt-fast/8 checkpoint"),
         (good | {"tensors": [1]}, "holds no table of tensors"),
         (good | {"tensors": {"a": 1}}, "holds no table of tensors"),
         (good | {"tensors": {1: torch.ones(1)}, "format": "gpt-fast/1"}, "holds no table of tensors"),
@@ -154,6 +154,7 @@ EARLIER_FILES = [*product(["llama3", "llama-bias", "qwen3-moe"], [1, 2, 3])]
 EARLIER_FILES += [("gemma2", 4), ("smollm3", 4)]  # whose layers and activations differ
 EARLIER_FILES += [("gemma2", 5)]  # whose layers have all four norms
 EARLIER_FILES += [*product(["llama-bias", "olmo2", "gemma3"], [6])]  # which have the renamed options
+EARLIER_FILES += [*product(["llama3", "gemma2", "gpt-oss", "starcoder2", "nemotron"], [7])]  # of all activations
 
 
 @pytest.mark.parametrize("family, version", EARLIER_FILES)

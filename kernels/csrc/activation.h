@@ -1,24 +1,19 @@
-// The activation of a feed-forward, such as swiglu: an epilogue of matmuls (dot.h), and an operation (linear.h).
+// The activation of a feed-forward: an epilogue of matmuls (dot.h), and an operation (linear.h).
 #pragma once
 
 #include "names.h"
 #include "simd.h"
 
 // The activations that C++ computes, by their names in config.py: ACTIVATIONS
-#define ACTIVATIONS swiglu, geglu, geglu_tanh, clamped_swiglu, gelu_pytorch_tanh, relu2
-enum class Activation { none, ACTIVATIONS };
+#define ACTIVATIONS silu, gelu, gelu_tanh, clamped_silu, relu2
+enum class ActivationFunction { none, ACTIVATIONS };
 
-// Whether the feed-forward has a gate projection beside its up projection, as config.py: is_gated says.
-inline bool is_gated(Activation activation) {
-  switch (activation) {
-    case Activation::swiglu: case Activation::geglu: case Activation::geglu_tanh: case Activation::clamped_swiglu:
-      return true;
-    case Activation::none: case Activation::gelu_pytorch_tanh: case Activation::relu2: break;
-  }
-  return false;
-}
+struct Activation {
+  ActivationFunction function;
+  bool gated;  // whether the feed-forward has a gate projection beside its up projection
+};
 
-constexpr float SWIGLU_ALPHA = GPTFAST_SWIGLU_ALPHA;  // of clamped_swiglu: see kernels/schema.py
+constexpr float SWIGLU_ALPHA = GPTFAST_SWIGLU_ALPHA;  // of clamped_silu: see kernels/schema.py
 constexpr float SWIGLU_LIMIT = GPTFAST_SWIGLU_LIMIT;
 
 // Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2, the distribution function of the normal distribution. NaN stays NaN.
@@ -38,19 +33,20 @@ inline f32x16 normal_cdf(f32x16 x) {
 // x * Phi(x) with the tanh form of Phi: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + ...)
 inline f32x16 gelu_tanh(f32x16 x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
 
-// Computes activation(x) * up, as layers/linear.py does: x is the gate projection's output. If the activation is not
-// gated, computes activation(x), and up is not used.
+// Computes activation(x), as layers/linear.py: activate_torch does. If gated, computes activation(x) * up, where x is
+// the output of the gate projection. Otherwise up is not used.
 inline f32x16 activate_vec(f32x16 x, f32x16 up, Activation activation) {
-  switch (activation) {
-    case Activation::none: return x;
-    case Activation::swiglu: return x / (1 + exp_vec(-x)) * up;
-    case Activation::geglu: return x * normal_cdf(x) * up;
-    case Activation::geglu_tanh: return gelu_tanh(x) * up;
-    case Activation::clamped_swiglu:
+  switch (activation.function) {
+    case ActivationFunction::none: break;
+    case ActivationFunction::silu: x = x / (1 + exp_vec(-x)); break;
+    case ActivationFunction::gelu: x = x * normal_cdf(x); break;
+    case ActivationFunction::gelu_tanh: x = gelu_tanh(x); break;
+    case ActivationFunction::clamped_silu:
       x = x > SWIGLU_LIMIT ? f32x16{} + SWIGLU_LIMIT : x;
-      return x / (1 + exp_vec(-SWIGLU_ALPHA * x)) * (clamp(up, SWIGLU_LIMIT) + 1);
-    case Activation::gelu_pytorch_tanh: return gelu_tanh(x);
-    case Activation::relu2: return x < 0.0f ? f32x16{} : x * x;  // NaN stays NaN
+      x = x / (1 + exp_vec(-SWIGLU_ALPHA * x));
+      up = clamp(up, SWIGLU_LIMIT) + 1;
+      break;
+    case ActivationFunction::relu2: x = x < 0.0f ? f32x16{} : x * x; break;  // NaN stays NaN
   }
-  __builtin_unreachable();
+  return activation.gated ? x * up : x;
 }

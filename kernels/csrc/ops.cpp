@@ -110,26 +110,27 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
   return result;
 }
 
-Activation check_activation(OptString activation) {
-  if (!activation) return Activation::none;
+Activation check_activation(OptString activation, bool gated) {
+  STD_TORCH_CHECK(activation || !gated, "only an activation can be gated");
+  if (!activation) return {ActivationFunction::none, false};
   const std::string name = take_string(*activation);
   const int64_t index = find_name(NAMES_OF(ACTIVATIONS), name);
   STD_TORCH_CHECK(index >= 0, "'", name, "' is no activation of these kernels");
-  return Activation(index + 1);  // after none
+  return {ActivationFunction(index + 1), gated};  // 0 is none
 }
 
 Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, StringHandle format, int64_t n,
                     int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
-                    OptString activation, double out_scale, double softcap, double clip, bool float32_out) {
+                    OptString activation, bool gated, double out_scale, double softcap, double clip,
+                    bool float32_out) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight, residual});
   const Weights w = check_weights(weight, scales, zeros, format, n, group_size, k, x.scalar_type());
-  const Activation act_fn = check_activation(activation);
-  Tensor out = torch::stable::new_empty(x, resized(x, is_gated(act_fn) ? n / 2 : n),
+  Tensor out = torch::stable::new_empty(x, resized(x, gated ? n / 2 : n),
                                         float32_out ? ScalarType::Float : x.scalar_type());
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     const FusedLinearOp<T> op{
         .x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
-        .residual = ptr<T>(residual), .activation = act_fn, .out_scale = float(out_scale),
+        .residual = ptr<T>(residual), .activation = check_activation(activation, gated), .out_scale = float(out_scale),
         .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
         .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr};
 #if defined(__AVX512BF16__)
@@ -142,13 +143,12 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
   return out;
 }
 
-Tensor activate(Tensor x, StringHandle activation) {
-  const Activation act_fn = check_activation(activation);
-  const int64_t k = x.size(-1), f = is_gated(act_fn) ? k / 2 : k;
+Tensor activate(Tensor x, StringHandle activation, bool gated) {
+  const int64_t k = x.size(-1), f = gated ? k / 2 : k;
   STD_TORCH_CHECK(x.is_contiguous() && (k == f || k == 2 * f), "gate and up must be contiguous halves");
   Tensor out = torch::stable::new_empty(x, resized(x, f));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
-    submit(ActivateOp<T>{.x = ptr<T>(x), .m = x.numel() / k, .f = f, .activation = act_fn,
+    submit(ActivateOp<T>{.x = ptr<T>(x), .m = x.numel() / k, .f = f, .activation = check_activation(activation, gated),
                          .out = mutable_ptr<T>(out)});
   });
   return out;
@@ -288,16 +288,15 @@ std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool norm_topk_pr
 
 Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, StringHandle format, int64_t n,
                        int64_t group_size, OptTensor bias, Tensor topk_ids, OptTensor norm_weight, double eps,
-                       OptString activation) {
+                       OptString activation, bool gated) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight});
   check_ids(topk_ids, m);
   const Weights w = check_weights(weight, scales, zeros, format, n, group_size, k, x.scalar_type());
-  const Activation act_fn = check_activation(activation);
-  Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, is_gated(act_fn) ? n / 2 : n));
+  Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, gated ? n / 2 : n));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsGateUpOp<T>{.x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
                               .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
-                              .activation = act_fn, .hidden = mutable_ptr<T>(hidden)});
+                              .activation = check_activation(activation, gated), .hidden = mutable_ptr<T>(hidden)});
   });
   return hidden;
 }
@@ -369,7 +368,7 @@ int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !h
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 
 // Only the tests call the rest, to compare C++ with Python: elements_per_byte and int8_activations of a format
-// (formats/), and is_gated of an activation (config.py).
+// (formats/).
 int format_elements_per_byte(const char* name) {
   return dispatch(Formats{}, find_name(NAMES_OF(FORMATS), name), []<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) return 1;
@@ -379,7 +378,6 @@ int format_elements_per_byte(const char* name) {
 int format_int8_activations(const char* name) {
   return dispatch(Formats{}, find_name(NAMES_OF(FORMATS), name), []<typename F>(F) { return F::INT8_ACTIVATIONS; });
 }
-int activation_is_gated(const char* name) { return is_gated(Activation(find_name(NAMES_OF(ACTIVATIONS), name) + 1)); }
 int has_amx_bf16() { return has_amx(); }
 }
 

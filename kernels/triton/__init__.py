@@ -31,4 +31,4 @@ Then, in every decode step:
 """
 
 # The activations of config.py: ACTIVATIONS that epilogue.py computes. Here, where Triton need not be installed
-TRITON_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2")
+TRITON_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_silu", "relu2")
