@@ -41,8 +41,6 @@ class WeightFormat:
     dtypes: dict[str, torch.dtype]  # of the tensors of a checkpoint, for the default of allocate
     elements_per_byte = 1  # of "weight": an integer
     k_alignment = 1  # K must be a multiple of this number
-    # Whether C++ rounds 16-bit activations to int8 (kernels/csrc/weights.h: INT8_ACTIVATIONS)
-    int8_activations = False
     shard_alignment = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
 
     @property

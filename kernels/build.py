@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from formats import WeightFormat
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from kernels.schema import MAX_CPU_TOKENS, SWIGLU_ALPHA, SWIGLU_LIMIT
 from utils.signals import defer_signals
@@ -218,6 +219,11 @@ def load_library(library: Path) -> ctypes.CDLL:
 def cpp_formats(library: ctypes.CDLL) -> list[str]:
     """The names of the classes in formats/ whose weights the C++ kernels read."""
     return library.format_names().decode().split(", ")
+
+
+def has_int8_activations(library: ctypes.CDLL, format: WeightFormat) -> bool:
+    """Whether the C++ kernels round 16-bit activations to int8, to multiply them with weights of format."""
+    return bool(library.format_int8_activations(type(format).__name__.encode()))
 
 
 def cpp_activations(library: ctypes.CDLL) -> list[str]:

@@ -85,7 +85,7 @@ def test_linear_of_many_tokens(format, dtype):
     torch.manual_seed(0)
     is_bf16 = dtype == torch.bfloat16
     on_amx = is_bf16 and library().has_amx_bf16()
-    is_prefill = library().has_prefill_linear(is_bf16) and not format.int8_activations
+    is_prefill = library().has_prefill_linear(is_bf16) and not rounds_to_int8(format, dtype)
     odd = [(21, 37)] if isinstance(format, Unquantized) else []  # quantized, K must be a multiple of 8
     for n, k in [(33, 72), (64, 200), *odd]:
         w, norm = make_linear(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
@@ -123,7 +123,8 @@ def test_linear_of_many_tokens(format, dtype):
 def test_linear_of_a_prompt(format, n, k, tokens):
     """Matmuls with several panels of inputs, several tasks, and a last task of fewer outputs or tokens
     (csrc/prefill_linear.h). With int8 activations: with a second slice of tokens (csrc/linear.h)."""
-    if not format.int8_activations and not library().has_prefill_linear(True):
+    is_int8 = rounds_to_int8(format, torch.bfloat16)
+    if not is_int8 and not library().has_prefill_linear(True):
         pytest.skip("this CPU has no instructions for bf16, or AMX")
     torch.manual_seed(0)
     w, norm = make_linear(n, k, format, torch.bfloat16, bias=True), make_norm(k, torch.bfloat16)
@@ -135,7 +136,7 @@ def test_linear_of_a_prompt(format, n, k, tokens):
     y = seen.double() @ matrix.T + w.bias.double()
     step = step_of(normed, quantized=seen is not normed) + step_of(normed, quantized=False)
     bound = bounds.product_error(seen, magnitude, y, torch.float32, step)
-    if not isinstance(format, EXACT_IN_BF16) and not format.int8_activations:
+    if not isinstance(format, EXACT_IN_BF16) and not is_int8:
         bound = bound + bounds.U[torch.bfloat16] * (normed.double().abs() @ matrix.abs().T)
     bounds.check(w(x, norm=norm, out_dtype=torch.float32), y, bound)
     total = y + residual.double()
@@ -257,7 +258,7 @@ def test_a_token_does_not_depend_on_the_tokens_beside_it(format):
     w.backend = ANY_TOKENS
     x = torch.randn(1100, 200).bfloat16()
     alone = torch.cat([w(row) for row in x.split(1)])
-    in_prompts = [65, 511, 513, 1100] if format.int8_activations else []
+    in_prompts = [65, 511, 513, 1100] if rounds_to_int8(format, torch.bfloat16) else []
     for n_tokens in (*range(2, 20), 33, 64, *in_prompts):
         assert torch.equal(w(x[:n_tokens]), alone[:n_tokens]), n_tokens
 

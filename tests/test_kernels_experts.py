@@ -108,9 +108,11 @@ def test_experts(format, dtype):
 
 
 @built
-@pytest.mark.parametrize("format", [f for f in CPU_FORMATS if f.int8_activations], ids=format_label)
+@pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 def test_experts_of_a_prompt(format):
-    """A token of a prompt has the same bits as alone."""
+    """A token of a prompt has the same bits as alone, if activations are rounded to int8."""
+    if not rounds_to_int8(format, torch.bfloat16):
+        pytest.skip("PyTorch multiplies prompts")
     torch.manual_seed(0)
     gate_up = make_linear(
         96, 64, format, torch.bfloat16, n_experts=6, kind=ExpertsGateUp, activation="silu", gated=True

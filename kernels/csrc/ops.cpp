@@ -355,6 +355,10 @@ extern "C" {
 // Return the names that these kernels know, "Unquantized, Int8, ...": build.py: cpp_formats, cpp_activations.
 const char* format_names() { return NAMES_OF(FORMATS); }
 const char* activation_names() { return NAMES_OF(ACTIVATIONS); }
+// Returns whether 16-bit activations are rounded to int8 for this format: build.py: has_int8_activations.
+int format_int8_activations(const char* name) {
+  return dispatch(Formats{}, find_name(NAMES_OF(FORMATS), name), []<typename F>(F) { return F::INT8_ACTIVATIONS; });
+}
 // Returns the most tokens for which these kernels multiply unquantized weights faster than PyTorch does, as measured in
 // docs/measurements.md.
 int max_unquantized_tokens(int is_bf16) {
@@ -367,16 +371,12 @@ int has_int8_prefill() { return HAS_FAST_DOT4 && !has_amx(); }
 int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 
-// Only the tests call the rest, to compare C++ with Python: elements_per_byte and int8_activations of a format
-// (formats/).
+// Only the tests call the rest. elements_per_byte is also in formats/.
 int format_elements_per_byte(const char* name) {
   return dispatch(Formats{}, find_name(NAMES_OF(FORMATS), name), []<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) return 1;
     else return F::ELEMENTS_PER_WORD / 4;
   });
-}
-int format_int8_activations(const char* name) {
-  return dispatch(Formats{}, find_name(NAMES_OF(FORMATS), name), []<typename F>(F) { return F::INT8_ACTIVATIONS; });
 }
 int has_amx_bf16() { return has_amx(); }
 }
