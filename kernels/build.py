@@ -24,7 +24,7 @@ import torch
 
 from formats import WeightFormat
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
-from kernels.schema import MAX_CPU_TOKENS, SWIGLU_ALPHA, SWIGLU_LIMIT
+from kernels.schema import CLAMPED_SILU_ALPHA, CLAMPED_SILU_LIMIT, MAX_CPU_TOKENS
 from utils.signals import defer_signals
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -39,8 +39,8 @@ FLAGS = [
     f"-DGPTFAST_MAX_CPU_TOKENS={MAX_CPU_TOKENS}",
     f"-DGPTFAST_BLOCK_N={CPU_BLOCK_N}",
     f"-DGPTFAST_ACT_GROUP_SIZE={ACT_GROUP_SIZE}",
-    f"-DGPTFAST_SWIGLU_ALPHA={SWIGLU_ALPHA}",
-    f"-DGPTFAST_SWIGLU_LIMIT={SWIGLU_LIMIT}",
+    f"-DGPTFAST_CLAMPED_SILU_ALPHA={CLAMPED_SILU_ALPHA}",
+    f"-DGPTFAST_CLAMPED_SILU_LIMIT={CLAMPED_SILU_LIMIT}",
 ]
 
 

@@ -26,9 +26,9 @@ NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
 MAX_CPU_TOKENS = 64
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
-# clamped_silu has two parameters, by gpt-oss's names. triton/epilogue.py has them, too
-SWIGLU_ALPHA = 1.702  # sigmoid(alpha * gate)
-SWIGLU_LIMIT = 7.0  # gate is at most the limit, up between -limit and limit
+# The two parameters of clamped_silu, gpt-oss's swiglu_alpha and swiglu_limit
+CLAMPED_SILU_ALPHA = 1.702  # sigmoid(alpha * gate)
+CLAMPED_SILU_LIMIT = 7.0  # gate is at most the limit, up between -limit and limit
 
 
 # ---- Groups of arguments --------------------------------------------------------------------------------------------

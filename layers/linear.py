@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.schema import SWIGLU_ALPHA, SWIGLU_LIMIT, Epilogue
+from formats.cpu_layouts import CPU_BLOCK_N
+from kernels.schema import CLAMPED_SILU_ALPHA, CLAMPED_SILU_LIMIT, Epilogue
 from layers import aten
 from layers.aten import AtenInt4, AtenInt8
 from layers.backend import TORCH_BACKEND, Backend, contiguous, count_tokens
 from layers.weight import WeightMatrix
 
-# Fused gating needs gate and up to be whole blocks of 16 outputs: out_features % 32 == 0.
-FUSED_GLU_MULTIPLE = 32
+# out_features must be a multiple of this for a fused activation with a gate, so that gate and up are whole blocks
+FUSED_GLU_MULTIPLE = 2 * CPU_BLOCK_N
 
 
 # ---- Norm -----------------------------------------------------------------------------------------------------------
@@ -189,9 +190,10 @@ def activate_torch(x: Tensor, activation: str, gated: bool) -> Tensor:
         case "gelu_tanh":
             y = F.gelu(x, approximate="tanh")
         case "clamped_silu":  # gpt-oss
-            x = x.clamp(max=SWIGLU_LIMIT)
-            y = x * torch.sigmoid(SWIGLU_ALPHA * x)
-            up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1 if gated else None
+            x = x.clamp(max=CLAMPED_SILU_LIMIT)
+            y = x * torch.sigmoid(CLAMPED_SILU_ALPHA * x)
+            if gated:
+                up = up.clamp(-CLAMPED_SILU_LIMIT, CLAMPED_SILU_LIMIT) + 1
         case "relu2":
             y = F.relu(x).square()
         case _:

@@ -21,16 +21,14 @@ from config import ACTIVATIONS
 from formats import FORMATS, Int4, Int8, Unquantized
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
-from formats.triton_layouts import pack_tiles
-from kernels.schema import MAX_CPU_TOKENS, SCHEMAS, SWIGLU_ALPHA, SWIGLU_LIMIT
-from kernels.triton import heads, weights
-from kernels.triton.elements import magic_number_for
+from kernels.schema import CLAMPED_SILU_ALPHA, CLAMPED_SILU_LIMIT, MAX_CPU_TOKENS, SCHEMAS
+from kernels.triton import heads
+from kernels.triton.elements import MAGIC_NUMBERS
 from layers import aten, backend, packing
 from layers.experts import ExpertsDown
-from layers.linear import FUSED_GLU_MULTIPLE
 from layers.packing import pack_weights
 from scripts.kernel_checks import error_bounds as bounds
-from scripts.kernel_checks.exact_results import CPU_FORMATS, MAGIC_BIASES, make_linear
+from scripts.kernel_checks.exact_results import CPU_FORMATS, make_linear
 from tests.compiler import write_compiler
 from tests.cpu_kernels import built
 from tests.kernel_loader import load_kernels
@@ -90,7 +88,7 @@ def test_cpp_has_pythons_numbers():
     """Sources have these numbers only by name, and a library with other numbers has another name in the cache."""
     weights_h, activation_h = ((kernels.build.SOURCES / name).read_text() for name in ("weights.h", "activation.h"))
     sizes = {"MAX_CPU_TOKENS": MAX_CPU_TOKENS, "BLOCK_N": CPU_BLOCK_N, "ACT_GROUP_SIZE": ACT_GROUP_SIZE}
-    parameters = {"SWIGLU_ALPHA": SWIGLU_ALPHA, "SWIGLU_LIMIT": SWIGLU_LIMIT}
+    parameters = {"CLAMPED_SILU_ALPHA": CLAMPED_SILU_ALPHA, "CLAMPED_SILU_LIMIT": CLAMPED_SILU_LIMIT}
     assert all(f"constexpr int64_t {name} = GPTFAST_{name};" in weights_h for name in sizes)
     assert all(f"constexpr float {name} = GPTFAST_{name};" in activation_h for name in parameters)
     for name, ours in (sizes | parameters).items():
@@ -314,12 +312,6 @@ def test_every_check_says_what_is_wrong():
 
 
 def test_sizes_are_the_same_in_all_languages():
-    """Numbers that Python and Triton each define are equal."""
-    assert FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
+    """A number that layers/ and Triton each define is equal, and the magic numbers are what elements.py draws."""
     assert heads.BLOCK_T.value == backend.MAX_TRITON_QUERY_LEN
-    for dtype in (torch.bfloat16, torch.float16):
-        halves = torch.tensor([magic_number_for(dtype)], dtype=torch.int32).view(dtype).tolist()
-        assert halves == 2 * [MAGIC_BIASES[dtype]]
-    tile_n, tile_k, words = weights.TILE_N.value, weights.TILE_K.value, weights.TILE_WORDS.value
-    assert pack_tiles(torch.zeros(2 * tile_n, 3 * tile_k, dtype=torch.uint8)).shape == (2, 3, words)
-    assert pack_tiles(torch.zeros(2 * tile_n + 1, 3 * tile_k + 1, dtype=torch.uint8)).shape == (3, 4, words)
+    assert MAGIC_NUMBERS == {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}

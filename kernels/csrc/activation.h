@@ -13,8 +13,8 @@ struct Activation {
   bool gated;  // whether the feed-forward has a gate projection beside its up projection
 };
 
-constexpr float SWIGLU_ALPHA = GPTFAST_SWIGLU_ALPHA;  // of clamped_silu: see kernels/schema.py
-constexpr float SWIGLU_LIMIT = GPTFAST_SWIGLU_LIMIT;
+constexpr float CLAMPED_SILU_ALPHA = GPTFAST_CLAMPED_SILU_ALPHA;  // of clamped_silu: see kernels/schema.py
+constexpr float CLAMPED_SILU_LIMIT = GPTFAST_CLAMPED_SILU_LIMIT;
 
 // Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2, the distribution function of the normal distribution. NaN stays NaN.
 // Formula 7.1.26 of Abramowitz and Stegun gives erf with an error of at most 1.5e-7:
@@ -42,9 +42,9 @@ inline f32x16 activate_vec(f32x16 x, f32x16 up, Activation activation) {
     case ActivationFunction::gelu: x = x * normal_cdf(x); break;
     case ActivationFunction::gelu_tanh: x = gelu_tanh(x); break;
     case ActivationFunction::clamped_silu:
-      x = x > SWIGLU_LIMIT ? f32x16{} + SWIGLU_LIMIT : x;
-      x = x / (1 + exp_vec(-SWIGLU_ALPHA * x));
-      up = clamp(up, SWIGLU_LIMIT) + 1;
+      x = x > CLAMPED_SILU_LIMIT ? f32x16{} + CLAMPED_SILU_LIMIT : x;
+      x = x / (1 + exp_vec(-CLAMPED_SILU_ALPHA * x));
+      up = clamp(up, CLAMPED_SILU_LIMIT) + 1;
       break;
     case ActivationFunction::relu2: x = x < 0.0f ? f32x16{} : x * x; break;  // NaN stays NaN
   }

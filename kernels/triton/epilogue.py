@@ -12,6 +12,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from kernels import schema
+
+ALPHA, LIMIT = tl.constexpr(schema.CLAMPED_SILU_ALPHA), tl.constexpr(schema.CLAMPED_SILU_LIMIT)
+
 
 class EpilogueArgs(NamedTuple):
     """The epilogue's operands. A step whose operand is None is left out."""
@@ -89,10 +93,8 @@ def activate(y, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
         x *= x
     else:
         tl.static_assert(ACTIVATION == "clamped_silu", "no kernel for this activation")
-        ALPHA: tl.constexpr = 1.702  # kernels/schema.py: SWIGLU_ALPHA, SWIGLU_LIMIT
-        LIMIT: tl.constexpr = 7.0
         x = tl.minimum(x, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        x *= tl.sigmoid(ALPHA * x)
+        x *= tl.sigmoid(x * ALPHA)
         if IS_GATED:
             up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL) + 1
     if IS_GATED:

@@ -133,20 +133,22 @@ def dequantize_float8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N
 
 # ---- Int4 -----------------------------------------------------------------------------------------------------------
 
+ZERO_STEP = tl.constexpr(2.0**-Int4.zero_fraction_bits)  # what 1 means in a stored zero point
+
 
 @triton.jit
 def dot_int4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
     scale, zero = unpack_scale_words(load_group_scales(w, k_starts, K, GROUP_SIZE))
     q = tiles_to_floats(words, w.magic_number, int4_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
-    return acc + dot_with_zeros(q, x, scale, zero * 0.0625 + magic_bias(x.dtype))
+    return acc + dot_with_zeros(q, x, scale, zero * ZERO_STEP + magic_bias(x.dtype))
 
 
 @triton.jit
 def dequantize_int4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
     q = dequantize_tile(w_ptr, tile_n, tile_k, K, int4_pair)
     scale, zero = unpack_scale_words(load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE))
-    return (q - zero * 0.0625) * scale
+    return (q - zero * ZERO_STEP) * scale
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from kernels.schema import (
     output_width,
     register_triton,
 )
-from kernels.triton.elements import magic_number_for
+from kernels.triton.elements import MAGIC_NUMBERS
 from kernels.triton.epilogue import EpilogueArgs, epilogue, inverse_rms, load_per_output, load_residual
 from kernels.triton.formats import KernelFormat, kernel_format
 from kernels.triton.launch import (
@@ -265,7 +265,7 @@ def fused_linear(
         epilogue_args=EpilogueArgs(
             bias, residual, out_scale if out_scale != 1 else None, softcap or None, clip or None
         ),
-        magic_number=magic_number_for(x.dtype),
+        magic_number=MAGIC_NUMBERS.get(x.dtype, 0),
         N=n, n_tokens=n_tokens, SPECIALIZED_TOKENS=n_tokens if is_specialized else 0, K=k, TOP_K=top_k,
         X_IS_PER_PAIR=n_inputs > n_tokens, DOT=format.dot,
         LAYOUT=WeightLayout(

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from formats import Int8, Unquantized, WeightFormat
+from kernels.triton import MAGIC_BIASES
 from layers.backend import TRITON_BACKEND
 from layers.linear import FUSED_GLU_MULTIPLE, RMSNorm, apply_softcap, permute_inputs
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
-    MAGIC_BIASES,
     U32,
     Comparison,
     activate_with_error,
@@ -64,7 +64,7 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantize(torch.float32).double(), bounds.magnitudes(w)
     if w.zeros is not None:  # the kernel computes (bias + q) x - (bias + zero) x
-        bias = MAGIC_BIASES[factor_dtype(dtype)] if format.elements_per_byte == 2 else 128
+        bias = MAGIC_BIASES.get(factor_dtype(dtype), 0) if format.elements_per_byte == 2 else 128
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
         magnitude = magnitude + 2 * bias * wide_scales
     use_triton(w)

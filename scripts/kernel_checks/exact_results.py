@@ -19,7 +19,7 @@ import torch
 import formats
 from formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.integers import GroupwiseAffine
-from kernels.schema import SWIGLU_LIMIT, AttentionParams
+from kernels.schema import CLAMPED_SILU_LIMIT, AttentionParams
 from layers import attention
 from layers.attention import LayerCache, apply_rope, norm_heads
 from layers.backend import Backend
@@ -42,8 +42,6 @@ TRITON_FORMATS += [  # a format with a method to_triton_layout has kernels
     if format not in CHECKED_FORMATS and type(format).to_triton_layout is not WeightFormat.to_triton_layout
 ]
 U32 = bounds.U[torch.float32]
-# What kernels/triton/elements.py: magic_bias returns, again, since not every machine has Triton. A test compares them
-MAGIC_BIASES = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}
 
 
 class Comparison(NamedTuple):
@@ -199,14 +197,14 @@ def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> to
 def activate_with_error(
     x: torch.Tensor, error: torch.Tensor, activation: str, gated: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns layers/linear.py: activate of x, and the error of the result. error: of x. The product with up is
-    rounded once more. The slope of the factor that is made of up is at most 1."""
+    """Returns layers/linear.py: activate of x, and the error of the result. error: of x. If gated, the product is
+    rounded, too, and the slope of the factor that is made of up is at most 1."""
     y = activate_torch(x, activation, gated)
     if not gated:
         return y, activation_error(x, error, activation)
     (gate, up), (gate_error, up_error) = x.chunk(2, -1), error.chunk(2, -1)
     if activation == "clamped_silu":
-        up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1
+        up = up.clamp(-CLAMPED_SILU_LIMIT, CLAMPED_SILU_LIMIT) + 1
     activated = activate_torch(gate, activation, gated=False).abs()
     bound = activation_error(gate, gate_error, activation) * (up.abs() + up_error) + activated * up_error
     return y, bound + U32 * (y.abs() + bound)
@@ -222,7 +220,7 @@ def activation_error(x: torch.Tensor, error: torch.Tensor, activation: str) -> t
         return error * (2 * x + error) + U32 * (x + error) ** 2
     y = activate_torch(x, activation, gated=False)
     if activation == "clamped_silu":
-        x = x.clamp(max=SWIGLU_LIMIT)
+        x = x.clamp(max=CLAMPED_SILU_LIMIT)
     # Relative errors of an activation, with u the unit roundoff of float32:
     #
     #     the exponential             about 2^-21
