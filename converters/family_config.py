@@ -9,6 +9,7 @@ A function for Family.read_overrides is called like its family, and returns fiel
 """
 
 from config import MAX_MODULES
+from kernels.schema import CLAMPED_SILU_ALPHA, CLAMPED_SILU_LIMIT
 from utils.errors import UsageError
 
 SILU_NAMES = ("silu", "swish")
@@ -120,8 +121,9 @@ def qwen2_moe(hf_config: dict) -> dict:
 
 
 def gpt_oss(hf_config: dict) -> dict:
-    if hf_config["swiglu_alpha"] != 1.702 or hf_config["swiglu_limit"] != 7.0:
-        raise UsageError("config.json: only swiglu_alpha 1.702 and swiglu_limit 7 are supported")
+    alpha, limit = CLAMPED_SILU_ALPHA, CLAMPED_SILU_LIMIT
+    if hf_config["swiglu_alpha"] != alpha or hf_config["swiglu_limit"] != limit:
+        raise UsageError(f"config.json: only swiglu_alpha {alpha} and swiglu_limit {limit} are supported")
     return {"activation": "clamped_silu", "sinks": True}
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from converters.canonical_checkpoint import CanonicalCheckpoint
 from converters.write_model import write_folder
 from loading import load_model
 from model import KVCache
-from tests.tiny import call_main, convert, make_hf, write_earlier_version
+from tests.tiny import ACTIVATIONS_OF_VERSION_7, call_main, convert, make_hf, write_earlier_version
 from utils.errors import UsageError
 from utils.files import replace_file
 
@@ -174,6 +175,15 @@ def test_files_of_earlier_versions_are_the_same_model(family, version, tmp_path)
         read_config, read_quantization, read = read_checkpoint(file)
         assert (read_config, read_quantization, read.keys()) == (config, quantization, tensors.keys())
         assert torch.equal(logits(file, tokens), expected)
+
+
+def test_every_activation_of_earlier_files(tmp_path):
+    path = tmp_path / "model.pth"
+    for (activation, gated), earlier in ACTIVATIONS_OF_VERSION_7.items():
+        fields = CONFIG.to_dict() | {"activation": earlier}
+        del fields["gated"]
+        torch.save({"format": "gpt-fast/7", "config": fields, "quantization": None, "tensors": {}}, path)
+        assert read_checkpoint(path).config == replace(CONFIG, activation=activation, gated=gated)
 
 
 def logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
