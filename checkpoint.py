@@ -6,7 +6,7 @@ a model of it.
 
 The file is this dict, as torch.save writes it:
 
-    {"format": "gpt-fast/7", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
+    {"format": "gpt-fast/8", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
 torch.load(mmap=True, weights_only=True) reads the file, so a checkpoint cannot run code. save_checkpoint writes tensor
 by tensor to a temporary file, and renames the file at the end, so that a file named model.pth is always complete. If
@@ -35,7 +35,7 @@ from model import Transformer
 from utils.errors import UsageError
 from utils.files import delete_if_possible, is_state_dict, load_torch_file, replace_file
 
-CHECKPOINT_VERSION = "gpt-fast/7"  # if a name changes, so does the version, and UPGRADES gets a row
+CHECKPOINT_VERSION = "gpt-fast/8"  # if a name changes, so does the version, and UPGRADES gets a row
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationConfig(UNQUANTIZED)
 
@@ -181,7 +181,7 @@ class Renames:
 
     tensors: dict[str, str] = field(default_factory=dict)  # parts of names: see rename_tensor
     fields: dict[str, str] = field(default_factory=dict)  # of ModelConfig, MoEConfig and RopeScaling
-    activations: dict[str, str] = field(default_factory=dict)
+    activations: dict[str, dict] = field(default_factory=dict)  # activation -> fields of ModelConfig
 
 
 UPGRADES = {
@@ -198,7 +198,6 @@ UPGRADES = {
     "gpt-fast/3": Renames(fields={"n_shared": "n_shared_experts"}),
     "gpt-fast/4": Renames(
         fields={"window_layers": "layer_has_window", "rope_layers": "layer_has_rope"},
-        activations={"silu": "swiglu", "gelu_tanh": "geglu_tanh"},
     ),
     "gpt-fast/5": Renames(
         tensors={".attention_norm.": ".pre_attention_norm.", ".ffn_norm.": ".pre_ffn_norm."},
@@ -207,6 +206,14 @@ UPGRADES = {
         fields={
             "out_bias": "o_proj_bias", "qk_norm_all_heads": "qk_norm_across_heads",
             "window_rope_theta": "local_rope_theta",
+        },
+    ),
+    "gpt-fast/7": Renames(
+        activations={  # up to version 4 they had today's names
+            "swiglu": {"activation": "silu"}, "geglu": {"activation": "gelu"},
+            "geglu_tanh": {"activation": "gelu_tanh"}, "clamped_swiglu": {"activation": "clamped_silu"},
+            "gelu_pytorch_tanh": {"activation": "gelu_tanh", "gated": False},
+            "relu2": {"activation": "relu2", "gated": False},
         },
     ),
 }
@@ -236,5 +243,5 @@ def rename_fields(config: dict, renames: Renames) -> dict:
         if isinstance(config.get(name), dict):
             config[name] = {renames.fields.get(old, old): value for old, value in config[name].items()}
     if isinstance(activation := config.get("activation"), str):
-        config["activation"] = renames.activations.get(activation, activation)
+        config |= renames.activations.get(activation, {})
     return config

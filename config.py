@@ -10,15 +10,9 @@ from dataclasses import asdict, dataclass, replace
 
 from utils.errors import UsageError
 
-# layers/linear.py: activate_torch has the formulas. kernels/csrc/activation.h: ACTIVATIONS has the same order.
-ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2")
-GATED_ACTIVATIONS = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"}
+# layers/linear.py: activate_torch has the formulas
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_silu", "relu2")
 ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
-
-
-def is_gated(activation: str) -> bool:
-    """Whether the feed-forward is down(activation(gate x) * up x). Otherwise it is down(activation(up x))."""
-    return activation in GATED_ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,8 @@ class ModelConfig:
     pre_norm: bool = True  # RMSNorm before attention and feed-forward
     post_norm: bool = False  # RMSNorm after attention and feed-forward, before the residual is added
     parallel_blocks: bool = False  # attention and feed-forward of a block have the same input
-    activation: str = "swiglu"  # one of ACTIVATIONS
+    activation: str = "silu"  # one of ACTIVATIONS
+    gated: bool = True  # the feed-forward is down(activation(gate x) * up x), and otherwise down(activation(up x))
     qkv_bias: bool = False  # the projections to queries, keys and values have biases
     o_proj_bias: bool = False  # attention's output projection has a bias
     ffn_bias: bool = False  # the feed-forward's projections have biases
@@ -134,7 +129,7 @@ class ModelConfig:
     @property
     def gate_up_dims(self) -> tuple[int, ...]:
         """The outputs of each projection that gate_up_proj stacks: gate and up, or up alone."""
-        return (self.ffn_dim,) * (2 if is_gated(self.activation) else 1)
+        return (self.ffn_dim,) * (2 if self.gated else 1)
 
     def window(self, layer_idx: int) -> int:
         """Returns how many tokens a token sees in a layer, itself included. 0 means all."""
@@ -217,6 +212,8 @@ def check_options(config: ModelConfig):
             check_positive_number(f"the model's {name}", getattr(config, name))
     if config.activation not in ACTIVATIONS:
         raise UsageError(f"activation {config.activation!r} is not supported; {', '.join(ACTIVATIONS)} are")
+    if config.activation == "clamped_silu" and not config.gated:
+        raise UsageError("activation 'clamped_silu' needs a gate, since it also clamps up")
     if config.moe is not None and (config.residual_scale != 1 or config.ffn_bias):
         raise UsageError("a mixture of experts has neither residual_scale nor ffn_bias; MoEConfig has a bias")
     if not all(isinstance(i, int) for i in config.eos_ids):

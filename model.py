@@ -224,13 +224,13 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(activation(gate x) * up x). gate_up_proj stacks gate above up: 2 F outputs. If the activation is not gated:
+    """down(activation(gate x) * up x). gate_up_proj stacks gate above up: 2 F outputs. Without a gate:
     down(activation(up x)). Then gate_up_proj is up alone: F outputs."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_up_proj = Linear(
-            config.dim, sum(config.gate_up_dims), config.ffn_bias, activation=config.activation
+            config.dim, sum(config.gate_up_dims), config.ffn_bias, activation=config.activation, gated=config.gated
         )
         self.down_proj = Linear(config.ffn_dim, config.dim, config.ffn_bias, out_scale=config.residual_scale)
 
@@ -251,7 +251,9 @@ class MoE(nn.Module):
         self.top_k, self.norm_topk_prob, self.n_shared_experts = moe.top_k, moe.norm_topk_prob, moe.n_shared_experts
         n_experts, bias = moe.n_experts + moe.n_shared_experts, moe.bias
         self.router = Linear(config.dim, moe.n_experts + (1 if moe.n_shared_experts else 0), bias)
-        self.gate_up_proj = ExpertsGateUp(config.dim, sum(config.gate_up_dims), bias, n_experts, config.activation)
+        self.gate_up_proj = ExpertsGateUp(
+            config.dim, sum(config.gate_up_dims), bias, n_experts, config.activation, config.gated
+        )
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, *, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ field of config.json:
 """
 
 from config import MAX_MODULES
+from kernels.schema import CLAMPED_SILU_ALPHA, CLAMPED_SILU_LIMIT
 from utils.errors import UsageError
 
 SILU_NAMES = ("silu", "swish")
@@ -46,12 +47,12 @@ def gemma(hf_config: dict) -> dict:
         # null is the default. The first config.json of Gemma says "gelu" for the tanh form, too
         if hf_config.get(name) not in (None, "gelu", "gelu_pytorch_tanh"):
             raise UsageError(f"config.json: {name} = {hf_config[name]!r} is not supported")
-    return {"embed_scale": required(hf_config, "hidden_size") ** 0.5, "activation": "geglu_tanh"}
+    return {"embed_scale": required(hf_config, "hidden_size") ** 0.5, "activation": "gelu_tanh"}
 
 
 def gemma2(hf_config: dict) -> dict:
     return gemma(hf_config) | {
-        "activation": "geglu" if hf_config.get("hidden_activation") == "gelu" else "geglu_tanh",
+        "activation": "gelu" if hf_config.get("hidden_activation") == "gelu" else "gelu_tanh",
         "post_norm": True,
         "attention_scale": required(hf_config, "query_pre_attn_scalar") ** -0.5,
         "attention_softcap": hf_config.get("attn_logit_softcapping") or 0.0,
@@ -75,17 +76,17 @@ def smollm3(hf_config: dict) -> dict:
 
 
 def arcee(hf_config: dict) -> dict:
-    return ungated(hf_config, "relu2")
+    return ungated(hf_config, "relu2", "relu2")
 
 
 def nanochat(hf_config: dict) -> dict:
     if hf_config.get("tie_word_embeddings"):  # conversion norms the embedding, but the head must not change
         raise UsageError("config.json: tie_word_embeddings = True is not supported for nanochat")
-    return ungated(hf_config, "relu2") | {"logit_softcap": hf_config["final_logit_softcapping"] or 0.0}
+    return ungated(hf_config, "relu2", "relu2") | {"logit_softcap": hf_config["final_logit_softcapping"] or 0.0}
 
 
 def nemotron(hf_config: dict) -> dict:
-    return ungated(hf_config, "relu2") | {"norm_eps": hf_config["norm_eps"]}
+    return ungated(hf_config, "relu2", "relu2") | {"norm_eps": hf_config["norm_eps"]}
 
 
 def olmo(hf_config: dict) -> dict:
@@ -93,17 +94,16 @@ def olmo(hf_config: dict) -> dict:
 
 
 def starcoder2(hf_config: dict) -> dict:
-    activation = ungated(hf_config, "gelu_pytorch_tanh")
+    activation = ungated(hf_config, "gelu_tanh", "gelu_pytorch_tanh")
     return activation | bias_everywhere(hf_config) | {"norm_eps": hf_config["norm_epsilon"]}
 
 
-def ungated(hf_config: dict, activation: str, *other_names: str) -> dict:
-    """Checks that hidden_act is the activation of the family, which has no gate and is called as in transformers.
-    other_names: what transformers also calls it."""
+def ungated(hf_config: dict, activation: str, *hidden_acts: str) -> dict:
+    """For a family without gates. hidden_acts: what transformers calls the activation of the family."""
     found = hf_config["hidden_act"]
-    if found not in (activation, *other_names):
+    if found not in hidden_acts:
         raise UsageError(f"config.json: hidden_act = {found!r} is not supported")
-    return {"activation": activation}
+    return {"activation": activation, "gated": False}
 
 
 def bias_everywhere(hf_config: dict) -> dict:
@@ -138,7 +138,7 @@ def stablelm(hf_config: dict) -> dict:
 def phi(hf_config: dict) -> dict:
     biases = dict.fromkeys(("qkv_bias", "o_proj_bias", "ffn_bias", "head_bias"), True)
     biases |= {"norm_eps": hf_config["layer_norm_eps"], "parallel_blocks": True}
-    return ungated(hf_config, "gelu_pytorch_tanh", "gelu_new") | biases
+    return ungated(hf_config, "gelu_tanh", "gelu_new", "gelu_pytorch_tanh") | biases
 
 
 def granite(hf_config: dict) -> dict:
@@ -159,15 +159,16 @@ def qwen2_moe(hf_config: dict) -> dict:
 
 
 def gpt_oss(hf_config: dict) -> dict:
-    if hf_config["swiglu_alpha"] != 1.702 or hf_config["swiglu_limit"] != 7.0:
-        raise UsageError("config.json: only swiglu_alpha 1.702 and swiglu_limit 7 are supported")
-    return {"activation": "clamped_swiglu", "sinks": True}
+    alpha, limit = CLAMPED_SILU_ALPHA, CLAMPED_SILU_LIMIT
+    if hf_config["swiglu_alpha"] != alpha or hf_config["swiglu_limit"] != limit:
+        raise UsageError(f"config.json: only swiglu_alpha {alpha} and swiglu_limit {limit} are supported")
+    return {"activation": "clamped_silu", "sinks": True}
 
 
 def grok(hf_config: dict) -> dict:
     return {
         "post_norm": True,
-        "activation": "geglu_tanh",
+        "activation": "gelu_tanh",
         "embed_scale": hf_config["embedding_multiplier_scale"],
         "attention_scale": hf_config["attn_output_multiplier"],
         "attention_softcap": hf_config["max_attn_value"],

@@ -43,11 +43,7 @@ __all__ = [
     "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
 ]
 
-# The kernels know a format by its place here, format_id. kernels/csrc/weights.h: FORMATS has the same order, which is
-# checked when the kernels are loaded
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
-for format_id, format_class in enumerate(FORMATS):
-    format_class.format_id = format_id
 MODES = {  # by --mode
     format_class.mode: format_class for format_class in FORMATS if format_class not in (Unquantized, GroupedInt8)
 }

@@ -18,22 +18,22 @@ class WeightFormat:
 
     Int4 is a class. Int4(group_size=32) is an object, which says everything about one weight:
 
-                           format_id   mode             name         to_dict()
-        Int8()             1           "int8"           "int8"       {"mode": "int8"}
-        Int4(32)           2           "int4"           "int4.g32"   {"mode": "int4", "groupsize": 32}
-        GroupedInt8(32)    3           "int8-grouped"   "int8.g32"   {"mode": "int8-grouped", "groupsize": 32}
+                           mode             name         to_dict()
+        Int8()             "int8"           "int8"       {"mode": "int8"}
+        Int4(32)           "int4"           "int4.g32"   {"mode": "int4", "groupsize": 32}
+        GroupedInt8(32)    "int8-grouped"   "int8.g32"   {"mode": "int8-grouped", "groupsize": 32}
 
-        format_id    the class in the kernels
         mode         the class in --mode and in model.pth
         name         the object in file names, messages and --json
         to_dict()    the object in model.pth; __init__.py: format_from_dict is the inverse
+
+    Kernels know a format by the name of its class.
 
     There are two limits, on which the layers and the kernels rely. A byte holds a whole number of elements, so elements
     have 8, 4, 2 or 1 bits, but not 3, 5 or 6. And a weight has the tensors weight, scales and zeros, or fewer, so there
     is no room for a codebook or for scales of scales.
     """
 
-    format_id: int  # the position in FORMATS, set there
     mode: str | None = None  # None: not quantized
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
     # The sizes from which --groupsize chooses, and which model.pth then names. Empty: there is no choice
@@ -41,8 +41,6 @@ class WeightFormat:
     dtypes: dict[str, torch.dtype]  # of the tensors of a checkpoint, for the default of allocate
     elements_per_byte = 1  # of "weight": an integer
     k_alignment = 1  # K must be a multiple of this number
-    # Whether C++ rounds 16-bit activations to int8 (kernels/csrc/weights.h: INT8_ACTIVATIONS)
-    int8_activations = False
     shard_alignment = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
 
     @property

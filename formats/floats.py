@@ -70,7 +70,6 @@ class MXFP4(WeightFormat):
     mode = "mxfp4"
     dtypes = {"weight": torch.uint8, "scales": torch.uint8}
     elements_per_byte = 2
-    int8_activations = True
     k_alignment = 32
     shard_alignment = 8
 

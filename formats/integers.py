@@ -20,7 +20,6 @@ class Int8(WeightFormat):
 
     mode = "int8"
     group_size = None
-    int8_activations = True
 
     def allocate(self, shape, dtype, device):
         return {
@@ -54,7 +53,6 @@ class GroupwiseAffine(WeightFormat):
     group_size: int
     scale_dtype: torch.dtype = torch.bfloat16
 
-    int8_activations = True
     mode: ClassVar[str]
     zero_fraction_bits: ClassVar[int]  # zeros are fixed-point numbers: the zero point is zeros / 2^zero_fraction_bits
 

@@ -39,10 +39,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TILE_N, TILE_K = 16, 64  # rows and columns of a tile
+
 
 def pack_tiles(q: Tensor) -> Tensor:
     """Elements q [..., N, K] uint8 in 0..15 -> tiles [..., N / 16, K / 64, 128] int32, padded with zeros."""
-    q = F.pad(q, (0, -q.shape[-1] % 64, 0, -q.shape[-2] % 16))
+    q = F.pad(q, (0, -q.shape[-1] % TILE_K, 0, -q.shape[-2] % TILE_N))
     q = q.unflatten(-1, (-1, 2, 2, 4, 2, 2))  # the digits of a column: tile, 32, 16, lane % 4, 2, 1
     q = q.unflatten(-7, (-1, 2, 8))  # the digits of a row: tile, 8, lane / 4
     low, high = q.unbind(-2)  # columns c and c + 2 share a byte

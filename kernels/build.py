@@ -22,10 +22,15 @@ from pathlib import Path
 
 import torch
 
-from config import ACTIVATIONS
-from formats import FORMATS
+from formats import WeightFormat
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
-from kernels.schema import INVALID_TOKEN, MAX_CPU_TOKENS, SMALLEST_TEMPERATURE, SWIGLU_ALPHA, SWIGLU_LIMIT
+from kernels.schema import (
+    CLAMPED_SILU_ALPHA,
+    CLAMPED_SILU_LIMIT,
+    INVALID_TOKEN,
+    MAX_CPU_TOKENS,
+    SMALLEST_TEMPERATURE,
+)
 from utils.signals import defer_signals
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -40,8 +45,8 @@ FLAGS = [
     f"-DGPTFAST_MAX_CPU_TOKENS={MAX_CPU_TOKENS}",
     f"-DGPTFAST_BLOCK_N={CPU_BLOCK_N}",
     f"-DGPTFAST_ACT_GROUP_SIZE={ACT_GROUP_SIZE}",
-    f"-DGPTFAST_SWIGLU_ALPHA={SWIGLU_ALPHA}",
-    f"-DGPTFAST_SWIGLU_LIMIT={SWIGLU_LIMIT}",
+    f"-DGPTFAST_CLAMPED_SILU_ALPHA={CLAMPED_SILU_ALPHA}",
+    f"-DGPTFAST_CLAMPED_SILU_LIMIT={CLAMPED_SILU_LIMIT}",
     f"-DGPTFAST_INVALID_TOKEN={INVALID_TOKEN}",
     f"-DGPTFAST_SMALLEST_TEMPERATURE={SMALLEST_TEMPERATURE}",
 ]
@@ -208,8 +213,7 @@ def reason(e: Exception) -> str:
 
 
 def load_library(library: Path) -> ctypes.CDLL:
-    """Loads the library and declares its functions. Raises OSError if it cannot be loaded, and ImportError if its lists
-    of formats or activations have another order than Python's."""
+    """Loads the library and declares its functions. Raises OSError if it cannot be loaded."""
     torch.ops.load_library(library)
     functions = ctypes.CDLL(str(library))
     functions.op_list_begin.restype = ctypes.c_void_p
@@ -217,9 +221,6 @@ def load_library(library: Path) -> ctypes.CDLL:
     functions.op_list_replay.restype = ctypes.c_char_p
     functions.op_list_free.argtypes = [ctypes.c_void_p]
     functions.format_names.restype = functions.activation_names.restype = ctypes.c_char_p
-    formats, activations = cpp_formats(functions), cpp_activations(functions)
-    check_order("weights.h: FORMATS", formats, "formats/: FORMATS", [format_class.__name__ for format_class in FORMATS])
-    check_order("activation.h: ACTIVATIONS", activations, "config.py: ACTIVATIONS", list(ACTIVATIONS))
     return functions
 
 
@@ -228,13 +229,11 @@ def cpp_formats(library: ctypes.CDLL) -> list[str]:
     return library.format_names().decode().split(", ")
 
 
+def has_int8_activations(library: ctypes.CDLL, format: WeightFormat) -> bool:
+    """Whether the C++ kernels round 16-bit activations to int8, to multiply them with weights of format."""
+    return bool(library.format_int8_activations(type(format).__name__.encode()))
+
+
 def cpp_activations(library: ctypes.CDLL) -> list[str]:
     """The activations of config.py: ACTIVATIONS that the C++ kernels compute."""
-    return library.activation_names().decode().lower().split(", ")
-
-
-def check_order(their_name: str, theirs: list[str], our_name: str, ours: list[str]):
-    """Raises ImportError unless theirs, a list in C++, is the beginning of ours, a list in Python: C++ knows a format
-    or an activation by its place in the list. PyTorch computes what C++ lacks."""
-    if theirs != ours[: len(theirs)]:
-        raise ImportError(f"kernels/csrc/{their_name} lists {theirs}; {our_name} lists {ours}")
+    return library.activation_names().decode().split(", ")

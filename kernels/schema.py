@@ -7,7 +7,8 @@ In a schema, the arguments after `*` are passed by name, so that no two numbers 
 arguments by position, so a test compares the parameters in csrc/ops.cpp with the schemas.
 
 WEIGHT, EPILOGUE, ATTENTION and FILTERS are groups of arguments: the fields of WeightArguments, Epilogue,
-AttentionParams and TokenFilters. activation is a value of ACTIVATION_IDS.
+AttentionParams and TokenFilters. format is the name of a class in formats/, such as "Int4", and activation one of
+config.py: ACTIVATIONS.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from config import ACTIVATIONS, is_gated
 
 # Namespaces of torch.ops
 CPU_NAMESPACE = "gptfast_cpu"
@@ -38,11 +37,9 @@ INVALID_TOKEN = -1
 SMALLEST_TEMPERATURE = 1e-30  # of sample; a smaller divisor could round to 0 in float32
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
 CAPTURABLE: set[str] = set()  # the operations that a CPU graph can hold
-ACTIVATION_IDS = {None: 0} | {name: i for i, name in enumerate(ACTIVATIONS, 1)}  # csrc/activation.h: Activation
-# clamped_swiglu has two parameters, by gpt-oss's names. triton/epilogue.py has them, too
-SWIGLU_ALPHA = 1.702  # sigmoid(alpha * gate)
-SWIGLU_LIMIT = 7.0  # gate is at most the limit, up between -limit and limit
-GATED_IDS = {ACTIVATION_IDS[name] for name in ACTIVATIONS if is_gated(name)}
+# The two parameters of clamped_silu, gpt-oss's swiglu_alpha and swiglu_limit
+CLAMPED_SILU_ALPHA = 1.702  # sigmoid(alpha * gate)
+CLAMPED_SILU_LIMIT = 7.0  # gate is at most the limit, up between -limit and limit
 
 
 # ---- Groups of arguments --------------------------------------------------------------------------------------------
@@ -54,7 +51,7 @@ class WeightArguments(NamedTuple):
     weight: Tensor  # weight, scales and zeros are packed for the backend
     scales: Tensor | None
     zeros: Tensor | None
-    format_id: int  # WeightFormat.format_id
+    format: str
     n: int  # N
     group_size: int  # inputs of an output that share a scale
 
@@ -63,7 +60,8 @@ class Epilogue(NamedTuple):
     """What fused_linear does to y = x W^T + bias, in this order. The default of a field means that fused_linear leaves
     the step out."""
 
-    activation: int = 0  # a value of ACTIVATION_IDS
+    activation: str | None = None
+    gated: bool = False  # y is gate and up, and becomes activation(gate) * up, of half the width
     out_scale: float = 1.0  # y * out_scale
     softcap: float = 0.0  # softcap * tanh(y / softcap)
     clip: float = 0.0  # y, clamped to [-clip, clip]
@@ -99,7 +97,8 @@ KERNEL_FILTERS = tuple(name for name in TokenFilters._fields if name in CPU_FILT
 
 def as_schema(group: type[NamedTuple], names: tuple[str, ...] | None = None) -> str:
     """The fields of a group, or those in names, as arguments of a schema."""
-    types = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float"}
+    types = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
+    types |= {str: "str", str | None: "str?"}
     return ", ".join(f"{types[group.__annotations__[name]]} {name}" for name in names or group._fields)
 
 
@@ -150,16 +149,16 @@ def bundle_weight(function: Callable) -> Callable:
 
     @wraps(function)
     def call(*args, **kwargs):
-        if "format_id" in kwargs:
+        if "format" in kwargs:
             kwargs["w"] = WeightArguments(**{name: kwargs.pop(name) for name in WeightArguments._fields})
         return function(*args, **kwargs)
 
     return call
 
 
-def output_width(n: int, activation: int) -> int:
-    """The number of outputs after the activation. A gated activation turns gate and up, n outputs, into n / 2."""
-    return n // 2 if activation in GATED_IDS else n
+def output_width(n: int, gated: bool) -> int:
+    """The number of outputs after the activation of n outputs."""
+    return n // 2 if gated else n
 
 
 # ---- The operations -------------------------------------------------------------------------------------------------
@@ -171,14 +170,14 @@ def output_width(n: int, activation: int) -> int:
     f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, {EPILOGUE}, "
     "bool float32_out) -> Tensor"
 )
-def empty_fused_linear(x, *, w, activation, float32_out, **_):
+def empty_fused_linear(x, *, w, gated, float32_out, **_):
     dtype = torch.float32 if float32_out else x.dtype
-    return x.new_empty(*x.shape[:-1], output_width(w.n, activation), dtype=dtype)
+    return x.new_empty(*x.shape[:-1], output_width(w.n, gated), dtype=dtype)
 
 
-@define("activate(Tensor x, int activation) -> Tensor", namespaces=(CPU_NAMESPACE,))
-def empty_activate(x, activation):
-    return x.new_empty(*x.shape[:-1], output_width(x.shape[-1], activation))
+@define("activate(Tensor x, str activation, bool gated) -> Tensor", namespaces=(CPU_NAMESPACE,))
+def empty_activate(x, _, gated):
+    return x.new_empty(*x.shape[:-1], output_width(x.shape[-1], gated))
 
 
 @define("add(Tensor x, Tensor y) -> Tensor", namespaces=(CPU_NAMESPACE,))
@@ -227,10 +226,10 @@ def empty_route(logits, *, top_k, n_shared_experts, **_):
 
 @define(
     f"experts_gate_up(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor topk_ids, Tensor? norm_weight, float eps, "
-    "int activation) -> Tensor"
+    "str? activation, bool gated) -> Tensor"
 )
-def empty_experts_gate_up(x, *, w, topk_ids, activation, **_):
-    return x.new_empty(*topk_ids.shape, output_width(w.n, activation))
+def empty_experts_gate_up(x, *, w, topk_ids, gated, **_):
+    return x.new_empty(*topk_ids.shape, output_width(w.n, gated))
 
 
 @define(

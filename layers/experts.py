@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.schema import ACTIVATION_IDS
 from layers.backend import Backend, contiguous, count_tokens
 from layers.linear import LinearBase, RMSNorm, activate, norm_arguments
 
@@ -90,9 +89,10 @@ class ExpertsGateUp(ExpertsBase):
         fuses_activation = self.can_fuse_activation()
         y = kernel(
             contiguous(x), **self.kernel_arguments(), bias=self.bias, topk_ids=contiguous(topk_ids),
-            **norm_arguments(norm), activation=ACTIVATION_IDS[self.activation if fuses_activation else None],
+            **norm_arguments(norm), activation=self.activation if fuses_activation else None,
+            gated=self.gated and fuses_activation,
         )
-        return y if fuses_activation else activate(y, self.activation, self.backend)
+        return y if fuses_activation else activate(y, self.activation, self.gated, self.backend)
 
     def forward_torch(self, x: Tensor, topk_ids: Tensor, norm: RMSNorm | None) -> Tensor:
         """Defines what the kernel computes."""
@@ -101,7 +101,7 @@ class ExpertsGateUp(ExpertsBase):
         repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
         y = self.matmul(repeated.flatten(0, -2), topk_ids.flatten(), query_len=x.shape[-2])
         y = y.view(*topk_ids.shape, self.out_features)
-        return y if self.activation is None else activate(y, self.activation, self.backend)
+        return y if self.activation is None else activate(y, self.activation, self.gated, self.backend)
 
 
 class ExpertsDown(ExpertsBase):

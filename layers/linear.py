@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import is_gated
-from kernels.schema import ACTIVATION_IDS, SWIGLU_ALPHA, SWIGLU_LIMIT, Epilogue
+from formats.cpu_layouts import CPU_BLOCK_N
+from kernels.schema import CLAMPED_SILU_ALPHA, CLAMPED_SILU_LIMIT, Epilogue
 from layers import aten
 from layers.aten import AtenInt4, AtenInt8
 from layers.backend import TORCH_BACKEND, Backend, contiguous, count_tokens
 from layers.weight import WeightMatrix
 
-# Fused gating needs gate and up to be whole blocks of 16 outputs: out_features % 32 == 0.
-FUSED_GLU_MULTIPLE = 32
+# out_features must be a multiple of this for a fused activation with a gate, so that gate and up are whole blocks
+FUSED_GLU_MULTIPLE = 2 * CPU_BLOCK_N
 
 
 # ---- Norm -----------------------------------------------------------------------------------------------------------
@@ -63,29 +63,30 @@ class LinearBase(WeightMatrix):
     """A WeightMatrix for matmuls, with a bias [N], of experts [E, N], or None. quantize.py quantizes and tp.py shards
     every LinearBase of a model except the routers.
 
-    activation: follows the bias; None for most layers. If it is gated, W is a gate projection above an up projection,
-    and the result is activation(gate) * up, of half the width. Otherwise the result is activation(x W^T + bias)."""
+    activation: follows the bias; None for most layers.
+    gated: W is a gate projection above an up projection, and the result is activation(gate) * up, of half the width.
+    Otherwise the result is activation(x W^T + bias)."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
-        activation: str | None = None,
+        activation: str | None = None, gated: bool = False,
     ):
         super().__init__(in_features, out_features, n_experts)
-        self.activation = activation
+        self.activation, self.gated = activation, gated
         self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
 
     def can_fuse_activation(self) -> bool:
         """Whether the backend's kernel of the matmul can apply the activation."""
         if self.activation is None:
             return True
-        has_whole_blocks = not is_gated(self.activation) or self.out_features % FUSED_GLU_MULTIPLE == 0
+        has_whole_blocks = not self.gated or self.out_features % FUSED_GLU_MULTIPLE == 0
         return has_whole_blocks and self.activation in self.backend.activations
 
 
 class Linear(LinearBase):
     """y = epilogue(x W^T + bias).
 
-    epilogue: activation, out_scale, softcap and clip.
+    epilogue: activation, gated, out_scale, softcap and clip.
     input_order: int32 [K], or None; for checkpoints of GPTQ with act-order. Column i of the stored W belongs to input
     input_order[i], so forward permutes x first. A fused norm follows the permutation, so the norm's weight is stored
     in the same order.
@@ -93,10 +94,10 @@ class Linear(LinearBase):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, *, activation: str | None = None,
-        out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
+        gated: bool = False, out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
     ):
-        super().__init__(in_features, out_features, bias, activation=activation)
-        self.epilogue = Epilogue(ACTIVATION_IDS[activation], out_scale, softcap, clip)
+        super().__init__(in_features, out_features, bias, activation=activation, gated=gated)
+        self.epilogue = Epilogue(activation, gated, out_scale, softcap, clip)
         self.aten_weight: AtenInt8 | AtenInt4 | None = None
         self.register_buffer("input_order", None)
 
@@ -104,7 +105,7 @@ class Linear(LinearBase):
         self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """x [..., K] -> [..., N], or [..., N / 2] with a gated activation.
+        """x [..., K] -> [..., N], or [..., N / 2] if gated.
 
         norm, residual: applied to x first, added to y last. They are arguments, since the kernel fuses them.
         out_dtype: None, which means x.dtype, or torch.float32."""
@@ -150,7 +151,7 @@ class Linear(LinearBase):
     def apply_epilogue(self, y: Tensor, residual: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
         """All that follows the matmul, y [..., N], with the result in out_dtype, or in y.dtype."""
         if self.activation is not None:
-            y = activate(y, self.activation, self.backend)
+            y = activate(y, self.activation, self.gated, self.backend)
         if self.epilogue.out_scale != 1:
             y = y * self.epilogue.out_scale
         if out_dtype is not None:
@@ -170,32 +171,34 @@ def apply_softcap(x: Tensor, softcap: float) -> Tensor:
 # ---- Steps that fused_linear cannot fuse ----------------------------------------------------------------------------
 
 
-def activate(x: Tensor, activation: str, backend: Backend) -> Tensor:
-    """Applies an activation. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up [..., F].
-    Otherwise the result is activation(x), in the shape of x."""
+def activate(x: Tensor, activation: str, gated: bool, backend: Backend) -> Tensor:
+    """activation(x), in the shape of x. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up
+    [..., F]."""
     kernel = backend.find_kernel("activate", count_tokens(x))
     if kernel is None or activation not in backend.activations:
-        return activate_torch(x, activation)
-    return kernel(contiguous(x), ACTIVATION_IDS[activation])
+        return activate_torch(x, activation, gated)
+    return kernel(contiguous(x), activation, gated)
 
 
-def activate_torch(x: Tensor, activation: str) -> Tensor:
-    gate, up = x.chunk(2, dim=-1) if is_gated(activation) else (None, x)
+def activate_torch(x: Tensor, activation: str, gated: bool) -> Tensor:
+    x, up = x.chunk(2, dim=-1) if gated else (x, None)
     match activation:
-        case "swiglu":
-            return F.silu(gate) * up
-        case "geglu":
-            return F.gelu(gate) * up
-        case "geglu_tanh":
-            return F.gelu(gate, approximate="tanh") * up
-        case "clamped_swiglu":  # gpt-oss
-            gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-            return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
-        case "gelu_pytorch_tanh":
-            return F.gelu(up, approximate="tanh")
+        case "silu":
+            y = F.silu(x)
+        case "gelu":
+            y = F.gelu(x)
+        case "gelu_tanh":
+            y = F.gelu(x, approximate="tanh")
+        case "clamped_silu":  # gpt-oss
+            x = x.clamp(max=CLAMPED_SILU_LIMIT)
+            y = x * torch.sigmoid(CLAMPED_SILU_ALPHA * x)
+            if gated:
+                up = up.clamp(-CLAMPED_SILU_LIMIT, CLAMPED_SILU_LIMIT) + 1
         case "relu2":
-            return F.relu(up).square()
-    raise ValueError(f"activation {activation!r} has no formula")
+            y = F.relu(x).square()
+        case _:
+            raise ValueError(f"activation {activation!r} has no formula")
+    return y * up if gated else y
 
 
 def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:

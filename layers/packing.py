@@ -69,12 +69,11 @@ def cpu_kernels_can_read(matrix: WeightMatrix) -> bool:
     """Whether the C++ kernels can read matrix: there is a struct for the format, and the layout fits. If the kernels
     round activations to int8, no group of activations may span two groups of weights. One spans two only in a shard
     whose width is an odd multiple of 8."""
-    format = matrix.format
-    has_struct = type(format).__name__ in build.cpp_formats(build.library())
-    has_whole_groups = (
-        not format.int8_activations or format.group_size is None or format.group_size % ACT_GROUP_SIZE == 0
-    )
-    return has_struct and has_whole_groups and format.kernels_can_read(matrix.in_features)
+    format, library = matrix.format, build.library()
+    has_struct = type(format).__name__ in build.cpp_formats(library)
+    has_whole_groups = format.group_size is None or format.group_size % ACT_GROUP_SIZE == 0
+    fits = has_whole_groups or not build.has_int8_activations(library, format)
+    return has_struct and fits and format.kernels_can_read(matrix.in_features)
 
 
 class HugePageArena:

@@ -54,7 +54,7 @@ class WeightMatrix(nn.Module):
     def kernel_arguments(self) -> dict:
         """W as a kernel takes it: WeightArguments by name."""
         return WeightArguments(
-            self.weight, self.scales, self.zeros, self.format.format_id, n=self.out_features,
+            self.weight, self.scales, self.zeros, type(self.format).__name__, n=self.out_features,
             group_size=self.format.effective_group_size(self.in_features),
         )._asdict()
 

@@ -12,6 +12,7 @@ On Hopper a matmul overlaps with the previous kernel, and prefetches W before it
 in another for the rest. One format of each kind is compiled.
 """
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -52,7 +53,7 @@ MATRIX_INSTRUCTIONS = {"ptx": "mma.sync|wgmma", "amdgcn": "v_mfma|v_wmma"}
 COMPILED_FORMATS = [format.format_class.stored_formats()[0] for format in KERNEL_FORMATS]  # one of each class
 OTHER_GROUP_SIZES = [Int4(64), GroupedInt8(64), Float8(128)]
 # Only of these do the tile sizes depend on num_sms
-TILED_FORMATS = [f for f in COMPILED_FORMATS + OTHER_GROUP_SIZES if kernel_format(f.format_id).is_tiled]
+TILED_FORMATS = [f for f in COMPILED_FORMATS + OTHER_GROUP_SIZES if kernel_format(type(f).__name__).is_tiled]
 PREFETCHED_FORMATS = [Unquantized(), Int4(64)]  # not tiled, and tiled
 MANY_TOKENS = [(16, Unquantized()), (32, Int8()), (64, Int4(64)), (64, MXFP4())]  # of launch_many: tokens, format
 MANY = Counter(fused_linear_kernel=4, rms_norm_kernel=4)
@@ -161,7 +162,7 @@ def launch_products(gpu: Gpu) -> Counter:
     for format in gpu.formats:
         w = make_linear(256, 2048, format, dtype)
         pack_for_triton([w])
-        with_activation(w, "swiglu")(x.expand(1, 8, 2048), norm=norm)
+        with_activation(w, "silu", gated=True)(x.expand(1, 8, 2048), norm=norm)
         launches.update(fused_linear_kernel=1)
         if isinstance(format, Unquantized | Int8 | Int4):
             w(x, norm=norm, out_dtype=torch.float32)
@@ -182,7 +183,7 @@ def launch_many(dtype: torch.dtype):
     for n_tokens, format in MANY_TOKENS:
         w, x = make_linear(256, 2048, format, dtype), torch.zeros(1, n_tokens, 2048, dtype=dtype)
         pack_for_triton([w])
-        with_activation(w, "swiglu")(x, norm=norm)
+        with_activation(w, "silu", gated=True)(x, norm=norm)
 
 
 def launch_others(dtype: torch.dtype, compiles_all: bool):
@@ -192,13 +193,14 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
     permute_inputs(x, torch.arange(2048, dtype=torch.int32), TRITON_BACKEND)
     capped = make_linear(256, 2048, Unquantized(), dtype, bias=True, out_scale=0.5, softcap=30.0, clip=8.0)
     pack_for_triton([capped])
-    for activation in [name for name in ACTIVATIONS if name != "swiglu"] if compiles_all else ("geglu",):
-        with_activation(capped, activation)(x)
+    alternately_gated = zip(ACTIVATIONS, itertools.cycle((False, True)))
+    for activation, gated in alternately_gated if compiles_all else [("gelu", True)]:
+        with_activation(capped, activation, gated)(x)
     route(torch.randn(1, 5, 5), 2, True, 1, TRITON_BACKEND)
     topk_weights, topk_ids = route(torch.randn(1, 5, 4), 2, True, 0, TRITON_BACKEND)
     for format in (Unquantized(), Int8(), Int4(64)) if compiles_all else (Int4(64),):
         gate_up = make_linear(
-            128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp, activation="swiglu"
+            128, 2048, format, dtype, n_experts=4, kind=ExpertsGateUp, activation="silu", gated=True
         )
         down = make_linear(2048, 64, format, dtype, n_experts=4, kind=ExpertsDown, bias=True)
         pack_for_triton([gate_up, down])

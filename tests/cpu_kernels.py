@@ -73,7 +73,7 @@ def rounded_activations(x: torch.Tensor) -> torch.Tensor:
 
 
 def rounds_to_int8(format, dtype: torch.dtype) -> bool:
-    return format.int8_activations and dtype != torch.float32
+    return dtype != torch.float32 and kernels.build.has_int8_activations(kernels.build.library(), format)
 
 
 def as_seen(x: torch.Tensor, format) -> torch.Tensor:

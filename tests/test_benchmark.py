@@ -227,6 +227,7 @@ def test_table_of_jobs():
 def test_tune(tmp_path, monkeypatch):
     """--tune writes and uses the fastest tile sizes that also run with 8 tokens. The times are made up."""
     from kernels.triton import launch
+    from kernels.triton.formats import kernel_format
     from scripts.benchmarking import tune_triton
 
     fastest = launch.TileConfig(32, 8, 64, 3)
@@ -234,9 +235,9 @@ def test_tune(tmp_path, monkeypatch):
     times = {fastest: 1.0, (32, 4, 128, 3): 2.0, (16, 4, 128, 3): 1.5}
 
     def time_products(x, weights):
-        gated = weights[0].activation is not None
+        gated = weights[0].gated
         assert len(weights) > 4 * 1000 // weights[0].weight.nbytes
-        tiles = launch.choose_tiles(x, Int4.format_id, weights[0].out_features, gated, 64)
+        tiles = launch.choose_tiles(x, kernel_format("Int4"), weights[0].out_features, gated, 64)
         if tiles == fastest and x.shape[1] == 8:
             raise RuntimeError("out of resource: shared memory")
         return (gated_times if gated else times).get(tiles, 3.0)
@@ -255,7 +256,7 @@ def test_tune(tmp_path, monkeypatch):
         products = {"64 x 32": other, "32 x 32": other, "96 x 32, gated": gated, "32 x 48": other}
         assert table["Some GPU"] == {f"int4, {product}": tiles for product, tiles in products.items()}
         x = torch.zeros(1, 32, dtype=torch.bfloat16)
-        assert launch.choose_tiles(x, Int4.format_id, 96, True, 64)._asdict() == gated
+        assert launch.choose_tiles(x, kernel_format("Int4"), 96, True, 64)._asdict() == gated
     finally:
         launch.gpu_info(CPU).tuned.clear()
 
@@ -272,7 +273,7 @@ def test_check(monkeypatch, capsys):
     monkeypatch.setattr(check_command, "all_checks", lambda dtype, sizes: few_checks(dtype, sizes)[:-1])
     result = report(capsys, "check", "--device", "cpu", "--precision", "bfloat16")
     assert result["failed"] == {}
-    assert result["largest_errors"].keys() == {"rms_norm", "float32_linear", "linear", "swiglu_linear"}
+    assert result["largest_errors"].keys() == {"rms_norm", "float32_linear", "linear", "gated_linear"}
     assert 0 < result["largest_errors"]["rms_norm"] < 2**-6
 
 

@@ -37,8 +37,8 @@ FAMILIES = {
     "q and k norms": {"qk_norm": True, "tie_embeddings": True},
     "experts": {"moe": MoEConfig(6, 3)},
     "odd width": {"ffn_dim": 40},
-    "no gate": {"activation": "relu2", "ffn_dim": 40, "ffn_bias": True, "head_bias": True},
-    "experts without gates": {"activation": "relu2", "moe": MoEConfig(6, 3)},
+    "no gate": {"activation": "relu2", "gated": False, "ffn_dim": 40, "ffn_bias": True, "head_bias": True},
+    "experts without gates": {"activation": "relu2", "gated": False, "moe": MoEConfig(6, 3)},
     "act-order": {"act_order": True},
     "experts of odd width": {"moe": MoEConfig(6, 3, norm_topk_prob=False), "ffn_dim": 40},
 }
@@ -99,7 +99,8 @@ def test_every_argument_is_captured(format):
     head = make_linear(97, dim, format, torch.float32, out_scale=0.1, softcap=5.0)
     router = make_linear(n_experts - 1, dim, Unquantized(), torch.float32)  # 3 experts and the 2 shared ones' logit
     gate_up = make_linear(
-        96, dim, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsGateUp, activation="clamped_swiglu"
+        96, dim, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsGateUp,
+        activation="clamped_silu", gated=True,
     )
     down = make_linear(dim, 48, format, torch.float32, n_experts=n_experts, bias=True, kind=ExpertsDown)
     packed(torch.nn.ModuleList([embedding, qkv_proj, head, router, gate_up, down]))
@@ -244,7 +245,7 @@ def test_there_are_the_kernels_that_a_graph_needs():
     assert TRITON_BACKEND.required_in_graph <= TRITON_BACKEND.token_limits.keys()
     assert all(CPU_BACKEND.find_kernel(name, 1) is not None for name in CPU_BACKEND.token_limits)
     for backend, needs_add in [(CPU_BACKEND, True), (TRITON_BACKEND, False)]:
-        assert backend.with_limits(add=1).supports_step(2, 1, 1, "swiglu") != needs_add
+        assert backend.with_limits(add=1).supports_step(2, 1, 1, "silu") != needs_add
 
 
 def test_a_kernel_that_plain_pytorch_cannot_replace():
@@ -262,7 +263,7 @@ def test_a_step_with_an_activation_without_a_kernel_is_not_captured():
     assert model.has_kernels_for(2, 1)
     for matrix in model.modules():
         if isinstance(matrix, WeightMatrix):
-            matrix.backend = replace(matrix.backend, activations=matrix.backend.activations - {"swiglu"})
+            matrix.backend = replace(matrix.backend, activations=matrix.backend.activations - {"silu"})
     assert not model.has_kernels_for(2, 1)
     assert TRITON_BACKEND.supports_step(2, 1, 1, "no kernel has this activation")
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from converters.canonical_checkpoint import CanonicalCheckpoint
 from converters.write_model import write_model
 from loading import load_model
 from model import KVCache
-from tests.tiny import call_main, convert, make_hf, write_earlier_version
+from tests.tiny import ACTIVATIONS_OF_VERSION_7, call_main, convert, make_hf, write_earlier_version
 from utils.errors import UsageError
 from utils.files import replace_file
 
@@ -129,8 +130,8 @@ def test_files_that_are_no_checkpoint(tmp_path):
     path = tmp_path / "model.pth"
     good = {"format": CHECKPOINT_VERSION, "config": {}, "quantization": None, "tensors": {}}
     for content, match in [
-        ([1], "is not a gpt-fast/7 checkpoint"),
-        (good | {"format": "gpt-fast/9"}, "is not a gpt-fast/7 checkpoint"),
+        ([1], "is not a gpt-fast/8 checkpoint"),
+        (good | {"format": "gpt-fast/9"}, "is not a gpt-fast/8 checkpoint"),
         (good | {"tensors": [1]}, "holds no table of tensors"),
         (good | {"tensors": {"a": 1}}, "holds no table of tensors"),
         (good | {"tensors": {1: torch.ones(1)}, "format": "gpt-fast/1"}, "holds no table of tensors"),
@@ -154,6 +155,7 @@ EARLIER_FILES = [*product(["llama3", "llama-bias", "qwen3-moe"], [1, 2, 3])]
 EARLIER_FILES += [("gemma2", 4), ("smollm3", 4)]  # whose layers and activations differ
 EARLIER_FILES += [("gemma2", 5)]  # whose layers have all four norms
 EARLIER_FILES += [*product(["llama-bias", "olmo2", "gemma3"], [6])]  # which have the renamed options
+EARLIER_FILES += [*product(["llama3", "gemma2", "gpt-oss", "starcoder2", "nemotron"], [7])]  # of all activations
 
 
 @pytest.mark.parametrize("family, version", EARLIER_FILES)
@@ -173,6 +175,15 @@ def test_files_of_earlier_versions_are_the_same_model(family, version, tmp_path)
         read_config, read_quantization, read = read_checkpoint(file)
         assert (read_config, read_quantization, read.keys()) == (config, quantization, tensors.keys())
         assert torch.equal(logits(file, tokens), expected)
+
+
+def test_every_activation_of_earlier_files(tmp_path):
+    path = tmp_path / "model.pth"
+    for (activation, gated), earlier in ACTIVATIONS_OF_VERSION_7.items():
+        fields = CONFIG.to_dict() | {"activation": earlier}
+        del fields["gated"]
+        torch.save({"format": "gpt-fast/7", "config": fields, "quantization": None, "tensors": {}}, path)
+        assert read_checkpoint(path).config == replace(CONFIG, activation=activation, gated=gated)
 
 
 def logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:

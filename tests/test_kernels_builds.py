@@ -3,6 +3,7 @@ run."""
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,20 +17,24 @@ import pytest
 import torch
 
 import kernels.build
-from config import is_gated
+from config import ACTIVATIONS
 from formats import FORMATS, Int4, Int8, Unquantized
 from formats.cpu_layouts import ACT_GROUP_SIZE, CPU_BLOCK_N
 from formats.integers import join_groups, split_groups
-from formats.triton_layouts import pack_tiles
-from kernels.schema import INVALID_TOKEN, MAX_CPU_TOKENS, SCHEMAS, SMALLEST_TEMPERATURE, SWIGLU_ALPHA, SWIGLU_LIMIT
-from kernels.triton import weights
-from kernels.triton.elements import magic_number_for
+from kernels.schema import (
+    CLAMPED_SILU_ALPHA,
+    CLAMPED_SILU_LIMIT,
+    INVALID_TOKEN,
+    MAX_CPU_TOKENS,
+    SCHEMAS,
+    SMALLEST_TEMPERATURE,
+)
+from kernels.triton.elements import MAGIC_NUMBERS
 from layers import aten, packing
 from layers.experts import ExpertsDown
-from layers.linear import FUSED_GLU_MULTIPLE
 from layers.packing import pack_weights
 from scripts.kernel_checks import error_bounds as bounds
-from scripts.kernel_checks.exact_results import CPU_FORMATS, MAGIC_BIASES, make_linear
+from scripts.kernel_checks.exact_results import CPU_FORMATS, make_linear
 from tests.compiler import write_compiler
 from tests.cpu_kernels import built
 from tests.kernel_loader import load_kernels
@@ -41,22 +46,37 @@ CASES = "one_thread and not 4-4-8 and not 2-1-256"
 COMPILING = "compiling kernels/csrc for this machine, once\n"
 CPP_TYPES = {  # type of an argument in kernels/schema.py -> type of the parameter in csrc/ops.cpp
     "Tensor": "Tensor", "Tensor?": "OptTensor", "int": "int64_t", "float": "double", "bool": "bool",
-    "ScalarType": "ScalarType",
+    "ScalarType": "ScalarType", "str": "StringHandle", "str?": "OptString",
 }
 VNNI_CASES = "one_thread and (test_linear[ or test_linear_of) and not unquantized and not fp8"
 
 
 @built
-@pytest.mark.parametrize("name", ["FORMATS", "ACTIVATIONS"])
-def test_both_lists_have_one_order(name, monkeypatch):
-    """The list in Python may have more at its end, without C++ code."""
-    path, ours = Path(kernels.build.library()._name), getattr(kernels.build, name)
-    monkeypatch.setattr(kernels.build, name, (*ours, ours[0]))
-    kernels.build.load_library(path)
-    for wrong in ((ours[1], ours[0], *ours[2:]), ours[:-1], ours[1:]):
-        monkeypatch.setattr(kernels.build, name, wrong)
-        with pytest.raises(ImportError, match=rf"\.h: {name} lists .*; .*: {name} lists"):
-            kernels.build.load_library(path)
+def test_names_that_cpp_does_not_know(library):
+    """C++ refuses them. Part of a name is no name."""
+    x, w = torch.randn(1, 32), make_linear(16, 32, Unquantized(), torch.float32)
+    for name in ("Int", "nt8", "Int8, Int4", ""):
+        with pytest.raises(RuntimeError, match=f"'{name}' is no weight format"):
+            torch.ops.gptfast_cpu.dequantize(**w.kernel_arguments() | {"format": name}, k=32, dtype=torch.float32)
+        with pytest.raises(RuntimeError, match=f"'{name}' is no activation"):
+            torch.ops.gptfast_cpu.activate(x, name, True)
+
+
+@built
+def test_names_are_freed(library):
+    """Calls of an operation with a name take no more memory, not even the bytes of one std::string each."""
+    statm, n_calls = Path("/proc/self/statm"), 100_000
+    if not statm.exists():
+        pytest.skip("the system has no /proc/self/statm")
+
+    def memory_after(n: int) -> int:
+        for _ in range(n):
+            torch.ops.gptfast_cpu.activate(x, "silu", True)
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+    x = torch.zeros(1, 2)
+    before = memory_after(1000)
+    assert memory_after(n_calls) - before < 32 * n_calls
 
 
 @built
@@ -75,7 +95,7 @@ def test_cpp_has_pythons_numbers():
     headers = ("weights.h", "activation.h", "sampling.h")
     weights_h, activation_h, sampling_h = ((kernels.build.SOURCES / name).read_text() for name in headers)
     sizes = {"MAX_CPU_TOKENS": MAX_CPU_TOKENS, "BLOCK_N": CPU_BLOCK_N, "ACT_GROUP_SIZE": ACT_GROUP_SIZE}
-    parameters = {"SWIGLU_ALPHA": SWIGLU_ALPHA, "SWIGLU_LIMIT": SWIGLU_LIMIT}
+    parameters = {"CLAMPED_SILU_ALPHA": CLAMPED_SILU_ALPHA, "CLAMPED_SILU_LIMIT": CLAMPED_SILU_LIMIT}
     sampling = {"INVALID_TOKEN": INVALID_TOKEN, "SMALLEST_TEMPERATURE": SMALLEST_TEMPERATURE}
     assert all(f"constexpr int64_t {name} = GPTFAST_{name};" in weights_h for name in sizes)
     assert all(f"constexpr float {name} = GPTFAST_{name};" in activation_h for name in parameters)
@@ -114,13 +134,12 @@ def test_functions_take_the_arguments_of_the_schemas():
 @built
 def test_formats_and_activations_are_the_same_in_both_languages():
     library = kernels.build.library()
+    formats = {format_class.__name__: format_class for format_class in FORMATS}
     cpp_formats, cpp_activations = kernels.build.cpp_formats(library), kernels.build.cpp_activations(library)
-    assert len(cpp_formats) > 5 and len(cpp_activations) > 5
-    for i, format_class in enumerate(FORMATS[: len(cpp_formats)]):
-        assert library.format_elements_per_byte(i) == format_class.elements_per_byte
-        assert library.format_int8_activations(i) == format_class.int8_activations
-    for i, activation in enumerate(cpp_activations, 1):
-        assert library.activation_is_gated(i) == is_gated(activation)
+    assert len(cpp_formats) > 5 and formats.keys() >= {*cpp_formats}
+    assert len(cpp_activations) > 4 and {*ACTIVATIONS} >= {*cpp_activations}
+    for name in cpp_formats:
+        assert library.format_elements_per_byte(name.encode()) == formats[name].elements_per_byte
 
 
 @built
@@ -301,12 +320,6 @@ def test_every_check_says_what_is_wrong():
     assert len(checks) > 20 and bare == ['!error, error ? error : ""']
 
 
-def test_sizes_are_the_same_in_all_languages():
-    """Numbers that Python and Triton each define are equal."""
-    assert FUSED_GLU_MULTIPLE == 2 * CPU_BLOCK_N
-    for dtype in (torch.bfloat16, torch.float16):
-        halves = torch.tensor([magic_number_for(dtype)], dtype=torch.int32).view(dtype).tolist()
-        assert halves == 2 * [MAGIC_BIASES[dtype]]
-    tile_n, tile_k, words = weights.TILE_N.value, weights.TILE_K.value, weights.TILE_WORDS.value
-    assert pack_tiles(torch.zeros(2 * tile_n, 3 * tile_k, dtype=torch.uint8)).shape == (2, 3, words)
-    assert pack_tiles(torch.zeros(2 * tile_n + 1, 3 * tile_k + 1, dtype=torch.uint8)).shape == (3, 4, words)
+def test_magic_numbers():
+    """The magic numbers are what elements.py draws."""
+    assert MAGIC_NUMBERS == {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}

@@ -90,8 +90,8 @@ WRONG_FILES = {  # content in place of model.pth, and a word of the error
     "empty": (lambda path, data: path.touch(), "truncated or not a PyTorch file"),
     "text": (lambda path, data: path.write_text("Hello\n"), "not"),
     "truncated": (lambda path, data: path.write_bytes(data[: len(data) // 2]), "truncated"),
-    "tensor": (lambda path, data: torch.save(torch.ones(3), path), "not a gpt-fast/7 checkpoint"),
-    "pickle": (lambda path, data: torch.save({"format": "gpt-fast/7", "tensors": Evil()}, path), "more than weights"),
+    "tensor": (lambda path, data: torch.save(torch.ones(3), path), "not a gpt-fast/8 checkpoint"),
+    "pickle": (lambda path, data: torch.save({"format": "gpt-fast/8", "tensors": Evil()}, path), "more than weights"),
     "old pickle": (lambda path, data: torch.save(Evil(), path, _use_new_zipfile_serialization=False), "not a PyTorch"),
 }
 
@@ -127,10 +127,11 @@ WRONG_CONTENTS = {
     "NaN": (lambda d: d["tensors"]["norm.weight"].fill_(torch.nan), "not finite"),
     "infinite": (lambda d: d["tensors"]["lm_head.weight"].fill_(torch.inf), "not finite"),
     "vocabulary": (small_embedding, "tokens"),
-    "format": (lambda d: d.update(format="gpt-fast/9"), "gpt-fast/7"),
+    "format": (lambda d: d.update(format="gpt-fast/9"), "gpt-fast/8"),
     "no config": (lambda d: d.update(config=None), "config"),
     "config lacks": (lambda d: d["config"].pop("dim"), "dim"),
     "config wrong": (lambda d: d["config"].update(dim=-1), "dim"),
+    "gate": (lambda d: d["config"].update(activation="clamped_silu", gated=False), "gate"),
     "config unknown": (lambda d: d["config"].update(mrope=True), "mrope"),
     "layers": (lambda d: d["config"].update(n_layers=2), "layers.1"),
     "quantization": (lambda d: d.update(quantization={"bits": 3}), "quantiz"),

@@ -9,18 +9,19 @@ import triton
 
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized
 from kernels.triton import launch
+from kernels.triton.formats import KernelFormat, kernel_format
 from utils.files import ROOT
 
 MEASURED = json.loads((ROOT / "benchmarks/gpu_H100_80GB_products.json").read_text())
 PRODUCTS = MEASURED["products"]  # by "bits n k", then 2 for a gate and an up projection, else 1
 N_PROCESSORS = 132
-FORMAT_IDS = {4: Int4.format_id, 8: Int8.format_id, 16: Unquantized.format_id}  # by bits
+FORMATS = {4: kernel_format("Int4"), 8: kernel_format("Int8"), 16: kernel_format("Unquantized")}  # by bits
 
 
-def choose(monkeypatch, gpu: launch.Gpu, format_id: int, n: int, k: int, gated: bool, group_size: int = 64):
+def choose(monkeypatch, gpu: launch.Gpu, format: KernelFormat, n: int, k: int, gated: bool, group_size: int = 64):
     monkeypatch.setattr(launch, "gpu_info", lambda device: gpu)
     x = torch.empty(1, k, dtype=torch.bfloat16)
-    return launch.choose_tiles(x, format_id, n, gated, group_size)
+    return launch.choose_tiles(x, format, n, gated, group_size)
 
 
 def measured_name(tiles: launch.TileConfig) -> str:
@@ -35,7 +36,7 @@ def test_default_is_near_the_best(monkeypatch):
     n_checked = 0
     for key, product in PRODUCTS.items():
         bits, n, k, gated = map(int, key.split())
-        name, microseconds = measured_name(choose(monkeypatch, gpu, FORMAT_IDS[bits], n, k, gated == 2)), product["us"]
+        name, microseconds = measured_name(choose(monkeypatch, gpu, FORMATS[bits], n, k, gated == 2)), product["us"]
         if name in microseconds:
             assert microseconds[name] <= 1.1 * min(microseconds.values()), key
             n_checked += 1
@@ -49,8 +50,8 @@ def test_measured_tiles_are_used(monkeypatch):
     gpu = launch.Gpu(N_PROCESSORS, has_tensor_cores=True, min_block_m=8, has_pdl=True, tuned=table)
     for key, product in PRODUCTS.items():
         bits, n, k, gated = map(int, key.split())
-        assert launch.table_key(FORMAT_IDS[bits], n, k, gated == 2, 64) in table
-        tiles = choose(monkeypatch, gpu, FORMAT_IDS[bits], n, k, gated == 2)
+        assert launch.table_key(FORMATS[bits], n, k, gated == 2, 64) in table
+        tiles = choose(monkeypatch, gpu, FORMATS[bits], n, k, gated == 2)
         assert product["us"][measured_name(tiles)] <= 1.01 * min(product["us"].values())
 
 
@@ -65,7 +66,7 @@ def test_default_fits(format, bits, group_size, gated, monkeypatch):
     for n in (64, 576, 1536, 4096, 16384, 57344, 128256):
         for num_sms in (1, 16, 132, 300):
             gpu = launch.Gpu(num_sms, has_tensor_cores=True, min_block_m=8, has_pdl=True, tuned={})
-            tiles = choose(monkeypatch, gpu, format.format_id, n, 576, gated, group_size)
+            tiles = choose(monkeypatch, gpu, kernel_format(format.__name__), n, 576, gated, group_size)
             elements_in_step = tiles.block_n * tiles.num_warps * tiles.warp_k
             assert (tiles.num_stages - 1) * elements_in_step * bits // 8 <= 99 * 1024
             slices_of_a_warp = tiles.warp_k // min(64, group_size)
@@ -82,7 +83,9 @@ def test_default_tiles_of_many_tokens_fit(n_tokens, gated):
     block_m = triton.next_power_of_2(n_tokens)
     sizes = itertools.product(formats, (64, 1536, 4096, 57344, 128256), (1, 16, 132, 300))
     for (format, bits, group_size), n, num_sms in sizes:
-        tiles = launch.default_tiles_many_tokens(block_m, format.format_id, n, 576, gated, group_size, num_sms)
+        tiles = launch.default_tiles_many_tokens(
+            block_m, kernel_format(format.__name__), n, 576, gated, group_size, num_sms
+        )
         block_n, num_warps, warp_k, num_stages = tiles
         bits_of_step = num_warps * warp_k * (block_n * bits + block_m * 16)
         assert num_stages >= 2 and (num_stages - 1) * bits_of_step <= 99 * 1024 * 8
@@ -96,14 +99,8 @@ def test_programs_compute_many_outputs():
     """If there are enough outputs for all multiprocessors, a program computes many, since fewer programs read less of
     x."""
     for n, block_n in [(576, 16), (4096, 32), (57344, 64)]:
-        tiles = launch.default_tiles_many_tokens(64, Int8.format_id, n, 4096, False, 4096, N_PROCESSORS)
+        tiles = launch.default_tiles_many_tokens(64, FORMATS[8], n, 4096, False, 4096, N_PROCESSORS)
         assert tiles.block_n == block_n
-
-
-def test_unknown_format(monkeypatch):
-    gpu = launch.Gpu(N_PROCESSORS, has_tensor_cores=True, min_block_m=8, has_pdl=True, tuned={})
-    with pytest.raises(ValueError, match="formats .* not 99"):
-        choose(monkeypatch, gpu, 99, 64, 64, gated=False)
 
 
 def test_pdl_options(monkeypatch):

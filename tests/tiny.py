@@ -201,11 +201,14 @@ EARLIER_FIELDS = {
     2: {"rope_type": "kind"},
     1: {"top_k": "n_active", "norm_topk_prob": "normalize"},
 }
-ACTIVATIONS_OF_VERSION_4 = {"swiglu": "silu", "geglu_tanh": "gelu_tanh"}
+ACTIVATIONS_OF_VERSION_7 = {  # activation and gated -> activation; up to version 4 as today, and all were gated
+    ("silu", True): "swiglu", ("gelu", True): "geglu", ("gelu_tanh", True): "geglu_tanh",
+    ("clamped_silu", True): "clamped_swiglu", ("gelu_tanh", False): "gelu_pytorch_tanh", ("relu2", False): "relu2",
+}
 
 
 def write_earlier_version(path: Path, version: int):
-    """Rewrites the checkpoint in path as a file of an earlier version, from 1 to 6."""
+    """Rewrites the checkpoint in path as a file of an earlier version, from 1 to 7."""
     data = torch.load(path, weights_only=True)
     config, tensors = data["config"], data["tensors"]
     config["sliding_window"] = config["sliding_window"] or None
@@ -216,8 +219,9 @@ def write_earlier_version(path: Path, version: int):
             for new, old in EARLIER_FIELDS.get(earlier, {}).items():
                 if new in fields:
                     fields[old] = fields.pop(new)
-    if version <= 4:
-        config["activation"] = ACTIVATIONS_OF_VERSION_4.get(config["activation"], config["activation"])
+    activation = ACTIVATIONS_OF_VERSION_7[config["activation"], config.pop("gated")]
+    if version > 4:
+        config["activation"] = activation
     if version == 1 and config["moe"] is not None:
         tensors = {re.sub(r"\.(w13|w2)\.", r".experts.\1.", name): t for name, t in tensors.items()}
         assert not config["moe"].pop("n_shared") and not config["moe"].pop("bias")  # version 1 had neither

@@ -1,24 +1,20 @@
-// The activation of a feed-forward, such as swiglu: an epilogue of matmuls (dot.h), and an operation (linear.h).
+// The activation of a feed-forward: an epilogue of matmuls (dot.h), and an operation (linear.h).
 #pragma once
 
+#include "names.h"
 #include "simd.h"
 
-// The activations that C++ computes, in the order of ACTIVATIONS in config.py
-#define ACTIVATIONS SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, GELU_PYTORCH_TANH, RELU2
-enum class Activation : int64_t { NONE, ACTIVATIONS, COUNT };  // COUNT: how many there are, with NONE
+// The activations that C++ computes, by their names in config.py: ACTIVATIONS
+#define ACTIVATIONS silu, gelu, gelu_tanh, clamped_silu, relu2
+enum class ActivationFunction { none, ACTIVATIONS };
 
-// Whether the feed-forward has a gate projection beside its up projection, as config.py: is_gated says.
-inline bool is_gated(Activation activation) {
-  switch (activation) {
-    case Activation::SWIGLU: case Activation::GEGLU: case Activation::GEGLU_TANH: case Activation::CLAMPED_SWIGLU:
-      return true;
-    case Activation::NONE: case Activation::GELU_PYTORCH_TANH: case Activation::RELU2: case Activation::COUNT: break;
-  }
-  return false;
-}
+struct Activation {
+  ActivationFunction function;
+  bool gated;  // whether the feed-forward has a gate projection beside its up projection
+};
 
-constexpr float SWIGLU_ALPHA = GPTFAST_SWIGLU_ALPHA;  // of CLAMPED_SWIGLU: see kernels/schema.py
-constexpr float SWIGLU_LIMIT = GPTFAST_SWIGLU_LIMIT;
+constexpr float CLAMPED_SILU_ALPHA = GPTFAST_CLAMPED_SILU_ALPHA;  // of clamped_silu: see kernels/schema.py
+constexpr float CLAMPED_SILU_LIMIT = GPTFAST_CLAMPED_SILU_LIMIT;
 
 // Returns Phi(x) = (1 + erf(x / sqrt(2))) / 2, the distribution function of the normal distribution. NaN stays NaN.
 // Formula 7.1.26 of Abramowitz and Stegun gives erf with an error of at most 1.5e-7:
@@ -37,20 +33,20 @@ inline f32x16 normal_cdf(f32x16 x) {
 // x * Phi(x) with the tanh form of Phi: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + ...)
 inline f32x16 gelu_tanh(f32x16 x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
 
-// Computes activation(x) * up, as layers/linear.py does: x is the gate projection's output. If the activation is not
-// gated, computes activation(x), and up is not used.
+// Computes activation(x), as layers/linear.py: activate_torch does. If gated, computes activation(x) * up, where x is
+// the output of the gate projection. Otherwise up is not used.
 inline f32x16 activate_vec(f32x16 x, f32x16 up, Activation activation) {
-  switch (activation) {
-    case Activation::NONE: return x;
-    case Activation::COUNT: break;
-    case Activation::SWIGLU: return x / (1 + exp_vec(-x)) * up;
-    case Activation::GEGLU: return x * normal_cdf(x) * up;
-    case Activation::GEGLU_TANH: return gelu_tanh(x) * up;
-    case Activation::CLAMPED_SWIGLU:
-      x = x > SWIGLU_LIMIT ? f32x16{} + SWIGLU_LIMIT : x;
-      return x / (1 + exp_vec(-SWIGLU_ALPHA * x)) * (clamp(up, SWIGLU_LIMIT) + 1);
-    case Activation::GELU_PYTORCH_TANH: return gelu_tanh(x);
-    case Activation::RELU2: return x < 0.0f ? f32x16{} : x * x;  // NaN stays NaN
+  switch (activation.function) {
+    case ActivationFunction::none: break;
+    case ActivationFunction::silu: x = x / (1 + exp_vec(-x)); break;
+    case ActivationFunction::gelu: x = x * normal_cdf(x); break;
+    case ActivationFunction::gelu_tanh: x = gelu_tanh(x); break;
+    case ActivationFunction::clamped_silu:
+      x = x > CLAMPED_SILU_LIMIT ? f32x16{} + CLAMPED_SILU_LIMIT : x;
+      x = x / (1 + exp_vec(-CLAMPED_SILU_ALPHA * x));
+      up = clamp(up, CLAMPED_SILU_LIMIT) + 1;
+      break;
+    case ActivationFunction::relu2: x = x < 0.0f ? f32x16{} : x * x; break;  // NaN stays NaN
   }
-  __builtin_unreachable();  // ops.cpp refuses other ids
+  return activation.gated ? x * up : x;
 }

@@ -126,12 +126,12 @@ template <typename T> f32x16 add_bias(f32x16 v, const T* bias, int64_t block, in
   return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
 }
 
-// Adds the bias [n] to sums[b][token], the outputs of block blocks[b], and applies the activation. If the activation is
-// gated, b is 0, blocks[0] is of the gate projection, and blocks[1] of the up projection.
+// Adds the bias [n] to sums[b][token], the outputs of block blocks[b], and applies the activation. If it is gated, b is
+// 0, blocks[0] is of the gate projection, and blocks[1] of the up projection.
 template <typename T>
 f32x16 add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const int64_t* blocks, const T* bias,
                              int64_t n, Activation activation) {
   const f32x16 v = add_bias(sums[b][token], bias, blocks[b], n);
-  const f32x16 up = is_gated(activation) ? add_bias(sums[1][token], bias, blocks[1], n) : f32x16{};
+  const f32x16 up = activation.gated ? add_bias(sums[1][token], bias, blocks[1], n) : f32x16{};
   return activate_vec(v, up, activation);
 }

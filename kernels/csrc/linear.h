@@ -22,7 +22,7 @@ template <typename T> struct FusedLinearOp {
   T* out;
   float* float32_out;  // if not null, replaces out
 
-  int64_t n_out() const { return is_gated(activation) ? w.n / 2 : w.n; }
+  int64_t n_out() const { return activation.gated ? w.n / 2 : w.n; }
   int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
   bool is_on_amx() const { return m <= MAX_CPU_TOKENS && uses_amx<T>(w, m); }
   Prologue<T> prologue() const { return {x, m, w, norm_weight, eps, is_on_amx() ? AMX_TILE_K : 0, AMX_TILE_M}; }
@@ -54,7 +54,7 @@ template <typename T> struct FusedLinearOp {
     const Range range = thread_range(n_slices * n_out_blocks());
     for (int64_t task = range.begin, n_tasks; task < range.end; task += n_tasks) {
       const int64_t block = task % n_out_blocks();
-      n_tasks = is_gated(activation) ? 1 : std::min({int64_t{2}, range.end - task, n_out_blocks() - block});
+      n_tasks = activation.gated ? 1 : std::min({int64_t{2}, range.end - task, n_out_blocks() - block});
       matmul_slice(split_range(task / n_out_blocks(), n_slices, m), block, n_tasks, tokens, panels);
     }
   }
@@ -63,7 +63,7 @@ template <typename T> struct FusedLinearOp {
   // they are null, and then tokens.
   [[gnu::always_inline]]
   void matmul_slice(Range slice, int64_t block, int64_t n_tasks, const TokenPtr* tokens, const char* panels) const {
-    const bool gated = is_gated(activation);
+    const bool gated = activation.gated;
     const int64_t blocks[] = {block, block + (gated ? n_out_blocks() : 1)}, n_blocks = gated ? 2 : n_tasks;
     BlockSums sums[2];
     for (int64_t first = slice.begin; first < slice.end; first += MAX_CPU_TOKENS) {
@@ -143,8 +143,8 @@ template <typename T> struct ActivateOp {
     const Range range = thread_range(m * vecs_per_token);
     for (int64_t task = range.begin; task < range.end; task++) {
       const int64_t token = task / vecs_per_token, i = task % vecs_per_token * LANES;
-      const T* row = x + token * (is_gated(activation) ? 2 * f : f);
-      const f32x16 up = is_gated(activation) ? load_partial(row + f, i, f) : f32x16{};
+      const T* row = x + token * (activation.gated ? 2 * f : f);
+      const f32x16 up = activation.gated ? load_partial(row + f, i, f) : f32x16{};
       store_partial(activate_vec(load_partial(row, i, f), up, activation), out + token * f, i, f);
     }
   }

@@ -44,7 +44,7 @@ template <typename T> struct ExpertsGateUpOp {
 
   // A task is a block of outputs of a batch. The threads share the tasks.
   void execute(char* shared, Barrier& barrier) const {
-    const int64_t n_out = is_gated(activation) ? w.n / 2 : w.n, n_blocks = divide_up(n_out, BLOCK_N);
+    const int64_t n_out = activation.gated ? w.n / 2 : w.n, n_blocks = divide_up(n_out, BLOCK_N);
     const std::vector<ExpertBatch> batches = group_by_expert(topk_ids, m * top_k);
     std::vector<TokenPtr> tokens(m);
     prologue().run(shared, barrier, tokens.data());
@@ -56,7 +56,7 @@ template <typename T> struct ExpertsGateUpOp {
       const int64_t block = task % n_blocks, n_pairs = pairs.size();
       const int64_t blocks[] = {block, block + n_blocks};  // gate, up
       for (int64_t i = 0; i < n_pairs; i++) batch_tokens[i] = tokens[pairs[i] / top_k];
-      matmul<T>(n_pairs, w.expert(expert), blocks, is_gated(activation) ? 2 : 1, batch_tokens, sums);
+      matmul<T>(n_pairs, w.expert(expert), blocks, activation.gated ? 2 : 1, batch_tokens, sums);
       const T* expert_bias = bias ? bias + expert * w.n : nullptr;
       for (int64_t i = 0; i < n_pairs; i++) {
         const f32x16 v = add_bias_and_activate(sums, i, 0, blocks, expert_bias, w.n, activation);

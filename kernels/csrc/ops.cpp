@@ -5,7 +5,7 @@
 //
 // The headers, in reading order:
 //
-//     simd.h           vectors of 16 floats; activation.h: activations of feed-forwards
+//     simd.h           vectors of 16 floats; names.h: names of formats and activations; activation.h
 //     threads.h        how threads share work, and how many there are
 //     op_list.h        operations: executed, captured or replayed
 //     weights.h        packed weights and their formats (float8.h: 8-bit floats)
@@ -31,6 +31,7 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
+using OptString = std::optional<StringHandle>;
 using Sizes = std::vector<int64_t>;
 
 template <typename T> T* mutable_ptr(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
@@ -76,25 +77,18 @@ void check_ids(const Tensor& topk_ids, int64_t m) {
                   topk_ids.numel() / topk_ids.size(-1) == m, "experts must be named by int64 [..., top_k]");
 }
 
-// The arguments for a weight [n, k] or [n_experts, n, k]: kernels/schema.py says what they are. PyTorch passes the
-// fields one by one, so each operation lists them among its parameters.
-struct WeightArguments {
-  const Tensor& weight;
-  const OptTensor &scales, &zeros;
-  int64_t format_id, n, group_size;
-};
-
-// Checks a weight, and returns it as Weights. type is the dtype of the activations.
-Weights check_weights(const WeightArguments& arguments, int64_t k, ScalarType type) {
-  const Tensor& w = arguments.weight;
-  const OptTensor &scales = arguments.scales, &zeros = arguments.zeros;
-  const int64_t format_id = arguments.format_id, group_size = arguments.group_size;
-  STD_TORCH_CHECK(format_id >= 0 && format_id < Formats::SIZE, "these kernels do not know this format of weights");
+// Checks a weight [n, k] or [n_experts, n, k], and returns it as Weights. The parameters up to group_size are
+// WeightArguments in kernels/schema.py. type is the dtype of the activations.
+Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor& zeros, StringHandle format, int64_t n,
+                      int64_t group_size, int64_t k, ScalarType type) {
+  const std::string format_name = take_string(format);
+  const int64_t index = find_name(NAMES_OF(FORMATS), format_name);
+  STD_TORCH_CHECK(index >= 0, "'", format_name, "' is no weight format of these kernels");
   const auto stride = [](const Tensor& t) { return t.stride(0) * int64_t(t.element_size()); };
-  Weights result{.format = format_id, .is_packed = w.scalar_type() == ScalarType::Int, .data = ptr<char>(w),
+  Weights result{.format = index, .is_packed = w.scalar_type() == ScalarType::Int, .data = ptr<char>(w),
                  .scales = ptr<char>(scales), .zeros = ptr<char>(zeros),
                  .expert_strides = {stride(w), scales ? stride(*scales) : 0, zeros ? stride(*zeros) : 0},
-                 .n = arguments.n, .k = k, .group_size = group_size, .n_groups = 1};
+                 .n = n, .k = k, .group_size = group_size, .n_groups = 1};
   const bool is_readable = dispatch_format(result, [&]<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) {
       result.bits = 8 * w.element_size(), result.padded_k = k;
@@ -116,24 +110,27 @@ Weights check_weights(const WeightArguments& arguments, int64_t k, ScalarType ty
   return result;
 }
 
-// Checks id, a value of ACTIVATION_IDS in kernels/schema.py. Returns the Activation.
-Activation check_activation(int64_t id) {
-  STD_TORCH_CHECK(id >= 0 && id < int64_t(Activation::COUNT), "these kernels do not know this activation");
-  return Activation{id};
+Activation check_activation(OptString activation, bool gated) {
+  STD_TORCH_CHECK(activation || !gated, "only an activation can be gated");
+  if (!activation) return {ActivationFunction::none, false};
+  const std::string name = take_string(*activation);
+  const int64_t index = find_name(NAMES_OF(ACTIVATIONS), name);
+  STD_TORCH_CHECK(index >= 0, "'", name, "' is no activation of these kernels");
+  return {ActivationFunction(index + 1), gated};  // 0 is none
 }
 
-Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
+Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, StringHandle format, int64_t n,
                     int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
-                    int64_t activation, double out_scale, double softcap, double clip, bool float32_out) {
+                    OptString activation, bool gated, double out_scale, double softcap, double clip,
+                    bool float32_out) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight, residual});
-  const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, x.scalar_type());
-  const Activation act_fn = check_activation(activation);
-  Tensor out = torch::stable::new_empty(x, resized(x, is_gated(act_fn) ? n / 2 : n),
+  const Weights w = check_weights(weight, scales, zeros, format, n, group_size, k, x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, resized(x, gated ? n / 2 : n),
                                         float32_out ? ScalarType::Float : x.scalar_type());
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     const FusedLinearOp<T> op{
         .x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
-        .residual = ptr<T>(residual), .activation = act_fn, .out_scale = float(out_scale),
+        .residual = ptr<T>(residual), .activation = check_activation(activation, gated), .out_scale = float(out_scale),
         .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
         .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr};
 #if defined(__AVX512BF16__)
@@ -146,13 +143,12 @@ Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, 
   return out;
 }
 
-Tensor activate(Tensor x, int64_t activation) {
-  const Activation act_fn = check_activation(activation);
-  const int64_t k = x.size(-1), f = is_gated(act_fn) ? k / 2 : k;
+Tensor activate(Tensor x, StringHandle activation, bool gated) {
+  const int64_t k = x.size(-1), f = gated ? k / 2 : k;
   STD_TORCH_CHECK(x.is_contiguous() && (k == f || k == 2 * f), "gate and up must be contiguous halves");
   Tensor out = torch::stable::new_empty(x, resized(x, f));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
-    submit(ActivateOp<T>{.x = ptr<T>(x), .m = x.numel() / k, .f = f, .activation = act_fn,
+    submit(ActivateOp<T>{.x = ptr<T>(x), .m = x.numel() / k, .f = f, .activation = check_activation(activation, gated),
                          .out = mutable_ptr<T>(out)});
   });
   return out;
@@ -196,10 +192,10 @@ Tensor permute_inputs(Tensor x, Tensor input_order) {
   return out;
 }
 
-Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
+Tensor embed(Tensor tokens, Tensor weight, OptTensor scales, OptTensor zeros, StringHandle format, int64_t n,
              int64_t group_size, int64_t k, ScalarType dtype, double scale) {
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous(), "tokens must be int64");
-  const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, dtype);
+  const Weights w = check_weights(weight, scales, zeros, format, n, group_size, k, dtype);
   Tensor out = torch::stable::new_empty(weight, extended(tokens, k), dtype);
   dispatch_type(dtype, [&]<typename T>(T) {
     submit(EmbedOp<T>{.tokens = ptr<int64_t>(tokens), .m = tokens.numel(), .w = w, .scale = float(scale),
@@ -290,23 +286,22 @@ std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, bool norm_topk_pr
   return {topk_weights, topk_ids};
 }
 
-Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
+Tensor experts_gate_up(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, StringHandle format, int64_t n,
                        int64_t group_size, OptTensor bias, Tensor topk_ids, OptTensor norm_weight, double eps,
-                       int64_t activation) {
+                       OptString activation, bool gated) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight});
   check_ids(topk_ids, m);
-  const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, x.scalar_type());
-  const Activation act_fn = check_activation(activation);
-  Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, is_gated(act_fn) ? n / 2 : n));
+  const Weights w = check_weights(weight, scales, zeros, format, n, group_size, k, x.scalar_type());
+  Tensor hidden = torch::stable::new_empty(x, extended(topk_ids, gated ? n / 2 : n));
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsGateUpOp<T>{.x = ptr<T>(x), .m = m, .top_k = topk_ids.size(-1), .topk_ids = ptr<int64_t>(topk_ids),
                               .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
-                              .activation = act_fn, .hidden = mutable_ptr<T>(hidden)});
+                              .activation = check_activation(activation, gated), .hidden = mutable_ptr<T>(hidden)});
   });
   return hidden;
 }
 
-Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n,
+Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor zeros, StringHandle format, int64_t n,
                     int64_t group_size, OptTensor bias, Tensor topk_ids, Tensor topk_weights, OptTensor residual) {
   const int64_t k = hidden.size(-1), top_k = topk_ids.size(-1), m = topk_ids.numel() / top_k;
   check_ids(topk_ids, m);
@@ -315,7 +310,7 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
                   (!bias || bias->scalar_type() == hidden.scalar_type()) &&
                   (!residual || residual->scalar_type() == hidden.scalar_type()),
                   "experts are weighted by float32 [..., top_k], hidden is [..., top_k, k], the others of its type");
-  const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, hidden.scalar_type());
+  const Weights w = check_weights(weight, scales, zeros, format, n, group_size, k, hidden.scalar_type());
   Tensor out = torch::stable::new_empty(hidden, resized(topk_ids, n));
   dispatch_type(hidden.scalar_type(), [&]<typename T>(T) {
     submit(ExpertsDownOp<T>{.hidden = ptr<T>(hidden), .m = m, .top_k = top_k, .topk_ids = ptr<int64_t>(topk_ids),
@@ -344,9 +339,9 @@ Tensor sample(Tensor logits, double temperature, OptTensor temperatures, OptTens
   return tokens;
 }
 
-Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t format_id, int64_t n, int64_t group_size,
+Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, StringHandle format, int64_t n, int64_t group_size,
                   int64_t k, ScalarType dtype) {
-  const Weights w = check_weights({weight, scales, zeros, format_id, n, group_size}, k, dtype);
+  const Weights w = check_weights(weight, scales, zeros, format, n, group_size, k, dtype);
   Tensor out = torch::stable::new_empty(weight, Sizes{n, k}, dtype);
   dispatch_type(dtype, [&]<typename T>(T) {
     dispatch_format(w, [&]<typename F>(F) {
@@ -357,13 +352,14 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, int64_t form
   return out;
 }
 
-#define AS_STRING(...) #__VA_ARGS__
-#define NAMES_OF(LIST) AS_STRING(LIST)
-
 extern "C" {
-// Return the names in FORMATS and ACTIVATIONS, "Unquantized, Int8, ...": build.py: cpp_formats, cpp_activations.
+// Return the names that these kernels know, "Unquantized, Int8, ...": build.py: cpp_formats, cpp_activations.
 const char* format_names() { return NAMES_OF(FORMATS); }
 const char* activation_names() { return NAMES_OF(ACTIVATIONS); }
+// Returns whether 16-bit activations are rounded to int8 for this format: build.py: has_int8_activations.
+int format_int8_activations(const char* name) {
+  return dispatch(Formats{}, find_name(NAMES_OF(FORMATS), name), []<typename F>(F) { return F::INT8_ACTIVATIONS; });
+}
 // Returns the most tokens for which these kernels multiply unquantized weights faster than PyTorch does, as measured in
 // docs/measurements.md.
 int max_unquantized_tokens(int is_bf16) {
@@ -376,18 +372,13 @@ int has_int8_prefill() { return HAS_FAST_DOT4 && !has_amx(); }
 int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 
-// Only the tests call the rest, to compare C++ with Python: elements_per_byte and int8_activations of a format
-// (formats/), and is_gated of an activation (config.py).
-int format_elements_per_byte(int id) {
-  return dispatch(Formats{}, id, []<typename F>(F) {
+// Only the tests call the rest. elements_per_byte is also in formats/.
+int format_elements_per_byte(const char* name) {
+  return dispatch(Formats{}, find_name(NAMES_OF(FORMATS), name), []<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) return 1;
     else return F::ELEMENTS_PER_WORD / 4;
   });
 }
-int format_int8_activations(int id) {
-  return dispatch(Formats{}, id, []<typename F>(F) { return F::INT8_ACTIVATIONS; });
-}
-int activation_is_gated(int id) { return is_gated(Activation{id}); }
 int has_amx_bf16() { return has_amx(); }
 }
 

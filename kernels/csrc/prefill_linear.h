@@ -39,7 +39,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   Prologue<bf16> prologue() const { return {x, m, w, norm_weight, eps, PANEL_K, MR}; }
   size_t shared_bytes() const { return prologue().shared_bytes(); }
   // With a gated activation, half of a task's blocks are of the gate projection, and half of the up projection.
-  int64_t out_blocks_per_task() const { return is_gated(activation) ? 2 : 4; }
+  int64_t out_blocks_per_task() const { return activation.gated ? 2 : 4; }
 
   void execute(char* shared, Barrier& barrier) const {
     const VnniPair* x_pairs = reinterpret_cast<const VnniPair*>(prologue().run_to_panels(shared, barrier));
@@ -57,8 +57,8 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   void matmul_task(const VnniPair* x_pairs, int64_t first_block, Range tokens) const {
     int64_t blocks[4];  // of W. Beyond the last block, the last block is repeated, and the outputs are not stored
     for (int64_t i = 0; i < 4; i++) {
-      const int64_t out_block = first_block + (is_gated(activation) ? i / 2 : i);
-      const bool is_up = is_gated(activation) && i % 2;
+      const int64_t out_block = first_block + (activation.gated ? i / 2 : i);
+      const bool is_up = activation.gated && i % 2;
       blocks[i] = std::min(out_block, n_out_blocks() - 1) + (is_up ? n_out_blocks() : 0);
     }
     static thread_local Scratch panel_scratch, acc_scratch;

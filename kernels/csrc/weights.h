@@ -1,5 +1,5 @@
 // Weights as formats/cpu_layouts.py packs them (Weights), and a struct for each format of weights.
-// formats/__init__.py has a table of the formats in a checkpoint.
+// formats/__init__.py has a table of the formats in a checkpoint. A struct is called like the class in formats/.
 //
 //     y [m, n] = x [m, k] W [n, k]^T      m tokens, k inputs, n outputs
 //
@@ -12,6 +12,7 @@
 #pragma once
 
 #include "float8.h"
+#include "names.h"
 #include "op_list.h"
 
 // Python's numbers, which build.py passes to the compiler
@@ -39,7 +40,7 @@ constexpr int64_t BLOCK_M = 8;  // the most tokens of a tile: their sums fit in 
 // The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP_SIZE inputs. Unquantized weights
 // that are not packed are stored output by output (layers/packing.py says which are packed).
 struct Weights {
-  int64_t format;                                          // format_id in formats/
+  int64_t format;                                          // its index in FORMATS
   bool is_packed;
   const char *data, *scales, *zeros;                       // scales and zeros are null if the format has none
   struct { int64_t data, scales, zeros; } expert_strides;  // bytes from an expert to the next
@@ -178,8 +179,8 @@ struct MXFP4 : FormatDefaults {
   }
 };
 
-template <typename... F> struct FormatList { static constexpr int64_t SIZE = sizeof...(F); };
-#define FORMATS Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4  // in the order of formats/: FORMATS
+template <typename... F> struct FormatList {};
+#define FORMATS Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4
 using Formats = FormatList<FORMATS>;
 
 // Calls function(F{}) with the list's struct F at index.

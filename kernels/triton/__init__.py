@@ -30,5 +30,8 @@ Then, in every decode step:
         formats.py: dot_with_zeros          tl.dot on the tensor cores
 """
 
-# The activations of config.py: ACTIVATIONS that epilogue.py computes. Here, where Triton need not be installed
-TRITON_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu_pytorch_tanh", "relu2")
+import torch
+
+# These are here because machines without Triton need them, too
+TRITON_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_silu", "relu2")  # that epilogue.py computes
+MAGIC_BIASES = {torch.bfloat16: 128, torch.float16: 1024}  # what elements.py: int4_pair adds, by type; 0 for float32

@@ -28,6 +28,14 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.triton import MAGIC_BIASES
+
+BFLOAT16_BIAS, FLOAT16_BIAS = tl.constexpr(MAGIC_BIASES[torch.bfloat16]), tl.constexpr(MAGIC_BIASES[torch.float16])
+# The magic_number of int4_pair, by type of x: a word of two floats, each of which is the bias
+MAGIC_NUMBERS = {
+    dtype: torch.tensor([bias, bias], dtype=dtype, device="cpu").view(torch.int32).item()
+    for dtype, bias in MAGIC_BIASES.items()
+}
 SIGN_MASK = tl.constexpr(-0x7FFF8000)  # the signs of two 16-bit floats, 0x80008000, as an int32
 
 
@@ -81,15 +89,10 @@ def int4_pair(words, magic_number, DTYPE: tl.constexpr):
         return join_halves(nibbles | magic_number, DTYPE)
 
 
-def magic_number_for(dtype: torch.dtype) -> int:
-    """Returns a word with two floats of dtype, each of which is magic_bias. For float32 the word is not used."""
-    return 0x43004300 if dtype == torch.bfloat16 else 0x64006400
-
-
 @triton.jit
 def magic_bias(DTYPE: tl.constexpr):
     """Returns what int4_pair adds to every element."""
-    BIAS: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024 if DTYPE == tl.float16 else 0
+    BIAS: tl.constexpr = BFLOAT16_BIAS if DTYPE == tl.bfloat16 else FLOAT16_BIAS if DTYPE == tl.float16 else 0
     return BIAS
 
 

@@ -12,6 +12,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from kernels import schema
+
+ALPHA, LIMIT = tl.constexpr(schema.CLAMPED_SILU_ALPHA), tl.constexpr(schema.CLAMPED_SILU_LIMIT)
+
 
 class EpilogueArgs(NamedTuple):
     """The epilogue's operands. A step whose operand is None is left out."""
@@ -77,23 +81,22 @@ def activate(y, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
         x, up = tl.split(tl.permute(halves, [1, 2, 0]))
     else:
         x, up = y, None
-    if ACTIVATION == "swiglu":
+    if ACTIVATION == "silu":
         x *= tl.sigmoid(x)
-    elif ACTIVATION == "geglu":
+    elif ACTIVATION == "gelu":
         x *= 0.5 * (1 + tl.erf(0.70710678 * x))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691 = 2 sqrt(2 / pi)
+        x *= tl.sigmoid(1.5957691 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "relu2":
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         x *= x
-    elif ACTIVATION == "geglu_tanh" or ACTIVATION == "gelu_pytorch_tanh":
-        # (1 + tanh(u)) / 2 = sigmoid(2 u), and 1.5957691 = 2 sqrt(2 / pi)
-        x *= tl.sigmoid(1.5957691 * (x + 0.044715 * x * x * x))
     else:
-        tl.static_assert(ACTIVATION == "clamped_swiglu", "no kernel for this activation")
-        ALPHA: tl.constexpr = 1.702  # kernels/schema.py: SWIGLU_ALPHA, SWIGLU_LIMIT
-        LIMIT: tl.constexpr = 7.0
+        tl.static_assert(ACTIVATION == "clamped_silu", "no kernel for this activation")
         x = tl.minimum(x, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL) + 1
-        x *= tl.sigmoid(ALPHA * x)
+        x *= tl.sigmoid(x * ALPHA)
+        if IS_GATED:
+            up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL) + 1
     if IS_GATED:
         x *= up
     return x

@@ -133,20 +133,22 @@ def dequantize_float8(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N
 
 # ---- Int4 -----------------------------------------------------------------------------------------------------------
 
+ZERO_STEP = tl.constexpr(2.0**-Int4.zero_fraction_bits)  # what 1 means in a stored zero point
+
 
 @triton.jit
 def dot_int4(acc, x, w, k, k_starts, K: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_OUT: tl.constexpr):
     words = load_tiles(w, k, K, acc.shape[1], BLOCK_OUT, x.shape[0] * x.shape[1])
     scale, zero = unpack_scale_words(load_group_scales(w, k_starts, K, GROUP_SIZE))
     q = tiles_to_floats(words, w.magic_number, int4_pair, acc.shape[1] // TILE_N, x.shape[1], x.dtype)
-    return acc + dot_with_zeros(q, x, scale, zero * 0.0625 + magic_bias(x.dtype))
+    return acc + dot_with_zeros(q, x, scale, zero * ZERO_STEP + magic_bias(x.dtype))
 
 
 @triton.jit
 def dequantize_int4(w_ptr, scales_ptr, tile_n, tile_k, offs_n, offs_k, mask, N, K, GROUP_SIZE):
     q = dequantize_tile(w_ptr, tile_n, tile_k, K, int4_pair)
     scale, zero = unpack_scale_words(load_scales(scales_ptr, offs_n, offs_k, mask, N, GROUP_SIZE))
-    return (q - zero * 0.0625) * scale
+    return (q - zero * ZERO_STEP) * scale
 
 
 @triton.jit
@@ -229,20 +231,19 @@ KERNEL_FORMATS = [  # format_class, is_tiled, scales, dot, dequantize
     KernelFormat(Float8, False, Scales.FLOAT32, dot_float8, dequantize_float8),
     KernelFormat(MXFP4, True, Scales.E8M0, dot_mxfp4, dequantize_mxfp4),
 ]
-BY_ID = {format.format_class.format_id: format for format in KERNEL_FORMATS}
+BY_CLASS_NAME = {format.format_class.__name__: format for format in KERNEL_FORMATS}
 
 
-def kernel_format(format_id: int) -> KernelFormat:
+def kernel_format(class_name: str) -> KernelFormat:
     """Raises ValueError for a format that the kernels do not read."""
-    if format_id not in BY_ID:
-        names = {number: format.name for number, format in BY_ID.items()}
-        raise ValueError(f"the Triton kernels read the formats {names}, not {format_id}")
-    return BY_ID[format_id]
+    if class_name not in BY_CLASS_NAME:
+        raise ValueError(f"the Triton kernels read the formats {', '.join(BY_CLASS_NAME)}, not {class_name}")
+    return BY_CLASS_NAME[class_name]
 
 
 def triton_kernels_can_read(format: WeightFormat, n: int, k: int, is_experts: bool) -> bool:
     """Returns whether the kernels can read a weight [n, k] in format, or one for each expert."""
-    known = BY_ID.get(format.format_id)
+    known = BY_CLASS_NAME.get(type(format).__name__)
     if known is None or not format.kernels_can_read(k):
         return False
     narrowest_slice = 32 if known.is_tiled else 16
@@ -272,7 +273,7 @@ def dequantize(*, w: WeightArguments, k: int, dtype: torch.dtype) -> Tensor:
     y = empty_dequantize(w=w, k=k, dtype=dtype)
     grid = triton.cdiv(w.n, TILE_N.value), triton.cdiv(k, TILE_K.value)
     dequantize_kernel[grid](
-        w.weight, w.scales, y, N=w.n, K=k, GROUP_SIZE=w.group_size, DEQUANTIZE=kernel_format(w.format_id).dequantize
+        w.weight, w.scales, y, N=w.n, K=k, GROUP_SIZE=w.group_size, DEQUANTIZE=kernel_format(w.format).dequantize
     )
     return y
 
@@ -300,6 +301,6 @@ def embed(tokens: Tensor, *, w: WeightArguments, k: int, dtype: torch.dtype, sca
     if tokens.numel():
         embed_kernel[grid](
             tokens, w.weight, w.scales, y, scale=scale, N=w.n, K=k, GROUP_SIZE=w.group_size,
-            DEQUANTIZE=kernel_format(w.format_id).dequantize,
+            DEQUANTIZE=kernel_format(w.format).dequantize,
         )
     return y

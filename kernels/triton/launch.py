@@ -47,9 +47,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from formats import Unquantized
 from kernels.schema import MAX_TRITON_TOKENS
-from kernels.triton.formats import kernel_format
+from kernels.triton.formats import KernelFormat, Scales
 
 TUNED = Path(__file__).with_name("tuned.json")
 # The n of mma.m16n8k16, an instruction of NVIDIA's tensor cores: 8 tokens cost as much as one. So the tile sizes that
@@ -169,15 +168,17 @@ class TileConfig(NamedTuple):
     num_stages: int  # stages of the loop's software pipeline, as in Triton
 
 
-def table_key(format_id: int, n: int, k: int, gated: bool, group_size: int) -> str:
+def table_key(format: KernelFormat, n: int, k: int, gated: bool, group_size: int) -> str:
     """Returns the name in tuned.json of a matmul with W [n, k]."""
-    key = f"{kernel_format(format_id).name}, {n} x {k}"
+    key = f"{format.name}, {n} x {k}"
     if group_size < min(64, k):  # small groups make narrow slices, which have tile sizes of their own
         key += f", g{group_size}"
     return f"{key}, gated" if gated else key
 
 
-def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int, n_tokens: int = 1) -> TileConfig:
+def choose_tiles(
+    x: Tensor, format: KernelFormat, n: int, gated: bool, group_size: int, n_tokens: int = 1
+) -> TileConfig:
     """Returns the tile sizes for x [..., K] and W [n, K], from tuned.json or by default. By default a program takes at
     most 99 KB of shared memory, or 64 KB on AMD's MI300 and NVIDIA's Turing, which have no more.
 
@@ -186,19 +187,18 @@ def choose_tiles(x: Tensor, format_id: int, n: int, gated: bool, group_size: int
     gpu, k, on_tensor_cores = gpu_info(x.device), x.shape[-1], uses_tensor_cores(x.device, x.dtype)
     if n_tokens > MMA_N and on_tensor_cores:
         block_m = triton.next_power_of_2(n_tokens)
-        tiles = default_tiles_many_tokens(block_m, format_id, n, k, gated, group_size, gpu.num_sms)
+        tiles = default_tiles_many_tokens(block_m, format, n, k, gated, group_size, gpu.num_sms)
         return tiles if gpu.min_block_m == MMA_N else tiles._replace(num_stages=2)
-    key = table_key(format_id, n, k, gated, group_size)
+    key = table_key(format, n, k, gated, group_size)
     if key in gpu.tuned and on_tensor_cores:
         return TileConfig(**gpu.tuned[key])
     if min_block_m(x) != MMA_N:
-        is_float32 = format_id == Unquantized.format_id and x.dtype == torch.float32
+        is_float32 = format.scales is Scales.NONE and x.dtype == torch.float32
         warp_k = 32 if is_float32 else 64
         return TileConfig(32 if gated else 16, num_warps=8 // x.element_size(), warp_k=warp_k, num_stages=2)
-    format = kernel_format(format_id)
     if format.is_tiled:
         return default_tiles_tiled(format.bits, n / gpu.num_sms, gated, group_size)
-    return default_tiles_rows(format_id != Unquantized.format_id, k, gated, group_size)
+    return default_tiles_rows(format.scales is not Scales.NONE, k, gated, group_size)
 
 
 def default_tiles_rows(is_quantized: bool, k: int, gated: bool, group_size: int) -> TileConfig:
@@ -226,7 +226,7 @@ def default_tiles_tiled(bits: int, outputs_per_sm: float, gated: bool, group_siz
 
 
 def default_tiles_many_tokens(
-    block_m: int, format_id: int, n: int, k: int, gated: bool, group_size: int, num_sms: int
+    block_m: int, format: KernelFormat, n: int, k: int, gated: bool, group_size: int, num_sms: int
 ) -> TileConfig:
     """For more than MMA_N tokens.
 
@@ -237,7 +237,6 @@ def default_tiles_many_tokens(
     The registers of a warp bound the tile. A warp has block_n * block_m sums for each slice, and with group scales
     twice as many: the result of tl.dot is scaled before it is added to the sums. In a step a warp executes at most 64
     instructions of the tensor cores, 128 with zero points."""
-    format = kernel_format(format_id)
     has_group_scales = format.has_group_scales(group_size, k)
     slice_k, max_sums = (min(64, group_size), 2048) if has_group_scales else (64, 4096)
 

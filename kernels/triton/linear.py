@@ -22,17 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.schema import (
-    ACTIVATION_IDS,
-    GATED_IDS,
     WeightArguments,
     empty_permute_inputs,
     empty_rms_norm,
     output_width,
     register_triton,
 )
-from kernels.triton.elements import magic_number_for
+from kernels.triton.elements import MAGIC_NUMBERS
 from kernels.triton.epilogue import EpilogueArgs, epilogue, inverse_rms, load_per_output, load_residual
-from kernels.triton.formats import kernel_format
+from kernels.triton.formats import KernelFormat, kernel_format
 from kernels.triton.launch import (
     MMA_N,
     choose_tiles,
@@ -50,8 +48,6 @@ from kernels.triton.weights import (
     slice_starts,
     weights_of_expert,
 )
-
-ACTIVATION_NAMES = {i: name for name, i in ACTIVATION_IDS.items()}
 
 # ---- fused_linear ---------------------------------------------------------------------------------------------------
 #
@@ -243,11 +239,11 @@ def add_squares(squares, x_ptr, offs_k, SPECIALIZED_TOKENS: tl.constexpr, K: tl.
 @register_triton
 def fused_linear(
     x: Tensor, *, w: WeightArguments, bias: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 0.0,
-    residual: Tensor | None = None, activation: int = 0, out_scale: float = 1.0, softcap: float = 0.0,
-    clip: float = 0.0, float32_out: bool = False, topk_ids: Tensor | None = None,
+    residual: Tensor | None = None, activation: str | None = None, gated: bool = False, out_scale: float = 1.0,
+    softcap: float = 0.0, clip: float = 0.0, float32_out: bool = False, topk_ids: Tensor | None = None,
 ) -> Tensor:
     """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]:
-    [..., n], with a gated activation [..., n / 2].
+    [..., n], or [..., n / 2] if gated.
 
     topk_ids [..., top_k], which only moe.py passes: W [E, n, K] is a stack of experts, and the result is
     [..., top_k, n]. x has a vector for each token, or for each id."""
@@ -257,40 +253,42 @@ def fused_linear(
     if topk_ids is not None:
         n_pairs, top_k, y_shape = topk_ids.numel(), topk_ids.shape[-1], topk_ids.shape
         n_tokens = n_pairs // top_k
-    is_gated = activation in GATED_IDS
-    y = x.new_empty(*y_shape, output_width(n, activation), dtype=torch.float32 if float32_out else x.dtype)
+    y = x.new_empty(*y_shape, output_width(n, gated), dtype=torch.float32 if float32_out else x.dtype)
     is_specialized = n_tokens <= MMA_N
     if norm_weight is not None and not is_specialized:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
-    format, (sizes, num_warps) = kernel_format(w.format_id), choose_sizes(x, w, n_tokens, is_gated)
+    format = kernel_format(w.format)
+    sizes, num_warps = choose_sizes(x, w, format, n_tokens, gated)
     grid = triton.cdiv(n, sizes.BLOCK_N), n_pairs
     fused_linear_kernel[grid](
         w_ptr=w.weight, scales_ptr=w.scales, x_ptr=x, topk_ids_ptr=topk_ids, y_ptr=y, norm=Norm(norm_weight, eps),
         epilogue_args=EpilogueArgs(
             bias, residual, out_scale if out_scale != 1 else None, softcap or None, clip or None
         ),
-        magic_number=magic_number_for(x.dtype),
+        magic_number=MAGIC_NUMBERS.get(x.dtype, 0),
         N=n, n_tokens=n_tokens, SPECIALIZED_TOKENS=n_tokens if is_specialized else 0, K=k, TOP_K=top_k,
         X_IS_PER_PAIR=n_inputs > n_tokens, DOT=format.dot,
         LAYOUT=WeightLayout(
             format.is_tiled, format.stride(w.weight), group_size, format.has_channel_scales(group_size, k)
         ),
-        SIZES=sizes, ACTIVATION=ACTIVATION_NAMES[activation], IS_GATED=is_gated, DTYPE=dot_dtype(x),
+        SIZES=sizes, ACTIVATION=activation, IS_GATED=gated, DTYPE=dot_dtype(x),
         num_warps=num_warps, **pdl_options(x.device, grid),
     )
     return y
 
 
-def choose_sizes(x: Tensor, w: WeightArguments, n_tokens: int, is_gated: bool) -> tuple[BlockSizes, int]:
+def choose_sizes(
+    x: Tensor, w: WeightArguments, format: KernelFormat, n_tokens: int, gated: bool
+) -> tuple[BlockSizes, int]:
     """Returns the sizes of a program of fused_linear, and its number of warps."""
-    tiles = choose_tiles(x, w.format_id, w.n, is_gated, w.group_size, n_tokens)
+    tiles = choose_tiles(x, format, w.n, gated, w.group_size, n_tokens)
     slice_k = min(64, tiles.warp_k)
-    if kernel_format(w.format_id).has_group_scales(w.group_size, x.shape[-1]):
+    if format.has_group_scales(w.group_size, x.shape[-1]):
         slice_k = min(slice_k, w.group_size)
     block_k = tiles.num_warps * tiles.warp_k
     sizes = BlockSizes(
         BLOCK_M=max(min_block_m(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
-        BLOCK_OUT=tiles.block_n // 2 if is_gated else tiles.block_n, BLOCK_K=block_k, SLICE_K=slice_k,
+        BLOCK_OUT=tiles.block_n // 2 if gated else tiles.block_n, BLOCK_K=block_k, SLICE_K=slice_k,
         K_SLICES=block_k // slice_k, NUM_STAGES=tiles.num_stages,
     )
     return sizes, tiles.num_warps

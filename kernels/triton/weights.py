@@ -19,8 +19,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-TILE_N, TILE_K = tl.constexpr(16), tl.constexpr(64)  # rows and columns of a tile
-TILE_WORDS = tl.constexpr(128)
+from formats import triton_layouts
+
+TILE_N, TILE_K = tl.constexpr(triton_layouts.TILE_N), tl.constexpr(triton_layouts.TILE_K)
+TILE_WORDS = tl.constexpr(triton_layouts.TILE_N * triton_layouts.TILE_K // 8)  # of 8 elements
 # Bytes of W that a program prefetches before it waits for the previous kernel: about what the loop has in flight
 PREFETCH_BYTES = tl.constexpr(16384)
 

@@ -91,12 +91,12 @@ def random_model(config: ModelConfig, format: WeightFormat, device: torch.device
 
 def random_linear(
     shape: tuple[int, int], format: WeightFormat, device: torch.device, dtype: torch.dtype,
-    activation: str | None = None,
+    activation: str | None = None, gated: bool = False,
 ) -> Linear:
     """Makes a random linear layer, as random_model does. shape: of the weight, [N, K]."""
     out_features, in_features = shape
     with torch.device("meta"):
-        linear = Linear(in_features, out_features, activation=activation).to(dtype)
+        linear = Linear(in_features, out_features, activation=activation, gated=gated).to(dtype)
     linear.set_format(format)
     linear.to_empty(device=device)
     fill_randomly(linear)

@@ -14,8 +14,9 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 from checkpoint import empty_model
-from config import ModelConfig, is_gated
+from config import ModelConfig
 from formats import WeightFormat
+from kernels.triton.formats import kernel_format
 from kernels.triton.launch import MMA_N, TUNED, TileConfig, choose_tiles, gpu_info, table_key
 from layers.linear import Linear, RMSNorm
 from layers.packing import pack_for_triton
@@ -33,9 +34,8 @@ CANDIDATES = [
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """Tunes every matmul of a model whose linear layers have format. This takes some minutes."""
     linears = empty_model(config.with_layers(1)).quantizable_linears()
-    has_gate = is_gated(config.activation)
     for n, k, gated in {
-        (w.out_features, w.in_features, has_gate and name.endswith("gate_up_proj")) for name, w in linears
+        (w.out_features, w.in_features, config.gated and name.endswith("gate_up_proj")) for name, w in linears
     }:
         tune_product(n, k, gated, format, device)
 
@@ -47,9 +47,10 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     x = torch.randn(1, MMA_N, k, device=device, dtype=torch.bfloat16)
     tuned = gpu_info(x.device).tuned  # where choose_tiles looks first
     group_size = format.effective_group_size(k)
-    key = table_key(format.format_id, n, k, gated, group_size)
+    known = kernel_format(type(format).__name__)
+    key = table_key(known, n, k, gated, group_size)
     tuned.pop(key, None)
-    guess = choose_tiles(x, format.format_id, n, gated, group_size)
+    guess = choose_tiles(x, known, n, gated, group_size)
 
     def microseconds(tiles: TileConfig, n_tokens: int) -> float:
         tuned[key] = tiles._asdict()
@@ -73,11 +74,11 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
 
 def make_weights(n: int, k: int, gated: bool, format: WeightFormat, device: torch.device) -> list[Linear]:
     """Makes packed weights [n, k] that do not fit into the L2 cache together. Used in turn, each comes from memory."""
-    activation = "swiglu" if gated else None
-    weights = [random_linear((n, k), format, device, torch.bfloat16, activation)]
+    options = format, device, torch.bfloat16, "silu" if gated else None, gated
+    weights = [random_linear((n, k), *options)]
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     for _ in range(1 + 4 * cache_bytes // weights[0].weight.nbytes):
-        weights.append(random_linear((n, k), format, device, torch.bfloat16, activation))
+        weights.append(random_linear((n, k), *options))
     pack_for_triton(weights)
     return weights
 

@@ -117,7 +117,7 @@ def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
         checks.append(partial(check_linear, dtype, format, (n, k, has_bias, token_counts)))
         checks.append(partial(check_random_linear, dtype, format, (n, k, token_counts[-1])))
         checks.append(partial(check_rows, dtype, format, (n, k)))
-    checks += [partial(check_activation, dtype, activation) for activation in ACTIVATIONS]
+    checks += [partial(check_activation, dtype, *case) for case in product(ACTIVATIONS, (False, True))]
     checks += [partial(check_epilogue, dtype, *epilogue) for epilogue in EPILOGUES]
     checks += [partial(check_rms_norm, dtype, *norm) for norm in NORMS]
     checks.append(partial(check_permute_inputs, dtype))

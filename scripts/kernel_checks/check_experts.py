@@ -34,7 +34,8 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n_experts, dim, ffn_dim, has_bias, token_counts = size
     n, norm = 2 * ffn_dim, exact_norm(dim, dtype)
     w = exact_linear(
-        n, dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsGateUp, activation="swiglu"
+        n, dim, format, dtype, n_experts=n_experts, bias=has_bias, kind=ExpertsGateUp, activation="silu",
+        gated=True,
     )
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
@@ -47,7 +48,8 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
         by_kernel = w.backend.find_kernel("experts_gate_up", n_tokens) is not None
         error = exact_sums_error(terms, dim, format) if by_kernel else pytorch_error(terms, dim, dtype)
         error = error + separate_norm_error(x[..., None, None, :], norm, matrix[topk_ids]).squeeze(-2)
-        y, error = exact_stored_activation(y, error, "swiglu", dtype, fused=by_kernel and n % FUSED_GLU_MULTIPLE == 0)
+        fused = by_kernel and n % FUSED_GLU_MULTIPLE == 0
+        y, error = exact_stored_activation(y, error, "silu", True, dtype, fused)
         case = f"{format_label(format)}, {n_experts} of {n}x{dim}, {n_tokens} tokens"
         yield Comparison("experts_gate_up", case, w(x, topk_ids=topk_ids, norm=norm), y, error)
 

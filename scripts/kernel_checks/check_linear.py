@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from formats import Int8, Unquantized, WeightFormat
+from kernels.triton import MAGIC_BIASES
 from layers.backend import TRITON_BACKEND
 from layers.linear import FUSED_GLU_MULTIPLE, RMSNorm, apply_softcap, permute_inputs
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import (
-    MAGIC_BIASES,
     U32,
     Comparison,
     activate_with_error,
@@ -53,8 +53,8 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
         ours = w(x, norm=norm, residual=residual)
         yield Comparison("linear", case, ours, total, stored_error(total, total_error, dtype))
 
-        y, error = exact_stored_activation(y, error, "swiglu", dtype, fused=n % FUSED_GLU_MULTIPLE == 0)
-        yield Comparison("swiglu_linear", case, with_activation(w, "swiglu")(x, norm=norm), y, error)
+        y, error = exact_stored_activation(y, error, "silu", True, dtype, fused=n % FUSED_GLU_MULTIPLE == 0)
+        yield Comparison("gated_linear", case, with_activation(w, "silu", gated=True)(x, norm=norm), y, error)
 
 
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
@@ -64,7 +64,7 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantize(torch.float32).double(), bounds.magnitudes(w)
     if w.zeros is not None:  # the kernel computes (bias + q) x - (bias + zero) x
-        bias = MAGIC_BIASES[factor_dtype(dtype)] if format.elements_per_byte == 2 else 128
+        bias = MAGIC_BIASES.get(factor_dtype(dtype), 0) if format.elements_per_byte == 2 else 128
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
         magnitude = magnitude + 2 * bias * wide_scales
     use_triton(w)
@@ -105,9 +105,9 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
     yield Comparison("embed", case, w.lookup(tokens, scale, dtype), scale * rows.double(), error)
 
 
-def check_activation(dtype: torch.dtype, activation: str):
+def check_activation(dtype: torch.dtype, activation: str, gated: bool):
     """Checks an activation near zero, where the activation bends, and beyond the clamp. NaN stays NaN."""
-    n, k, operation = 96, 72, f"{activation}_linear"
+    n, k, operation = 96, 72, f"{'gated_' if gated else ''}{activation}_linear"
     w = exact_linear(n, k, Unquantized(), dtype, bias=True)
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
@@ -115,11 +115,12 @@ def check_activation(dtype: torch.dtype, activation: str):
         x = integers(1, n_tokens, k, dtype=dtype)
         y, terms = exact_product(x, matrix, bias)
         assert n_tokens == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
-        y, error = exact_stored_activation(y, exact_sums_error(terms, k, Unquantized()), activation, dtype, fused=True)
-        ours = with_activation(w, activation)(x)
+        sum_error = exact_sums_error(terms, k, Unquantized())
+        y, error = exact_stored_activation(y, sum_error, activation, gated, dtype, fused=True)
+        ours = with_activation(w, activation, gated)(x)
         yield Comparison(operation, f"{n}x{k} of {n_tokens} tokens", ours, y, error)
     x[0, 3, 7] = torch.nan
-    is_nan = with_activation(w, activation)(x).isnan()
+    is_nan = with_activation(w, activation, gated)(x).isnan()
     expected = x.isnan().any(-1, keepdim=True).expand(is_nan.shape)
     yield Comparison(operation, "NaN", is_nan, expected, torch.zeros(()))
 
@@ -147,9 +148,9 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
         total, error = with_residual(y, error, residual)
         ours = w(x, residual=residual)
         yield Comparison(operation, f"{case}, residual", ours, total, stored_error(total, error, dtype))
-        y, error = epilogue(*activate_with_error(products, sum_error))
-        ours = with_activation(w, "swiglu")(x)
-        yield Comparison(operation, f"{case}, swiglu", ours, y, stored_error(y, error, dtype))
+        y, error = epilogue(*activate_with_error(products, sum_error, "silu", gated=True))
+        ours = with_activation(w, "silu", gated=True)(x)
+        yield Comparison(operation, f"{case}, gated", ours, y, stored_error(y, error, dtype))
 
 
 def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):

@@ -35,7 +35,7 @@ CAPTURED_MODELS = [  # options of a ModelConfig
     {},
     {"moe": MoEConfig(8, 2)},
     {
-        "post_norm": True, "qk_norm": True, "qk_norm_across_heads": True, "activation": "geglu_tanh",
+        "post_norm": True, "qk_norm": True, "qk_norm_across_heads": True, "activation": "gelu_tanh",
         "attention_scale": 0.1, "attention_softcap": 20.0, "embed_scale": 4.0, "residual_scale": 0.5,
         "logit_scale": 0.5, "logit_softcap": 9.0, "clip_qkv": 2.0, "alibi": True,
     },

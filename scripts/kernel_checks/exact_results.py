@@ -19,7 +19,7 @@ import torch
 import formats
 from formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightFormat
 from formats.integers import GroupwiseAffine
-from kernels.schema import ACTIVATION_IDS, SWIGLU_LIMIT, AttentionParams
+from kernels.schema import CLAMPED_SILU_LIMIT, AttentionParams
 from layers import attention
 from layers.attention import LayerCache, apply_rope, norm_heads
 from layers.backend import Backend
@@ -42,8 +42,6 @@ TRITON_FORMATS += [  # a format with a method to_triton_layout has kernels
     if format not in CHECKED_FORMATS and type(format).to_triton_layout is not WeightFormat.to_triton_layout
 ]
 U32 = bounds.U[torch.float32]
-# What kernels/triton/elements.py: magic_bias returns, again, since not every machine has Triton. A test compares them
-MAGIC_BIASES = {torch.float32: 0, torch.bfloat16: 128, torch.float16: 1024}
 
 
 class Comparison(NamedTuple):
@@ -97,12 +95,12 @@ def set_weight(matrix, w: torch.Tensor, format):
     return matrix
 
 
-def with_activation(w: LinearBase, activation: str | None) -> LinearBase:
+def with_activation(w: LinearBase, activation: str, gated: bool) -> LinearBase:
     """Returns a layer of the same tensors, with another activation."""
     w = copy.copy(w)
-    w.activation = activation
+    w.activation, w.gated = activation, gated
     if isinstance(w, Linear):
-        w.epilogue = w.epilogue._replace(activation=ACTIVATION_IDS[activation])
+        w.epilogue = w.epilogue._replace(activation=activation, gated=gated)
     return w
 
 
@@ -197,24 +195,32 @@ def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> to
 
 
 def activate_with_error(
-    x: torch.Tensor, error: torch.Tensor, activation: str = "swiglu"
+    x: torch.Tensor, error: torch.Tensor, activation: str, gated: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns layers/linear.py: activate of x, and the error of the result. error: of x.
+    """Returns layers/linear.py: activate of x, and the error of the result. error: of x. If gated, the product is
+    rounded, too, and the slope of the factor that is made of up is at most 1."""
+    y = activate_torch(x, activation, gated)
+    if not gated:
+        return y, activation_error(x, error, activation)
+    (gate, up), (gate_error, up_error) = x.chunk(2, -1), error.chunk(2, -1)
+    if activation == "clamped_silu":
+        up = up.clamp(-CLAMPED_SILU_LIMIT, CLAMPED_SILU_LIMIT) + 1
+    activated = activate_torch(gate, activation, gated=False).abs()
+    bound = activation_error(gate, gate_error, activation) * (up.abs() + up_error) + activated * up_error
+    return y, bound + U32 * (y.abs() + bound)
+
+
+def activation_error(x: torch.Tensor, error: torch.Tensor, activation: str) -> torch.Tensor:
+    """Returns the error of an activation of x, without a gate. error: of x.
 
     The slope of relu2 at x is 2 x, so an error e of x changes x^2 by at most 2 x e + e^2. The slope of every other
-    activation is at most 1.13. The slope of the factor that is made of up is at most 1."""
-    y = activate_torch(x, activation)
+    activation is at most 1.13."""
     if activation == "relu2":
         x = x.clamp(min=0)
-        return y, error * (2 * x + error) + U32 * (x + error) ** 2
-    if activation == "gelu_pytorch_tanh":
-        return y, 1.13 * error + 2**-20 * y.abs() + 2 * U32 * x.abs()
-    (gate, up), (gate_error, up_error) = x.chunk(2, -1), error.chunk(2, -1)
-    one = torch.ones_like(up)
-    if activation == "clamped_swiglu":
-        gate, up, one = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1, one - 1
-    activated = activate_torch(torch.cat([gate, one], -1), activation).abs()
-    bound = 1.13 * gate_error * (up.abs() + up_error) + activated * up_error
+        return error * (2 * x + error) + U32 * (x + error) ** 2
+    y = activate_torch(x, activation, gated=False)
+    if activation == "clamped_silu":
+        x = x.clamp(max=CLAMPED_SILU_LIMIT)
     # Relative errors of an activation, with u the unit roundoff of float32:
     #
     #     the exponential             about 2^-21
@@ -222,18 +228,18 @@ def activate_with_error(
     #     the exact GELU's Phi        2 u: in C++ 7.5e-8 by the formula, in Triton erf's error
     #     the tail of Phi in C++      up to 27 u: 7 u for the polynomial's sums and products, 5 u for the rounded
     #                                 coefficients, 7 u for t, 8 u for the factors
-    relative = 2**-19 if activation == "geglu" else 2**-20
-    return y, bound + relative * y.abs() + 2 * U32 * (gate * up).abs()
+    relative = 2**-19 if activation == "gelu" else 2**-20
+    return 1.13 * error + relative * y.abs() + 2 * U32 * x.abs()
 
 
 def exact_stored_activation(
-    x: torch.Tensor, error: torch.Tensor, activation: str, dtype: torch.dtype, fused: bool
+    x: torch.Tensor, error: torch.Tensor, activation: str, gated: bool, dtype: torch.dtype, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns layers/linear.py: activate of x, and the error after storing in dtype. If the activation is not fused
     with the matmul's result x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
     if not fused:
         error = stored_error(x, error, dtype)
-    y, error = activate_with_error(x, error, activation)
+    y, error = activate_with_error(x, error, activation, gated)
     return y, error + triton_rounding_error(y.abs() + error, dtype) * (1 if fused else 4)
 
 
