@@ -23,12 +23,12 @@ SOURCES_FILE = "model.sources.json"
 STALE = "stale models"  # a key in SOURCES_FILE beside the sources: size and time of models from earlier files
 MODELS = "model*.pth"
 GGUF_PART = r"(.*)-(\d{5})-of-(\d{5})"  # the name of one part of a split GGUF, without .gguf
-# The files from which model.pth is made. Every format has some of WEIGHTS; the others depend on the format.
+# The files from which model.pth is made. Every format has some of WEIGHTS. The others depend on the format.
 ADAPTER_CONFIG = "adapter_config.json"
-SETTINGS = (
-    "config.json", "generation_config.json", "params.json", "quantize_config.json", "quant_config.json",
-    "hf_quant_config.json", ADAPTER_CONFIG,
+HF_SETTINGS = (
+    "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json",
 )
+SETTINGS = (*HF_SETTINGS, "params.json", ADAPTER_CONFIG)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "consolidated.*.pth")
 SAMPLES, SAMPLE_BYTES = 64, 4096  # samples of a file, at equal distances
 

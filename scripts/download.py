@@ -23,13 +23,13 @@ from huggingface_hub.utils import disable_progress_bars, logging
 from cli import common_args
 from cli.interrupts import exit_on_interrupt
 from cli.script import run_script
+from converters.source_files import HF_SETTINGS
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from utils.errors import UsageError
 
-SETTINGS = {"config.json", "generation_config.json", "quantize_config.json", "quant_config.json", *TOKENIZER_FILES}
-# If a repository has the file on the left, or its index.json, the weights are the files that match the pattern on the
-# right. The first row that applies counts. consolidated*.safetensors holds a second copy of the weights, under other
-# names, so it is left out.
+# The weights are the files that match the pattern on the right, if the repository has the file on the left or its
+# index.json. The first row that applies counts. Leave out consolidated*.safetensors: it holds the same weights under
+# other names.
 WEIGHTS = {
     "model.safetensors": r"(?!consolidated)[^/]+\.safetensors",
     "pytorch_model.bin": r"pytorch_model[^/]*\.bin",
@@ -76,7 +76,7 @@ def choose_files(repo: str, names: set[str], stem: str | None = None) -> list[st
             index = f"{file}.index.json"
             if file in names or index in names:
                 weights = {name for name in names if re.fullmatch(pattern, name)}
-                return sorted((SETTINGS | weights | {index}) & names)
+                return sorted({*HF_SETTINGS, *TOKENIZER_FILES, index, *weights} & names)
     wanted = r"[^/]+\.pt" if stem is None else re.escape(f"{stem}.pt")
     models = sorted(name for name in names if re.fullmatch(wanted, name))
     if len(models) == 1:
