@@ -12,6 +12,7 @@ attend.
     linear.py       RMSNorm, Linear, the activations
     experts.py      the experts of a mixture: route, ExpertsGateUp, ExpertsDown
     rope.py         positions: the tables of RoPE, the slopes of ALiBi
+    kv_cache.py     KVCache: the keys, values and ids of earlier tokens, and the tables of RoPE
     attention.py    attend: q/k norm, RoPE, cache write, attention
     sampling.py     sample: from logits to a token
     packing.py      chooses the backend of a model, and packs the weights for the backend

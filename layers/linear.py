@@ -7,7 +7,7 @@
     activate, add, permute_inputs    steps that fused_linear cannot fuse
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ FUSED_GLU_MULTIPLE = 2 * CPU_BLOCK_N
 
 
 class RMSNorm(nn.Module):
-    """weight [dim]; eps, which is added to the mean square; and backend, which model.py: pack_weights sets."""
+    """weight [dim]; eps, which is added to the mean square; and backend, which packing.py: pack_model sets."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -60,8 +60,7 @@ def norm_arguments(norm: RMSNorm | None) -> dict:
 
 
 class LinearBase(WeightMatrix):
-    """A WeightMatrix for matmuls, with a bias [N], of experts [E, N], or None. quantize.py quantizes and tp.py shards
-    every LinearBase of a model except the routers.
+    """A WeightMatrix for matmuls, with a bias [N], of experts [E, N], or None.
 
     activation: follows the bias; None for most layers.
     gated: W is a gate projection above an up projection, and the result is activation(gate) * up, of half the width.
@@ -81,6 +80,13 @@ class LinearBase(WeightMatrix):
             return True
         has_whole_blocks = not self.gated or self.out_features % FUSED_GLU_MULTIPLE == 0
         return has_whole_blocks and self.activation in self.backend.activations
+
+
+def quantizable_linears(model: nn.Module) -> Iterator[tuple[str, LinearBase]]:
+    """Yields (name, layer) for every linear layer that quantize.py quantizes and tp.py shards: all but the routers."""
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase) and not name.endswith(".router"):
+            yield name, module
 
 
 class Linear(LinearBase):
