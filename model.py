@@ -203,7 +203,7 @@ class MoE(nn.Module):
         n_experts, bias = moe.n_experts + moe.n_shared_experts, moe.bias
         self.router = Linear(config.dim, moe.n_experts + (1 if moe.n_shared_experts else 0), bias)
         self.gate_up_proj = ExpertsGateUp(
-            config.dim, sum(config.gate_up_dims), bias, n_experts, config.activation, config.gated
+            config.dim, sum(config.gate_up_dims), bias, n_experts, activation=config.activation, gated=config.gated
         )
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 

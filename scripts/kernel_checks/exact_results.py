@@ -99,9 +99,7 @@ def set_weight(matrix, w: torch.Tensor, format):
 def with_activation(w: LinearBase, activation: str, gated: bool) -> LinearBase:
     """Returns a layer of the same tensors, with another activation."""
     w = copy.copy(w)
-    w.activation, w.gated = activation, gated
-    if isinstance(w, Linear):
-        w.epilogue = w.epilogue._replace(activation=activation, gated=gated)
+    w.epilogue = w.epilogue._replace(activation=activation, gated=gated)
     return w
 
 
