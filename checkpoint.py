@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from config import ModelConfig
 from formats import QuantizationConfig, Unquantized
-from layers.linear import Linear
+from layers.linear import Linear, quantizable_linears
 from model import Transformer
 from utils.errors import UsageError
 from utils.files import delete_if_possible, is_state_dict, load_torch_file, replace_file
@@ -156,7 +156,7 @@ def empty_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZ
     gives an input_order to one that cannot have it."""
     with torch.device("meta"):
         model = Transformer(config)
-    linears = dict(model.quantizable_linears())
+    linears = dict(quantizable_linears(model))
     unknown = formats.overrides.keys() - linears.keys() - {"embed_tokens"}
     if unknown:
         raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")

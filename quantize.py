@@ -43,6 +43,7 @@ from evaluation.lm_harness import task_text
 from formats import Int4, Tensors, WeightFormat
 from formats.base import in_chunks
 from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
+from layers.linear import quantizable_linears
 from loading import load
 from utils.errors import UsageError, check_integer
 from utils.files import read_text
@@ -197,7 +198,7 @@ def main():
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights to quantize, by the name of the layer. tensors: those of the checkpoint at path. The weight of a tied
     head is the embedding."""
-    shapes = {name: linear.weight.shape for name, linear in empty_model(config).quantizable_linears()}
+    shapes = {name: linear.weight.shape for name, linear in quantizable_linears(empty_model(config))}
     tensors = with_tied_head(config, tensors)
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}
     for name, shape in shapes.items():

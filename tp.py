@@ -46,7 +46,7 @@ from config import ModelConfig
 from formats import WeightFormat
 from kernels.capture import graph_break
 from layers.collectives import all_gather, choose_all_reduce, world_size
-from layers.linear import Linear, LinearBase, add
+from layers.linear import Linear, LinearBase, add, quantizable_linears
 from model import Attention, Transformer
 from utils.errors import UsageError
 
@@ -130,7 +130,7 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
     device: where the shard will be."""
     check_device(device)
     plan = tp_plan(model.config)
-    linears = dict(model.quantizable_linears())
+    linears = dict(quantizable_linears(model))
     n_ranks = world_size()
     coarsest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_alignment)
     check_can_shard(model.config, coarsest, n_ranks)
@@ -155,7 +155,7 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
 def tensor_sharder(model: Transformer) -> ShardTensor:
     """Returns shard_tensor for the checkpoint of model, which is not sharded yet."""
     plan = tp_plan(model.config)
-    linears = dict(model.quantizable_linears())
+    linears = dict(quantizable_linears(model))
     n_heads = model.config.n_heads
     formats = {name: linear.format for name, linear in linears.items()}  # shard_model changes linear.format
 

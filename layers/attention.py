@@ -6,28 +6,18 @@
     sdpa_attention     the second step by PyTorch's SDPA, where it can compute all options (is_sdpa_compatible)
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.schema import AttentionParams, active_fields
 from layers.backend import Backend, contiguous, count_tokens
+from layers.kv_cache import LayerCache
 from layers.linear import apply_softcap, rms_norm_torch
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
 # The fields of AttentionParams that SDPA can compute, or that rope_and_cache has computed before
 SDPA_FIELDS = {"n_heads", "scale", "window", "q_norm_weight", "k_norm_weight", "eps"}
-
-
-class LayerCache(NamedTuple):
-    """The keys and values of earlier tokens in a layer, and RoPE's table. The table belongs to the cache and not to the
-    model, because the angles of RoPE of type dynamic or longrope depend on the cache's length."""
-
-    k: Tensor  # [B, G, S, D]
-    v: Tensor  # [B, G, S, D]
-    cos_sin: Tensor  # [S or more, D/2, 2] float32: cos and sin of RoPE's angles at every position
 
 
 def attend(

@@ -6,8 +6,7 @@ kernel for few tokens is slow for many tokens, or cannot take many tokens.
     TORCH_BACKEND     no kernels: plain PyTorch, for any device. On a CPU without a C++ compiler, aten.py
                       multiplies some quantized weights by PyTorch's own kernels
 
-Every layer holds a backend: TORCH_BACKEND, until packing.py packs the weights for another backend. A model asks whether
-there are kernels for all of a step (model.py).
+Every layer holds a backend: TORCH_BACKEND, until packing.py packs the weights for another backend.
 
 The backends compute the same functions, but round differently. With activations of 16 bits:
 

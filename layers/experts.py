@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.schema import Epilogue
 from layers.backend import Backend, contiguous, count_tokens
 from layers.linear import LinearBase, RMSNorm, activate, norm_arguments
 
@@ -86,13 +87,12 @@ class ExpertsGateUp(ExpertsBase):
         kernel = self.backend.find_kernel("experts_gate_up", count_tokens(x))
         if kernel is None:
             return self.forward_torch(x, topk_ids, norm)
-        fuses_activation = self.can_fuse_activation()
+        fused = self.epilogue if self.can_fuse_activation() else Epilogue()
         y = kernel(
             contiguous(x), **self.kernel_arguments(), bias=self.bias, topk_ids=contiguous(topk_ids),
-            **norm_arguments(norm), activation=self.activation if fuses_activation else None,
-            gated=self.gated and fuses_activation,
+            **norm_arguments(norm), activation=fused.activation, gated=fused.gated,
         )
-        return y if fuses_activation else activate(y, self.activation, self.gated, self.backend)
+        return y if fused == self.epilogue else self.apply_activation(y)
 
     def forward_torch(self, x: Tensor, topk_ids: Tensor, norm: RMSNorm | None) -> Tensor:
         """Defines what the kernel computes."""
@@ -100,8 +100,11 @@ class ExpertsGateUp(ExpertsBase):
             x = norm(x)
         repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
         y = self.matmul(repeated.flatten(0, -2), topk_ids.flatten(), query_len=x.shape[-2])
-        y = y.view(*topk_ids.shape, self.out_features)
-        return y if self.activation is None else activate(y, self.activation, self.gated, self.backend)
+        return self.apply_activation(y.view(*topk_ids.shape, self.out_features))
+
+    def apply_activation(self, y: Tensor) -> Tensor:
+        activation, gated = self.epilogue.activation, self.epilogue.gated
+        return y if activation is None else activate(y, activation, gated, self.backend)
 
 
 class ExpertsDown(ExpertsBase):

@@ -4,6 +4,8 @@
     Embedding      a WeightMatrix with a row for every token
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -90,3 +92,11 @@ class Embedding(WeightMatrix):
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__(in_features=embedding_dim, out_features=num_embeddings)
+
+
+def round_to_dtype(value: float, dtype: torch.dtype) -> float:
+    """Rounds a positive number to the nearest number of dtype, ties to even. Without a tensor, since a captured step
+    cannot make one."""
+    _, exponent = math.frexp(value)  # value is in [2^(exponent - 1), 2^exponent)
+    ulp = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # the distance between two numbers of dtype there
+    return round(value / ulp) * ulp

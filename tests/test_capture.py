@@ -13,13 +13,14 @@ from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
 from kernels.capture import MAX_CPU_GRAPHS, capture, graph_break, graph_num_threads
 from kernels.schema import CAPTURABLE, MAX_CPU_TOKENS
-from layers.attention import LayerCache
 from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
 from layers.experts import ExpertsDown, ExpertsGateUp, route
-from layers.linear import add
+from layers.kv_cache import KVCache, LayerCache
+from layers.linear import add, quantizable_linears
+from layers.packing import can_capture, pack_model
 from layers.rope import rope_table
 from layers.weight import WeightMatrix
-from model import KVCache, Transformer
+from model import Transformer
 from scripts.kernel_checks.exact_results import (
     attend,
     format_label,
@@ -50,13 +51,13 @@ def make_model(format, dtype: torch.dtype, act_order: bool = False, **config) ->
     model = Transformer(ModelConfig(**sizes | config))
     for name, p in model.named_parameters():
         p.data = (torch.rand(p.shape) if "norm" in name else torch.randn(p.shape) * 0.2).to(dtype)
-    for _, w in model.quantizable_linears():
+    for _, w in quantizable_linears(model):
         set_weight(w, w.weight.data, format)
         if act_order:
             w.set_tensor("input_order", torch.randperm(w.in_features).int())
     if model.config.tie_embeddings:
         model.tie_embedding()
-    model.pack_weights()
+    pack_model(model)
     return packed(model)
 
 
@@ -74,7 +75,7 @@ def test_replay_equals_the_step(format, dtype, family):
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
         for threads, n_tokens, start_pos in steps:
-            assert model.has_kernels_for(2, n_tokens)
+            assert can_capture(model, 2, n_tokens)
             torch.set_num_threads(threads)
             tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
             expected = model(tokens, torch.tensor(start_pos), caches[0])
@@ -260,11 +261,11 @@ def test_a_kernel_that_plain_pytorch_cannot_replace():
 def test_a_step_with_an_activation_without_a_kernel_is_not_captured():
     """A CPU does not capture the step. A GPU does, since a CUDA graph can also hold operations of PyTorch."""
     model = make_model(Unquantized(), torch.float32)
-    assert model.has_kernels_for(2, 1)
+    assert can_capture(model, 2, 1)
     for matrix in model.modules():
         if isinstance(matrix, WeightMatrix):
             matrix.backend = replace(matrix.backend, activations=matrix.backend.activations - {"silu"})
-    assert not model.has_kernels_for(2, 1)
+    assert not can_capture(model, 2, 1)
     assert TRITON_BACKEND.supports_step(2, 1, 1, "no kernel has this activation")
 
 

@@ -15,8 +15,8 @@ from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig
 from converters.canonical_checkpoint import CanonicalCheckpoint
 from converters.write_model import write_model
+from layers.kv_cache import KVCache
 from loading import load_model
-from model import KVCache
 from tests.tiny import ACTIVATIONS_OF_VERSION_7, call_main, convert, make_hf, write_earlier_version
 from utils.errors import UsageError
 from utils.files import replace_file

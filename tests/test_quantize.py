@@ -17,8 +17,9 @@ from cli.script import run_script
 from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, QuantizationConfig, Unquantized, format_from_dict
 from formats.floats import E2M1_VALUES, round_mxfp4
 from formats.integers import GroupwiseAffine, split_groups
+from layers.kv_cache import KVCache
+from layers.linear import quantizable_linears
 from loading import load_model
-from model import KVCache
 from scripts.kernel_checks import exact_results
 from scripts.kernel_checks.exact_results import format_label
 from tests.tiny import convert, write_folder
@@ -233,7 +234,7 @@ def test_file_loads_as_the_model_it_describes(family, name, folder, monkeypatch,
     assert quantization == ({"mode": "int4", "groupsize": int(group_size)} if group_size else {"mode": name})
 
     ours, plain = (load_model(p, "cpu", torch.float32, use_kernels=False) for p in (tmp_path / "any name", path))
-    quantized = dict(plain.quantizable_linears())
+    quantized = dict(quantizable_linears(plain))
     plain.embed_tokens = copy.deepcopy(plain.embed_tokens)  # a tied one is the head, whose weight changes below
     for linear_name, linear in quantized.items():
         module = ours.get_submodule(linear_name)

@@ -31,7 +31,8 @@ from engine.runner import ModelRunner  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
 from formats import QuantizationConfig  # noqa: E402
 from layers import collectives  # noqa: E402
-from model import KVCache, Transformer  # noqa: E402
+from layers.kv_cache import KVCache  # noqa: E402
+from model import Transformer  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)
 CASES = {
