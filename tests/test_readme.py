@@ -224,7 +224,7 @@ def test_sizes_of_the_code():
     rest = [path for path in code if not any(path in part for part in parts)]
     tests = [path for path in (ROOT / "tests").iterdir() if path.suffix in (".py", ".cpp")]
     said = re.search(
-        r"(\d+) files, ([\d,]+) lines in all, .* code is ([\d,]+) lines of Python and C\+\+: kernels, layers and "
+        r"(\d+) files, ([\d,]+) lines in all\. .* code is ([\d,]+) lines of Python and C\+\+: kernels, layers and "
         r"weight formats ([\d,]+), converters ([\d,]+), scripts ([\d,]+), everything else ([\d,]+)\. "
         r"The tests are ([\d,]+) more",
         " ".join(text.split()),
