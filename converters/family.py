@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from config import ModelConfig
 from converters.canonical_checkpoint import SourceTensors
 from converters.family_tensors import split_stacked_experts
@@ -22,8 +24,9 @@ class Family:
     sliding_layers: str = "none"  # which layers have a window: "none", "all", or "layer_types" (config.json lists them)
     default_layer_types: Callable[[dict], list[str]] | None = None  # if config.json lacks layer_types; None is an error
     needs_use_sliding_window: bool = False  # layers have a window only if use_sliding_window is true
-    scales_sliding_rope: bool = True  # whether rope_scaling also changes layers with a window
-    sliding_rope_theta_field: str | None = None  # name in config.json of rope_theta for layers with a window
+    # The field of config.json with rope_theta of layers with a window, which are then not scaled. None: they have the
+    # RoPE of all layers
+    sliding_rope_theta_field: str | None = None
 
     # Feed-forward
     ffn_dim_field: str = "intermediate_size"
@@ -42,10 +45,8 @@ class Family:
     tensor_renames: dict[str, str] = field(default_factory=dict)  # part of a name -> part of a canonical name; in order
     # Splits tensors that hold all experts of a layer
     split_experts: Callable[[SourceTensors, ModelConfig], None] = split_stacked_experts
-    # Whether conversion scales each row of the head to length one
-    normalizes_head: Callable[[ModelConfig], bool] = lambda config: False
-    # Whether conversion norms each row of the embedding: a model with a norm before its first layer
-    normalizes_embedding: bool = False
+    # (canonical name, config) -> function that changes the numbers of this tensor, or None
+    find_change: Callable[[str, ModelConfig], Callable[[Tensor], Tensor] | None] = lambda name, config: None
     has_norm_weights: bool = True  # if not, conversion makes weights of ones
     norm_offset: float = 0.0  # added to the weights of norms; Gemma computes x * (1 + w)
     layer_norm: bool = False  # whether norms subtract the mean of x; conversion makes it zero

@@ -1,12 +1,14 @@
-"""Renames and splits tensors that only one family has. The rows of families.py: FAMILIES name these functions."""
+"""Renames, splits and changes tensors that only one family has. The rows of families.py name these functions."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical_checkpoint import SourceTensors
+from converters.canonical_checkpoint import EMBEDDING, HEAD, SourceTensors
 
 # ---- tensor_renames: parts of a family's names -> parts of canonical names ------------------------------------------
 
@@ -84,10 +86,17 @@ def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Itera
             yield tensors.pop(name), match.groups()
 
 
-# ---- normalizes_head ------------------------------------------------------------------------------------------------
+# ---- find_change: changes of a tensor's numbers ---------------------------------------------------------------------
 
 
-def is_baichuan2(config: ModelConfig) -> bool:
-    """Whether this is Baichuan 2, which scales every row of the head to length one. The vocabulary tells: Baichuan 1
-    has 64000 tokens, Baichuan 2 another number."""
-    return config.vocab_size != 64000
+def find_change_of_baichuan(name: str, config: ModelConfig) -> Callable[[Tensor], Tensor] | None:
+    """Baichuan 2 scales every row of the head to length one. Only the size of the vocabulary tells the two versions
+    apart: Baichuan 1 has 64000 tokens."""
+    return F.normalize if name == HEAD and config.vocab_size != 64000 else None
+
+
+def find_change_of_nanochat(name: str, config: ModelConfig) -> Callable[[Tensor], Tensor] | None:
+    """nanochat has a norm between the embedding and its first layer. Conversion applies it to the embedding."""
+    if name != EMBEDDING:
+        return None
+    return partial(F.rms_norm, normalized_shape=(config.dim,), eps=config.norm_eps)

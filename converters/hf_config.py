@@ -279,8 +279,6 @@ def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | N
     rope, sliding_rope = dict(unscaled), None
     if family.sliding_rope_theta_field is not None:
         sliding_rope = unscaled | {"rope_theta": hf_config[family.sliding_rope_theta_field]}
-    elif not family.scales_sliding_rope:
-        sliding_rope = dict(unscaled)
     for name in ("rope_parameters", "rope_scaling"):
         fields = hf_config.get(name) or {}
         if not isinstance(fields, dict):

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import rename_tensor
@@ -123,10 +122,9 @@ class CanonicalReader:
 
     def find_change(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """Returns the function that changes the numbers of a tensor, from float32 to float32, or None."""
-        if name == HEAD and self.family.normalizes_head(self.config):
-            return F.normalize
-        if name == EMBEDDING and self.family.normalizes_embedding:
-            return partial(F.rms_norm, normalized_shape=(self.config.dim,), eps=self.config.norm_eps)
+        change = self.family.find_change(name, self.config)
+        if change is not None:
+            return change
         if name.endswith("norm.weight") and self.family.norm_offset:
             return partial(torch.add, other=self.family.norm_offset)
         writes_to_residual = name == EMBEDDING or re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", name)
