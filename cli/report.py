@@ -21,7 +21,7 @@ from layers.linear import quantizable_linears
 from layers.packing import can_capture
 from model import Transformer
 from utils.errors import UsageError
-from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
+from utils.machine import is_out_of_memory, peak_memory, measure_read_bandwidth, measure_read_bandwidth_on
 
 
 @dataclass
@@ -146,8 +146,8 @@ def measured_bandwidth(model: Transformer) -> float | None:
     linears = (linear for _, linear in quantizable_linears(model) if linear.n_experts is None)
     try:
         if device.type == "cpu":
-            return read_bandwidth_of(tensor for linear in linears for tensor in linear.tensors().values())
-        return read_bandwidth(device)
+            return measure_read_bandwidth_on(tensor for linear in linears for tensor in linear.tensors().values())
+        return measure_read_bandwidth(device)
     except (MemoryError, RuntimeError) as e:
         if is_out_of_memory(e):
             return None

@@ -1,7 +1,7 @@
 """The bytes that a decode step reads from memory: over the memory's bandwidth, the least time of a step.
 
     n_attended = mean_attended_tokens(model.config, n_tokens=300)
-    seconds = step_bytes(model, n_attended) / read_bandwidth(model.device)  # utils/machine.py
+    seconds = step_bytes(model, n_attended) / measure_read_bandwidth(model.device)  # utils/machine.py
 """
 
 from config import ModelConfig

@@ -2,7 +2,7 @@
 
     device = pick_device(None)                     # the accelerator, or the CPU if there is none
     check_memory(2 * 10**9, "the KV cache")        # raises OutOfMemoryError
-    read_bandwidth(device)                         # bytes per second
+    measure_read_bandwidth(device)                 # bytes per second
     limit_threads()                                # no more threads than CPUs that this process may use
 
 drop_pages and use_huge_pages tell the operating system how a tensor's memory will be used.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from utils.errors import OutOfMemoryError, UsageError
 
-READ_BYTES = 2**29  # read_bandwidth reads this much at a time: more than a processor's caches hold
+READ_BYTES = 2**29  # measure_read_bandwidth reads this much at a time: more than a processor's caches hold
 UNKNOWN_CACHE_BYTES = 2**28  # the assumed size of all caches if the system reports none
 CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -71,7 +71,7 @@ def cpu_name() -> str:
 # ---- Bandwidth ------------------------------------------------------------------------------------------------------
 
 
-def read_bandwidth(device: torch.device) -> float:
+def measure_read_bandwidth(device: torch.device) -> float:
     """Returns the bytes per second at which a sum over 512 MiB reads memory, the best of five runs. No step can read
     weights faster. Raises MemoryError or RuntimeError if there is no room (see is_out_of_memory)."""
     if device.type == "cpu" and free_memory() < READ_BYTES:
@@ -79,7 +79,7 @@ def read_bandwidth(device: torch.device) -> float:
     return sum_bandwidth([torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)])
 
 
-def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
+def measure_read_bandwidth_on(tensors: Iterable[Tensor]) -> float | None:
     """Measures a CPU's read bandwidth on the first few tensors, and so needs no new memory. Returns None if all of them
     together are less than twice as large as the processor's caches, which would make the sums too fast."""
     cached, n_bytes, chosen = cache_bytes(), 0, []

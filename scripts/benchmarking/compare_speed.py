@@ -32,7 +32,7 @@ from loading import load_model
 from model import Transformer
 from scripts.benchmarking.speed import seconds_of_steps
 from utils.errors import UsageError
-from utils.machine import read_bandwidth
+from utils.machine import measure_read_bandwidth
 
 OOM_HINT = "end other programs, or compare a smaller model"
 PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL
@@ -63,7 +63,7 @@ def measure(
     with new_process() as our_process, new_process() as their_process:
         processes = {"ours": our_process, "theirs": their_process}
         for _ in range(n_rounds + 1):
-            result = {"read_bytes_per_sec": read_bandwidth(CPU), "ours": {}, "theirs": {}}
+            result = {"read_bytes_per_sec": measure_read_bandwidth(CPU), "ours": {}, "theirs": {}}
             for task in tasks:
                 for side in order:
                     arguments = LOADERS[side], str(files[names[side]]), threads, task

@@ -38,7 +38,7 @@ from layers.weight import Embedding
 from model import Attention, Transformer
 from utils.errors import UsageError
 from utils.files import read_json
-from utils.machine import cpu_name, peak_memory, read_bandwidth, synchronize
+from utils.machine import cpu_name, peak_memory, measure_read_bandwidth, synchronize
 
 SAMPLES = 3  # timings of each measurement; the result is the median
 PREFILLS = (512, 2048)  # lengths of prompts
@@ -202,10 +202,10 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     time_tokens(model, runner, 0, n_prompt, n_new)
     peak = peak_memory(device)
 
-    read_before = read_bandwidth(device)
+    read_before = measure_read_bandwidth(device)
     start = n_prompt - 1  # the prompt is still in the cache
     seconds = median(mean(time_tokens(model, runner, start, 1, n_new)[1:]) for _ in range(SAMPLES))
-    read_after = read_bandwidth(device)
+    read_after = measure_read_bandwidth(device)
     positions = range(n_prompt, n_prompt + n_new - 1)  # prefill makes the first new token
     n_attended = mean(mean_attended_tokens(model.config, position + 1) for position in positions)
     bytes_per_second = step_bytes(model, n_attended) / seconds
