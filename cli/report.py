@@ -21,7 +21,7 @@ from layers.linear import quantizable_linears
 from layers.packing import can_capture
 from model import Transformer
 from utils.errors import UsageError
-from utils.machine import is_out_of_memory, peak_memory, measure_read_bandwidth, measure_read_bandwidth_on
+from utils.machine import is_out_of_memory, measure_read_bandwidth, measure_read_bandwidth_on, peak_memory
 
 
 @dataclass

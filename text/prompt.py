@@ -18,14 +18,14 @@ def encode_prompt(
     prompt = read_prompt(prompt)
     is_chat = isinstance(prompt, list)
     for text in [message["content"] for message in prompt] if is_chat else [prompt]:
-        if exceeds(tokenizer, text, max_seq_len):
+        if is_certainly_longer(tokenizer, text, max_seq_len):
             raise UsageError(f"a prompt of {len(text)} characters exceeds {limit}{max_seq_len} tokens")
     if not prompt:
         return []
     if not is_chat:
         return tokenizer.encode(prompt)
     parts = tokenizer.split_chat(prompt)
-    if exceeds(tokenizer, parts, max_seq_len):
+    if is_certainly_longer(tokenizer, parts, max_seq_len):
         raise UsageError(f"a chat of {len(prompt)} messages exceeds {limit}{max_seq_len} tokens")
     return tokenizer.encode_parts(parts)
 
@@ -47,7 +47,7 @@ SAMPLE_LENGTH = 16  # characters for each token that a prompt may have; few text
 SAMPLE_GROWTH = 4
 
 
-def exceeds(tokenizer: Tokenizer, prompt: str | list[Part], n_tokens: int) -> bool:
+def is_certainly_longer(tokenizer: Tokenizer, prompt: str | list[Part], n_tokens: int) -> bool:
     """Returns whether prompt certainly has more than n_tokens tokens. prompt: a text to continue, or a prompt's parts.
 
     Encodes longer and longer beginnings of prompt, until a beginning has twice n_tokens. The text after a beginning can

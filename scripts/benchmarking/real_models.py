@@ -29,7 +29,7 @@ from quantize import GROUP_SIZE_MODES, MODES
 from scripts import tables
 from utils.errors import UsageError
 from utils.files import ROOT
-from utils.machine import pick_device, measure_read_bandwidth
+from utils.machine import measure_read_bandwidth, pick_device
 
 ROUNDS = 5
 

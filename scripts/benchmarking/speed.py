@@ -38,7 +38,7 @@ from layers.weight import Embedding
 from model import Attention, Transformer
 from utils.errors import UsageError
 from utils.files import read_json
-from utils.machine import cpu_name, peak_memory, measure_read_bandwidth, synchronize
+from utils.machine import cpu_name, measure_read_bandwidth, peak_memory, synchronize
 
 SAMPLES = 3  # timings of each measurement; the result is the median
 PREFILLS = (512, 2048)  # lengths of prompts
