@@ -42,8 +42,8 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=int, help="examples of each task (default: all)")
     add("--include_path", type=Path, help="folder of further task files")
     add("--apply_chat_template", action="store_true", help="ask as a user would, in the checkpoint's chat template")
-    help = "tokens of a window (default: of a text 1024, of tasks all the model has)"
-    add("--max_seq_length", dest="max_seq_len", metavar="MAX_SEQ_LENGTH", type=int, help=help)
+    description = "tokens of a window (default: of a text 1024, of tasks all the model has)"
+    add("--max_seq_length", dest="max_seq_len", metavar="MAX_SEQ_LENGTH", type=int, help=description)
     add("--batch_size", type=int, default=1, help="sequences scored at a time (default: %(default)s)")
     add("--compile", action="store_true", help="compile the model")
     common_args.add_device(parser)

@@ -31,13 +31,13 @@ def add_precision(parser: argparse.ArgumentParser):
 
 
 def add_kernels(parser: argparse.ArgumentParser):
-    help = "off: PyTorch's plain operations everywhere"
-    parser.add_argument("--kernels", choices=["auto", "off"], default="auto", help=help)
+    description = "off: PyTorch's plain operations everywhere"
+    parser.add_argument("--kernels", choices=["auto", "off"], default="auto", help=description)
 
 
 def add_threads(parser: argparse.ArgumentParser):
-    help = "of a CPU (default: OMP_NUM_THREADS, else one for each core that the process may use)"
-    parser.add_argument("--threads", type=int, metavar="N", help=help)
+    description = "of a CPU (default: OMP_NUM_THREADS, else one for each core that the process may use)"
+    parser.add_argument("--threads", type=int, metavar="N", help=description)
 
 
 def device_and_dtype(args: argparse.Namespace):

@@ -102,10 +102,10 @@ def add_speed(subparsers):
     add("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     add("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
     add("--decode_only", action="store_true", help="no prefill, no verification")
-    help = "only time decoding of N sequences together (engine/scheduler.py), for each N"
-    add("--parallel", type=int, nargs="+", metavar="N", help=help)
-    help = "only time decoding beside a busy process, and two at once: medians of ROUNDS rounds (default: 3)"
-    add("--busy", type=int, nargs="?", const=3, metavar="ROUNDS", help=help)
+    description = "only time decoding of N sequences together (engine/scheduler.py), for each N"
+    add("--parallel", type=int, nargs="+", metavar="N", help=description)
+    description = "only time decoding next to a busy process, and two at once: medians of ROUNDS rounds (default: 3)"
+    add("--busy", type=int, nargs="?", const=3, metavar="ROUNDS", help=description)
     add("--tune", action="store_true", help="first find the fastest launches of a GPU's kernels")
     add("--cold_start", action="store_true", help="time generate.py from its start to its first token only")
     add("--json", action="store_true", help="one JSON object too, as the last line")

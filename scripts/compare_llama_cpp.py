@@ -128,8 +128,8 @@ def parse_args() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help=f"random weights of a config.json, or of one of {', '.join(CONFIGS)}")
     source.add_argument("--gguf", type=Path, metavar="FILE", help="the weights of a GGUF file")
-    help = "how many sequences to decode at a time, together, in place of one sequence and a prompt"
-    add("--parallel", type=int, nargs="+", metavar="N", help=help)
+    description = "how many sequences to decode at a time, together, in place of one sequence and a prompt"
+    add("--parallel", type=int, nargs="+", metavar="N", help=description)
     add("--rounds", type=int, default=9, help="rounds of which the results are medians (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="of both (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all measurements and the machine's description")
