@@ -28,8 +28,8 @@ from utils.files import ROOT, read_text
 DEMO = ROOT / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
-# The defaults of --speculate_k. Prompt lookup proposes 7 tokens, as a lookup costs nothing. A step verifies the 7 and
-# the text's last token together, and 8 tokens take a GPU's tensor cores as long as one.
+# The defaults of --speculate_k. Prompt lookup proposes 7 tokens, because a lookup costs nothing. A step verifies these
+# 7 and the last token together. 8 tokens take a GPU's tensor cores as long as one.
 DEFAULT_SPECULATE_K = {"draft": 5, "lookup": 7}
 
 
@@ -105,13 +105,13 @@ def add_length_options(parser: argparse.ArgumentParser):
     description = f"default: {DEFAULT_MAX_NEW_TOKENS}; in a conversation what is left of the context"
     add("--max_new_tokens", type=int, help=description)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
-    add("--ignore_eos", action="store_true", help="go on after an end token, for benchmarks")
+    add("--ignore_eos", action="store_true", help="continue after an end token, for benchmarks")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser):
     """Adds --seed, and an option for each field of SamplingParams."""
     add = parser.add_argument
-    description = "default: %(default)s; each prompt of a file samples with a seed that is larger by 1 than the last"
+    description = "default: %(default)s; in a file, the seed of each prompt is 1 larger than the last one"
     add("--seed", type=int, default=1234, help=description)
     for field in fields(SamplingParams):
         default = 0.8 if field.name == "temperature" else field.default
@@ -216,9 +216,9 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
 def to_sequences(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
-    """Returns a Sequence for each of prompts, or one of --prompt_tokens. Raises UsageError if a prompt cannot be
-    continued, for example because it exceeds the context. With --parallel, its Sequence has an error instead, unless no
-    prompt can be continued."""
+    """Returns a Sequence for each of prompts, or one Sequence of --prompt_tokens. Raises UsageError if a prompt cannot
+    be continued, for example because it exceeds the context. With --parallel, the Sequence has an error instead, unless
+    no prompt can be continued."""
     options = {"params": args.sampling_params, "stop": tuple(args.stop), "n_logprobs": args.logprobs}
     options["eos_ids"] = () if args.ignore_eos else config.eos_ids
     if args.prompt_tokens:
