@@ -1,4 +1,4 @@
-"""The table of families: FAMILIES has a row for each architecture, whose columns family.py explains. Some columns are
+"""The table of families: FAMILIES has a row for each architecture. family.py explains the columns. Some columns are
 functions: of config.json in family_config.py, of tensors in family_tensors.py.
 
 To add a family, add a row. docs/add_a_model.md has an example.

@@ -12,7 +12,7 @@ from converters.canonical_checkpoint import EMBEDDING, HEAD, SourceTensors
 
 # ---- tensor_renames: parts of a family's names -> parts of canonical names ------------------------------------------
 
-# For every family; those of its row take precedence
+# For every family. The renames of a family's row take precedence
 LLAMA_NORMS_TO_CANONICAL = {
     ".input_layernorm.": ".pre_attention_norm.", ".post_attention_layernorm.": ".pre_ffn_norm.",
 }
@@ -52,7 +52,7 @@ DBRX_TO_CANONICAL = {
 def split_stacked_experts(tensors: SourceTensors, config: ModelConfig, are_transposed: bool = False):
     """Splits gate_up_proj [E, 2F, dim] and down_proj [E, dim, F], as transformers 5 writes them.
 
-    are_transposed: whether each expert's matrix is transposed, as in gpt-oss. If so, columns of gate and up alternate,
+    are_transposed: whether each expert's matrix is transposed, as in gpt-oss. Then columns of gate and up alternate,
     and there may be biases."""
     for experts, (prefix, projection, is_bias) in pop_matches(
         tensors, r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?"
@@ -70,7 +70,7 @@ def split_stacked_experts(tensors: SourceTensors, config: ModelConfig, are_trans
 
 
 def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
-    """Splits w1, v1 and w2 [E F, dim], which stack all experts. In w2 the matrix of each expert is transposed."""
+    """Splits w1, v1 and w2 [E F, dim], which stack all experts. In w2 each expert's matrix is transposed."""
     projections = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
     for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
         for e, tensor in enumerate(experts.tensor_split(config.moe.n_experts)):
@@ -79,7 +79,7 @@ def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
 
 def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
     """Removes every tensor whose name matches pattern, and yields it with the groups of the match. A tensor with fewer
-    than min_dim dimensions stays, since it cannot be split: write_model will report the missing parts."""
+    than min_dim dimensions cannot be split, so it stays. write_model then reports the missing parts."""
     for name in list(tensors):
         match = re.fullmatch(pattern, name)
         if match is not None and tensors[name].dim() >= min_dim:

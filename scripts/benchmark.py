@@ -5,7 +5,7 @@
     python scripts/benchmark.py --config checkpoints/M/model.pth            # or a config.json: the shape alone
     python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s of 1, 8 and 64 sequences at once
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to the first token
-    python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
+    python scripts/benchmark.py --config TinyLlama-1.1B --busy              # next to other programs
 
 The commands above are short for "benchmark.py speed". Two more are for GPUs:
 
@@ -17,8 +17,8 @@ Two need a real model:
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
 
-Decoding is compared with the memory's read bandwidth, measured before and after it; the higher number counts. A decode
-step reads the weights that it needs, and the keys and values of the tokens in the cache.
+Decoding is compared with the memory's read bandwidth. The bandwidth is measured before and after decoding, and the
+higher number counts. A decode step reads the weights that it needs, and the keys and values of the tokens in the cache.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from utils.files import ROOT
 from utils.machine import pick_device
 
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
-REPORTED_OPTIONS = (  # which the result of the command "speed" repeats
+REPORTED_OPTIONS = (  # the result of the command "speed" repeats them
     "config", "compile", "device", "precision", "mode", "groupsize", "prompt_tokens", "max_new_tokens", "kernels",
 )
 
@@ -126,7 +126,7 @@ def add_gpu_commands(subparsers):
 
     parser = add_command(subparsers, gpu_jobs.hf_transformers)
     add = parser.add_argument
-    add("--config", required=True, help="as for the command speed, but only a Llama")
+    add("--config", required=True, help="see the command speed, but only a Llama")
 
 
 def add_checkpoint_commands(subparsers):
@@ -201,7 +201,7 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """Finds the fastest tile sizes, for --tune: see benchmarking/tune_triton.py."""
     if device.type != "cuda" or not load_triton_kernels(device):
         raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
-    from scripts.benchmarking import tune_triton  # here, since Triton is installed only where there is a GPU
+    from scripts.benchmarking import tune_triton  # here: Triton is installed only where there is a GPU
 
     tune_triton.tune(config, format, device)
     torch.cuda.empty_cache()
@@ -213,7 +213,7 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
 
 def measure_cold_start(args: argparse.Namespace, config: ModelConfig) -> dict:
     """Measures the seconds from the start of generate.py --compile to the first byte of text on stdout: once with empty
-    caches of compiled code, and once with what the first run left there. The checkpoint was just written, so both runs
+    caches of compiled code, and once with the caches of the first run. The checkpoint was just written, so both runs
     find it in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder, "model.pth"), Path(folder, "cache")

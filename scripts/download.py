@@ -60,11 +60,11 @@ def download(repo_id: str, token: str | None):
         snapshot_download(repo, revision=info.sha, allow_patterns=files, local_dir=folder, token=token)
     except UsageError:
         raise
-    except Exception as e:  # errors of the disk or the network; the latter's types change with huggingface_hub
+    except Exception as e:  # errors of the disk or the network; the types of network errors change with huggingface_hub
         raise UsageError(explain_error(repo, e)) from None
     for file in files:
         if not (folder / file).is_file():  # snapshot_download may only warn
-            raise UsageError(f"the download of {repo} stopped before {file}; run it again to go on")
+            raise UsageError(f"the download of {repo} stopped before {file}; run it again to continue")
     if not set(TOKENIZERS) & set(files):
         print(f"{repo} has no tokenizer; put its tokenizer.model or tokenizer.json into {folder}", file=sys.stderr)
 

@@ -3,7 +3,7 @@
     request = CompletionRequest(data, is_chat, model_name, tokenizer, scheduler)  # data: the JSON of a request in bytes
     request.sequences           # what to compute
     request.response()          # after the sequences have ended
-    request.chunks(updates)     # or while they run, for a stream; updates: those of AsyncEngine.generate
+    request.chunks(updates)     # or while they run, for a stream; updates: from AsyncEngine.generate
 """
 
 import json
@@ -20,8 +20,8 @@ from text.tokenizer import Tokenizer
 from utils.errors import UsageError, check_integer
 
 MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # limits of one request
-# Fields that are not supported -> a value that is accepted all the same, since it changes nothing, as null, 0, false
-# and empty values are.
+# Fields that are not supported -> a value that is still accepted, because it changes nothing. null, 0, false and empty
+# values are accepted, too.
 UNSUPPORTED = {"best_of": 1, "response_format": {"type": "text"}} | dict.fromkeys(
     ["echo", "frequency_penalty", "functions", "logit_bias", "presence_penalty", "suffix", "tools"]
 )

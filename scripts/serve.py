@@ -4,9 +4,9 @@
     python scripts/serve.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth
     curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
-The paths are /v1/models, /v1/completions and /v1/chat/completions; both completions can stream. The texts of all
-clients are computed together. When a client disconnects, its slots of the KV cache become free. After Ctrl-C or SIGTERM
-the server completes the answers in flight, and ends. A second signal ends the server at once.
+The paths are /v1/models, /v1/completions and /v1/chat/completions. Both kinds of completions can stream. The server
+decodes the sequences of all clients together. When a client disconnects, its slots in the KV cache become free. After
+Ctrl-C or SIGTERM the server finishes the running sequences and ends. A second signal ends the server at once.
 """
 
 import asyncio
@@ -108,7 +108,7 @@ class Server(uvicorn.Server):
         except asyncio.TimeoutError:
             raise HTTPException(408, f"the request took more than {MAX_BODY_SECONDS} s to arrive") from None
         is_chat = request.scope["path"] == CHAT_PATH
-        # In a thread, since tokenizing megabytes of text takes seconds
+        # In a thread, because tokenizing megabytes of text takes seconds
         options = is_chat, self.model_name, self.tokenizer, self.engine.scheduler
         completion = await asyncio.to_thread(CompletionRequest, body, *options)
         updates = self.engine.generate(completion.sequences)

@@ -3,8 +3,7 @@
     rounds = measure(files, Pair("int8", "Q8_0"), bytes_per_token(files), n_rounds, threads, bar)
     rounds = measure(..., tasks=[8, 16])     # tokens per second of 8 and of 16 sequences together
 
-Each side of a pair has a process, and the two processes take turns. gguf and llama_cpp are imported only where they are
-needed.
+Each side of a pair has a process, and the two processes take turns. gguf and llama_cpp are imported only where needed.
 """
 
 import logging
@@ -77,7 +76,7 @@ def measure(
 
 
 def summarize(pair: Pair, rounds: list[dict], sizes: dict[str, float]) -> dict:
-    """Returns the medians of rounds, which measure has returned for a pair, and the median ratio of ours to theirs."""
+    """Returns the medians of rounds (from measure, for one pair), and the median ratio of ours to theirs."""
     row = {"read_bytes_per_sec": median(r["read_bytes_per_sec"] for r in rounds)}
     for side, name in pair._asdict().items():
         row[side] = {key: median(r[side][key] for r in rounds) for key in rounds[0][side]}

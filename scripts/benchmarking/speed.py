@@ -43,7 +43,7 @@ from utils.machine import cpu_name, measure_read_bandwidth, peak_memory, synchro
 SAMPLES = 3  # timings of each measurement; the result is the median
 PREFILLS = (512, 2048)  # lengths of prompts
 SAMPLING = SamplingParams(temperature=0.8)
-RANDOM_ELEMENTS = 2**18  # of a matrix. A larger one repeats its rows, since drawing and quantizing all would take long
+RANDOM_ELEMENTS = 2**18  # of a matrix. A larger matrix repeats its rows: drawing and quantizing all takes long
 
 # ---- Shapes and random weights ---------------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ def random_prompt(model: Transformer, n: int) -> Tensor:
 
 
 def seconds_of_steps(generated: Iterator) -> list[float]:
-    """Runs generated, which yields after every step, and returns the seconds of each step."""
+    """Runs generated and returns the seconds of each step. generated yields after every step."""
     times = [time.perf_counter()]
     for _ in generated:
         times.append(time.perf_counter())
