@@ -81,7 +81,7 @@ def read_config(folder: Path, hf_config: dict) -> tuple[ModelConfig, str]:
     if unknown:
         numbers = ", ".join(map(str, unknown))
         what = f"{folder}: bos_token_id or eos_token_id {numbers} is ignored"
-        note = f"{what}, since the vocabulary has {config.vocab_size} tokens"
+        note = f"{what}: the vocabulary has {config.vocab_size} tokens"
     bos_id = config.bos_id if config.bos_id in known else None
     return replace(config, bos_id=bos_id, eos_ids=tuple(i for i in config.eos_ids if i in known)), note
 

@@ -222,7 +222,7 @@ def full_attention_by_pattern(default: int, hf_config: dict) -> list[str]:
     """Every n-th layer has no window. n is sliding_window_pattern, or default if the field is missing."""
     n = hf_config.get("sliding_window_pattern") or default
     if not isinstance(n, int):
-        raise UsageError(f"config.json: sliding_window_pattern {n!r} is no number; layer_types must list the layers")
+        raise UsageError(f"config.json: sliding_window_pattern {n!r} is not a number; layer_types must list the layers")
     return full_attention_every(n, hf_config)
 
 

@@ -81,7 +81,7 @@ def bpe_tokenizer(metadata: dict, prefix: list[int]) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     for merge in merges:  # at such a merge the library panics
         if len(merge) != 2 or not ids.keys() >= {*merge, "".join(merge)}:
-            raise ValueError("tokenizer.ggml.merges makes what is no token")
+            raise ValueError("tokenizer.ggml.merges makes something that is not a token")
     tokenizer = byte_level_bpe(models.BPE(ids, merges, ignore_merges=pre in LIKE_LLAMA3), SPLITS[pre])
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

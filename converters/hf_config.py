@@ -205,7 +205,7 @@ def read_n_shared_experts(hf_config: dict, family: Family) -> int:
     shared_dim = required(hf_config, "shared_expert_intermediate_size")
     ffn_dim = required(hf_config, family.ffn_dim_field)
     if shared_dim % ffn_dim:
-        what = f"shared_expert_intermediate_size {shared_dim} is no multiple of {family.ffn_dim_field} {ffn_dim}"
+        what = f"shared_expert_intermediate_size {shared_dim} is not a multiple of {family.ffn_dim_field} {ffn_dim}"
         raise UsageError(f"config.json: {what}")
     return shared_dim // ffn_dim
 

@@ -122,7 +122,7 @@ def sort_tensors(tensors: SourceTensors) -> tuple[dict[str, tuple[Tensor, Tensor
             continue
         module, is_embedding, half, *_ = match.groups()
         if tensor.dim() != 2:
-            raise UsageError(f"tensor {name} is no matrix but {list(tensor.shape)}")
+            raise UsageError(f"tensor {name} is not a matrix but {list(tensor.shape)}")
         if is_embedding:  # the weight is [V, dim], A [r, V] and B [dim, r], so B A is the transposed change
             tensor, half = tensor.mT, {"A": "B", "B": "A"}[half]
         lora_pairs.setdefault(module, {})[half] = tensor

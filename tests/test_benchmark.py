@@ -278,7 +278,7 @@ def test_check(monkeypatch, capsys):
 
 
 def test_check_that_fails(monkeypatch, capsys):
-    """A wrong kernel, or one that raises, gives exit status 1, and the other checks go on."""
+    """A wrong kernel, or one that raises, gives exit status 1. The other checks still run."""
     rms_norm = RMSNorm.forward
     monkeypatch.setattr(check_command, "all_checks", few_checks)
     monkeypatch.setattr(RMSNorm, "forward", lambda *arguments: rms_norm(*arguments) * 1.1)

@@ -1,4 +1,4 @@
-"""Grok-1 and Baichuan, which transformers lacks, against plain PyTorch written after their descriptions."""
+"""Grok-1 and Baichuan against plain PyTorch, written from their descriptions. transformers lacks both."""
 
 import json
 import math

@@ -84,7 +84,7 @@ class Evil:
         return exec, ("raise SystemExit('a pickle ran code')",)
 
 
-WRONG_FILES = {  # content in place of model.pth, and a word of the error
+WRONG_FILES = {  # content instead of model.pth, and a word of the error
     "missing": (lambda path, data: None, "does not exist"),
     "directory": (lambda path, data: path.mkdir(), "holds no model: it needs"),
     "empty": (lambda path, data: path.touch(), "truncated or not a PyTorch file"),

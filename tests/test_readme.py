@@ -1,8 +1,8 @@
 """The pages are right. Commands and the Python example run on tiny random checkpoints, scripts/tables.py makes the same
 tables, and all files, functions and messages exist that a page, a docstring or a comment names.
 
-Commands run in this process, since torch takes seconds to load; only torchrun starts others. A shell script runs with a
-python3 that records its arguments, and this process makes the recorded calls.
+Commands run in this process, because torch takes seconds to load. Only torchrun starts other processes. A shell script
+runs with a python3 that records its arguments. Then this process makes the recorded calls.
 """
 
 import ast
