@@ -212,8 +212,6 @@ def check_options(config: ModelConfig):
             check_positive_number(f"the model's {name}", getattr(config, name))
     if config.activation not in ACTIVATIONS:
         raise UsageError(f"activation {config.activation!r} is not supported; {', '.join(ACTIVATIONS)} are")
-    if config.activation == "clamped_silu" and not config.gated:
-        raise UsageError("activation 'clamped_silu' needs a gate, since it also clamps up")
     if config.moe is not None and (config.residual_scale != 1 or config.ffn_bias):
         raise UsageError("a mixture of experts has neither residual_scale nor ffn_bias; MoEConfig has a bias")
     if not all(isinstance(i, int) for i in config.eos_ids):
