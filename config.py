@@ -151,8 +151,6 @@ class ModelConfig:
         """Makes the config from the dict that model.pth stores."""
         try:
             fields = lists_to_tuples(fields)
-            if fields.get("sliding_window") is None:  # in an earlier file
-                fields["sliding_window"] = 0
             if fields["rope_scaling"]:
                 fields["rope_scaling"] = RopeScaling(**lists_to_tuples(fields["rope_scaling"]))
             if fields["moe"]:

@@ -79,11 +79,8 @@ class QuantizationConfig:
 
 def format_from_dict(quantization: dict | None) -> WeightFormat:
     """The inverse of to_dict for any class. Raises UsageError."""
-    fields = quantization
-    if isinstance(fields, dict) and fields.get("mode") == Int8.mode and "groupsize" in fields:
-        fields = fields | {"mode": GroupedInt8.mode}  # earlier versions wrote GroupedInt8 so
     for format_class in FORMATS:
         for format in format_class.stored_formats():
-            if format.to_dict() == fields:
+            if format.to_dict() == quantization:
                 return format
     raise UsageError(f"the checkpoint is quantized as {quantization!r}, which this version does not read")

@@ -148,7 +148,6 @@ def test_a_header_names_its_format(format):
 
 def test_a_mode_names_one_class():
     assert len({format_class.mode for format_class in formats.FORMATS}) == len(formats.FORMATS)
-    assert format_from_dict({"mode": "int8", "groupsize": 16}) == GroupedInt8(16)  # an earlier version's header
 
 
 @pytest.mark.parametrize(
@@ -158,8 +157,10 @@ def test_a_mode_names_one_class():
         {"mode": "int4", "groupsize": 32, "scale_dtype": "float32"},
         {"mode": "int4", "groupsize": 32, "scale_dtype": ["float16"]},
         {"mode": "int4", "groupsize": 32, "scale_dtype": None},
-        {"mode": "int8", "groupsize": 8}, {"mode": "int8", "groupsize": None}, {"mode": "int8", "groupsize": [32]},
-        {"mode": "int8", "groupsize": 32, "scale_dtype": "int8"}, {"mode": "int8", "scale_dtype": "float16"},
+        {"mode": "int8", "groupsize": 32},
+        {"mode": "int8-grouped", "groupsize": 8}, {"mode": "int8-grouped", "groupsize": None},
+        {"mode": "int8-grouped", "groupsize": [32]}, {"mode": "int8-grouped", "groupsize": 32, "scale_dtype": "int8"},
+        {"mode": "int8", "scale_dtype": "float16"},
     ],
     ids=str,
 )
