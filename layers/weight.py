@@ -70,14 +70,14 @@ class WeightMatrix(nn.Module):
     def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
         arguments = self.kernel_arguments() | tensors
-        return self.backend.get_kernel("dequantize")(**arguments, k=self.in_features, dtype=dtype)
+        return self.backend.op("dequantize")(**arguments, k=self.in_features, dtype=dtype)
 
     def lookup(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """The rows of tokens [B, T], times scale: [B, T, K] in dtype."""
         if self.is_packed:  # only the kernel can read W
-            kernel = self.backend.get_kernel("embed")
+            kernel = self.backend.op("embed")
         else:
-            kernel = self.backend.find_kernel("embed", tokens.numel())
+            kernel = self.backend.kernel_for("embed", tokens.numel())
         if kernel is not None:
             return kernel(contiguous(tokens), **self.kernel_arguments(), k=self.in_features, dtype=dtype, scale=scale)
         rows = self.format.dequantize({name: t[tokens] for name, t in self.tensors().items()}, dtype)

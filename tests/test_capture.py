@@ -244,17 +244,17 @@ def test_there_are_the_kernels_that_a_graph_needs():
     """On a CPU a graph needs those of all operations that it can hold. Limits of other operations do not count."""
     assert CAPTURABLE == CPU_BACKEND.required_in_graph <= CPU_BACKEND.token_limits.keys()
     assert TRITON_BACKEND.required_in_graph <= TRITON_BACKEND.token_limits.keys()
-    assert all(CPU_BACKEND.find_kernel(name, 1) is not None for name in CPU_BACKEND.token_limits)
+    assert all(CPU_BACKEND.kernel_for(name, 1) is not None for name in CPU_BACKEND.token_limits)
     for backend, needs_add in [(CPU_BACKEND, True), (TRITON_BACKEND, False)]:
         assert backend.with_limits(add=1).supports_step(2, 1, 1, "silu") != needs_add
 
 
 def test_a_kernel_that_plain_pytorch_cannot_replace():
     """Such a kernel has no limit of tokens. A backend without kernels says that it has none."""
-    assert CPU_BACKEND.find_kernel("embed", MAX_CPU_TOKENS + 1) is None
-    assert CPU_BACKEND.get_kernel("embed") is torch.ops.gptfast_cpu.embed
+    assert CPU_BACKEND.kernel_for("embed", MAX_CPU_TOKENS + 1) is None
+    assert CPU_BACKEND.op("embed") is torch.ops.gptfast_cpu.embed
     with pytest.raises(RuntimeError, match="the backend 'torch' has no kernels, so none for embed"):
-        TORCH_BACKEND.get_kernel("embed")
+        TORCH_BACKEND.op("embed")
 
 
 @built
