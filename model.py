@@ -58,7 +58,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]."""
         scale = round_to_dtype(self.config.embed_scale, self.dtype)  # as transformers rounds the scale
-        return self.embed_tokens.lookup(tokens, scale, self.dtype)
+        return self.embed_tokens.embedding(tokens, scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""

@@ -1,6 +1,6 @@
 """What the layers with weights share: a weight in some format (formats/), packed for some backend.
 
-    WeightMatrix   W, its tensors, and what needs no more than W: dequantize, lookup
+    WeightMatrix   W, its tensors, and what needs no more than W: dequantize, embedding
     Embedding      a WeightMatrix with a row for every token
 """
 
@@ -72,7 +72,7 @@ class WeightMatrix(nn.Module):
         arguments = self.kernel_arguments() | tensors
         return self.backend.op("dequantize")(**arguments, k=self.in_features, dtype=dtype)
 
-    def lookup(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    def embedding(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """The rows of tokens [B, T], times scale: [B, T, K] in dtype."""
         if self.is_packed:  # only the kernel can read W
             kernel = self.backend.op("embed")
@@ -85,7 +85,7 @@ class WeightMatrix(nn.Module):
 
 
 class Embedding(WeightMatrix):
-    """W [V, dim] has a row for every token: lookup. It has no forward, since a tied head, which is a Linear, takes its
+    """W [V, dim] has a row for every token: embedding. It has no forward, since a tied head, which is a Linear, takes its
     place (model.py: tie_embedding)."""
 
     is_embedding = True

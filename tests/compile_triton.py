@@ -172,7 +172,7 @@ def launch_products(gpu: Gpu) -> Counter:
         w.dequantize(dtype)
         launches.update(dequantize_kernel=1)
         if gpu.compiles_all or isinstance(format, Int4):  # both kernels call the same function of the format
-            w.lookup(torch.zeros(1, 2, dtype=torch.int64), 1.5, dtype)
+            w.embedding(torch.zeros(1, 2, dtype=torch.int64), 1.5, dtype)
             launches.update(embed_kernel=1)
     return launches
 

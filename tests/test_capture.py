@@ -109,7 +109,7 @@ def test_every_argument_is_captured(format):
     caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), cos_sin) for _ in range(2)]
 
     def step(tokens, start_pos, cache):
-        x = embedding.lookup(tokens, 8.0, torch.float32)
+        x = embedding.embedding(tokens, 8.0, torch.float32)
         y = attend(
             qkv_proj(x), cache, start_pos, n_heads, CPU_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
             softcap=2.0, alibi_slopes=slopes,
