@@ -40,11 +40,11 @@ from utils.errors import UsageError
 
 __all__ = [
     "Unquantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationConfig", "Tensors",
-    "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
+    "FORMATS", "FORMAT_BY_MODE", "GROUP_SIZES", "format_from_dict",
 ]
 
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
-MODES = {  # by --mode
+FORMAT_BY_MODE = {  # by --mode
     format_class.mode: format_class for format_class in FORMATS if format_class not in (Unquantized, GroupedInt8)
 }
 

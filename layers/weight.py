@@ -85,8 +85,8 @@ class WeightMatrix(nn.Module):
 
 
 class Embedding(WeightMatrix):
-    """W [V, dim] has a row for every token: embedding. It has no forward, since a tied head, which is a Linear, takes its
-    place (model.py: tie_embedding)."""
+    """W [V, dim] has a row for every token. There is no forward, because a tied head takes the place of an Embedding
+    (model.py: tie_embedding), and the forward of a Linear is the matmul."""
 
     is_embedding = True
 
