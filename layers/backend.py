@@ -77,13 +77,13 @@ class Backend:
     activations: frozenset[str] = frozenset()
     filters: frozenset[str] = frozenset()
 
-    def kernel_for(self, name: str, n_tokens: int) -> Callable | None:
-        """The kernel of the operation called name, for a step of n_tokens tokens of all sequences, or None if plain
+    def kernel_for(self, name: str, num_tokens: int) -> Callable | None:
+        """The kernel of the operation called name, for a step of num_tokens tokens of all sequences, or None if plain
         PyTorch computes the step.
 
         Kernels are called like their operation: "attend" is attend in kernels/csrc/ops.cpp and in
         kernels/triton/attention.py. kernels/schema.py declares it for both, as empty_attend."""
-        return self.op(name) if 0 < n_tokens <= self.token_limits.get(name, 0) else None
+        return self.op(name) if 0 < num_tokens <= self.token_limits.get(name, 0) else None
 
     def supports_queries(self, query_len: int, heads_per_kv_head: int) -> bool:
         """The further limits of attend: query_len new tokens of each sequence, query heads of a key/value head."""
@@ -103,8 +103,8 @@ class Backend:
         heads_per_kv_head, activation: those of the model."""
         if self.namespace is None:
             return False
-        n_tokens = batch_size * query_len
-        has_kernels = all(self.kernel_for(name, n_tokens) is not None for name in self.required_in_graph)
+        num_tokens = batch_size * query_len
+        has_kernels = all(self.kernel_for(name, num_tokens) is not None for name in self.required_in_graph)
         has_activation = activation in self.activations or "activate" not in self.required_in_graph
         return has_kernels and has_activation and self.supports_queries(query_len, heads_per_kv_head)
 

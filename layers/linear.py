@@ -130,12 +130,12 @@ class Linear(LinearBase):
         computes."""
         if norm is not None:
             x = norm(x)
-        n_tokens = count_tokens(x)
-        if self.aten_weight is not None and n_tokens <= aten.MAX_ATEN_TOKENS:
+        num_tokens = count_tokens(x)
+        if self.aten_weight is not None and num_tokens <= aten.MAX_ATEN_TOKENS:
             y = aten.multiply(x.flatten(0, -2), self.aten_weight).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         weight = self.dequantize(x.dtype)
-        if n_tokens == 1 and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
+        if num_tokens == 1 and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
             y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)  # about twice as fast as F.linear
             return y if self.bias is None else y + self.bias
         return F.linear(x, weight, self.bias)
