@@ -160,7 +160,7 @@ class Attention(nn.Module):
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
-        """Made anew for each step, because loading replaces the tensors, and tensor parallelism also n_heads."""
+        """Built in each forward, because loading, sharding and Module.to replace the tensors. Replays skip it."""
         params = AttentionParams(
             self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks, alibi_slopes=self.alibi_slopes
         )

@@ -43,9 +43,9 @@ def attend_torch(
     if is_sdpa_compatible(params):
         y = sdpa_attention(q, params, cache, positions)
     else:
-        step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
-        parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
-        y = torch.cat([eager_attention(q, params, cache, positions) for q, positions in parts], dim=2)
+        chunk = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
+        chunks = zip(q.split(chunk, dim=2), positions.split(chunk, dim=1), strict=True)
+        y = torch.cat([eager_attention(queries, params, cache, at) for queries, at in chunks], dim=2)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
