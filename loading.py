@@ -129,7 +129,7 @@ def loaded_bytes(tensors: dict[str, Tensor], dtype: torch.dtype, quantized_names
 
 def move_tensors(
     tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, quantized_names: set[str],
-    shard_tensor: tp.ShardTensor | None,
+    shard_tensor: tp.ShardFn | None,
 ) -> dict[str, Tensor]:
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
     A tied head gets the embedding's tensors, unless it is sharded.

@@ -58,7 +58,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, T, dim]."""
         scale = round_to_dtype(self.config.embed_scale, self.dtype)  # as transformers rounds the scale
-        return self.embed_tokens.lookup(tokens, scale, self.dtype)
+        return self.embed_tokens.embedding(tokens, scale, self.dtype)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """The final norm and the head: hidden [..., dim] -> float32 logits [..., V]."""
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
-        """Made anew for each step, because loading replaces the tensors, and tensor parallelism also n_heads."""
+        """Built in each forward, because loading, sharding and Module.to replace the tensors. Replays skip it."""
         params = AttentionParams(
             self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks, alibi_slopes=self.alibi_slopes
         )

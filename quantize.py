@@ -101,7 +101,7 @@ def round_by_gptq(args: argparse.Namespace, dtype: torch.dtype) -> QuantizedLaye
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 # By --mode: the format of the result
-MODES: dict[str, type[WeightFormat]] = formats.MODES | {"int4-hqq": Int4, "int4-gptq": Int4}
+MODES: dict[str, type[WeightFormat]] = formats.FORMAT_BY_MODE | {"int4-hqq": Int4, "int4-gptq": Int4}
 GROUP_SIZE_MODES = [mode for mode, format_class in MODES.items() if format_class.group_size_choices]
 # Of options that only some modes read. argparse's own default is None, so that check_mode knows what the user gave
 DEFAULTS = {"group_size": 32, "calibration_limit": 64, "percdamp": 0.1, "blocksize": 128, "act_order": True}

@@ -22,7 +22,7 @@ def route(
     norm_topk_prob: scales the weights to sum to one.
     n_shared_experts: every token also uses these experts, with ids from E on. Then logits are [..., E + 1], the weight
     of each shared expert is the sigmoid of the last logit, and the results are [..., top_k + n_shared_experts]."""
-    kernel = backend.find_kernel("route", count_tokens(logits))
+    kernel = backend.kernel_for("route", count_tokens(logits))
     if kernel is None:
         return route_torch(logits, top_k, norm_topk_prob, n_shared_experts)
     return kernel(
@@ -84,7 +84,7 @@ class ExpertsGateUp(ExpertsBase):
     def forward(self, x: Tensor, *, topk_ids: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """activation(norm(x) W^T + bias) for each expert of every token: x [B, T, dim], topk_ids [B, T, top_k] ->
         [B, T, top_k, F]."""
-        kernel = self.backend.find_kernel("experts_gate_up", count_tokens(x))
+        kernel = self.backend.kernel_for("experts_gate_up", count_tokens(x))
         if kernel is None:
             return self.forward_torch(x, topk_ids, norm)
         fused = self.epilogue if self.can_fuse_activation() else Epilogue()
@@ -115,7 +115,7 @@ class ExpertsDown(ExpertsBase):
     ) -> Tensor:
         """The sum of topk_weights * (hidden W^T + bias) over the experts of each token [+ residual]:
         hidden [B, T, top_k, F], topk_ids and topk_weights [B, T, top_k] -> [B, T, dim]."""
-        kernel = self.backend.find_kernel("experts_down", count_tokens(topk_ids))
+        kernel = self.backend.kernel_for("experts_down", count_tokens(topk_ids))
         if kernel is not None:
             return kernel(
                 contiguous(hidden), **self.kernel_arguments(), bias=self.bias, topk_ids=contiguous(topk_ids),

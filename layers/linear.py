@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[residual +] x / rms(x) * weight, over the last dimension of x [..., dim]."""
-        kernel = self.backend.find_kernel("rms_norm", count_tokens(x))
+        kernel = self.backend.kernel_for("rms_norm", count_tokens(x))
         if kernel is None:
             return rms_norm_torch(x, self.weight, self.eps, residual)
         return kernel(contiguous(x), self.weight, self.eps, contiguous(residual))
@@ -110,7 +110,7 @@ class Linear(LinearBase):
         out_dtype: None, which means x.dtype, or torch.float32."""
         if self.input_order is not None:
             x = permute_inputs(x, self.input_order, self.backend)
-        kernel = self.backend.find_kernel("fused_linear", count_tokens(x))
+        kernel = self.backend.kernel_for("fused_linear", count_tokens(x))
         if kernel is not None and self.can_fuse_activation():
             return self.call_kernel(kernel, x, norm, self.epilogue, residual, out_dtype)
         y = self.matmul(x, norm) if kernel is None else self.call_kernel(kernel, x, norm, Epilogue())
@@ -130,12 +130,12 @@ class Linear(LinearBase):
         computes."""
         if norm is not None:
             x = norm(x)
-        n_tokens = count_tokens(x)
-        if self.aten_weight is not None and n_tokens <= aten.MAX_ATEN_TOKENS:
+        num_tokens = count_tokens(x)
+        if self.aten_weight is not None and num_tokens <= aten.MAX_ATEN_TOKENS:
             y = aten.multiply(x.flatten(0, -2), self.aten_weight).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         weight = self.dequantize(x.dtype)
-        if n_tokens == 1 and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
+        if num_tokens == 1 and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
             y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)  # about twice as fast as F.linear
             return y if self.bias is None else y + self.bias
         return F.linear(x, weight, self.bias)
@@ -167,7 +167,7 @@ def apply_softcap(x: Tensor, softcap: float) -> Tensor:
 def activate(x: Tensor, activation: str, gated: bool, backend: Backend) -> Tensor:
     """activation(x), in the shape of x. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up
     [..., F]."""
-    kernel = backend.find_kernel("activate", count_tokens(x))
+    kernel = backend.kernel_for("activate", count_tokens(x))
     if kernel is None or activation not in backend.activations:
         return activate_torch(x, activation, gated)
     return kernel(contiguous(x), activation, gated)
@@ -196,7 +196,7 @@ def activate_torch(x: Tensor, activation: str, gated: bool) -> Tensor:
 
 def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
     """x + y, of the same shape. Needed for a residual that comes after an all-reduce (tp.py)."""
-    kernel = backend.find_kernel("add", count_tokens(x))
+    kernel = backend.kernel_for("add", count_tokens(x))
     if kernel is None:
         return x + y
     return kernel(contiguous(x), contiguous(y))
@@ -205,7 +205,7 @@ def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
 def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
     """x[..., input_order] for x [..., K] and input_order int32 [N]: [..., N]. N may be less than K: a tensor-parallel
     rank takes only the inputs of its own columns."""
-    kernel = backend.find_kernel("permute_inputs", count_tokens(x))
+    kernel = backend.kernel_for("permute_inputs", count_tokens(x))
     if kernel is None:
         return x.index_select(-1, input_order)
     return kernel(contiguous(x), input_order)

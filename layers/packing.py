@@ -71,12 +71,12 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
 def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
     """Packs the weights of matrices into huge pages, one weight behind the other."""
     memory = HugePageArena()
-    is_quantized = any(matrix.format.is_quantized for matrix in matrices)
+    model_is_quantized = any(matrix.format.is_quantized for matrix in matrices)
     # Packed bf16 is faster for several tokens (kernels/csrc/dot_unquantized.h), but only kernels can read packed
     # weights. So bf16 is packed if the kernels also compute prefill: in linear layers, but not in experts.
     packs_unquantized = dtype == torch.bfloat16 and build.library().has_prefill_linear(True)
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        matrix.backend = cpu_backend(dtype, matrix.format, is_quantized)
+        matrix.backend = cpu_backend(dtype, matrix.format, model_is_quantized)
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
             continue
         unpacked = matrix.tensors()

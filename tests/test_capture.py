@@ -74,10 +74,10 @@ def test_replay_equals_the_step(format, dtype, family):
     generator = torch.Generator().manual_seed(1)
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
-        for threads, n_tokens, start_pos in steps:
-            assert can_capture(model, 2, n_tokens)
+        for threads, query_len, start_pos in steps:
+            assert can_capture(model, 2, query_len)
             torch.set_num_threads(threads)
-            tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
+            tokens = torch.randint(0, 97, (2, query_len), generator=generator)
             expected = model(tokens, torch.tensor(start_pos), caches[0])
             assert torch.equal(captured(tokens, torch.tensor(start_pos)), expected)
     torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def test_every_argument_is_captured(format):
     caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), cos_sin) for _ in range(2)]
 
     def step(tokens, start_pos, cache):
-        x = embedding.lookup(tokens, 8.0, torch.float32)
+        x = embedding.embedding(tokens, 8.0, torch.float32)
         y = attend(
             qkv_proj(x), cache, start_pos, n_heads, CPU_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
             softcap=2.0, alibi_slopes=slopes,
@@ -244,17 +244,17 @@ def test_there_are_the_kernels_that_a_graph_needs():
     """On a CPU a graph needs those of all operations that it can hold. Limits of other operations do not count."""
     assert CAPTURABLE == CPU_BACKEND.required_in_graph <= CPU_BACKEND.token_limits.keys()
     assert TRITON_BACKEND.required_in_graph <= TRITON_BACKEND.token_limits.keys()
-    assert all(CPU_BACKEND.find_kernel(name, 1) is not None for name in CPU_BACKEND.token_limits)
+    assert all(CPU_BACKEND.kernel_for(name, 1) is not None for name in CPU_BACKEND.token_limits)
     for backend, needs_add in [(CPU_BACKEND, True), (TRITON_BACKEND, False)]:
         assert backend.with_limits(add=1).supports_step(2, 1, 1, "silu") != needs_add
 
 
 def test_a_kernel_that_plain_pytorch_cannot_replace():
     """Such a kernel has no limit of tokens. A backend without kernels says that it has none."""
-    assert CPU_BACKEND.find_kernel("embed", MAX_CPU_TOKENS + 1) is None
-    assert CPU_BACKEND.get_kernel("embed") is torch.ops.gptfast_cpu.embed
+    assert CPU_BACKEND.kernel_for("embed", MAX_CPU_TOKENS + 1) is None
+    assert CPU_BACKEND.op("embed") is torch.ops.gptfast_cpu.embed
     with pytest.raises(RuntimeError, match="the backend 'torch' has no kernels, so none for embed"):
-        TORCH_BACKEND.get_kernel("embed")
+        TORCH_BACKEND.op("embed")
 
 
 @built

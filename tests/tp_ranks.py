@@ -72,7 +72,7 @@ CASES = {
     "int4 qwen3-moe": ("qwen3-moe", {}, ["int4", "--groupsize", "32"], (4,)),
 }
 MODES = {mode for _, _, options, _ in CASES.values() for mode in options[:1]}
-CASES |= {mode: ("llama3", {}, [mode], (2,)) for mode in formats.MODES if mode not in MODES}  # of new formats
+CASES |= {mode: ("llama3", {}, [mode], (2,)) for mode in formats.FORMAT_BY_MODE if mode not in MODES}  # of new formats
 COMPILED = "mixtral"  # the case that 2 ranks also run with torch.compile, without kernels
 GREEDY, SPECULATE = ["--temperature", "0"], ["--ignore_eos", "--prompt", "ab ab ab", "--temperature", "0"]
 COMMANDS = {  # name: (arguments of generate.py besides the checkpoint, standard input); FOLDER: the files
@@ -229,7 +229,7 @@ def bytes_read(path: Path) -> dict:
     config, quantization, tensors = read_checkpoint(path)
     tensors = with_tied_head(config, tensors)
     model = empty_model(config, QuantizationConfig.from_dict(quantization))
-    shard_tensor = tp.tensor_sharder(model)
+    shard_tensor = tp.build_shard_fn(model)
     with BytesRead(tensors.values()) as read:
         parts = {name: shard_tensor(name, t) for name, t in tensors.items()}
     cut = [name for name, part in parts.items() if part is not tensors[name]]
