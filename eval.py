@@ -42,8 +42,8 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=int, help="examples of each task (default: all)")
     add("--include_path", type=Path, help="folder of further task files")
     add("--apply_chat_template", action="store_true", help="ask as a user would, in the checkpoint's chat template")
-    help = "tokens of a window (default: of a text 1024, of tasks all the model has)"
-    add("--max_seq_length", dest="max_seq_len", metavar="MAX_SEQ_LENGTH", type=int, help=help)
+    description = "tokens of a window (default: 1024 for a text, the model's context for tasks)"
+    add("--max_seq_length", dest="max_seq_len", metavar="MAX_SEQ_LENGTH", type=int, help=description)
     add("--batch_size", type=int, default=1, help="sequences scored at a time (default: %(default)s)")
     add("--compile", action="store_true", help="compile the model")
     common_args.add_device(parser)
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 def main():
     args = parse_args()
     common_args.set_threads(args.threads)
-    # Check everything else before loading the model, which takes long.
+    # Check everything else first: loading the model takes long.
     text = read_text(args.text_file) if args.text_file else None
     manager = task_manager(args.tasks, args.include_path) if args.tasks else None
     load_options = common_args.build_load_options(args)

@@ -46,7 +46,7 @@ def main():
     common_args.set_threads(args.threads)
     load_options = common_args.build_load_options(args)
     prompts = read_prompts(args)
-    checkpoint_path = ensure_converted(args.checkpoint_path)  # after all checks, since converting may take half an hour
+    checkpoint_path = ensure_converted(args.checkpoint_path)  # after all checks: converting may take half an hour
     draft_path = ensure_converted(args.draft_checkpoint_path) if args.draft_checkpoint_path else None
     start = time.perf_counter()
     llm = LLM(checkpoint_path, compile=args.compile, **load_options)
@@ -93,11 +93,11 @@ def required_seq_len(
 
 @torch.inference_mode()
 def compile_steps(loop: GenerationLoop, sequences: list[Sequence], max_new_tokens: int) -> float:
-    """Compiles or captures what --compile and --compile_prefill name, and returns the seconds that this takes. Without
-    --compile, a CPU captures a step at its first use. The first prompt overwrites what the KV caches then hold."""
+    """Compiles or captures what --compile and --compile_prefill name. Returns the seconds that this takes. Without
+    --compile, a CPU captures a step at its first use. The first prompt overwrites the contents of the KV caches."""
     start, runner = time.perf_counter(), loop.runner
     if runner.compiled_model is not None:
-        # The length of a conversation's first prompt is unknown. Take one that is too long for the kernels.
+        # The length of a conversation's first prompt is unknown. Take a length that is too long for the kernels.
         n_prompt_tokens = len(sequences[0].prompt_ids) if sequences else MAX_CPU_TOKENS + 1
         shape = runner.kv_cache.batch_size, n_prompt_tokens
         prompt = torch.zeros(shape, dtype=torch.long, device=runner.device)
@@ -112,9 +112,9 @@ def generate_texts(
     loop: GenerationLoop, sequences: list[Sequence], n_samples: int, batch_size: int, trace_file: Path | None,
     reporter: Reporter,
 ):
-    """Continues one prompt after another, n_samples times each, and reports it. trace_file: where --profile goes."""
+    """Continues and reports one prompt after another, n_samples times each. trace_file: where --profile goes."""
     for i, sequence in enumerate(sequences, start=1):
-        torch.manual_seed(to_64_bits(sequence.seed))  # as with --parallel: a text does not depend on the prompts before
+        torch.manual_seed(to_64_bits(sequence.seed))  # as with --parallel: no text depends on earlier prompts
         samples = []
         for j in range(1, n_samples + 1):
             with profiled(trace_file if j == n_samples else None):
@@ -130,8 +130,8 @@ def generate_texts(
 
 
 def print_texts(texts: Iterator[list[str]], batch: list[Sequence], labels: list[tuple[str, int, int]]):
-    """Prints the first text of batch while it is generated, and then the others. labels: the argument of print_label,
-    for the whole batch."""
+    """Prints the first text of batch while it is generated, and then the other texts. labels: the argument of
+    print_label, for the whole batch."""
     print_label([*labels, ("sequence", 1, len(batch))])
     for first, *_ in texts:
         print(first, end="", flush=True)

@@ -8,7 +8,7 @@ from utils.errors import UsageError, check_integer
 
 PRECISIONS = ["bfloat16", "float16", "float32"]  # the names of model.py: DTYPES
 MAX_THREADS = 1024
-CHECKPOINT_HELP = "model.pth, its tokenizer beside it; or a model's folder or .gguf, which is converted once"
+CHECKPOINT_HELP = "model.pth, next to its tokenizer; or a model's folder or .gguf, which is converted once"
 
 
 def build_parser(doc: str) -> argparse.ArgumentParser:
@@ -31,17 +31,17 @@ def add_precision(parser: argparse.ArgumentParser):
 
 
 def add_kernels(parser: argparse.ArgumentParser):
-    help = "off: PyTorch's plain operations everywhere"
-    parser.add_argument("--kernels", choices=["auto", "off"], default="auto", help=help)
+    description = "off: PyTorch's plain operations everywhere"
+    parser.add_argument("--kernels", choices=["auto", "off"], default="auto", help=description)
 
 
 def add_threads(parser: argparse.ArgumentParser):
-    help = "of a CPU (default: OMP_NUM_THREADS, else one for each core that the process may use)"
-    parser.add_argument("--threads", type=int, metavar="N", help=help)
+    description = "of a CPU (default: OMP_NUM_THREADS, else one for each core that the process may use)"
+    parser.add_argument("--threads", type=int, metavar="N", help=description)
 
 
 def device_and_dtype(args: argparse.Namespace):
-    import torch  # here, since scripts/download.py need not wait for this import
+    import torch  # here, because scripts/download.py need not wait for this import
 
     from utils.machine import pick_device
 
@@ -59,7 +59,7 @@ def set_threads(n: int | None):
     if n is None:
         return
     check_integer("--threads", n, 1, MAX_THREADS)
-    import torch  # here, since scripts/download.py need not wait for this import
+    import torch  # here, because scripts/download.py need not wait for this import
 
     os.environ["OMP_NUM_THREADS"] = str(n)
     torch.set_num_threads(n)

@@ -28,8 +28,8 @@ from utils.files import ROOT, read_text
 DEMO = ROOT / "checkpoints/SmolLM2-135M-Instruct/model.pth"
 DEFAULT_PROMPT = "Hello, my name is"
 DEFAULT_MAX_NEW_TOKENS = 200
-# The defaults of --speculate_k. Prompt lookup proposes 7 tokens, as a lookup costs nothing. A step verifies the 7 and
-# the text's last token together, and 8 tokens take a GPU's tensor cores as long as one.
+# The defaults of --speculate_k. Prompt lookup proposes 7 tokens, because a lookup costs nothing. A step verifies these
+# 7 and the last token together. 8 tokens take a GPU's tensor cores as long as one.
 DEFAULT_SPECULATE_K = {"draft": 5, "lookup": 7}
 
 
@@ -71,8 +71,8 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
     add_sampling_options(parser)
     add_speculation_options(parser)
     add = parser.add_argument
-    help = "compile or, on a GPU, capture the decode step; a CPU whose kernels take the step captures it anyway"
-    add("--compile", action="store_true", help=help)
+    description = "compile or, on a GPU, capture the decode step; a CPU whose kernels take the step captures it anyway"
+    add("--compile", action="store_true", help=description)
     add("--compile_prefill", action="store_true", help="compile prefill too")
     add("--profile", type=Path, metavar="FILE", help="write a Chrome trace of the last sample (of every rank)")
     common_args.add_device(parser)
@@ -87,36 +87,36 @@ def build_parser(doc: str) -> argparse.ArgumentParser:
 def add_prompt_options(parser: argparse.ArgumentParser):
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
-    help = "one prompt a line; in a .jsonl file a line is {\"prompt\": ...} or {\"messages\": [...]}"
-    prompt.add_argument("--prompt_file", type=Path, help=help)
+    description = "one prompt a line; in a .jsonl file a line is {\"prompt\": ...} or {\"messages\": [...]}"
+    prompt.add_argument("--prompt_file", type=Path, help=description)
     prompt.add_argument("--prompt_tokens", type=int, metavar="N", help="N random tokens, for benchmarks")
     add = parser.add_argument
     add("--chat", action="store_true", help="--prompt as a chat message; without --prompt, a conversation")
     add("--interactive", action="store_true", help="a conversation: the same as --chat without --prompt")
     add("--system", help="system message of a chat")
-    help = f"complete N prompts of --prompt_file at a time; a GPU's kernels take up to {MAX_TRITON_TOKENS}"
-    add("--parallel", type=int, metavar="N", help=help)
+    description = f"complete N prompts of --prompt_file at a time; a GPU's kernels take up to {MAX_TRITON_TOKENS}"
+    add("--parallel", type=int, metavar="N", help=description)
     add("--num_samples", type=int, default=1, help="how often each prompt is continued (default: %(default)s)")
     add("--batch_size", type=int, default=1, help="independent samples at a time; the first streams (default: 1)")
 
 
 def add_length_options(parser: argparse.ArgumentParser):
     add = parser.add_argument
-    help = f"default: {DEFAULT_MAX_NEW_TOKENS}; in a conversation what is left of the context"
-    add("--max_new_tokens", type=int, help=help)
+    description = f"default: {DEFAULT_MAX_NEW_TOKENS}; in a conversation what is left of the context"
+    add("--max_new_tokens", type=int, help=description)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
-    add("--ignore_eos", action="store_true", help="go on after an end token, for benchmarks")
+    add("--ignore_eos", action="store_true", help="continue after an end token, for benchmarks")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser):
     """Adds --seed, and an option for each field of SamplingParams."""
     add = parser.add_argument
-    help = "default: %(default)s; each prompt of a file samples with a seed that is larger by 1 than the last"
-    add("--seed", type=int, default=1234, help=help)
+    description = "default: %(default)s; in a file, the seed of each prompt is 1 larger than the last one"
+    add("--seed", type=int, default=1234, help=description)
     for field in fields(SamplingParams):
         default = 0.8 if field.name == "temperature" else field.default
-        help = field.metadata["help"] + ("" if default is None else " (default: %(default)s)")
-        add(f"--{field.name}", type=field.metadata["type"], default=default, help=help)
+        description = field.metadata["help"] + ("" if default is None else " (default: %(default)s)")
+        add(f"--{field.name}", type=field.metadata["type"], default=default, help=description)
 
 
 def add_speculation_options(parser: argparse.ArgumentParser):
@@ -216,9 +216,9 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[dict]]:
 def to_sequences(
     prompts: list[str | list[dict]], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
 ) -> list[Sequence]:
-    """Returns a Sequence for each of prompts, or one of --prompt_tokens. Raises UsageError if a prompt cannot be
-    continued, for example because it exceeds the context. With --parallel, its Sequence has an error instead, unless no
-    prompt can be continued."""
+    """Returns a Sequence for each of prompts, or one Sequence of --prompt_tokens. Raises UsageError if a prompt cannot
+    be continued, for example because it exceeds the context. With --parallel, the Sequence has an error instead, unless
+    no prompt can be continued."""
     options = {"params": args.sampling_params, "stop": tuple(args.stop), "n_logprobs": args.logprobs}
     options["eos_ids"] = () if args.ignore_eos else config.eos_ids
     if args.prompt_tokens:

@@ -8,8 +8,8 @@ take seconds:
         exit_on_interrupt()
 
 So Ctrl-C ends the process at once while the script imports modules. In the script's main (script.py), Ctrl-C raises
-KeyboardInterrupt, and the other two signals raise SystemExit, so that a file that is being written can be removed
-first. This module must not import torch."""
+KeyboardInterrupt, and the other two signals raise SystemExit. Then a half-written file can be removed first. This
+module must not import torch."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # kill, and a terminal that is cl
 
 def exit_on_interrupt():
     """Makes Ctrl-C, SIGTERM and SIGHUP end the process at once, without a message. Does nothing in an interactive
-    interpreter (IPython's %run), since the user goes on there after the script."""
+    interpreter (IPython's %run): there the user continues after the script."""
     if hasattr(sys, "ps1"):
         return
 
@@ -46,8 +46,8 @@ def raise_on_interrupt() -> Iterator[None]:
     """Makes Ctrl-C raise KeyboardInterrupt, and SIGTERM and SIGHUP raise SystemExit, within this context. Does nothing
     in a process that ignores SIGINT (nohup) or leaves it to the system (torchrun's ranks).
 
-    After an interrupt torch.save raises a RuntimeError, since it closes its file and finds it too short. Then the
-    interrupt is raised again."""
+    After an interrupt torch.save raises a RuntimeError, because the file that it closes is too short. Then this context
+    raises the interrupt again."""
     if not callable(signal.getsignal(signal.SIGINT)):
         yield
         return

@@ -41,7 +41,7 @@ def generate_in_parallel(model: Transformer, sequences: list[Sequence], parallel
     try:
         for i, _ in bar:
             print_sequence(i)
-    except KeyboardInterrupt:  # from Scheduler.run, which has yielded all that have ended, or from this loop
+    except KeyboardInterrupt:  # from Scheduler.run, after it has yielded all that have ended, or from this loop
         for i in [i for i, sequence in not_printed.items() if sequence.finish_reason]:
             print_sequence(i)
         raise

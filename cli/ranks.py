@@ -31,8 +31,9 @@ TIMEOUT = timedelta(minutes=10)  # for a rank that hangs; if a rank dies, torchr
 def process_group() -> Iterator[None]:
     """Joins torchrun's process group for as long as this context lasts. Does nothing without torchrun.
 
-    Only rank 0 prints, also the one-line error that ends a script. After an error, the other ranks wait until rank 0
-    has printed it, since torchrun kills all ranks as soon as one has exited. Ctrl-C ends a rank at once."""
+    Only rank 0 prints. This includes the one-line error that ends a script. After an error, the other ranks wait until
+    rank 0 has printed it, because torchrun kills all ranks as soon as one rank has exited. Ctrl-C ends a rank at
+    once."""
     names = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}  # a cluster may set only some
     if not names <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
@@ -62,8 +63,8 @@ def silence(errors: io.StringIO) -> Iterator[None]:
 
 
 def wait_for_rank_0(errors: str):
-    """Lets rank 0 print its error before any rank exits. Rank 0 calls this after printing, and the other ranks wait for
-    that call, at most 5 s. If it does not come, rank 0 has had no error, and the waiting rank prints errors."""
+    """Lets rank 0 print its error before any rank exits. Rank 0 calls this function after printing, and the other ranks
+    wait for that call, at most 5 s. Without the call, rank 0 has had no error, and the waiting rank prints errors."""
     store = dist.distributed_c10d._get_default_store()  # the key-value store that all ranks share
     if dist.get_rank() == 0:
         store.set("rank 0 has printed", "")

@@ -1,5 +1,5 @@
-"""What generate.py reports about a prompt: the object that --json prints, the summary on stderr, labels between texts,
-and the trace of --profile."""
+"""The reports of generate.py about a prompt: the object of --json, the summary on stderr, labels between texts, and the
+trace of --profile."""
 
 import contextlib
 import json
@@ -16,14 +16,17 @@ from cli.ranks import rank_path
 from engine.memory_traffic import active_weight_bytes, mean_attended_tokens, step_bytes
 from engine.sequence import Sequence
 from layers import collectives
-from model import KVCache, Transformer
+from layers.kv_cache import KVCache
+from layers.linear import quantizable_linears
+from layers.packing import can_capture
+from model import Transformer
 from utils.errors import UsageError
-from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
+from utils.machine import is_out_of_memory, measure_read_bandwidth, measure_read_bandwidth_on, peak_memory
 
 
 @dataclass
 class Result:
-    """What --json prints about a prompt: an object with these fields. One that has its default value is left out."""
+    """The object that --json prints about a prompt. Fields with their default value are left out."""
 
     text: list[str]  # of each sequence of the last sample
     tokens: list[list[int]]  # the new ones, including an end token
@@ -37,7 +40,7 @@ class Result:
     decode_tokens_per_sec: float  # of one sequence; the median over the samples
     total_tokens_per_sec: float  # of all sequences together
     model_bytes: int  # the weights that a decode step reads
-    bandwidth_gb_per_sec: float  # at which decoding reads weights, keys and values; those of a draft do not count
+    bandwidth_gb_per_sec: float  # of decoding: weights, keys and values, without those of a draft
     peak_memory_bytes: int
     device: str
     precision: str
@@ -129,22 +132,22 @@ def tokens_per_second(times: list[float]) -> float:
 
 def tokens_read(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> float:
     """Returns how many tokens' keys and values a decode step reads for a sequence of n_tokens."""
-    if model.has_kernels_for(kv_cache.batch_size, 1):
+    if can_capture(model, kv_cache.batch_size, 1):
         return mean_attended_tokens(model.config, n_tokens)
     return kv_cache.max_seq_len if compile else n_tokens  # a compiled step reads the whole cache
 
 
 @lru_cache(maxsize=1)
 def measured_bandwidth(model: Transformer) -> float | None:
-    """Measures once at how many bytes per second the machine reads memory: a CPU with the weights that every step
-    reads, which are all but experts. Returns None if its caches hold half of these weights, or if there is too little
+    """Measures once at how many bytes per second the machine reads memory. A CPU reads the weights that every step
+    reads: all weights except experts. Returns None if the caches hold half of these weights, or if there is too little
     memory for the measurement."""
     device = model.device
-    linears = (linear for _, linear in model.quantizable_linears() if linear.n_experts is None)
+    linears = (linear for _, linear in quantizable_linears(model) if linear.n_experts is None)
     try:
         if device.type == "cpu":
-            return read_bandwidth_of(tensor for linear in linears for tensor in linear.tensors().values())
-        return read_bandwidth(device)
+            return measure_read_bandwidth_on(tensor for linear in linears for tensor in linear.tensors().values())
+        return measure_read_bandwidth(device)
     except (MemoryError, RuntimeError) as e:
         if is_out_of_memory(e):
             return None
@@ -152,8 +155,8 @@ def measured_bandwidth(model: Transformer) -> float | None:
 
 
 def tokens_per_step(accept_counts: list[int]) -> float:
-    """Returns the mean number of tokens that a step gives. accept_counts[n]: how many steps accepted n proposed tokens,
-    and so gave n + 1 tokens."""
+    """Returns the mean number of new tokens in a step. accept_counts[n]: how many steps accepted n draft tokens. Such a
+    step adds n + 1 tokens."""
     return sum(n * count for n, count in enumerate(accept_counts, start=1)) / max(sum(accept_counts), 1)
 
 

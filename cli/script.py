@@ -18,8 +18,9 @@ from utils.errors import OutOfMemoryError, UsageError
 
 EXIT_USAGE_ERROR = 2  # exit status after the user's mistake, as in argparse
 
-# oneDNN, and PyTorch's layer above it, cache a compiled matrix product for every number of tokens that occurs: 1024 by
-# default, of 0.3 to 1 MB each. These environment variables lower that number, and must be set before the first product.
+# oneDNN, and PyTorch's layer above it, cache a compiled matmul for every number of tokens that occurs. The default is
+# 1024 matmuls, of 0.3 to 1 MB each. These environment variables lower this number. Set them before
+# the first matmul.
 MATMUL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 MATMUL_CACHE_SIZE = "128"
 
@@ -28,7 +29,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
     """Calls a script's main, with no more threads than utils/machine.py: limit_threads allows. Ends the script so:
 
         UsageError                                             status 2, one line on stderr
-        out of memory                                          status 2, one line, which ends with oom_hint
+        out of memory                                          status 2, one line that ends with oom_hint
         an error of the file system, also in torch.compile     status 2, one line
         Ctrl-C                                                 status 130
         SIGTERM, SIGHUP                                        status 143, 129
@@ -39,7 +40,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
     for name in MATMUL_CACHES:
         os.environ.setdefault(name, MATMUL_CACHE_SIZE)
     if "torch" in sys.modules:
-        from utils.machine import limit_threads  # here, since machine imports torch (see the first docstring)
+        from utils.machine import limit_threads  # here, because machine imports torch (see the first docstring)
 
         limit_threads()
     try:
@@ -49,7 +50,7 @@ def run_script(main: Callable[[], None], oom_hint: str = "end other programs, or
         exit_interrupted()
     except Exception as e:
         if isinstance(e, OSError):
-            # Python flushes stdout at exit, which would fail again if stdout has failed. So /dev/null takes the rest.
+            # Python flushes stdout at exit. If stdout has failed, that would fail again. So /dev/null takes the rest.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):
             return
@@ -86,7 +87,7 @@ def explain(e: Exception, oom_hint: str) -> str | None:
 
 def explain_out_of_memory(e: MemoryError | RuntimeError, oom_hint: str) -> str | None:
     """Returns one line that explains e, or None if e does not mean that memory ran out."""
-    from utils.machine import (  # here, since machine imports torch (see the first docstring)
+    from utils.machine import (  # here, because machine imports torch (see the first docstring)
         free_memory,
         is_out_of_memory,
     )

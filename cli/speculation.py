@@ -1,4 +1,4 @@
-"""Speculation of generate.py: loads the draft model, and builds the loop that verifies proposed tokens."""
+"""Speculation in generate.py: loads the draft model, and builds the loop that verifies draft tokens."""
 
 import sys
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 from engine.runner import ModelRunner
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeLoop
 from layers.backend import TRITON_BACKEND
+from layers.kv_cache import KVCache
+from layers.packing import can_capture
 from loading import load
-from model import KVCache, Transformer
+from model import Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -31,7 +33,7 @@ def load_draft(path: Path, tokenizer: Tokenizer, **load_options) -> Transformer:
 def speculative_loop(
     runner: ModelRunner, draft: Transformer | None, prompt_lookup: int | None, speculate_k: int
 ) -> SpeculativeLoop:
-    """Returns a loop in which draft proposes at most speculate_k tokens or, if draft is None, prompt lookup does, by
+    """Returns a loop in which draft proposes up to speculate_k tokens. Without a draft, prompt lookup proposes them, by
     the last prompt_lookup tokens."""
     warn_without_kernels(speculate_k, runner.model)
     if draft is None:
@@ -44,7 +46,7 @@ def speculative_loop(
 
 
 def warn_without_kernels(k: int, model: Transformer):
-    """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
-    most = max((i for i in range(1, k + 1) if model.has_kernels_for(1, i + 1)), default=0)
+    """Prints a warning if a GPU would verify k draft tokens without the kernels."""
+    most = max((i for i in range(1, k + 1) if can_capture(model, 1, i + 1)), default=0)
     if model.lm_head.backend.name == TRITON_BACKEND.name and most < k:
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)

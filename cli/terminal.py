@@ -3,8 +3,8 @@
     python generate.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth --chat
 
 Answers go to standard output, everything else to standard error. On a terminal the user edits messages with
-prompt_toolkit, so a message may be long and have several lines. With several ranks, only rank 0 reads input, and only
-rank 0 touches the files of /save and /load. engine/chat.py: Conversation makes the answers.
+prompt_toolkit, so a message may be long and have several lines. With several ranks, only rank 0 reads input and touches
+the files of /save and /load. engine/chat.py: Conversation generates the answers.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from utils.errors import UsageError
 from utils.files import read_json, replace_file
 
 HELP = (
-    "Type a message; /continue goes on with an answer that was cut, /drop forgets the oldest message, /reset all of "
+    "Type a message; /continue resumes an answer that was cut, /drop forgets the oldest message, /reset all of "
     "them, /save FILE writes them, /load FILE reads them, /exit ends."
 )
 COMMANDS = {  # command -> whether a file's name follows
@@ -33,9 +33,9 @@ LONGEST_LINE = 4095  # bytes; a terminal in canonical mode drops what exceeds th
 BRACKETED_PASTE_ON, BRACKETED_PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # escape sequences
 IFLAG, LFLAG = 0, 3  # indices into what termios.tcgetattr returns
 CUT_NOTES = {  # an answer's finish_reason -> the note after the answer
-    "length": "Cut by --max_new_tokens; /continue goes on.",
-    "context": "Cut, for the context is full; /continue goes on if there are older messages to forget.",
-    "interrupted": "Stopped; /continue goes on.",
+    "length": "Cut by --max_new_tokens; /continue resumes the answer.",
+    "context": "Cut because the context is full; /continue resumes the answer if there are older messages to forget.",
+    "interrupted": "Stopped; /continue resumes the answer.",
 }
 
 Reader = Callable[[], str | None]  # returns the next message or command, None after the last
@@ -43,7 +43,7 @@ Reader = Callable[[], str | None]  # returns the next message or command, None a
 
 def converse(conversation: Conversation, max_new_tokens: int):
     """Reads lines from standard input until the input ends, and answers them. Ctrl-C stops an answer. If a line cannot
-    be answered, prints a note. If standard input is no terminal, such a line also raises UsageError at the end."""
+    be answered, prints a note. If standard input is not a terminal, such a line also raises UsageError at the end."""
     print_note(HELP)
     read = build_reader()
     commands = ChatCommands(conversation, max_new_tokens)
@@ -65,8 +65,8 @@ def converse(conversation: Conversation, max_new_tokens: int):
 
 
 def parse(line: str) -> tuple[str, str]:
-    """Splits a command into (command, argument). Returns ("", message) for a message. "//drop" is the message "/drop",
-    and no command."""
+    """Splits a command into (command, argument). Returns ("", message) for a message. "//drop" is not a command but the
+    message "/drop"."""
     match = COMMAND_PATTERN.fullmatch(line)
     if match:
         return match[1].lower(), match[2] or ""
@@ -103,7 +103,7 @@ class ChatCommands:
 
     def next_line(self, read: Reader) -> str | None:
         """Returns the next line, or None after the last. Only rank 0 calls this method, and sends the line to all
-        ranks. Since only rank 0 may touch files, it carries out /save here, and replaces the file's name in a /load by
+        ranks. Only rank 0 may touch files. So it carries out /save here, and replaces the file's name in a /load with
         the file's contents."""
         self.has_read = True
         while (line := read()) is not None:
@@ -124,7 +124,7 @@ class ChatCommands:
         return None
 
     def save(self, path: Path):
-        """Writes the conversation to path as JSON. A file at path must hold a conversation, which is replaced."""
+        """Writes the conversation to path as JSON. An existing file is replaced only if it holds a conversation."""
         try:
             check_messages(read_json(path, default=[]))
         except UsageError:
@@ -207,7 +207,7 @@ def build_reader() -> Reader:
     try:
         return build_editor()
     except ImportError as e:
-        print_note(f"Lines are read without editing keys and history, for prompt_toolkit cannot be imported: {e}")
+        print_note(f"Lines are read without editing keys and history, because prompt_toolkit cannot be imported: {e}")
         return read_line
 
 
@@ -217,16 +217,16 @@ def is_terminal(stream) -> bool:
 
 @contextlib.contextmanager
 def hold_typing(is_canonical: bool) -> Iterator[None]:
-    """Hides what the user types within this context. The terminal keeps it for the next Reader: in canonical mode as
-    lines, which the terminal edits itself, otherwise as keys for prompt_toolkit."""
-    import termios  # here, since only a conversation on a terminal needs this module
+    """Hides what the user types within this context. The terminal keeps it for the next Reader. In canonical mode, the
+    terminal edits lines itself. Otherwise it keeps the keys for prompt_toolkit."""
+    import termios  # here, because only a conversation on a terminal needs this module
 
     before, held = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
     held[LFLAG] &= ~termios.ECHO
     held[LFLAG] |= termios.NOFLSH  # Ctrl-C stops the answer, but does not discard what was typed
     if not is_canonical:
         held[LFLAG] &= ~(termios.ICANON | termios.IEXTEN)
-        held[IFLAG] &= ~termios.ICRNL  # Enter stays "\r", which prompt_toolkit expects
+        held[IFLAG] &= ~termios.ICRNL  # prompt_toolkit expects Enter as "\r"
         print(BRACKETED_PASTE_ON, end="", flush=True)
     termios.tcsetattr(sys.stdin, termios.TCSANOW, held)
     try:
@@ -237,7 +237,7 @@ def hold_typing(is_canonical: bool) -> Iterator[None]:
 
 
 def build_editor() -> Reader:
-    # here, since only a conversation on a terminal needs prompt_toolkit
+    # here, because only a conversation on a terminal needs prompt_toolkit
     from prompt_toolkit import PromptSession
     from prompt_toolkit.enums import DEFAULT_BUFFER
     from prompt_toolkit.filters import has_focus
@@ -290,8 +290,8 @@ def read_line() -> str | None:
 
 
 def print_unread():
-    """Prints how many lines of a pipe were not read when an error ended the conversation. Does not wait for lines that
-    are not yet written to the pipe."""
+    """After an error, prints how many lines of a pipe were not read. Does not wait for lines that are not yet written
+    to the pipe."""
     if sys.stdin is None or sys.stdin.isatty():
         return
     pipe = sys.stdin.buffer

@@ -1,4 +1,4 @@
-"""Finds the model.pth of --checkpoint_path, which may be a model.pth, a folder that holds a model, or a GGUF file.
+"""Finds the model.pth for --checkpoint_path: a model.pth, a folder that holds a model, or a GGUF file.
 
     path = ensure_converted(Path("checkpoints/meta-llama/Llama-3.2-1B"))    # model.pth in the folder, made if missing
 
@@ -47,13 +47,13 @@ def model_of_folder(folder: Path) -> str:
     if not weights and not any((folder / name).is_file() for name in SETTINGS):
         what = "config.json and weights of Hugging Face, params.json and weights of Meta, .gguf, or model.pth"
         raise UsageError(f"{folder} holds no model: it needs {what}{hint_at_subfolder(folder)}")
-    from converters.convert_folder import convert_folder  # here, since few calls convert
+    from converters.convert_folder import convert_folder  # here, because few calls convert
 
     return str(convert_folder(folder, announce=partial(announce_conversion, folder, folder)))
 
 
 def model_of_gguf(file: Path) -> str:
-    """Returns the model.pth of a GGUF. With the tokenizer, it is in a folder beside the GGUF."""
+    """Returns the model.pth of a GGUF. It is in a folder next to the GGUF, with the tokenizer."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
     match = re.fullmatch(GGUF_PART, file.stem)
@@ -62,7 +62,7 @@ def model_of_gguf(file: Path) -> str:
     if model is not None:
         return str(model)
     try:
-        from converters.convert_gguf import convert_gguf  # here, since only GGUF needs the packages gguf and protobuf
+        from converters.convert_gguf import convert_gguf  # here: only GGUF needs the packages gguf and protobuf
     except ImportError as e:
         raise UsageError(f"reading {file} needs `pip install gguf protobuf` ({e})") from None
 
@@ -70,8 +70,8 @@ def model_of_gguf(file: Path) -> str:
 
 
 def find_model(folder: Path, sources: list[Path]) -> Path | None:
-    """Returns the model.pth in folder or, without one, the only model_FORMAT.pth (quantized weights), or None. A model
-    does not count if it is older than any of sources, or was made from other files."""
+    """Returns the model.pth in folder. Without a model.pth, returns the only model_FORMAT.pth (quantized weights), or
+    None. A model does not count if it is older than any of sources, or was made from other files."""
     if have_changed(folder, sources):
         return None
     newest = max((file.stat().st_mtime for file in sources), default=0)

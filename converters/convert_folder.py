@@ -33,7 +33,7 @@ AUTO_GPTQ_FILE = "gptq_model-*.safetensors"  # early versions put bits and group
 def convert_folder(folder: Path, lora: Path | None = None, announce: Announcement | None = None) -> Path:
     """Writes model.pth into folder and returns its path. If weights are quantized, the name tells their format.
 
-    lora: the folder of an adapter, where the merged model.pth then goes. announce: see write_model."""
+    lora: the folder of an adapter. Then the merged model.pth goes there. announce: see write_model."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     target = folder if lora is None else lora
@@ -73,15 +73,15 @@ def read_hf(folder: Path, adapter: Adapter | None = None) -> CanonicalCheckpoint
 
 
 def read_config(folder: Path, hf_config: dict) -> tuple[ModelConfig, str]:
-    """Returns the config, without bos and end tokens that the vocabulary lacks, and a note about those. hf_config: the
-    contents of config.json."""
+    """Returns the config without bos and end tokens that the vocabulary lacks, and a note about these tokens.
+    hf_config: the contents of config.json."""
     config = config_from_hf(hf_config, read_json(folder / "generation_config.json", {}))
     known = range(config.vocab_size)
     note, unknown = "", [i for i in (config.bos_id, *config.eos_ids) if i is not None and i not in known]
     if unknown:
         numbers = ", ".join(map(str, unknown))
         what = f"{folder}: bos_token_id or eos_token_id {numbers} is ignored"
-        note = f"{what}, since the vocabulary has {config.vocab_size} tokens"
+        note = f"{what}: the vocabulary has {config.vocab_size} tokens"
     bos_id = config.bos_id if config.bos_id in known else None
     return replace(config, bos_id=bos_id, eos_ids=tuple(i for i in config.eos_ids if i in known)), note
 
@@ -108,8 +108,8 @@ def merge_folders(folder: Path, lora: Path) -> CanonicalCheckpoint:
 
 
 def check_not_quantized(folder: Path, hf_config: dict):
-    """Raises UsageError if the base model is quantized. gpt-oss (mxfp4) is an exception, since its adapters change
-    attention, which is not quantized."""
+    """Raises UsageError if the base model is quantized. gpt-oss (mxfp4) is an exception: its adapters change attention,
+    and attention is not quantized."""
     quantization = hf_config.get("quantization_config") if isinstance(hf_config, dict) else None
     if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
         what = f"{folder} is quantized (config.json: quantization_config), and an adapter cannot be merged into that"
@@ -133,7 +133,7 @@ def read_state_dict(folder: Path) -> SourceTensors:
 
 
 def read_shards(file_of: dict[str, str], index: Path, load: Callable[[Path], SourceTensors]) -> SourceTensors:
-    """Returns the tensors of all files in an index. If two files hold the same one, file_of decides."""
+    """Returns the tensors of all files in an index. If two files hold the same tensor, file_of decides."""
     tensors = {}
     for file in sorted(set(file_of.values())):
         for name, tensor in load(index.parent / file).items():

@@ -96,7 +96,7 @@ def convert_gguf(
 def rename_gguf_tensors(
     stored: dict[str, GGUFTensor], config: ModelConfig, architecture: Architecture
 ) -> tuple[dict[str, GGUFTensor], Tensor | None]:
-    """Returns the tensors by canonical names, and the order that their heads need: see rope_row_order."""
+    """Returns the tensors by canonical names, and the row order of their heads (see rope_row_order)."""
     renamed: dict[str, GGUFTensor] = {}
     for name, tensor in stored.items():
         if name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
@@ -109,7 +109,7 @@ def dequantize_gguf_tensors(
     renamed: dict[str, GGUFTensor], row_order: Tensor | None, dtype: torch.dtype
 ) -> tuple[SourceTensors, TensorReader]:
     """Returns the tensors (on the meta device) and the read function of a CanonicalCheckpoint. The norms of Gemma need
-    no change, since a GGUF stores 1 + w."""
+    no change, because a GGUF stores 1 + w."""
     tensors = {name: torch.empty(tensor.shape(), dtype=dtype, device="meta") for name, tensor in renamed.items()}
 
     def read(name: str) -> Tensor:
@@ -127,8 +127,8 @@ def dequantize_gguf_tensors(
 def split_tensor(
     name: str, tensor: GGUFTensor, config: ModelConfig, architecture: Architecture
 ) -> dict[str, GGUFTensor]:
-    """Returns the canonical tensors that a tensor of a GGUF holds, by name: one, several stacked along the rows, or one
-    for each expert."""
+    """Returns the canonical tensors in a tensor of a GGUF, by name. These are one tensor, several stacked along the
+    rows, or one for each expert."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     layer, module, kind = match.groups() if match else (None, "", None)
     names = GGUF_TO_CANONICAL | architecture.names

@@ -1,4 +1,4 @@
-"""The table of families: FAMILIES has a row for each architecture, whose columns family.py explains. Some columns are
+"""The table of families: FAMILIES has a row for each architecture. family.py explains the columns. Some columns are
 functions: of config.json in family_config.py, of tensors in family_tensors.py.
 
 To add a family, add a row. docs/add_a_model.md has an example.
@@ -33,7 +33,7 @@ GPT_OSS_ROPE = dict(
 )
 BAICHUAN = Family(
     "baichuan", dict(bos_token_id=1, eos_token_id=2), read_config_fields=family_config.baichuan,
-    tensor_renames=family_tensors.BAICHUAN_TO_CANONICAL, normalizes_head=family_tensors.is_baichuan2,
+    tensor_renames=family_tensors.BAICHUAN_TO_CANONICAL, find_change=family_tensors.find_change_of_baichuan,
 )
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
@@ -171,7 +171,7 @@ FAMILIES = {
         OLMO | dict(sliding_window=4096, rope_theta=5e5),
         sliding_layers="layer_types",
         default_layer_types=partial(family_config.full_attention_every, 4),
-        scales_sliding_rope=False,
+        sliding_rope_theta_field="rope_theta",
         config_fields=OLMO_NORMS,
         tensor_renames=family_tensors.GEMMA_NORMS_TO_CANONICAL,
     ),
@@ -331,7 +331,7 @@ FAMILIES = {
         config_fields=dict(qk_norm=True),
         read_config_fields=family_config.nanochat,
         tensor_renames=family_tensors.NANOCHAT_TO_CANONICAL,
-        normalizes_embedding=True,
+        find_change=family_tensors.find_change_of_nanochat,
         has_norm_weights=False,
         reversed_rope=True,
     ),

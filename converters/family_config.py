@@ -1,12 +1,12 @@
-"""Reads fields of config.json that only one family has, or a few. families.py: FAMILIES says which family uses what.
+"""Reads fields of config.json that only one family has, or a few. The rows of families.py name these functions.
 
-A function for Family.read_config_fields returns fields of ModelConfig. Most are called like their family. How to read a
-field of config.json:
+A function for Family.read_config_fields returns fields of ModelConfig. Most functions have the name of their family.
+How to read a field of config.json:
 
     hf_config[name]              if every family that reads it has a default
     required(hf_config, name)    if there is no default; raises UsageError if config.json lacks the field
     hf_config.get(name)          if the model works without it
-    read_flag(hf_config, name)   if it is true or false; missing means false
+    read_flag(hf_config, name)   if the field is true or false; missing means false
 """
 
 from config import MAX_MODULES
@@ -34,7 +34,7 @@ def read_flag(hf_config: dict, name: str) -> bool:
 
 
 def layer_numbers(hf_config: dict) -> range:
-    """Returns the numbers of the layers, from 0, but at most MAX_MODULES of them: an absurd num_hidden_layers would
+    """Returns the numbers of the layers, from 0, but at most MAX_MODULES numbers: an absurd num_hidden_layers would
     fill memory before ModelConfig refuses it."""
     return range(min(required(hf_config, "num_hidden_layers"), MAX_MODULES))
 
@@ -65,8 +65,8 @@ def gemma3(hf_config: dict) -> dict:
 
 
 def smollm3(hf_config: dict) -> dict:
-    """no_rope_layers has a 0 for each layer without RoPE. If the list is missing, these are every
-    no_rope_layer_interval-th layer."""
+    """no_rope_layers has a 0 for each layer without RoPE. Without the list, every no_rope_layer_interval-th layer has
+    no RoPE."""
     n_layers = required(hf_config, "num_hidden_layers")
     interval = hf_config.get("no_rope_layer_interval") or 4
     has_rope = hf_config.get("no_rope_layers") or [(i + 1) % interval for i in layer_numbers(hf_config)]
@@ -80,7 +80,7 @@ def arcee(hf_config: dict) -> dict:
 
 
 def nanochat(hf_config: dict) -> dict:
-    if hf_config.get("tie_word_embeddings"):  # conversion norms the embedding, but the head must not change
+    if hf_config.get("tie_word_embeddings"):  # conversion norms the embedding, but must not change the head
         raise UsageError("config.json: tie_word_embeddings = True is not supported for nanochat")
     return ungated(hf_config, "relu2", "relu2") | {"logit_softcap": hf_config["final_logit_softcapping"] or 0.0}
 
@@ -99,7 +99,7 @@ def starcoder2(hf_config: dict) -> dict:
 
 
 def ungated(hf_config: dict, activation: str, *hidden_acts: str) -> dict:
-    """For a family without gates. hidden_acts: what transformers calls the activation of the family."""
+    """For a family without gates. hidden_acts: transformers' names of the family's activation."""
     found = hf_config["hidden_act"]
     if found not in hidden_acts:
         raise UsageError(f"config.json: hidden_act = {found!r} is not supported")
@@ -177,8 +177,7 @@ def grok(hf_config: dict) -> dict:
 
 
 def baichuan(hf_config: dict) -> dict:
-    """Baichuan 7B has RoPE and states its context as max_position_embeddings; 13B has ALiBi and says
-    model_max_length."""
+    """Baichuan 7B has RoPE, and its context is max_position_embeddings. 13B has ALiBi, and model_max_length."""
     dim = required(hf_config, "hidden_size")
     if hf_config.get("max_position_embeddings") is None:
         return {"alibi": True, "layer_has_rope": tuple(False for _ in layer_numbers(hf_config))}
@@ -190,7 +189,7 @@ def baichuan(hf_config: dict) -> dict:
 
 
 def dbrx(hf_config: dict) -> dict:
-    if hf_config.get("tie_word_embeddings"):  # conversion centers the embedding, but the head must not change
+    if hf_config.get("tie_word_embeddings"):  # conversion centers the embedding, but must not change the head
         raise UsageError("config.json: tie_word_embeddings = True is not supported for DBRX")
     return olmo(hf_config) | {"norm_eps": 1e-5}
 
@@ -203,7 +202,7 @@ def all_sliding(hf_config: dict) -> list[str]:
 
 
 def sliding_from_max_window_layers(hf_config: dict) -> list[str]:
-    """All layers but the first max_window_layers have a window."""
+    """All layers except the first max_window_layers have a window."""
     first = hf_config["max_window_layers"]
     return ["sliding_attention" if i >= first else "full_attention" for i in layer_numbers(hf_config)]
 
@@ -215,20 +214,20 @@ def sliding_below_max_window_layers(hf_config: dict) -> list[str]:
 
 
 def full_attention_every(n: int, hf_config: dict) -> list[str]:
-    """All layers but every n-th have a window."""
+    """All layers except every n-th have a window."""
     return ["sliding_attention" if (i + 1) % n else "full_attention" for i in layer_numbers(hf_config)]
 
 
 def full_attention_by_pattern(default: int, hf_config: dict) -> list[str]:
-    """Every n-th layer has no window. n is sliding_window_pattern, or default if it is missing."""
+    """Every n-th layer has no window. n is sliding_window_pattern, or default if the field is missing."""
     n = hf_config.get("sliding_window_pattern") or default
     if not isinstance(n, int):
-        raise UsageError(f"config.json: sliding_window_pattern {n!r} is no number; layer_types must list the layers")
+        raise UsageError(f"config.json: sliding_window_pattern {n!r} is not a number; layer_types must list the layers")
     return full_attention_every(n, hf_config)
 
 
 def smollm3_layer_types(hf_config: dict) -> list[str]:
-    """Exactly the layers without RoPE have a window, if use_sliding_window is true."""
+    """If use_sliding_window is true, exactly the layers without RoPE have a window."""
     if not read_flag(hf_config, "use_sliding_window"):
         return full_attention_every(1, hf_config)
     return ["full_attention" if has_rope else "sliding_attention" for has_rope in smollm3(hf_config)["layer_has_rope"]]
@@ -253,7 +252,7 @@ DBRX_FIELDS_TO_LLAMA = {
 
 
 def normalize_dbrx(hf_config: dict) -> dict:
-    """Renames fields, and lifts those of attn_config and ffn_config to the top level."""
+    """Renames fields, and moves the fields of attn_config and ffn_config to the top level."""
     hf_config = {DBRX_FIELDS_TO_LLAMA.get(name, name): value for name, value in hf_config.items()}
     attention = hf_config.get("attn_config") or {}
     ffn = hf_config.get("ffn_config") or {}

@@ -1,16 +1,18 @@
-"""Renames and splits tensors that only one family has. The rows of families.py: FAMILIES name these functions."""
+"""Renames, splits and changes tensors that only one family has. The rows of families.py name these functions."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig
-from converters.canonical_checkpoint import SourceTensors
+from converters.canonical_checkpoint import EMBEDDING, HEAD, SourceTensors
 
 # ---- tensor_renames: parts of a family's names -> parts of canonical names ------------------------------------------
 
-# For every family; those of its row take precedence
+# For every family. The renames of a family's row take precedence
 LLAMA_NORMS_TO_CANONICAL = {
     ".input_layernorm.": ".pre_attention_norm.", ".post_attention_layernorm.": ".pre_ffn_norm.",
 }
@@ -50,7 +52,7 @@ DBRX_TO_CANONICAL = {
 def split_stacked_experts(tensors: SourceTensors, config: ModelConfig, are_transposed: bool = False):
     """Splits gate_up_proj [E, 2F, dim] and down_proj [E, dim, F], as transformers 5 writes them.
 
-    are_transposed: whether each expert's matrix is transposed, as in gpt-oss. If so, columns of gate and up alternate,
+    are_transposed: whether each expert's matrix is transposed, as in gpt-oss. Then columns of gate and up alternate,
     and there may be biases."""
     for experts, (prefix, projection, is_bias) in pop_matches(
         tensors, r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?"
@@ -68,7 +70,7 @@ def split_stacked_experts(tensors: SourceTensors, config: ModelConfig, are_trans
 
 
 def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
-    """Splits w1, v1 and w2 [E F, dim], which stack all experts. In w2 the matrix of each expert is transposed."""
+    """Splits w1, v1 and w2 [E F, dim], which stack all experts. In w2 each expert's matrix is transposed."""
     projections = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
     for experts, (prefix, kind) in pop_matches(tensors, r"(.*\.experts)\.(w1|v1|w2)"):
         for e, tensor in enumerate(experts.tensor_split(config.moe.n_experts)):
@@ -77,17 +79,24 @@ def split_dbrx_experts(tensors: SourceTensors, config: ModelConfig):
 
 def pop_matches(tensors: SourceTensors, pattern: str, min_dim: int = 2) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
     """Removes every tensor whose name matches pattern, and yields it with the groups of the match. A tensor with fewer
-    than min_dim dimensions stays, since it cannot be split: write_model will report the missing parts."""
+    than min_dim dimensions cannot be split, so it stays. write_model then reports the missing parts."""
     for name in list(tensors):
         match = re.fullmatch(pattern, name)
         if match is not None and tensors[name].dim() >= min_dim:
             yield tensors.pop(name), match.groups()
 
 
-# ---- normalizes_head ------------------------------------------------------------------------------------------------
+# ---- find_change: changes of a tensor's numbers ---------------------------------------------------------------------
 
 
-def is_baichuan2(config: ModelConfig) -> bool:
-    """Whether this is Baichuan 2, which scales every row of the head to length one. The vocabulary tells: Baichuan 1
-    has 64000 tokens, Baichuan 2 another number."""
-    return config.vocab_size != 64000
+def find_change_of_baichuan(name: str, config: ModelConfig) -> Callable[[Tensor], Tensor] | None:
+    """Baichuan 2 scales every row of the head to length one. Only the size of the vocabulary tells the two versions
+    apart: Baichuan 1 has 64000 tokens."""
+    return F.normalize if name == HEAD and config.vocab_size != 64000 else None
+
+
+def find_change_of_nanochat(name: str, config: ModelConfig) -> Callable[[Tensor], Tensor] | None:
+    """nanochat has a norm between the embedding and its first layer. Conversion applies it to the embedding."""
+    if name != EMBEDDING:
+        return None
+    return partial(F.rms_norm, normalized_shape=(config.dim,), eps=config.norm_eps)

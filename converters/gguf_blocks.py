@@ -57,13 +57,13 @@ def decode_q4(blocks: Tensor, n_header: int, fifth_bit: bool = False) -> Tensor:
 
 
 def decode_symmetric(blocks: Tensor, zero: int, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes Q4_0 and Q5_0, which have a scale and a fixed zero point."""
+    """Decodes Q4_0 and Q5_0: a scale and a fixed zero point."""
     scale = read_float16(blocks, 0)
     return decode_q4(blocks, 2, **options), scale, -zero * scale
 
 
 def decode_asymmetric(blocks: Tensor, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes Q4_1 and Q5_1, which have a scale and a minimum."""
+    """Decodes Q4_1 and Q5_1: a scale and a minimum."""
     return decode_q4(blocks, 4, **options), read_float16(blocks, 0), read_float16(blocks, 2)
 
 
@@ -88,7 +88,7 @@ def decode_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def decode_k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the scales and offsets of Q4_K and Q5_K: [..., 8] each. A block has a scale and a minimum in float16.
-    Each group multiplies them by two 6-bit integers of its own, which are packed into 12 bytes:
+    Each group multiplies them by two 6-bit integers of its own. These are packed into 12 bytes:
 
         byte i     bits 0-5                                    bits 6-7
         0 - 3      scale of group i                            upper 2 bits of the scale of group i + 4
@@ -160,7 +160,7 @@ def decode_rows(rows: Tensor, ggml_type: GGMLType) -> GroupedRows:
 
 
 def decode_mxfp4(rows: Tensor) -> Tensors:
-    """Returns the tensors of our MXFP4 for rows in the MXFP4 of GGUF, whose blocks hold an exponent and 32 values."""
+    """Converts rows of GGUF's MXFP4 to the tensors of ours. A block holds an exponent and 32 values."""
     blocks = rows.unflatten(-1, (-1, GGML_QUANT_SIZES[GGMLType.MXFP4][1]))
     weight = pack_nibbles(unpack_nibbles_planar(blocks[..., 1:]).flatten(-2))
     return {"weight": weight, "scales": blocks[..., 0].contiguous()}

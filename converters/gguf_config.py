@@ -1,4 +1,4 @@
-"""Makes a ModelConfig from the metadata of a GGUF: turns them into a config.json, which hf_config.py reads.
+"""Makes a ModelConfig from the metadata of a GGUF: turns them into a config.json for hf_config.py.
 
     config = read_gguf_config(metadata, tensors)    # both from gguf_file.py: read_gguf
 
@@ -86,8 +86,8 @@ def gemma3_fields(hf_config: dict) -> dict:
 
 
 def query_dim(hf_config: dict, n_layers_of_27b: int) -> int:
-    """Returns query_pre_attn_scalar, whose square root divides the scores: head_dim, except dim / n_heads in the 27B
-    models."""
+    """Returns query_pre_attn_scalar: head_dim, except dim / n_heads in the 27B models. Its square root divides the
+    scores."""
     if hf_config["num_hidden_layers"] == n_layers_of_27b:
         return hf_config["hidden_size"] // hf_config["num_attention_heads"]
     return hf_config["head_dim"]
@@ -112,7 +112,7 @@ def gpt_oss_fields(hf_config: dict) -> dict:
 
 
 # Some fields are neither in the metadata nor in extra_fields, and take the default of the family: the local rope_theta
-# (Gemma 3), which layers have a window (Gemma 2, Gemma 3, gpt-oss), which layers have no RoPE (SmolLM3).
+# (Gemma 3), the layers with a window (Gemma 2, Gemma 3, gpt-oss), the layers without RoPE (SmolLM3).
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", extra_fields=llama_fields, interleaved_rope=True),
     "qwen2": Architecture("Qwen2ForCausalLM"),
@@ -184,12 +184,12 @@ def gguf_to_config_json(metadata: dict, tensors: dict[str, GGUFTensor]) -> dict:
     hf_config |= window_pattern(fields.get("attention.sliding_window_pattern")) | {
         "vocab_size": tensors["token_embd.weight"].data.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "partial_rotary_factor": Fraction(rotary_dim, hf_config["head_dim"]),  # exact, since a float might round down
+        "partial_rotary_factor": Fraction(rotary_dim, hf_config["head_dim"]),  # exact, because a float might round down
         "rope_scaling": rope_scaling(name, fields, tensors),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": [i for i in end_ids if i is not None],
     }
-    defaults = {  # of llama.cpp, which differ from those of the family
+    defaults = {  # llama.cpp's defaults differ from the family's
         "architectures": [architecture.family],
         "num_key_value_heads": hf_config["num_attention_heads"],
         "rope_theta": 10000.0,
@@ -209,7 +209,7 @@ def check_fields(fields: dict, name: str):
 
 def window_pattern(pattern: int | list | None) -> dict:
     """Returns the field of config.json that says which layers have the window. pattern: a list with an entry for each
-    layer, or a number n if every n-th layer has none."""
+    layer, or a number n if every n-th layer has no window."""
     if isinstance(pattern, list):
         return {"layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern]}
     return {} if pattern is None else {"sliding_window_pattern": pattern}

@@ -2,7 +2,7 @@
 
     metadata, tensors = read_gguf(Path("model-00001-of-00003.gguf"))
 
-The reader in the gguf package would take seconds for a vocabulary, and believe the counts in a broken header.
+The gguf package's reader takes seconds for a vocabulary, and trusts the counts in a broken header.
 """
 
 import math

@@ -1,5 +1,5 @@
 """Converts quantized tensors of a GGUF to our formats, for scripts/convert_gguf.py --keep. The stored values (q) stay
-wherever one of our formats has room for them.
+the same wherever one of our formats has room for them.
 
     kept = GGUFQuantizer(stacked, stored, row_order)    # chooses the formats
     write_model(path, CanonicalCheckpoint(config, tensors | kept.weights, kept.reader(read)))
@@ -10,7 +10,7 @@ Values of 4 bits become Int4, all others GroupedInt8, with the same groups. Only
 stays MXFP4. Weights that are stacked, such as q, k and v, get one format: floats, if some are floats.
 
 The result may be SIZE_LIMIT times as large as the GGUF. If it would be larger, some weights are rounded again to
-smaller formats, beginning with those that lose the least accuracy for each saved byte.
+smaller formats. The weights that lose the least accuracy for each saved byte come first.
 """
 
 import re
@@ -39,8 +39,8 @@ from utils.errors import UsageError
 SIZE_LIMIT = 1.1  # how large the result may be, as a multiple of the tensors in the GGUF
 INT4, SMALLER_INT4 = Int4(32, torch.float16), Int4(128, torch.float16)
 SMALLER_INT8, SMALLEST_INT8 = GroupedInt8(128, torch.float16), Int8()
-# The accuracy lost by rounding a weight again, in units of our choice. Rounding to 4 bits loses more where q has more
-# bits, since llama.cpp gives more bits to weights that matter more. Rounding to 8 bits loses more in larger groups.
+# The accuracy that rounding a weight again loses, in arbitrary units. Rounding to 4 bits loses more where q has more
+# bits, because llama.cpp gives more bits to more important weights. Rounding to 8 bits loses more in larger groups.
 LOSS_OF_INT4 = {4: 1.0, 5: 1.0, 6: 2.0, 8: 8.0, 16: 16.0}  # by the bits of q; 16: floats
 LOSS_OF_INT8 = {16: 0.003, 32: 0.005, 128: 0.01, None: 0.03}  # by the group size
 
@@ -59,8 +59,8 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
     rounded again."""
     if not keeps_q(groups.block_type, format):
         return format.quantize(groups.dequantize()), torch.zeros_like(groups.scales, dtype=torch.bool)
-    # A minimum makes a fractional zero, which is rounded to an integer. If the format has more bits than q, both q and
-    # zeros are multiplied by a factor that fills them, so that rounding a zero loses less.
+    # A minimum makes a fractional zero, and rounding makes it an integer. If the format has more bits than q, multiply
+    # both q and zeros by a factor that fills them. Then rounding a zero loses less.
     factor = 2 ** (8 // format.elements_per_byte - groups.block_type.bits) if groups.block_type.has_minimum else 1
     zeros = (groups.zeros * factor * 2**format.zero_fraction_bits).round()
     is_kept = (zeros >= 0) & (zeros <= 255)
@@ -84,7 +84,7 @@ def convert_groups(groups: GroupedRows, format: WeightFormat) -> tuple[Tensors, 
 class TargetWeight:
     """A weight of model.pth, and the tensors of the GGUF (parts) whose rows it stacks.
 
-    formats: those that it may have, from the largest, which loses nothing, to the smallest.
+    formats: its possible formats, from the largest (loses nothing) to the smallest.
     gentle_format: the smallest format that neither rounds q to fewer bits nor rounds q of 4 bits again.
     n_bytes: its size in each format."""
 
@@ -134,8 +134,8 @@ class TargetWeight:
         return total
 
     def cheapest_downgrade(self, n_excess: float) -> tuple[float, int]:
-        """Returns (price, index into formats) of the smaller format with the lowest price, which is the loss for each
-        saved byte. At most n_excess of the saved bytes count, since no more are needed."""
+        """Returns (price, index into formats) of the smaller format with the lowest price. The price is the loss for
+        each saved byte. At most n_excess saved bytes count, because no more are needed."""
         now, *smaller = self.formats
         prices = []
         for format in smaller:
@@ -157,12 +157,12 @@ def choose_formats(targets: list[TargetWeight], n_bytes: float):
         n_excess -= target.n_bytes[target.format] - target.n_bytes[target.formats[i]]
         del target.formats[:i]
     if n_excess > 0:
-        for target in targets:  # n_bytes is out of reach, so smaller formats would lose bits in vain
+        for target in targets:  # n_bytes is out of reach, so smaller formats would lose accuracy for nothing
             target.formats = [target.gentle_format]
 
 
 def middle_layers_first(targets: list[TargetWeight]) -> list[TargetWeight]:
-    """Sorts targets by the distance from the middle layer, since the first and last layers matter most."""
+    """Sorts targets by the distance from the middle layer, because the first and last layers matter most."""
     layers = {target.name: int(match[1]) for target in targets if (match := re.match(r"layers\.(\d+)\.", target.name))}
     middle = max(layers.values(), default=0) / 2
     return sorted(targets, key=lambda target: abs(layers.get(target.name, 2 * middle) - middle))
@@ -205,7 +205,7 @@ class RoundingErrors:
 
 
 class GGUFQuantizer:
-    """Its weights are those of a GGUF that stay quantized, by canonical names.
+    """Holds the weights of a GGUF that stay quantized, by canonical names.
 
     stacked: our tensors. stored: the tensors of the GGUF by canonical names. row_order: see reorder_heads."""
 
@@ -265,7 +265,7 @@ class GGUFQuantizer:
         return {kind: reorder_heads(name, t, row_order) for kind, t in whole.items()}
 
     def report(self) -> list[str]:
-        """Returns lines that tell how each type was converted and how large the result is. Call it after all weights
+        """Returns lines that say how each type was converted and how large the result is. Call it after all weights
         have been read."""
         lines = []
         for (type_name, format_name), errors in sorted(self.errors.items()):

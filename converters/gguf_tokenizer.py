@@ -26,7 +26,7 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {  # tokenizer.ggml.pre -> regular expressions, which split one after the other
+SPLITS = {  # tokenizer.ggml.pre -> regular expressions, applied one after the other
     **dict.fromkeys(("gpt-2", "mellum"), [GPT2]),
     **dict.fromkeys(("smollm", "refact", "starcoder", "minerva-7b"), [r"\p{N}", GPT2]),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx"), [LLAMA3_WORDS]),
@@ -81,7 +81,7 @@ def bpe_tokenizer(metadata: dict, prefix: list[int]) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     for merge in merges:  # at such a merge the library panics
         if len(merge) != 2 or not ids.keys() >= {*merge, "".join(merge)}:
-            raise ValueError("tokenizer.ggml.merges makes what is no token")
+            raise ValueError("tokenizer.ggml.merges makes something that is not a token")
     tokenizer = byte_level_bpe(models.BPE(ids, merges, ignore_merges=pre in LIKE_LLAMA3), SPLITS[pre])
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -99,7 +99,7 @@ def bpe_tokenizer(metadata: dict, prefix: list[int]) -> Tokenizer:
 
 def sentencepiece_model(metadata: dict) -> bytes:
     try:
-        from sentencepiece import sentencepiece_model_pb2  # imported here, since only this needs protobuf
+        from sentencepiece import sentencepiece_model_pb2  # here, because only this function needs protobuf
     except ImportError as e:
         raise UsageError(f"this file's tokenizer needs `pip install protobuf` ({e})") from None
 

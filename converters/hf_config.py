@@ -16,8 +16,8 @@ from utils.errors import UsageError, convert_type_errors
 
 
 def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConfig:
-    """hf_config: the contents of config.json, with the old fields for RoPE (rope_theta, rope_scaling) or the new one
-    (rope_parameters). generation: the contents of generation_config.json, which may name more end tokens."""
+    """hf_config: the contents of config.json, with the old fields for RoPE (rope_theta, rope_scaling) or the new field
+    (rope_parameters). generation: the contents of generation_config.json. It may name more end tokens."""
     generation = generation or {}
     if not isinstance(hf_config, dict) or not isinstance(generation, dict):
         raise UsageError("config.json and generation_config.json must each hold one object")
@@ -31,7 +31,7 @@ def config_from_hf(hf_config: dict, generation: dict | None = None) -> ModelConf
 
 def find_family(hf_config: dict) -> Family:
     """Finds the family by model_type rather than "architectures", as transformers does. Refuses an unknown architecture
-    that comes with code (auto_map), since the code may change the maths even if model_type is "llama"."""
+    that comes with code (auto_map): the code may change the maths even if model_type is "llama"."""
     model_type = hf_config.get("model_type")
     names = hf_config.get("architectures") or [MODEL_TYPES.get(model_type, model_type)]
     name = names if isinstance(names, str) else names[0]
@@ -47,8 +47,8 @@ def find_family(hf_config: dict) -> Family:
 
 # ---- What is not supported ------------------------------------------------------------------------------------------
 
-# Fields that change the maths -> the values that change nothing, besides null and false. Any other value is refused,
-# unless the family has the field in handled_hf_fields.
+# Fields that change the maths -> the values that change nothing, in addition to null and false. All other values are
+# refused, unless the family has the field in handled_hf_fields.
 HF_NO_OP_VALUES = {
     "hidden_act": SILU_NAMES,
     "attn_logit_softcapping": (),
@@ -72,7 +72,7 @@ OUR_NAMES_TO_HF = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
 }
-# Fields that tell of an unsupported part -> the part
+# Fields that reveal an unsupported part -> the part
 UNSUPPORTED_PARTS = {
     "vision_config": "a model of images and text",
     "audio_config": "a model of sound and text",
@@ -135,7 +135,7 @@ def read_hf_config(hf_config: dict, generation: dict, family: Family) -> ModelCo
 
 
 def with_hf_names(message: str, hf_config: dict, family: Family) -> str:
-    """Replaces names of ModelConfig fields by those in config.json, in an error message of config.py."""
+    """Replaces names of ModelConfig fields by their names in config.json, in an error message of config.py."""
     for ours, theirs in (OUR_NAMES_TO_HF | {"ffn_dim": family.ffn_dim_field}).items():
         message = re.sub(rf"(the model's )?\b{ours}\b", theirs, message)
     if not hf_config.get("rope_scaling"):
@@ -205,7 +205,7 @@ def read_n_shared_experts(hf_config: dict, family: Family) -> int:
     shared_dim = required(hf_config, "shared_expert_intermediate_size")
     ffn_dim = required(hf_config, family.ffn_dim_field)
     if shared_dim % ffn_dim:
-        what = f"shared_expert_intermediate_size {shared_dim} is no multiple of {family.ffn_dim_field} {ffn_dim}"
+        what = f"shared_expert_intermediate_size {shared_dim} is not a multiple of {family.ffn_dim_field} {ffn_dim}"
         raise UsageError(f"config.json: {what}")
     return shared_dim // ffn_dim
 
@@ -256,8 +256,8 @@ def read_rope(hf_config: dict, family: Family) -> dict:
 
 
 def replace_rope_parameters(hf_config: dict) -> dict:
-    """Removes rope_parameters, even if it is the default of the family, if config.json has the older rope_scaling. Both
-    stay if rope_parameters has an object for each type of layer: then rope_scaling changes the layers without a sliding
+    """If config.json has the older rope_scaling, removes rope_parameters, even the family's default. Both stay if
+    rope_parameters has an object for each type of layer: then rope_scaling changes the layers without a sliding
     window."""
     if not hf_config.get("rope_scaling") or has_layer_types(hf_config.get("rope_parameters")):
         return hf_config
@@ -270,8 +270,8 @@ def has_layer_types(rope) -> bool:
 
 
 def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | None]:
-    """Returns the fields for RoPE (rope_theta, rope_type, factor and so on) of layers without a sliding window and of
-    layers with one. The latter is None if all layers have the same fields.
+    """Returns two dicts of fields for RoPE (rope_theta, rope_type, factor and so on): of layers without a sliding
+    window, and of layers with one. The second is None if all layers have the same fields.
 
     rope_theta may be at the top level of config.json. All other fields are in rope_parameters or, in older files, in
     rope_scaling. Both may have an object for each type of layer."""
@@ -279,8 +279,6 @@ def collect_rope_fields(hf_config: dict, family: Family) -> tuple[dict, dict | N
     rope, sliding_rope = dict(unscaled), None
     if family.sliding_rope_theta_field is not None:
         sliding_rope = unscaled | {"rope_theta": hf_config[family.sliding_rope_theta_field]}
-    elif not family.scales_sliding_rope:
-        sliding_rope = dict(unscaled)
     for name in ("rope_parameters", "rope_scaling"):
         fields = hf_config.get(name) or {}
         if not isinstance(fields, dict):
@@ -326,7 +324,7 @@ def read_llama3(rope: dict) -> dict:
 
 
 def read_yarn(rope: dict, factor: float) -> dict:
-    """YaRN is described in arXiv:2309.00071. With mscale, attention_factor is computed as in DeepSeek models."""
+    """YaRN: arXiv:2309.00071. With mscale, attention_factor is computed as in DeepSeek models."""
 
     def log_scale(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0

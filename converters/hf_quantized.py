@@ -3,8 +3,9 @@
     quantization = read_quantization(folder, hf_config, tensors)    # hf_config: the contents of config.json
     collect_quantized(tensors, quantization, config)    # X.qweight, X.scales, ... -> X.weight, a QuantizedWeight
 
-The tensors decide which layers are quantized. docs/quantized_checkpoints.md lists the formats, and what is an error if
-config.json contradicts the tensors. hf_quantized_integers.py and hf_quantized_floats.py read the weights.
+The tensors decide which layers are quantized. docs/quantized_checkpoints.md lists the formats, and the contradictions
+between config.json and the tensors that are errors. hf_quantized_integers.py and hf_quantized_floats.py read the
+weights.
 """
 
 import re
@@ -28,9 +29,9 @@ AWQ_VERSIONS = ("gemm",)
 MODELOPT_BLOCKS = "fp8_pb_wo"  # the quant_algo that has a scale for each block of MODELOPT_BLOCK_SHAPE
 MODELOPT_BLOCK_SHAPE = [128, 128]
 AUTO_ROUND = ("auto-round", "intel/auto-round")
-# Files that early versions of AutoGPTQ, AutoAWQ and ModelOpt wrote in place of quantization_config -> their method
+# Files that early versions of AutoGPTQ, AutoAWQ and ModelOpt wrote instead of quantization_config -> their method
 OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-# Fields that name a version of the format, which differ between programs -> the versions that are supported
+# Fields that name a version of the format (they differ between programs) -> the supported versions
 VERSIONS = {
     "gptq": {"checkpoint_format": GPTQ_VERSIONS, "format": GPTQ_VERSIONS},
     "awq": {"version": AWQ_VERSIONS, "checkpoint_format": AWQ_VERSIONS, "format": AWQ_VERSIONS},
@@ -40,13 +41,13 @@ COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "nai
 DENSE = "dense"  # no weight is quantized, though perhaps the KV cache is
 TRANSFORMED_WEIGHTS = ("weight_input", "weight_output")  # locations in transform_config
 MIXED = "mixed-precision"  # each of config_groups has a format of its own
-# Names of scales for activations and the KV cache, which keep 16 bits here
+# Names of scales for activations and the KV cache. Both keep 16 bits here
 ACTIVATION_SCALES = re.compile(r"\.(input|output|activation|kv|[qkv])_(global_)?(scale|zero_point|scale_ub)$")
 OF_WEIGHT = re.compile(r"(qweight|qzeros|scales|g_idx|weight(_\w+)?)$")
 
 
 def read_quantization(folder: Path, hf_config: dict, tensors: SourceTensors) -> dict | None:
-    """Returns the quantization_config of config.json, or None if no weight is quantized. Fields that it lacks come from
+    """Returns the quantization_config of config.json, or None if no weight is quantized. Missing fields come from
     OLDER_FILES. Checks that the method is supported."""
     older, quantization = read_older_file(folder), hf_config.get("quantization_config")
     if quantization is None:
@@ -66,7 +67,7 @@ def read_quantization(folder: Path, hf_config: dict, tensors: SourceTensors) -> 
 
 
 def read_auto_round_config(quantization: dict) -> dict:
-    """Returns a quantization_config of AutoRound as GPTQ or AWQ would write it, since AutoRound packs weights in their
+    """Returns a quantization_config of AutoRound as GPTQ or AWQ would write it. AutoRound packs weights in their
     formats. extra_config (fields of single layers, by name or regular expression) becomes the "dynamic" of GPTQ."""
     check_one_of("data_type", quantization.get("data_type", "int"), ("int",))
     packing = quantization.get("packing_format") or quantization.get("backend") or ""
@@ -155,7 +156,7 @@ def collect_quantized(tensors: SourceTensors, quantization: dict, config: ModelC
 
 
 def is_only_kv_cache(quantization: dict) -> bool:
-    """Whether this is compressed-tensors that quantizes the KV cache and no weight."""
+    """Whether compressed-tensors quantizes only the KV cache, and no weight."""
     is_compressed = quantization["quant_method"] == "compressed-tensors"
     return is_compressed and not quantization.get("config_groups") and bool(quantization.get("kv_cache_scheme"))
 
@@ -206,8 +207,8 @@ def read_block_shape(scheme: dict) -> list[int] | None:
 
 def find_scheme(name: str, quantization: dict) -> dict:
     """Returns the scheme in config_groups for the weight of the layer called name. The targets of a group are names of
-    layers, regular expressions after "re:", and types of layers. A name counts first, then the alphabetically first
-    regular expression, then the type, as in compressed-tensors."""
+    layers, regular expressions after "re:", and types of layers. As in compressed-tensors, a name takes precedence,
+    then the alphabetically first regular expression, then the type."""
     schemes = [scheme for scheme in quantization["config_groups"].values() if scheme.get("weights")]
     scheme_of = {target: scheme["weights"] for scheme in schemes for target in scheme["targets"]}
     for target in sorted(scheme_of, key=lambda target: (target.startswith("re:"), target)):
@@ -225,7 +226,7 @@ def matches_target(name: str, target: str) -> bool:
     return target == name
 
 
-# quant_method -> the function that reads a layer. A tensor of mxfp4 holds many layers, so split_mxfp4 reads those.
+# quant_method -> the function that reads a layer. A tensor of mxfp4 holds many layers, so split_mxfp4 reads it.
 LAYER_READERS: dict[str, Callable[[QuantizedLayer, dict], QuantizedWeight]] = {
     "awq": awq_weight,
     "compressed-tensors": read_compressed,

@@ -7,7 +7,7 @@ hf_quantized.py calls float8_weight for each layer, and split_mxfp4 once.
     mxfp4 (gpt-oss)              X_blocks [E, N, K / 32, 16] for E experts: two numbers in a byte, the low half first
                                  X_scales [E, N, K / 32]: exponents of powers of two, with a bias of 127
 
-These checkpoints may also ask for activations of 8 bits. Here they keep 16.
+These checkpoints may also ask for 8-bit activations. Here activations keep 16 bits.
 """
 
 import math
@@ -32,7 +32,8 @@ E8M0_NAN = 0xFF
 
 
 def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> QuantizedWeight:
-    """block_shape: how many outputs and inputs share a scale, or None if each output has one, or the whole weight."""
+    """block_shape: how many outputs and inputs share a scale. None: each output has a scale, or the whole weight has
+    one."""
     weight = layer.take("weight", (torch.float8_e4m3fn,), 2)
     n, k = weight.shape
     kind = "weight_scale_inv" if "weight_scale_inv" in layer.tensors else "weight_scale"
@@ -57,8 +58,8 @@ def float8_weight(layer: QuantizedLayer, block_shape: list[int] | None) -> Quant
 
 
 def split_mxfp4(tensors: dict[str, Tensor | QuantizedWeight]):
-    """Replaces tensors of gpt-oss, which stack all experts, by a weight for each projection of each expert, in place.
-    In gate_up_proj, rows of gate and up alternate."""
+    """Replaces gpt-oss's tensors of stacked experts, in place, by a weight for each projection of each expert. In
+    gate_up_proj, rows of gate and up alternate."""
     for blocks_name in list(tensors):
         match = re.fullmatch(r"((.*\.experts)\.(gate_up_proj|down_proj))_blocks", blocks_name)
         if match is None:

@@ -1,8 +1,8 @@
 """Reads weights of 4 and 8 bits from GPTQ, AWQ and compressed-tensors into QuantizedWeight, without rounding.
 hf_quantized.py calls gptq_weight, awq_weight, packed_weight and int8_weight.
 
-In every format w = (q - zero) * scale, with a scale and a zero point for each output and group of inputs. What differs
-is the layout of the tensors. A word is an int32 and holds 8 values of 4 bits or 4 values of 8 bits, the lowest bits
+In every format w = (q - zero) * scale, with a scale and a zero point for each output and group of inputs. Only the
+layout of the tensors differs. A word is an int32. It holds 8 values of 4 bits or 4 values of 8 bits, the lowest bits
 first. With 4 bits:
 
                           q                         scales         zero points
@@ -59,7 +59,7 @@ class UnpackedWeight:
 
     def to_weight(self, may_be_int8: bool = True) -> QuantizedWeight:
         """Returns the weight in one of our formats, with the same values. may_be_int8: False if config.json says
-        asymmetric, since layers that are stacked with this one may then have zero points, which Int8 cannot store."""
+        asymmetric. Then layers that are stacked with this one may have zero points, and Int8 cannot store them."""
         if may_be_int8 and self.bits == 8 and self.scales.shape[1] == 1 and self.is_symmetric:
             return QuantizedWeight(Int8(), self.shape, self.read_int8)
         group_size = stored_group_size(self.group_size, self.shape[1])
@@ -90,7 +90,7 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
         of 16 bits                                       unchanged
         float32, exact in bfloat16 or float16            bfloat16 or float16
         float32, within the normal range of float16      float16: a scale changes by at most 2^-11 of itself
-        other float32                                    float32, for which there is no format here"""
+        other float32                                    float32: no format here can hold it"""
     if scales.dtype != torch.float32:
         return scales.dtype
     for dtype in (torch.bfloat16, torch.float16):
@@ -103,7 +103,7 @@ def stored_dtype(scales: Tensor) -> torch.dtype:
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 [..., n] -> uint8 [..., n * 32 / bits], the lowest bits first"""
-    # flatten, since rows of a single word may have strides that view(dtype) refuses
+    # flatten, because rows of a single word may have strides that view(dtype) refuses
     by_byte = words.contiguous().flatten().view(torch.uint8).unflatten(0, (*words.shape[:-1], -1))
     return by_byte if bits == 8 else unpack_nibbles_interleaved(by_byte)
 
@@ -138,10 +138,10 @@ def check_group_size(layer: QuantizedLayer, stated: int | None, k: int, n_groups
 def read_input_order(
     layer: QuantizedLayer, kind: str, k: int, group_size: int, n_groups: int, is_required: bool
 ) -> Tensor | None:
-    """Returns the order of the inputs in which every group is contiguous, or None if they are contiguous already.
+    """Returns the order of the inputs in which every group is contiguous, or None if the groups are contiguous already.
 
-    kind: the tensor that holds the group of each input (g_idx). is_required: whether config.json says act-order, in
-    which case this tensor must exist."""
+    kind: the tensor that holds the group of each input (g_idx). is_required: whether config.json says act-order. Then
+    this tensor must exist."""
     if kind not in layer.tensors:
         if is_required and n_groups > 1:
             raise UsageError(f"tensor {layer.name}.{kind} is missing, although config.json says act-order (desc_act)")
@@ -193,7 +193,7 @@ def gptq_weight(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
 
 def find_dynamic(layer: QuantizedLayer, dynamic: dict) -> dict:
     """Returns the fields that "dynamic" overrides for a layer. Its keys are regular expressions, after "+:" or nothing,
-    or after "-:" for layers that are not quantized. The first that matches counts."""
+    or after "-:" for layers that are not quantized. The first match counts."""
     for pattern, fields in dynamic.items():
         sign, expression = (pattern[:2], pattern[2:]) if pattern[:2] in ("+:", "-:") else ("+:", pattern)
         if re.match(expression, layer.name):
@@ -240,8 +240,8 @@ def infer_version(qweight: Tensor, qzeros: Tensor, n: int) -> str | None:
     """Returns the version in which the mean of the weights is about 0, or None if that is not clear.
 
     The zero points of the two versions differ by one step of the 4 bits. The mean of a layer's weights is far below a
-    step, so the mean of q - zero is about 0 in the right version, and about 1 or -1 in the other. A sample of outputs
-    is enough. Weights with another mean, such as all positive ones, do not tell the version."""
+    step. So the mean of q - zero is about 0 in the right version, and about 1 or -1 in the other version. A sample of
+    outputs is enough. Weights with a different mean, such as all positive weights, do not reveal the version."""
     outputs = slice(0, min(n, SAMPLED_OUTPUTS))
     q = unpack_words(qweight[:, outputs].T, 4)  # [outputs, K]
     if q.numel() < MIN_SAMPLED_WEIGHTS:
@@ -268,7 +268,7 @@ def awq_weight(layer: QuantizedLayer, quantization: dict) -> QuantizedWeight:
 
     shape = torch.Size([n, k])
     weight = UnpackedWeight(shape, 4, group_size, scales.T, lambda: unpack_awq(qweight), lambda: unpack_awq(qzeros))
-    return weight.to_weight()  # for AWQ, GPTQModel writes sym true beside zero_point true, so sym means nothing
+    return weight.to_weight()  # for AWQ, GPTQModel writes both sym and zero_point true, so sym means nothing
 
 
 def take_qweight(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,8 +307,8 @@ def compressed_weight(
     n_groups = scales.shape[1]
     has_groups = stated.get("strategy") in ("group", None)
     group_size = check_group_size(layer, stated.get("group_size") if has_groups else None, k, n_groups)
-    # Early versions of compressed-tensors left out zero points that are all 0. A single one may well be 0, so only
-    # weights with several scales must have them
+    # Early versions of compressed-tensors left out zero points that are all 0. A single zero point may well be 0. So
+    # only weights with several scales must have zero points
     if stated.get("symmetric") is False and layer.tensors["weight_scale"].numel() > 1:
         layer.require("weight_zero_point")
     read_zeros = take_zeros(layer, bits, n, n_groups)
@@ -337,7 +337,7 @@ def take_zeros(layer: QuantizedLayer, bits: int, n: int, n_groups: int) -> Calla
 
 
 def signed_to_unsigned(layer: QuantizedLayer, kind: str, numbers: Tensor, bits: int) -> Tensor:
-    """numbers: of this many bits, from the int8 tensor called kind. Returns them as uint8, with the middle as zero."""
+    """Returns numbers of this many bits, from the int8 tensor called kind, as uint8 with the middle as zero."""
     middle = 1 << (bits - 1)
     if bits == 4 and ((numbers < -middle) | (numbers >= middle)).any():
         layer.refuse(f"numbers beyond {-middle} to {middle - 1} in {kind}", f"num_bits {bits}")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import rename_tensor
@@ -54,7 +53,7 @@ def rename_all(tensors: SourceTensors, rename: Callable[[str], str]):
         # transformers leaves out "model." when it saves a model without a head
         for name in [name for name in tensors if name != HEAD]:
             tensors[f"model.{name}"] = tensors.pop(name)
-    # All at once, since the new name of one tensor may be the old name of another, and they may come in any order
+    # All at once: the new name of one tensor may be the old name of another tensor, and they may come in any order
     old_name = {rename(name): name for name in tensors}
     if len(old_name) < len(tensors):
         name = min(tensors.keys() - old_name.values())
@@ -65,11 +64,11 @@ def rename_all(tensors: SourceTensors, rename: Callable[[str], str]):
 
 
 def add_tied_tensors(tensors: SourceTensors, config: ModelConfig, family: Family):
-    """Of tied embeddings, adds the embedding if only the head is stored, and the head if conversion changes only the
-    embedding."""
+    """With tied embeddings, adds the embedding if only the head is stored. Adds the head if conversion changes the
+    embedding: it must not change the head."""
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
         tensors[EMBEDDING] = tensors[HEAD]
-    if config.tie_embeddings and family.layer_norm:  # conversion centers the embedding, but the head must not change
+    if config.tie_embeddings and family.layer_norm:  # conversion centers the embedding, but must not change the head
         tensors.setdefault(HEAD, tensors[EMBEDDING])
 
 
@@ -80,8 +79,8 @@ def add_shared_norms(tensors: SourceTensors):
 
 
 def add_norm_weights(tensors: SourceTensors, config: ModelConfig):
-    """Adds weights of ones. A norm without weights commutes with RoPE, so nanochat's q/k norms, which come after RoPE,
-    may come before it."""
+    """Adds weights of ones. A norm without weights commutes with RoPE. So nanochat's q/k norms, which come after RoPE,
+    may also come before it."""
     dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.float32
     tensors["model.norm.weight"] = torch.ones(config.dim, dtype=dtype)
     for i in range(config.n_layers):
@@ -93,8 +92,8 @@ def add_norm_weights(tensors: SourceTensors, config: ModelConfig):
 
 @dataclass(frozen=True)
 class CanonicalReader:
-    """read(name) returns a tensor by canonical name, changed to what model.py needs. This happens on reading, so that
-    only one tensor is in memory at a time. Computed values are float32, since 16 bits would round them."""
+    """read(name) returns a tensor by canonical name, changed to what model.py needs. The change happens on reading, so
+    only one tensor is in memory at a time. Computed values are float32, because 16 bits would round them."""
 
     stored: SourceTensors  # renamed and split, but with the data of the checkpoint
     config: ModelConfig
@@ -123,10 +122,9 @@ class CanonicalReader:
 
     def find_change(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """Returns the function that changes the numbers of a tensor, from float32 to float32, or None."""
-        if name == HEAD and self.family.normalizes_head(self.config):
-            return F.normalize
-        if name == EMBEDDING and self.family.normalizes_embedding:
-            return partial(F.rms_norm, normalized_shape=(self.config.dim,), eps=self.config.norm_eps)
+        change = self.family.find_change(name, self.config)
+        if change is not None:
+            return change
         if name.endswith("norm.weight") and self.family.norm_offset:
             return partial(torch.add, other=self.family.norm_offset)
         writes_to_residual = name == EMBEDDING or re.search(r"\.(o_proj|down_proj)\.(weight|bias)$", name)
@@ -146,9 +144,9 @@ def rope_row_order(config: ModelConfig, interleaved: bool, reverses: bool = Fals
     """Returns the order that puts the elements of a head where model.py expects them, or None if they are there
     already: the two elements of a RoPE pair are half a head apart, and elements without RoPE come last in each half.
 
-    interleaved: whether the two elements of a pair are stored as neighbours, as in Meta's files. Six elements then get
+    interleaved: whether the two elements of a pair are stored as neighbours, as in Meta's files. Then six elements get
     the order 0 2 4 1 3 5.
-    reverses: whether RoPE rotates by the negative angle. That is the same as exchanging the elements of each pair."""
+    reverses: whether RoPE rotates by the negative angle. This is the same as exchanging the elements of each pair."""
     rotary_dim = config.rotary_dim or config.head_dim
     if rotary_dim == config.head_dim and not interleaved and not reverses:
         return None
@@ -162,7 +160,7 @@ def rope_row_order(config: ModelConfig, interleaved: bool, reverses: bool = Fals
 
 def reorder_heads(name: str, tensor: Tensor | QuantizedWeight, row_order: Tensor | None) -> Tensor | QuantizedWeight:
     """Puts the rows of each head in row_order (see rope_row_order) if the tensor called name makes queries or keys.
-    Other tensors stay as they are."""
+    Returns other tensors unchanged."""
     if row_order is None or not re.search(r"self_attn\.[qk]_(proj|norm)\.", name):
         return tensor
     return select_rows(tensor, torch.arange(tensor.shape[0]).unflatten(0, (-1, len(row_order)))[:, row_order].flatten())
@@ -173,8 +171,8 @@ def select_rows(tensor: Tensor | QuantizedWeight, rows: Tensor) -> Tensor | Quan
 
 
 def undo_act_order(tensors: SourceTensors):
-    """Undoes the act-order of down_proj, in place. Its inputs are the outputs of gate_proj and up_proj, so sorting
-    their rows by input_order leaves the output of the model the same."""
+    """Undoes the act-order of down_proj, in place. Its inputs are the outputs of gate_proj and up_proj. So it is enough
+    to sort the rows of these two by input_order: the output of the model stays the same."""
     for name, down in tensors.items():
         prefix, is_down, _ = name.rpartition("down_proj.weight")
         if not is_down or not isinstance(down, QuantizedWeight) or down.input_order is None:
@@ -188,7 +186,7 @@ def undo_act_order(tensors: SourceTensors):
         tensors[name] = replace(down, input_order=None)
 
 
-# LayerNorm -> the field of ModelConfig for biases of the layers after it, and these layers
+# LayerNorm -> the layers after it, and the field of ModelConfig for their biases: (field, layers)
 LINEARS_AFTER_NORM = {
     "pre_attention_norm": ("qkv_bias", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
     "pre_ffn_norm": ("ffn_bias", ["mlp.gate_proj", "mlp.up_proj"]),
@@ -202,8 +200,8 @@ def with_norm_biases(config: ModelConfig) -> ModelConfig:
 
 def pop_norm_biases(tensors: SourceTensors, config: ModelConfig) -> dict[str, Tensor]:
     """Removes the biases [dim] of LayerNorms from tensors. Returns {name of a linear layer's bias: bias of the norm
-    before it}. A linear layer without a bias gets one of zeros. So does down_proj, since in model.py either both
-    projections of a feed-forward have biases or neither. config: before with_norm_biases."""
+    before it}. A linear layer without a bias gets a bias of zeros. So does down_proj: in model.py, either both
+    projections of a feed-forward have biases or neither has. config: before with_norm_biases."""
     norm_biases = {}
     for name in list(tensors):
         match = re.fullmatch(rf"(.*\.)({'|'.join(LINEARS_AFTER_NORM)})\.weight", name)
@@ -235,14 +233,14 @@ def add_zero_biases(tensors: SourceTensors, paths: list[str], dtype: torch.dtype
 
 def add_norm_bias(bias: Tensor, weight: Tensor | QuantizedWeight, norm_bias: Tensor) -> Tensor:
     """Moves the bias of a norm into the linear layer after it: W (norm(x) + norm_bias) + bias = W norm(x) + result."""
-    if isinstance(weight, QuantizedWeight):  # which reading refuses
+    if isinstance(weight, QuantizedWeight):  # CanonicalReader refuses it
         return bias
     return bias.float() + weight.float() @ norm_bias.float()
 
 
 def center_outputs(tensor: Tensor, dim: int) -> Tensor:
-    """Makes the outputs have a mean of zero, for tensors that write to the residual stream x: the embedding, o_proj and
-    down_proj. LayerNorm subtracts the mean of x anyway, and if it is zero, LayerNorm(x) is RMSNorm(x). dim: the
+    """Subtracts the mean of the outputs, for tensors that write to the residual stream x: the embedding, o_proj and
+    down_proj. LayerNorm subtracts the mean of x anyway. With a mean of zero, LayerNorm(x) is RMSNorm(x). dim: the
     dimension of the outputs."""
     return tensor - tensor.mean(dim, keepdim=True)
 
@@ -274,7 +272,7 @@ def kv_starts(config: ModelConfig) -> list[int]:
 
 def split_shared_expert(tensors: SourceTensors, config: ModelConfig):
     """Splits a shared expert, n_shared_experts times as wide as the others, into experts of the usual width. Their
-    outputs add up to that of the shared expert."""
+    outputs add up to the output of the shared expert."""
     n_experts, n_shared_experts = config.moe.n_experts, config.moe.n_shared_experts
     for tensor, (prefix, projection) in pop_matches(tensors, r"(.*\.mlp)\.shared_expert\.(\w+)\.weight"):
         dim = 1 if projection == "down_proj" else 0

@@ -4,8 +4,8 @@
     merge = LoraMerger(adapter, tensors, config, rename, split)    # in hf_tensors.py: to_canonical_layout
     weight = merge(name, tensors[name])
 
-LoRA (arXiv:2106.09685) learns a small change to a weight W [N, K], which becomes W + scale * B A, with A [r, K] and
-B [N, r]. The other adapters of PEFT are refused by name.
+LoRA (arXiv:2106.09685) learns a small change to a weight W [N, K]. W becomes W + scale * B A, with A [r, K] and B [N,
+r]. Other types of PEFT adapters are refused by name.
 """
 
 import math
@@ -24,7 +24,7 @@ from converters.source_files import ADAPTER_CONFIG
 from utils.errors import UsageError, convert_type_errors
 from utils.files import load_safetensors, load_torch_state_dict, read_json
 
-PREFIX = "base_model.model."  # which PEFT puts before the names of transformers
+PREFIX = "base_model.model."  # PEFT puts this before the names of transformers
 
 # Fields of adapter_config.json that change the maths unless they are null, false or empty -> their meaning
 UNSUPPORTED_FIELDS = {
@@ -122,7 +122,7 @@ def sort_tensors(tensors: SourceTensors) -> tuple[dict[str, tuple[Tensor, Tensor
             continue
         module, is_embedding, half, *_ = match.groups()
         if tensor.dim() != 2:
-            raise UsageError(f"tensor {name} is no matrix but {list(tensor.shape)}")
+            raise UsageError(f"tensor {name} is not a matrix but {list(tensor.shape)}")
         if is_embedding:  # the weight is [V, dim], A [r, V] and B [dim, r], so B A is the transposed change
             tensor, half = tensor.mT, {"A": "B", "B": "A"}[half]
         lora_pairs.setdefault(module, {})[half] = tensor
@@ -164,8 +164,8 @@ def find_pattern(value_of: dict | None, module: str, default: float) -> float:
 
 
 def replace_tensors(adapter: Adapter, tensors: SourceTensors, config: ModelConfig, rename: Callable[[str], str]):
-    """Replaces tensors of the model by whole ones of the adapter. A tied head becomes a tensor of its own if the
-    adapter changes it or the embedding."""
+    """Replaces tensors of the model by whole tensors of the adapter. A tied head becomes a separate tensor if the
+    adapter changes the head or the embedding."""
     names = {rename(name) for name in (*adapter.deltas, *adapter.whole_tensors)}
     if config.tie_embeddings and names & {EMBEDDING, HEAD} and EMBEDDING in tensors:
         tensors.setdefault(HEAD, tensors[EMBEDDING])
@@ -196,7 +196,7 @@ class LoraMerger:
                 self.delta_of[part] = name, delta
         if adapter.has_all_layers:
             check_layers(self.delta_of, config.n_layers)
-        self.last: tuple[str, SourceTensors] = "", {}  # (name, parts) of the most recent delta
+        self.last: tuple[str, SourceTensors] = "", {}  # (name, parts) of the last delta
 
     def split_delta(self, name: str, delta: Tensor) -> SourceTensors:
         parts = {self.rename(name): delta}

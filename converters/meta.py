@@ -3,7 +3,7 @@
     model = read_meta(Path("checkpoints/Llama3.2-1B"))
 
 Each file holds a shard of every matrix, for one of several GPUs. Mistral has consolidated files of the same format. A
-model of karpathy/tinyllamas keeps its params beside its tensors, in one file (read_tinyllamas).
+model of karpathy/tinyllamas keeps params and tensors in one file (read_tinyllamas).
 
 params.json does not state the length of the context. infer_llama_version takes the first row that applies:
 
@@ -107,8 +107,8 @@ def collect_shards(files: list[Path]) -> dict[str, list[Tensor]]:
 
 
 def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
-    """Returns the dimension along which a tensor was cut, or None if every shard has all of it. Llama 1 and 2 cut the
-    embedding by columns. Llama 3 cuts it by rows, so a shard has all dim columns."""
+    """Returns the dimension along which a tensor was sharded, or None if every shard has the whole tensor. Llama 1 and
+    2 shard the embedding by columns. Llama 3 shards it by rows, so a shard has all dim columns."""
     if shard.dim() < 2:
         return None
     if name == EMBEDDING:
@@ -117,7 +117,7 @@ def shard_dim(name: str, shard: Tensor, dim: int) -> int | None:
 
 
 def check_whole_tensors(tensors: dict[str, list[Tensor]]):
-    """Checks that tensors that were not cut, such as norms, have the same values in all files."""
+    """Checks that tensors that were not sharded, such as norms, have the same values in all files."""
     for name, copies in tensors.items():
         if not all(torch.equal(copy.float(), copies[0].float()) for copy in copies):
             raise UsageError(f"the files consolidated.* hold different values of the tensor {name}")
@@ -140,7 +140,7 @@ def check_params(params: dict):
 
 
 def check_shard_count(folder: Path, params: dict, shards: dict[str, list[Tensor]], n_files: int):
-    """Checks that no shard is missing (the columns of o_proj must add up to n_heads * head_dim) or there twice."""
+    """Checks that no shard is missing or occurs twice: the columns of o_proj must add up to n_heads * head_dim."""
     name = "model.layers.0.self_attn.o_proj.weight"
     if name not in shards or shards[name][0].dim() != 2:
         return
@@ -158,7 +158,7 @@ def meta_head_dim(params: dict) -> int:
 
 
 def meta_config(params: dict, tensors: SourceTensors, has_tied_head: bool) -> tuple[ModelConfig, str]:
-    """Returns the config and a note about inferred values, which is "" if none was inferred."""
+    """Returns the config and a note about inferred values, or "" if none was inferred."""
     generation, context, factor = infer_llama_version(params, has_tied_head)
     stretched = f" and RoPE stretched {factor:g}-fold" if factor else ""
     note = f"{PARAMS} leaves this open: a context of {context} tokens{stretched}, as {generation} has"

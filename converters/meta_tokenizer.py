@@ -1,11 +1,11 @@
-"""Converts the tokenizer in Meta's folders, for meta.py. The tokenizer.model of Llama 3, which is a file of tiktoken,
-becomes a tokenizer.json. That of Llama 1 and 2, a file of sentencepiece, stays as it is.
+"""Converts the tokenizer in Meta's folders, for meta.py. Llama 3's tokenizer.model is a tiktoken file, and becomes a
+tokenizer.json. Llama 1's and 2's tokenizer.model is a sentencepiece file, and stays as it is.
 
     config, files = read_meta_tokenizer(folder, config)    # with bos and end tokens of the tokenizer; name -> content
 
-Every line of a tiktoken file is a token, in base64, and its rank, which is also its id. tiktoken splits a text into
-words with a regular expression. A word that is a token stays whole. In any other, neighbours are merged, beginning with
-bytes: again and again the pair that makes the token of the lowest rank. tokenizer.json has merges in place of ranks.
+Every line of a tiktoken file is a token in base64 and its rank. The rank is also the token's id. tiktoken splits a text
+into words with a regular expression. A word that is a token stays whole. Any other word is split into bytes, and then
+neighbours are merged: always the pair whose token has the lowest rank. tokenizer.json has merges instead of ranks.
 """
 
 import base64
@@ -39,7 +39,7 @@ LLAMA3_TEMPLATE = """
 
 def read_meta_tokenizer(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, bytes]]:
     """Returns (the config with bos and end tokens of the tokenizer, the files to write). tokenizer.model is in the
-    folder or, as in Meta's downloads, in the one above."""
+    folder or, as in Meta's downloads, in its parent."""
     here, above = folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"
     path = here if here.is_file() else above
     if not path.is_file():
@@ -80,7 +80,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def special_tokens(n: int, is_llama30: bool) -> list[str]:
-    """Returns the n special tokens, whose ids follow those of all other tokens."""
+    """Returns the n special tokens. Their ids follow the ids of all other tokens."""
     names = LLAMA3_NAMES if is_llama30 else LLAMA31_NAMES
     if n < len(names):
         raise UsageError(f"Llama 3 has at least {len(names)} special tokens; this vocabulary leaves room for {n}")

@@ -1,4 +1,4 @@
-"""QuantizedWeight: a weight that another project has quantized, and whose values our checkpoint keeps.
+"""QuantizedWeight: a weight that another project has quantized. Our checkpoint keeps its values.
 
     weight = QuantizedWeight(Int4(128), torch.Size([n, k]), read)    # read() returns the tensors of that format
 
@@ -21,11 +21,11 @@ CHANNEL_GROUP_SIZE = 128  # the group size to store if all inputs share a scale
 class QuantizedWeight:
     """A quantized weight [N, K], whose tensors stay on disk until read is called.
 
-    format: Unquantized if a split has torn groups of act-order apart, so that no format can hold the weight.
+    format: Unquantized if a split has torn groups of act-order apart. Then no format can hold the weight.
     read: returns the tensors of format. Scales may have a wider dtype than format.scale_dtype.
     input_order: column i of the tensors multiplies x[..., input_order[i]], or x[..., i] if input_order is None.
 
-    The act-order of GPTQ quantizes the inputs that matter most first, so a group has inputs from anywhere in the layer.
+    GPTQ with act-order quantizes the most important inputs first, so a group has inputs from anywhere in the layer.
     With the columns in input_order, each group is contiguous."""
 
     format: WeightFormat
@@ -46,9 +46,9 @@ class QuantizedWeight:
             return unquantized.slice_inputs(start, length)
 
         def read() -> Tensors:
-            return {name: self.format.slice_inputs(name, t, start, length) for name, t in self.read().items()}
+            return {name: self.format.shard_inputs(name, t, start, length) for name, t in self.read().items()}
 
-        return QuantizedWeight(self.format.slice_format(length), torch.Size([self.shape[0], length]), read)
+        return QuantizedWeight(self.format.shard_format(length), torch.Size([self.shape[0], length]), read)
 
     def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["QuantizedWeight"]:
         parts = torch.arange(self.shape[dim]).tensor_split(sections)
@@ -96,8 +96,8 @@ def have_one_order(weights: list[QuantizedWeight]) -> bool:
 
 
 def stored_group_size(group_size: int, k: int) -> int:
-    """Returns the group size to store if group_size of k inputs share a scale: the largest of GROUP_SIZES that divides
-    group_size, so that scales are only repeated, or group_size itself if none does."""
+    """Returns the group size to store if group_size of k inputs share a scale. This is the largest of GROUP_SIZES that
+    divides group_size: then scales are only repeated. If none does, it is group_size itself."""
     if group_size >= k and group_size not in GROUP_SIZES:
         return CHANNEL_GROUP_SIZE
     fitting = [size for size in GROUP_SIZES if group_size % size == 0]
@@ -153,7 +153,7 @@ class QuantizedLayer:
         return rows.expand(n, -1)
 
     def check_all_taken(self):
-        """Checks that every tensor was taken. One that nobody reads might change the values of the weight."""
+        """Checks that every tensor was taken. An unread tensor might change the values of the weight."""
         left_over = self.tensors.keys() - self.taken - MAY_BE_LEFT_OVER
         if left_over:
             read = ", ".join(sorted(self.taken))
@@ -165,7 +165,8 @@ class QuantizedLayer:
             raise UsageError(f"tensor {self.name}.{kind} is {found}; the layer's other tensors make it {list(shape)}")
 
     def expect(self, what: str, found, stated):
-        """Checks that found, from the tensors, equals stated, from config.json, unless stated is None."""
+        """Checks that found (from the tensors) equals stated (from config.json). None means that config.json is
+        silent."""
         if stated is not None and found != stated:
             self.refuse(f"{what} {found}", f"{what} {stated if type(stated) is type(found) else repr(stated)}")
 

@@ -1,4 +1,4 @@
-"""Finds the files from which a model.pth is made, and records their state. If one of them is replaced,
+"""Finds the files from which a model.pth is made, and records their state. If one of these files is replaced,
 checkpoint_path.py converts again.
 
     found = describe_sources(files)             # before the conversion
@@ -6,8 +6,8 @@ checkpoint_path.py converts again.
     have_changed(folder, files)                 # whether files were replaced since
     is_stale(folder / "model_int8.pth")         # whether this model was made from earlier files
 
-A file with the recorded size and time counts as unchanged. Otherwise a hash of samples of its content decides, since
-times mislead: copying a folder gives unchanged files new times, and `cp -p` and `rsync -a` give a new file an old one.
+A file with the recorded size and time counts as unchanged. Otherwise a hash of samples of its content decides, because
+times mislead. Copying a folder gives unchanged files new times, and `cp -p` and `rsync -a` give a new file an old time.
 """
 
 import glob
@@ -20,15 +20,15 @@ from utils.errors import UsageError
 from utils.files import read_json, replace_file
 
 SOURCES_FILE = "model.sources.json"
-STALE = "stale models"  # a key in SOURCES_FILE beside the sources: size and time of models from earlier files
+STALE = "stale models"  # a key in SOURCES_FILE, next to the sources: size and time of models from earlier files
 MODELS = "model*.pth"
 GGUF_PART = r"(.*)-(\d{5})-of-(\d{5})"  # the name of one part of a split GGUF, without .gguf
-# The files from which model.pth is made. Every format has some of WEIGHTS; the others depend on the format.
+# The files from which model.pth is made. Every format has some of WEIGHTS. The others depend on the format.
 ADAPTER_CONFIG = "adapter_config.json"
-SETTINGS = (
-    "config.json", "generation_config.json", "params.json", "quantize_config.json", "quant_config.json",
-    "hf_quant_config.json", ADAPTER_CONFIG,
+HF_SETTINGS = (
+    "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json",
 )
+SETTINGS = (*HF_SETTINGS, "params.json", ADAPTER_CONFIG)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "consolidated.*.pth")
 SAMPLES, SAMPLE_BYTES = 64, 4096  # samples of a file, at equal distances
 
@@ -42,15 +42,15 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def hint_at_subfolder(folder: Path) -> str:
-    """Returns the end of an error message if a subfolder may hold the model that folder lacks: in a repository of the
-    hub, Meta's files are in the folder "original", and the cache of the hub has a folder for each version."""
+    """If a subfolder may hold the model that folder lacks, returns the end of an error message. In a repository of the
+    hub, Meta's files are in the folder "original". The cache of the hub has a folder for each version."""
     names = ("config.json", "params.json")
     settings = find_files(folder, [f"{depth}/{name}" for depth in ("*", "*/*") for name in names])
     return f"; {settings[0].parent} may hold one" if settings else ""
 
 
 def find_gguf_parts(file: Path) -> list[Path]:
-    """Returns all parts of a split GGUF of which file is one, or else just file."""
+    """Returns all parts if file is a part of a split GGUF, or else just file."""
     match = re.fullmatch(GGUF_PART, file.stem)
     if match is None:
         return [file]
@@ -105,7 +105,7 @@ def have_changed(folder: Path, files: list[Path]) -> bool:
 
 def is_stale(model: Path) -> bool:
     stale = (read_record(model.parent) or {}).get(STALE, {})
-    return stale.get(model.name) == size_and_time(model)  # if quantize.py has made it again, the time differs
+    return stale.get(model.name) == size_and_time(model)  # if quantize.py has made the model again, the time differs
 
 
 def read_record(folder: Path) -> dict[str, dict] | None:
@@ -119,7 +119,7 @@ def read_record(folder: Path) -> dict[str, dict] | None:
 
 
 def is_same(file: Path, described: dict[str, dict]) -> bool:
-    """Whether described has file, by its name, with the same content."""
+    """Whether described contains file, by its name, with the same content."""
     description = described.get(file.name, {})
     try:
         if size_and_time(file).items() <= description.items():

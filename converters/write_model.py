@@ -2,7 +2,7 @@
 
     write_model(Path("model.pth"), CanonicalCheckpoint(config, tensors, read))
 
-It renames tensors, and stacks those that are always used together: q, k and v; gate and up; the experts of a layer.
+It renames tensors, and stacks tensors that are always used together: q, k and v; gate and up; the experts of a layer.
 Only one weight is in memory at a time. Quantized weights stay quantized.
 """
 
@@ -29,16 +29,17 @@ from converters.canonical_checkpoint import (
 )
 from converters.quantized_weight import QuantizedWeight, have_one_order, promote_formats
 from formats import Unquantized, WeightFormat
+from layers.linear import quantizable_linears
 from utils.errors import UsageError
 
-# Linear layer -> the norm before it. A layer with an input_order permutes x before the fused norm. rms(x) does not
-# change, but the weight of the norm must be in the same order, so it is stored permuted.
+# Linear layer -> the norm before it. A layer with an input_order permutes x before the fused norm. rms(x) stays the
+# same, but the norm's weight must be in the same order. So it is stored permuted.
 NORM_BEFORE = {
     "attention.qkv_proj": "pre_attention_norm", "feed_forward.gate_up_proj": "pre_ffn_norm", "lm_head": "norm",
 }
 # Names of buffers that some checkpoints store, but that we compute: RoPE tables and constants of masks
 BUFFERS = re.compile(r"(inv_freq|freqs_cos|freqs_sin|cos_cached|sin_cached|masked_bias)$")
-# Names of layers for multi-token prediction, without which the model writes the same
+# Names of layers for multi-token prediction. The model's output does not depend on them
 EXTRA_LAYERS = re.compile(r"^(model\.)?mtp\.")
 
 Announcement = Callable[[], None]
@@ -61,9 +62,9 @@ class StackedTensor:
 
 
 def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcement | None = None) -> Path:
-    """Writes checkpoint to path, and the tokenizer beside it. Returns the path, whose name gets the format of quantized
-    weights: model_int4.g128.pth. float64 becomes float32. Raises UsageError if a tensor is missing, left over, or of
-    the wrong shape or dtype.
+    """Writes checkpoint to path, and the tokenizer to the same folder. Returns the path. With quantized weights, their
+    format becomes part of the name: model_int4.g128.pth. float64 becomes float32. Raises UsageError if a tensor is
+    missing, left over, or of the wrong shape or dtype.
 
     announce: called after all checks, just before the data is read."""
     try:
@@ -98,7 +99,7 @@ def write_model(path: Path, checkpoint: CanonicalCheckpoint, announce: Announcem
 
 def check_left_over(tensors: SourceTensors, read: TensorReader):
     """Raises UsageError if one of tensors would change the output of the model. Buffers, biases of zeros and layers for
-    multi-token prediction do not; a line is printed about the latter."""
+    multi-token prediction do not. For the latter, prints a line."""
     extra = [name for name in tensors if EXTRA_LAYERS.search(name)]
     if extra:
         why = "this model does not predict several tokens at once"
@@ -131,7 +132,7 @@ def plan_stacks(config: ModelConfig, tensors: SourceTensors) -> dict[str, Stacke
     one_layer = model.state_dict()
     if config.tie_embeddings:
         del one_layer["lm_head.weight"]
-    quantizable = {f"{name}.weight" for name, _ in model.quantizable_linears()} | {"embed_tokens.weight"}
+    quantizable = {f"{name}.weight" for name, _ in quantizable_linears(model)} | {"embed_tokens.weight"}
     stacks = {}
     for i in range(config.n_layers):
         for name_in_layer_0, tensor in one_layer.items():
@@ -161,15 +162,15 @@ def choose_format(name: str, stack: StackedTensor, weights: list[Tensor | Quanti
 
 def loses_order(name: str, stack: StackedTensor, weights: list[QuantizedWeight]) -> bool:
     """Whether act-order keeps weights from staying quantized. Linear layers can have an order of inputs, but experts
-    and the embedding cannot, and stacked weights must all have the same."""
+    and the embedding cannot. Stacked weights must all have the same order."""
     can_have_order = len(stack.shape) == 2 and name != "embed_tokens.weight"
     has_order = any(weight.input_order is not None for weight in weights)
     return has_order and not (can_have_order and have_one_order(weights))
 
 
 def part_shapes(name: str, shape: torch.Size, config: ModelConfig) -> dict[str, list[int]]:
-    """Returns the names and shapes of the canonical tensors that make our tensor called name, concatenated along dim 0.
-    Ours is [N] or [N, K], or [E, N] or [E, N, K] with experts; a canonical tensor belongs to one expert."""
+    """Returns the names and shapes of the canonical tensors whose concatenation along dim 0 is our tensor called name.
+    Ours is [N] or [N, K], or with experts [E, N] or [E, N, K]. A canonical tensor belongs to one expert."""
     layer, module, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias|sinks)", name).groups()
     modules = (MOE_CANONICAL_PARTS if config.moe else CANONICAL_PARTS)[module]
     n_experts = 1
@@ -211,8 +212,8 @@ def common_dtype(part_shapes: dict[str, list[int]], tensors: SourceTensors) -> t
 
 
 def stack_tensors(stacks: dict[str, StackedTensor], read: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) for each tensor of model.pth, of which only one is in memory at a time. Checks that all
-    numbers are finite."""
+    """Yields (name, tensor) for each tensor of model.pth. Only one is in memory at a time. Checks that all numbers are
+    finite."""
     for name, stack in stacks.items():
         ours = stack.format.allocate(stack.shape, stack.dtype, "cpu")
         start = 0
@@ -226,7 +227,7 @@ def stack_tensors(stacks: dict[str, StackedTensor], read: TensorReader) -> Itera
                 rows = ours[tensor_name]
                 rows = rows.flatten(0, 1) if rows.dim() > t.dim() else rows  # [E, N, ...] -> [E N, ...]
                 rows[start : start + len(t)].copy_(t)
-                if stack.format == Unquantized():  # of quantized weights, converters have checked the scales
+                if stack.format == Unquantized():  # for quantized weights, converters have checked the scales
                     check_finite_tensor(part_name, rows[start : start + len(t)])
             start += weight.shape[0]
         for tensor_name, t in ours.items():
@@ -250,7 +251,7 @@ def most_common_format(stacks: dict[str, StackedTensor]) -> WeightFormat:
 
 
 def describe_formats(stacks: dict[str, StackedTensor], default: WeightFormat) -> dict | None:
-    """Returns "quantization" for the header: the default format, the layers with another one, and the layers with an
+    """Returns "quantization" for the header: the default format, the layers with another format, and the layers with an
     order of inputs."""
     if not default.is_quantized:
         return None

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from engine.generation import GenerationLoop, stream_texts
 from engine.sequence import Sequence, build_generator, check_seed, check_stop
 from text.chat_template import read_message
-from text.prompt import exceeds
+from text.prompt import is_certainly_longer
 from text.tokenizer import Tokenizer, common_prefix_length
 from utils.errors import UsageError, check_integer
 
@@ -134,7 +134,7 @@ class Conversation:
         def is_enough(n_pairs: int) -> bool:
             return self.max_seq_len - len(ids_without(n_pairs)) >= self.max_seq_len * DROP_UNTIL
 
-        if exceeds(self.tokenizer, message, self.max_seq_len):
+        if is_certainly_longer(self.tokenizer, message, self.max_seq_len):
             raise ContextFull(f"That is far longer than the context of {self.max_seq_len} tokens: shorten it.")
         n_pairs = 0
         ids = ids_without(0)

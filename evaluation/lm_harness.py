@@ -90,7 +90,7 @@ def task_text(tasks: list[str], limit: int) -> str:
 def harness_model(model: Transformer, tokenizer: Tokenizer, max_length: int, batch_size: int, compile: bool):
     """Returns the model as lm_eval's TemplateLM."""
 
-    class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):  # here, since the base class needs lm_eval
+    class Model(HarnessModel, import_lm_eval().api.model.TemplateLM):  # here: the base class needs lm_eval
         """HarnessModel implements the abstract methods of TemplateLM."""
 
     return Model(model, tokenizer, max_length, batch_size, compile)
@@ -121,8 +121,8 @@ class HarnessModel:
         raise UsageError("this task scores whole texts, and the model has no token to begin one with")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Encodes string. Special tokens that are written in it become special tokens, since lm_eval passes those of a
-        chat template as text."""
+        """Encodes string. Special tokens that are written in string become special tokens, because lm_eval passes those
+        of a chat template as text."""
         ids = self.tokenizer.encode_parts(self.tokenizer.split_at_special_tokens(string))
         if add_special_tokens is None:
             add_special_tokens = self.bos is None or not string.startswith(self.bos)
@@ -133,7 +133,7 @@ class HarnessModel:
         if template is None:
             raise UsageError("this checkpoint has no chat template; leave out --apply_chat_template")
         text = render(template, self.tokenizer.special_tokens_map, chat_history, add_generation_prompt)
-        if not add_generation_prompt:  # cut the text after the last message, which the model continues
+        if not add_generation_prompt:  # cut the text after the last message: the model continues this message
             last = chat_history[-1]["content"].strip()
             text = text[: text.rindex(last) + len(last)]
         return text
@@ -152,7 +152,7 @@ class HarnessModel:
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihoods of whole texts, which are cut into windows."""
+        """Returns the log-likelihoods of whole texts. The texts are cut into windows."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows = []

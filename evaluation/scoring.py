@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from engine.runner import NOT_FINITE, ModelRunner
-from model import KVCache, Transformer
+from layers.kv_cache import KVCache
+from model import Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -37,7 +38,7 @@ def perplexity(
     model: Transformer, tokenizer: Tokenizer, text: str, length: int, batch_size: int = 1, compile: bool = False
 ) -> dict:
     """Computes the perplexity of text: exp of the mean negative log-likelihood of its tokens. The text is cut into
-    windows of length tokens, and all tokens of a window but the first are predicted."""
+    windows of length tokens. All tokens of a window except the first are predicted."""
     windows = split_windows(tokenizer, text, length)
     sequences = [ScoredSequence(window, n_scored=len(window) - 1) for window in windows if len(window) > 1]
     if not sequences:
@@ -55,7 +56,7 @@ def perplexity(
 
 
 class ScoredSequence(NamedTuple):
-    """Token ids, of which the last n_scored are scored. At least one id must precede the scored ids. For example,
+    """Token ids. The last n_scored ids are scored, and at least one id must precede them. For example,
     ScoredSequence([5, 8, 2], 1) asks how likely 2 is after 5 and 8."""
 
     ids: list[int]
@@ -75,7 +76,7 @@ def compute_scores(
     model: Transformer, sequences: list[ScoredSequence], batch_size: int = 1, compile: bool = False
 ) -> Iterator[Score]:
     """Yields the score of every sequence, the longest sequence first. In a batch, shorter sequences are padded on the
-    right, which changes no score, since attention is causal."""
+    right. This changes no score, because attention is causal."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     batch_size = min(batch_size, len(sequences))
     device = model.device
@@ -98,7 +99,7 @@ def pad(id_lists: list[list[int]]) -> Tensor:
 
 
 def score_sequence(model: Transformer, index: int, sequence: ScoredSequence, hidden: Tensor) -> Score:
-    """Computes logits for LOGITS_CHUNK_TOKENS positions at a time, since those of a whole window may not fit in memory.
+    """Computes logits for LOGITS_CHUNK_TOKENS positions at a time: the logits of a whole window may not fit in memory.
 
     hidden [T, dim]: the hidden states of all tokens of sequence but the last."""
     n, last = sequence.n_scored, len(sequence.ids) - 1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Generates text with the Mixtral that prepare.sh made, in int8. Arguments go to generate.py.
-# MODEL=model.pth takes the weights of 16 bits. NPROC=n runs n processes, each with a part of every matrix: on n GPUs
+# MODEL=model.pth takes the 16-bit weights. NPROC=n runs n processes, each with a part of every matrix: on n GPUs
 # or, if there are none, on the CPU.
 #   ./mixtral-moe/generate.sh --prompt "Hello, my name is"
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""All commands but generate.py, quantize.py and eval.py. Running a model takes nothing from this folder.
+"""All commands except generate.py, quantize.py and eval.py. Running a model takes nothing from this folder.
 
     prepare.sh                  makes a model of the Hugging Face hub ready to run: download, convert, quantize
     download.py                 downloads a repository of the hub
@@ -10,7 +10,7 @@
     speculate.sh                speculates with a large model; speculate_*.sh are the setups of gpt-fast
 
     benchmark.py                measures speed, memory and quality, and checks the kernels
-    compare_llama_cpp.py        measures speed beside llama.cpp
+    compare_llama_cpp.py        measures speed, compared with llama.cpp
     benchmarking/               the measurements of benchmark.py and compare_llama_cpp.py
     kernel_checks/              compares the kernels with exact results, for "benchmark.py check" and the tests
     tables.py                   writes the results in benchmarks/ into the tables of the docs

@@ -5,7 +5,7 @@
     python scripts/benchmark.py --config checkpoints/M/model.pth            # or a config.json: the shape alone
     python scripts/benchmark.py --config TinyLlama-1.1B --parallel 1 8 64   # tokens/s of 1, 8 and 64 sequences at once
     python scripts/benchmark.py --config TinyLlama-1.1B --cold_start        # from a new process to the first token
-    python scripts/benchmark.py --config TinyLlama-1.1B --busy              # beside other programs
+    python scripts/benchmark.py --config TinyLlama-1.1B --busy              # next to other programs
 
 The commands above are short for "benchmark.py speed". Two more are for GPUs:
 
@@ -17,8 +17,8 @@ Two need a real model:
     python scripts/benchmark.py quantization --checkpoint_path M/model.pth --text_file A --calibration_text B
     python scripts/benchmark.py speculation --checkpoint_path M/model.pth [--draft_checkpoint_path D/model.pth]
 
-Decoding is compared with the memory's read bandwidth, measured before and after it; the higher number counts. A decode
-step reads the weights that it needs, and the keys and values of the tokens in the cache.
+Decoding is compared with the memory's read bandwidth. The bandwidth is measured before and after decoding, and the
+higher number counts. A decode step reads the weights that it needs, and the keys and values of the tokens in the cache.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
 from engine.sequence import check_length
-from formats import GROUP_SIZES, MODES, Unquantized, WeightFormat
+from formats import FORMAT_BY_MODE, GROUP_SIZES, Unquantized, WeightFormat
 from layers.packing import load_triton_kernels
 from scripts import tables
 from scripts.benchmarking import busy, gpu_jobs, real_models
@@ -55,7 +55,7 @@ from utils.files import ROOT
 from utils.machine import pick_device
 
 OOM_HINT = "take a smaller shape, --mode int4 or fewer tokens"
-REPORTED_OPTIONS = (  # which the result of the command "speed" repeats
+REPORTED_OPTIONS = (  # the result of the command "speed" repeats them
     "config", "compile", "device", "precision", "mode", "groupsize", "prompt_tokens", "max_new_tokens", "kernels",
 )
 
@@ -92,8 +92,8 @@ def add_speed(subparsers):
     parser = add_command(subparsers, speed)
     add = parser.add_argument
     add("--config", required=True, help=f"a config.json, a model.pth, or one of {', '.join(CONFIGS)}")
-    add("--mode", choices=MODES, help="weights in this format (default: in --precision)")
-    with_group_size = ", ".join(mode for mode, format_class in MODES.items() if format_class.group_size_choices)
+    add("--mode", choices=FORMAT_BY_MODE, help="weights in this format (default: in --precision)")
+    with_group_size = ", ".join(mode for mode, cls in FORMAT_BY_MODE.items() if cls.group_size_choices)
     add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help=f"of {with_group_size} (default: %(default)s)")
     add("--compile", action="store_true", help="compile or capture the decode step; a cold start always does")
     common_args.add_device(parser)
@@ -102,10 +102,10 @@ def add_speed(subparsers):
     add("--prompt_tokens", type=int, default=5, help="default: %(default)s")
     add("--max_new_tokens", type=int, default=200, help="default: %(default)s; a cold start's are 2")
     add("--decode_only", action="store_true", help="no prefill, no verification")
-    help = "only time decoding of N sequences together (engine/scheduler.py), for each N"
-    add("--parallel", type=int, nargs="+", metavar="N", help=help)
-    help = "only time decoding beside a busy process, and two at once: medians of ROUNDS rounds (default: 3)"
-    add("--busy", type=int, nargs="?", const=3, metavar="ROUNDS", help=help)
+    description = "only time decoding of N sequences together (engine/scheduler.py), for each N"
+    add("--parallel", type=int, nargs="+", metavar="N", help=description)
+    description = "only time decoding next to a busy process, and two at once: medians of ROUNDS rounds (default: 3)"
+    add("--busy", type=int, nargs="?", const=3, metavar="ROUNDS", help=description)
     add("--tune", action="store_true", help="first find the fastest launches of a GPU's kernels")
     add("--cold_start", action="store_true", help="time generate.py from its start to its first token only")
     add("--json", action="store_true", help="one JSON object too, as the last line")
@@ -126,7 +126,7 @@ def add_gpu_commands(subparsers):
 
     parser = add_command(subparsers, gpu_jobs.hf_transformers)
     add = parser.add_argument
-    add("--config", required=True, help="as for the command speed, but only a Llama")
+    add("--config", required=True, help="see the command speed, but only a Llama")
 
 
 def add_checkpoint_commands(subparsers):
@@ -156,7 +156,7 @@ def speed(args: argparse.Namespace):
         args.compile, args.max_new_tokens = True, 2
     device = pick_device(args.device)
     args.device = str(device)
-    format = MODES[args.mode].from_options(args.groupsize) if args.mode else Unquantized()
+    format = FORMAT_BY_MODE[args.mode].from_options(args.groupsize) if args.mode else Unquantized()
     if args.tune:
         tune(config, format, device)
     torch.manual_seed(1234)
@@ -201,7 +201,7 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """Finds the fastest tile sizes, for --tune: see benchmarking/tune_triton.py."""
     if device.type != "cuda" or not load_triton_kernels(device):
         raise UsageError("--tune is for GPUs that Triton runs on: give --device cuda")
-    from scripts.benchmarking import tune_triton  # here, since Triton is installed only where there is a GPU
+    from scripts.benchmarking import tune_triton  # here: Triton is installed only where there is a GPU
 
     tune_triton.tune(config, format, device)
     torch.cuda.empty_cache()
@@ -213,7 +213,7 @@ def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
 
 def measure_cold_start(args: argparse.Namespace, config: ModelConfig) -> dict:
     """Measures the seconds from the start of generate.py --compile to the first byte of text on stdout: once with empty
-    caches of compiled code, and once with what the first run left there. The checkpoint was just written, so both runs
+    caches of compiled code, and once with the caches of the first run. The checkpoint was just written, so both runs
     find it in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder, "model.pth"), Path(folder, "cache")

@@ -18,13 +18,13 @@ theirs":
     int4.g32 / Q4_K_M    4 bits, scale and zero for 32 elements        a mixture of types of 4 bits and more
     bf16, int8 or int4.g32 / file, with --gguf                         the GGUF file itself
 
-In 4-bit files, llama.cpp stores the output head in 6 or 8 bits, and we in 4. So its files are larger and closer to the
-original, above all if the model is small and the vocabulary large.
+In 4-bit files, llama.cpp stores the output head in 6 or 8 bits, and we store it in 4. So llama.cpp's files are larger
+and closer to the original, above all if the model is small and the vocabulary large.
 
-Each side of a pair runs in a process of its own, and the two take turns. A round measures the memory's read bandwidth,
-decoding on both sides and prefill on both sides, without a pause, since bandwidth may change from second to second. In
-every second round llama.cpp goes first. Both sides decode greedily, and llama.cpp keeps its default settings. Bytes per
-token are the weights that a decode step reads, and the keys and values of the tokens in the cache.
+Each side of a pair runs in its own process, and the two processes take turns. A round measures the memory's read
+bandwidth, decoding on both sides and prefill on both sides. There is no pause, because bandwidth may change from second
+to second. In every second round llama.cpp goes first. Both sides decode greedily, and llama.cpp keeps its default
+settings. Bytes per token are the weights that a decode step reads, and the keys and values of the tokens in the cache.
 """
 
 import argparse
@@ -128,8 +128,8 @@ def parse_args() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help=f"random weights of a config.json, or of one of {', '.join(CONFIGS)}")
     source.add_argument("--gguf", type=Path, metavar="FILE", help="the weights of a GGUF file")
-    help = "how many sequences to decode at a time, together, in place of one sequence and a prompt"
-    add("--parallel", type=int, nargs="+", metavar="N", help=help)
+    description = "how many sequences to decode at a time, instead of one sequence and a prompt"
+    add("--parallel", type=int, nargs="+", metavar="N", help=description)
     add("--rounds", type=int, default=9, help="rounds of which the results are medians (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="of both (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all measurements and the machine's description")

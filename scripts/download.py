@@ -23,13 +23,13 @@ from huggingface_hub.utils import disable_progress_bars, logging
 from cli import common_args
 from cli.interrupts import exit_on_interrupt
 from cli.script import run_script
+from converters.source_files import HF_SETTINGS
 from text.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 from utils.errors import UsageError
 
-SETTINGS = {"config.json", "generation_config.json", "quantize_config.json", "quant_config.json", *TOKENIZER_FILES}
-# If a repository has the file on the left, or its index.json, the weights are the files that match the pattern on the
-# right. The first row that applies counts. consolidated*.safetensors holds a second copy of the weights, under other
-# names, so it is left out.
+# The weights are the files that match the pattern on the right, if the repository has the file on the left or its
+# index.json. The first row that applies counts. Leave out consolidated*.safetensors: it holds the same weights under
+# other names.
 WEIGHTS = {
     "model.safetensors": r"(?!consolidated)[^/]+\.safetensors",
     "pytorch_model.bin": r"pytorch_model[^/]*\.bin",
@@ -60,11 +60,11 @@ def download(repo_id: str, token: str | None):
         snapshot_download(repo, revision=info.sha, allow_patterns=files, local_dir=folder, token=token)
     except UsageError:
         raise
-    except Exception as e:  # errors of the disk or the network; the latter's types change with huggingface_hub
+    except Exception as e:  # errors of the disk or the network; the types of network errors change with huggingface_hub
         raise UsageError(explain_error(repo, e)) from None
     for file in files:
         if not (folder / file).is_file():  # snapshot_download may only warn
-            raise UsageError(f"the download of {repo} stopped before {file}; run it again to go on")
+            raise UsageError(f"the download of {repo} stopped before {file}; run it again to continue")
     if not set(TOKENIZERS) & set(files):
         print(f"{repo} has no tokenizer; put its tokenizer.model or tokenizer.json into {folder}", file=sys.stderr)
 
@@ -76,7 +76,7 @@ def choose_files(repo: str, names: set[str], stem: str | None = None) -> list[st
             index = f"{file}.index.json"
             if file in names or index in names:
                 weights = {name for name in names if re.fullmatch(pattern, name)}
-                return sorted((SETTINGS | weights | {index}) & names)
+                return sorted({*HF_SETTINGS, *TOKENIZER_FILES, index, *weights} & names)
     wanted = r"[^/]+\.pt" if stem is None else re.escape(f"{stem}.pt")
     models = sorted(name for name in names if re.fullmatch(wanted, name))
     if len(models) == 1:

@@ -3,7 +3,7 @@
     request = CompletionRequest(data, is_chat, model_name, tokenizer, scheduler)  # data: the JSON of a request in bytes
     request.sequences           # what to compute
     request.response()          # after the sequences have ended
-    request.chunks(updates)     # or while they run, for a stream; updates: those of AsyncEngine.generate
+    request.chunks(updates)     # or while they run, for a stream; updates: from AsyncEngine.generate
 """
 
 import json
@@ -19,9 +19,9 @@ from text.prompt import encode_prompt
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError, check_integer
 
-MAX_TEXTS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # limits of one request
-# Fields that are not supported -> a value that is accepted all the same, since it changes nothing, as null, 0, false
-# and empty values are.
+MAX_COMPLETIONS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH = 64, 20, 16, 256  # limits of one request
+# Fields that are not supported -> a value that is still accepted, because it changes nothing. null, 0, false and empty
+# values are accepted, too.
 UNSUPPORTED = {"best_of": 1, "response_format": {"type": "text"}} | dict.fromkeys(
     ["echo", "frequency_penalty", "functions", "logit_bias", "presence_penalty", "suffix", "tools"]
 )
@@ -44,8 +44,8 @@ def parse_request(data: bytes) -> dict:
 def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: Scheduler) -> list[Sequence]:
     eos_ids, max_seq_len = scheduler.model.config.eos_ids, scheduler.max_seq_len
     prompts = encode_prompts(body.get("messages" if is_chat else "prompt"), is_chat, tokenizer, max_seq_len)
-    n = read_integer(body, "n", 1, 1, MAX_TEXTS)
-    require(n * len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
+    n = read_integer(body, "n", 1, 1, MAX_COMPLETIONS)
+    require(n * len(prompts) <= MAX_COMPLETIONS, f"a request may ask for {MAX_COMPLETIONS} completions")
     room = max_seq_len - max(map(len, prompts))
     require(room > 0 and all(prompts), f"a prompt must have 1 to {max_seq_len - 1} tokens")
     max_tokens = read_integer(body, "max_tokens", room if is_chat else min(16, room), 1, room)  # OpenAI's defaults
@@ -71,7 +71,7 @@ def encode_prompts(prompts, is_chat: bool, tokenizer: Tokenizer, max_seq_len: in
         return [encode_prompt(prompts, tokenizer, max_seq_len, limit="")]
     if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
         prompts = [prompts]
-    require(len(prompts) <= MAX_TEXTS, f"a request may ask for {MAX_TEXTS} texts")
+    require(len(prompts) <= MAX_COMPLETIONS, f"a request may ask for {MAX_COMPLETIONS} completions")
     ids = [encode_prompt(p, tokenizer, max_seq_len, limit="") if isinstance(p, str) else p for p in prompts]
     tokens = range(tokenizer.vocab_size)
     is_valid = all(isinstance(prompt, list) and all(type(i) is int and i in tokens for i in prompt) for prompt in ids)
@@ -118,7 +118,7 @@ class CompletionRequest:
     def __init__(self, data: bytes, is_chat: bool, model_name: str, tokenizer: Tokenizer, scheduler: Scheduler):
         body = parse_request(data)
         self.sequences = read_sequences(body, is_chat, tokenizer, scheduler)
-        self.n_sent: dict[Sequence, int] = {}  # how many characters of each text were sent in a stream
+        self.n_sent: dict[Sequence, int] = {}  # how many characters of each completion were sent in a stream
         self.tokenizer, self.is_chat, self.is_stream = tokenizer, is_chat, read_boolean(body, "stream")
         options = body.get("stream_options", {})
         require(isinstance(options, dict), "stream_options must be a JSON object")
@@ -140,7 +140,7 @@ class CompletionRequest:
             yield self.header | {"choices": [], "usage": self.usage()}
 
     def usage(self) -> dict:
-        # The n texts of a prompt share one list of ids, which counts once.
+        # The n completions of a prompt share one list of ids. Count it once.
         prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.sequences}
         n_prompt = sum(map(len, prompts.values()))
         n_new = sum(len(sequence.new_ids) for sequence in self.sequences)

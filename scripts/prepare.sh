@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a model from the Hugging Face hub ready to run: downloads it, converts it and quantizes it to int8.
 #   ./scripts/prepare.sh OWNER/NAME      or      MODEL_REPO=OWNER/NAME ./scripts/prepare.sh
-# MODES="int8 int4" quantizes to both. Weights that the repository has quantized already stay as they are.
+# MODES="int8 int4" quantizes to both. Weights that are already quantized in the repository stay unchanged.
 # TINY_FAMILY=mixtral, or another family of tiny_model.py, makes a tiny random model in checkpoints/OWNER/NAME instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -4,9 +4,9 @@
     python scripts/serve.py --checkpoint_path checkpoints/SmolLM2-135M-Instruct/model.pth
     curl localhost:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
-The paths are /v1/models, /v1/completions and /v1/chat/completions; both completions can stream. The texts of all
-clients are computed together. When a client disconnects, its slots of the KV cache become free. After Ctrl-C or SIGTERM
-the server completes the answers in flight, and ends. A second signal ends the server at once.
+The paths are /v1/models, /v1/completions and /v1/chat/completions. Both kinds of completions can stream. The server
+decodes the sequences of all clients together. When a client disconnects, its slots in the KV cache become free. After
+Ctrl-C or SIGTERM the server finishes the running sequences and ends. A second signal ends the server at once.
 """
 
 import asyncio
@@ -56,8 +56,8 @@ def main():
     add("--host", default="127.0.0.1", help="default: %(default)s, which only this machine can reach")
     add("--port", type=int, default=8000, help="default: %(default)s; 0: any that is free")
     add("--api_key", help="refuse requests without the header `Authorization: Bearer API_KEY`")
-    add("--parallel", type=int, default=8, help="texts computed at a time (default: %(default)s)")
-    add("--max_seq_length", type=int, default=4096, help="most tokens of a prompt and its text (default: %(default)s)")
+    add("--parallel", type=int, default=8, help="sequences decoded at a time (default: %(default)s)")
+    add("--max_seq_length", type=int, default=4096, help="tokens of a prompt and its completion (default: %(default)s)")
     add("--compile", action="store_true", help="capture the decode steps on a GPU, too")
     common_args.add_device(parser)
     common_args.add_precision(parser)
@@ -108,7 +108,7 @@ class Server(uvicorn.Server):
         except asyncio.TimeoutError:
             raise HTTPException(408, f"the request took more than {MAX_BODY_SECONDS} s to arrive") from None
         is_chat = request.scope["path"] == CHAT_PATH
-        # In a thread, since tokenizing megabytes of text takes seconds
+        # In a thread, because tokenizing megabytes of text takes seconds
         options = is_chat, self.model_name, self.tokenizer, self.engine.scheduler
         completion = await asyncio.to_thread(CompletionRequest, body, *options)
         updates = self.engine.generate(completion.sequences)

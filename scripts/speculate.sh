@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Speculation with a large model: ./scripts/speculate.sh MODEL DRAFT --prompt "Hello, my name is"
 #
-# MODEL and DRAFT are files in checkpoints/, such as meta-llama/Llama-2-7b-chat-hf/model_int4.g32.pth, which
-# MODES=int4 ./scripts/prepare.sh meta-llama/Llama-2-7b-chat-hf makes. More arguments go to generate.py. RANKS=n runs n
-# processes, each on a device of its own. The setups of gpt-fast are scripts, too: speculate_7B_int4.sh and others.
+# MODEL and DRAFT are files in checkpoints/, such as meta-llama/Llama-2-7b-chat-hf/model_int4.g32.pth. To make this file,
+# run MODES=int4 ./scripts/prepare.sh meta-llama/Llama-2-7b-chat-hf. More arguments go to generate.py. RANKS=n runs n
+# processes, each on its own device. The setups of gpt-fast are also scripts: speculate_7B_int4.sh and others.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ $# -lt 2 ]; then

@@ -39,8 +39,8 @@ TABLES = {  # name -> columns: (header, template of a cell)
     "busy": [
         ("shape", "{config}, {weights}"),
         ("alone, tokens/s", "{alone_tokens_per_sec:.1f}"),
-        ("beside a busy process", "{beside_busy_tokens_per_sec:.1f}"),
-        ("one thread beside it", "{one_thread_beside_busy_tokens_per_sec:.1f}"),
+        ("next to a busy process", "{beside_busy_tokens_per_sec:.1f}"),
+        ("one thread next to it", "{one_thread_beside_busy_tokens_per_sec:.1f}"),
         ("all threads / one", "**{beside_busy_over_one_thread:.2f}**"),
         ("two at once", "{first_of_two_tokens_per_sec:.1f}, {second_of_two_tokens_per_sec:.1f}"),
         ("their sum", "{two_tokens_per_sec:.1f}"),

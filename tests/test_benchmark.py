@@ -235,7 +235,7 @@ def test_tune(tmp_path, monkeypatch):
     times = {fastest: 1.0, (32, 4, 128, 3): 2.0, (16, 4, 128, 3): 1.5}
 
     def time_products(x, weights):
-        gated = weights[0].gated
+        gated = weights[0].epilogue.gated
         assert len(weights) > 4 * 1000 // weights[0].weight.nbytes
         tiles = launch.choose_tiles(x, kernel_format("Int4"), weights[0].out_features, gated, 64)
         if tiles == fastest and x.shape[1] == 8:
@@ -278,7 +278,7 @@ def test_check(monkeypatch, capsys):
 
 
 def test_check_that_fails(monkeypatch, capsys):
-    """A wrong kernel, or one that raises, gives exit status 1, and the other checks go on."""
+    """A wrong kernel, or one that raises, gives exit status 1. The other checks still run."""
     rms_norm = RMSNorm.forward
     monkeypatch.setattr(check_command, "all_checks", few_checks)
     monkeypatch.setattr(RMSNorm, "forward", lambda *arguments: rms_norm(*arguments) * 1.1)

@@ -17,9 +17,10 @@ from engine.chat import ContextFull, Conversation
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from kernels import build
+from layers.kv_cache import KVCache
 from llm import LLM
 from loading import load, load_model
-from model import KVCache, Transformer
+from model import Transformer
 from tests.byte_models import END, TEMPLATE, set_up, write_folder, zero_tensors
 from tests.tiny_tokenizers import TEMPLATES, train, write
 from text.tokenizer import load_tokenizer
@@ -225,7 +226,7 @@ def test_notes_on_stderr(chat_model, monkeypatch, capsys):
     assert [note.split("; /continue")[0] for note in notes] == [
         "Type a message", unknown.format("/what"), "Type a message", "Cut by --max_new_tokens",
         '"Hi" and its answer are forgotten; 0 messages left.',
-        "That takes 203 tokens, and the context has 160: shorten it.", "Cut, for the context is full",
+        "That takes 203 tokens, and the context has 160: shorten it.", "Cut because the context is full",
         "The context is full: from now on the oldest messages are forgotten.", "Cut by --max_new_tokens",
         "0 messages left.", "There is nothing to forget; 0 messages left.",
         "/drop stands alone; to say it, write //drop it.",

@@ -183,7 +183,7 @@ def test_a_folder_around_the_models(folder, tmp_path):
 
 
 def test_a_gguf_is_converted_beside_it(tmp_path, capsys):
-    """A GGUF is converted to a folder beside it, with its name. A folder with only one GGUF stands for it."""
+    """A GGUF is converted to a folder next to it, with its name. A folder with only one GGUF stands for this file."""
     file = write_gguf(tmp_path / "tiny.Q8_0.gguf", make_llama(vocab_size=4), "Q8_0")
     model = tmp_path / "tiny.Q8_0-gguf/model.pth"
     call_main(generate.main, "--checkpoint_path", file, *RUN, "--prompt", "ab")

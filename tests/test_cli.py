@@ -176,7 +176,7 @@ def test_the_summary_without_room_for_a_measurement(recall_model, tmp_path, monk
     (tmp_path / "prompts").write_text("a\nb\nc\n")
     options = [f"--prompt_file={tmp_path}/prompts", "--max_new_tokens=4", "--batch_size=3", "--ignore_eos"]
     set_up(monkeypatch, recall_model / "model.pth", options)
-    monkeypatch.setattr(report, "read_bandwidth_of", refuse)
+    monkeypatch.setattr(report, "measure_read_bandwidth_on", refuse)
     run_script(generate.main)
     out, err = capsys.readouterr()
     assert out.count(", sequence 2\n") == 3 and "%" not in err

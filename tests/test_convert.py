@@ -56,7 +56,7 @@ def hub_config(config: dict) -> dict:
 
 
 def write_shards(folder: Path, stem: str, tensors: dict, save):
-    """Writes two files and their index. Tensors are in reverse order, which must not matter."""
+    """Writes two files and their index. The order of the tensors must not matter, so it is reversed."""
     name, kind = stem.rsplit(".", 1)
     halves = [dict(list(tensors.items())[::-1][k::2]) for k in range(2)]
     files = [f"{name}-0000{k + 1}-of-00002.{kind}" for k in range(2)]

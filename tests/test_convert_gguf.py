@@ -128,7 +128,7 @@ def test_parts(assert_refused, tmp_path):
 
 @pytest.mark.parametrize("missing", [False, True])
 def test_missing_things_are_named(missing, tmp_path):
-    """A folder in place of a file, and a missing gguf package, are refused in one line, also under python -I."""
+    """A folder instead of a file, and a missing gguf package, are refused in one line, also under python -I."""
     code = f"""
 import runpy, sys
 if {missing}:

@@ -20,8 +20,8 @@ REPOS = {
     "model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json "
     "consolidated.safetensors pytorch_model.bin "
     "original/consolidated.00.pth original/tokenizer.model onnx/model.safetensors",
-    "me/bin": "config.json quantize_config.json tokenizer.model pytorch_model-1-of-1.bin pytorch_model.bin.index.json "
-    "training_args.bin",
+    "me/bin": "config.json quantize_config.json quant_config.json hf_quant_config.json tokenizer.model "
+    "pytorch_model-1-of-1.bin pytorch_model.bin.index.json training_args.bin",
     "me/tinyllamas": "stories15M.pt stories42M.pt stories15M.bin stories260K/stories260K.pt",
     "me/gguf": "model.gguf README.md",
     "me/consolidated": "params.json config.json consolidated.safetensors",

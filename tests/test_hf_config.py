@@ -85,7 +85,7 @@ def test_ids_beyond_the_vocabulary_are_ignored(llama, capsys):
     change_config(llama, {"bos_token_id": 999, "eos_token_id": [2, 9999, -1]})
     config = read_checkpoint(convert(llama)).config
     assert (config.bos_id, config.eos_ids) == (None, (2,))
-    said = "bos_token_id or eos_token_id 999, 9999, -1 is ignored, since the vocabulary has 97 tokens"
+    said = "bos_token_id or eos_token_id 999, 9999, -1 is ignored: the vocabulary has 97 tokens"
     assert said in capsys.readouterr().err
 
 

@@ -353,7 +353,7 @@ def test_a_single_word_in_a_row():
 
 
 def test_only_the_kv_cache_is_quantized(tmp_path):
-    """With the format "dense" only the KV cache is quantized. Its scales are left out, since ours has 16 bits."""
+    """With the format "dense" only the KV cache is quantized. Its scales are left out, because ours has 16 bits."""
     make_hf("llama2").save_pretrained(tmp_path)
     expected = read_checkpoint(convert(tmp_path))[2]
     tensors = load_file(tmp_path / "model.safetensors")

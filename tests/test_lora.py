@@ -247,7 +247,7 @@ def test_tensors_that_do_not_fit(llama, tmp_path):
         r"q_proj.weight is \[96, 48\]: .*made for another model": {q: random_halves(96, 48)},
         r"q_proj.weight is \[48, 64\]: .*made for another model": {q: random_halves(48, 64)},
         "not finite; the adapter is broken": {q: (a, b * torch.nan)},
-        "is no matrix": {q: (a[0], b)},
+        "is not a matrix": {q: (a[0], b)},
         "not finite with the adapter": {q: (a + 1e38, b + 1e38)},
     }
     for match, changes in wrong.items():

@@ -101,9 +101,9 @@ def test_bandwidth_is_measured_in_memory_that_is_there(monkeypatch):
     joined = machine.merge_adjacent(parts)
     assert [len(t) for t in joined] == [3000, 2**16 - 40_000] and torch.equal(joined[0], memory[:3000])
     monkeypatch.setattr(machine, "cache_bytes", lambda: memory.nbytes // 2)
-    assert machine.read_bandwidth_of(memory.chunk(7)) > 0
+    assert machine.measure_read_bandwidth_on(memory.chunk(7)) > 0
     monkeypatch.setattr(machine, "cache_bytes", lambda: memory.nbytes // 2 + 1)
-    assert machine.read_bandwidth_of(memory.chunk(7)) is None and machine.read_bandwidth_of([]) is None
+    assert machine.measure_read_bandwidth_on(memory.chunk(7)) is None and machine.measure_read_bandwidth_on([]) is None
 
 
 def test_caches_of_all_parts_count(tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ from checkpoint import empty_model
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
+from layers.kv_cache import KVCache
 from layers.rope import rope_table
-from model import KVCache, round_to_dtype
+from layers.weight import round_to_dtype
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
 from utils.errors import UsageError
 
@@ -237,7 +238,7 @@ WRONG = [
     ("llama-linear", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling's factor must be a positive"),
     ("llama-linear", {"rope_parameters": {"factor": 0}}, "^config.json: rope_parameters' factor must be a positive"),
     ("llama2", {"rope_scaling": {"type": "yarn"}}, "rope_scaling of type yarn needs a factor"),
-    ("qwen2-moe", {"shared_expert_intermediate_size": 63}, "intermediate_size 63 is no multiple of moe_intermediate"),
+    ("qwen2-moe", {"shared_expert_intermediate_size": 63}, "intermediate_size 63 is not a multiple of moe_inter"),
     ("qwen2-moe", {"shared_expert_intermediate_size": -64}, "number of shared experts"),
     ("qwen2-moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
     ("qwen3-moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
@@ -265,7 +266,7 @@ WRONG = [
     ("phi", {"hidden_act": "gelu"}, "^config.json: hidden_act = 'gelu' is not supported$"),
     ("phi", {"qk_layernorm": True}, "qk_layernorm = True is not supported"),
     ("cohere", {"use_qk_norm": True}, "use_qk_norm = True is not supported"),
-    ("exaone4", {"layer_types": None, "sliding_window_pattern": "LLG"}, "sliding_window_pattern 'LLG' is no number"),
+    ("exaone4", {"layer_types": None, "sliding_window_pattern": "LLG"}, "sliding_window_pattern 'LLG' is not a number"),
     ("nanochat", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
     ("dbrx", {"tie_word_embeddings": True}, "tie_word_embeddings = True is not supported"),
     ("dbrx", {"attn_config": {"clip_qkv": -1}}, "clip_qkv must be a positive number"),

@@ -1,8 +1,8 @@
 """The pages are right. Commands and the Python example run on tiny random checkpoints, scripts/tables.py makes the same
 tables, and all files, functions and messages exist that a page, a docstring or a comment names.
 
-Commands run in this process, since torch takes seconds to load; only torchrun starts others. A shell script runs with a
-python3 that records its arguments, and this process makes the recorded calls.
+Commands run in this process, because torch takes seconds to load. Only torchrun starts other processes. A shell script
+runs with a python3 that records its arguments. Then this process makes the recorded calls.
 """
 
 import ast
@@ -224,7 +224,7 @@ def test_sizes_of_the_code():
     rest = [path for path in code if not any(path in part for part in parts)]
     tests = [path for path in (ROOT / "tests").iterdir() if path.suffix in (".py", ".cpp")]
     said = re.search(
-        r"(\d+) files, ([\d,]+) lines in all, .* code is ([\d,]+) lines of Python and C\+\+: kernels, layers and "
+        r"(\d+) files, ([\d,]+) lines in all\. .* code is ([\d,]+) lines of Python and C\+\+: kernels, layers and "
         r"weight formats ([\d,]+), converters ([\d,]+), scripts ([\d,]+), everything else ([\d,]+)\. "
         r"The tests are ([\d,]+) more",
         " ".join(text.split()),

@@ -29,8 +29,8 @@ WRONG = [
     ({"prompt": "a" * 10**5}, "100000 characters exceeds"),  # is not encoded
     ({"messages": [USER | {"content": "a" * 10**5}]}, "100000 characters exceeds"),
     ({"messages": [USER] * 10**4}, "10000 messages exceeds"),
-    ({"prompt": ["a"] * 65}, "64 texts"),
-    ({"prompt": ["a"] * 33, "n": 2}, "64 texts"),
+    ({"prompt": ["a"] * 65}, "64 completions"),
+    ({"prompt": ["a"] * 33, "n": 2}, "64 completions"),
     ({"prompt": "a", "n": 0}, "n must be"),
     ({"prompt": "a", "n": True}, "n must be"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens"),

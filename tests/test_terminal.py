@@ -117,7 +117,7 @@ def test_terminal(counter, tmp_path):
 
     os.write(terminal.fd, b"0\r")  # a question that has no end
     terminal.wait("1234567890")
-    assert "Stopped; /continue goes on." in terminal.type(CTRL_C)
+    assert "Stopped; /continue resumes the answer." in terminal.type(CTRL_C)
     os.write(terminal.fd, b"/continue\r")
     terminal.wait("4567890")
     terminal.type(CTRL_C)

@@ -2,8 +2,7 @@
 
     render(template, {"eos_token": "</s>"}, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
-A template is a program in jinja2's language by an unknown author, so render runs it in a sandbox with limited time and
-memory.
+A template is a jinja2 program by an unknown author, so render runs it in a sandbox with limited time and memory.
 """
 
 import contextlib
@@ -69,7 +68,7 @@ def read_message(message) -> dict:
 
 
 def check_unicode(text: str, name: str):
-    """Raises UsageError if text holds half of a surrogate pair, which UTF-8 cannot encode. name: what the error calls
+    """Raises UsageError if text contains half of a surrogate pair: UTF-8 cannot encode it. name: what the error calls
     the text."""
     try:
         text.encode()
@@ -79,10 +78,10 @@ def check_unicode(text: str, name: str):
 
 @cache
 def compile_template(template: str) -> Template:
-    # {% generation %} marks the model's words for training. {% with %}, which only opens a scope, replaces that tag.
+    # {% generation %} marks the model's words for training. Replace it with {% with %}, which only opens a scope.
     template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", template)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    # The time limit cannot interrupt a single power or product, which may use all time or memory.
+    # A single power or product may use all time or memory, and the time limit cannot interrupt it.
     env.intercepted_binops = frozenset({"**", "*"})
     env.binop_table |= {"**": refuse_power, "*": multiply}
     env.filters["tojson"] = to_json
@@ -99,7 +98,7 @@ def strftime_now(form: str) -> str:
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """The filter tojson, in place of jinja's own, which escapes HTML."""
+    """The filter tojson. Jinja's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -119,7 +118,7 @@ def multiply(a, b):
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TemplateError if this context takes longer than seconds. Only the main thread has a limit, since only it
+    """Raises TemplateError if this context takes longer than seconds. Only the main thread has a limit, because only it
     receives signals."""
 
     def stop(signum, frame):

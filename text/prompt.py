@@ -1,4 +1,4 @@
-"""A prompt, which is a text to continue or a chat's messages, to token ids.
+"""Turns a prompt into token ids. A prompt is a text to continue or a chat's messages.
 
     ids = encode_prompt("Hello", tokenizer, max_seq_len=2048)
     ids = encode_prompt([{"role": "user", "content": "Hello"}], tokenizer, max_seq_len=2048)
@@ -12,27 +12,27 @@ from utils.errors import UsageError
 def encode_prompt(
     prompt: str | list[dict], tokenizer: Tokenizer, max_seq_len: int, limit: str = "the model's context of "
 ) -> list[int]:
-    """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt gives no ids. Raises
-    UsageError as read_prompt does, or if the prompt is so long that it must exceed max_seq_len tokens (encoding would
-    take long). limit: what the message calls max_seq_len."""
+    """Encodes a text, or a chat's messages [{"role": ..., "content": ...}]. An empty prompt has no ids. Raises
+    UsageError as read_prompt does, and also if the prompt is certainly longer than max_seq_len tokens, because encoding
+    it would take long. limit: the name of max_seq_len in the message."""
     prompt = read_prompt(prompt)
     is_chat = isinstance(prompt, list)
     for text in [message["content"] for message in prompt] if is_chat else [prompt]:
-        if exceeds(tokenizer, text, max_seq_len):
+        if is_certainly_longer(tokenizer, text, max_seq_len):
             raise UsageError(f"a prompt of {len(text)} characters exceeds {limit}{max_seq_len} tokens")
     if not prompt:
         return []
     if not is_chat:
         return tokenizer.encode(prompt)
     parts = tokenizer.split_chat(prompt)
-    if exceeds(tokenizer, parts, max_seq_len):
+    if is_certainly_longer(tokenizer, parts, max_seq_len):
         raise UsageError(f"a chat of {len(prompt)} messages exceeds {limit}{max_seq_len} tokens")
     return tokenizer.encode_parts(parts)
 
 
 def read_prompt(prompt: str | list[dict]) -> str | list[dict]:
-    """Returns a user's prompt: a text as it is, or a chat's messages, as read_message reads them. Raises UsageError if
-    it is neither, or not valid UTF-8."""
+    """Returns a user's prompt: a text unchanged, or a chat's messages after read_message. Raises UsageError if the
+    prompt is neither, or not valid UTF-8."""
     if isinstance(prompt, list):
         return [read_message(message) for message in prompt]
     if not isinstance(prompt, str):
@@ -43,15 +43,15 @@ def read_prompt(prompt: str | list[dict]) -> str | list[dict]:
 
 # ---- Whether a prompt is too long, without encoding all of it: 100 MB would take minutes -----------------------------
 
-SAMPLE_LENGTH = 16  # characters for each token that a prompt may have; few texts have longer tokens
+SAMPLE_LENGTH = 16  # characters for each token; few texts have longer tokens
 SAMPLE_GROWTH = 4
 
 
-def exceeds(tokenizer: Tokenizer, prompt: str | list[Part], n_tokens: int) -> bool:
+def is_certainly_longer(tokenizer: Tokenizer, prompt: str | list[Part], n_tokens: int) -> bool:
     """Returns whether prompt certainly has more than n_tokens tokens. prompt: a text to continue, or a prompt's parts.
 
     Encodes longer and longer beginnings of prompt, until a beginning has twice n_tokens. The text after a beginning can
-    change the last tokens of the beginning, but not half of the tokens."""
+    change the last tokens of the beginning, but not half of them."""
     if isinstance(prompt, list) and count_special_tokens(prompt) > n_tokens:
         return True
     length = SAMPLE_LENGTH * n_tokens

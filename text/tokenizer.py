@@ -4,7 +4,7 @@
     tokenizer.decode(tokenizer.encode("Hello"))
     tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
 
-Read Tokenizer first, then IncrementalDetokenizer, which decodes tokens as they arrive. The subclasses for the two
+Read Tokenizer first, and then IncrementalDetokenizer, which decodes tokens as they arrive. The subclasses for the two
 libraries are at the end.
 
 "<|im_start|>" in a text to continue is the special token of that name, as in transformers and llama.cpp. In the
@@ -29,8 +29,8 @@ from text.tokenizer_files import (
 )
 from utils.errors import UsageError
 
-# Put into a special token's text, so that it is not read as the token. It is a random number, which no user's text
-# contains, and it has only digits, which no filter of a template (such as upper) changes.
+# Inserted into a special token's text, so that it is not read as the token. SENTINEL is a random number, so no user's
+# text contains it. It has only digits, so no filter of a template (such as upper) changes it.
 SENTINEL = str(secrets.randbits(128))
 MATCHES_NOTHING = "(?!)"  # a regular expression
 
@@ -38,15 +38,14 @@ Part = str | int  # a piece of a prompt: text, or the id of a special token
 
 
 class Tokenizer:
-    """The interface to both libraries. A subclass sets the fields below, and implements encode_parts and
-    token_bytes."""
+    """The interface to both libraries. A subclass sets these fields, and implements encode_parts and token_bytes."""
 
     vocab_size: int  # one more than the largest id
     bos_ids: list[int]  # the ids with which every text begins: bos_token, or none
     special_token_ids: dict[str, int]  # a special token's text -> its id
     added_token_ids: dict[str, int] = {}  # text -> id of added tokens that are not special and that the library lacks
     ids_with_lstrip: set[int]  # special and added tokens that swallow white space on the left
-    drops_space: bool  # whether the library puts a space before a text, which decoding drops
+    drops_space: bool  # whether the library puts a space before a text, and decoding drops it
 
     def __init__(self, config: TokenizerConfig):
         self.special_tokens_map, self.chat_template = config.special_tokens_map, config.chat_template
@@ -54,8 +53,8 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Encodes a text to continue. Special tokens that are written in text become special tokens.
 
-        With bos, the ids begin with bos_ids, which is empty for checkpoints without a bos token. A text that begins
-        with the bos token gets no second one. No eos token is appended, even if the tokenizer's settings say so."""
+        With bos, the ids begin with bos_ids (empty for checkpoints without a bos token). A text that begins with the
+        bos token gets no second bos token. No eos token is appended, even if the tokenizer's settings say so."""
         ids = self.encode_parts(self.split_at_special_tokens(text))
         has_bos = ids[: len(self.bos_ids)] == self.bos_ids
         return self.bos_ids + ids if bos and not has_bos else ids
@@ -73,8 +72,8 @@ class Tokenizer:
         return self.encode_parts(self.split_chat(messages))
 
     def split_chat(self, messages: list[dict]) -> list[Part]:
-        """Renders a conversation by the checkpoint's chat template, up to the beginning of the next answer. Special
-        tokens that are written in a message stay text. Raises UsageError if there is no template, or if it fails."""
+        """Renders a conversation with the checkpoint's chat template, up to the beginning of the next answer. Special
+        tokens that are written in a message stay text. Raises UsageError without a template, or if it fails."""
         starts = self.special_token_starts()
         # SENTINEL after the first character of a special token's text hides the text from split_at_special_tokens
         marked = [message | {"content": starts.sub(rf"\g<0>{SENTINEL}", message["content"])} for message in messages]
@@ -86,19 +85,18 @@ class Tokenizer:
         if template is None and (names.get("bos_token"), names.get("eos_token")) == ("<s>", "</s>"):
             template = LLAMA2_TEMPLATE
         if not template:
-            places = "neither in tokenizer_config.json nor in chat_template.jinja beside its tokenizer"
+            places = "neither in tokenizer_config.json nor in chat_template.jinja next to its tokenizer"
             raise UsageError(f"this checkpoint has no chat template, {places}; use --prompt without --chat")
         return render(template, names, messages, add_generation_prompt)
 
     def eos_ids(self) -> list[int]:
-        """Returns the tokens that end a text: eos_token, and the token that the chat template puts after an assistant's
-        message."""
+        """Returns the tokens that end a text: eos_token, and the chat template's token after an assistant's message."""
         ends = [self.special_token_ids.get(self.special_tokens_map.get("eos_token")), self.end_of_turn()]
         return [i for i in ends if i is not None]
 
     def end_of_turn(self) -> int | None:
-        """Returns the special or added token that the chat template puts right after an assistant's message, white
-        space aside. Returns None if it puts none, or if it fails."""
+        """Returns the special or added token that the chat template puts right after an assistant's message, ignoring
+        white space. Returns None if there is no such token, or if the template fails."""
         answer = "An answer."
         messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
         try:
@@ -135,13 +133,13 @@ class Tokenizer:
         raise NotImplementedError
 
     def token_bytes(self, i: int) -> bytes:
-        """Returns the UTF-8 bytes of token i, which may end within a character. Returns b"" for a special token and for
+        """Returns the UTF-8 bytes of token i. They may end within a character. Returns b"" for a special token and for
         an unknown id."""
         raise NotImplementedError
 
 
 def split_at(text: str, ids: dict[str, int]) -> list[Part]:
-    """Splits text at tokens, which become ids. Removes every SENTINEL. ids: a token's text -> its id."""
+    """Splits text at tokens. These become ids. Removes every SENTINEL. ids: a token's text -> its id."""
     longest_first = sorted(ids, key=len, reverse=True)
     pieces = "|".join(map(re.escape, longest_first))
     parts: list[Part] = []
@@ -161,8 +159,7 @@ class IncrementalDetokenizer:
         self.at_start = tokenizer.drops_space and not any(tokenizer.token_bytes(i) for i in prefix_ids)
 
     def push(self, i: int) -> str:
-        """Returns the text that id i completes. Holds back an incomplete character, and what may be the beginning of a
-        stop string."""
+        """Returns the text that id i completes. Holds back an incomplete character or stop string."""
         data = self.tokenizer.token_bytes(i)
         if self.at_start and data:
             data = data.removeprefix(b" ")
@@ -249,7 +246,7 @@ class JsonTokenizer(Tokenizer):
         super().__init__(config)
         self.library = library
         added = config.merge_added_tokens(library.get_added_tokens_decoder())
-        library.add_tokens(list(added.values()))  # a token that the library has already gets the flags of added
+        library.add_tokens(list(added.values()))  # a token that the library already has gets the flags of added
         library.add_tokens(config.missing_special_tokens(added))
         self.vocab_size = max(library.get_vocab().values(), default=-1) + 1
         self.special_tokens = {i: t for i, t in self.library.get_added_tokens_decoder().items() if t.special}
@@ -265,8 +262,8 @@ class JsonTokenizer(Tokenizer):
         self.byte_of = byte_level_alphabet()
 
     def add_placeholders(self):
-        """Adds a placeholder token for each special token, and makes the library read special tokens as text, so that
-        encode_parts can join text and placeholders to one string, which the library encodes as a whole."""
+        """Adds a placeholder token for each special token, and makes the library read special tokens as text. So
+        encode_parts can join text and placeholders into one string, and the library encodes it as a whole."""
         self.library.encode_special_tokens = True
         self.placeholder = {i: f"<{SENTINEL}:{i}>" for i in self.special_tokens}
         placeholders = []

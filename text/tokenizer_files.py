@@ -35,7 +35,7 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer_class -> its special tokens, if the files name none. These classes alone are read from vocab.json with
+# tokenizer_class -> its special tokens, if the files name none. Only these classes are read from vocab.json and
 # merges.txt.
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_CLASSES = {
@@ -46,7 +46,7 @@ VOCAB_CLASSES = {
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The contents of the files beside the tokenizer. Each of these files may be missing."""
+    """The contents of the files next to the tokenizer. Each of these files may be missing."""
 
     fields: dict  # of tokenizer_config.json; fields of special_tokens_map.json may override them
     special_tokens_map: dict[str, str]  # bos_token, eos_token ... -> text of the special token
@@ -70,9 +70,9 @@ class TokenizerConfig:
 
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
-    """Reads the files beside the tokenizer in folder. As in transformers, special_tokens_map.json and added_tokens.json
-    count only if tokenizer_config.json has no added_tokens_decoder. A token in added_tokens.json is special if it is
-    among the special tokens of the other files."""
+    """Reads the files next to the tokenizer in folder. As in transformers, special_tokens_map.json and
+    added_tokens.json count only if tokenizer_config.json has no added_tokens_decoder. A token in added_tokens.json is
+    special if it is among the special tokens of the other files."""
     path = folder / "tokenizer_config.json"
     fields = read_fields(path)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -177,8 +177,8 @@ def tokenizer_class(fields: dict) -> str:
 
 
 def read_vocab_and_merges(folder: Path, fields: dict) -> tokenizers.Tokenizer:
-    """Makes a byte-level BPE tokenizer of vocab.json and merges.txt. These files do not say how a text is cut before
-    BPE, so tokenizer_class in fields must be one of VOCAB_CLASSES."""
+    """Makes a byte-level BPE tokenizer from vocab.json and merges.txt. These files do not say how a text is split
+    before BPE, so tokenizer_class in fields must be one of VOCAB_CLASSES."""
     kind = tokenizer_class(fields)
     if kind not in VOCAB_CLASSES or not (folder / "merges.txt").is_file():
         raise UsageError(
@@ -198,7 +198,7 @@ def read_vocab_and_merges(folder: Path, fields: dict) -> tokenizers.Tokenizer:
 
 
 def byte_level_bpe(bpe: models.BPE, splits: list[str], add_prefix_space: bool = False) -> tokenizers.Tokenizer:
-    """splits: regular expressions that cut a text before BPE, one after the other; without any, that of GPT-2 does."""
+    """splits: regular expressions that split a text before BPE, one after the other. Without any, GPT-2's does."""
     library = tokenizers.Tokenizer(bpe)
     cut = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space, use_regex=not splits)

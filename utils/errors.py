@@ -14,8 +14,8 @@ class OutOfMemoryError(UsageError):
 
 
 def check_integer(name: str, value, low: int | None = None, high: int | None = None):
-    """Raises UsageError unless value is an integer from low to high, where None means no limit. name: what the user
-    calls the value."""
+    """Raises UsageError unless value is an integer from low to high. None means no limit. name: what the user calls the
+    value."""
     if type(value) is not int:  # isinstance would let a bool through
         raise UsageError(f"{name} must be an integer, not {value!r:.80}")
     if (low is not None and value < low) or (high is not None and value > high):

@@ -52,14 +52,14 @@ def replace_file(path: Path, content: bytes):
 
 
 def delete_if_possible(path: Path):
-    """Deletes path if possible. An OSError, as in a read-only folder, is ignored: callers clean up after another error,
-    which it must not hide."""
+    """Deletes path if possible. Ignores an OSError, as in a read-only folder: callers clean up after another error, and
+    must not hide that error."""
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 def load_torch_file(path: Path, legacy: bool = False):
-    """Reads a file of torch.save, with memory-mapped tensors. Refuses a pickle that holds more than weights, since it
+    """Reads a file of torch.save, with memory-mapped tensors. Refuses a pickle that holds more than weights, because it
     could run code.
 
     legacy: also read files of PyTorch before 1.6, whose tensors cannot be mapped."""
@@ -68,7 +68,7 @@ def load_torch_file(path: Path, legacy: bool = False):
     refuse_lfs_pointer(path)
     mmap = not legacy or zipfile.is_zipfile(path)
     try:
-        with warnings.catch_warnings():  # torch.load warns about unusual kinds of tensors, which callers refuse
+        with warnings.catch_warnings():  # torch.load warns about unusual kinds of tensors; callers refuse them
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as e:  # torch.load raises a dozen types on broken input
@@ -99,7 +99,7 @@ def load_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def refuse_lfs_pointer(path: Path):
-    """Raises UsageError if path is the stub that `git clone` leaves in place of a large file without Git LFS."""
+    """Raises UsageError if path is the stub that `git clone` without Git LFS leaves instead of a large file."""
     try:
         with open(path, "rb") as file:
             is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER

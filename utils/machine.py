@@ -2,7 +2,7 @@
 
     device = pick_device(None)                     # the accelerator, or the CPU if there is none
     check_memory(2 * 10**9, "the KV cache")        # raises OutOfMemoryError
-    read_bandwidth(device)                         # bytes per second
+    measure_read_bandwidth(device)                 # bytes per second
     limit_threads()                                # no more threads than CPUs that this process may use
 
 drop_pages and use_huge_pages tell the operating system how a tensor's memory will be used.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from utils.errors import OutOfMemoryError, UsageError
 
-READ_BYTES = 2**29  # read_bandwidth reads this much at a time: more than a processor's caches hold
+READ_BYTES = 2**29  # measure_read_bandwidth reads this much at a time: more than a processor's caches hold
 UNKNOWN_CACHE_BYTES = 2**28  # the assumed size of all caches if the system reports none
 CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -71,17 +71,17 @@ def cpu_name() -> str:
 # ---- Bandwidth ------------------------------------------------------------------------------------------------------
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Returns the bytes per second at which a sum over 512 MiB reads memory, the best of five runs. No step can read
-    weights faster. Raises MemoryError or RuntimeError if there is no room (see is_out_of_memory)."""
+def measure_read_bandwidth(device: torch.device) -> float:
+    """Returns the bytes per second at which a sum over 512 MiB reads memory, the best of five runs. Raises MemoryError
+    or RuntimeError if there is no room (see is_out_of_memory)."""
     if device.type == "cpu" and free_memory() < READ_BYTES:
         raise MemoryError
     return sum_bandwidth([torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)])
 
 
-def read_bandwidth_of(tensors: Iterable[Tensor]) -> float | None:
-    """Measures a CPU's read bandwidth on the first few tensors, and so needs no new memory. Returns None if all of them
-    together are less than twice as large as the processor's caches, which would make the sums too fast."""
+def measure_read_bandwidth_on(tensors: Iterable[Tensor]) -> float | None:
+    """Measures a CPU's read bandwidth on the first few tensors, and so needs no new memory. Returns None if all tensors
+    together are less than twice as large as the processor's caches: then the sums would be too fast."""
     cached, n_bytes, chosen = cache_bytes(), 0, []
     for tensor in tensors:
         if n_bytes >= max(2 * cached, READ_BYTES // 2):
@@ -105,8 +105,8 @@ def sum_bandwidth(tensors: list[Tensor]) -> float:
 
 
 def merge_adjacent(tensors: list[Tensor]) -> list[Tensor]:
-    """Returns the memory of CPU tensors as int64 tensors. Neighbours in memory become one tensor, since calling the sum
-    of a small tensor takes longer than the sum itself."""
+    """Returns the memory of CPU tensors as int64 tensors. Neighbours in memory become one tensor, because calling the
+    sum of a small tensor takes longer than the sum itself."""
     spans: list[list[int]] = []  # [start, end) of each, in bytes
     for start, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors):
         if spans and start - spans[-1][1] < mmap.PAGESIZE:  # so short a gap lies in the tensors' own pages: readable
@@ -134,9 +134,9 @@ def cache_bytes() -> int:
 
 
 def free_memory() -> float:
-    """Returns the bytes of main memory that this process can still allocate, the least of what the machine, the control
-    groups and `ulimit -v` leave. Linux kills a process that takes more, without a message. Returns infinity if the
-    system reports nothing."""
+    """Returns the bytes of main memory that this process can still allocate: the minimum over the machine, the control
+    groups and `ulimit -v`. Linux kills a process that takes more, without a message. Returns infinity if the system
+    reports nothing."""
     free = [math.inf]
     with contextlib.suppress(OSError, ValueError):  # the machine: free pages, pages that cache files, and swap
         words = Path("/proc/meminfo").read_text().split()  # MemAvailable: 123 kB SwapFree: 456 kB ...
@@ -155,8 +155,8 @@ def free_memory() -> float:
 def free_in_cgroup(folder: Path) -> float:
     """Returns the bytes that a control group's limit leaves, or infinity without a limit.
 
-    Linux counts pages that cache files, such as a checkpoint just read, as memory in use. Those not used lately
-    (inactive_file) count as free here, since Linux drops them when memory runs short."""
+    Linux counts pages that cache files, such as a checkpoint just read, as memory in use. Pages that were not used
+    lately (inactive_file) count as free here, because Linux drops them when memory runs short."""
     for limit_file, usage_file, inactive in MEMORY_FILES:
         with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max", which means no limit
             limit = int((folder / limit_file).read_text())
@@ -190,17 +190,17 @@ def check_memory(n_bytes: int, what: str):
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """Whether e means that memory ran out, for which PyTorch's allocators raise RuntimeError."""
+    """Whether e means that memory ran out. PyTorch's allocators raise RuntimeError for that."""
     if isinstance(e, RuntimeError):
         return re.search("out of memory|allocate memory|bad_alloc", str(e)) is not None
     return isinstance(e, MemoryError)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes that this process has used at a time: for tensors on a GPU, otherwise of main memory."""
+    """Returns the peak memory of this process in bytes: of tensors on a GPU, otherwise of main memory."""
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).max_memory_allocated()
-    with contextlib.suppress(OSError, ValueError):  # not ru_maxrss, which in a child process starts at the parent's
+    with contextlib.suppress(OSError, ValueError):  # not ru_maxrss: in a child process it starts at the parent's
         words = Path("/proc/self/status").read_text().split()
         return int(words[words.index("VmHWM:") + 1]) * 1024
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
@@ -208,8 +208,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def drop_pages(t: Tensor):
-    """Releases the pages of t, which must lie in a memory-mapped file: they no longer count as memory in use, and the
-    next access reads them from the file again."""
+    """Releases the pages of t, which must lie in a memory-mapped file. They no longer count as memory in use. The next
+    access reads them from the file again."""
     madvise(t, MADV_DONTNEED)
 
 
@@ -231,8 +231,8 @@ def madvise(t: Tensor, advice: int):
 
 
 def limit_threads():
-    """Makes PyTorch use at most allowed_threads(). By default it starts one for each physical core, whatever a
-    container's quota is. Does nothing if the user has set one of THREAD_VARIABLES."""
+    """Makes PyTorch use at most allowed_threads(). By default PyTorch starts a thread for each physical core, whatever
+    a container's quota is. Does nothing if the user has set one of THREAD_VARIABLES."""
     if not any(os.environ.get(name) for name in THREAD_VARIABLES):
         n_threads = min(torch.get_num_threads(), allowed_threads())
         if n_threads < torch.get_num_threads():
@@ -240,9 +240,9 @@ def limit_threads():
 
 
 def allowed_threads() -> int:
-    """Returns how many CPUs this process may use at a time: those of the affinity mask, within the control groups'
-    quotas. A quota is rounded down, since with one thread more, Linux would suspend a thread for part of every period
-    while all others wait for it."""
+    """Returns how many CPUs this process may use at a time: the CPUs of the affinity mask, within the control groups'
+    quotas. A quota is rounded down. With one thread more, Linux would suspend a thread for part of every period while
+    all other threads wait for it."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = min(map(cpu_quota, cgroup_folders("cpu")), default=math.inf)
     return max(1, int(min(n_cpus, quota)))

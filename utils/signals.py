@@ -20,7 +20,7 @@ def defer_signals() -> Iterator[list[int]]:
     try:
         yield held
     finally:
-        for signum in reversed(handlers):  # SIGINT last, since KeyboardInterrupt would end the loop
+        for signum in reversed(handlers):  # SIGINT last, because KeyboardInterrupt would end the loop
             signal.signal(signum, handlers[signum])
         for signum in held:
             if handlers[signum] == signal.SIG_DFL:

@@ -228,7 +228,7 @@ RopeAndCacheOp<T> rope_and_cache_op(const Tensor& qkv, const Tensor& start_pos, 
           .v_cache = mutable_ptr<T>(v_cache), .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1),
           .cos_sin = ptr<float>(cos_sin), .q_norm_weight = ptr<T>(q_norm_weight),
           .k_norm_weight = ptr<T>(k_norm_weight), .norms_all_heads = norms_all_heads, .eps = float(eps),
-          .batch = batch, .n_tokens = m / batch, .n_heads = n_heads, .n_kv_heads = n_kv_heads,
+          .batch = batch, .query_len = m / batch, .n_heads = n_heads, .n_kv_heads = n_kv_heads,
           .head_dim = d, .max_seq_len = max_seq_len, .q = nullptr};
 }
 

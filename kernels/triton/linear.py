@@ -97,7 +97,7 @@ def fused_linear_kernel(
     norm,  # Norm
     epilogue_args,  # epilogue.py: EpilogueArgs
     magic_number,  # see elements.py: int4_pair
-    N, n_tokens, SPECIALIZED_TOKENS: tl.constexpr,
+    N, num_tokens, SPECIALIZED_TOKENS: tl.constexpr,
     K: tl.constexpr, TOP_K: tl.constexpr, X_IS_PER_PAIR: tl.constexpr,
     DOT: tl.constexpr, LAYOUT: tl.constexpr,  # formats.py: KernelFormat; weights.py: WeightLayout
     SIZES: tl.constexpr,  # weights.py: BlockSizes
@@ -118,9 +118,9 @@ def fused_linear_kernel(
         expert      5          2             2          7
         program     pair 0     pairs 1, 2    returns    pair 3
 
-    SPECIALIZED_TOKENS: n_tokens as a compile-time constant, for up to MMA_N tokens, since add_squares has a tensor for
-    each token. 0 for more: then n_tokens is a value at run time, and one compiled kernel serves all that round up to
-    the same BLOCK_M."""
+    SPECIALIZED_TOKENS: num_tokens as a compile-time constant, for up to MMA_N tokens, since add_squares has a tensor
+    for each token. 0 for more: then num_tokens is a value at run time, and one compiled kernel serves all that round up
+    to the same BLOCK_M."""
     # Prologue. Before pdl_wait a program reads only W
     N_OUT = N // 2 if IS_GATED else N
     w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, SIZES)
@@ -128,8 +128,8 @@ def fused_linear_kernel(
         prefetch_weights(w, LAYOUT, SIZES)
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     offs_m = tl.arange(0, SIZES.BLOCK_M)
-    n_tokens, bias_ptr = SPECIALIZED_TOKENS if SPECIALIZED_TOKENS else n_tokens, epilogue_args.bias_ptr
-    x_index, y_index, mask_m = offs_m, offs_m, offs_m < n_tokens  # the rows of x and y that belong to each token
+    num_tokens, bias_ptr = SPECIALIZED_TOKENS if SPECIALIZED_TOKENS else num_tokens, epilogue_args.bias_ptr
+    x_index, y_index, mask_m = offs_m, offs_m, offs_m < num_tokens  # the rows of x and y that belong to each token
     if topk_ids_ptr is not None:
         pair = tl.program_id(1)
         expert = tl.load(topk_ids_ptr + pair)
@@ -137,7 +137,7 @@ def fused_linear_kernel(
             x_ptr += pair * K if X_IS_PER_PAIR else 0
             y_ptr += pair * N_OUT
         else:
-            y_index, mask_m, first_pair = pairs_of(expert, topk_ids_ptr, offs_m, n_tokens, TOP_K, SPECIALIZED_TOKENS)
+            y_index, mask_m, first_pair = pairs_of(expert, topk_ids_ptr, offs_m, num_tokens, TOP_K, SPECIALIZED_TOKENS)
             if first_pair < pair:
                 return
             x_index = y_index if X_IS_PER_PAIR else offs_m
@@ -178,12 +178,12 @@ def fused_linear_kernel(
 
 
 @triton.jit
-def pairs_of(expert, topk_ids_ptr, token, n_tokens, TOP_K: tl.constexpr, SPECIALIZED_TOKENS: tl.constexpr):
+def pairs_of(expert, topk_ids_ptr, token, num_tokens, TOP_K: tl.constexpr, SPECIALIZED_TOKENS: tl.constexpr):
     """Returns the pair of every token [BLOCK_M] with expert, whether the token has this pair, and the first such pair.
     A token has an expert at most once."""
     pair, has_pair = token * TOP_K, token < 0
     for i in tl.static_range(TOP_K):
-        is_expert = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < n_tokens, other=-1) == expert
+        is_expert = tl.load(topk_ids_ptr + token * TOP_K + i, mask=token < num_tokens, other=-1) == expert
         pair = tl.where(is_expert, token * TOP_K + i, pair)
         has_pair |= is_expert
     MAX_TOKENS: tl.constexpr = SPECIALIZED_TOKENS if SPECIALIZED_TOKENS else token.shape[0]
@@ -249,16 +249,16 @@ def fused_linear(
     [..., top_k, n]. x has a vector for each token, or for each id."""
     n, k, group_size = w.n, x.shape[-1], w.group_size
     n_inputs = x.numel() // k  # vectors [K] in x
-    n_tokens, n_pairs, top_k, y_shape = n_inputs, 1, 1, x.shape[:-1]
+    num_tokens, n_pairs, top_k, y_shape = n_inputs, 1, 1, x.shape[:-1]
     if topk_ids is not None:
         n_pairs, top_k, y_shape = topk_ids.numel(), topk_ids.shape[-1], topk_ids.shape
-        n_tokens = n_pairs // top_k
+        num_tokens = n_pairs // top_k
     y = x.new_empty(*y_shape, output_width(n, gated), dtype=torch.float32 if float32_out else x.dtype)
-    is_specialized = n_tokens <= MMA_N
+    is_specialized = num_tokens <= MMA_N
     if norm_weight is not None and not is_specialized:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None
     format = kernel_format(w.format)
-    sizes, num_warps = choose_sizes(x, w, format, n_tokens, gated)
+    sizes, num_warps = choose_sizes(x, w, format, num_tokens, gated)
     grid = triton.cdiv(n, sizes.BLOCK_N), n_pairs
     fused_linear_kernel[grid](
         w_ptr=w.weight, scales_ptr=w.scales, x_ptr=x, topk_ids_ptr=topk_ids, y_ptr=y, norm=Norm(norm_weight, eps),
@@ -266,8 +266,8 @@ def fused_linear(
             bias, residual, out_scale if out_scale != 1 else None, softcap or None, clip or None
         ),
         magic_number=MAGIC_NUMBERS.get(x.dtype, 0),
-        N=n, n_tokens=n_tokens, SPECIALIZED_TOKENS=n_tokens if is_specialized else 0, K=k, TOP_K=top_k,
-        X_IS_PER_PAIR=n_inputs > n_tokens, DOT=format.dot,
+        N=n, num_tokens=num_tokens, SPECIALIZED_TOKENS=num_tokens if is_specialized else 0, K=k, TOP_K=top_k,
+        X_IS_PER_PAIR=n_inputs > num_tokens, DOT=format.dot,
         LAYOUT=WeightLayout(
             format.is_tiled, format.stride(w.weight), group_size, format.has_channel_scales(group_size, k)
         ),
@@ -278,16 +278,16 @@ def fused_linear(
 
 
 def choose_sizes(
-    x: Tensor, w: WeightArguments, format: KernelFormat, n_tokens: int, gated: bool
+    x: Tensor, w: WeightArguments, format: KernelFormat, num_tokens: int, gated: bool
 ) -> tuple[BlockSizes, int]:
     """Returns the sizes of a program of fused_linear, and its number of warps."""
-    tiles = choose_tiles(x, format, w.n, gated, w.group_size, n_tokens)
+    tiles = choose_tiles(x, format, w.n, gated, w.group_size, num_tokens)
     slice_k = min(64, tiles.warp_k)
     if format.has_group_scales(w.group_size, x.shape[-1]):
         slice_k = min(slice_k, w.group_size)
     block_k = tiles.num_warps * tiles.warp_k
     sizes = BlockSizes(
-        BLOCK_M=max(min_block_m(x), triton.next_power_of_2(n_tokens)), BLOCK_N=tiles.block_n,
+        BLOCK_M=max(min_block_m(x), triton.next_power_of_2(num_tokens)), BLOCK_N=tiles.block_n,
         BLOCK_OUT=tiles.block_n // 2 if gated else tiles.block_n, BLOCK_K=block_k, SLICE_K=slice_k,
         K_SLICES=block_k // slice_k, NUM_STAGES=tiles.num_stages,
     )

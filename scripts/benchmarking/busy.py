@@ -1,20 +1,20 @@
-"""Measures how fast decoding is beside other work, for --busy of benchmark.py.
+"""Measures how fast decoding is next to other programs, for --busy of benchmark.py.
 
     python scripts/benchmark.py --config TinyLlama-1.1B --busy        # three rounds
     python scripts/benchmark.py --config TinyLlama-1.1B --busy 9      # nine
 
-kernels/csrc/threads.h: ThreadCount takes fewer threads while another program needs a core. Every round decodes a text
-in each of four ways, one after the other:
+kernels/csrc/threads.h: ThreadCount uses fewer threads while another program needs a core. Every round decodes a text in
+each of four ways, one after the other:
 
-                              threads    beside                                expected speed
+                              threads    next to                               expected speed
     alone                     all        nothing
     beside_busy               all        a process that keeps one core busy    at least one_thread_beside_busy
     one_thread_beside_busy    one        a process that keeps one core busy
     two                       all        a second process that decodes         both together at least 0.9 of alone
 
-Before every text there is a pause, after which decoding begins with all threads: the time includes the search for
-the best number of threads. The other processes read from a pipe of this process. When this process ends, for whatever
-reason, the pipe is closed, and the other processes end.
+After a pause, every text begins with all threads, so the time includes the search for the best number of threads. The
+other processes read from a pipe of this process. When this process ends, for whatever reason, the pipe is closed, and
+the other processes end.
 """
 
 import argparse
@@ -37,7 +37,8 @@ from config import ModelConfig
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from formats import WeightFormat
-from model import KVCache
+from layers.kv_cache import KVCache
+from layers.packing import pack_model
 from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, random_prompt, time_tokens
 from utils.errors import OutOfMemoryError, UsageError
 
@@ -48,8 +49,7 @@ BUSY_LOOP = "import select\nprint(flush=True)\nwhile not select.select([0], [], 
 
 
 def measure_busy(args: argparse.Namespace, config: ModelConfig, format: WeightFormat) -> dict:
-    """Returns the rounds, medians over the rounds, and a description of the machine. args: the options of
-    benchmark.py."""
+    """Returns the rounds, their medians, and a description of the machine. args: the options of benchmark.py."""
     n_threads, machine = torch.get_num_threads(), describe_machine()
     with second_process(n_threads, args, config, format) as second:
         timed_model = TimedModel(args, config, format)
@@ -88,7 +88,7 @@ class TimedModel:
     def __init__(self, args: argparse.Namespace, config: ModelConfig, format: WeightFormat):
         self.model = random_model(config, format, CPU, getattr(torch, args.precision))
         if args.kernels == "auto":
-            self.model.pack_weights()
+            pack_model(self.model)
         self.n_prompt, self.n_new = args.prompt_tokens, args.max_new_tokens
         self.kv_cache = KVCache(self.model, 1, self.n_prompt + self.n_new)
 
@@ -100,8 +100,7 @@ class TimedModel:
         return runner
 
     def token_times(self, runner: ModelRunner) -> Iterator[float]:
-        """Decodes a text. Yields the time after prefill and after every decode step, by a clock that all processes
-        share."""
+        """Decodes a text. Yields the time after prefill and after every decode step. All processes share this clock."""
         for _ in DecodeLoop(runner).decode_tokens(random_prompt(self.model, self.n_prompt), self.n_new):
             yield time.monotonic()
 

@@ -132,8 +132,8 @@ def write_gguf(source: Path, target: Path):
 
 
 def gguf_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields a checkpoint's tensors with the names and the order of rows of a GGUF of the architecture "llama". A GGUF
-    has the rows of q and k in the order of Meta's RoPE: rows i and i + D/2 are neighbours."""
+    """Yields a checkpoint's tensors with the names and the row order of a GGUF of the architecture "llama". A GGUF has
+    the rows of q and k in the order of Meta's RoPE: rows i and i + D/2 are neighbours."""
     from converters.convert_gguf import GGUF_TO_CANONICAL
 
     gguf_names = {hf_name: gguf_name for gguf_name, hf_name in GGUF_TO_CANONICAL.items()}

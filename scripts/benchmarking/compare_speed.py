@@ -3,8 +3,7 @@
     rounds = measure(files, Pair("int8", "Q8_0"), bytes_per_token(files), n_rounds, threads, bar)
     rounds = measure(..., tasks=[8, 16])     # tokens per second of 8 and of 16 sequences together
 
-Each side of a pair has a process, and the two processes take turns. gguf and llama_cpp are imported only where they are
-needed.
+Each side of a pair has a process, and the two processes take turns. gguf and llama_cpp are imported only where needed.
 """
 
 import logging
@@ -27,11 +26,12 @@ from engine.generation import DecodeLoop
 from engine.memory_traffic import mean_attended_tokens, step_bytes
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
+from layers.kv_cache import KVCache, kv_bytes_per_token
 from loading import load_model
-from model import KVCache, Transformer
+from model import Transformer
 from scripts.benchmarking.speed import seconds_of_steps
 from utils.errors import UsageError
-from utils.machine import read_bandwidth
+from utils.machine import measure_read_bandwidth
 
 OOM_HINT = "end other programs, or compare a smaller model"
 PROMPT, STEPS, PREFILL = 5, 64, 512  # tokens: decoding takes STEPS after PROMPT; prefill takes PREFILL
@@ -62,7 +62,7 @@ def measure(
     with new_process() as our_process, new_process() as their_process:
         processes = {"ours": our_process, "theirs": their_process}
         for _ in range(n_rounds + 1):
-            result = {"read_bytes_per_sec": read_bandwidth(CPU), "ours": {}, "theirs": {}}
+            result = {"read_bytes_per_sec": measure_read_bandwidth(CPU), "ours": {}, "theirs": {}}
             for task in tasks:
                 for side in order:
                     arguments = LOADERS[side], str(files[names[side]]), threads, task
@@ -76,7 +76,7 @@ def measure(
 
 
 def summarize(pair: Pair, rounds: list[dict], sizes: dict[str, float]) -> dict:
-    """Returns the medians of rounds, which measure has returned for a pair, and the median ratio of ours to theirs."""
+    """Returns the medians of rounds (from measure, for one pair), and the median ratio of ours to theirs."""
     row = {"read_bytes_per_sec": median(r["read_bytes_per_sec"] for r in rounds)}
     for side, name in pair._asdict().items():
         row[side] = {key: median(r[side][key] for r in rounds) for key in rounds[0][side]}
@@ -109,7 +109,7 @@ def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
     load = partial(load_model, device=CPU, dtype=torch.bfloat16, use_kernels=False)
     model = load(files["bf16"])
     n_attended = mean(mean_attended_tokens(model.config, PROMPT + i + 1) for i in range(STEPS))
-    cache_bytes = round(n_attended * model.kv_bytes_per_token())
+    cache_bytes = round(n_attended * kv_bytes_per_token(model))
     sizes = {}
     for name, file in files.items():
         if file.suffix == ".pth":

@@ -66,7 +66,7 @@ def gpu(args: argparse.Namespace):
 
 
 def in_batches(jobs: dict[str, list[str]]) -> list[list[str]]:
-    """Groups the names of jobs that run at the same time. All checks run together, since checks mostly compile. Every
+    """Groups the names of jobs that run at the same time. All checks run together, because checks mostly compile. Every
     other job runs alone."""
     checks = [job for job in jobs if job.startswith("check")]
     return [checks, *([job] for job in jobs if job not in checks)]
@@ -123,7 +123,7 @@ def speed_cell(outcome: dict) -> str:
 
 
 def hf_transformers(args: argparse.Namespace):
-    """Decoding by Hugging Face transformers on a GPU, in bfloat16, with its static cache, which compiles the step."""
+    """Decoding with Hugging Face transformers on a GPU, in bfloat16. Its static cache compiles the step."""
     import transformers
 
     config = find_config(args.config)

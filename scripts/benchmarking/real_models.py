@@ -24,11 +24,12 @@ from checkpoint import empty_model, read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.checkpoint_path import ensure_converted
+from layers.linear import quantizable_linears
 from quantize import GROUP_SIZE_MODES, MODES
 from scripts import tables
 from utils.errors import UsageError
 from utils.files import ROOT
-from utils.machine import pick_device, read_bandwidth
+from utils.machine import measure_read_bandwidth, pick_device
 
 ROUNDS = 5
 
@@ -82,7 +83,7 @@ def measure_speeds(files: dict[str, Path]) -> tuple[dict[str, float], list[float
         variants[mode] = ["--checkpoint_path", file, "--prompt_tokens", 5, "--max_new_tokens", 128, "--ignore_eos"]
     for results in run_rounds(variants):
         rounds.append(results)
-        reads.append(read_bandwidth(pick_device(None)) / 1e9)
+        reads.append(measure_read_bandwidth(pick_device(None)) / 1e9)
     return {mode: median(results[mode]["decode_tokens_per_sec"] for results in rounds) for mode in files}, reads
 
 
@@ -109,7 +110,7 @@ def bits_per_weight(file: Path) -> float:
     config, _, tensors = read_checkpoint(file)
     tensors = with_tied_head(config, tensors)
     n_bytes = n_weights = 0
-    for layer, linear in empty_model(config).quantizable_linears():
+    for layer, linear in quantizable_linears(empty_model(config)):
         n_weights += linear.weight.numel()
         names = [f"{layer}.{name}" for name in ("weight", "scales", "zeros")]
         n_bytes += sum(tensors[name].nbytes for name in names if name in tensors)
@@ -144,7 +145,7 @@ def speculation(args: argparse.Namespace):
         plain = [*flags, "--prompt", message, "--temperature", temperature]
         rows[name] = compare_speeds(plain, [*plain, *proposer, "--speculate_k", k])
     result = {"checkpoint": str(args.checkpoint_path), "draft": str(draft or "prompt lookup"), "k": k}
-    result |= {"read_gb_per_sec": read_bandwidth(device) / 1e9, "prompts": rows}
+    result |= {"read_gb_per_sec": measure_read_bandwidth(device) / 1e9, "prompts": rows}
     write_result("speculation", result, args.json_file)
 
 

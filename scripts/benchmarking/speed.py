@@ -30,18 +30,20 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from formats import Unquantized, WeightFormat
-from layers.linear import Linear, LinearBase, RMSNorm
+from layers.kv_cache import KVCache, kv_bytes_per_token
+from layers.linear import Linear, LinearBase, RMSNorm, quantizable_linears
+from layers.packing import pack_model
 from layers.rope import alibi_slopes
 from layers.weight import Embedding
-from model import Attention, KVCache, Transformer
+from model import Attention, Transformer
 from utils.errors import UsageError
 from utils.files import read_json
-from utils.machine import cpu_name, peak_memory, read_bandwidth, synchronize
+from utils.machine import cpu_name, measure_read_bandwidth, peak_memory, synchronize
 
 SAMPLES = 3  # timings of each measurement; the result is the median
 PREFILLS = (512, 2048)  # lengths of prompts
 SAMPLING = SamplingParams(temperature=0.8)
-RANDOM_ELEMENTS = 2**18  # of a matrix. A larger one repeats its rows, since drawing and quantizing all would take long
+RANDOM_ELEMENTS = 2**18  # of a matrix. A larger matrix repeats its rows: drawing and quantizing all takes long
 
 # ---- Shapes and random weights ---------------------------------------------------------------------------------------
 
@@ -79,7 +81,7 @@ def find_config(name: str) -> ModelConfig:
 def random_model(config: ModelConfig, format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Transformer:
     """Makes a model whose linear layers have format, not packed for the kernels."""
     model = empty_model(config).to(dtype)
-    for _, linear in model.quantizable_linears():
+    for _, linear in quantizable_linears(model):
         linear.set_format(format)
     if config.tie_embeddings and format == Unquantized():  # quantize.py gives a quantized head its own weight
         model.tie_embedding()
@@ -157,7 +159,7 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
     model = random_model(config, format, device, getattr(torch, args.precision))
     weights_bytes = sum(t.nbytes for t in checkpoint_tensors(model).values())
     if args.kernels == "auto":
-        model.pack_weights()
+        pack_model(model)
     synchronize(device)
     result = {
         "make_weights_seconds": time.perf_counter() - began,
@@ -200,16 +202,16 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     time_tokens(model, runner, 0, n_prompt, n_new)
     peak = peak_memory(device)
 
-    read_before = read_bandwidth(device)
+    read_before = measure_read_bandwidth(device)
     start = n_prompt - 1  # the prompt is still in the cache
     seconds = median(mean(time_tokens(model, runner, start, 1, n_new)[1:]) for _ in range(SAMPLES))
-    read_after = read_bandwidth(device)
+    read_after = measure_read_bandwidth(device)
     positions = range(n_prompt, n_prompt + n_new - 1)  # prefill makes the first new token
     n_attended = mean(mean_attended_tokens(model.config, position + 1) for position in positions)
     bytes_per_second = step_bytes(model, n_attended) / seconds
     return {
         "compile_seconds": compile_seconds,
-        "kv_bytes": model.kv_bytes_per_token() * kv_cache.max_seq_len,
+        "kv_bytes": kv_bytes_per_token(model) * kv_cache.max_seq_len,
         "peak_memory_bytes": peak,
         "model_bytes": active_weight_bytes(model),
         "decode_tokens_per_sec": 1 / seconds,
@@ -232,7 +234,7 @@ def random_prompt(model: Transformer, n: int) -> Tensor:
 
 
 def seconds_of_steps(generated: Iterator) -> list[float]:
-    """Runs generated, which yields after every step, and returns the seconds of each step."""
+    """Runs generated and returns the seconds of each step. generated yields after every step."""
     times = [time.perf_counter()]
     for _ in generated:
         times.append(time.perf_counter())

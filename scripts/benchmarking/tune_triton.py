@@ -18,7 +18,7 @@ from config import ModelConfig
 from formats import WeightFormat
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import MMA_N, TUNED, TileConfig, choose_tiles, gpu_info, table_key
-from layers.linear import Linear, RMSNorm
+from layers.linear import Linear, RMSNorm, quantizable_linears
 from layers.packing import pack_for_triton
 from scripts.benchmarking.speed import fill_randomly, random_linear
 from utils.files import replace_file
@@ -33,7 +33,7 @@ CANDIDATES = [
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """Tunes every matmul of a model whose linear layers have format. This takes some minutes."""
-    linears = empty_model(config.with_layers(1)).quantizable_linears()
+    linears = quantizable_linears(empty_model(config.with_layers(1)))
     for n, k, gated in {
         (w.out_features, w.in_features, config.gated and name.endswith("gate_up_proj")) for name, w in linears
     }:
@@ -52,10 +52,10 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     tuned.pop(key, None)
     guess = choose_tiles(x, known, n, gated, group_size)
 
-    def microseconds(tiles: TileConfig, n_tokens: int) -> float:
+    def microseconds(tiles: TileConfig, num_tokens: int) -> float:
         tuned[key] = tiles._asdict()
         try:
-            return time_products(x[:, :n_tokens], weights)
+            return time_products(x[:, :num_tokens], weights)
         except Exception as e:  # such as tiles that need more shared memory than the GPU has
             print(f"{key}: {tuple(tiles)} does not run: {e}", file=sys.stderr)
             return math.inf
@@ -63,7 +63,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     candidates = dict.fromkeys([guess, *(TileConfig(*sizes) for sizes in CANDIDATES)])
     if gated:  # a program needs 16 outputs of both projections
         candidates = [tiles for tiles in candidates if tiles.block_n % 32 == 0]
-    times = {tiles: microseconds(tiles, n_tokens=1) for tiles in candidates}
+    times = {tiles: microseconds(tiles, num_tokens=1) for tiles in candidates}
     for tiles in sorted(times, key=times.get):
         if times[tiles] < math.inf and microseconds(tiles, MMA_N) < math.inf:
             print(f"{key}: {tuple(tiles)} takes {times[tiles]:.1f} us, the guess {times[guess]:.1f}", file=sys.stderr)
