@@ -139,8 +139,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adds the tensors of a tied head. A checkpoint stores them only under the embedding's names. But a quantized
-    head has tensors of its own."""
+    """Adds the tensors of a tied head. A checkpoint stores them only under the embedding's names. But a quantized head
+    has tensors of its own."""
     if not config.tie_embeddings or "lm_head.weight" in tensors:
         return tensors
     embedding = {name: tensor for name, tensor in tensors.items() if name.startswith("embed_tokens.")}
