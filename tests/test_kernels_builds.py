@@ -1,6 +1,7 @@
 """The C++ kernels are built, cached and loaded correctly, compute correctly on other CPUs, and are not needed to
 run."""
 
+import math
 import os
 import re
 import resource
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,8 +33,10 @@ from kernels.schema import (
 )
 from kernels.triton.elements import MAGIC_NUMBERS
 from layers import aten, packing
+from layers.backend import cpu_backend
 from layers.experts import ExpertsDown
 from layers.packing import pack_weights
+from model import DTYPES
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.exact_results import CPU_FORMATS, make_linear
 from tests.compiler import write_compiler
@@ -140,6 +144,33 @@ def test_formats_and_activations_are_the_same_in_both_languages():
     assert len(cpp_activations) > 4 and {*ACTIVATIONS} >= {*cpp_activations}
     for name in cpp_formats:
         assert library.format_elements_per_byte(name.encode()) == formats[name].elements_per_byte
+
+
+@built
+def test_limits_of_fused_linear_are_those_of_the_table():
+    """The table at the top of layers/backend.py, for this CPU: up to how many tokens the kernels multiply."""
+    if os.environ.get("CXXFLAGS") or os.uname().machine != "x86_64":
+        return
+    flags = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.M)[0].split()
+    has_amx = bool(kernels.build.library().has_amx_bf16())
+
+    def limit(dtype: torch.dtype, format, model_is_quantized: bool) -> float:
+        is_bf16 = dtype == torch.bfloat16
+        rounds_to_int8 = type(format).__name__ in ("Int8", "Int4", "GroupedInt8", "MXFP4")
+        if has_amx and is_bf16:
+            return 64
+        if "avx512_bf16" in flags and is_bf16 and not rounds_to_int8:
+            return math.inf
+        if "avx2" in flags and not has_amx and dtype.itemsize == 2 and rounds_to_int8:
+            return math.inf
+        if model_is_quantized:
+            return 64
+        return 8 if "avx512f" not in flags else 64 if is_bf16 else 32
+
+    for dtype, format in product(DTYPES, CPU_FORMATS):
+        for model_is_quantized in {True, format.is_quantized}:
+            backend = cpu_backend(dtype, format, model_is_quantized)
+            assert backend.token_limits["fused_linear"] == limit(dtype, format, model_is_quantized), (dtype, format)
 
 
 @built
