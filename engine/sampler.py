@@ -16,8 +16,6 @@ token.
 Nothing here waits for the device, since a CUDA graph captures model and sampler. Every rank gets the tokens of rank 0.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -27,13 +25,16 @@ from layers.backend import Backend
 from layers.sampling import sample
 
 
-@dataclass(frozen=True)
 class Sampler:
     """The end of a prefill or decode step."""
 
-    params: SamplingParams
-    token_ids: Tensor  # [B, S], KVCache.token_ids
-    backend: Backend  # the backend of the model's head
+    def __init__(self, params: SamplingParams, token_ids: Tensor, backend: Backend):
+        """token_ids [B, S]: KVCache.token_ids. backend: the backend of the model's head."""
+        self.params, self.token_ids, self.backend = params, token_ids, backend
+        # Made once, so that no step makes it. It is on the device because a CUDA graph cannot read the host.
+        self.temperature = 0.0
+        if not params.is_greedy:
+            self.temperature = torch.full((1, 1), params.temperature, dtype=torch.float32, device=token_ids.device)
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
         """Returns the next tokens [B]. uniform [B, 1]: as for the operation sample."""
@@ -41,8 +42,11 @@ class Sampler:
         if params.needs_token_ids:
             positions = store_token_ids(self.token_ids, tokens, start_pos)
             logits = apply_repetition_penalty(logits, self.token_ids, positions[:, -1:], params.repetition_penalty)
-        next_tokens = sample(logits[:, 0], params.temperature, params.filters, self.backend, uniform)
-        return collectives.broadcast(next_tokens)
+        return collectives.broadcast(self.sample(logits[:, 0], uniform))
+
+    def sample(self, logits: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """Returns a token for each row of logits [n, V]."""
+        return sample(logits, self.temperature, self.params.filters, self.backend, uniform)
 
 
 def return_logits(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:

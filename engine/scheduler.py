@@ -316,8 +316,8 @@ def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = T
         host = torch.device("cpu")
         uniform = torch.cat([draw_uniform(1, host, sequence.generator) for sequence in batch])
         uniform = uniform.to(logits.device, uniform_dtype(logits.device))  # all in one copy
-        temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in batch])
-        ids[indices] = sample(rows, 1.0, filters, backend, uniform, temperatures)
+        temperature = logits.new_tensor([[sequence.params.temperature] for sequence in batch])
+        ids[indices] = sample(rows, temperature, filters, backend, uniform)
     return ids
 
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from engine.generation import GenerationLoop
 from engine.memory_traffic import active_weight_bytes
 from engine.runner import ModelRunner, check_sampled_ids
-from engine.sampler import apply_repetition_penalty, store_token_ids
+from engine.sampler import Sampler, apply_repetition_penalty, store_token_ids
 from engine.sampling_params import SamplingParams
 from kernels.schema import INVALID_TOKEN
 from layers import collectives
-from layers.backend import TORCH_BACKEND, Backend
+from layers.backend import Backend
 from layers.sampling import compute_probs, multinomial, sample
 from model import Transformer
 from utils.errors import UsageError
@@ -75,8 +75,7 @@ class SpeculativeLoop(GenerationLoop):
         """max_k: the most tokens to propose at a time, --speculate_k."""
         super().__init__(runner)
         self.proposer, self.max_k, self.device = proposer, max_k, runner.device
-        sampler = runner.sampler
-        self.verify_step = runner.build_step(RejectionSampler(sampler.params, sampler.token_ids, sampler.backend))
+        self.verify_step = runner.build_step(RejectionSampler(runner.sampler))
         self.verify_cost = estimate_verify_cost(runner.model)  # the cost to verify one proposed token
         # How many tokens of the last text each step gave, and the caller took. Step 0 is prefill.
         self.n_tokens_per_step: list[int] = []
@@ -143,35 +142,35 @@ class SpeculativeLoop(GenerationLoop):
 class RejectionSampler:
     """The end of a verification, whose tokens [1, k + 1] are the last token of the text and the proposed tokens."""
 
-    params: SamplingParams
-    token_ids: Tensor  # [1, S], KVCache.token_ids
-    backend: Backend  # the backend of the model's head
+    sampler: Sampler  # of plain decoding
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_probs: Tensor | None = None) -> Tensor:
-        """Returns the result of rejection_sample."""
-        params = self.params
+        """Returns a tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. One
+        tensor needs only one copy to the host.
+
+        logits [1, k + 1, V]: the logits after each of tokens.
+        draft_probs [k, V or fewer]: the distributions from which the draft tokens were sampled, None if they were not
+            sampled."""
+        params, token_ids, draft_tokens = self.sampler.params, self.sampler.token_ids, tokens[0, 1:]
         if params.needs_token_ids:
-            positions = store_token_ids(self.token_ids, tokens, start_pos)
-            logits = apply_repetition_penalty(logits, self.token_ids, positions, params.repetition_penalty)
-        result = rejection_sample(logits[0], tokens[0, 1:], draft_probs, params, self.backend)
+            positions = store_token_ids(token_ids, tokens, start_pos)
+            logits = apply_repetition_penalty(logits, token_ids, positions, params.repetition_penalty)
+        if draft_probs is None:
+            result = accept_equal(self.sampler.sample(logits[0]), draft_tokens)
+        else:
+            result = rejection_sample(logits[0], draft_tokens, draft_probs, params)
         return collectives.broadcast(result)
 
 
-def rejection_sample(
-    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, params: SamplingParams,
-    backend: Backend = TORCH_BACKEND,
-) -> Tensor:
-    """Returns a tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. One tensor
-    needs only one copy to the host.
+def accept_equal(tokens: Tensor, draft_tokens: Tensor) -> Tensor:
+    """Accepts each of draft_tokens [k] that equals the token that the model sampled at its position, up to the first
+    that differs. tokens [k + 1]: the sampled tokens. Returns the result of RejectionSampler."""
+    n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
+    return torch.cat([n_accepted, tokens])
 
-    logits [k + 1, V]: the model's logits after the last token of the text and after each of draft_tokens [k].
-    draft_probs [k, V or fewer]: the distributions from which draft_tokens were sampled, None if they were not sampled.
-    backend: the backend of the model's head."""
-    if draft_probs is None:
-        # The model samples a token at each position, and accepts a proposed token that equals the sampled token.
-        tokens = sample(logits, params.temperature, params.filters, backend)
-        n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
-        return torch.cat([n_accepted, tokens])
+
+def rejection_sample(logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor, params: SamplingParams) -> Tensor:
+    """Returns the result of RejectionSampler for draft tokens that were sampled from draft_probs."""
     probs = compute_probs(logits, params.temperature, params.filters)  # [k + 1, V]
     draft_probs = F.pad(draft_probs, (0, probs.shape[1] - draft_probs.shape[1], 0, 1))  # [k + 1, V]
     # Accept each token with probability min(1, p / q). The first rejected token ends the accepted prefix.

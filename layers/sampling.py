@@ -21,24 +21,32 @@ VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token
 
 
 def sample(
-    logits: Tensor, temperature: float, filters: TokenFilters, backend: Backend, uniform: Tensor | None = None,
-    temperatures: Tensor | None = None,
+    logits: Tensor, temperature: float | Tensor, filters: TokenFilters, backend: Backend, uniform: Tensor | None = None
 ) -> Tensor:
-    """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
-    likeliest token. The id is INVALID_TOKEN for a sequence with a logit that is not finite.
+    """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. The id is INVALID_TOKEN for a sequence
+    with a logit that is not finite.
 
-    uniform: random numbers [B, 1] of draw_uniform, by default from the device's global generator.
-    temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature, which must not be 0."""
+    temperature: a number, or a float32 tensor of positive numbers: [B, 1], or [1, 1] for all sequences. The number 0
+        takes the likeliest token.
+    uniform: random numbers [B, 1] of draw_uniform, by default from the device's global generator."""
     if not has_sample_kernel(backend, filters):
-        return sample_torch(logits, temperature, filters, uniform, temperatures)
-    if temperature == 0:
-        uniform = None
-    elif uniform is None:
-        uniform = draw_uniform(len(logits), logits.device)
+        return sample_torch(logits, temperature, filters, uniform)
+    if is_greedy(temperature):
+        temperature = uniform = None
+    else:
+        if not isinstance(temperature, Tensor):
+            temperature = logits.new_full((1, 1), temperature)
+        if uniform is None:
+            uniform = draw_uniform(len(logits), logits.device)
     return backend.get_kernel("sample")(
-        contiguous(logits), temperature=temperature, temperatures=contiguous(temperatures),
-        uniform=contiguous(uniform), **{name: getattr(filters, name) for name in KERNEL_FILTERS},
+        contiguous(logits), temperature=temperature, uniform=contiguous(uniform),
+        **{name: getattr(filters, name) for name in KERNEL_FILTERS},
     )
+
+
+def is_greedy(temperature: float | Tensor) -> bool:
+    """Does not read a tensor, because that would wait for the device."""
+    return not isinstance(temperature, Tensor) and temperature == 0
 
 
 def has_sample_kernel(backend: Backend, filters: TokenFilters) -> bool:
@@ -46,13 +54,12 @@ def has_sample_kernel(backend: Backend, filters: TokenFilters) -> bool:
 
 
 def sample_torch(
-    logits: Tensor, temperature: float, filters: TokenFilters, uniform: Tensor | None = None,
-    temperatures: Tensor | None = None,
+    logits: Tensor, temperature: float | Tensor, filters: TokenFilters, uniform: Tensor | None = None
 ) -> Tensor:
-    if temperature == 0:
+    if is_greedy(temperature):
         tokens = logits.argmax(-1)
     else:
-        probs, ids = apply_temperature_and_filters(logits, temperature, filters, temperatures)
+        probs, ids = apply_temperature_and_filters(logits, temperature, filters)
         drawn = multinomial(probs, uniform)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.isfinite().all(-1)
@@ -60,13 +67,14 @@ def sample_torch(
 
 
 def apply_temperature_and_filters(
-    logits: Tensor, temperature: float, filters: TokenFilters, temperatures: Tensor | None = None
+    logits: Tensor, temperature: float | Tensor, filters: TokenFilters
 ) -> tuple[Tensor, Tensor | None]:
     """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
     sequence need not sum to one. If ids is None, C is V, and the tokens are in the order of their ids."""
-    divisor: float | Tensor = max(temperature, SMALLEST_TEMPERATURE)
-    if temperatures is not None:
-        divisor = temperatures.clamp(min=SMALLEST_TEMPERATURE)
+    if isinstance(temperature, Tensor):
+        divisor = temperature.clamp(min=SMALLEST_TEMPERATURE)
+    else:
+        divisor = max(temperature, SMALLEST_TEMPERATURE)
     # Subtracting the maximum makes the largest score 0 and all others negative. So with a small temperature no score
     # overflows to +inf, and the probabilities of the negative scores underflow to 0.
     scores = (logits - logits.amax(-1, keepdim=True)) / divisor

@@ -46,8 +46,9 @@ def test_logits_that_the_kernel_does_not_take():
     for options in ({"uniform": torch.rand(2, 1)}, {"uniform": torch.rand(1, 1).double()}):
         with pytest.raises(RuntimeError, match="random numbers must be float64"):
             sample(torch.zeros(2, 3), 0.5, TokenFilters(), CPU_BACKEND, **options)
-    with pytest.raises(RuntimeError, match="temperatures must be float32"):
-        sample(torch.zeros(2, 3), 0.5, TokenFilters(), CPU_BACKEND, temperatures=torch.ones(3, 1))
+    for wrong in (torch.ones(3, 1), torch.ones(1, 1).double()):
+        with pytest.raises(RuntimeError, match="temperature must be float32"):
+            sample(torch.zeros(2, 3), wrong, TokenFilters(), CPU_BACKEND)
 
 
 # ---- A random token -------------------------------------------------------------------------------------------------
@@ -88,7 +89,8 @@ def test_each_row_has_its_own_temperature():
     temperatures = torch.logspace(-30, 3, 9)[:, None]
     logits[2, 7] = torch.nan
     filters = TokenFilters(top_p=0.9)
-    tokens = sample(logits, 1.0, filters, CPU_BACKEND, uniform, temperatures)
+    tokens = sample(logits, temperatures, filters, CPU_BACKEND, uniform)
     for i, temperature in enumerate(temperatures[:, 0].tolist()):
         alone = sample(logits[i : i + 1], temperature, filters, CPU_BACKEND, uniform[i : i + 1])
-        assert alone == tokens[i] and (alone == -1) == (i == 2)
+        alike = sample(logits, temperatures[i : i + 1], filters, CPU_BACKEND, uniform)  # all rows have one
+        assert alone == tokens[i] == alike[i] and (alone == -1) == (i == 2)

@@ -25,9 +25,9 @@ struct TokenFilters {
 struct SampleOp {
   const float* logits;
   int64_t m, n;
-  const double* uniform;      // [m], random numbers in [0, 1), or null
-  const float* temperatures;  // [m], or null: all rows have temperature
-  float temperature;
+  const double* uniform;       // [m], random numbers in [0, 1), or null
+  const float* temperature;    // [m], or [1] for all rows, or null
+  int64_t temperature_stride;  // 1, or 0 for all rows
   TokenFilters filters;
   int64_t* tokens;
 
@@ -95,7 +95,7 @@ struct SampleOp {
   // weight 1.
   void compute_weights(int64_t row, Range range, const float* largest, float* weights) const {
     const float max = *std::max_element(largest, largest + N_PARTS);
-    const float divisor = std::max(temperatures ? temperatures[row] : temperature, SMALLEST_TEMPERATURE);
+    const float divisor = std::max(temperature[row * temperature_stride], SMALLEST_TEMPERATURE);
     const float scale = LOG2_E / divisor;
     for (int64_t i = range.begin; i < range.end; i += LANES) {
       const f32x16 w = exp2_vec((load_partial(logits + row * n, i, range.end) - max) * scale);

@@ -52,7 +52,7 @@ class BlockResults(NamedTuple):
 def sample_kernel(
     logits_ptr, uniform_ptr, tokens_ptr, sums_ptr,  # [B, V], [B] or None, [B], [2, B] or None
     results,  # BlockResults
-    temperature, temperatures_ptr, V,  # a number, [B] or None, a number
+    temperature_ptr, temperature_stride, V,  # [B], or [1] with stride 0, or None; a number; a number
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
     N_BLOCKS_PADDED: tl.constexpr,  # N_BLOCKS, padded to a power of two
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
@@ -66,9 +66,9 @@ def sample_kernel(
     block, sequence = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(logits_ptr + sequence * V + token, mask=token < V, other=-1e38)
-    temperature = load_temperature(temperature, temperatures_ptr, sequence)
     scores = logits
     if uniform_ptr is not None:
+        temperature = load_temperature(temperature_ptr, temperature_stride, sequence)
         scores += temperature * gumbel_noise(load_seed(uniform_ptr, sequence), token)
     is_finite = tl.abs(logits) < float("inf")  # false for NaN, too
     scores = tl.where(is_finite, scores, float("inf"))
@@ -87,9 +87,8 @@ def sample_kernel(
 
 
 @triton.jit
-def load_temperature(temperature, temperatures_ptr, sequence):
-    if temperatures_ptr is not None:
-        temperature = tl.load(temperatures_ptr + sequence)
+def load_temperature(temperature_ptr, temperature_stride, sequence):
+    temperature = tl.load(temperature_ptr + sequence * temperature_stride)
     return tl.minimum(tl.maximum(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
 
 
@@ -153,7 +152,7 @@ def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.co
 def top_p_min_p_kernel(
     logits_ptr, uniform_ptr, tokens_ptr, sums_ptr,  # [B, V], [B], [B], [2, B]
     block_above_ptr, semaphores_ptr,  # [B, N_BLOCKS], [B]
-    temperature, temperatures_ptr, filters, V,  # a number, [B] or None, TokenFilters, a number
+    temperature_ptr, temperature_stride, filters, V,  # [B], or [1] with stride 0; a number; TokenFilters; a number
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
@@ -163,7 +162,8 @@ def top_p_min_p_kernel(
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     block, sequence = tl.program_id(0), tl.program_id(1)
     row_logits_ptr = logits_ptr + sequence * V
-    temperature, seed = load_temperature(temperature, temperatures_ptr, sequence), load_seed(uniform_ptr, sequence)
+    temperature = load_temperature(temperature_ptr, temperature_stride, sequence)
+    seed = load_seed(uniform_ptr, sequence)
     candidate = tl.load(tokens_ptr + sequence).to(tl.int32)  # or INVALID_TOKEN
     threshold = tl.load(row_logits_ptr + tl.maximum(candidate, 0))
     largest = tl.load(sums_ptr + sequence)
@@ -231,16 +231,15 @@ def best_of_likelier(
 
 
 @register_triton
-def sample(
-    logits: Tensor, *, temperature: float, temperatures: Tensor | None, uniform: Tensor | None, **filters
-) -> Tensor:
+def sample(logits: Tensor, *, temperature: Tensor | None, uniform: Tensor | None, **filters) -> Tensor:
     """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives INVALID_TOKEN.
 
-    uniform: float64 random numbers [B, 1] in [0, 1). None: the likeliest tokens are taken.
-    temperatures: float32 [B, 1], in place of temperature."""
+    temperature: float32 [B, 1], or [1, 1] for all rows.
+    uniform: float64 random numbers [B, 1] in [0, 1). If it and temperature are None, the likeliest token is taken."""
     filters = TokenFilters(**filters)
     assert active_fields(filters) <= {*TRITON_FILTERS}  # layers/sampling.py: has_sample_kernel
     batch, vocab_size = logits.shape
+    temperature_stride = 0 if temperature is None or len(temperature) == 1 else temperature.stride(0)
     has_filters = uniform is not None and bool(active_fields(filters))
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
     tokens = empty_sample(logits)
@@ -252,8 +251,8 @@ def sample(
             logits.new_empty(batch, n_blocks), logits.new_empty(batch, n_blocks, dtype=torch.int32),
             logits.new_empty(2, batch, n_blocks) if has_filters else None, semaphores(logits.device, batch),
         ),
-        temperature=temperature, temperatures_ptr=temperatures, V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks,
-        N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
+        temperature_ptr=temperature, temperature_stride=temperature_stride, V=vocab_size, BLOCK_V=BLOCK_V,
+        N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
     )
     if has_filters:
         n_blocks = triton.cdiv(vocab_size, TOP_P_BLOCK_V)
@@ -261,7 +260,7 @@ def sample(
         top_p_min_p_kernel[grid](
             logits_ptr=logits, uniform_ptr=uniform, tokens_ptr=tokens, sums_ptr=sums,
             block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device, batch),
-            temperature=temperature, temperatures_ptr=temperatures, filters=filters, V=vocab_size,
+            temperature_ptr=temperature, temperature_stride=temperature_stride, filters=filters, V=vocab_size,
             BLOCK_V=TOP_P_BLOCK_V, N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks),
             num_warps=TOP_P_WARPS, **pdl_options(logits.device, grid),
         )

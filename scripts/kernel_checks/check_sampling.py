@@ -52,9 +52,8 @@ def check_sample(vocab_size: int):
     noise = exact_gumbel_noise(uniform, vocab_size)
     for temperatures, top_p, min_p in product(TEMPERATURES, (1.0, 0.613, 1e-9), (0.0, 0.05)):
         column = torch.tensor(temperatures).view(-1, 1)  # [3, 1], or [1, 1] for all rows
-        by_row = column if len(column) > 1 else None
         filters = TokenFilters(top_p=top_p, min_p=min_p)
-        ours = sample(logits, temperatures[0], filters, TRITON_BACKEND, uniform, by_row)
+        ours = sample(logits, column, filters, TRITON_BACKEND, uniform)
         scores = logits + column * noise
         bound = column[:, 0] * 2 * GUMBEL_ERROR + 4 * U32 * scores.abs().amax(-1)
         scores = scores.masked_fill(~kept_tokens(logits, column, top_p=top_p, min_p=min_p), -torch.inf)
