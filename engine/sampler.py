@@ -1,9 +1,9 @@
 """From logits to the next token. What comes after the head, in each of the four places:
 
-    prefill, decode    Sampler             penalty, sample
-    verification       RejectionSampler    penalty, rejection_sample; or sample if the draft tokens were not sampled
-    a draft            DraftSampler        sample or multinomial; without the penalty
-    the scheduler      return_logits       a step ends with logits. Scheduler.sample_and_append goes on: penalty,
+    prefill, decode    Sampler             adjust_logits, sample
+    verification       RejectionSampler    adjust_logits, rejection_sample; or sample if the draft was not sampled
+    draft              DraftSampler        sample or multinomial, without adjust_logits
+    scheduler          return_logits       nothing. Scheduler.sample_and_append follows the step: adjust_logits,
                                            logits_processor, sample_batch
 
 RejectionSampler and DraftSampler are in speculate.py. Each sampler takes the logits [B, n, V] after the last n tokens
@@ -38,10 +38,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
         """Returns the next tokens [B]. uniform [B, 1]: as for the operation sample."""
-        params, logits = self.params, logits[:, -1:]
-        if params.needs_token_ids:
-            positions = store_token_ids(self.token_ids, tokens, start_pos)
-            logits = apply_repetition_penalty(logits, self.token_ids, positions[:, -1:], params.repetition_penalty)
+        logits = adjust_logits(logits[:, -1:], tokens, start_pos, self.token_ids, self.params)
         return collectives.broadcast(self.sample(logits[:, 0], uniform))
 
     def sample(self, logits: Tensor, uniform: Tensor | None = None) -> Tensor:
@@ -55,6 +52,25 @@ def return_logits(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
     return logits
 
 
+def adjust_logits(
+    logits: Tensor, tokens: Tensor, start_pos: Tensor, token_ids: Tensor, params: SamplingParams | list[SamplingParams]
+) -> Tensor:
+    """Applies the options that depend on the sequence so far. Returns the logits [B, n, V] after the last n of a step's
+    tokens [B, T], the first of each sequence at start_pos [B].
+
+    token_ids [B, S]: KVCache.token_ids. Only adjust_logits writes them: if an option needs token ids, it first stores
+        those of the step. So a sequence needs the option in each of its steps, or a step that begins at position 0.
+    params: those of all sequences, or a list with those of each."""
+    if not any(one.needs_token_ids for one in (params if isinstance(params, list) else [params])):
+        return logits
+    positions = store_token_ids(token_ids, tokens, start_pos)
+    if isinstance(params, list):
+        penalty = logits.new_tensor([one.repetition_penalty for one in params]).view(-1, 1, 1)
+    else:
+        penalty = params.repetition_penalty
+    return apply_repetition_penalty(logits, token_ids, positions[:, -logits.shape[1] :], penalty)
+
+
 def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
     """Stores tokens [B, T] in token_ids [B, S] of a KVCache, the first of each sequence at start_pos [B]. Returns the
     positions of all tokens: [B, T]."""
@@ -66,9 +82,9 @@ def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor) -> Ten
 def apply_repetition_penalty(
     logits: Tensor, token_ids: Tensor, last_positions: Tensor, penalty: float | Tensor
 ) -> Tensor:
-    """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text.
+    """Returns the logits [B, n, V] with the repetition penalty.
 
-    token_ids [B, S], last_positions [B, n]: the texts, as in seen_token_mask.
+    token_ids [B, S], last_positions [B, n]: as for seen_token_mask.
     penalty: one for all sequences, or one for each: [B, 1, 1]."""
     seen = seen_token_mask(token_ids, last_positions, logits.shape[-1])
     # A penalty above 1 lowers a logit, positive or negative.

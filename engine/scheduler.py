@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from engine.runner import NOT_FINITE, ModelRunner
-from engine.sampler import apply_repetition_penalty, return_logits, store_token_ids
+from engine.sampler import adjust_logits, return_logits
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import graph_num_threads
 from kernels.schema import INVALID_TOKEN, TokenFilters
@@ -199,15 +199,15 @@ class Scheduler:
         tokens = torch.tensor([chunk], device=device)
         start_pos = torch.tensor([n_cached], device=device)
         self.prefill_tokens_since_decode += len(chunk)
-        # Store the ids even if no option uses them now: a later prompt with a repetition penalty may copy this prefix.
-        store_token_ids(self.kv_cache.token_ids[i : i + 1], tokens, start_pos)
         if n_cached + n < len(prompt_ids):
             self.runner.fill_kv_cache(tokens, start_pos, first_slot=i)
             slot.cached_ids += chunk
             return []
         logits = self.runner.prefill_logits(tokens, start_pos, first_slot=i)
         slot.cached_ids += chunk
-        return self.sample_and_append(range(i, i + 1), logits)
+        # adjust_logits may need the whole prompt: the slot may have copied a prefix whose ids were not stored.
+        prompt = torch.tensor([prompt_ids], device=device)
+        return self.sample_and_append(range(i, i + 1), logits, prompt, torch.zeros_like(start_pos))
 
     def decode(self, n: int) -> list[SequenceUpdate]:
         self.move_decoding_first(n)
@@ -217,11 +217,10 @@ class Scheduler:
         tokens = torch.tensor(last_ids, device=device)[:, None]
         start_pos = torch.tensor([len(slot.cached_ids) for slot in slots], device=device)
         logits = self.decode_step(tokens, start_pos)
-        store_token_ids(self.kv_cache.token_ids[:n], tokens, start_pos)  # as in prefill
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
         with graph_num_threads():
-            return self.sample_and_append(range(n), logits)
+            return self.sample_and_append(range(n), logits, tokens, start_pos)
 
     def move_decoding_first(self, n: int):
         """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of
@@ -233,16 +232,15 @@ class Scheduler:
             self.kv_cache.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
-    def sample_and_append(self, slot_ids: range, logits: Tensor) -> list[SequenceUpdate]:
-        """Samples a token for the sequence in each of n slots, from the logits [n, 1, V] after its cached tokens."""
-        slots = [self.slots[i] for i in slot_ids]
-        sequences = [slot.sequence for slot in slots]
-        adjusted = logits
-        if any(sequence.params.needs_token_ids for sequence in sequences):
-            token_ids = self.kv_cache.token_ids[slot_ids.start : slot_ids.stop]
-            last_positions = torch.tensor([[len(slot.cached_ids) - 1] for slot in slots], device=logits.device)
-            penalties = logits.new_tensor([sequence.params.repetition_penalty for sequence in sequences])
-            adjusted = apply_repetition_penalty(logits, token_ids, last_positions, penalties.view(-1, 1, 1))
+    def sample_and_append(
+        self, slot_ids: range, logits: Tensor, tokens: Tensor, start_pos: Tensor
+    ) -> list[SequenceUpdate]:
+        """Samples a token for the sequence in each of n slots, from the logits [n, 1, V] after tokens [n, T], the first
+        of which are at start_pos [n]."""
+        sequences = [self.slots[i].sequence for i in slot_ids]
+        token_ids = self.kv_cache.token_ids[slot_ids.start : slot_ids.stop]
+        params = [sequence.params for sequence in sequences]
+        adjusted = adjust_logits(logits, tokens, start_pos, token_ids, params)
         adjusted = apply_logits_processors(adjusted[:, 0], sequences)
         ids = collectives.broadcast(sample_batch(adjusted, sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[0]) for i, token, row in zip(slot_ids, ids, logits, strict=True)]

@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.generation import GenerationLoop
 from engine.memory_traffic import active_weight_bytes
 from engine.runner import ModelRunner, check_sampled_ids
-from engine.sampler import Sampler, apply_repetition_penalty, store_token_ids
+from engine.sampler import Sampler, adjust_logits
 from engine.sampling_params import SamplingParams
 from kernels.schema import INVALID_TOKEN
 from layers import collectives
@@ -151,10 +151,8 @@ class RejectionSampler:
         logits [1, k + 1, V]: the logits after each of tokens.
         draft_probs [k, V or fewer]: the distributions from which the draft tokens were sampled, None if they were not
             sampled."""
-        params, token_ids, draft_tokens = self.sampler.params, self.sampler.token_ids, tokens[0, 1:]
-        if params.needs_token_ids:
-            positions = store_token_ids(token_ids, tokens, start_pos)
-            logits = apply_repetition_penalty(logits, token_ids, positions, params.repetition_penalty)
+        params, draft_tokens = self.sampler.params, tokens[0, 1:]
+        logits = adjust_logits(logits, tokens, start_pos, self.sampler.token_ids, params)
         if draft_probs is None:
             result = accept_equal(self.sampler.sample(logits[0]), draft_tokens)
         else:
@@ -319,8 +317,8 @@ class DraftModelProposer:
 
 @dataclass(frozen=True)
 class DraftSampler:
-    """The end of a draft's step. It leaves out the repetition penalty: the output stays exact, since verification
-    applies the penalty, but fewer of the draft's tokens are accepted."""
+    """The end of a draft's step. It leaves out adjust_logits, which verification applies: the output stays exact, but
+    with a repetition penalty fewer of the draft's tokens are accepted."""
 
     params: SamplingParams
     backend: Backend  # the backend of the draft's head
