@@ -11,7 +11,7 @@ There are three kinds of steps:
     decode          takes one token of every sequence
     verification    takes several proposed tokens; speculate.py makes it with build_step
 
-A decode or verification step has one of four modes, which choose_mode chooses and build_in_mode builds:
+A decode or verification step has one of four modes, by its number of tokens:
 
     kernels    device    --compile    mode
     all        CPU       yes or no    cpu_graph     captures the model; then the sampler runs eagerly
@@ -29,7 +29,7 @@ token.
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -131,61 +131,56 @@ class ModelRunner:
         uniform = draw_uniform(n_steps * batch_size, self.device, generator or torch.default_generator)
         return uniform.view(n_steps, batch_size, 1)
 
-    def build_step(self, sampler: Callable) -> "Step":
-        """Returns a step that ends with sampler."""
-        return Step(self.model, self.kv_cache, sampler, self.compile)
+    def build_step(self, sampler: Callable) -> Callable:
+        """Returns a step that ends with sampler: build_step, below. It must not refer to self: the cycle would keep the
+        KV cache alive until the next garbage collection."""
+        return build_step(self.model, self.kv_cache, sampler, self.compile)
 
 
 # ---- Steps ----------------------------------------------------------------------------------------------------------
 
 
-class Step:
-    """A step, in the ExecutionMode that fits the shape of its tokens.
+def build_step(model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool) -> Callable:
+    """Returns a function that runs each step in the mode that fits the shape of its tokens:
 
         step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
 
     The step uses the first B sequences of the KV cache. The result, and the logits passed to the sampler, may be static
     buffers that the next call overwrites: clone what you keep."""
+    has_kernels_for = cache(model.has_kernels_for)  # slow: it goes through all modules
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool):
-        self.model, self.kv_cache, self.sampler, self.compile = model, kv_cache, sampler, compile
-        self.has_kernels_for = cache(model.has_kernels_for)  # slow: it goes through all modules
+    def forward(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        used_cache = kv_cache.view_sequences(0, len(tokens))
+        if not has_kernels_for(*tokens.shape):
+            # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
+            used_cache = used_cache.view_positions(int(start_pos.max()) + tokens.shape[1])
+        return model(tokens, start_pos, used_cache)
+
+    def eager(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        return sampler(forward(tokens, start_pos), tokens, start_pos, *inputs)
+
+    cpu_graph, cuda_graph = capture(forward), capture(eager)  # each captures in its first call
+    get_compiled = cache(partial(compile_step, model, kv_cache, sampler))
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        step = self.with_kernels if self.has_kernels_for(*tokens.shape) else self.without_kernels
-        return step(tokens, start_pos, *inputs)
+    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        match choose_mode(has_kernels_for(*tokens.shape), model.device.type, compile):
+            case "cpu_graph":  # holds kernels alone, so the sampler runs after it
+                logits = cpu_graph(tokens, start_pos)
+                with graph_num_threads():
+                    return sampler(logits, tokens, start_pos, *inputs)
+            case "cuda_graph":
+                return cuda_graph(tokens, start_pos, *inputs)
+            case "compiled":
+                return get_compiled()(tokens, start_pos, *inputs)
+            case "eager":
+                return eager(tokens, start_pos, *inputs)
 
-    # Both are built at first use, since torch.compile imports Inductor, which takes a second and 150 MB. Neither refers
-    # to self: in a reference cycle the KV cache would stay in memory until Python's next garbage collection.
-
-    @cached_property
-    def with_kernels(self) -> Callable:
-        return build_in_mode(self.model, self.kv_cache, self.sampler, self.compile, has_kernels=True)
-
-    @cached_property
-    def without_kernels(self) -> Callable:
-        return build_in_mode(self.model, self.kv_cache, self.sampler, self.compile, has_kernels=False)
-
-
-def build_in_mode(
-    model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool, has_kernels: bool
-) -> Callable:
-    """Builds a step. has_kernels: whether every operation has a kernel for the tokens that the step will get."""
-    forward = build_forward(model, kv_cache, has_kernels)
-    match choose_mode(has_kernels, model.device.type, compile):
-        case "cpu_graph":
-            return add_sampler(capture(forward), sampler)  # a CPU graph holds kernels alone, so not the sampler
-        case "cuda_graph":
-            return capture(add_sampler(forward, sampler))
-        case "compiled":
-            return build_compiled_step(model, kv_cache, sampler)
-        case "eager":
-            return add_sampler(forward, sampler)
+    return step
 
 
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> ExecutionMode:
-    """Returns the mode of a step, by the table at the top of this file."""
+    """Returns the mode of a step, by the table at the top of this file. has_kernels: for all of its operations."""
     if has_kernels and device_type == "cpu":
         return "cpu_graph"
     if has_kernels and compile:
@@ -193,29 +188,10 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Execution
     return "compiled" if compile else "eager"
 
 
-def build_forward(model: Transformer, kv_cache: KVCache, has_kernels: bool) -> Callable:
-    def forward(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        used_cache = kv_cache.view_sequences(0, len(tokens))
-        if not has_kernels:
-            # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
-            used_cache = used_cache.view_positions(int(start_pos.max()) + tokens.shape[1])
-        return model(tokens, start_pos, used_cache)
-
-    return forward
-
-
-def add_sampler(forward: Callable, sampler: Callable) -> Callable:
-    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        logits = forward(tokens, start_pos)
-        with graph_num_threads():
-            return sampler(logits, tokens, start_pos, *inputs)
-
-    return step
-
-
-def build_compiled_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
+def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
     """Compiles a step in two pieces: the blocks, of which one compiled block serves all layers, and the head with the
-    sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
+    sampler. The pieces run as fast as one compiled step, and compile in a third of the time. The call imports Inductor,
+    which takes a second and 150 MB."""
 
     def sample_from_hidden(hidden: Tensor, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         return sampler(model.compute_logits(hidden), tokens, start_pos, *inputs)
@@ -224,11 +200,11 @@ def build_compiled_step(model: Transformer, kv_cache: KVCache, sampler: Callable
     head = torch.compile(sample_from_hidden, **options)
     blocks = compile_blocks(model, **options)
 
-    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+    def compiled(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         hidden = blocks.compute_hidden(tokens, start_pos, kv_cache.view_sequences(0, len(tokens)))
         return head(hidden, tokens, start_pos, *inputs)
 
-    return capture(step) if model.device.type == "cuda" and can_be_one_graph(model) else step
+    return capture(compiled) if model.device.type == "cuda" and can_be_one_graph(model) else compiled
 
 
 def compile_blocks(model: Transformer, **options) -> Transformer:
