@@ -37,7 +37,7 @@ class GenerationLoop(ABC):
         """Continues token_ids [B, T], of which the KV cache already holds the first n_cached < T of each sequence.
         Yields the next token of each sequence, max_new_tokens times. The cache must have room for
         T + max_new_tokens - 1 tokens. Raises UsageError if logits are not finite. generator: as in
-        ModelRunner.uniform_per_step."""
+        ModelRunner.rand_per_step."""
 
     @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
@@ -60,13 +60,13 @@ class DecodeLoop(GenerationLoop):
         start_pos = torch.full((len(prompt),), n_cached, device=prompt.device)
         # The random numbers of all steps, drawn before the first step: a step takes its numbers as an input. So one
         # captured step serves every generator, and a GPU never waits for a draw.
-        first, *others = self.runner.uniform_per_step(max_new_tokens, len(prompt), generator)
+        first, *others = self.runner.rand_per_step(max_new_tokens, len(prompt), generator)
         tokens = self.runner.prefill(prompt, start_pos, first)
         start_pos = start_pos + prompt.shape[1]
         yield tokens
-        for uniform in others:
+        for rand in others:
             # On a GPU this step starts before the host has checked the tokens, and the embedding has no INVALID_TOKEN.
-            tokens = self.runner.decode(tokens[:, None].clamp(min=0), start_pos, uniform)
+            tokens = self.runner.decode(tokens[:, None].clamp(min=0), start_pos, rand)
             start_pos = start_pos + 1
             yield tokens
 

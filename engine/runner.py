@@ -40,7 +40,7 @@ from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import capture, graph_num_threads
 from kernels.schema import INVALID_TOKEN
-from layers.sampling import draw_uniform
+from layers.sampling import draw_rand
 from model import KVCache, Transformer
 from utils.errors import UsageError
 
@@ -79,11 +79,11 @@ class ModelRunner:
     # ---- Prefill, of B sequences in neighbouring slots of the KV cache, from first_slot on ----
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Returns the next tokens [B]. uniform [B, 1]: random numbers, by default of PyTorch's global generator."""
-        if uniform is None:
-            (uniform,) = self.uniform_per_step(1, len(tokens))
-        return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos, uniform)
+    def prefill(self, tokens: Tensor, start_pos: Tensor, rand: Tensor | None = None) -> Tensor:
+        """Returns the next tokens [B]. rand [B, 1]: random numbers, by default of PyTorch's global generator."""
+        if rand is None:
+            (rand,) = self.rand_per_step(1, len(tokens))
+        return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos, rand)
 
     def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
         """Returns the logits [B, 1, V] after the last of tokens."""
@@ -114,22 +114,22 @@ class ModelRunner:
 
     # ---- Decoding and verification ----
 
-    def decode(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, start_pos: Tensor, rand: Tensor | None = None) -> Tensor:
         """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B], which the next call may
-        overwrite. uniform: as for prefill."""
-        if uniform is None:
-            (uniform,) = self.uniform_per_step(1, len(tokens))
-        return self.decode_step(tokens, start_pos, uniform)
+        overwrite. rand: as for prefill."""
+        if rand is None:
+            (rand,) = self.rand_per_step(1, len(tokens))
+        return self.decode_step(tokens, start_pos, rand)
 
-    def uniform_per_step(
+    def rand_per_step(
         self, n_steps: int, batch_size: int, generator: torch.Generator | None = None
     ) -> Tensor | list[None]:
-        """Returns the random numbers of n_steps steps: uniform [B, 1] for each, or None if sampling is greedy.
+        """Returns the random numbers of n_steps steps: rand [B, 1] for each, or None if sampling is greedy.
         generator: on the CPU, by default PyTorch's global one, also for a GPU."""
         if self.sampler.params.is_greedy:
             return [None] * n_steps
-        uniform = draw_uniform(n_steps * batch_size, self.device, generator or torch.default_generator)
-        return uniform.view(n_steps, batch_size, 1)
+        rand = draw_rand(n_steps * batch_size, self.device, generator or torch.default_generator)
+        return rand.view(n_steps, batch_size, 1)
 
     def build_step(self, sampler: Callable) -> Callable:
         """Returns a step that ends with sampler: build_step, below. It must not refer to self: the cycle would keep the

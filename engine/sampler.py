@@ -36,14 +36,14 @@ class Sampler:
         if not params.is_greedy:
             self.temperature = torch.full((1, 1), params.temperature, dtype=torch.float32, device=token_ids.device)
 
-    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Returns the next tokens [B]. uniform [B, 1]: as for the operation sample."""
+    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, rand: Tensor | None = None) -> Tensor:
+        """Returns the next tokens [B]. rand [B, 1]: as for the operation sample."""
         logits = adjust_logits(logits[:, -1:], tokens, start_pos, self.token_ids, self.params)
-        return collectives.broadcast(self.sample(logits[:, 0], uniform))
+        return collectives.broadcast(self.sample(logits[:, 0], rand))
 
-    def sample(self, logits: Tensor, uniform: Tensor | None = None) -> Tensor:
+    def sample(self, logits: Tensor, rand: Tensor | None = None) -> Tensor:
         """Returns a token for each row of logits [n, V]."""
-        return sample(logits, self.temperature, self.params.filters, self.backend, uniform)
+        return sample(logits, self.temperature, self.params.filters, self.backend, rand)
 
 
 def return_logits(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from kernels.capture import graph_num_threads
 from kernels.schema import INVALID_TOKEN, TokenFilters
 from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import draw_uniform, sample, uniform_dtype
+from layers.sampling import draw_rand, sample, rand_dtype
 from model import KVCache, Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
@@ -312,10 +312,10 @@ def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = T
             ids[indices] = sample(rows, 0.0, filters, backend)
             continue
         host = torch.device("cpu")
-        uniform = torch.cat([draw_uniform(1, host, sequence.generator) for sequence in batch])
-        uniform = uniform.to(logits.device, uniform_dtype(logits.device))  # all in one copy
+        rand = torch.cat([draw_rand(1, host, sequence.generator) for sequence in batch])
+        rand = rand.to(logits.device, rand_dtype(logits.device))  # all in one copy
         temperature = logits.new_tensor([[sequence.params.temperature] for sequence in batch])
-        ids[indices] = sample(rows, temperature, filters, backend, uniform)
+        ids[indices] = sample(rows, temperature, filters, backend, rand)
     return ids
 
 

@@ -247,7 +247,7 @@ def empty_dequantize(*, w, k, dtype):
 
 
 # Takes the logits that a CPU graph computes, so sample comes after the graph. Greedy sampling passes neither
-# temperature nor uniform.
-@define(f"sample(Tensor logits, *, Tensor? temperature, Tensor? uniform, {FILTERS}) -> Tensor", capturable=False)
+# temperature nor rand.
+@define(f"sample(Tensor logits, *, Tensor? temperature, Tensor? rand, {FILTERS}) -> Tensor", capturable=False)
 def empty_sample(logits, **_):
     return logits.new_empty(len(logits), dtype=torch.int64)

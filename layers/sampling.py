@@ -21,25 +21,27 @@ VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token
 
 
 def sample(
-    logits: Tensor, temperature: float | Tensor, filters: TokenFilters, backend: Backend, uniform: Tensor | None = None
+    logits: Tensor, temperature: float | Tensor, filters: TokenFilters, backend: Backend, rand: Tensor | None = None
 ) -> Tensor:
     """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. The id is INVALID_TOKEN for a sequence
     with a logit that is not finite.
 
     temperature: a number, or a float32 tensor of positive numbers: [B, 1], or [1, 1] for all sequences. The number 0
         takes the likeliest token.
-    uniform: random numbers [B, 1] of draw_uniform, by default from the device's global generator."""
+    rand: random numbers [B, 1] of draw_rand, by default from the device's global generator. PyTorch and C++ invert the
+        cumulative distribution at the number. Triton seeds the noise of the row's logits with its bits. So the same
+        seed draws other tokens there."""
     if not has_sample_kernel(backend, filters):
-        return sample_torch(logits, temperature, filters, uniform)
+        return sample_torch(logits, temperature, filters, rand)
     if is_greedy(temperature):
-        temperature = uniform = None
+        temperature = rand = None
     else:
         if not isinstance(temperature, Tensor):
             temperature = logits.new_full((1, 1), temperature)
-        if uniform is None:
-            uniform = draw_uniform(len(logits), logits.device)
+        if rand is None:
+            rand = draw_rand(len(logits), logits.device)
     return backend.get_kernel("sample")(
-        contiguous(logits), temperature=temperature, uniform=contiguous(uniform),
+        contiguous(logits), temperature=temperature, rand=contiguous(rand),
         **{name: getattr(filters, name) for name in KERNEL_FILTERS},
     )
 
@@ -54,13 +56,13 @@ def has_sample_kernel(backend: Backend, filters: TokenFilters) -> bool:
 
 
 def sample_torch(
-    logits: Tensor, temperature: float | Tensor, filters: TokenFilters, uniform: Tensor | None = None
+    logits: Tensor, temperature: float | Tensor, filters: TokenFilters, rand: Tensor | None = None
 ) -> Tensor:
     if is_greedy(temperature):
         tokens = logits.argmax(-1)
     else:
         probs, ids = apply_temperature_and_filters(logits, temperature, filters)
-        drawn = multinomial(probs, uniform)
+        drawn = multinomial(probs, rand)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.isfinite().all(-1)
     return torch.where(is_finite, tokens, INVALID_TOKEN)
@@ -100,32 +102,32 @@ def compute_probs(logits: Tensor, temperature: float, filters: TokenFilters) -> 
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
-def draw_uniform(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Returns random numbers [n, 1] in [0, 1) on device. By default they are drawn there, by the device's global
-    generator. A generator draws on its own device, so a seeded generator of the CPU gives every device the same."""
+def draw_rand(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Returns random numbers [n, 1] in [0, 1) on device. By default the device's global generator draws them there. A
+    generator draws on its own device, so a seeded generator of the CPU draws the same numbers for every device."""
     source = device if generator is None else generator.device
-    uniform = torch.rand(n, 1, dtype=uniform_dtype(source), device=source, generator=generator)
-    return uniform.to(device, uniform_dtype(device))
+    rand = torch.rand(n, 1, dtype=rand_dtype(source), device=source, generator=generator)
+    return rand.to(device, rand_dtype(device))
 
 
-def uniform_dtype(device: torch.device) -> torch.dtype:
+def rand_dtype(device: torch.device) -> torch.dtype:
     """The type of the random numbers on device: float64, but float32 on an accelerator that may lack float64, as MPS
     does."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
-def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
+def multinomial(probs: Tensor, rand: Tensor | None = None) -> Tensor:
     """Draws a token for each sequence: probs [B, V] -> ids [B]. The probabilities of a sequence need not sum to one. A
     token of probability 0 is never drawn.
 
-    uniform: as for sample."""
+    rand: as for sample."""
     # Inverse transform sampling: take the first token whose cumulative probability exceeds the random number.
-    dtype = uniform_dtype(probs.device)
+    dtype = rand_dtype(probs.device)
     cumulative = probs.cumsum(-1, dtype=dtype)
-    if uniform is None:
-        uniform = draw_uniform(len(probs), probs.device)
-    uniform = uniform.to(dtype).clamp(max=1 - torch.finfo(dtype).eps)  # rounding could give 1
-    return (cumulative <= uniform * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
+    if rand is None:
+        rand = draw_rand(len(probs), probs.device)
+    rand = rand.to(dtype).clamp(max=1 - torch.finfo(dtype).eps)  # rounding could give 1
+    return (cumulative <= rand * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
 
 
 # ---- Faster in PyTorch ----------------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ struct TokenFilters {
   float min_p;
 };
 
-// Computes tokens [m] from logits [m, n]. Without uniform, SampleOp takes the likeliest token, or the first of tied
-// tokens. With uniform, SampleOp draws a token by exp(logit / temperature) among the tokens that filters keep. If a
+// Computes tokens [m] from logits [m, n]. Without rand, SampleOp takes the likeliest token, or the first of tied
+// tokens. With rand, SampleOp draws a token by exp(logit / temperature) among the tokens that filters keep. If a
 // logit is not finite, the token is INVALID_TOKEN.
 struct SampleOp {
   const float* logits;
   int64_t m, n;
-  const double* uniform;       // [m], random numbers in [0, 1), or null
+  const double* rand;          // [m], random numbers in [0, 1), or null
   const float* temperature;    // [m], or [1] for all rows, or null
   int64_t temperature_stride;  // 1, or 0 for all rows
   TokenFilters filters;
@@ -42,9 +42,9 @@ struct SampleOp {
     return {vecs.begin * LANES, std::min(vecs.end * LANES, n)};
   }
   int64_t padded_n() const { return round_up(n, LANES); }
-  size_t shared_bytes() const { return m * (N_PARTS + (uniform ? padded_n() : 0)) * sizeof(float); }
+  size_t shared_bytes() const { return m * (N_PARTS + (rand ? padded_n() : 0)) * sizeof(float); }
 
-  // Phase 1: the threads share the parts of all rows, and find the largest logit of each part. Phase 2, with uniform:
+  // Phase 1: the threads share the parts of all rows, and find the largest logit of each part. Phase 2, with rand:
   // the threads compute the weights of each part. Phase 3: the threads share the rows, and choose a token for each.
   void execute(char* shared, Barrier& barrier) const {
     float* largest = reinterpret_cast<float*>(shared);  // [m, N_PARTS]
@@ -53,7 +53,7 @@ struct SampleOp {
     for (int64_t i = parts.begin; i < parts.end; i++)
       largest[i] = largest_logit(logits + i / N_PARTS * n, part_range(i % N_PARTS));
     barrier.wait();
-    if (uniform) {
+    if (rand) {
       for (int64_t i = parts.begin; i < parts.end; i++) {
         const int64_t row = i / N_PARTS;
         compute_weights(row, part_range(i % N_PARTS), largest + row * N_PARTS, weights + row * padded_n());
@@ -65,7 +65,7 @@ struct SampleOp {
       const float* row_largest = largest + row * N_PARTS;
       const bool is_finite = std::none_of(row_largest, row_largest + N_PARTS, [](float x) { return std::isnan(x); });
       if (!is_finite) tokens[row] = INVALID_TOKEN;
-      else if (uniform) tokens[row] = draw(weights + row * padded_n(), uniform[row]);
+      else if (rand) tokens[row] = draw(weights + row * padded_n(), rand[row]);
       else tokens[row] = likeliest(logits + row * n, row_largest);
     }
   }
@@ -200,12 +200,12 @@ struct SampleOp {
   }
 
   // Draws a token by weights [padded_n], and overwrites some weights. Inverse transform sampling: draw takes the first
-  // token at which the cumulative sum exceeds uniform times the sum of all weights.
-  int64_t draw(float* weights, double uniform) const {
+  // token at which the cumulative sum exceeds rand times the sum of all weights.
+  int64_t draw(float* weights, double rand) const {
     const int64_t size = padded_n();
     const float threshold = apply_filters(weights);
     constexpr double LARGEST = 1 - std::numeric_limits<double>::epsilon();  // a random number may be rounded to 1
-    const double target = std::min(uniform, LARGEST) * sum_above(threshold, weights, size).weight;
+    const double target = std::min(rand, LARGEST) * sum_above(threshold, weights, size).weight;
     double sum = 0;
     for (int64_t begin = 0; begin < size; begin += BLOCK) {
       const int64_t end = std::min(begin + BLOCK, size);

@@ -1,6 +1,6 @@
 """The choice of the next token on a GPU, in Triton.
 
-    sample    logits and uniform random numbers -> token ids, registered as torch.ops.gptfast_triton.sample
+    sample    logits and random numbers -> token ids, registered as torch.ops.gptfast_triton.sample
 
 A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is the argmax of logits / T + G,
 where G is Gumbel noise, one number for each logit. So sample_kernel needs neither a softmax nor a sum. It takes the
@@ -35,8 +35,8 @@ TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel. One program may 
 INVALID_TOKEN = tl.constexpr(schema.INVALID_TOKEN)
 SMALLEST_TEMPERATURE = tl.constexpr(schema.SMALLEST_TEMPERATURE)
 LARGEST_TEMPERATURE = tl.constexpr(1e30)  # a larger factor could make scores infinite
-SEEDS = tl.constexpr(2.0**53)  # float64 has 53 bits, so a uniform random number in [0, 1) has at most as many values
-SMALL_UNIFORM = tl.constexpr(2.0**-6)  # below, gumbel_noise computes -log(1 - u) by its Taylor series
+SEEDS = tl.constexpr(2.0**53)  # the random numbers of a row are multiples of 2^-53 in [0, 1), as torch.rand draws them
+SMALL_U = tl.constexpr(2.0**-6)  # below, gumbel_noise computes -log(1 - u) by its Taylor series
 
 
 class BlockResults(NamedTuple):
@@ -50,7 +50,7 @@ class BlockResults(NamedTuple):
 
 @triton.jit
 def sample_kernel(
-    logits_ptr, uniform_ptr, tokens_ptr, sums_ptr,  # [B, V], [B] or None, [B], [2, B] or None
+    logits_ptr, rand_ptr, tokens_ptr, sums_ptr,  # [B, V], [B] or None, [B], [2, B] or None
     results,  # BlockResults
     temperature_ptr, temperature_stride, V,  # [B], or [1] with stride 0, or None; a number; a number
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
@@ -67,9 +67,9 @@ def sample_kernel(
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(logits_ptr + sequence * V + token, mask=token < V, other=-1e38)
     scores = logits
-    if uniform_ptr is not None:
+    if rand_ptr is not None:
         temperature = load_temperature(temperature_ptr, temperature_stride, sequence)
-        scores += temperature * gumbel_noise(load_seed(uniform_ptr, sequence), token)
+        scores += temperature * gumbel_noise(load_seed(rand_ptr, sequence), token)
     is_finite = tl.abs(logits) < float("inf")  # false for NaN, too
     scores = tl.where(is_finite, scores, float("inf"))
     best_score, best_index = tl.max(scores, axis=0), tl.argmax(scores, axis=0)
@@ -93,9 +93,9 @@ def load_temperature(temperature_ptr, temperature_stride, sequence):
 
 
 @triton.jit
-def load_seed(uniform_ptr, sequence):
+def load_seed(rand_ptr, sequence):
     """Returns the bits of the sequence's random number as an integer, the seed of the sequence's noise."""
-    return (tl.load(uniform_ptr + sequence) * SEEDS).to(tl.int64)
+    return (tl.load(rand_ptr + sequence) * SEEDS).to(tl.int64)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def gumbel_noise(seed, token):
     bits = tl.randint(seed, token)
     u = (bits.to(tl.float32) + 0.5) * 2**-32  # the 0.5 keeps both u and 1 - u above 0
     complement = ((0xFFFFFFFF - bits).to(tl.float32) + 0.5) * 2**-32  # 1 - u
-    exponential = tl.where(u < SMALL_UNIFORM, u + u * u * (0.5 + u / 3), -tl.log(complement))
+    exponential = tl.where(u < SMALL_U, u + u * u * (0.5 + u / 3), -tl.log(complement))
     return -tl.log(exponential)
 
 
@@ -150,7 +150,7 @@ def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.co
 
 @triton.jit
 def top_p_min_p_kernel(
-    logits_ptr, uniform_ptr, tokens_ptr, sums_ptr,  # [B, V], [B], [B], [2, B]
+    logits_ptr, rand_ptr, tokens_ptr, sums_ptr,  # [B, V], [B], [B], [2, B]
     block_above_ptr, semaphores_ptr,  # [B, N_BLOCKS], [B]
     temperature_ptr, temperature_stride, filters, V,  # [B], or [1] with stride 0; a number; TokenFilters; a number
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr,
@@ -163,7 +163,7 @@ def top_p_min_p_kernel(
     block, sequence = tl.program_id(0), tl.program_id(1)
     row_logits_ptr = logits_ptr + sequence * V
     temperature = load_temperature(temperature_ptr, temperature_stride, sequence)
-    seed = load_seed(uniform_ptr, sequence)
+    seed = load_seed(rand_ptr, sequence)
     candidate = tl.load(tokens_ptr + sequence).to(tl.int32)  # or INVALID_TOKEN
     threshold = tl.load(row_logits_ptr + tl.maximum(candidate, 0))
     largest = tl.load(sums_ptr + sequence)
@@ -231,22 +231,22 @@ def best_of_likelier(
 
 
 @register_triton
-def sample(logits: Tensor, *, temperature: Tensor | None, uniform: Tensor | None, **filters) -> Tensor:
+def sample(logits: Tensor, *, temperature: Tensor | None, rand: Tensor | None, **filters) -> Tensor:
     """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives INVALID_TOKEN.
 
     temperature: float32 [B, 1], or [1, 1] for all rows.
-    uniform: float64 random numbers [B, 1] in [0, 1). If it and temperature are None, the likeliest token is taken."""
+    rand: float64 random numbers [B, 1] in [0, 1). If it and temperature are None, the likeliest token is taken."""
     filters = TokenFilters(**filters)
     assert active_fields(filters) <= {*TRITON_FILTERS}  # layers/sampling.py: has_sample_kernel
     batch, vocab_size = logits.shape
     temperature_stride = 0 if temperature is None or len(temperature) == 1 else temperature.stride(0)
-    has_filters = uniform is not None and bool(active_fields(filters))
+    has_filters = rand is not None and bool(active_fields(filters))
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
     tokens = empty_sample(logits)
     sums = logits.new_empty(2, batch) if has_filters else None
     grid = n_blocks, batch
     sample_kernel[grid](
-        logits_ptr=logits, uniform_ptr=uniform, tokens_ptr=tokens, sums_ptr=sums,
+        logits_ptr=logits, rand_ptr=rand, tokens_ptr=tokens, sums_ptr=sums,
         results=BlockResults(
             logits.new_empty(batch, n_blocks), logits.new_empty(batch, n_blocks, dtype=torch.int32),
             logits.new_empty(2, batch, n_blocks) if has_filters else None, semaphores(logits.device, batch),
@@ -258,7 +258,7 @@ def sample(logits: Tensor, *, temperature: Tensor | None, uniform: Tensor | None
         n_blocks = triton.cdiv(vocab_size, TOP_P_BLOCK_V)
         grid = n_blocks, batch
         top_p_min_p_kernel[grid](
-            logits_ptr=logits, uniform_ptr=uniform, tokens_ptr=tokens, sums_ptr=sums,
+            logits_ptr=logits, rand_ptr=rand, tokens_ptr=tokens, sums_ptr=sums,
             block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device, batch),
             temperature_ptr=temperature, temperature_stride=temperature_stride, filters=filters, V=vocab_size,
             BLOCK_V=TOP_P_BLOCK_V, N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks),
