@@ -6,7 +6,7 @@
 
 Four generators, each of which takes what the one on its left yields at every step:
 
-    launch_steps --> run_one_step_ahead --> decode_tokens --> stream_texts
+    generate_steps --> run_one_step_ahead --> decode_tokens --> stream_texts
     tokens [B]       on a GPU only:         a list of B       the new text of
     on the device    the same, on the       checked ids       B sequences
                      host
@@ -51,7 +51,7 @@ class GenerationLoop(ABC):
 class DecodeLoop(GenerationLoop):
     """Continues a text with a decode step for every token."""
 
-    def launch_steps(
+    def generate_steps(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
         """Yields the tokens [B] of prefill and of each decode step, on the device. The next step may overwrite them,
@@ -73,7 +73,7 @@ class DecodeLoop(GenerationLoop):
     def decode_tokens(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        steps = self.launch_steps(token_ids, max_new_tokens, n_cached, generator)
+        steps = self.generate_steps(token_ids, max_new_tokens, n_cached, generator)
         if self.runner.device.type == "cuda":
             steps = run_one_step_ahead(steps)
         for tokens in steps:

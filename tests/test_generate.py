@@ -128,13 +128,13 @@ def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one(n, mon
         copies.append(torch.full((2,), -7))
         return copies[-1]
 
-    def launch_steps():
+    def generate_steps():
         for i in range(n):
             calls.append(f"queue {i}")
             yield SimpleNamespace(to=to_host)
 
     monkeypatch.setattr(torch.cuda, "Event", new_event)
-    tokens = [tokens.tolist() for tokens in run_one_step_ahead(launch_steps())]
+    tokens = [tokens.tolist() for tokens in run_one_step_ahead(generate_steps())]
     assert tokens == [[i, i] for i in range(n)]
     expected = ["queue 0", "record 0"]
     for i in range(1, n):
