@@ -72,7 +72,7 @@ class LLM:
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
         # The loop of the last text that has ended, whose KV cache and captured steps serve the next text. Only one is
         # kept, since a KV cache is large.
-        self.idle_loop: DecodeLoop | None = None
+        self.spare_loop: DecodeLoop | None = None
 
     def generate(
         self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), seed: int | None = None,
@@ -131,7 +131,7 @@ class LLM:
         sampling: as for generate."""
         params = self.params.override(sampling)
         eos_ids = self.model.config.eos_ids
-        return Conversation(self.tokenizer, self.take_loop(params), self.max_seq_len, eos_ids, system, stop, seed)
+        return Conversation(self.tokenizer, self.acquire_loop(params), self.max_seq_len, eos_ids, system, stop, seed)
 
     def build_loop(
         self, params: SamplingParams, batch_size: int = 1, max_seq_len: int | None = None, compile_prefill: bool = False
@@ -146,10 +146,10 @@ class LLM:
 
     # ---- What the methods above share ----
 
-    def take_loop(self, params: SamplingParams) -> DecodeLoop:
+    def acquire_loop(self, params: SamplingParams) -> DecodeLoop:
         """Returns a loop whose KV cache no text uses."""
-        loop = self.idle_loop
-        self.idle_loop = None
+        loop = self.spare_loop
+        self.spare_loop = None
         if loop is None:
             return self.build_loop(params)
         if loop.runner.sampler.params != params:  # a captured step contains them, while the KV cache serves any
@@ -157,7 +157,7 @@ class LLM:
         return loop
 
     def stream_from_loop(self, sequence: Sequence) -> Iterator[str]:
-        loop = self.take_loop(sequence.params)
+        loop = self.acquire_loop(sequence.params)
         try:
             for (text,) in stream_texts(loop, [sequence], sequence.prompt_ids, generator=sequence.generator):
                 if text:
@@ -166,7 +166,7 @@ class LLM:
             loop = None
             raise
         finally:
-            self.idle_loop = loop
+            self.spare_loop = loop
 
     def stream_from_scheduler(self, sequence: Sequence) -> Iterator[str]:
         length = len(sequence.prompt_ids) + sequence.max_new_tokens

@@ -124,7 +124,7 @@ def test_texts_at_once(chat_model):
     in_turns = None
     gc.collect()
     alive = [o for o in gc.get_objects() if type(o) is KVCache and o.token_ids.shape[1] == 160]
-    assert [id(o) for o in alive] == [id(llm.idle_loop.runner.kv_cache)]
+    assert [id(o) for o in alive] == [id(llm.spare_loop.runner.kv_cache)]
 
 
 @pytest.mark.parametrize("family, n", [("llama3", 40), ("dynamic", 40), ("phi4-mini", 9)])
@@ -195,7 +195,7 @@ def test_sampling_options_of_a_call(chat_model):
         assert (text(hot, temperature=0), text(greedy, temperature=5)) == expected
         assert (text(greedy), text(hot)) == expected
     assert text(hot, top_k=1) == expected[0] and text(greedy, temperature=5, top_k=None) != expected[1]
-    assert greedy.idle_loop is not None
+    assert greedy.spare_loop is not None
 
     pieces = greedy.generate("Hello", max_new_tokens=20)
     first = next(pieces)
@@ -408,4 +408,4 @@ def test_a_text_after_one_that_failed(chat_model):
         list(llm.generate("Hello there", max_new_tokens=8))
     weight.copy_(before)
     assert "".join(llm.generate("Hello", max_new_tokens=8)) == expected
-    assert llm.idle_loop.runner.kv_cache.layers[0].k.isfinite().all()
+    assert llm.spare_loop.runner.kv_cache.layers[0].k.isfinite().all()
