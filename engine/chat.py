@@ -93,8 +93,7 @@ class Conversation:
         ids = self.make_room(self.messages, message, [], max_new_tokens)
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
         sequence = Sequence(
-            ids, limit, tokenizer=self.tokenizer, eos_ids=self.eos_ids, stop=self.stop, starts_new_text=True,
-            hold_incomplete=True,
+            ids, limit, tokenizer=self.tokenizer, eos_ids=self.eos_ids, stop=self.stop, is_chat=True, resumable=True
         )
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.start_answer(sequence, ids, new_messages)

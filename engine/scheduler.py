@@ -38,7 +38,7 @@ from kernels.capture import graph_num_threads
 from kernels.schema import INVALID_TOKEN, TokenFilters
 from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
-from layers.sampling import draw_rand, sample, rand_dtype
+from layers.sampling import draw_rand, rand_dtype, sample
 from model import KVCache, Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError

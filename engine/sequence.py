@@ -56,7 +56,7 @@ class Sequence:
     params: SamplingParams = GREEDY
     _: KW_ONLY
     prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages; only for reports
-    starts_new_text: bool = False  # as a chat's answer does; otherwise the text continues that of prompt_ids
+    is_chat: bool = False  # the text is a chat's answer. False: it continues the text of prompt_ids
     tokenizer: Tokenizer | None = None  # without one, the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
@@ -64,9 +64,9 @@ class Sequence:
     # Only a Scheduler uses the next two.
     logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
     n_logprobs: int | None = None  # report log-probabilities, also of that many of the likeliest tokens
-    # At the length limit the text may end within a character or a stop string. True holds that part back, so that
-    # resume can complete it. False adds it to the text, an incomplete character as U+FFFD.
-    hold_incomplete: bool = False
+    # max_new_tokens may cut a character or a possible stop string. True keeps that tail for resume. False appends it to
+    # the text, with U+FFFD for a partial character.
+    resumable: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
     text: str = field(default="", init=False)  # the text of the new tokens
@@ -84,7 +84,7 @@ class Sequence:
         self.detokenizer = None
         if self.tokenizer is not None:
             # A tokenizer may drop the space at the beginning of a text, but not between a prompt and its continuation.
-            prefix_ids = () if self.starts_new_text else self.prompt_ids
+            prefix_ids = () if self.is_chat else self.prompt_ids
             self.detokenizer = IncrementalDetokenizer(self.tokenizer, prefix_ids, self.stop)
 
     @cached_property
@@ -103,7 +103,7 @@ class Sequence:
             finish_reason = "stop" if self.detokenizer.found_stop else None
         if finish_reason is None and len(self.new_ids) + 1 == self.max_new_tokens:
             finish_reason = "length"
-        if self.detokenizer is not None and (finish_reason == "stop" or (finish_reason and not self.hold_incomplete)):
+        if self.detokenizer is not None and (finish_reason == "stop" or (finish_reason and not self.resumable)):
             text += self.detokenizer.end()
         # Change the fields at the end, all at once: Ctrl-C may come at any time, and chat.py goes on with the sequence.
         self.new_ids.append(token)
@@ -139,7 +139,7 @@ def build_sequence(
     check_length(len(ids), max_new_tokens, max_seq_len or config.max_seq_len, hint)
     options = {"eos_ids": config.eos_ids} | options
     is_chat = isinstance(prompt, list)
-    return Sequence(ids, max_new_tokens, prompt=prompt, starts_new_text=is_chat, tokenizer=tokenizer, **options)
+    return Sequence(ids, max_new_tokens, prompt=prompt, is_chat=is_chat, tokenizer=tokenizer, **options)
 
 
 def build_sequences(

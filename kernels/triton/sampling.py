@@ -35,7 +35,7 @@ TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel. One program may 
 INVALID_TOKEN = tl.constexpr(schema.INVALID_TOKEN)
 SMALLEST_TEMPERATURE = tl.constexpr(schema.SMALLEST_TEMPERATURE)
 LARGEST_TEMPERATURE = tl.constexpr(1e30)  # a larger factor could make scores infinite
-SEEDS = tl.constexpr(2.0**53)  # the random numbers of a row are multiples of 2^-53 in [0, 1), as torch.rand draws them
+SEEDS = tl.constexpr(2.0**53)  # a seed has 53 bits, as a random number of float64 has
 SMALL_U = tl.constexpr(2.0**-6)  # below, gumbel_noise computes -log(1 - u) by its Taylor series
 
 
