@@ -167,7 +167,7 @@ def top_p_min_p_kernel(
     candidate = tl.load(tokens_ptr + sequence).to(tl.int32)  # or INVALID_TOKEN
     threshold = tl.load(row_logits_ptr + tl.maximum(candidate, 0))
     largest = tl.load(sums_ptr + sequence)
-    enough = tl.load(sums_ptr + tl.num_programs(1) + sequence) * filters.top_p
+    total = tl.load(sums_ptr + tl.num_programs(1) + sequence)
 
     weights = likelier_weights(row_logits_ptr, block, threshold, candidate, largest, temperature, V, BLOCK_V)
     tl.store(block_above_ptr + sequence * N_BLOCKS + block, tl.sum(weights, axis=0))
@@ -176,7 +176,7 @@ def top_p_min_p_kernel(
         block_above_ptrs = block_above_ptr + sequence * N_BLOCKS + index
         above = tl.sum(tl.load(block_above_ptrs, mask=index < N_BLOCKS, other=0.0, cache_modifier=".cg"), axis=0)
         while (candidate != INVALID_TOKEN) & is_excluded(
-            above, enough, tl.exp((threshold - largest) / temperature), filters
+            above, total, tl.exp((threshold - largest) / temperature), filters
         ):
             candidate = best_of_likelier(
                 row_logits_ptr, seed, threshold, candidate, temperature, V, BLOCK_V, N_BLOCKS
@@ -206,10 +206,10 @@ def is_likelier(logits, token, threshold, candidate):
 
 
 @triton.jit
-def is_excluded(above, enough, weight, filters):
-    """Whether top_p or min_p excludes a token. above is the sum of the weights of all likelier tokens: 0 for the
-    likeliest token, which is never excluded. weight is the token's weight. The likeliest token has the weight 1."""
-    return (above > 0) & (((above >= enough) & (filters.top_p < 1)) | (weight < filters.min_p))
+def is_excluded(above, total, weight, filters):
+    """Whether top_p or min_p excludes a token. above, total: the sums of the weights of all likelier tokens, and of all
+    tokens. weight: the token's. The likeliest token has the weight 1, and is never excluded."""
+    return (above > 0) & (((above >= total * filters.top_p) & (filters.top_p < 1)) | (weight < filters.min_p))
 
 
 @triton.jit
