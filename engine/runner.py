@@ -21,7 +21,7 @@ A decode or verification step has one of four modes, by its number of tokens:
     not all    any       no           eager
 
 "all" means that every operation has a kernel for B * T tokens (layers/backend.py: Backend.supports_step). An eager step
-uses the kernels of the operations that are within their limit.
+uses the kernels that it has.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -44,8 +44,8 @@ from layers.sampling import draw_rand
 from model import KVCache, Transformer
 from utils.errors import UsageError
 
-# The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
-# chunks are slow: every chunk reads all weights again, and a matmul of PyTorch first dequantizes its weights.
+# The largest number of tokens in a chunk of prefill, of all sequences together. It limits the memory of activations.
+# Small chunks are slow: every chunk reads all weights again, and PyTorch's matmuls first dequantize them.
 CPU_PREFILL_CHUNK_TOKENS = 2048
 GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
@@ -76,7 +76,7 @@ class ModelRunner:
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
 
-    # ---- Prefill, of B sequences in neighbouring slots of the KV cache, from first_slot on ----
+    # ---- Prefill of B sequences, in slots first_slot to first_slot + B - 1 of the KV cache ----
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, start_pos: Tensor, rand: Tensor | None = None) -> Tensor:
@@ -97,8 +97,8 @@ class ModelRunner:
             pass
 
     def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
-        """Runs the blocks on chunks of tokens, one after another. Yields the hidden states of each chunk:
-        [B, chunk, dim]. With compile_prefill, a chunk that is too long for the kernels runs compiled blocks."""
+        """Runs the blocks on one chunk of tokens after another. Yields the hidden states of each chunk:
+        [B, chunk, dim]. With compile_prefill, chunks that are too long for the kernels run compiled blocks."""
         kv_cache = self.kv_cache.view_sequences(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
         n_cached = int(start_pos.max())
@@ -115,8 +115,8 @@ class ModelRunner:
     # ---- Decoding and verification ----
 
     def decode(self, tokens: Tensor, start_pos: Tensor, rand: Tensor | None = None) -> Tensor:
-        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B], which the next call may
-        overwrite. rand: as for prefill."""
+        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B]. The next call may overwrite them.
+        rand: see prefill."""
         if rand is None:
             (rand,) = self.rand_per_step(1, len(tokens))
         return self.decode_step(tokens, start_pos, rand)
@@ -125,7 +125,7 @@ class ModelRunner:
         self, n_steps: int, batch_size: int, generator: torch.Generator | None = None
     ) -> Tensor | list[None]:
         """Returns the random numbers of n_steps steps: rand [B, 1] for each, or None if sampling is greedy.
-        generator: on the CPU, by default PyTorch's global one, also for a GPU."""
+        generator: a generator of the CPU, by default PyTorch's global one, also for a GPU."""
         if self.sampler.params.is_greedy:
             return [None] * n_steps
         rand = draw_rand(n_steps * batch_size, self.device, generator or torch.default_generator)
@@ -189,9 +189,9 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Execution
 
 
 def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
-    """Compiles a step in two pieces: the blocks, of which one compiled block serves all layers, and the head with the
-    sampler. The pieces run as fast as one compiled step, and compile in a third of the time. The call imports Inductor,
-    which takes a second and 150 MB."""
+    """Compiles a step in two pieces: a block, which serves all layers, and the head with the sampler. The pieces run as
+    fast as one compiled step, and compile in a third of the time. Importing Inductor costs 1 s and 150 MB, so call this
+    only when a step needs it."""
 
     def sample_from_hidden(hidden: Tensor, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         return sampler(model.compute_logits(hidden), tokens, start_pos, *inputs)
@@ -209,7 +209,7 @@ def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Ca
 
 def compile_blocks(model: Transformer, **options) -> Transformer:
     """Returns a copy of model that shares all weights and whose blocks are compiled, with options for torch.compile.
-    One compilation serves all blocks, since a block's weights are inputs of the compiled graph."""
+    One compilation serves all blocks, because the compiled graph takes a block's weights as inputs."""
     check_compiler()
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)  # copy.copy shares it, so setting layers would change model
@@ -224,6 +224,6 @@ def check_compiler():
 
 
 def can_be_one_graph(model: Transformer) -> bool:
-    """Whether torch.compile can trace the model without a graph break. With many tokens a mixture of experts breaks the
-    graph, since the host reads which experts they need."""
+    """Whether torch.compile can trace the model without a graph break. A mixture of experts breaks the graph with many
+    tokens: the host reads which experts they need."""
     return model.config.moe is None

@@ -1,4 +1,4 @@
-"""From logits to the next token. What comes after the head, in each of the four places:
+"""From logits to the next token. Each kind of step ends with a sampler:
 
     prefill, decode    Sampler             adjust_logits, sample
     verification       RejectionSampler    adjust_logits, rejection_sample; or sample if the draft was not sampled
@@ -6,14 +6,14 @@
     scheduler          return_logits       nothing. Scheduler.sample_and_append follows the step: adjust_logits,
                                            logits_processor, sample_batch
 
-RejectionSampler and DraftSampler are in speculate.py. Each sampler takes the logits [B, n, V] after the last n tokens
-of a step, and then the step's own arguments: tokens [B, T], and start_pos [B], the position of each sequence's first
+RejectionSampler and DraftSampler are in speculate.py. A sampler takes the logits [B, n, V] after the last n tokens of
+a step, and then the step's own arguments: tokens [B, T], and start_pos [B], the position of each sequence's first
 token.
 
     sampler = Sampler(SamplingParams(temperature=0.8), kv_cache.token_ids, model.lm_head.backend)
     tokens = sampler(logits[:, None], tokens, start_pos)  # [B, V] -> [B]
 
-Nothing here waits for the device, since a CUDA graph captures model and sampler. Every rank gets the tokens of rank 0.
+Nothing here waits for the device, because a CUDA graph captures model and sampler. Every rank gets rank 0's tokens.
 """
 
 import torch
@@ -31,13 +31,13 @@ class Sampler:
     def __init__(self, params: SamplingParams, token_ids: Tensor, backend: Backend):
         """token_ids [B, S]: KVCache.token_ids. backend: the backend of the model's head."""
         self.params, self.token_ids, self.backend = params, token_ids, backend
-        # Made once, so that no step makes it. It is on the device because a CUDA graph cannot read the host.
+        # A tensor on the device, because a CUDA graph cannot read the host. Made once: steps need not allocate it.
         self.temperature = 0.0
         if not params.is_greedy:
             self.temperature = torch.full((1, 1), params.temperature, dtype=torch.float32, device=token_ids.device)
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, rand: Tensor | None = None) -> Tensor:
-        """Returns the next tokens [B]. rand [B, 1]: as for the operation sample."""
+        """Returns the next tokens [B]. rand [B, 1]: see layers/sampling.py."""
         logits = adjust_logits(logits[:, -1:], tokens, start_pos, self.token_ids, self.params)
         return collectives.broadcast(self.sample(logits[:, 0], rand))
 
@@ -47,8 +47,8 @@ class Sampler:
 
 
 def return_logits(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-    """Takes the place of a sampler in a step of the Scheduler, which samples after the step: its sequences have options
-    of their own, and a CUDA graph would keep those that the sequences had during the capture."""
+    """The sampler of a Scheduler's step, which samples after the step. Its sequences have options of their own, and a
+    CUDA graph would keep those of the capture."""
     return logits
 
 
@@ -72,8 +72,8 @@ def adjust_logits(
 
 
 def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-    """Stores tokens [B, T] in token_ids [B, S] of a KVCache, the first of each sequence at start_pos [B]. Returns the
-    positions of all tokens: [B, T]."""
+    """Stores tokens [B, T] in token_ids [B, S], the first of each sequence at start_pos [B]. Returns the positions of
+    all tokens: [B, T]."""
     positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     token_ids.scatter_(1, positions, tokens)
     return positions
@@ -92,8 +92,8 @@ def apply_repetition_penalty(
 
 
 def seen_token_mask(token_ids: Tensor, last_positions: Tensor, vocab_size: int) -> Tensor:
-    """Whether each token of the vocabulary occurs in the text up to each of last_positions [B, n]: bool [B, n, V].
-    token_ids [B, S] must hold the text up to there."""
+    """Whether each token of the vocabulary occurs in the sequence up to each of last_positions [B, n]: bool [B, n, V].
+    token_ids [B, S] must hold the sequence up to there."""
     is_later = torch.arange(token_ids.shape[1], device=token_ids.device) > last_positions[..., None]  # [B, n, S]
     ids = token_ids[:, None].masked_fill(is_later, vocab_size)
     seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=token_ids.device)

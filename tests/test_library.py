@@ -94,7 +94,7 @@ def test_llm(chat_model, cli):
             llm.generate(wrong, max_new_tokens=12)
     for start in (partial(LLM, chat_model / "model.pth"), partial(llm.generate, "Hello", 12),
                   partial(llm.generate_many, ["Hello"]), llm.chat):
-        with pytest.raises(UsageError, match="^foo is no sampling option; these are: temperature, top_k"):
+        with pytest.raises(UsageError, match="^foo is not a sampling option; these are: temperature, top_k"):
             start(foo=1)
         with pytest.raises(UsageError, match="^top_k must be at least 1, not 0"):
             start(top_k=0)
