@@ -3,7 +3,7 @@
     sample           the next token, drawn or the likeliest: a kernel, or sample_torch
     compute_probs    the distribution from which sample draws, for speculation
 
-A CUDA graph holds these functions, so on a GPU none may wait for the device (.item(), .tolist()).
+On a GPU no function here may wait for the device (.item(), .tolist()), because a CUDA graph captures it.
 """
 
 import torch
@@ -29,8 +29,8 @@ def sample(
     temperature: a number, or a float32 tensor of positive numbers: [B, 1], or [1, 1] for all sequences. The number 0
         takes the likeliest token.
     rand: random numbers [B, 1] of draw_rand, by default from the device's global generator. PyTorch and C++ invert the
-        cumulative distribution at the number. Triton seeds the noise of the row's logits with its bits. So the same
-        seed draws other tokens there."""
+        cumulative distribution at the number. Triton seeds the noise of the row's logits with its bits, so there the
+        same number draws another token."""
     if not has_sample_kernel(backend, filters):
         return sample_torch(logits, temperature, filters, rand)
     if is_greedy(temperature):
@@ -71,14 +71,14 @@ def sample_torch(
 def apply_temperature_and_filters(
     logits: Tensor, temperature: float | Tensor, filters: TokenFilters
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
-    sequence need not sum to one. If ids is None, C is V, and the tokens are in the order of their ids."""
+    """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. A row of probabilities need
+    not sum to one. If ids is None, C is V, and the tokens are in the order of their ids."""
     if isinstance(temperature, Tensor):
         divisor = temperature.clamp(min=SMALLEST_TEMPERATURE)
     else:
         divisor = max(temperature, SMALLEST_TEMPERATURE)
-    # Subtracting the maximum makes the largest score 0 and all others negative. So with a small temperature no score
-    # overflows to +inf, and the probabilities of the negative scores underflow to 0.
+    # Subtract the maximum: the largest score becomes 0, the others negative. So no score overflows with a small
+    # temperature, and the probabilities of negative scores underflow to 0.
     scores = (logits - logits.amax(-1, keepdim=True)) / divisor
     has_top_k = 0 < filters.top_k < scores.shape[-1]
     ids = None
@@ -111,16 +111,15 @@ def draw_rand(n: int, device: torch.device, generator: torch.Generator | None = 
 
 
 def rand_dtype(device: torch.device) -> torch.dtype:
-    """The type of the random numbers on device: float64, but float32 on an accelerator that may lack float64, as MPS
-    does."""
+    """float64, or float32 on an accelerator that may lack float64, such as MPS."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 def multinomial(probs: Tensor, rand: Tensor | None = None) -> Tensor:
-    """Draws a token for each sequence: probs [B, V] -> ids [B]. The probabilities of a sequence need not sum to one. A
-    token of probability 0 is never drawn.
+    """Draws a token for each sequence: probs [B, V] -> ids [B]. A row need not sum to one. A token of probability 0 is
+    never drawn.
 
-    rand: as for sample."""
+    rand: see sample."""
     # Inverse transform sampling: take the first token whose cumulative probability exceeds the random number.
     dtype = rand_dtype(probs.device)
     cumulative = probs.cumsum(-1, dtype=dtype)
@@ -137,7 +136,7 @@ def sort_for_top_p(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Finds the likeliest tokens of each sequence, enough for their probabilities to sum to top_p. probs [B, V] ->
     probabilities and ids, both [B, C], the likeliest first. Equally likely tokens are in the order of their ids. Zeros
     pad a sequence that needs fewer than C tokens."""
-    # On a GPU and when compiled, C must not depend on the probabilities. So all V tokens are sorted there.
+    # On a GPU and when compiled, C must not depend on the probabilities. So sort all V tokens there.
     if probs.device.type != "cpu" or torch.compiler.is_compiling() or probs.shape[-1] <= SMALL_VOCABULARY:
         return probs.sort(dim=-1, descending=True, stable=True)
     values, ids = zip(*[search_for_top_p(row, top_p) for row in probs], strict=True)
