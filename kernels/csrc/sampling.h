@@ -1,6 +1,6 @@
-// The operation sample: chooses the next token by its logits, as layers/sampling.py does in PyTorch. But the threads
-// share the passes over the vocabulary, and nothing is sorted. PyTorch's argmax, for example, is not vectorized and
-// takes 0.2 ms for 49,152 tokens.
+// The operation sample: chooses the next token by its logits. layers/sampling.py does the same in PyTorch. Here the
+// threads share the passes over the vocabulary, and nothing is sorted. (PyTorch's argmax is not vectorized, and takes
+// 0.2 ms for 49,152 tokens.)
 #pragma once
 
 #include <cmath>
@@ -19,9 +19,9 @@ struct TokenFilters {
   float min_p;
 };
 
-// Computes tokens [m] from logits [m, n]. Without rand, SampleOp takes the likeliest token, or the first of tied
-// tokens. With rand, SampleOp draws a token by exp(logit / temperature) among the tokens that filters keep. If a
-// logit is not finite, the token is INVALID_TOKEN.
+// Computes tokens [m] from logits [m, n]. Without rand, it takes the likeliest token, or the first of tied tokens. With
+// rand, it draws a token by exp(logit / temperature) among the tokens that filters keep. If a logit is not finite, the
+// token is INVALID_TOKEN.
 struct SampleOp {
   const float* logits;
   int64_t m, n;
@@ -44,8 +44,8 @@ struct SampleOp {
   int64_t padded_n() const { return round_up(n, LANES); }
   size_t shared_bytes() const { return m * (N_PARTS + (rand ? padded_n() : 0)) * sizeof(float); }
 
-  // Phase 1: the threads share the parts of all rows, and find the largest logit of each part. Phase 2, with rand:
-  // the threads compute the weights of each part. Phase 3: the threads share the rows, and choose a token for each.
+  // Phase 1: the threads share the parts of all rows, and find the largest logit of each part. Phase 2, with rand: they
+  // compute the weights of each part. Phase 3: they share the rows, and choose a token for each.
   void execute(char* shared, Barrier& barrier) const {
     float* largest = reinterpret_cast<float*>(shared);  // [m, N_PARTS]
     float* weights = largest + m * N_PARTS;             // [m, padded_n]
@@ -110,12 +110,12 @@ struct SampleOp {
   };
 
   // Returns the sum of the weights [size] that exceed threshold. size is a multiple of LANES. A higher threshold never
-  // gives a larger sum, also with rounding, since the additions always have the same order.
+  // has a larger sum, even with rounding, because the order of the additions is always the same.
   static Sum sum_above(float threshold, const float* weights, int64_t size) {
     Sum total{};
     i32x16 n_tokens{};
     for (int64_t begin = 0; begin < size; begin += BLOCK) {
-      f32x16 sums[4] = {};  // independent, so that no addition waits for the previous one
+      f32x16 sums[4] = {};  // independent: no addition waits for the previous one
       const int64_t end = std::min(begin + BLOCK, size);
       for (int64_t i = begin; i < end; i += 4 * LANES)
 #pragma GCC unroll 4
@@ -132,15 +132,15 @@ struct SampleOp {
     return total;
   }
 
-  // Copies the weights in (low, high], at most MAX_COPIED. Pads the copies with zeros to a multiple of LANES, and
-  // returns this multiple.
+  // Copies the weights in (low, high], up to MAX_COPIED. Pads the copies with zeros to a multiple of LANES, and returns
+  // this multiple.
   static int64_t copy_between(float low, float high, const float* weights, int64_t size, float* copied) {
     int64_t n = 0;
     for (int64_t i = 0; i < size; i += LANES) {
       const f32x16 w = load_vec(weights + i);
       if (!any_lane(w > low)) continue;
       const i32x16 is_copied = (w > low) & (w <= high);  // -1 is true
-      for (int lane = 0; lane < LANES; lane++) {  // without branches, which would be unpredictable
+      for (int lane = 0; lane < LANES; lane++) {  // without branches: they would be unpredictable
         copied[n] = w[lane];
         n -= is_copied[lane];
       }
@@ -185,8 +185,8 @@ struct SampleOp {
     return low;
   }
 
-  // Returns t such that the filters keep the tokens {weight > t} of weights [padded_n]. As find_threshold does, makes
-  // some weights 0.
+  // Returns t such that the filters keep the tokens {weight > t} of weights [padded_n]. Makes some weights 0, as
+  // find_threshold does.
   float apply_filters(float* weights) const {
     const int64_t size = padded_n();
     float threshold = 0;
@@ -199,8 +199,8 @@ struct SampleOp {
     return std::max(threshold, std::nextafter(filters.min_p, 0.0f));
   }
 
-  // Draws a token by weights [padded_n], and overwrites some weights. Inverse transform sampling: draw takes the first
-  // token at which the cumulative sum exceeds rand times the sum of all weights.
+  // Draws a token by weights [padded_n], and overwrites some weights. Inverse transform sampling: takes the first token
+  // at which the cumulative sum exceeds rand times the sum of all weights.
   int64_t draw(float* weights, double rand) const {
     const int64_t size = padded_n();
     const float threshold = apply_filters(weights);
@@ -219,6 +219,6 @@ struct SampleOp {
         if (weights[i] > threshold) token = i, sum += weights[i];
       return token;
     }
-    return -1;  // not reached, since the sum after the last block is the sum of all weights
+    return -1;  // not reached: the sum after the last block is the sum of all weights
   }
 };

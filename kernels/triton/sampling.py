@@ -2,17 +2,17 @@
 
     sample    logits and random numbers -> token ids, registered as torch.ops.gptfast_triton.sample
 
-A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is the argmax of logits / T + G,
+A token is drawn with the probabilities softmax(logits / T) by the Gumbel-max trick: it is the argmax of logits / T + G,
 where G is Gumbel noise, one number for each logit. So sample_kernel needs neither a softmax nor a sum. It takes the
-argmax of logits + T G, which also works for T = 0. One random number of a row seeds the noise of all its logits
+argmax of logits + T G, because that also works for T = 0. A row's random number, rand, seeds the noise of its logits
 (gumbel_noise).
 
 top_p and min_p keep the likeliest tokens. The drawn token is the argmax among these. A second kernel finds it without
 sorting, by rejections as in FlashInfer's sampling kernels:
 
     1. The argmax of all tokens is the candidate.
-    2. The sum of the probabilities of all likelier tokens says whether the candidate is kept. A kept one is drawn.
-    3. Otherwise every token that is not likelier is excluded as well. The argmax of the likelier ones is the next
+    2. The sum of the probabilities of all likelier tokens says whether the candidate is kept. If so, it is drawn.
+    3. If not, every token that is not likelier is excluded as well. The argmax of the likelier tokens is the next
        candidate.
 
 With top_p 0.9 the first candidate is kept in nine of ten cases. So all programs share step 2 of the first candidate,
@@ -31,7 +31,7 @@ from kernels.schema import TRITON_FILTERS, TokenFilters, active_fields, empty_sa
 from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
-TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel. One program may go through all tokens
+TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel, where one program may read all tokens
 INVALID_TOKEN = tl.constexpr(schema.INVALID_TOKEN)
 SMALLEST_TEMPERATURE = tl.constexpr(schema.SMALLEST_TEMPERATURE)
 LARGEST_TEMPERATURE = tl.constexpr(1e30)  # a larger factor could make scores infinite
@@ -58,8 +58,8 @@ def sample_kernel(
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
     """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
-    The last program of a sequence to finish finds the best token of all blocks. A non-finite logit gets the score +inf
-    and INVALID_TOKEN, so it wins the argmax.
+    The last program of a sequence to finish finds the best token of all blocks. A logit that is not finite has the
+    score +inf and the token INVALID_TOKEN, so it wins the argmax.
 
     sums: for each sequence the largest logit, and the sum of the weights exp((logit - largest logit) / temperature)."""
     pdl_wait(USE_PDL, TRIGGER_EARLY)
@@ -94,18 +94,17 @@ def load_temperature(temperature_ptr, temperature_stride, sequence):
 
 @triton.jit
 def load_seed(rand_ptr, sequence):
-    """Returns the bits of the sequence's random number as an integer, the seed of the sequence's noise."""
+    """Returns the seed of a sequence's noise: the bits of its random number."""
     return (tl.load(rand_ptr + sequence) * SEEDS).to(tl.int64)
 
 
 @triton.jit
 def gumbel_noise(seed, token):
-    """Returns a random number for each token, a function of the seed and the token. So both kernels draw with the same
-    noise.
+    """Returns the noise of each token, a function of the seed and the token. So both kernels draw with the same noise.
 
-    The noise is G = -log E with E = -log(1 - u). u and 1 - u come from 32 random bits of Philox, a generator that needs
-    no state. The highest score has a small E, which needs a small relative error. But for small u, 1 - u has lost most
-    bits of u. There E is u + u^2 / 2 + u^3 / 3."""
+    The noise is G = -log E with E = -log(1 - u). u and 1 - u come from 32 random bits of Philox, a generator without
+    state. The highest score has a small E, so a small E needs a small relative error. But for small u, 1 - u has lost
+    most bits of u. There E is u + u^2 / 2 + u^3 / 3."""
     bits = tl.randint(seed, token)
     u = (bits.to(tl.float32) + 0.5) * 2**-32  # the 0.5 keeps both u and 1 - u above 0
     complement = ((0xFFFFFFFF - bits).to(tl.float32) + 0.5) * 2**-32  # 1 - u
@@ -156,9 +155,9 @@ def top_p_min_p_kernel(
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
-    """Grid: [N_BLOCKS, B]. Comes after sample_kernel, whose tokens are the first candidates, and replaces each by the
-    best of the tokens that top_p and min_p keep. Program (i, b) adds up the weights of the likelier tokens in block i.
-    The last program of a sequence to finish decides, and goes on alone."""
+    """Grid: [N_BLOCKS, B]. The tokens of sample_kernel are the first candidates. Replaces each by the best of the
+    tokens that top_p and min_p keep. Program (i, b) adds up the weights of the likelier tokens in block i. The last
+    program of a sequence to finish does the rest alone."""
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     block, sequence = tl.program_id(0), tl.program_id(1)
     row_logits_ptr = logits_ptr + sequence * V
