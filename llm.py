@@ -101,8 +101,8 @@ class LLM:
         stop: tuple[str, ...] = (), seed: int | None = None, logits_processor: LogitsProcessor | None = None,
         **sampling,
     ) -> Iterator[tuple[int, str]]:
-        """Returns an iterator of (number, completion) for each prompt, in the order of prompts. A prompt may fill the
-        model's context.
+        """Returns an iterator of (number, completion) for each prompt, in the order of prompts. The model's context
+        limits a prompt, max_seq_len does not.
 
         prompts: each is a string, or a chat's messages [{"role": ..., "content": ...}].
         parallel: the largest number of prompts that are computed at a time.
