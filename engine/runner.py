@@ -147,6 +147,7 @@ def build_step(model: Transformer, kv_cache: KVCache, sampler: Callable, compile
 
     The step uses the first B sequences of the KV cache. The result, and the logits passed to the sampler, may be static
     buffers that the next call overwrites: clone what you keep."""
+    device_type = model.device.type
     has_kernels_for = cache(model.has_kernels_for)  # slow: it goes through all modules
 
     def forward(tokens: Tensor, start_pos: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def build_step(model: Transformer, kv_cache: KVCache, sampler: Callable, compile
 
     @torch.inference_mode()
     def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        match choose_mode(has_kernels_for(*tokens.shape), model.device.type, compile):
+        match choose_mode(has_kernels_for(*tokens.shape), device_type, compile):
             case "cpu_graph":  # holds kernels alone, so the sampler runs after it
                 logits = cpu_graph(tokens, start_pos)
                 with graph_num_threads():
