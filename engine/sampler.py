@@ -58,9 +58,9 @@ def adjust_logits(
     """Applies the options that depend on the sequence so far. Returns the logits [B, n, V] after the last n of a step's
     tokens [B, T], the first of each sequence at start_pos [B].
 
-    token_ids [B, S]: KVCache.token_ids. Only adjust_logits writes them: if an option needs token ids, it first stores
-        those of the step. So a sequence needs the option in each of its steps, or a step that begins at position 0.
-    params: those of all sequences, or a list with those of each."""
+    token_ids [B, S]: KVCache.token_ids. Only adjust_logits stores new ids there, and only while an option needs them.
+        So it must get all tokens of such a sequence: the prompt from its beginning, and then those of each step.
+    params: one for all sequences, or a list with one for each."""
     if not any(one.needs_token_ids for one in (params if isinstance(params, list) else [params])):
         return logits
     positions = store_token_ids(token_ids, tokens, start_pos)
