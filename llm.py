@@ -1,9 +1,9 @@
-"""Generation from Python: LLM, a model that takes and returns text.
+"""Generation from Python: LLM, a model that takes and returns strings.
 
     llm = LLM("checkpoints/SmolLM2-135M-Instruct/model.pth", temperature=0.8)
     for piece in llm.generate("Hello", max_new_tokens=50):
         print(piece, end="", flush=True)
-    text = "".join(llm.generate("Hello", max_new_tokens=50, temperature=0))  # only this text is greedy
+    text = "".join(llm.generate("Hello", max_new_tokens=50, temperature=0))  # greedy only here
 
 LLM consists of these parts, which also take batches:
 
@@ -40,23 +40,23 @@ __all__ = ["LLM", "DecodeLoop", "KVCache", "ModelRunner", "SamplingParams", "loa
 
 class LLM:
     """A model with a tokenizer: text in, text out. The methods raise UsageError when they are called, not only when the
-    first text is taken.
+    caller takes the first text.
 
-    Sampling draws PyTorch's global random numbers (torch.manual_seed), unless seed is given: then a text has random
-    numbers of its own, and one seed gives one text in generate and generate_many. (In 16 bits, prompts of generate_many
-    that share a prefix may round differently.)"""
+    Without a seed, sampling draws from PyTorch's global generator (torch.manual_seed). With a seed, a completion has a
+    generator of its own, and is the same in generate and generate_many. (In 16 bits, prompts of generate_many that
+    share a prefix may round differently.)"""
 
     def __init__(
         self, checkpoint_path: Path | str, device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16, max_seq_len: int = 2048, compile: bool = False, use_kernels: bool = True,
         **sampling,
     ):
-        """checkpoint_path: model.pth; or a model's folder or .gguf, which converters/checkpoint_path.py converts once.
+        """checkpoint_path: model.pth; or a model's folder or .gguf, converted once (converters/checkpoint_path.py).
         device: by default the machine's accelerator, or the CPU if there is none.
         dtype: the type of the activations, and of all weights that are not quantized.
-        max_seq_len: the most tokens of generate's texts and of a conversation, at most the model's context.
-        compile, use_kernels: as --compile and --kernels of generate.py.
-        sampling: fields of SamplingParams, such as temperature. Fields that are given to a method override these."""
+        max_seq_len: the largest number of tokens in generate and in a conversation, at most the model's context.
+        compile, use_kernels: see --compile and --kernels of generate.py.
+        sampling: fields of SamplingParams, such as temperature. The arguments of a method override these."""
         if not isinstance(checkpoint_path, Path | str):
             raise UsageError(f"checkpoint_path must be a path, not {checkpoint_path!r:.80}")
         check_integer("max_seq_len", max_seq_len, 1)
@@ -70,21 +70,21 @@ class LLM:
             self.checkpoint_path, device=pick_device(device), dtype=dtype, use_kernels=use_kernels
         )
         self.max_seq_len = min(max_seq_len, self.model.config.max_seq_len)
-        # The loop of the last text that has ended, whose KV cache and captured steps serve the next text. Only one is
-        # kept, since a KV cache is large.
-        self.idle_loop: DecodeLoop | None = None
+        # A loop that no completion uses. The next one takes its KV cache and captured steps. Keep only one, because a
+        # KV cache is large.
+        self.spare_loop: DecodeLoop | None = None
 
     def generate(
         self, prompt: str | list[dict], max_new_tokens: int, stop: tuple[str, ...] = (), seed: int | None = None,
         logits_processor: LogitsProcessor | None = None, **sampling,
     ) -> Iterator[str]:
-        """Returns an iterator of the text that follows prompt, piece by piece, up to an end token or one of the stop
-        strings. A second call may start before the first text has ended: every call has its own KV cache.
+        """Returns an iterator of the completion of prompt, piece by piece, up to an end token or one of the stop
+        strings. A second call may start before the first has ended: every call has its own KV cache.
 
-        prompt: a text, or a chat's messages [{"role": ..., "content": ...}].
-        seed: the seed of the text's own random numbers. Without it, the text draws PyTorch's global ones.
+        prompt: a string, or a chat's messages [{"role": ..., "content": ...}].
+        seed: of a generator for this call, instead of PyTorch's global one.
         logits_processor: a function (token ids so far, logits [V]) -> logits [V], called before each token is sampled.
-            A Scheduler then runs the text, with a KV cache of its own, and a GPU waits for the host between tokens.
+            A Scheduler with a KV cache of its own then runs the sequence, and a GPU waits for the host between tokens.
         sampling: fields of SamplingParams. With compile, a GPU captures the decode step anew when they change."""
         params, config = self.params.override(sampling), self.model.config
         hint = ""
@@ -101,13 +101,13 @@ class LLM:
         stop: tuple[str, ...] = (), seed: int | None = None, logits_processor: LogitsProcessor | None = None,
         **sampling,
     ) -> Iterator[tuple[int, str]]:
-        """Returns an iterator of (number, continuation) for each prompt, in the order of prompts. Only the model's
-        context limits the length of a prompt.
+        """Returns an iterator of (number, completion) for each prompt, in the order of prompts. The model's context
+        limits a prompt, max_seq_len does not.
 
-        prompts: each is a text, or a chat's messages [{"role": ..., "content": ...}].
-        parallel: the most prompts that are computed at a time.
+        prompts: each is a string, or a chat's messages [{"role": ..., "content": ...}].
+        parallel: the largest number of prompts that are computed at a time.
         seed: prompt i samples with seed + i.
-        stop, logits_processor, sampling: as for generate."""
+        stop, logits_processor, sampling: see generate."""
         if isinstance(prompts, str | dict) or not isinstance(prompts, Iterable):
             raise UsageError(f"generate_many takes a list of prompts, not {prompts!r:.80}")
         check_integer("parallel", parallel, 1)
@@ -127,17 +127,17 @@ class LLM:
 
         system: the system message.
         stop: strings that end an answer. The answer does not contain them.
-        seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i.
-        sampling: as for generate."""
+        seed: answer i, or the i-th piece of continue_answer, samples with seed + i.
+        sampling: see generate."""
         params = self.params.override(sampling)
         eos_ids = self.model.config.eos_ids
-        return Conversation(self.tokenizer, self.take_loop(params), self.max_seq_len, eos_ids, system, stop, seed)
+        return Conversation(self.tokenizer, self.acquire_loop(params), self.max_seq_len, eos_ids, system, stop, seed)
 
     def build_loop(
         self, params: SamplingParams, batch_size: int = 1, max_seq_len: int | None = None, compile_prefill: bool = False
     ) -> DecodeLoop:
-        """Returns a loop with a KV cache of its own, for token ids in and out. max_seq_len: the most tokens of a
-        sequence, by default the LLM's."""
+        """Returns a loop with a KV cache of its own, for token ids in and out. max_seq_len: the largest number of
+        tokens in a sequence, by default the LLM's."""
         max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
         check_integer("batch_size", batch_size, 1)
         check_integer("max_seq_len", max_seq_len, 1)
@@ -146,31 +146,31 @@ class LLM:
 
     # ---- What the methods above share ----
 
-    def take_loop(self, params: SamplingParams) -> DecodeLoop:
-        """Returns a loop whose KV cache no text uses."""
-        loop = self.idle_loop
-        self.idle_loop = None
+    def acquire_loop(self, params: SamplingParams) -> DecodeLoop:
+        """Returns the spare loop, or a new one."""
+        loop = self.spare_loop
+        self.spare_loop = None
         if loop is None:
             return self.build_loop(params)
-        if loop.runner.sampler.params != params:  # a captured step contains them, while the KV cache serves any
+        if loop.runner.sampler.params != params:  # a captured step contains params; the KV cache does not
             return DecodeLoop(ModelRunner(self.model, loop.runner.kv_cache, params, self.compile))
         return loop
 
     def stream_from_loop(self, sequence: Sequence) -> Iterator[str]:
-        loop = self.take_loop(sequence.params)
+        loop = self.acquire_loop(sequence.params)
         try:
             for (text,) in stream_texts(loop, [sequence], sequence.prompt_ids, generator=sequence.generator):
                 if text:
                     yield text
-        except UsageError:  # NaN may be left in the KV cache. A compiled step reads all of it, and 0 * NaN is NaN
-            loop = None
+        except UsageError:
+            loop = None  # the KV cache may hold NaN. A compiled step reads all of it, and 0 * NaN is NaN
             raise
         finally:
-            self.idle_loop = loop
+            self.spare_loop = loop
 
     def stream_from_scheduler(self, sequence: Sequence) -> Iterator[str]:
         length = len(sequence.prompt_ids) + sequence.max_new_tokens
-        if depends_on_length(self.model.config):  # then only a cache of the loop's length gives the loop's text
+        if depends_on_length(self.model.config):  # then a cache of another length would change the completion
             length = self.max_seq_len
         scheduler = Scheduler(self.model, 1, length, self.compile)
         scheduler.submit(sequence)

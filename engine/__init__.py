@@ -11,8 +11,8 @@
     async_engine.py       AsyncEngine: many callers at once, in asyncio
     chat.py               Conversation: a chat's messages and answers in one KV cache
 
-One prompt: a DecodeLoop, fastest, or a SpeculativeLoop, which is faster still for some texts. Many prompts: the
-Scheduler, which can do more.
+For one prompt a DecodeLoop is fastest. For some prompts a SpeculativeLoop is faster still. The Scheduler runs many
+prompts, and can do more.
 
 Who uses which (eval.py scores texts by ModelRunner.prefill_chunks alone):
 
@@ -24,7 +24,7 @@ Who uses which (eval.py scores texts by ModelRunner.prefill_chunks alone):
 What differs:
 
                                          DecodeLoop          SpeculativeLoop    Scheduler
-    sequences                            samples of a text   one                any, which come and go
+    sequences                            samples of a prompt one                any, which come and go
     SamplingParams                       one                 one                one for each sequence
     log-probabilities, logits_processor  no                  no                 yes
     prefix caching                       in a chat           in a chat          between all prompts
@@ -32,6 +32,6 @@ What differs:
     a GPU's graph contains sampling      yes                 yes                no
     logits that are not finite           end all             end all            end one sequence
 
-A sequence of a Scheduler may end at any step, and then another sequence takes its slot. So the host waits for the
-tokens of each step.
+The host waits for the tokens of each step of a Scheduler, because any step may end a sequence. Then another sequence
+takes its slot.
 """

@@ -22,8 +22,8 @@ class GenerationError(RuntimeError):
 
 
 class AsyncEngine:
-    """Computes the sequences of several callers together. Only self.thread uses the scheduler, which changes sequences
-    in every step. So a caller reads a sequence only when it has ended, and until then its updates."""
+    """Computes the sequences of several callers together. Only self.thread uses the scheduler. Steps change sequences,
+    so a caller reads updates until its sequence has ended."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
@@ -39,7 +39,7 @@ class AsyncEngine:
         n_left = len(sequences)
         try:
             for sequence in sequences:
-                self.scheduler.check(sequence)  # here, since nobody would see an error that submit raises in the thread
+                self.scheduler.check(sequence)  # here: nobody would see an error that submit raises in the thread
                 self.inboxes[sequence] = inbox
                 self.thread.submit(self.scheduler.submit, sequence)
             while n_left:

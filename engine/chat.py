@@ -23,7 +23,7 @@ from utils.errors import UsageError, check_integer
 
 # If less than DROP_BELOW of the context is free for an answer, the oldest messages are dropped until DROP_UNTIL is
 # free. A dropped message changes the positions of all later tokens, so they must be computed again. DROP_UNTIL is
-# larger than DROP_BELOW, so that not every turn drops a message.
+# larger, because then not every turn drops a message.
 DROP_BELOW, DROP_UNTIL = 1 / 8, 1 / 4
 RESUMABLE = ("length", "context", "interrupted")  # values of finish_reason after which continue_answer works
 
@@ -45,8 +45,8 @@ class Conversation:
         max_seq_len: how many tokens the KV cache of loop holds.
         system: the system message.
         stop: strings that end an answer. The answer does not contain them.
-        seed: answer i, or the i-th piece of an answer that continue_answer goes on with, samples with seed + i. Without
-            a seed, all draw from PyTorch's global generator."""
+        seed: answer i, or the i-th piece of an answer of continue_answer, samples with seed + i. Without a seed, all
+            draw from PyTorch's global generator."""
         check_stop(stop)
         check_seed(seed)
         self.tokenizer = tokenizer
@@ -93,8 +93,7 @@ class Conversation:
         ids = self.make_room(self.messages, message, [], max_new_tokens)
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
         sequence = Sequence(
-            ids, limit, tokenizer=self.tokenizer, eos_ids=self.eos_ids, stop=self.stop, starts_new_text=True,
-            hold_incomplete=True,
+            ids, limit, tokenizer=self.tokenizer, eos_ids=self.eos_ids, stop=self.stop, is_chat=True, resumable=True
         )
         new_messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
         return self.start_answer(sequence, ids, new_messages)
@@ -105,7 +104,7 @@ class Conversation:
         check_integer("max_new_tokens", max_new_tokens, 1)
         self.end_answer()
         if not self.messages or self.finish_reason not in RESUMABLE:
-            raise UsageError("There is no cut answer to go on with.")
+            raise UsageError("There is no cut answer to continue.")
         *earlier, question, _ = self.messages
         ids = self.make_room(earlier, question["content"], self.answer_ids, max_new_tokens)
         self.sequence.resume(min(max_new_tokens, self.max_seq_len - len(ids)))
@@ -153,7 +152,7 @@ class Conversation:
         """Adds new_messages to the conversation. Then yields the text that follows ids, and appends it to the last
         message. If the limit of new tokens cuts a character, the whole character follows after continue_answer."""
         self.sequence = sequence
-        # Compute at least the last token, since only a token that is computed gives logits.
+        # Compute at least the last token: only a computed token has logits.
         n_cached = min(common_prefix_length(self.cached_ids, ids), len(ids) - 1)
         del self.cached_ids[n_cached:]
         not_cached = ids[n_cached:]
@@ -197,7 +196,7 @@ class Conversation:
 
     def load(self, messages: list[dict]):
         """Replaces all messages, system message included, with those that to_list returned. Raises UsageError and
-        changes nothing if they are no conversation, or if the chat template refuses them."""
+        changes nothing if they are not a conversation, or if the chat template refuses them."""
         messages = check_messages(messages)
         # Only rendering shows whether a template accepts them. It may need a user's message at the end.
         self.tokenizer.render_chat([*messages, {"role": "user", "content": "Hello"}], add_generation_prompt=True)
@@ -208,7 +207,7 @@ class Conversation:
 
 
 def check_messages(messages) -> list[dict]:
-    """Returns a copy of messages. Raises UsageError if they are no conversation."""
+    """Returns a copy of messages. Raises UsageError if they are not a conversation."""
     if not isinstance(messages, list):
         raise UsageError('A conversation is a list of {"role": ..., "content": text}.')
     copy = [read_message(message) for message in messages]

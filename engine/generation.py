@@ -4,9 +4,9 @@
     for ids in loop.decode_tokens(prompt, max_new_tokens=50):
         print(ids)  # the next token of each sequence
 
-Four generators, each of which takes what the one on its left yields at every step:
+Four generators. Each takes what the one on its left yields at every step:
 
-    launch_steps --> run_one_step_ahead --> decode_tokens --> stream_texts
+    generate_steps --> run_one_step_ahead --> decode_tokens --> stream_texts
     tokens [B]       on a GPU only:         a list of B       the new text of
     on the device    the same, on the       checked ids       B sequences
                      host
@@ -25,7 +25,7 @@ from engine.sequence import Sequence
 
 
 class GenerationLoop(ABC):
-    """Continues texts step by step: DecodeLoop, or SpeculativeLoop (speculate.py)."""
+    """Continues sequences step by step: DecodeLoop, or SpeculativeLoop (speculate.py)."""
 
     def __init__(self, runner: ModelRunner):
         self.runner = runner
@@ -34,46 +34,49 @@ class GenerationLoop(ABC):
     def decode_tokens(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        """Continues token_ids [B, T], of which the KV cache already holds the first n_cached < T of each sequence.
-        Yields the next token of each sequence, max_new_tokens times. The cache must have room for
-        T + max_new_tokens - 1 tokens. Raises UsageError if logits are not finite. generator: as in
-        ModelRunner.uniform_per_step."""
+        """Continues token_ids [B, T]. Yields the next token of each sequence, max_new_tokens times. Raises UsageError
+        if logits are not finite.
+
+        n_cached: how many tokens of each sequence the KV cache already holds, less than T. The cache must have room for
+            T + max_new_tokens - 1 tokens.
+        generator: see ModelRunner.rand_per_step."""
 
     @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
-        """Runs each kind of step once that a text of max_new_tokens may need, to compile or to capture the step.
-        Overwrites the first tokens of the KV cache."""
-        if max_new_tokens > 1:  # prefill gives the first token
+        """Compiles or captures each kind of step that max_new_tokens tokens may need. Overwrites the first tokens of
+        the KV cache."""
+        if max_new_tokens > 1:  # prefill computes the first token
             zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
             self.runner.decode(zeros, zeros[:, 0])
 
 
 class DecodeLoop(GenerationLoop):
-    """Continues a text with a decode step for every token."""
+    """Runs a decode step for every token."""
 
-    def launch_steps(
+    def generate_steps(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
-        """Yields the tokens [B] of prefill and of each decode step, on the device. The next step may overwrite them,
-        since they may be a static buffer of a captured graph."""
+        """Yields the tokens [B] of prefill and of each decode step, on the device. The next step may overwrite them: a
+        captured graph always writes to the same buffer."""
         prompt = token_ids[:, n_cached:].to(self.runner.device)
         start_pos = torch.full((len(prompt),), n_cached, device=prompt.device)
-        # The random numbers of all steps, drawn before the first step: a step takes its numbers as an input. So one
-        # captured step serves every generator, and a GPU never waits for a draw.
-        first, *others = self.runner.uniform_per_step(max_new_tokens, len(prompt), generator)
+        # Draw the random numbers of all steps before the first step. A step takes its numbers as an input, so one
+        # captured step serves every generator. And a GPU never waits for a draw.
+        first, *others = self.runner.rand_per_step(max_new_tokens, len(prompt), generator)
         tokens = self.runner.prefill(prompt, start_pos, first)
         start_pos = start_pos + prompt.shape[1]
         yield tokens
-        for uniform in others:
-            # On a GPU this step starts before the host has checked the tokens, and the embedding has no INVALID_TOKEN.
-            tokens = self.runner.decode(tokens[:, None].clamp(min=0), start_pos, uniform)
+        for rand in others:
+            # On a GPU this step is queued before the host has checked the last tokens, which may be INVALID_TOKEN, -1.
+            # Clamp them: the embedding has no row -1. The host raises the error later.
+            tokens = self.runner.decode(tokens[:, None].clamp(min=0), start_pos, rand)
             start_pos = start_pos + 1
             yield tokens
 
     def decode_tokens(
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int = 0, generator: torch.Generator | None = None
     ) -> Iterator[list[int]]:
-        steps = self.launch_steps(token_ids, max_new_tokens, n_cached, generator)
+        steps = self.generate_steps(token_ids, max_new_tokens, n_cached, generator)
         if self.runner.device.type == "cuda":
             steps = run_one_step_ahead(steps)
         for tokens in steps:
@@ -84,9 +87,10 @@ def stream_texts(
     loop: GenerationLoop, batch: list[Sequence], token_ids: list[int], n_cached: int = 0,
     generator: torch.Generator | None = None,
 ) -> Iterator[list[str]]:
-    """Continues token_ids, of which the first n_cached are in the KV cache, until all sequences of batch have ended.
-    Yields the new text of each sequence after every token. The sequences are samples of one prompt, with one limit of
-    new tokens, and draw from one generator."""
+    """Continues token_ids until all sequences of batch have ended. Yields the new text of each sequence after every
+    token. The sequences are samples of one prompt: they have one limit of new tokens and one generator.
+
+    n_cached: how many of token_ids the KV cache already holds."""
     prompt = torch.tensor([token_ids] * len(batch))
     max_new_tokens = batch[0].max_new_tokens - len(batch[0].new_ids)
     for ids in loop.decode_tokens(prompt, max_new_tokens, n_cached, generator):
@@ -95,13 +99,13 @@ def stream_texts(
             break
 
 
-# ---- A GPU computes while the host handles the token before ---------------------------------------------------------
+# ---- A GPU computes while the host handles the previous token -------------------------------------------------------
 
 
 def run_one_step_ahead(steps: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yields the tokens of each step on the host. The GPU runs one step ahead: step i + 1 is queued before the host
-    waits for the tokens of step i, so the GPU computes while the host handles them. (To queue a step on a CPU is to
-    compute it, so every token would come a step late.)"""
+    """Yields the tokens of each step on the host. Step i + 1 is queued before the host waits for the tokens of step i,
+    so the GPU computes while the host handles them. (A CPU computes a step when it is queued. There every token would
+    come a step late.)"""
     copy = HostCopy(next(steps))
     for tokens in steps:
         next_copy = HostCopy(tokens)
@@ -111,8 +115,8 @@ def run_one_step_ahead(steps: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 class HostCopy:
-    """A copy of a GPU's tokens [B] to the host, which the constructor only starts. Steps that are queued later run
-    after the copy, so they may overwrite tokens."""
+    """A copy of a GPU's tokens [B] to the host. The constructor only queues the copy. Steps that are queued later run
+    after it, so they may overwrite tokens."""
 
     def __init__(self, tokens: Tensor):
         self.tokens = tokens.to("cpu", non_blocking=True)  # to pinned memory, so the host does not wait here

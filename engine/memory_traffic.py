@@ -1,4 +1,4 @@
-"""The bytes that a decode step reads from memory: over the memory's bandwidth, the least time of a step.
+"""The bytes that a decode step reads from memory. Divided by the memory's bandwidth, the shortest time of a step.
 
     n_attended = mean_attended_tokens(model.config, n_tokens=300)
     seconds = step_bytes(model, n_attended) / measure_read_bandwidth(model.device)  # utils/machine.py
@@ -15,7 +15,7 @@ def active_weight_bytes(model: Transformer) -> int:
     """Bytes of weights that a decode step of one token reads: all but the embedding and the experts not chosen."""
     total = 0
     for module in model.modules():
-        if isinstance(module, Embedding):  # a tied embedding is the head, which a step reads
+        if isinstance(module, Embedding):  # a step reads one row of it; a tied embedding is a Linear, the head
             continue
         own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         is_experts = isinstance(module, ExpertsGateUp | ExpertsDown)

@@ -11,7 +11,7 @@ There are three kinds of steps:
     decode          takes one token of every sequence
     verification    takes several proposed tokens; speculate.py makes it with build_step
 
-A decode or verification step has one of four modes, which choose_mode chooses and build_in_mode builds:
+A decode or verification step has one of four modes, by its number of tokens:
 
     kernels    device    --compile    mode
     all        CPU       yes or no    cpu_graph     captures the model; then the sampler runs eagerly
@@ -21,7 +21,7 @@ A decode or verification step has one of four modes, which choose_mode chooses a
     not all    any       no           eager
 
 "all" means that every operation has a kernel for B * T tokens (layers/backend.py: Backend.supports_step). An eager step
-uses the kernels of the operations that are within their limit.
+uses the kernels that it has.
 
 Shapes: B sequences, T new tokens per sequence, V vocabulary. start_pos [B] is the position of each sequence's first new
 token.
@@ -29,7 +29,7 @@ token.
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -42,12 +42,12 @@ from kernels.capture import capture, graph_num_threads
 from kernels.schema import INVALID_TOKEN
 from layers.kv_cache import KVCache
 from layers.packing import can_capture
-from layers.sampling import draw_uniform
+from layers.sampling import draw_rand
 from model import Transformer
 from utils.errors import UsageError
 
-# The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
-# chunks are slow: every chunk reads all weights again, and a matmul of PyTorch first dequantizes its weights.
+# The largest number of tokens in a chunk of prefill, of all sequences together. It limits the memory of activations.
+# Small chunks are slow: every chunk reads all weights again, and PyTorch's matmuls first dequantize them.
 CPU_PREFILL_CHUNK_TOKENS = 2048
 GPU_PREFILL_CHUNK_TOKENS = 4096
 MIN_COMPILED_TOKENS = 9  # compiling does not pay for a chunk of fewer tokens
@@ -78,14 +78,14 @@ class ModelRunner:
         self.compiled_model = compile_blocks(model, dynamic=True) if compile_prefill else None
         self.decode_step = self.build_step(self.sampler)
 
-    # ---- Prefill, of B sequences in neighbouring slots of the KV cache, from first_slot on ----
+    # ---- Prefill of B sequences, in slots first_slot to first_slot + B - 1 of the KV cache ----
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Returns the next tokens [B]. uniform [B, 1]: random numbers, by default of PyTorch's global generator."""
-        if uniform is None:
-            (uniform,) = self.uniform_per_step(1, len(tokens))
-        return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos, uniform)
+    def prefill(self, tokens: Tensor, start_pos: Tensor, rand: Tensor | None = None) -> Tensor:
+        """Returns the next tokens [B]. rand [B, 1]: random numbers, by default of PyTorch's global generator."""
+        if rand is None:
+            (rand,) = self.rand_per_step(1, len(tokens))
+        return self.sampler(self.prefill_logits(tokens, start_pos), tokens, start_pos, rand)
 
     def prefill_logits(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Tensor:
         """Returns the logits [B, 1, V] after the last of tokens."""
@@ -99,8 +99,8 @@ class ModelRunner:
             pass
 
     def prefill_chunks(self, tokens: Tensor, start_pos: Tensor, first_slot: int = 0) -> Iterator[Tensor]:
-        """Runs the blocks on chunks of tokens, one after another. Yields the hidden states of each chunk:
-        [B, chunk, dim]. With compile_prefill, a chunk that is too long for the kernels runs compiled blocks."""
+        """Runs the blocks on one chunk of tokens after another. Yields the hidden states of each chunk:
+        [B, chunk, dim]. With compile_prefill, chunks that are too long for the kernels run compiled blocks."""
         kv_cache = self.kv_cache.view_sequences(first_slot, len(tokens))
         chunk_tokens = CPU_PREFILL_CHUNK_TOKENS if self.device.type == "cpu" else GPU_PREFILL_CHUNK_TOKENS
         n_cached = int(start_pos.max())
@@ -116,78 +116,74 @@ class ModelRunner:
 
     # ---- Decoding and verification ----
 
-    def decode(self, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B], which the next call may
-        overwrite. uniform: as for prefill."""
-        if uniform is None:
-            (uniform,) = self.uniform_per_step(1, len(tokens))
-        return self.decode_step(tokens, start_pos, uniform)
+    def decode(self, tokens: Tensor, start_pos: Tensor, rand: Tensor | None = None) -> Tensor:
+        """Takes the last tokens [B, 1] of the sequences. Returns the next tokens [B]. The next call may overwrite them.
+        rand: see prefill."""
+        if rand is None:
+            (rand,) = self.rand_per_step(1, len(tokens))
+        return self.decode_step(tokens, start_pos, rand)
 
-    def uniform_per_step(
+    def rand_per_step(
         self, n_steps: int, batch_size: int, generator: torch.Generator | None = None
     ) -> Tensor | list[None]:
-        """Returns the random numbers of n_steps steps: uniform [B, 1] for each, or None if sampling is greedy.
-        generator: on the CPU, by default PyTorch's global one, also for a GPU."""
+        """Returns the random numbers of n_steps steps: rand [B, 1] for each, or None if sampling is greedy.
+        generator: a generator of the CPU, by default PyTorch's global one, also for a GPU."""
         if self.sampler.params.is_greedy:
             return [None] * n_steps
-        uniform = draw_uniform(n_steps * batch_size, self.device, generator or torch.default_generator)
-        return uniform.view(n_steps, batch_size, 1)
+        rand = draw_rand(n_steps * batch_size, self.device, generator or torch.default_generator)
+        return rand.view(n_steps, batch_size, 1)
 
-    def build_step(self, sampler: Callable) -> "Step":
-        """Returns a step that ends with sampler."""
-        return Step(self.model, self.kv_cache, sampler, self.compile)
+    def build_step(self, sampler: Callable) -> Callable:
+        """Returns a step that ends with sampler: build_step, below. It must not refer to self: the cycle would keep the
+        KV cache alive until the next garbage collection."""
+        return build_step(self.model, self.kv_cache, sampler, self.compile)
 
 
 # ---- Steps ----------------------------------------------------------------------------------------------------------
 
 
-class Step:
-    """A step, in the ExecutionMode that fits the shape of its tokens.
+def build_step(model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool) -> Callable:
+    """Returns a function that runs each step in the mode that fits the shape of its tokens:
 
         step(tokens [B, T], start_pos [B], *inputs) -> sampler(logits [B, T, V], tokens, start_pos, *inputs)
 
     The step uses the first B sequences of the KV cache. The result, and the logits passed to the sampler, may be static
     buffers that the next call overwrites: clone what you keep."""
+    device_type = model.device.type
+    has_kernels_for = cache(partial(can_capture, model))  # slow: it goes through all modules
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool):
-        self.model, self.kv_cache, self.sampler, self.compile = model, kv_cache, sampler, compile
-        self.can_capture = cache(partial(can_capture, model))  # slow: it goes through all modules
+    def forward(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        used_cache = kv_cache.view_sequences(0, len(tokens))
+        if not has_kernels_for(*tokens.shape):
+            # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
+            used_cache = used_cache.view_positions(int(start_pos.max()) + tokens.shape[1])
+        return model(tokens, start_pos, used_cache)
+
+    def eager(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        return sampler(forward(tokens, start_pos), tokens, start_pos, *inputs)
+
+    cpu_graph, cuda_graph = capture(forward), capture(eager)  # each captures in its first call
+    get_compiled = cache(partial(compile_step, model, kv_cache, sampler))
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        step = self.with_kernels if self.can_capture(*tokens.shape) else self.without_kernels
-        return step(tokens, start_pos, *inputs)
+    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+        match choose_mode(has_kernels_for(*tokens.shape), device_type, compile):
+            case "cpu_graph":  # holds kernels alone, so the sampler runs after it
+                logits = cpu_graph(tokens, start_pos)
+                with graph_num_threads():
+                    return sampler(logits, tokens, start_pos, *inputs)
+            case "cuda_graph":
+                return cuda_graph(tokens, start_pos, *inputs)
+            case "compiled":
+                return get_compiled()(tokens, start_pos, *inputs)
+            case "eager":
+                return eager(tokens, start_pos, *inputs)
 
-    # Both are built at first use, since torch.compile imports Inductor, which takes a second and 150 MB. Neither refers
-    # to self: in a reference cycle the KV cache would stay in memory until Python's next garbage collection.
-
-    @cached_property
-    def with_kernels(self) -> Callable:
-        return build_in_mode(self.model, self.kv_cache, self.sampler, self.compile, has_kernels=True)
-
-    @cached_property
-    def without_kernels(self) -> Callable:
-        return build_in_mode(self.model, self.kv_cache, self.sampler, self.compile, has_kernels=False)
-
-
-def build_in_mode(
-    model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool, has_kernels: bool
-) -> Callable:
-    """Builds a step. has_kernels: whether every operation has a kernel for the tokens that the step will get."""
-    forward = build_forward(model, kv_cache, has_kernels)
-    match choose_mode(has_kernels, model.device.type, compile):
-        case "cpu_graph":
-            return add_sampler(capture(forward), sampler)  # a CPU graph holds kernels alone, so not the sampler
-        case "cuda_graph":
-            return capture(add_sampler(forward, sampler))
-        case "compiled":
-            return build_compiled_step(model, kv_cache, sampler)
-        case "eager":
-            return add_sampler(forward, sampler)
+    return step
 
 
 def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> ExecutionMode:
-    """Returns the mode of a step, by the table at the top of this file."""
+    """Returns the mode of a step, by the table at the top of this file. has_kernels: for all of its operations."""
     if has_kernels and device_type == "cpu":
         return "cpu_graph"
     if has_kernels and compile:
@@ -195,29 +191,10 @@ def choose_mode(has_kernels: bool, device_type: str, compile: bool) -> Execution
     return "compiled" if compile else "eager"
 
 
-def build_forward(model: Transformer, kv_cache: KVCache, has_kernels: bool) -> Callable:
-    def forward(tokens: Tensor, start_pos: Tensor) -> Tensor:
-        used_cache = kv_cache.view_sequences(0, len(tokens))
-        if not has_kernels:
-            # PyTorch's attention computes a score for every position of the cache, so pass only the used positions.
-            used_cache = used_cache.view_positions(int(start_pos.max()) + tokens.shape[1])
-        return model(tokens, start_pos, used_cache)
-
-    return forward
-
-
-def add_sampler(forward: Callable, sampler: Callable) -> Callable:
-    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        logits = forward(tokens, start_pos)
-        with graph_num_threads():
-            return sampler(logits, tokens, start_pos, *inputs)
-
-    return step
-
-
-def build_compiled_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
-    """Compiles a step in two pieces: the blocks, of which one compiled block serves all layers, and the head with the
-    sampler. The pieces run as fast as one compiled step, and compile in a third of the time."""
+def compile_step(model: Transformer, kv_cache: KVCache, sampler: Callable) -> Callable:
+    """Compiles a step in two pieces: a block, which serves all layers, and the head with the sampler. The pieces run as
+    fast as one compiled step, and compile in a third of the time. Importing Inductor costs 1 s and 150 MB, so call this
+    only when a step needs it."""
 
     def sample_from_hidden(hidden: Tensor, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         return sampler(model.compute_logits(hidden), tokens, start_pos, *inputs)
@@ -226,16 +203,16 @@ def build_compiled_step(model: Transformer, kv_cache: KVCache, sampler: Callable
     head = torch.compile(sample_from_hidden, **options)
     blocks = compile_blocks(model, **options)
 
-    def step(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
+    def compiled(tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
         hidden = blocks.compute_hidden(tokens, start_pos, kv_cache.view_sequences(0, len(tokens)))
         return head(hidden, tokens, start_pos, *inputs)
 
-    return capture(step) if model.device.type == "cuda" and can_be_one_graph(model) else step
+    return capture(compiled) if model.device.type == "cuda" and can_be_one_graph(model) else compiled
 
 
 def compile_blocks(model: Transformer, **options) -> Transformer:
     """Returns a copy of model that shares all weights and whose blocks are compiled, with options for torch.compile.
-    One compilation serves all blocks, since a block's weights are inputs of the compiled graph."""
+    One compilation serves all blocks, because the compiled graph takes a block's weights as inputs."""
     check_compiler()
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)  # copy.copy shares it, so setting layers would change model
@@ -250,6 +227,6 @@ def check_compiler():
 
 
 def can_be_one_graph(model: Transformer) -> bool:
-    """Whether torch.compile can trace the model without a graph break. With many tokens a mixture of experts breaks the
-    graph, since the host reads which experts they need."""
+    """Whether torch.compile can trace the model without a graph break. A mixture of experts breaks the graph with many
+    tokens: the host reads which experts they need."""
     return model.config.moe is None

@@ -1,22 +1,20 @@
-"""From logits to the next token. What comes after the head, in each of the four places:
+"""From logits to the next token. Each kind of step ends with a sampler:
 
-    prefill, decode    Sampler             penalty, sample
-    verification       RejectionSampler    penalty, rejection_sample; or sample if the draft tokens were not sampled
-    a draft            DraftSampler        sample or multinomial; without the penalty
-    the scheduler      return_logits       a step ends with logits. Scheduler.sample_and_append goes on: penalty,
+    prefill, decode    Sampler             adjust_logits, sample
+    verification       RejectionSampler    adjust_logits, rejection_sample; or sample if the draft was not sampled
+    draft              DraftSampler        sample or multinomial, without adjust_logits
+    scheduler          return_logits       nothing. Scheduler.sample_and_append follows the step: adjust_logits,
                                            logits_processor, sample_batch
 
-RejectionSampler and DraftSampler are in speculate.py. Each sampler takes the logits [B, n, V] after the last n tokens
-of a step, and then the step's own arguments: tokens [B, T], and start_pos [B], the position of each sequence's first
+RejectionSampler and DraftSampler are in speculate.py. A sampler takes the logits [B, n, V] after the last n tokens of
+a step, and then the step's own arguments: tokens [B, T], and start_pos [B], the position of each sequence's first
 token.
 
     sampler = Sampler(SamplingParams(temperature=0.8), kv_cache.token_ids, model.lm_head.backend)
     tokens = sampler(logits[:, None], tokens, start_pos)  # [B, V] -> [B]
 
-Nothing here waits for the device, since a CUDA graph captures model and sampler. Every rank gets the tokens of rank 0.
+Nothing here waits for the device, because a CUDA graph captures model and sampler. Every rank gets rank 0's tokens.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,33 +25,55 @@ from layers.backend import Backend
 from layers.sampling import sample
 
 
-@dataclass(frozen=True)
 class Sampler:
     """The end of a prefill or decode step."""
 
-    params: SamplingParams
-    token_ids: Tensor  # [B, S], KVCache.token_ids
-    backend: Backend  # the backend of the model's head
+    def __init__(self, params: SamplingParams, token_ids: Tensor, backend: Backend):
+        """token_ids [B, S]: KVCache.token_ids. backend: the backend of the model's head."""
+        self.params, self.token_ids, self.backend = params, token_ids, backend
+        # A tensor on the device, because a CUDA graph cannot read the host. Made once: steps need not allocate it.
+        self.temperature = 0.0
+        if not params.is_greedy:
+            self.temperature = torch.full((1, 1), params.temperature, dtype=torch.float32, device=token_ids.device)
 
-    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Returns the next tokens [B]. uniform [B, 1]: as for the operation sample."""
-        params, logits = self.params, logits[:, -1:]
-        if params.needs_token_ids:
-            positions = store_token_ids(self.token_ids, tokens, start_pos)
-            logits = apply_repetition_penalty(logits, self.token_ids, positions[:, -1:], params.repetition_penalty)
-        next_tokens = sample(logits[:, 0], params.temperature, params.filters, self.backend, uniform)
-        return collectives.broadcast(next_tokens)
+    def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, rand: Tensor | None = None) -> Tensor:
+        """Returns the next tokens [B]. rand [B, 1]: see layers/sampling.py."""
+        logits = adjust_logits(logits[:, -1:], tokens, start_pos, self.token_ids, self.params)
+        return collectives.broadcast(self.sample(logits[:, 0], rand))
+
+    def sample(self, logits: Tensor, rand: Tensor | None = None) -> Tensor:
+        """Returns a token for each row of logits [n, V]."""
+        return sample(logits, self.temperature, self.params.filters, self.backend, rand)
 
 
 def return_logits(logits: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-    """Takes the place of a sampler in a step of the Scheduler, which samples after the step: its sequences have options
-    of their own, and a CUDA graph would keep those that the sequences had during the capture."""
+    """The sampler of a Scheduler's step, which samples after the step. Its sequences have options of their own, and a
+    CUDA graph would keep those of the capture."""
     return logits
 
 
+def adjust_logits(
+    logits: Tensor, tokens: Tensor, start_pos: Tensor, token_ids: Tensor, params: SamplingParams | list[SamplingParams]
+) -> Tensor:
+    """Applies the options that depend on the sequence so far. Returns the logits [B, n, V] after the last n of a step's
+    tokens [B, T], the first of each sequence at start_pos [B].
+
+    token_ids [B, S]: KVCache.token_ids. Only adjust_logits stores new ids there, and only while an option needs them.
+        So it must get all tokens of such a sequence: the prompt from its beginning, and then those of each step.
+    params: one for all sequences, or a list with one for each."""
+    if not any(one.needs_token_ids for one in (params if isinstance(params, list) else [params])):
+        return logits
+    positions = store_token_ids(token_ids, tokens, start_pos)
+    if isinstance(params, list):
+        penalty = logits.new_tensor([one.repetition_penalty for one in params]).view(-1, 1, 1)
+    else:
+        penalty = params.repetition_penalty
+    return apply_repetition_penalty(logits, token_ids, positions[:, -logits.shape[1] :], penalty)
+
+
 def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor) -> Tensor:
-    """Stores tokens [B, T] in token_ids [B, S] of a KVCache, the first of each sequence at start_pos [B]. Returns the
-    positions of all tokens: [B, T]."""
+    """Stores tokens [B, T] in token_ids [B, S], the first of each sequence at start_pos [B]. Returns the positions of
+    all tokens: [B, T]."""
     positions = start_pos[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     token_ids.scatter_(1, positions, tokens)
     return positions
@@ -62,9 +82,9 @@ def store_token_ids(token_ids: Tensor, tokens: Tensor, start_pos: Tensor) -> Ten
 def apply_repetition_penalty(
     logits: Tensor, token_ids: Tensor, last_positions: Tensor, penalty: float | Tensor
 ) -> Tensor:
-    """Returns the logits [B, n, V] with the repetition penalty, the only option that depends on the text.
+    """Returns the logits [B, n, V] with the repetition penalty.
 
-    token_ids [B, S], last_positions [B, n]: the texts, as in seen_token_mask.
+    token_ids [B, S], last_positions [B, n]: as for seen_token_mask.
     penalty: one for all sequences, or one for each: [B, 1, 1]."""
     seen = seen_token_mask(token_ids, last_positions, logits.shape[-1])
     # A penalty above 1 lowers a logit, positive or negative.
@@ -72,8 +92,8 @@ def apply_repetition_penalty(
 
 
 def seen_token_mask(token_ids: Tensor, last_positions: Tensor, vocab_size: int) -> Tensor:
-    """Whether each token of the vocabulary occurs in the text up to each of last_positions [B, n]: bool [B, n, V].
-    token_ids [B, S] must hold the text up to there."""
+    """Whether each token of the vocabulary occurs in the sequence up to each of last_positions [B, n]: bool [B, n, V].
+    token_ids [B, S] must hold the sequence up to there."""
     is_later = torch.arange(token_ids.shape[1], device=token_ids.device) > last_positions[..., None]  # [B, n, S]
     ids = token_ids[:, None].masked_fill(is_later, vocab_size)
     seen = torch.zeros(*last_positions.shape, vocab_size + 1, dtype=torch.bool, device=token_ids.device)

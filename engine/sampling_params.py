@@ -1,4 +1,4 @@
-"""SamplingParams: the options of sampling, which are also options of the command line and of the server's requests."""
+"""SamplingParams: the options of sampling. The command line and the server's requests have the same options."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
@@ -13,12 +13,12 @@ def sampling_field(
     type: type, default: float | None, help: str, allowed: str, is_allowed: Callable[[float], bool],
     no_op: float | None = None, is_filter: bool = False,
 ):
-    """A field of SamplingParams. The command line has an option of the same name, which help describes.
+    """A field of SamplingParams. The command line has an option of the same name.
 
     type: int or float, the type of values other than None.
     allowed: is_allowed in words, for error messages.
-    no_op: a value that turns the option off, such as top_p=1. It is stored as the default, so an option that is off
-        never keeps a kernel from sampling.
+    no_op: a value that turns the option off, such as top_p=1. The field then stores the default. So kernels sample
+        whenever the option is off.
     is_filter: whether the option excludes tokens. Then kernels/schema.py: TokenFilters has a field of this name."""
     metadata = dict(type=type, help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op, is_filter=is_filter)
     return field(default=default, metadata=metadata)
@@ -26,9 +26,9 @@ def sampling_field(
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is chosen. The repetition penalty applies first, and then the other options in the order of the
-    fields. Filters exclude tokens, but never the likeliest token, which a temperature of 0 takes (greedy). The default
-    temperature is 0 in Python, 0.8 in generate.py (as in gpt-fast) and 1 in the server (as in OpenAI's API)."""
+    """How a token is chosen. The repetition penalty applies first, then the other options in the order of the fields.
+    Filters exclude tokens, but never the likeliest one. A temperature of 0 takes the likeliest token (greedy). The
+    default temperature is 0 in Python, 0.8 in generate.py (as in gpt-fast) and 1 in the server (as in OpenAI's API)."""
 
     temperature: float = sampling_field(
         float, 0.0, "0 takes the likeliest token", "0 to 1000000", lambda t: 0 <= t <= 1e6
@@ -48,7 +48,7 @@ class SamplingParams:
     )
     repetition_penalty: float = sampling_field(  # arXiv:1909.05858
         # beyond these bounds the penalty could make a finite logit infinite
-        float, 1.0, "above 1: what the text has already becomes less likely", "0.01 to 100",
+        float, 1.0, "above 1: tokens that the text already has become less likely", "0.01 to 100",
         lambda factor: 0.01 <= factor <= 100,
     )
 
@@ -79,7 +79,7 @@ class SamplingParams:
         names = [f.name for f in fields(self)]
         for name in options:
             if name not in names:
-                raise UsageError(f"{name} is no sampling option; these are: {', '.join(names)}")
+                raise UsageError(f"{name} is not a sampling option; these are: {', '.join(names)}")
         return replace(self, **options)
 
     @property
@@ -88,7 +88,7 @@ class SamplingParams:
 
     @property
     def filters(self) -> TokenFilters:
-        """The options that exclude tokens. None of them excludes the likeliest token, which greedy sampling takes."""
+        """The options that exclude tokens. Greedy sampling needs none, because none excludes the likeliest token."""
         if self.is_greedy:
             return TokenFilters()
         values = {name: getattr(self, name) for name in TokenFilters._fields}
@@ -96,7 +96,7 @@ class SamplingParams:
 
     @property
     def needs_token_ids(self) -> bool:
-        """Whether an option needs the ids of the text so far."""
+        """Whether an option needs the token ids of the sequence so far (engine/sampler.py: adjust_logits)."""
         return self.repetition_penalty != 1
 
 

@@ -9,18 +9,18 @@
     for i, sequence in scheduler.run(sequences):  # or all of a list, in its order
         print(i, sequence.text)
 
-A slot of the KV cache holds one sequence, at its own position. When it ends, the next prompt is prefilled into a free
-slot. Decoding sequences are always in the first slots, so a step computes no padding. Keys and values stay in a slot
-after its sequence has ended, and a new prompt copies the longest prefix that it shares with any slot (prefix caching):
+A slot of the KV cache holds one sequence, at its own position. When the sequence ends, the slot is free for the next
+prompt. Decoding sequences are always in the first slots, so a step computes no padding. Keys and values stay in a free
+slot. A new prompt copies the longest prefix that it shares with any slot (prefix caching):
 
     slot 0   Question: 2 + 2?  Answer: 4       decodes
     slot 1   Question: 3 + 5?  Answer:         has copied "Question: " from slot 0
     slot 2   (has ended)                       is free for the next prompt
 
-While sequences decode, a prompt is computed in chunks, so that a long prompt does not stall them (chunked prefill).
+While sequences decode, a prompt is computed in chunks: a long prompt must not stall them (chunked prefill).
 
-A sequence with a seed has random numbers of its own, so its text does not depend on the other sequences. But a copied
-prefix may round differently in 16 bits. With RoPE of type dynamic or longrope a text depends on max_seq_len.
+A sequence with a seed has random numbers of its own, so it does not depend on the other sequences. But a copied prefix
+may round differently in 16 bits. With RoPE of type dynamic or longrope a sequence depends on max_seq_len.
 """
 
 import time
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from engine.runner import NOT_FINITE, ModelRunner
-from engine.sampler import apply_repetition_penalty, return_logits, store_token_ids
+from engine.sampler import adjust_logits, return_logits
 from engine.sequence import Logprobs, Sequence, SequenceUpdate, check_length
 from kernels.capture import graph_num_threads
 from kernels.schema import INVALID_TOKEN, TokenFilters
@@ -40,7 +40,7 @@ from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
 from layers.kv_cache import KVCache, kv_bytes_per_token
 from layers.packing import can_capture
-from layers.sampling import draw_uniform, sample, uniform_dtype
+from layers.sampling import draw_rand, rand_dtype, sample
 from model import Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
@@ -54,8 +54,8 @@ EXCLUDED_LOGIT = -1e30  # takes the place of -inf, with which a logits_processor
 @dataclass
 class Slot:
     sequence: Sequence | None = None  # None if the slot is free
-    # The tokens whose keys and values are in the slot. They stay after the sequence has ended, for a later prompt that
-    # begins with the same tokens.
+    # The tokens whose keys and values are in the slot. They stay after the sequence has ended: a later prompt may begin
+    # with the same tokens.
     cached_ids: list[int] = field(default_factory=list)
     freed_step: int = 0  # the step in which the slot became free, or 0 if it was never used
 
@@ -69,8 +69,8 @@ class Slot:
 
 
 class Scheduler:
-    """Runs the sequences that submit receives. A sequence ends as Sequence.append decides, by cancel, or with an error
-    if its logits are not finite."""
+    """Runs the sequences that submit receives. Sequence.append or cancel ends a sequence. So do logits that are not
+    finite, with an error."""
 
     def __init__(
         self, model: Transformer, n_slots: int, max_seq_len: int, compile: bool = False,
@@ -78,8 +78,8 @@ class Scheduler:
     ):
         """Raises OutOfMemoryError if memory is too small for the KV cache.
 
-        n_slots: the most sequences that run at a time.
-        max_seq_len: the most tokens of a sequence, prompt included.
+        n_slots: the largest number of sequences that run at a time.
+        max_seq_len: the largest number of tokens of a sequence, prompt included.
         compile: capture the steps also on a GPU.
         chunk_tokens: how many tokens of prompts are computed between two decode steps: one chunk of a long prompt, or
             several short prompts."""
@@ -87,7 +87,7 @@ class Scheduler:
         self.max_seq_len = max_seq_len
         self.chunk_tokens = chunk_tokens
         self.kv_cache = KVCache(model, n_slots, max_seq_len)
-        # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
+        # Without kernels, torch.compile would compile the step anew for every number of sequences.
         self.runner = ModelRunner(model, self.kv_cache, compile=compile and can_capture(model, n_slots, 1))
         self.decode_step = self.runner.build_step(return_logits)
         self.waiting: deque[Sequence] = deque()
@@ -100,7 +100,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def check(self, sequence: Sequence):
-        """Raises UsageError if the prompt is empty, or if the sequence does not fit into a slot. So does submit."""
+        """Raises UsageError, as submit does, if the prompt is empty or the sequence does not fit into a slot."""
         check_length(len(sequence.prompt_ids), sequence.max_new_tokens, self.max_seq_len)
 
     def cancel(self, sequence: Sequence):
@@ -109,7 +109,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         for i, slot in enumerate(self.slots):
             if slot.sequence is sequence:
-                if slot.is_prefilling:  # no logits have shown yet whether the keys and values are finite
+                if slot.is_prefilling:  # only logits show whether the keys and values are finite
                     self.reset_slot(i)
                 self.free_slot(i)
 
@@ -117,8 +117,8 @@ class Scheduler:
         self.slots[i].sequence, self.slots[i].freed_step = None, self.n_steps
 
     def reset_slot(self, i: int):
-        """Clears slot i, whose keys and values may not be finite. Attention hides a position by multiplying its value
-        with 0. But 0 * NaN is NaN."""
+        """Clears slot i, because its keys and values may not be finite. Attention hides a position by multiplying its
+        value with 0. But 0 * NaN is NaN."""
         self.kv_cache.clear_sequence(i)
         self.slots[i].cached_ids = []
 
@@ -126,9 +126,9 @@ class Scheduler:
         return bool(self.waiting) or any(slot.sequence for slot in self.slots)
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, Sequence]]:
-        """Yields (number, sequence) for each of sequences, in their order, when it has ended. A sequence that submit
-        refuses gets an error, and all other sequences run. After Ctrl-C, yields the sequences that have ended,
-        and raises KeyboardInterrupt again."""
+        """Yields (number, sequence) when a sequence has ended, in the order of sequences. If submit refuses a sequence,
+        it gets an error, and all others run. After Ctrl-C, yields the sequences that have ended, and raises
+        KeyboardInterrupt again."""
         left = deque(enumerate(sequences))
         for _, sequence in left:
             try:
@@ -149,7 +149,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[SequenceUpdate]:
-        """Computes one token of every decoding sequence, or a chunk of a prompt, of which only the last chunk gives a
+        """Computes one token of every decoding sequence, or a chunk of a prompt. Only a prompt's last chunk adds a
         token. Returns an update for each new token."""
         self.n_steps += 1
         n_decoding = sum(slot.is_decoding for slot in self.slots)
@@ -162,17 +162,17 @@ class Scheduler:
         return self.decode(n_decoding) if n_decoding else []
 
     def may_prefill(self, n_decoding: int) -> bool:
-        """Whether prompts come before decoding in this step. Prompts come first, because more sequences then share a
-        decode step. But after chunk_tokens tokens of prompts, the n_decoding sequences have waited long enough."""
+        """Whether this step may compute a prompt. Prompts come before decoding, because more sequences then share a
+        decode step. But after chunk_tokens tokens of prompts, the decoding sequences have waited long enough."""
         return n_decoding == 0 or self.prefill_tokens_since_decode < self.chunk_tokens
 
     def admit(self):
-        """Moves the next sequence from the queue into a free slot, unless there is none or another prompt is being
-        computed. Copies the longest prefix that its prompt shares with any slot, but never the prompt's last token,
-        since only a token that is computed gives logits.
+        """Moves the next waiting sequence into a free slot, unless another prompt is being computed. Copies the longest
+        prefix that its prompt shares with any slot, but never the prompt's last token: only a computed token has
+        logits.
 
-        The best free slot is one whose whole text the prompt continues, as in a conversation that goes on: no cached
-        tokens are lost. Otherwise the new sequence takes the slot that has been free for the longest time."""
+        The best free slot is one whose cached tokens all begin the prompt, as in the next turn of a conversation: no
+        cached tokens are lost. Otherwise the new sequence takes the slot that has been free for the longest time."""
         free_slots = [i for i, slot in enumerate(self.slots) if slot.sequence is None]
         if not self.waiting or not free_slots or any(slot.is_prefilling for slot in self.slots):
             return
@@ -201,15 +201,15 @@ class Scheduler:
         tokens = torch.tensor([chunk], device=device)
         start_pos = torch.tensor([n_cached], device=device)
         self.prefill_tokens_since_decode += len(chunk)
-        # Store the ids even if no option uses them now: a later prompt with a repetition penalty may copy this prefix.
-        store_token_ids(self.kv_cache.token_ids[i : i + 1], tokens, start_pos)
         if n_cached + n < len(prompt_ids):
             self.runner.fill_kv_cache(tokens, start_pos, first_slot=i)
             slot.cached_ids += chunk
             return []
         logits = self.runner.prefill_logits(tokens, start_pos, first_slot=i)
         slot.cached_ids += chunk
-        return self.sample_and_append(range(i, i + 1), logits)
+        # adjust_logits may need the whole prompt: the slot may have copied a prefix whose ids were not stored.
+        prompt = torch.tensor([prompt_ids], device=device)
+        return self.sample_and_append(range(i, i + 1), logits, prompt, torch.zeros_like(start_pos))
 
     def decode(self, n: int) -> list[SequenceUpdate]:
         self.move_decoding_first(n)
@@ -219,15 +219,14 @@ class Scheduler:
         tokens = torch.tensor(last_ids, device=device)[:, None]
         start_pos = torch.tensor([len(slot.cached_ids) for slot in slots], device=device)
         logits = self.decode_step(tokens, start_pos)
-        store_token_ids(self.kv_cache.token_ids[:n], tokens, start_pos)  # as in prefill
         for slot, token in zip(slots, last_ids, strict=True):
             slot.cached_ids.append(token)
         with graph_num_threads():
-            return self.sample_and_append(range(n), logits)
+            return self.sample_and_append(range(n), logits, tokens, start_pos)
 
     def move_decoding_first(self, n: int):
-        """Moves the n decoding sequences into the first n slots. The slots swap their contents, so the tokens of
-        sequences that have ended stay, as prefixes of later prompts."""
+        """Moves the n decoding sequences into the first n slots. The slots swap their contents, because the tokens of
+        an ended sequence may be a prefix of a later prompt."""
         gaps = [i for i in range(n) if not self.slots[i].is_decoding]
         sources = [i for i in range(n, len(self.slots)) if self.slots[i].is_decoding]
         for i, j in zip(gaps, sources, strict=True):
@@ -235,16 +234,15 @@ class Scheduler:
             self.kv_cache.swap_sequences(i, j, length)
             self.slots[i], self.slots[j] = self.slots[j], self.slots[i]
 
-    def sample_and_append(self, slot_ids: range, logits: Tensor) -> list[SequenceUpdate]:
-        """Samples a token for the sequence in each of n slots, from the logits [n, 1, V] after its cached tokens."""
-        slots = [self.slots[i] for i in slot_ids]
-        sequences = [slot.sequence for slot in slots]
-        adjusted = logits
-        if any(sequence.params.needs_token_ids for sequence in sequences):
-            token_ids = self.kv_cache.token_ids[slot_ids.start : slot_ids.stop]
-            last_positions = torch.tensor([[len(slot.cached_ids) - 1] for slot in slots], device=logits.device)
-            penalties = logits.new_tensor([sequence.params.repetition_penalty for sequence in sequences])
-            adjusted = apply_repetition_penalty(logits, token_ids, last_positions, penalties.view(-1, 1, 1))
+    def sample_and_append(
+        self, slot_ids: range, logits: Tensor, tokens: Tensor, start_pos: Tensor
+    ) -> list[SequenceUpdate]:
+        """Samples a token for the sequence in each of n slots, from the logits [n, 1, V] after tokens [n, T], the first
+        of which are at start_pos [n]."""
+        sequences = [self.slots[i].sequence for i in slot_ids]
+        token_ids = self.kv_cache.token_ids[slot_ids.start : slot_ids.stop]
+        params = [sequence.params for sequence in sequences]
+        adjusted = adjust_logits(logits, tokens, start_pos, token_ids, params)
         adjusted = apply_logits_processors(adjusted[:, 0], sequences)
         ids = collectives.broadcast(sample_batch(adjusted, sequences, self.model.lm_head.backend)).tolist()
         return [self.add_token(i, token, row[0]) for i, token, row in zip(slot_ids, ids, logits, strict=True)]
@@ -252,7 +250,7 @@ class Scheduler:
     def add_token(self, i: int, token: int, logits: Tensor) -> SequenceUpdate:
         """Appends a token, sampled from logits [V], to the sequence in slot i. Frees the slot if that ends it."""
         sequence = self.slots[i].sequence
-        if token == INVALID_TOKEN:  # ends this sequence, and no other
+        if token == INVALID_TOKEN:  # ends only this sequence
             update = sequence.fail(NOT_FINITE)
             self.reset_slot(i)
         else:
@@ -264,14 +262,14 @@ class Scheduler:
 
 
 def build_scheduler(model: Transformer, sequences: list[Sequence], parallel: int, compile: bool = False) -> Scheduler:
-    """Returns a Scheduler with slots that fit sequences. The Scheduler runs up to parallel sequences at a time."""
+    """Returns a Scheduler whose slots fit sequences. It runs up to parallel sequences at a time."""
     n_slots = max(1, min(parallel, len(sequences)))
     return Scheduler(model, n_slots, longest_seq_len(model, sequences), compile)
 
 
 def longest_seq_len(model: Transformer, sequences: list[Sequence]) -> int:
-    """Returns the length of the longest sequence, new tokens included. Skips sequences that have an error, and
-    sequences beyond the model's context, which Scheduler.submit refuses."""
+    """Returns the length of the longest sequence, new tokens included. Skips sequences that have an error or exceed the
+    model's context, because Scheduler.submit refuses them."""
     lengths = [len(one.prompt_ids) + one.max_new_tokens for one in sequences if not one.error]
     return max((length for length in lengths if length <= model.config.max_seq_len), default=1)
 
@@ -282,8 +280,8 @@ def max_slots(model: Transformer, max_seq_len: int) -> int:
 
 
 def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Applies the logits_processor of each of n sequences to its row of logits [n, V]. Leaves logits as they
-    are, since compute_logprobs needs them."""
+    """Applies the logits_processor of each of n sequences to its row of logits [n, V]. Does not change logits:
+    compute_logprobs needs them."""
     if all(sequence.logits_processor is None for sequence in sequences):
         return logits
     rows = list(logits.clone())
@@ -296,15 +294,15 @@ def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor
             largest = row.max()  # NaN if any logit is NaN
             if not largest.isfinite():
                 raise UsageError("logits_processor returned NaN or infinity, or excluded every token")
-            # sample takes -inf for an error of the model. Without the subtraction, which changes no probability, a
-            # logit that the function only made small could become EXCLUDED_LOGIT.
+            # sample reports a logit that is not finite as a broken model, so -inf becomes EXCLUDED_LOGIT. Subtract the
+            # maximum first: otherwise an allowed logit below EXCLUDED_LOGIT would become equal to it.
             rows[i] = (row - largest).clamp(min=EXCLUDED_LOGIT)
     return torch.stack(rows)
 
 
 def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = TORCH_BACKEND) -> Tensor:
-    """Samples a token for each of n sequences, with the sequence's own options and random numbers: logits [n, V] ->
-    ids [n]. One call of sample serves all sequences with the same filters. backend: the backend of the model's head."""
+    """Samples a token for each of n sequences, with its own options and random numbers: logits [n, V] -> ids [n]. One
+    call of sample serves all sequences with the same filters. backend: the backend of the model's head."""
     batches: dict[tuple[bool, TokenFilters], list[int]] = {}
     for i, sequence in enumerate(sequences):
         batches.setdefault((sequence.params.is_greedy, sequence.params.filters), []).append(i)
@@ -316,10 +314,10 @@ def sample_batch(logits: Tensor, sequences: list[Sequence], backend: Backend = T
             ids[indices] = sample(rows, 0.0, filters, backend)
             continue
         host = torch.device("cpu")
-        uniform = torch.cat([draw_uniform(1, host, sequence.generator) for sequence in batch])
-        uniform = uniform.to(logits.device, uniform_dtype(logits.device))  # all in one copy
-        temperatures = logits.new_tensor([[sequence.params.temperature] for sequence in batch])
-        ids[indices] = sample(rows, 1.0, filters, backend, uniform, temperatures)
+        rand = torch.cat([draw_rand(1, host, sequence.generator) for sequence in batch])
+        rand = rand.to(logits.device, rand_dtype(logits.device))  # all in one copy
+        temperature = logits.new_tensor([[sequence.params.temperature] for sequence in batch])
+        ids[indices] = sample(rows, temperature, filters, backend, rand)
     return ids
 
 

@@ -1,12 +1,12 @@
 """Sequence: a prompt, how to continue it, and the tokens and the text that follow it.
 
-    sequence = build_sequence("Hello", tokenizer, model.config, max_new_tokens=100)    # a text, or a chat's messages
+    sequence = build_sequence("Hello", tokenizer, model.config, max_new_tokens=100)    # a string, or a chat's messages
     sequences = build_sequences(["One", "Two"], tokenizer, model.config, max_new_tokens=100, seed=1)
     sequence = Sequence(prompt_ids, max_new_tokens=100)                                # token ids only
     update = sequence.append(token)   # adds a new token; update.text is the new text
     sequence.finish_reason            # None until the sequence ends
 
-Where a sequence ends is decided here, in append, and nowhere else.
+Only append decides where a sequence ends.
 """
 
 import time
@@ -24,8 +24,7 @@ from text.prompt import encode_prompt
 from text.tokenizer import IncrementalDetokenizer, Tokenizer
 from utils.errors import UsageError, check_integer
 
-# (ids of the prompt and of the new tokens so far, logits [V]) -> logits [V], from which the next token is sampled. -inf
-# excludes a token.
+# (ids of the prompt and of the new tokens so far, logits [V]) -> logits [V] for the next token. -inf excludes a token.
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
 
@@ -55,18 +54,18 @@ class Sequence:
     max_new_tokens: int
     params: SamplingParams = GREEDY
     _: KW_ONLY
-    prompt: str | list[dict] | None = None  # what prompt_ids encode: a text, or a chat's messages; only for reports
-    starts_new_text: bool = False  # as a chat's answer does; otherwise the text continues that of prompt_ids
+    prompt: str | list[dict] | None = None  # what prompt_ids encode, for reports: a string, or a chat's messages
+    is_chat: bool = False  # the text is a chat's answer. False: it continues the text of prompt_ids
     tokenizer: Tokenizer | None = None  # without one, the sequence has no text, and finds no stop strings
     eos_ids: Collection[int] = ()  # tokens that end the sequence
     stop: tuple[str, ...] = ()  # strings that end the sequence; the text ends before them
-    seed: int | None = None  # of self.generator, which is PyTorch's global one if seed is None
+    seed: int | None = None  # of self.generator; None: PyTorch's global generator
     # Only a Scheduler uses the next two.
     logits_processor: LogitsProcessor | None = None  # applied after the repetition penalty
     n_logprobs: int | None = None  # report log-probabilities, also of that many of the likeliest tokens
-    # At the length limit the text may end within a character or a stop string. True holds that part back, so that
-    # resume can complete it. False adds it to the text, an incomplete character as U+FFFD.
-    hold_incomplete: bool = False
+    # max_new_tokens may cut a character or a possible stop string. True keeps that tail for resume. False appends it to
+    # the text, with U+FFFD for a partial character.
+    resumable: bool = False
 
     new_ids: list[int] = field(default_factory=list, init=False)  # all new tokens, including an end token
     text: str = field(default="", init=False)  # the text of the new tokens
@@ -83,8 +82,8 @@ class Sequence:
             raise UsageError(f"logits_processor must be a function, not {self.logits_processor!r:.80}")
         self.detokenizer = None
         if self.tokenizer is not None:
-            # A tokenizer may drop the space at the beginning of a text, but not between a prompt and its continuation.
-            prefix_ids = () if self.starts_new_text else self.prompt_ids
+            # A tokenizer may drop the space at the beginning of a text. Between prompt and completion it must stay.
+            prefix_ids = () if self.is_chat else self.prompt_ids
             self.detokenizer = IncrementalDetokenizer(self.tokenizer, prefix_ids, self.stop)
 
     @cached_property
@@ -92,7 +91,7 @@ class Sequence:
         return build_generator(self.seed)
 
     def append(self, token: int, logprobs: Logprobs | None = None) -> SequenceUpdate:
-        """Adds a new token, and decides whether the sequence ends. One that has ended takes no more tokens."""
+        """Adds a new token, and decides whether the sequence ends. A sequence that has ended takes no more tokens."""
         if self.finish_reason is not None:
             return SequenceUpdate(self, [], "", [], self.finish_reason)
         text, finish_reason = "", None
@@ -103,9 +102,9 @@ class Sequence:
             finish_reason = "stop" if self.detokenizer.found_stop else None
         if finish_reason is None and len(self.new_ids) + 1 == self.max_new_tokens:
             finish_reason = "length"
-        if self.detokenizer is not None and (finish_reason == "stop" or (finish_reason and not self.hold_incomplete)):
+        if self.detokenizer is not None and (finish_reason == "stop" or (finish_reason and not self.resumable)):
             text += self.detokenizer.end()
-        # Change the fields at the end, all at once: Ctrl-C may come at any time, and chat.py goes on with the sequence.
+        # Change all fields at once, at the end: Ctrl-C may come at any time, and chat.py continues the sequence.
         self.new_ids.append(token)
         self.text += text
         self.finish_reason = finish_reason
@@ -128,10 +127,9 @@ def build_sequence(
     prompt: str | list[dict], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int,
     max_seq_len: int | None = None, hint: str = "", **options,
 ) -> Sequence:
-    """Returns a Sequence that continues prompt: a text, or a chat's messages. Raises UsageError as encode_prompt,
-    check_length and Sequence do.
+    """Returns a Sequence that continues prompt: a string, or a chat's messages. Raises UsageError if encode_prompt,
+    check_length or Sequence refuse an argument.
 
-    config: the model's config.
     max_seq_len, hint: the arguments of check_length. The default of max_seq_len is the model's context.
     options: further fields of Sequence. The default of eos_ids is the model's."""
     check_integer("max_new_tokens", max_new_tokens, 1)
@@ -139,15 +137,15 @@ def build_sequence(
     check_length(len(ids), max_new_tokens, max_seq_len or config.max_seq_len, hint)
     options = {"eos_ids": config.eos_ids} | options
     is_chat = isinstance(prompt, list)
-    return Sequence(ids, max_new_tokens, prompt=prompt, starts_new_text=is_chat, tokenizer=tokenizer, **options)
+    return Sequence(ids, max_new_tokens, prompt=prompt, is_chat=is_chat, tokenizer=tokenizer, **options)
 
 
 def build_sequences(
     prompts: Iterable[str | list[dict]], tokenizer: Tokenizer, config: ModelConfig, max_new_tokens: int,
     seed: int | None, **options,
 ) -> list[Sequence]:
-    """Returns a Sequence for each of prompts. Prompt i samples with seed + i. A prompt that build_sequence refuses, for
-    example because it exceeds the context, gives a Sequence that has failed with the error."""
+    """Returns a Sequence for each of prompts. Prompt i samples with seed + i. If build_sequence refuses a prompt, its
+    Sequence has failed with the error."""
     sequences = []
     for i, prompt in enumerate(prompts):
         own_seed = None if seed is None else seed + i
@@ -166,25 +164,25 @@ def check_seed(seed: int | None):
 
 
 def build_generator(seed: int | None) -> torch.Generator:
-    """Returns a generator of a text's own random numbers, or PyTorch's global one if seed is None. DecodeLoop and
-    Scheduler take one float64 from it for each new token, so a seed gives the same text in both."""
+    """Returns a sequence's own generator, or PyTorch's global one if seed is None. DecodeLoop and Scheduler draw one
+    float64 from it for each new token, so a seed draws the same tokens in both."""
     return torch.default_generator if seed is None else torch.Generator().manual_seed(to_64_bits(seed))
 
 
 def to_64_bits(seed: int) -> int:
-    """Returns a seed as PyTorch takes it. That of prompt i, which is seed + i, may need more bits."""
+    """Returns a seed as PyTorch takes it. The seed of prompt i, seed + i, may need more bits."""
     return seed % 2**64
 
 
 def check_stop(stop: tuple[str, ...]):
-    """Raises UsageError if stop is not a tuple or list of strings. (Of a string, the letters would be stop strings.)"""
+    """Raises UsageError if stop is not a tuple or list of strings. (The letters of a string would be stop strings.)"""
     if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
         raise UsageError(f"stop must be a tuple of strings that are not empty, not {stop!r:.80}")
 
 
 def check_length(n_prompt_tokens: int, max_new_tokens: int, max_seq_len: int, hint: str = ""):
-    """Raises UsageError if the prompt is empty, or if it exceeds max_seq_len together with the new tokens. The second
-    message ends with hint."""
+    """Raises UsageError if the prompt is empty, or if prompt and new tokens exceed max_seq_len. The second message ends
+    with hint."""
     if n_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give some text")
     if n_prompt_tokens + max_new_tokens > max_seq_len:

@@ -5,16 +5,16 @@
     for (token,) in loop.decode_tokens(prompt, max_new_tokens=100): ...
 
 A step reads all weights, whether it takes one token or five. So verifying five tokens costs hardly more than decoding
-one. The model accepts a prefix of the proposed tokens and adds one token of its own. Rejection sampling makes the
-distribution of the output exactly that of plain decoding (arXiv:2211.17192).
+one. The model accepts a prefix of the draft tokens and adds one token of its own. Rejection sampling gives the output
+exactly the distribution of plain decoding (arXiv:2211.17192).
 
-    NgramProposer         searches the text for its last few tokens, and proposes the tokens that followed them there
+    NgramProposer         finds an earlier occurrence of the last few tokens, and proposes the tokens that followed
     DraftModelProposer    proposes the tokens that a smaller model samples
 
-Read SpeculativeLoop.decode_tokens first. rejection_sample decides which tokens are accepted. A cost is a time; the unit
-is one decode step of the model.
+Read SpeculativeLoop.decode_tokens first. rejection_sample decides which draft tokens are accepted. A cost is a time, in
+decode steps of the model.
 
-Shapes: k proposed tokens, V vocabulary. The batch size is always 1.
+Shapes: k draft tokens, V vocabulary. The batch size is always 1.
 """
 
 from collections.abc import Iterator
@@ -28,22 +28,21 @@ from torch import Tensor
 from engine.generation import GenerationLoop
 from engine.memory_traffic import active_weight_bytes
 from engine.runner import ModelRunner, check_sampled_ids
-from engine.sampler import apply_repetition_penalty, store_token_ids
+from engine.sampler import Sampler, adjust_logits
 from engine.sampling_params import SamplingParams
 from kernels.schema import INVALID_TOKEN
 from layers import collectives
-from layers.backend import TORCH_BACKEND, Backend
+from layers.backend import Backend
 from layers.sampling import compute_probs, multinomial, sample
 from model import Transformer
 from utils.errors import UsageError
 
 MAX_SPECULATE_K = 32  # the limit of --speculate_k and --prompt_lookup
-# The cost to verify one proposed token, in decode steps. Measured: 0.01 with 16-bit, 0.02 with 8-bit and 0.15 with
-# 4-bit weights. One number, near the largest, serves all three: with a number that is too large, speculation gains
-# less, but with one that is too small, a text becomes slower than without speculation.
+# The cost to verify one draft token. One value, near the high end: overestimating loses some speed-up, underestimating
+# can make speculation slower than plain decoding. Measured: 16-bit weights 0.01, 8-bit 0.02, 4-bit 0.15.
 VERIFY_COST = 0.1
 # AcceptanceRate counts accepted and rejected tokens, beginning with the priors. Every step decays the counts towards
-# the priors, also a step without a proposal: otherwise nothing would be proposed again after a few bad proposals.
+# the priors. Steps without a proposal do so, too: otherwise a few bad proposals would end speculation.
 PRIOR_ACCEPTED, PRIOR_REJECTED = 1.0, 0.5
 EMA_DECAY = 0.9  # the factor of a step that verifies tokens
 IDLE_DECAY = 0.97  # the factor of a step without a proposal
@@ -58,27 +57,26 @@ class Proposer(Protocol):
     cost: float  # the cost of proposing one token
 
     def propose(self, token_ids: list[int], k: int) -> Proposal | None:
-        """Returns k tokens that may follow token_ids, or None if the proposer has no guess. token_ids must begin with
-        those of the previous call, unless rewind is called in between."""
+        """Returns k tokens that may follow token_ids, or None for no guess. token_ids must begin with those of the
+        previous call, unless rewind is called in between."""
 
     def rewind(self, n: int):
-        """Tells the proposer that the next text may differ from the previous one after the first n tokens."""
+        """Tells the proposer that only the first n tokens of the previous call's token_ids are still valid."""
 
 
 class SpeculativeLoop(GenerationLoop):
-    """A loop whose steps also verify what proposer proposes. The batch size is 1.
+    """A loop whose steps also verify draft tokens. The batch size is 1.
 
-    It draws from PyTorch's global generators, and refuses any other: rejection sampling uses the numbers differently,
-    so a seed could not give the text of a DecodeLoop anyway."""
+    It draws from PyTorch's global generators, and refuses any other. Rejection sampling uses random numbers
+    differently, so a seed would not draw a DecodeLoop's tokens anyway."""
 
     def __init__(self, runner: ModelRunner, proposer: Proposer, max_k: int):
-        """max_k: the most tokens to propose at a time, --speculate_k."""
+        """max_k: propose up to max_k tokens at a time, --speculate_k."""
         super().__init__(runner)
         self.proposer, self.max_k, self.device = proposer, max_k, runner.device
-        sampler = runner.sampler
-        self.verify_step = runner.build_step(RejectionSampler(sampler.params, sampler.token_ids, sampler.backend))
-        self.verify_cost = estimate_verify_cost(runner.model)  # the cost to verify one proposed token
-        # How many tokens of the last text each step gave, and the caller took. Step 0 is prefill.
+        self.verify_step = runner.build_step(RejectionSampler(runner.sampler))
+        self.verify_cost = estimate_verify_cost(runner.model)  # the cost to verify one draft token
+        # How many tokens the caller took from each step of the last decode_tokens. Step 0 is prefill.
         self.n_tokens_per_step: list[int] = []
 
     @torch.inference_mode()
@@ -88,7 +86,7 @@ class SpeculativeLoop(GenerationLoop):
         if generator not in (None, torch.default_generator):
             raise UsageError("speculation draws from PyTorch's global generators: seed those, and leave generator out")
         self.n_tokens_per_step.clear()
-        ids = token_ids[0].tolist()  # the text so far
+        ids = token_ids[0].tolist()  # the sequence so far
         n_left = max_new_tokens
         acceptance = AcceptanceRate()
         self.proposer.rewind(n_cached)
@@ -103,7 +101,7 @@ class SpeculativeLoop(GenerationLoop):
             n_left -= len(new_ids)
             if n_left == 0:
                 return
-            # The draft computes again from the last position on, where its cache may hold rejected tokens.
+            # The draft computes again from the last position: from there its cache may hold rejected tokens.
             self.proposer.rewind(len(ids) - 1)
             # A step that accepts k tokens adds k + 1 tokens, so k must be less than n_left.
             choices = [k for k in k_choices(self.max_k) if k < n_left]
@@ -119,8 +117,8 @@ class SpeculativeLoop(GenerationLoop):
                 acceptance.update(n_accepted, is_rejected=n_accepted < k)
 
     def verify(self, last_token: Tensor, start_pos: Tensor, proposal: Proposal) -> tuple[int, list[int]]:
-        """Verifies the proposed tokens after last_token [1, 1]. Returns n_accepted and the ids of n_accepted + 1
-        tokens: the accepted tokens, then one token that the model sampled."""
+        """Verifies the draft tokens after last_token [1, 1]. Returns n_accepted and the ids of n_accepted + 1 tokens:
+        the accepted tokens, then one token that the model sampled."""
         tokens = torch.cat([last_token, proposal.tokens[None]], dim=1)  # [1, k + 1]
         n_accepted, *next_ids = self.verify_step(tokens, start_pos, proposal.probs).tolist()
         return n_accepted, next_ids[: n_accepted + 1]
@@ -134,44 +132,42 @@ class SpeculativeLoop(GenerationLoop):
                 self.verify(zeros, zeros[0], self.proposer.propose([0, 0, 0], k))
 
     def accept_counts(self) -> list[int]:
-        """Returns how many steps of the last text accepted 0, 1 ... max_k proposed tokens."""
-        # A step that accepts n tokens gives n + 1.
+        """Returns how many steps of the last decode_tokens accepted 0, 1 ... max_k draft tokens."""
+        # A step that accepts n tokens adds n + 1.
         return [self.n_tokens_per_step[1:].count(n_accepted + 1) for n_accepted in range(self.max_k + 1)]
 
 
 @dataclass(frozen=True)
 class RejectionSampler:
-    """The end of a verification, whose tokens [1, k + 1] are the last token of the text and the proposed tokens."""
+    """The end of a verification. Its tokens [1, k + 1] are the last token of the sequence and the draft tokens."""
 
-    params: SamplingParams
-    token_ids: Tensor  # [1, S], KVCache.token_ids
-    backend: Backend  # the backend of the model's head
+    sampler: Sampler  # of plain decoding
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor, draft_probs: Tensor | None = None) -> Tensor:
-        """Returns the result of rejection_sample."""
-        params = self.params
-        if params.needs_token_ids:
-            positions = store_token_ids(self.token_ids, tokens, start_pos)
-            logits = apply_repetition_penalty(logits, self.token_ids, positions, params.repetition_penalty)
-        result = rejection_sample(logits[0], tokens[0, 1:], draft_probs, params, self.backend)
+        """Returns a tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. One
+        tensor needs only one copy to the host.
+
+        logits [1, k + 1, V]: the logits after each of tokens.
+        draft_probs [k, V or fewer]: the distributions from which the draft tokens were sampled, None if they were not
+            sampled."""
+        params, draft_tokens = self.sampler.params, tokens[0, 1:]
+        logits = adjust_logits(logits, tokens, start_pos, self.sampler.token_ids, params)
+        if draft_probs is None:
+            result = accept_equal(self.sampler.sample(logits[0]), draft_tokens)
+        else:
+            result = rejection_sample(logits[0], draft_tokens, draft_probs, params)
         return collectives.broadcast(result)
 
 
-def rejection_sample(
-    logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor | None, params: SamplingParams,
-    backend: Backend = TORCH_BACKEND,
-) -> Tensor:
-    """Returns a tensor [k + 2]: n_accepted, then k + 1 tokens, of which the first n_accepted + 1 are valid. One tensor
-    needs only one copy to the host.
+def accept_equal(tokens: Tensor, draft_tokens: Tensor) -> Tensor:
+    """Accepts each of draft_tokens [k] that equals the token that the model sampled at its position, up to the first
+    that differs. tokens [k + 1]: the sampled tokens. Returns the result of RejectionSampler."""
+    n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
+    return torch.cat([n_accepted, tokens])
 
-    logits [k + 1, V]: the model's logits after the last token of the text and after each of draft_tokens [k].
-    draft_probs [k, V or fewer]: the distributions from which draft_tokens were sampled, None if they were not sampled.
-    backend: the backend of the model's head."""
-    if draft_probs is None:
-        # The model samples a token at each position, and accepts a proposed token that equals the sampled token.
-        tokens = sample(logits, params.temperature, params.filters, backend)
-        n_accepted = (tokens[:-1] == draft_tokens).cumprod(0).sum()[None]
-        return torch.cat([n_accepted, tokens])
+
+def rejection_sample(logits: Tensor, draft_tokens: Tensor, draft_probs: Tensor, params: SamplingParams) -> Tensor:
+    """Returns the result of RejectionSampler for draft tokens that were sampled from draft_probs."""
     probs = compute_probs(logits, params.temperature, params.filters)  # [k + 1, V]
     draft_probs = F.pad(draft_probs, (0, probs.shape[1] - draft_probs.shape[1], 0, 1))  # [k + 1, V]
     # Accept each token with probability min(1, p / q). The first rejected token ends the accepted prefix.
@@ -193,8 +189,8 @@ def rejection_sample(
 
 @dataclass
 class AcceptanceRate:
-    """The rate at which the model accepts proposed tokens, as an exponential moving average. A step counts its accepted
-    tokens and at most one rejected token, since verification stops there."""
+    """The rate at which the model accepts draft tokens, as an exponential moving average. A step counts its accepted
+    tokens and at most one rejected token, because verification stops there."""
 
     n_accepted: float = PRIOR_ACCEPTED
     n_rejected: float = PRIOR_REJECTED
@@ -216,16 +212,16 @@ class AcceptanceRate:
 
 
 def k_choices(max_k: int) -> list[int]:
-    """Returns the numbers of tokens that may be proposed: max_k and a third of it. There are only two, since each
-    number needs its own compiled or captured step."""
+    """Returns the numbers of tokens that may be proposed: max_k and a third of it. Only two, because each number needs
+    its own compiled or captured step."""
     return sorted({max_k, max(1, max_k // 3)})
 
 
 def estimate_verify_cost(model: Transformer) -> float:
-    """Returns the cost to verify one proposed token: VERIFY_COST, or in a mixture of experts the cost of reading the
-    experts that the token adds, if that is more. It assumes that a step reads nothing but experts, and that each token
-    chooses its experts at random. For example, of Mixtral's 8 experts one token uses 2, but the last token and 4
-    proposed tokens use 6.1. So such a step takes 3.05 times as long, and the cost is 2.05 / 4."""
+    """Returns the cost to verify one draft token: VERIFY_COST, or in a mixture of experts the cost of reading the
+    experts that the token adds, if that is more. Assumes that a step reads only experts, and that each token chooses
+    its experts at random. For example, of Mixtral's 8 experts one token uses 2. The last token and 4 draft tokens use
+    6.1. So that step takes 3.05 times as long, and the cost is 2.05 / 4."""
     moe = model.config.moe
     if moe is None:
         return VERIFY_COST
@@ -234,7 +230,7 @@ def estimate_verify_cost(model: Transformer) -> float:
 
 
 def best_k(choices: list[int], acceptance_rate: float, cost: float) -> int:
-    """Returns how many tokens to propose: 0 or one of choices, whichever gives the most tokens per time. cost: of
+    """Returns how many tokens to propose: 0 or one of choices, whichever generates the most tokens per time. cost: of
     proposing and verifying one token."""
 
     def tokens_per_time(k: int) -> float:
@@ -249,15 +245,15 @@ def best_k(choices: list[int], acceptance_rate: float, cost: float) -> int:
 
 
 class NgramProposer:
-    """Finds the last earlier occurrence of the text's last few tokens, and proposes the tokens that followed."""
+    """Finds the last earlier occurrence of the last few tokens, and proposes the tokens that followed."""
 
     cost = 0.0
 
     def __init__(self, max_ngram: int, device: torch.device):
-        """max_ngram: how many of the last tokens to look for. Without a match propose looks for fewer, down to 2."""
+        """max_ngram: how many of the last tokens to look for. Without a match, propose looks for fewer, down to 2."""
         self.max_ngram, self.device = max_ngram, device
         self.ngram_index: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its last occurrence
-        self.n_indexed = 0  # how many tokens of the text are in ngram_index
+        self.n_indexed = 0  # how many tokens of the sequence are in ngram_index
 
     def propose(self, token_ids: list[int], k: int) -> Proposal | None:
         self.index_ngrams(token_ids)
@@ -270,7 +266,7 @@ class NgramProposer:
         return None
 
     def index_ngrams(self, token_ids: list[int]):
-        """Adds the n-grams of the new tokens to ngram_index, except those at the end, which no token follows yet."""
+        """Adds the n-grams of the new tokens to ngram_index. Skips those at the end: no token follows them yet."""
         for index in range(max(self.n_indexed, 2), len(token_ids)):
             for n in range(2, self.max_ngram + 1):
                 self.ngram_index[tuple(token_ids[max(0, index - n) : index])] = index
@@ -291,11 +287,11 @@ class DraftModelProposer:
         self.draft, self.draft_step = draft, draft.build_step(sampler)
         self.last_id = draft.model.config.vocab_size - 1  # the model's vocabulary may be larger
         self.cost = active_weight_bytes(draft.model) / active_weight_bytes(model)
-        self.n_cached = 0  # how many tokens of the text are in the draft's cache
+        self.n_cached = 0  # how many tokens of the sequence are in the draft's cache
 
     def propose(self, token_ids: list[int], k: int) -> Proposal:
-        # The draft's cache lacks the text's last token, and the token before it if the model accepted all k proposals.
-        # The first step always takes both tokens, so that a GPU captures one step with T = 2 for both cases.
+        # The draft's cache lacks the last token, and the token before it if the model accepted all k draft tokens. The
+        # first step always takes both tokens. So a GPU captures one step, with T = 2, for both cases.
         n_before = len(token_ids) - 2
         n_cached = min(self.n_cached, n_before)
         tokens = torch.tensor([token_ids[n_cached:]], device=self.draft.device).clamp(max=self.last_id)
@@ -311,7 +307,7 @@ class DraftModelProposer:
                 draft_probs.append(probs.clone())
             start_pos = start_pos + tokens.shape[1]
             tokens = draft_tokens[-1][None]
-        self.n_cached = len(token_ids) + k - 1  # all but the last proposed token
+        self.n_cached = len(token_ids) + k - 1  # all but the last draft token
         return Proposal(torch.cat(draft_tokens), torch.cat(draft_probs) if draft_probs else None)
 
     def rewind(self, n: int):
@@ -320,12 +316,12 @@ class DraftModelProposer:
 
 @dataclass(frozen=True)
 class DraftSampler:
-    """The end of a draft's step. It leaves out the repetition penalty: the output stays exact, since verification
-    applies the penalty, but fewer of the draft's tokens are accepted."""
+    """The end of a draft's step. Leaves adjust_logits to verification: the output stays exact, but with a repetition
+    penalty fewer draft tokens are accepted."""
 
     params: SamplingParams
     backend: Backend  # the backend of the draft's head
-    vocab_size: int  # the vocabulary of the model; the draft may pad the same vocabulary to a larger size
+    vocab_size: int  # of the model; the draft may pad the same vocabulary to a larger size
 
     def __call__(self, logits: Tensor, tokens: Tensor, start_pos: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns a token [1], and its distribution [1, V] unless sampling is greedy."""

@@ -246,10 +246,8 @@ def empty_dequantize(*, w, k, dtype):
     return w.weight.new_empty(w.n, k, dtype=dtype)
 
 
-# Takes the logits that a CPU graph computes, so sample comes after the graph. At temperature 0 uniform is None.
-@define(
-    f"sample(Tensor logits, *, float temperature, Tensor? temperatures, Tensor? uniform, {FILTERS}) -> Tensor",
-    capturable=False,
-)
+# Takes the logits that a CPU graph computes, so sample comes after the graph. Greedy sampling passes neither
+# temperature nor rand.
+@define(f"sample(Tensor logits, *, Tensor? temperature, Tensor? rand, {FILTERS}) -> Tensor", capturable=False)
 def empty_sample(logits, **_):
     return logits.new_empty(len(logits), dtype=torch.int64)

@@ -3,7 +3,7 @@
     sample           the next token, drawn or the likeliest: a kernel, or sample_torch
     compute_probs    the distribution from which sample draws, for speculation
 
-A CUDA graph holds these functions, so on a GPU none may wait for the device (.item(), .tolist()).
+On a GPU no function here may wait for the device (.item(), .tolist()), because a CUDA graph captures it.
 """
 
 import torch
@@ -21,24 +21,34 @@ VOCAB_BLOCK = 64  # neighbouring token ids; the search skips a block if no token
 
 
 def sample(
-    logits: Tensor, temperature: float, filters: TokenFilters, backend: Backend, uniform: Tensor | None = None,
-    temperatures: Tensor | None = None,
+    logits: Tensor, temperature: float | Tensor, filters: TokenFilters, backend: Backend, rand: Tensor | None = None
 ) -> Tensor:
-    """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. At temperature 0 the token is the
-    likeliest token. The id is INVALID_TOKEN for a sequence with a logit that is not finite.
+    """Draws a token for every sequence: float32 logits [B, V] -> token ids [B]. The id is INVALID_TOKEN for a sequence
+    with a logit that is not finite.
 
-    uniform: random numbers [B, 1] of draw_uniform, by default from the device's global generator.
-    temperatures: one for each sequence, float32 [B, 1] and positive, in place of temperature, which must not be 0."""
+    temperature: a number, or a float32 tensor of positive numbers: [B, 1], or [1, 1] for all sequences. The number 0
+        takes the likeliest token.
+    rand: random numbers [B, 1] of draw_rand, by default from the device's global generator. PyTorch and C++ invert the
+        cumulative distribution at the number. Triton seeds the noise of the row's logits with its bits, so there the
+        same number draws another token."""
     if not has_sample_kernel(backend, filters):
-        return sample_torch(logits, temperature, filters, uniform, temperatures)
-    if temperature == 0:
-        uniform = None
-    elif uniform is None:
-        uniform = draw_uniform(len(logits), logits.device)
+        return sample_torch(logits, temperature, filters, rand)
+    if is_greedy(temperature):
+        temperature = rand = None
+    else:
+        if not isinstance(temperature, Tensor):
+            temperature = logits.new_full((1, 1), temperature)
+        if rand is None:
+            rand = draw_rand(len(logits), logits.device)
     return backend.op("sample")(
-        contiguous(logits), temperature=temperature, temperatures=contiguous(temperatures),
-        uniform=contiguous(uniform), **{name: getattr(filters, name) for name in KERNEL_FILTERS},
+        contiguous(logits), temperature=temperature, rand=contiguous(rand),
+        **{name: getattr(filters, name) for name in KERNEL_FILTERS},
     )
+
+
+def is_greedy(temperature: float | Tensor) -> bool:
+    """Does not read a tensor, because that would wait for the device."""
+    return not isinstance(temperature, Tensor) and temperature == 0
 
 
 def has_sample_kernel(backend: Backend, filters: TokenFilters) -> bool:
@@ -46,29 +56,29 @@ def has_sample_kernel(backend: Backend, filters: TokenFilters) -> bool:
 
 
 def sample_torch(
-    logits: Tensor, temperature: float, filters: TokenFilters, uniform: Tensor | None = None,
-    temperatures: Tensor | None = None,
+    logits: Tensor, temperature: float | Tensor, filters: TokenFilters, rand: Tensor | None = None
 ) -> Tensor:
-    if temperature == 0:
+    if is_greedy(temperature):
         tokens = logits.argmax(-1)
     else:
-        probs, ids = apply_temperature_and_filters(logits, temperature, filters, temperatures)
-        drawn = multinomial(probs, uniform)
+        probs, ids = apply_temperature_and_filters(logits, temperature, filters)
+        drawn = multinomial(probs, rand)
         tokens = drawn if ids is None else ids.gather(-1, drawn[:, None])[:, 0]
     is_finite = logits.isfinite().all(-1)
     return torch.where(is_finite, tokens, INVALID_TOKEN)
 
 
 def apply_temperature_and_filters(
-    logits: Tensor, temperature: float, filters: TokenFilters, temperatures: Tensor | None = None
+    logits: Tensor, temperature: float | Tensor, filters: TokenFilters
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. The probabilities of a
-    sequence need not sum to one. If ids is None, C is V, and the tokens are in the order of their ids."""
-    divisor: float | Tensor = max(temperature, SMALLEST_TEMPERATURE)
-    if temperatures is not None:
-        divisor = temperatures.clamp(min=SMALLEST_TEMPERATURE)
-    # Subtracting the maximum makes the largest score 0 and all others negative. So with a small temperature no score
-    # overflows to +inf, and the probabilities of the negative scores underflow to 0.
+    """Returns probabilities and ids of the C tokens from which sample draws, both [B, C]. A row of probabilities need
+    not sum to one. If ids is None, C is V, and the tokens are in the order of their ids."""
+    if isinstance(temperature, Tensor):
+        divisor = temperature.clamp(min=SMALLEST_TEMPERATURE)
+    else:
+        divisor = max(temperature, SMALLEST_TEMPERATURE)
+    # Subtract the maximum: the largest score becomes 0, the others negative. So no score overflows with a small
+    # temperature, and the probabilities of negative scores underflow to 0.
     scores = (logits - logits.amax(-1, keepdim=True)) / divisor
     has_top_k = 0 < filters.top_k < scores.shape[-1]
     ids = None
@@ -92,32 +102,31 @@ def compute_probs(logits: Tensor, temperature: float, filters: TokenFilters) -> 
     return probs if ids is None else torch.zeros_like(logits).scatter_add(-1, ids, probs)
 
 
-def draw_uniform(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """Returns random numbers [n, 1] in [0, 1) on device. By default they are drawn there, by the device's global
-    generator. A generator draws on its own device, so a seeded generator of the CPU gives every device the same."""
+def draw_rand(n: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Returns random numbers [n, 1] in [0, 1) on device. By default the device's global generator draws them there. A
+    generator draws on its own device, so a seeded generator of the CPU draws the same numbers for every device."""
     source = device if generator is None else generator.device
-    uniform = torch.rand(n, 1, dtype=uniform_dtype(source), device=source, generator=generator)
-    return uniform.to(device, uniform_dtype(device))
+    rand = torch.rand(n, 1, dtype=rand_dtype(source), device=source, generator=generator)
+    return rand.to(device, rand_dtype(device))
 
 
-def uniform_dtype(device: torch.device) -> torch.dtype:
-    """The type of the random numbers on device: float64, but float32 on an accelerator that may lack float64, as MPS
-    does."""
+def rand_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on an accelerator that may lack float64, such as MPS."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
-def multinomial(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
-    """Draws a token for each sequence: probs [B, V] -> ids [B]. The probabilities of a sequence need not sum to one. A
-    token of probability 0 is never drawn.
+def multinomial(probs: Tensor, rand: Tensor | None = None) -> Tensor:
+    """Draws a token for each sequence: probs [B, V] -> ids [B]. A row need not sum to one. A token of probability 0 is
+    never drawn.
 
-    uniform: as for sample."""
+    rand: see sample."""
     # Inverse transform sampling: take the first token whose cumulative probability exceeds the random number.
-    dtype = uniform_dtype(probs.device)
+    dtype = rand_dtype(probs.device)
     cumulative = probs.cumsum(-1, dtype=dtype)
-    if uniform is None:
-        uniform = draw_uniform(len(probs), probs.device)
-    uniform = uniform.to(dtype).clamp(max=1 - torch.finfo(dtype).eps)  # rounding could give 1
-    return (cumulative <= uniform * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
+    if rand is None:
+        rand = draw_rand(len(probs), probs.device)
+    rand = rand.to(dtype).clamp(max=1 - torch.finfo(dtype).eps)  # rounding could give 1
+    return (cumulative <= rand * cumulative[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
 
 
 # ---- Faster in PyTorch ----------------------------------------------------------------------------------------------
@@ -127,7 +136,7 @@ def sort_for_top_p(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Finds the likeliest tokens of each sequence, enough for their probabilities to sum to top_p. probs [B, V] ->
     probabilities and ids, both [B, C], the likeliest first. Equally likely tokens are in the order of their ids. Zeros
     pad a sequence that needs fewer than C tokens."""
-    # On a GPU and when compiled, C must not depend on the probabilities. So all V tokens are sorted there.
+    # On a GPU and when compiled, C must not depend on the probabilities. So sort all V tokens there.
     if probs.device.type != "cpu" or torch.compiler.is_compiling() or probs.shape[-1] <= SMALL_VOCABULARY:
         return probs.sort(dim=-1, descending=True, stable=True)
     values, ids = zip(*[search_for_top_p(row, top_p) for row in probs], strict=True)

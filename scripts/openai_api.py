@@ -59,7 +59,7 @@ def read_sequences(body: dict, is_chat: bool, tokenizer: Tokenizer, scheduler: S
     else:
         n_logprobs = read_integer(body, "logprobs", None, 0, MAX_LOGPROBS)
     params, stop = read_sampling_params(body), read_stop(body)
-    options = {"tokenizer": tokenizer, "eos_ids": eos_ids, "starts_new_text": is_chat, "n_logprobs": n_logprobs}
+    options = {"tokenizer": tokenizer, "eos_ids": eos_ids, "is_chat": is_chat, "n_logprobs": n_logprobs}
     ids = [prompt for prompt in prompts for _ in range(n)]
     return [Sequence(ids[i], max_tokens, params, stop=stop, seed=seed + i, **options) for i in range(len(ids))]
 

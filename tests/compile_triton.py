@@ -208,8 +208,8 @@ def launch_others(dtype: torch.dtype, compiles_all: bool):
         down(hidden, topk_ids=topk_ids, topk_weights=topk_weights)
     for temperature in (0, 1):
         sample(torch.randn(1, 5000), temperature, TokenFilters(), TRITON_BACKEND)
-    for temperatures in (None, torch.ones(1, 1)):
-        sample(torch.randn(1, 5000), 1, TokenFilters(top_p=0.9), TRITON_BACKEND, temperatures=temperatures)
+    for temperature in (1, torch.ones(2, 1)):
+        sample(torch.randn(2, 5000), temperature, TokenFilters(top_p=0.9), TRITON_BACKEND)
     k, v = torch.zeros(2, 1, 2, 9000, 64, dtype=dtype).unbind()
     cache = LayerCache(k, v, torch.randn(9000, 32, 2))
     start_pos = torch.zeros(1, dtype=torch.int64)

@@ -16,37 +16,70 @@ from utils.files import ROOT
 
 PAGE = (ROOT / "docs/add_a_model.md").read_text()
 EXCERPTS = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.S)
-TOP_N_SIGMA_DIFF, NF4_DIFF = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
-TOP_N_SIGMA_TESTS = '''
+EPSILON_DIFF, NF4_DIFF = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
+EPSILON_TESTS = '''
 import pytest
 import torch
 
+import kernels.build
+import kernels.triton.sampling  # registers the operation, which runs in Triton's interpreter
 from cli.generate_args import parse_args
-from utils.errors import UsageError
 from engine.sampling_params import SamplingParams
 from kernels.schema import TokenFilters
-from layers.sampling import compute_probs
+from layers.backend import CPU_BACKEND, TRITON_BACKEND
+from layers.sampling import compute_probs, has_sample_kernel, sample
+from scripts.kernel_checks.check_sampling import exact_gumbel_noise
 from tests.tiny import call_main
+from utils.errors import UsageError
+
+LOGITS = 3 * torch.randn(300, generator=torch.Generator().manual_seed(0))
+FILTERS = [{}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_p": 0.9, "min_p": 0.01}]
 
 
-def test_top_n_sigma():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -5.0]])
-    filters = SamplingParams(temperature=3.0, top_n_sigma=0.5).filters
-    probs = compute_probs(logits, 3.0, filters)  # the deviation is 3.1
-    torch.testing.assert_close(probs[0, :2], torch.tensor([2 / 3, 1 / 3]).softmax(-1))
-    assert probs[0, 2:].tolist() == [0, 0]
+def test_epsilon_cutoff():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    for epsilon, kept in [(0.15, [4, 3, 2]), (0.3 - 1e-6, [4, 3]), (0.9, [4])]:
+        filters = SamplingParams(temperature=1.0, epsilon_cutoff=epsilon).filters
+        expected = torch.tensor([kept + [0] * (4 - len(kept))]) / sum(kept)
+        torch.testing.assert_close(compute_probs(logits, 1.0, filters), expected)
     for wrong in (-1.0, float("inf")):
-        with pytest.raises(UsageError, match="top_n_sigma"):
-            SamplingParams(top_n_sigma=wrong)
-    assert SamplingParams(1.0, top_n_sigma=0.0) == SamplingParams(1.0)
-    assert SamplingParams(1.0).filters == TokenFilters() != SamplingParams(1.0, top_n_sigma=2).filters
+        with pytest.raises(UsageError, match="epsilon_cutoff"):
+            SamplingParams(epsilon_cutoff=wrong)
+    assert SamplingParams(1.0, epsilon_cutoff=0.0) == SamplingParams(1.0)
+    assert SamplingParams(1.0).filters == TokenFilters() != SamplingParams(1.0, epsilon_cutoff=0.1).filters
 
 
-def test_top_n_sigma_option():
+def test_epsilon_cutoff_option():
     def options():
-        assert parse_args("").sampling_params == SamplingParams(0.8, top_n_sigma=0.3)
+        assert parse_args("").sampling_params == SamplingParams(0.8, epsilon_cutoff=0.3)
 
-    call_main(options, "--top_n_sigma", "0.3", "--checkpoint_path", "model.pth")
+    call_main(options, "--epsilon_cutoff", "0.3", "--checkpoint_path", "model.pth")
+
+
+@pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("epsilon", [1e-3, 0.03, 0.9])
+@pytest.mark.parametrize("others", [*FILTERS, {"top_k": 5}], ids=str)
+def test_epsilon_cutoff_on_a_cpu(others, epsilon):
+    """n evenly spaced random numbers draw a token of probability p about n p times, give or take one."""
+    assert kernels.build.library()
+    n, filters = 500, TokenFilters(**others, epsilon_cutoff=epsilon)
+    assert has_sample_kernel(CPU_BACKEND, filters)
+    rand = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
+    tokens = sample(LOGITS.expand(n, -1), 1.3, filters, CPU_BACKEND, rand)
+    expected = compute_probs(LOGITS[None], 1.3, filters)[0]
+    assert (tokens.bincount(minlength=len(LOGITS)) - n * expected).abs().max() < 1.01
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 0.03, 0.9])
+@pytest.mark.parametrize("others", FILTERS, ids=str)
+def test_epsilon_cutoff_on_a_gpu(others, epsilon):
+    """The drawn token has the best score, logit + temperature * noise, of the tokens that the filters keep."""
+    filters, rand = TokenFilters(**others, epsilon_cutoff=epsilon), torch.rand(5, 1, dtype=torch.float64)
+    assert has_sample_kernel(TRITON_BACKEND, filters)
+    scores = LOGITS + 1.3 * exact_gumbel_noise(rand, len(LOGITS))
+    is_kept = compute_probs(LOGITS[None], 1.3, filters) > 0
+    tokens = sample(LOGITS.expand(5, -1), 1.3, filters, TRITON_BACKEND, rand)
+    assert torch.equal(tokens, scores.masked_fill(~is_kept, -torch.inf).argmax(-1))
 '''
 
 
@@ -117,7 +150,7 @@ def test_nf4_on_a_gpu(dtype):
 # Tests that go through a list of formats and do not take minutes
 FORMAT_TESTS = ["tests/test_quantize.py", "tests/test_kernels.py", "tests/test_triton.py::test_every_format_is_checked"]
 EXAMPLES = {  # name -> diff, tests of ours, and which tests in the tree also try it
-    "top_n_sigma": (TOP_N_SIGMA_DIFF, TOP_N_SIGMA_TESTS, ["tests/test_sampling.py"]),
+    "epsilon_cutoff": (EPSILON_DIFF, EPSILON_TESTS, ["tests/test_sampling.py"]),
     "nf4": (NF4_DIFF, NF4_TESTS, FORMAT_TESTS),
 }
 

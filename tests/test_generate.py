@@ -128,13 +128,13 @@ def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one(n, mon
         copies.append(torch.full((2,), -7))
         return copies[-1]
 
-    def launch_steps():
+    def generate_steps():
         for i in range(n):
             calls.append(f"queue {i}")
             yield SimpleNamespace(to=to_host)
 
     monkeypatch.setattr(torch.cuda, "Event", new_event)
-    tokens = [tokens.tolist() for tokens in run_one_step_ahead(launch_steps())]
+    tokens = [tokens.tolist() for tokens in run_one_step_ahead(generate_steps())]
     assert tokens == [[i, i] for i in range(n)]
     expected = ["queue 0", "record 0"]
     for i in range(1, n):
@@ -144,9 +144,9 @@ def test_on_a_gpu_a_step_is_queued_before_the_host_waits_for_the_last_one(n, mon
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_random_numbers_are_those_of_single_draws(batch_size, both_models):
-    """uniform_per_step draws the numbers of all steps at once. They equal those that a Scheduler draws one by one."""
+    """rand_per_step draws the numbers of all steps at once. They equal those that a Scheduler draws one by one."""
     runner = fresh_runner(both_models("llama3")[1], batch_size, 8, SamplingParams(1.0))
-    drawn = list(runner.uniform_per_step(300, batch_size, torch.Generator().manual_seed(5)))
+    drawn = list(runner.rand_per_step(300, batch_size, torch.Generator().manual_seed(5)))
     generator = torch.Generator().manual_seed(5)
     singles = [torch.rand(1, dtype=torch.float64, generator=generator) for _ in range(300 * batch_size)]
     assert torch.equal(torch.stack(drawn), torch.cat(singles).view(300, batch_size, 1))

@@ -43,11 +43,12 @@ def test_logits_that_the_kernel_does_not_take():
     for wrong in (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(3), torch.zeros(0, 3)):
         with pytest.raises(RuntimeError, match="logits must be float32"):
             sample(wrong, 0.0, TokenFilters(), CPU_BACKEND)
-    for options in ({"uniform": torch.rand(2, 1)}, {"uniform": torch.rand(1, 1).double()}):
+    for options in ({"rand": torch.rand(2, 1)}, {"rand": torch.rand(1, 1).double()}):
         with pytest.raises(RuntimeError, match="random numbers must be float64"):
             sample(torch.zeros(2, 3), 0.5, TokenFilters(), CPU_BACKEND, **options)
-    with pytest.raises(RuntimeError, match="temperatures must be float32"):
-        sample(torch.zeros(2, 3), 0.5, TokenFilters(), CPU_BACKEND, temperatures=torch.ones(3, 1))
+    for wrong in (torch.ones(3, 1), torch.ones(1, 1).double()):
+        with pytest.raises(RuntimeError, match="temperature must be float32"):
+            sample(torch.zeros(2, 3), wrong, TokenFilters(), CPU_BACKEND)
 
 
 # ---- A random token -------------------------------------------------------------------------------------------------
@@ -66,29 +67,30 @@ def test_drawn_tokens(vocab_size, truncation):
     one."""
     assert kernels.build.library()
     n, noise = 500, 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
-    uniform = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
+    rand = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
     for logits in (noise, 3 * noise, noise.round(), (noise > 2).float(), torch.zeros(vocab_size), 1e37 * noise):
         for temperature in (1e-6, 0.7, 1e3):
             weights = ((logits.double() - logits.max()) / temperature).exp()
             weights *= kept_tokens(logits[None], temperature, **truncation)[0]
             expected, rows = weights / weights.sum(), logits.expand(n, vocab_size)
-            tokens = sample(rows, temperature, TokenFilters(**truncation), CPU_BACKEND, uniform)
+            tokens = sample(rows, temperature, TokenFilters(**truncation), CPU_BACKEND, rand)
             assert (tokens.diff() >= 0).all()  # more likely tokens need not come first
             assert (torch.bincount(tokens, minlength=vocab_size) - n * expected).abs().max() < 1.01
             if "top_k" not in truncation or len(logits.unique()) == vocab_size:  # of tied logits, topk may keep any
-                tokens = sample(rows, temperature, TokenFilters(**truncation), TORCH_BACKEND, uniform)
+                tokens = sample(rows, temperature, TokenFilters(**truncation), TORCH_BACKEND, rand)
                 assert (torch.bincount(tokens, minlength=vocab_size) - n * expected).abs().max() < 1.01
 
 
 @built
 def test_each_row_has_its_own_temperature():
     assert kernels.build.library()
-    logits, uniform = torch.randn(9, 300), torch.rand(9, 1, dtype=torch.float64)
-    uniform[4] = 1.0  # which rounding of a random number can give
+    logits, rand = torch.randn(9, 300), torch.rand(9, 1, dtype=torch.float64)
+    rand[4] = 1.0  # which rounding of a random number can give
     temperatures = torch.logspace(-30, 3, 9)[:, None]
     logits[2, 7] = torch.nan
     filters = TokenFilters(top_p=0.9)
-    tokens = sample(logits, 1.0, filters, CPU_BACKEND, uniform, temperatures)
+    tokens = sample(logits, temperatures, filters, CPU_BACKEND, rand)
     for i, temperature in enumerate(temperatures[:, 0].tolist()):
-        alone = sample(logits[i : i + 1], temperature, filters, CPU_BACKEND, uniform[i : i + 1])
-        assert alone == tokens[i] and (alone == -1) == (i == 2)
+        alone = sample(logits[i : i + 1], temperature, filters, CPU_BACKEND, rand[i : i + 1])
+        alike = sample(logits, temperatures[i : i + 1], filters, CPU_BACKEND, rand)  # all rows have one
+        assert alone == tokens[i] == alike[i] and (alone == -1) == (i == 2)

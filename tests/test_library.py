@@ -94,7 +94,7 @@ def test_llm(chat_model, cli):
             llm.generate(wrong, max_new_tokens=12)
     for start in (partial(LLM, chat_model / "model.pth"), partial(llm.generate, "Hello", 12),
                   partial(llm.generate_many, ["Hello"]), llm.chat):
-        with pytest.raises(UsageError, match="^foo is no sampling option; these are: temperature, top_k"):
+        with pytest.raises(UsageError, match="^foo is not a sampling option; these are: temperature, top_k"):
             start(foo=1)
         with pytest.raises(UsageError, match="^top_k must be at least 1, not 0"):
             start(top_k=0)
@@ -124,7 +124,7 @@ def test_texts_at_once(chat_model):
     in_turns = None
     gc.collect()
     alive = [o for o in gc.get_objects() if type(o) is KVCache and o.token_ids.shape[1] == 160]
-    assert [id(o) for o in alive] == [id(llm.idle_loop.runner.kv_cache)]
+    assert [id(o) for o in alive] == [id(llm.spare_loop.runner.kv_cache)]
 
 
 @pytest.mark.parametrize("family, n", [("llama3", 40), ("dynamic", 40), ("phi4-mini", 9)])
@@ -195,7 +195,7 @@ def test_sampling_options_of_a_call(chat_model):
         assert (text(hot, temperature=0), text(greedy, temperature=5)) == expected
         assert (text(greedy), text(hot)) == expected
     assert text(hot, top_k=1) == expected[0] and text(greedy, temperature=5, top_k=None) != expected[1]
-    assert greedy.idle_loop is not None
+    assert greedy.spare_loop is not None
 
     pieces = greedy.generate("Hello", max_new_tokens=20)
     first = next(pieces)
@@ -408,4 +408,4 @@ def test_a_text_after_one_that_failed(chat_model):
         list(llm.generate("Hello there", max_new_tokens=8))
     weight.copy_(before)
     assert "".join(llm.generate("Hello", max_new_tokens=8)) == expected
-    assert llm.idle_loop.runner.kv_cache.layers[0].k.isfinite().all()
+    assert llm.spare_loop.runner.kv_cache.layers[0].k.isfinite().all()

@@ -240,9 +240,9 @@ def test_sequences_of_different_temperatures_are_sampled_in_one_pass():
 
     alone = []
     for i, params in enumerate(all_params):
-        uniform = torch.rand(1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        rand = torch.rand(1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
         row, backend = logits[i : i + 1], TORCH_BACKEND
-        alone += sample(row, params.temperature, params.filters, backend, uniform).tolist()
+        alone += sample(row, params.temperature, params.filters, backend, rand).tolist()
     assert sample_together(list(range(16))) == (alone, 2)  # greedy without a softmax; with top_k; without
     assert sample_together([15, 0, 3, 12]) == ([alone[i] for i in (15, 0, 3, 12)], 2)
     assert sample_together([5, 4]) == ([alone[5], alone[4]], 1)

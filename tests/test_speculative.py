@@ -16,11 +16,11 @@ from engine.sampling_params import SamplingParams
 from engine.speculate import (
     DraftModelProposer,
     NgramProposer,
+    RejectionSampler,
     SpeculativeLoop,
     best_k,
     estimate_verify_cost,
     k_choices,
-    rejection_sample,
 )
 from layers.backend import TORCH_BACKEND
 from layers.kv_cache import KVCache
@@ -211,9 +211,11 @@ def test_rejection_sampling_keeps_what_both_agree_on():
     for params in (GREEDY, SamplingParams(1.0)):
         q = None if params is GREEDY else draft_probs
         swapped = None if q is None else q[:, [0, 1, 3, 2, 4]]
-        assert rejection_sample(logits, torch.tensor([4, 2]), q, params).tolist() == [2, 4, 2, 1]
-        assert rejection_sample(logits, torch.tensor([4, 3]), swapped, params).tolist()[:3] == [1, 4, 2]
-        bad = rejection_sample(logits * torch.nan, torch.tensor([4, 2]), q, params)
+        sampler = RejectionSampler(Sampler(params, torch.zeros(1, 3, dtype=torch.long), TORCH_BACKEND))
+        start_pos, drafted, other = torch.tensor([0]), torch.tensor([[0, 4, 2]]), torch.tensor([[0, 4, 3]])
+        assert sampler(logits[None], drafted, start_pos, q).tolist() == [2, 4, 2, 1]
+        assert sampler(logits[None], other, start_pos, swapped).tolist()[:3] == [1, 4, 2]
+        bad = sampler(logits[None] * torch.nan, drafted, start_pos, q)
         assert bad[0] == 0 and bad[1] == -1
 
 

@@ -271,12 +271,13 @@ def test_sample_of_logits_that_are_not_finite(value):
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_a_row_draws_the_token_that_it_draws_alone(top_p):
     """Also with a temperature of its own."""
-    logits, uniform = torch.randn(6, 300), torch.rand(6, 1, dtype=torch.float64)
+    logits, rand = torch.randn(6, 300), torch.rand(6, 1, dtype=torch.float64)
     temperatures, filters = torch.logspace(-30, 3, 6)[:, None], TokenFilters(top_p=top_p)
-    together = sample(logits, 1.0, filters, TRITON_BACKEND, uniform, temperatures)
+    together = sample(logits, temperatures, filters, TRITON_BACKEND, rand)
     for i, temperature in enumerate(temperatures[:, 0].tolist()):
-        alone = sample(logits[i : i + 1], temperature, filters, TRITON_BACKEND, uniform[i : i + 1])
-        assert alone == together[i]
+        alone = sample(logits[i : i + 1], temperature, filters, TRITON_BACKEND, rand[i : i + 1])
+        alike = sample(logits, temperatures[i : i + 1], filters, TRITON_BACKEND, rand)  # all rows have one
+        assert alone == together[i] == alike[i]
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------

@@ -320,20 +320,21 @@ Tensor experts_down(Tensor hidden, Tensor weight, OptTensor scales, OptTensor ze
   return out;
 }
 
-Tensor sample(Tensor logits, double temperature, OptTensor temperatures, OptTensor uniform, int64_t top_k,
-              double top_p, double min_p) {
+Tensor sample(Tensor logits, OptTensor temperature, OptTensor rand, int64_t top_k, double top_p, double min_p) {
   STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float && logits.is_contiguous() && logits.dim() == 2 &&
                   logits.numel() > 0, "logits must be float32 [B, V]");
   const int64_t m = logits.size(0);
-  STD_TORCH_CHECK(!uniform || (uniform->scalar_type() == ScalarType::Double && uniform->is_contiguous() &&
-                               uniform->numel() == m), "random numbers must be float64 [B, 1]");
-  STD_TORCH_CHECK(!temperatures || (temperatures->scalar_type() == ScalarType::Float && temperatures->is_contiguous() &&
-                                    temperatures->numel() == m), "temperatures must be float32 [B, 1]");
-  STD_TORCH_CHECK(uniform || temperature == 0, "a temperature above 0 needs random numbers");
+  STD_TORCH_CHECK(!rand || (rand->scalar_type() == ScalarType::Double && rand->is_contiguous() && rand->numel() == m),
+                  "random numbers must be float64 [B, 1]");
+  STD_TORCH_CHECK(!temperature || (temperature->scalar_type() == ScalarType::Float && temperature->is_contiguous() &&
+                                   (temperature->numel() == 1 || temperature->numel() == m)),
+                  "temperature must be float32 [B, 1] or [1, 1]");
+  STD_TORCH_CHECK(bool(temperature) == bool(rand), "a temperature needs random numbers, and they need a temperature");
   STD_TORCH_CHECK(top_k >= 0 && top_p > 0 && min_p >= 0 && min_p <= 1, "top_k, top_p or min_p is out of range");
   Tensor tokens = torch::stable::new_empty(logits, Sizes{m}, ScalarType::Long);
-  submit(SampleOp{.logits = ptr<float>(logits), .m = m, .n = logits.size(1), .uniform = ptr<double>(uniform),
-                  .temperatures = ptr<float>(temperatures), .temperature = float(temperature),
+  submit(SampleOp{.logits = ptr<float>(logits), .m = m, .n = logits.size(1), .rand = ptr<double>(rand),
+                  .temperature = ptr<float>(temperature),
+                  .temperature_stride = temperature && temperature->numel() > 1 ? 1 : 0,
                   .filters = {.top_k = top_k, .top_p = top_p, .min_p = float(min_p)},
                   .tokens = mutable_ptr<int64_t>(tokens)});
   return tokens;

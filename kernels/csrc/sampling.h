@@ -1,6 +1,6 @@
-// The operation sample: chooses the next token by its logits, as layers/sampling.py does in PyTorch. But the threads
-// share the passes over the vocabulary, and nothing is sorted. PyTorch's argmax, for example, is not vectorized and
-// takes 0.2 ms for 49,152 tokens.
+// The operation sample: chooses the next token by its logits. layers/sampling.py does the same in PyTorch. Here the
+// threads share the passes over the vocabulary, and nothing is sorted. (PyTorch's argmax is not vectorized, and takes
+// 0.2 ms for 49,152 tokens.)
 #pragma once
 
 #include <cmath>
@@ -19,15 +19,15 @@ struct TokenFilters {
   float min_p;
 };
 
-// Computes tokens [m] from logits [m, n]. Without uniform, SampleOp takes the likeliest token, or the first of tied
-// tokens. With uniform, SampleOp draws a token by exp(logit / temperature) among the tokens that filters keep. If a
-// logit is not finite, the token is INVALID_TOKEN.
+// Computes tokens [m] from logits [m, n]. Without rand, it takes the likeliest token, or the first of tied tokens. With
+// rand, it draws a token by exp(logit / temperature) among the tokens that filters keep. If a logit is not finite, the
+// token is INVALID_TOKEN.
 struct SampleOp {
   const float* logits;
   int64_t m, n;
-  const double* uniform;      // [m], random numbers in [0, 1), or null
-  const float* temperatures;  // [m], or null: all rows have temperature
-  float temperature;
+  const double* rand;          // [m], random numbers in [0, 1), or null
+  const float* temperature;    // [m], or [1] for all rows, or null
+  int64_t temperature_stride;  // 1, or 0 for all rows
   TokenFilters filters;
   int64_t* tokens;
 
@@ -42,10 +42,10 @@ struct SampleOp {
     return {vecs.begin * LANES, std::min(vecs.end * LANES, n)};
   }
   int64_t padded_n() const { return round_up(n, LANES); }
-  size_t shared_bytes() const { return m * (N_PARTS + (uniform ? padded_n() : 0)) * sizeof(float); }
+  size_t shared_bytes() const { return m * (N_PARTS + (rand ? padded_n() : 0)) * sizeof(float); }
 
-  // Phase 1: the threads share the parts of all rows, and find the largest logit of each part. Phase 2, with uniform:
-  // the threads compute the weights of each part. Phase 3: the threads share the rows, and choose a token for each.
+  // Phase 1: the threads share the parts of all rows, and find the largest logit of each part. Phase 2, with rand: they
+  // compute the weights of each part. Phase 3: they share the rows, and choose a token for each.
   void execute(char* shared, Barrier& barrier) const {
     float* largest = reinterpret_cast<float*>(shared);  // [m, N_PARTS]
     float* weights = largest + m * N_PARTS;             // [m, padded_n]
@@ -53,7 +53,7 @@ struct SampleOp {
     for (int64_t i = parts.begin; i < parts.end; i++)
       largest[i] = largest_logit(logits + i / N_PARTS * n, part_range(i % N_PARTS));
     barrier.wait();
-    if (uniform) {
+    if (rand) {
       for (int64_t i = parts.begin; i < parts.end; i++) {
         const int64_t row = i / N_PARTS;
         compute_weights(row, part_range(i % N_PARTS), largest + row * N_PARTS, weights + row * padded_n());
@@ -65,7 +65,7 @@ struct SampleOp {
       const float* row_largest = largest + row * N_PARTS;
       const bool is_finite = std::none_of(row_largest, row_largest + N_PARTS, [](float x) { return std::isnan(x); });
       if (!is_finite) tokens[row] = INVALID_TOKEN;
-      else if (uniform) tokens[row] = draw(weights + row * padded_n(), uniform[row]);
+      else if (rand) tokens[row] = draw(weights + row * padded_n(), rand[row]);
       else tokens[row] = likeliest(logits + row * n, row_largest);
     }
   }
@@ -95,7 +95,7 @@ struct SampleOp {
   // weight 1.
   void compute_weights(int64_t row, Range range, const float* largest, float* weights) const {
     const float max = *std::max_element(largest, largest + N_PARTS);
-    const float divisor = std::max(temperatures ? temperatures[row] : temperature, SMALLEST_TEMPERATURE);
+    const float divisor = std::max(temperature[row * temperature_stride], SMALLEST_TEMPERATURE);
     const float scale = LOG2_E / divisor;
     for (int64_t i = range.begin; i < range.end; i += LANES) {
       const f32x16 w = exp2_vec((load_partial(logits + row * n, i, range.end) - max) * scale);
@@ -110,12 +110,12 @@ struct SampleOp {
   };
 
   // Returns the sum of the weights [size] that exceed threshold. size is a multiple of LANES. A higher threshold never
-  // gives a larger sum, also with rounding, since the additions always have the same order.
+  // has a larger sum, even with rounding, because the order of the additions is always the same.
   static Sum sum_above(float threshold, const float* weights, int64_t size) {
     Sum total{};
     i32x16 n_tokens{};
     for (int64_t begin = 0; begin < size; begin += BLOCK) {
-      f32x16 sums[4] = {};  // independent, so that no addition waits for the previous one
+      f32x16 sums[4] = {};  // independent: no addition waits for the previous one
       const int64_t end = std::min(begin + BLOCK, size);
       for (int64_t i = begin; i < end; i += 4 * LANES)
 #pragma GCC unroll 4
@@ -132,15 +132,15 @@ struct SampleOp {
     return total;
   }
 
-  // Copies the weights in (low, high], at most MAX_COPIED. Pads the copies with zeros to a multiple of LANES, and
-  // returns this multiple.
+  // Copies the weights in (low, high], up to MAX_COPIED. Pads the copies with zeros to a multiple of LANES, and returns
+  // this multiple.
   static int64_t copy_between(float low, float high, const float* weights, int64_t size, float* copied) {
     int64_t n = 0;
     for (int64_t i = 0; i < size; i += LANES) {
       const f32x16 w = load_vec(weights + i);
       if (!any_lane(w > low)) continue;
       const i32x16 is_copied = (w > low) & (w <= high);  // -1 is true
-      for (int lane = 0; lane < LANES; lane++) {  // without branches, which would be unpredictable
+      for (int lane = 0; lane < LANES; lane++) {  // without branches: they would be unpredictable
         copied[n] = w[lane];
         n -= is_copied[lane];
       }
@@ -185,8 +185,8 @@ struct SampleOp {
     return low;
   }
 
-  // Returns t such that the filters keep the tokens {weight > t} of weights [padded_n]. As find_threshold does, makes
-  // some weights 0.
+  // Returns t such that the filters keep the tokens {weight > t} of weights [padded_n]. Makes some weights 0, as
+  // find_threshold does.
   float apply_filters(float* weights) const {
     const int64_t size = padded_n();
     float threshold = 0;
@@ -199,13 +199,13 @@ struct SampleOp {
     return std::max(threshold, std::nextafter(filters.min_p, 0.0f));
   }
 
-  // Draws a token by weights [padded_n], and overwrites some weights. Inverse transform sampling: draw takes the first
-  // token at which the cumulative sum exceeds uniform times the sum of all weights.
-  int64_t draw(float* weights, double uniform) const {
+  // Draws a token by weights [padded_n], and overwrites some weights. Inverse transform sampling: takes the first token
+  // at which the cumulative sum exceeds rand times the sum of all weights.
+  int64_t draw(float* weights, double rand) const {
     const int64_t size = padded_n();
     const float threshold = apply_filters(weights);
     constexpr double LARGEST = 1 - std::numeric_limits<double>::epsilon();  // a random number may be rounded to 1
-    const double target = std::min(uniform, LARGEST) * sum_above(threshold, weights, size).weight;
+    const double target = std::min(rand, LARGEST) * sum_above(threshold, weights, size).weight;
     double sum = 0;
     for (int64_t begin = 0; begin < size; begin += BLOCK) {
       const int64_t end = std::min(begin + BLOCK, size);
@@ -219,6 +219,6 @@ struct SampleOp {
         if (weights[i] > threshold) token = i, sum += weights[i];
       return token;
     }
-    return -1;  // not reached, since the sum after the last block is the sum of all weights
+    return -1;  // not reached: the sum after the last block is the sum of all weights
   }
 };

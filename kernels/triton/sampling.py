@@ -1,18 +1,18 @@
 """The choice of the next token on a GPU, in Triton.
 
-    sample    logits and uniform random numbers -> token ids, registered as torch.ops.gptfast_triton.sample
+    sample    logits and random numbers -> token ids, registered as torch.ops.gptfast_triton.sample
 
-A token with probabilities softmax(logits / T) is drawn by the Gumbel-max trick: it is the argmax of logits / T + G,
+A token is drawn with the probabilities softmax(logits / T) by the Gumbel-max trick: it is the argmax of logits / T + G,
 where G is Gumbel noise, one number for each logit. So sample_kernel needs neither a softmax nor a sum. It takes the
-argmax of logits + T G, which also works for T = 0. One random number of a row seeds the noise of all its logits
+argmax of logits + T G, because that also works for T = 0. A row's random number, rand, seeds the noise of its logits
 (gumbel_noise).
 
 top_p and min_p keep the likeliest tokens. The drawn token is the argmax among these. A second kernel finds it without
 sorting, by rejections as in FlashInfer's sampling kernels:
 
     1. The argmax of all tokens is the candidate.
-    2. The sum of the probabilities of all likelier tokens says whether the candidate is kept. A kept one is drawn.
-    3. Otherwise every token that is not likelier is excluded as well. The argmax of the likelier ones is the next
+    2. The sum of the probabilities of all likelier tokens says whether the candidate is kept. If so, it is drawn.
+    3. If not, every token that is not likelier is excluded as well. The argmax of the likelier tokens is the next
        candidate.
 
 With top_p 0.9 the first candidate is kept in nine of ten cases. So all programs share step 2 of the first candidate,
@@ -31,12 +31,12 @@ from kernels.schema import TRITON_FILTERS, TokenFilters, active_fields, empty_sa
 from kernels.triton.launch import is_last_program, pdl_options, pdl_wait, semaphores
 
 BLOCK_V = 2048  # tokens of the vocabulary that a program of sample_kernel has
-TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel. One program may go through all tokens
+TOP_P_BLOCK_V, TOP_P_WARPS = 8192, 16  # of top_p_min_p_kernel, where one program may read all tokens
 INVALID_TOKEN = tl.constexpr(schema.INVALID_TOKEN)
 SMALLEST_TEMPERATURE = tl.constexpr(schema.SMALLEST_TEMPERATURE)
 LARGEST_TEMPERATURE = tl.constexpr(1e30)  # a larger factor could make scores infinite
-SEEDS = tl.constexpr(2.0**53)  # float64 has 53 bits, so a uniform random number in [0, 1) has at most as many values
-SMALL_UNIFORM = tl.constexpr(2.0**-6)  # below, gumbel_noise computes -log(1 - u) by its Taylor series
+SEEDS = tl.constexpr(2.0**53)  # a seed has 53 bits, as a random number of float64 has
+SMALL_U = tl.constexpr(2.0**-6)  # below, gumbel_noise computes -log(1 - u) by its Taylor series
 
 
 class BlockResults(NamedTuple):
@@ -50,26 +50,26 @@ class BlockResults(NamedTuple):
 
 @triton.jit
 def sample_kernel(
-    logits_ptr, uniform_ptr, tokens_ptr, sums_ptr,  # [B, V], [B] or None, [B], [2, B] or None
+    logits_ptr, rand_ptr, tokens_ptr, sums_ptr,  # [B, V], [B] or None, [B], [2, B] or None
     results,  # BlockResults
-    temperature, temperatures_ptr, V,  # a number, [B] or None, a number
+    temperature_ptr, temperature_stride, V,  # [B], or [1] with stride 0, or None; a number; a number
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr,
     N_BLOCKS_PADDED: tl.constexpr,  # N_BLOCKS, padded to a power of two
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
     """Grid: [N_BLOCKS, B]. Program (i, b) finds the best of the tokens [i * BLOCK_V, (i + 1) * BLOCK_V) for sequence b.
-    The last program of a sequence to finish finds the best token of all blocks. A non-finite logit gets the score +inf
-    and INVALID_TOKEN, so it wins the argmax.
+    The last program of a sequence to finish finds the best token of all blocks. A logit that is not finite has the
+    score +inf and the token INVALID_TOKEN, so it wins the argmax.
 
     sums: for each sequence the largest logit, and the sum of the weights exp((logit - largest logit) / temperature)."""
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     block, sequence = tl.program_id(0), tl.program_id(1)
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = tl.load(logits_ptr + sequence * V + token, mask=token < V, other=-1e38)
-    temperature = load_temperature(temperature, temperatures_ptr, sequence)
     scores = logits
-    if uniform_ptr is not None:
-        scores += temperature * gumbel_noise(load_seed(uniform_ptr, sequence), token)
+    if rand_ptr is not None:
+        temperature = load_temperature(temperature_ptr, temperature_stride, sequence)
+        scores += temperature * gumbel_noise(load_seed(rand_ptr, sequence), token)
     is_finite = tl.abs(logits) < float("inf")  # false for NaN, too
     scores = tl.where(is_finite, scores, float("inf"))
     best_score, best_index = tl.max(scores, axis=0), tl.argmax(scores, axis=0)
@@ -87,30 +87,28 @@ def sample_kernel(
 
 
 @triton.jit
-def load_temperature(temperature, temperatures_ptr, sequence):
-    if temperatures_ptr is not None:
-        temperature = tl.load(temperatures_ptr + sequence)
+def load_temperature(temperature_ptr, temperature_stride, sequence):
+    temperature = tl.load(temperature_ptr + sequence * temperature_stride)
     return tl.minimum(tl.maximum(temperature, SMALLEST_TEMPERATURE), LARGEST_TEMPERATURE)
 
 
 @triton.jit
-def load_seed(uniform_ptr, sequence):
-    """Returns the bits of the sequence's random number as an integer, the seed of the sequence's noise."""
-    return (tl.load(uniform_ptr + sequence) * SEEDS).to(tl.int64)
+def load_seed(rand_ptr, sequence):
+    """Returns the seed of a sequence's noise: the bits of its random number."""
+    return (tl.load(rand_ptr + sequence) * SEEDS).to(tl.int64)
 
 
 @triton.jit
 def gumbel_noise(seed, token):
-    """Returns a random number for each token, a function of the seed and the token. So both kernels draw with the same
-    noise.
+    """Returns the noise of each token, a function of the seed and the token. So both kernels draw with the same noise.
 
-    The noise is G = -log E with E = -log(1 - u). u and 1 - u come from 32 random bits of Philox, a generator that needs
-    no state. The highest score has a small E, which needs a small relative error. But for small u, 1 - u has lost most
-    bits of u. There E is u + u^2 / 2 + u^3 / 3."""
+    The noise is G = -log E with E = -log(1 - u). u and 1 - u come from 32 random bits of Philox, a generator without
+    state. The highest score has a small E, so a small E needs a small relative error. But for small u, 1 - u has lost
+    most bits of u. There E is u + u^2 / 2 + u^3 / 3."""
     bits = tl.randint(seed, token)
     u = (bits.to(tl.float32) + 0.5) * 2**-32  # the 0.5 keeps both u and 1 - u above 0
     complement = ((0xFFFFFFFF - bits).to(tl.float32) + 0.5) * 2**-32  # 1 - u
-    exponential = tl.where(u < SMALL_UNIFORM, u + u * u * (0.5 + u / 3), -tl.log(complement))
+    exponential = tl.where(u < SMALL_U, u + u * u * (0.5 + u / 3), -tl.log(complement))
     return -tl.log(exponential)
 
 
@@ -151,23 +149,24 @@ def best_of_blocks(block_scores_ptr, block_tokens_ptr, sequence, N_BLOCKS: tl.co
 
 @triton.jit
 def top_p_min_p_kernel(
-    logits_ptr, uniform_ptr, tokens_ptr, sums_ptr,  # [B, V], [B], [B], [2, B]
+    logits_ptr, rand_ptr, tokens_ptr, sums_ptr,  # [B, V], [B], [B], [2, B]
     block_above_ptr, semaphores_ptr,  # [B, N_BLOCKS], [B]
-    temperature, temperatures_ptr, filters, V,  # a number, [B] or None, TokenFilters, a number
+    temperature_ptr, temperature_stride, filters, V,  # [B], or [1] with stride 0; a number; TokenFilters; a number
     BLOCK_V: tl.constexpr, N_BLOCKS: tl.constexpr, N_BLOCKS_PADDED: tl.constexpr,
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,
 ):
-    """Grid: [N_BLOCKS, B]. Comes after sample_kernel, whose tokens are the first candidates, and replaces each by the
-    best of the tokens that top_p and min_p keep. Program (i, b) adds up the weights of the likelier tokens in block i.
-    The last program of a sequence to finish decides, and goes on alone."""
+    """Grid: [N_BLOCKS, B]. The tokens of sample_kernel are the first candidates. Replaces each by the best of the
+    tokens that top_p and min_p keep. Program (i, b) adds up the weights of the likelier tokens in block i. The last
+    program of a sequence to finish does the rest alone."""
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     block, sequence = tl.program_id(0), tl.program_id(1)
     row_logits_ptr = logits_ptr + sequence * V
-    temperature, seed = load_temperature(temperature, temperatures_ptr, sequence), load_seed(uniform_ptr, sequence)
+    temperature = load_temperature(temperature_ptr, temperature_stride, sequence)
+    seed = load_seed(rand_ptr, sequence)
     candidate = tl.load(tokens_ptr + sequence).to(tl.int32)  # or INVALID_TOKEN
     threshold = tl.load(row_logits_ptr + tl.maximum(candidate, 0))
     largest = tl.load(sums_ptr + sequence)
-    enough = tl.load(sums_ptr + tl.num_programs(1) + sequence) * filters.top_p
+    total = tl.load(sums_ptr + tl.num_programs(1) + sequence)
 
     weights = likelier_weights(row_logits_ptr, block, threshold, candidate, largest, temperature, V, BLOCK_V)
     tl.store(block_above_ptr + sequence * N_BLOCKS + block, tl.sum(weights, axis=0))
@@ -176,7 +175,7 @@ def top_p_min_p_kernel(
         block_above_ptrs = block_above_ptr + sequence * N_BLOCKS + index
         above = tl.sum(tl.load(block_above_ptrs, mask=index < N_BLOCKS, other=0.0, cache_modifier=".cg"), axis=0)
         while (candidate != INVALID_TOKEN) & is_excluded(
-            above, enough, tl.exp((threshold - largest) / temperature), filters
+            above, total, tl.exp((threshold - largest) / temperature), filters
         ):
             candidate = best_of_likelier(
                 row_logits_ptr, seed, threshold, candidate, temperature, V, BLOCK_V, N_BLOCKS
@@ -206,10 +205,10 @@ def is_likelier(logits, token, threshold, candidate):
 
 
 @triton.jit
-def is_excluded(above, enough, weight, filters):
-    """Whether top_p or min_p excludes a token. above is the sum of the weights of all likelier tokens: 0 for the
-    likeliest token, which is never excluded. weight is the token's weight. The likeliest token has the weight 1."""
-    return (above > 0) & (((above >= enough) & (filters.top_p < 1)) | (weight < filters.min_p))
+def is_excluded(above, total, weight, filters):
+    """Whether top_p or min_p excludes a token. above, total: the sums of the weights of all likelier tokens, and of all
+    tokens. weight: the token's. The likeliest token has the weight 1, and is never excluded."""
+    return (above > 0) & (((above >= total * filters.top_p) & (filters.top_p < 1)) | (weight < filters.min_p))
 
 
 @triton.jit
@@ -231,37 +230,36 @@ def best_of_likelier(
 
 
 @register_triton
-def sample(
-    logits: Tensor, *, temperature: float, temperatures: Tensor | None, uniform: Tensor | None, **filters
-) -> Tensor:
+def sample(logits: Tensor, *, temperature: Tensor | None, rand: Tensor | None, **filters) -> Tensor:
     """Draws token ids [B] by float32 logits [B, V]. A row whose logits are not all finite gives INVALID_TOKEN.
 
-    uniform: float64 random numbers [B, 1] in [0, 1). None: the likeliest tokens are taken.
-    temperatures: float32 [B, 1], in place of temperature."""
+    temperature: float32 [B, 1], or [1, 1] for all rows.
+    rand: float64 random numbers [B, 1] in [0, 1). If it and temperature are None, the likeliest token is taken."""
     filters = TokenFilters(**filters)
     assert active_fields(filters) <= {*TRITON_FILTERS}  # layers/sampling.py: has_sample_kernel
     batch, vocab_size = logits.shape
-    has_filters = uniform is not None and bool(active_fields(filters))
+    temperature_stride = 0 if temperature is None or len(temperature) == 1 else temperature.stride(0)
+    has_filters = rand is not None and bool(active_fields(filters))
     n_blocks = triton.cdiv(vocab_size, BLOCK_V)
     tokens = empty_sample(logits)
     sums = logits.new_empty(2, batch) if has_filters else None
     grid = n_blocks, batch
     sample_kernel[grid](
-        logits_ptr=logits, uniform_ptr=uniform, tokens_ptr=tokens, sums_ptr=sums,
+        logits_ptr=logits, rand_ptr=rand, tokens_ptr=tokens, sums_ptr=sums,
         results=BlockResults(
             logits.new_empty(batch, n_blocks), logits.new_empty(batch, n_blocks, dtype=torch.int32),
             logits.new_empty(2, batch, n_blocks) if has_filters else None, semaphores(logits.device, batch),
         ),
-        temperature=temperature, temperatures_ptr=temperatures, V=vocab_size, BLOCK_V=BLOCK_V, N_BLOCKS=n_blocks,
-        N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
+        temperature_ptr=temperature, temperature_stride=temperature_stride, V=vocab_size, BLOCK_V=BLOCK_V,
+        N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks), **pdl_options(logits.device, grid),
     )
     if has_filters:
         n_blocks = triton.cdiv(vocab_size, TOP_P_BLOCK_V)
         grid = n_blocks, batch
         top_p_min_p_kernel[grid](
-            logits_ptr=logits, uniform_ptr=uniform, tokens_ptr=tokens, sums_ptr=sums,
+            logits_ptr=logits, rand_ptr=rand, tokens_ptr=tokens, sums_ptr=sums,
             block_above_ptr=logits.new_empty(batch, n_blocks), semaphores_ptr=semaphores(logits.device, batch),
-            temperature=temperature, temperatures_ptr=temperatures, filters=filters, V=vocab_size,
+            temperature_ptr=temperature, temperature_stride=temperature_stride, filters=filters, V=vocab_size,
             BLOCK_V=TOP_P_BLOCK_V, N_BLOCKS=n_blocks, N_BLOCKS_PADDED=triton.next_power_of_2(n_blocks),
             num_warps=TOP_P_WARPS, **pdl_options(logits.device, grid),
         )

@@ -34,9 +34,9 @@ def philox(seed: Tensor, counter: Tensor) -> Tensor:
     return c0
 
 
-def exact_gumbel_noise(uniform: Tensor, vocab_size: int) -> Tensor:
+def exact_gumbel_noise(rand: Tensor, vocab_size: int) -> Tensor:
     """The noise [B, V] with which Triton's kernels draw by random numbers [B, 1]."""
-    u = (philox((uniform * 2**53).long(), torch.arange(vocab_size)).double() + 0.5) / 2**32
+    u = (philox((rand * 2**53).long(), torch.arange(vocab_size)).double() + 0.5) / 2**32
     return -(-torch.log1p(-u)).log()
 
 
@@ -48,13 +48,12 @@ def check_sample(vocab_size: int):
     logits[2, 3], expected[2] = torch.nan, INVALID_TOKEN
     ours = sample(logits, 0.0, TokenFilters(), TRITON_BACKEND)
     yield Comparison("sample", f"greedy, {vocab_size} tokens", ours, expected, torch.zeros(()))
-    logits, uniform = torch.randn(3, vocab_size), torch.rand(3, 1, dtype=torch.float64)
-    noise = exact_gumbel_noise(uniform, vocab_size)
+    logits, rand = torch.randn(3, vocab_size), torch.rand(3, 1, dtype=torch.float64)
+    noise = exact_gumbel_noise(rand, vocab_size)
     for temperatures, top_p, min_p in product(TEMPERATURES, (1.0, 0.613, 1e-9), (0.0, 0.05)):
         column = torch.tensor(temperatures).view(-1, 1)  # [3, 1], or [1, 1] for all rows
-        by_row = column if len(column) > 1 else None
         filters = TokenFilters(top_p=top_p, min_p=min_p)
-        ours = sample(logits, temperatures[0], filters, TRITON_BACKEND, uniform, by_row)
+        ours = sample(logits, column, filters, TRITON_BACKEND, rand)
         scores = logits + column * noise
         bound = column[:, 0] * 2 * GUMBEL_ERROR + 4 * U32 * scores.abs().amax(-1)
         scores = scores.masked_fill(~kept_tokens(logits, column, top_p=top_p, min_p=min_p), -torch.inf)
