@@ -45,10 +45,10 @@ def load_residual(residual_ptr, y_offsets, mask_y):
 
 
 @triton.jit
-def inverse_rms(squares, eps, SPECIALIZED_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
+def inverse_rms(squares, eps, NUM_TOKENS_CONST: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
     """Returns 1 / rms of every token: [BLOCK_M]."""
     offs_m, total = tl.arange(0, BLOCK_M), tl.zeros([BLOCK_M], tl.float32)
-    for m in tl.static_range(SPECIALIZED_TOKENS):
+    for m in tl.static_range(NUM_TOKENS_CONST):
         total = tl.where(offs_m == m, tl.sum(tl.sum(squares[m], axis=1), axis=0), total)
     return tl.rsqrt(total / K + eps)
 
