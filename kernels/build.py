@@ -64,6 +64,11 @@ def library() -> ctypes.CDLL | None:
     return library
 
 
+def loaded_library() -> ctypes.CDLL | None:
+    """The result of library() if this process has called it, or None. Never compiles."""
+    return library() if library.cache_info().currsize else None
+
+
 def find_or_compile() -> ctypes.CDLL | None:
     compiler = find_compiler()
     if compiler is None:
