@@ -97,7 +97,7 @@ def call_between_op_lists(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 def graph_num_threads():
     """Inside, PyTorch uses as many threads as this thread's CPU graphs. On a busy machine these are fewer, because more
     threads would spin while other programs hold the cores."""
-    n_threads, library = torch.get_num_threads(), build.loaded_library()
+    n_threads, library = torch.get_num_threads(), build.loaded_cpp_kernels()
     n_graph_threads = n_threads if library is None else library.op_list_threads()
     if n_graph_threads == n_threads:
         yield
@@ -184,11 +184,11 @@ class CaptureMode(TorchDispatchMode):
 
     def begin_op_list(self):
         this_thread.capture_mode = self
-        self.segments.append(OpList(build.library()))
+        self.segments.append(OpList(build.load_cpp_kernels()))
 
     def end_op_list(self):
         this_thread.capture_mode = None
-        build.library().op_list_end()
+        build.load_cpp_kernels().op_list_end()
 
     def append_call(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
         """Puts a call of fn(*inputs) between two OpLists. Returns the tensor that will hold the result."""

@@ -145,7 +145,7 @@ def cpu_backend(dtype: torch.dtype, format: WeightFormat, is_quantized: bool) ->
     is_quantized: whether any weight of the model is quantized. If so, kernels also multiply with unquantized weights,
     such as those of routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but would keep the step from being
     captured."""
-    library, is_bf16, limits = build.library(), dtype == torch.bfloat16, {}
+    library, is_bf16, limits = build.load_cpp_kernels(), dtype == torch.bfloat16, {}
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(MATMULS, library.max_unquantized_tokens(is_bf16))
     # Prompts, where kernels are faster than PyTorch: those of decode, or kernels of their own (csrc/prefill_*.h)

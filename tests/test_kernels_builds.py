@@ -133,7 +133,7 @@ def test_functions_take_the_arguments_of_the_schemas():
 
 @built
 def test_formats_and_activations_are_the_same_in_both_languages():
-    library = kernels.build.library()
+    library = kernels.build.load_cpp_kernels()
     formats = {format_class.__name__: format_class for format_class in FORMATS}
     cpp_formats, cpp_activations = kernels.build.cpp_formats(library), kernels.build.cpp_activations(library)
     assert len(cpp_formats) > 5 and formats.keys() >= {*cpp_formats}
@@ -225,7 +225,7 @@ def test_the_compiler_ends_with_the_process(sig, tmp_path):
     env = os.environ | {"CXX": str(script), "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     code = (
         "import signal; from kernels import build\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler); build.library()"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); build.load_cpp_kernels()"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
         while not (pid.exists() and pid.read_text().endswith("\n")):
