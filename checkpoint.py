@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from config import ModelConfig
 from formats import QuantizationConfig, Unquantized
-from layers.linear import Linear
+from layers.linear import Linear, quantizable_linears
 from model import Transformer
 from utils.errors import UsageError
 from utils.files import delete_if_possible, is_state_dict, load_torch_file, replace_file
@@ -130,12 +130,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(data, dict) or data.get("format") not in (CHECKPOINT_VERSION, *UPGRADES):
         maker = "scripts/convert_hf_checkpoint.py"
         raise UsageError(f"{path} is not a {CHECKPOINT_VERSION} checkpoint; make one with {maker}")
-    config, tensors = data.get("config"), data.get("tensors")
+    config, quantization, tensors = data.get("config"), data.get("quantization"), data.get("tensors")
     if not is_state_dict(tensors):
         raise UsageError(f"{path} holds no table of tensors; convert it again")
     if data["format"] in UPGRADES:
-        config, tensors = upgrade(data["format"], config, tensors)
-    return Checkpoint(ModelConfig.from_dict(config), data.get("quantization"), tensors)
+        config, quantization, tensors = upgrade(data["format"], config, quantization, tensors)
+    return Checkpoint(ModelConfig.from_dict(config), quantization, tensors)
 
 
 def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def empty_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZ
     gives an input_order to one that cannot have it."""
     with torch.device("meta"):
         model = Transformer(config)
-    linears = dict(model.quantizable_linears())
+    linears = dict(quantizable_linears(model))
     unknown = formats.overrides.keys() - linears.keys() - {"embed_tokens"}
     if unknown:
         raise UsageError(f"the checkpoint's quantization names {min(unknown)}, which is no linear layer of the model")
@@ -177,11 +177,12 @@ def empty_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZ
 
 @dataclass(frozen=True)
 class Renames:
-    """The names that the next version changed: old name -> new name. Versions differ only in names."""
+    """What the next version calls otherwise: old -> new. Versions differ in nothing else."""
 
     tensors: dict[str, str] = field(default_factory=dict)  # parts of names: see rename_tensor
     fields: dict[str, str] = field(default_factory=dict)  # of ModelConfig, MoEConfig and RopeScaling
-    activations: dict[str, dict] = field(default_factory=dict)  # activation -> fields of ModelConfig
+    values: dict[str, dict] = field(default_factory=dict)  # field of ModelConfig -> value, None or str -> new fields
+    grouped_modes: dict[str, str] = field(default_factory=dict)  # modes of formats with a groupsize
 
 
 UPGRADES = {
@@ -209,25 +210,28 @@ UPGRADES = {
         },
     ),
     "gpt-fast/7": Renames(
-        activations={  # up to version 4 they had today's names
-            "swiglu": {"activation": "silu"}, "geglu": {"activation": "gelu"},
-            "geglu_tanh": {"activation": "gelu_tanh"}, "clamped_swiglu": {"activation": "clamped_silu"},
-            "gelu_pytorch_tanh": {"activation": "gelu_tanh", "gated": False},
-            "relu2": {"activation": "relu2", "gated": False},
+        values={
+            "sliding_window": {None: {"sliding_window": 0}},
+            "activation": {  # up to version 4 they had today's names
+                "swiglu": {"activation": "silu"}, "geglu": {"activation": "gelu"},
+                "geglu_tanh": {"activation": "gelu_tanh"}, "clamped_swiglu": {"activation": "clamped_silu"},
+                "gelu_pytorch_tanh": {"activation": "gelu_tanh", "gated": False}, "relu2": {"gated": False},
+            },
         },
+        grouped_modes={"int8": "int8-grouped"},
     ),
 }
 
 
-def upgrade(version: str, config, tensors: dict[str, Tensor]) -> tuple:
-    """Returns (config, tensors) with today's names. config may have any type, since only ModelConfig.from_dict, later,
-    finds out whether the file is broken."""
+def upgrade(version: str, config, quantization, tensors: dict[str, Tensor]) -> tuple:
+    """Returns (config, quantization, tensors) with today's names. config and quantization may have any type, because
+    the file may be broken. Only their from_dict, later, finds out."""
     first = list(UPGRADES).index(version)
     for renames in list(UPGRADES.values())[first:]:
         tensors = {rename_tensor(name, renames.tensors): tensor for name, tensor in tensors.items()}
-        if isinstance(config, dict):
-            config = rename_fields(config, renames)
-    return config, tensors
+        config = rename_fields(config, renames)
+        quantization = rename_modes(quantization, renames.grouped_modes)
+    return config, quantization, tensors
 
 
 def rename_tensor(name: str, new_names: dict[str, str]) -> str:
@@ -237,11 +241,26 @@ def rename_tensor(name: str, new_names: dict[str, str]) -> str:
     return name
 
 
-def rename_fields(config: dict, renames: Renames) -> dict:
+def rename_fields(config, renames: Renames):
+    if not isinstance(config, dict):
+        return config
     config = {renames.fields.get(old, old): value for old, value in config.items()}
     for name in ("moe", "rope_scaling"):
         if isinstance(config.get(name), dict):
             config[name] = {renames.fields.get(old, old): value for old, value in config[name].items()}
-    if isinstance(activation := config.get("activation"), str):
-        config |= renames.activations.get(activation, {})
+    for name, new_fields in renames.values.items():
+        if isinstance(value := config.get(name), str | None):
+            config |= new_fields.get(value, {})
     return config
+
+
+def rename_modes(quantization, new_modes: dict[str, str]):
+    """quantization: the dict of a format, with the dicts of more formats in "layers"."""
+    if not isinstance(quantization, dict):
+        return quantization
+    renamed = dict(quantization)
+    if "groupsize" in renamed and isinstance(renamed.get("mode"), str):
+        renamed["mode"] = new_modes.get(renamed["mode"], renamed["mode"])
+    if isinstance(renamed.get("layers"), dict):
+        renamed["layers"] = {name: rename_modes(layer, new_modes) for name, layer in renamed["layers"].items()}
+    return renamed

@@ -151,8 +151,6 @@ class ModelConfig:
         """Makes the config from the dict that model.pth stores."""
         try:
             fields = lists_to_tuples(fields)
-            if fields.get("sliding_window") is None:  # in an earlier file
-                fields["sliding_window"] = 0
             if fields["rope_scaling"]:
                 fields["rope_scaling"] = RopeScaling(**lists_to_tuples(fields["rope_scaling"]))
             if fields["moe"]:
@@ -212,8 +210,6 @@ def check_options(config: ModelConfig):
             check_positive_number(f"the model's {name}", getattr(config, name))
     if config.activation not in ACTIVATIONS:
         raise UsageError(f"activation {config.activation!r} is not supported; {', '.join(ACTIVATIONS)} are")
-    if config.activation == "clamped_silu" and not config.gated:
-        raise UsageError("activation 'clamped_silu' needs a gate, since it also clamps up")
     if config.moe is not None and (config.residual_scale != 1 or config.ffn_bias):
         raise UsageError("a mixture of experts has neither residual_scale nor ffn_bias; MoEConfig has a bias")
     if not all(isinstance(i, int) for i in config.eos_ids):

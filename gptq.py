@@ -26,10 +26,10 @@ from evaluation.scoring import split_windows
 from formats import Int4, Tensors
 from formats.base import pack_nibbles
 from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
-from layers.attention import LayerCache
 from layers.experts import ExpertsGateUp
-from layers.linear import LinearBase
-from model import KVCache, Transformer
+from layers.kv_cache import KVCache, LayerCache
+from layers.linear import LinearBase, quantizable_linears
+from model import Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -112,7 +112,7 @@ def compute_hessians(
         for e in topk_ids.unique().tolist():
             sums[name][e] += sum_of_outer_products(x[topk_ids == e])
 
-    for name, linear in model.quantizable_linears():
+    for name, linear in quantizable_linears(model):
         if not name.startswith(f"layers.{i}."):
             continue
         experts = () if linear.n_experts is None else (linear.n_experts,)

@@ -29,9 +29,9 @@ from engine.runner import ModelRunner
 from engine.sampling_params import GREEDY, SamplingParams
 from engine.scheduler import Scheduler, build_scheduler
 from engine.sequence import LogitsProcessor, Sequence, build_sequence, build_sequences, check_seed
+from layers.kv_cache import KVCache
 from layers.rope import depends_on_length
 from loading import load
-from model import KVCache
 from utils.errors import UsageError, check_integer
 from utils.machine import pick_device
 

@@ -20,6 +20,8 @@ import tp
 from checkpoint import empty_model, read_checkpoint, with_tied_head
 from formats import QuantizationConfig
 from layers import collectives
+from layers.linear import quantizable_linears
+from layers.packing import pack_model
 from model import DTYPES, Transformer
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UsageError
@@ -79,7 +81,7 @@ def load_model(
     model.eval().requires_grad_(False)
 
     if use_kernels:
-        model.pack_weights(is_mmapped=True)
+        pack_model(model, is_mmapped=True)
     if n_ranks > 1:
         tp.insert_collectives(model)
     return model
@@ -88,7 +90,7 @@ def load_model(
 def quantized_tensor_names(model: Transformer) -> set[str]:
     """The names of all tensors of quantized weights. Loading does not change their dtypes."""
     names = {name for name, _ in model.named_buffers() if name.endswith(".input_order")}
-    for name, matrix in [("embed_tokens", model.embed_tokens), *model.quantizable_linears()]:
+    for name, matrix in [("embed_tokens", model.embed_tokens), *quantizable_linears(model)]:
         if matrix.format.is_quantized:
             names |= {f"{name}.{tensor_name}" for tensor_name in matrix.tensors()}
     return names
@@ -127,7 +129,7 @@ def loaded_bytes(tensors: dict[str, Tensor], dtype: torch.dtype, quantized_names
 
 def move_tensors(
     tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, quantized_names: set[str],
-    shard_tensor: tp.ShardTensor | None,
+    shard_tensor: tp.ShardFn | None,
 ) -> dict[str, Tensor]:
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
     A tied head gets the embedding's tensors, unless it is sharded.

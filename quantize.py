@@ -43,6 +43,7 @@ from evaluation.lm_harness import task_text
 from formats import Int4, Tensors, WeightFormat
 from formats.base import in_chunks
 from formats.integers import choose_qparams, decode_zeros, encode_zeros, quantize_affine, split_groups
+from layers.linear import quantizable_linears
 from loading import load
 from utils.errors import UsageError, check_integer
 from utils.files import read_text
@@ -100,7 +101,7 @@ def round_by_gptq(args: argparse.Namespace, dtype: torch.dtype) -> QuantizedLaye
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 # By --mode: the format of the result
-MODES: dict[str, type[WeightFormat]] = formats.MODES | {"int4-hqq": Int4, "int4-gptq": Int4}
+MODES: dict[str, type[WeightFormat]] = formats.FORMAT_BY_MODE | {"int4-hqq": Int4, "int4-gptq": Int4}
 GROUP_SIZE_MODES = [mode for mode, format_class in MODES.items() if format_class.group_size_choices]
 # Of options that only some modes read. argparse's own default is None, so that check_mode knows what the user gave
 DEFAULTS = {"group_size": 32, "calibration_limit": 64, "percdamp": 0.1, "blocksize": 128, "act_order": True}
@@ -197,7 +198,7 @@ def main():
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights to quantize, by the name of the layer. tensors: those of the checkpoint at path. The weight of a tied
     head is the embedding."""
-    shapes = {name: linear.weight.shape for name, linear in empty_model(config).quantizable_linears()}
+    shapes = {name: linear.weight.shape for name, linear in quantizable_linears(empty_model(config))}
     tensors = with_tied_head(config, tensors)
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}
     for name, shape in shapes.items():

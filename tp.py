@@ -46,11 +46,11 @@ from config import ModelConfig
 from formats import WeightFormat
 from kernels.capture import call_between_op_lists
 from layers.collectives import all_gather, choose_all_reduce, world_size
-from layers.linear import Linear, LinearBase, add
+from layers.linear import Linear, LinearBase, add, quantizable_linears
 from model import Attention, Transformer
 from utils.errors import UsageError
 
-ShardTensor = Callable[[str, Tensor], Tensor]  # (name, tensor of the checkpoint) -> this rank's shard of the tensor
+ShardFn = Callable[[str, Tensor], Tensor]  # (name, tensor of the checkpoint) -> this rank's shard of the tensor
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,17 @@ def check_device(device: torch.device):
                          "start fewer, or give no number in --device")
 
 
-def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
+def shard_model(model: Transformer, device: torch.device) -> ShardFn:
     """Shards model, which is on the meta device. Returns the function that shards the checkpoint's tensors.
 
     device: where the shard will be."""
     check_device(device)
     plan = tp_plan(model.config)
-    linears = dict(model.quantizable_linears())
+    linears = dict(quantizable_linears(model))
     n_ranks = world_size()
     coarsest = max((linear.format for linear in linears.values()), key=lambda format: format.shard_alignment)
     check_can_shard(model.config, coarsest, n_ranks)
-    shard_tensor = tensor_sharder(model)
+    shard_tensor = build_shard_fn(model)
     for name, linear in linears.items():
         spec = plan.get(name.rpartition(".")[2])
         if spec is None:
@@ -143,7 +143,7 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
             linear.set_tensor(tensor_name, shard_tensor(f"{name}.{tensor_name}", tensor))
         n = sum(shard_range(size, spec.head_size, 0, n_ranks)[1] for size in spec.sizes)  # the same on every rank
         if spec.style == "row":
-            linear.in_features, linear.format = n, linear.format.slice_format(n)
+            linear.in_features, linear.format = n, linear.format.shard_format(n)
         else:
             linear.out_features = n
     for module in model.modules():
@@ -152,10 +152,10 @@ def shard_model(model: Transformer, device: torch.device) -> ShardTensor:
     return shard_tensor
 
 
-def tensor_sharder(model: Transformer) -> ShardTensor:
+def build_shard_fn(model: Transformer) -> ShardFn:
     """Returns shard_tensor for the checkpoint of model, which is not sharded yet."""
     plan = tp_plan(model.config)
-    linears = dict(model.quantizable_linears())
+    linears = dict(quantizable_linears(model))
     n_heads = model.config.n_heads
     formats = {name: linear.format for name, linear in linears.items()}  # shard_model changes linear.format
 
@@ -196,7 +196,7 @@ def shard_row_parallel(tensor: Tensor, tensor_name: str, spec: ShardSpec, format
     start, length = shard_range(size, spec.head_size, dist.get_rank(), world_size())
     if tensor_name == "input_order":
         return tensor[start : start + length].clone()
-    return format.slice_inputs(tensor_name, tensor, start, length)
+    return format.shard_inputs(tensor_name, tensor, start, length)
 
 
 def shard_column_parallel(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:

@@ -16,7 +16,10 @@ from cli.ranks import rank_path
 from engine.memory_traffic import active_weight_bytes, mean_attended_tokens, step_bytes
 from engine.sequence import Sequence
 from layers import collectives
-from model import KVCache, Transformer
+from layers.kv_cache import KVCache
+from layers.linear import quantizable_linears
+from layers.packing import can_capture
+from model import Transformer
 from utils.errors import UsageError
 from utils.machine import is_out_of_memory, peak_memory, read_bandwidth, read_bandwidth_of
 
@@ -129,7 +132,7 @@ def tokens_per_second(times: list[float]) -> float:
 
 def tokens_read(model: Transformer, kv_cache: KVCache, n_tokens: int, compile: bool) -> float:
     """Returns how many tokens' keys and values a decode step reads for a sequence of n_tokens."""
-    if model.has_kernels_for(kv_cache.batch_size, 1):
+    if can_capture(model, kv_cache.batch_size, 1):
         return mean_attended_tokens(model.config, n_tokens)
     return kv_cache.max_seq_len if compile else n_tokens  # a compiled step reads the whole cache
 
@@ -140,7 +143,7 @@ def measured_bandwidth(model: Transformer) -> float | None:
     reads, which are all but experts. Returns None if its caches hold half of these weights, or if there is too little
     memory for the measurement."""
     device = model.device
-    linears = (linear for _, linear in model.quantizable_linears() if linear.n_experts is None)
+    linears = (linear for _, linear in quantizable_linears(model) if linear.n_experts is None)
     try:
         if device.type == "cpu":
             return read_bandwidth_of(tensor for linear in linears for tensor in linear.tensors().values())

@@ -6,8 +6,10 @@ from pathlib import Path
 from engine.runner import ModelRunner
 from engine.speculate import DraftModelProposer, NgramProposer, Proposer, SpeculativeLoop
 from layers.backend import TRITON_BACKEND
+from layers.kv_cache import KVCache
+from layers.packing import can_capture
 from loading import load
-from model import KVCache, Transformer
+from model import Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
@@ -45,6 +47,6 @@ def speculative_loop(
 
 def warn_without_kernels(k: int, model: Transformer):
     """Prints a warning if a GPU would verify k proposed tokens without the kernels."""
-    most = max((i for i in range(1, k + 1) if model.has_kernels_for(1, i + 1)), default=0)
+    most = max((i for i in range(1, k + 1) if can_capture(model, 1, i + 1)), default=0)
     if model.lm_head.backend.name == TRITON_BACKEND.name and most < k:
         print(f"More than {most} tokens at a time are verified without the kernels.", file=sys.stderr)

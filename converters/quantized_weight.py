@@ -46,9 +46,9 @@ class QuantizedWeight:
             return unquantized.slice_inputs(start, length)
 
         def read() -> Tensors:
-            return {name: self.format.slice_inputs(name, t, start, length) for name, t in self.read().items()}
+            return {name: self.format.shard_inputs(name, t, start, length) for name, t in self.read().items()}
 
-        return QuantizedWeight(self.format.slice_format(length), torch.Size([self.shape[0], length]), read)
+        return QuantizedWeight(self.format.shard_format(length), torch.Size([self.shape[0], length]), read)
 
     def tensor_split(self, sections: int | list[int], dim: int = 0) -> list["QuantizedWeight"]:
         parts = torch.arange(self.shape[dim]).tensor_split(sections)

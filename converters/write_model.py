@@ -29,6 +29,7 @@ from converters.canonical_checkpoint import (
 )
 from converters.quantized_weight import QuantizedWeight, have_one_order, promote_formats
 from formats import Unquantized, WeightFormat
+from layers.linear import quantizable_linears
 from utils.errors import UsageError
 
 # Linear layer -> the norm before it. A layer with an input_order permutes x before the fused norm. rms(x) does not
@@ -131,7 +132,7 @@ def plan_stacks(config: ModelConfig, tensors: SourceTensors) -> dict[str, Stacke
     one_layer = model.state_dict()
     if config.tie_embeddings:
         del one_layer["lm_head.weight"]
-    quantizable = {f"{name}.weight" for name, _ in model.quantizable_linears()} | {"embed_tokens.weight"}
+    quantizable = {f"{name}.weight" for name, _ in quantizable_linears(model)} | {"embed_tokens.weight"}
     stacks = {}
     for i in range(config.n_layers):
         for name_in_layer_0, tensor in one_layer.items():

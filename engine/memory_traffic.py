@@ -6,6 +6,7 @@
 
 from config import ModelConfig
 from layers.experts import ExpertsDown, ExpertsGateUp
+from layers.kv_cache import kv_bytes_per_token
 from layers.weight import Embedding
 from model import Transformer
 
@@ -32,4 +33,4 @@ def mean_attended_tokens(config: ModelConfig, n_tokens: int) -> float:
 
 def step_bytes(model: Transformer, n_attended: float, batch_size: int = 1) -> int:
     """Bytes that a decode step reads: the weights, and the keys and values of n_attended tokens of each sequence."""
-    return active_weight_bytes(model) + round(batch_size * n_attended * model.kv_bytes_per_token())
+    return active_weight_bytes(model) + round(batch_size * n_attended * kv_bytes_per_token(model))

@@ -29,7 +29,7 @@ token.
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Literal
 
 import torch
@@ -40,8 +40,10 @@ from engine.sampling_params import GREEDY, SamplingParams
 from kernels.build import find_compiler
 from kernels.capture import capture, graph_num_threads
 from kernels.schema import INVALID_TOKEN
+from layers.kv_cache import KVCache
+from layers.packing import can_capture
 from layers.sampling import draw_uniform
-from model import KVCache, Transformer
+from model import Transformer
 from utils.errors import UsageError
 
 # The most tokens in a chunk of prefill, summed over all sequences. The limit bounds the memory of activations. Small
@@ -106,7 +108,7 @@ class ModelRunner:
         for chunk in tokens.split(max(1, chunk_tokens // len(tokens)), dim=1):
             model = self.model
             is_long = chunk.numel() >= MIN_COMPILED_TOKENS
-            if self.compiled_model and is_long and not model.has_kernels_for(*chunk.shape):
+            if self.compiled_model and is_long and not can_capture(model, *chunk.shape):
                 model = self.compiled_model
             used_cache = kv_cache.view_positions(n_cached + offset + chunk.shape[1])
             yield model.compute_hidden(chunk, start_pos + offset, used_cache)
@@ -149,11 +151,11 @@ class Step:
 
     def __init__(self, model: Transformer, kv_cache: KVCache, sampler: Callable, compile: bool):
         self.model, self.kv_cache, self.sampler, self.compile = model, kv_cache, sampler, compile
-        self.has_kernels_for = cache(model.has_kernels_for)  # slow: it goes through all modules
+        self.can_capture = cache(partial(can_capture, model))  # slow: it goes through all modules
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, start_pos: Tensor, *inputs: Tensor | None):
-        step = self.with_kernels if self.has_kernels_for(*tokens.shape) else self.without_kernels
+        step = self.with_kernels if self.can_capture(*tokens.shape) else self.without_kernels
         return step(tokens, start_pos, *inputs)
 
     # Both are built at first use, since torch.compile imports Inductor, which takes a second and 150 MB. Neither refers

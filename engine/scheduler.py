@@ -38,8 +38,10 @@ from kernels.capture import graph_num_threads
 from kernels.schema import INVALID_TOKEN, TokenFilters
 from layers import collectives
 from layers.backend import TORCH_BACKEND, Backend
+from layers.kv_cache import KVCache, kv_bytes_per_token
+from layers.packing import can_capture
 from layers.sampling import draw_uniform, sample, uniform_dtype
-from model import KVCache, Transformer
+from model import Transformer
 from text.tokenizer import common_prefix_length
 from utils.errors import UsageError
 from utils.machine import free_memory
@@ -86,7 +88,7 @@ class Scheduler:
         self.chunk_tokens = chunk_tokens
         self.kv_cache = KVCache(model, n_slots, max_seq_len)
         # Without kernels the step would use torch.compile, which compiles anew for every number of sequences.
-        self.runner = ModelRunner(model, self.kv_cache, compile=compile and model.has_kernels_for(n_slots, 1))
+        self.runner = ModelRunner(model, self.kv_cache, compile=compile and can_capture(model, n_slots, 1))
         self.decode_step = self.runner.build_step(return_logits)
         self.waiting: deque[Sequence] = deque()
         self.slots = [Slot() for _ in range(n_slots)]
@@ -276,7 +278,7 @@ def longest_seq_len(model: Transformer, sequences: list[Sequence]) -> int:
 
 def max_slots(model: Transformer, max_seq_len: int) -> int:
     """Returns how many sequences of max_seq_len tokens fit into the free main memory."""
-    return int(free_memory() // (model.kv_bytes_per_token() * max_seq_len))
+    return int(free_memory() // (kv_bytes_per_token(model) * max_seq_len))
 
 
 def apply_logits_processors(logits: Tensor, sequences: list[Sequence]) -> Tensor:

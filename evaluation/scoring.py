@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from engine.runner import NOT_FINITE, ModelRunner
-from model import KVCache, Transformer
+from layers.kv_cache import KVCache
+from model import Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 

@@ -40,11 +40,11 @@ from utils.errors import UsageError
 
 __all__ = [
     "Unquantized", "Int8", "Int4", "GroupedInt8", "Float8", "MXFP4", "WeightFormat", "QuantizationConfig", "Tensors",
-    "FORMATS", "MODES", "GROUP_SIZES", "format_from_dict",
+    "FORMATS", "FORMAT_BY_MODE", "GROUP_SIZES", "format_from_dict",
 ]
 
 FORMATS: tuple[type[WeightFormat], ...] = (Unquantized, Int8, Int4, GroupedInt8, Float8, MXFP4)
-MODES = {  # by --mode
+FORMAT_BY_MODE = {  # by --mode
     format_class.mode: format_class for format_class in FORMATS if format_class not in (Unquantized, GroupedInt8)
 }
 
@@ -79,11 +79,8 @@ class QuantizationConfig:
 
 def format_from_dict(quantization: dict | None) -> WeightFormat:
     """The inverse of to_dict for any class. Raises UsageError."""
-    fields = quantization
-    if isinstance(fields, dict) and fields.get("mode") == Int8.mode and "groupsize" in fields:
-        fields = fields | {"mode": GroupedInt8.mode}  # earlier versions wrote GroupedInt8 so
     for format_class in FORMATS:
         for format in format_class.stored_formats():
-            if format.to_dict() == fields:
+            if format.to_dict() == quantization:
                 return format
     raise UsageError(f"the checkpoint is quantized as {quantization!r}, which this version does not read")

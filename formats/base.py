@@ -101,16 +101,16 @@ class WeightFormat:
         groups = {name: slice_groups(t, 0, in_features, *sizes) for name, t in tensors.items() if name != "weight"}
         return tensors | groups
 
-    def slice_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
+    def shard_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
         """The part of the tensor called name that belongs to inputs [start, start + length) of W: a copy, so that the
         rest of a memory-mapped tensor is not read. Scales without groups belong to all inputs."""
         if name == "weight":
             return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
         if self.group_size is None:
             return tensor
-        return slice_groups(tensor, start, length, self.group_size, self.slice_format(length).group_size)
+        return slice_groups(tensor, start, length, self.group_size, self.shard_format(length).group_size)
 
-    def slice_format(self, length: int) -> "WeightFormat":
+    def shard_format(self, length: int) -> "WeightFormat":
         """The format of a shard of length inputs. No group of the shard spans two groups of W."""
         return self if self.group_size is None else replace(self, group_size=math.gcd(length, self.group_size))
 

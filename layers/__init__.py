@@ -1,9 +1,8 @@
 """The layers of a model. model.py composes them.
 
-A forward calls a kernel of the layer's backend. If the backend has none, the layer computes in plain PyTorch, right
-below or in forward_torch: in prefill, on other devices and with --kernels off. These lines are also the definition with
-which the tests compare the kernels. What has no weights is a function of tensors and a backend: attend_torch defines
-attend.
+A forward calls a kernel of the layer's backend. If the backend has none, the layer computes in plain PyTorch: in
+prefill, on other devices and with --kernels off. The plain PyTorch is also the definition with which the tests compare
+the kernels. What has no weights is a function of tensors and a backend: attend_torch defines attend.
 
     backend.py      the backends: which operations have kernels, and for how many tokens; how rounding differs
     collectives.py  what the ranks of a tensor-parallel run tell each other
@@ -12,6 +11,7 @@ attend.
     linear.py       RMSNorm, Linear, the activations
     experts.py      the experts of a mixture: route, ExpertsGateUp, ExpertsDown
     rope.py         positions: the tables of RoPE, the slopes of ALiBi
+    kv_cache.py     KVCache: the keys, values and ids of earlier tokens, and the tables of RoPE
     attention.py    attend: q/k norm, RoPE, cache write, attention
     sampling.py     sample: from logits to a token
     packing.py      chooses the backend of a model, and packs the weights for the backend

@@ -6,28 +6,18 @@
     sdpa_attention     the second step by PyTorch's SDPA, where it can compute all options (is_sdpa_compatible)
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.schema import AttentionParams, active_fields
 from layers.backend import Backend, contiguous, count_tokens
+from layers.kv_cache import LayerCache
 from layers.linear import apply_softcap, rms_norm_torch
 
 EAGER_QUERIES = 256  # queries whose scores eager_attention holds in memory at a time
 # The fields of AttentionParams that SDPA can compute, or that rope_and_cache has computed before
 SDPA_FIELDS = {"n_heads", "scale", "window", "q_norm_weight", "k_norm_weight", "eps"}
-
-
-class LayerCache(NamedTuple):
-    """The keys and values of earlier tokens in a layer, and RoPE's table. The table belongs to the cache and not to the
-    model, because the angles of RoPE of type dynamic or longrope depend on the cache's length."""
-
-    k: Tensor  # [B, G, S, D]
-    v: Tensor  # [B, G, S, D]
-    cos_sin: Tensor  # [S or more, D/2, 2] float32: cos and sin of RoPE's angles at every position
 
 
 def attend(
@@ -36,7 +26,7 @@ def attend(
     """Causal attention of the T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. Writes the new
     keys and values to cache, the first at start_pos [B]."""
     B, T, _ = qkv.shape
-    kernel = backend.find_kernel("attend", B * T)
+    kernel = backend.kernel_for("attend", B * T)
     if kernel is None or not backend.supports_queries(T, params.n_heads // cache.k.shape[1]):
         return attend_torch(qkv, params, cache, start_pos, backend)
     return kernel(
@@ -64,7 +54,7 @@ def rope_and_cache(
 ) -> Tensor:
     """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
     contiguous in each sequence. Returns the queries [B, T, H, D]."""
-    kernel = backend.find_kernel("rope_and_cache", count_tokens(qkv))
+    kernel = backend.kernel_for("rope_and_cache", count_tokens(qkv))
     if kernel is None:
         return rope_and_cache_torch(qkv, params, cache, positions)
     return kernel(

@@ -6,8 +6,7 @@ kernel for few tokens is slow for many tokens, or cannot take many tokens.
     TORCH_BACKEND     no kernels: plain PyTorch, for any device. On a CPU without a C++ compiler, aten.py
                       multiplies some quantized weights by PyTorch's own kernels
 
-Every layer holds a backend: TORCH_BACKEND, until packing.py packs the weights for another backend. A model asks whether
-there are kernels for all of a step (model.py).
+Every layer holds a backend: TORCH_BACKEND, until packing.py packs the weights for another backend.
 
 The backends compute the same functions, but round differently. With activations of 16 bits:
 
@@ -78,19 +77,19 @@ class Backend:
     activations: frozenset[str] = frozenset()
     filters: frozenset[str] = frozenset()
 
-    def find_kernel(self, name: str, n_tokens: int) -> Callable | None:
+    def kernel_for(self, name: str, n_tokens: int) -> Callable | None:
         """The kernel of the operation called name, for a step of n_tokens tokens of all sequences, or None if plain
         PyTorch computes the step.
 
         Kernels are called like their operation: "attend" is attend in kernels/csrc/ops.cpp and in
         kernels/triton/attention.py. kernels/schema.py declares it for both, as empty_attend."""
-        return self.get_kernel(name) if 0 < n_tokens <= self.token_limits.get(name, 0) else None
+        return self.op(name) if 0 < n_tokens <= self.token_limits.get(name, 0) else None
 
     def supports_queries(self, query_len: int, heads_per_kv_head: int) -> bool:
         """The further limits of attend: query_len new tokens of each sequence, query heads of a key/value head."""
         return query_len <= self.max_query_len and query_len * heads_per_kv_head <= self.max_queries
 
-    def get_kernel(self, name: str) -> Callable:
+    def op(self, name: str) -> Callable:
         """The kernel of an operation that has no limit of tokens, such as dequantize: only this kernel reads a packed
         weight. Raises RuntimeError if the backend has no kernels."""
         if self.namespace is None:
@@ -105,7 +104,7 @@ class Backend:
         if self.namespace is None:
             return False
         n_tokens = batch_size * query_len
-        has_kernels = all(self.find_kernel(name, n_tokens) is not None for name in self.required_in_graph)
+        has_kernels = all(self.kernel_for(name, n_tokens) is not None for name in self.required_in_graph)
         has_activation = activation in self.activations or "activate" not in self.required_in_graph
         return has_kernels and has_activation and self.supports_queries(query_len, heads_per_kv_head)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.schema import Epilogue
 from layers.backend import Backend, contiguous, count_tokens
 from layers.linear import LinearBase, RMSNorm, activate, norm_arguments
 
@@ -21,7 +22,7 @@ def route(
     norm_topk_prob: scales the weights to sum to one.
     n_shared_experts: every token also uses these experts, with ids from E on. Then logits are [..., E + 1], the weight
     of each shared expert is the sigmoid of the last logit, and the results are [..., top_k + n_shared_experts]."""
-    kernel = backend.find_kernel("route", count_tokens(logits))
+    kernel = backend.kernel_for("route", count_tokens(logits))
     if kernel is None:
         return route_torch(logits, top_k, norm_topk_prob, n_shared_experts)
     return kernel(
@@ -83,16 +84,15 @@ class ExpertsGateUp(ExpertsBase):
     def forward(self, x: Tensor, *, topk_ids: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """activation(norm(x) W^T + bias) for each expert of every token: x [B, T, dim], topk_ids [B, T, top_k] ->
         [B, T, top_k, F]."""
-        kernel = self.backend.find_kernel("experts_gate_up", count_tokens(x))
+        kernel = self.backend.kernel_for("experts_gate_up", count_tokens(x))
         if kernel is None:
             return self.forward_torch(x, topk_ids, norm)
-        fuses_activation = self.can_fuse_activation()
+        fused = self.epilogue if self.can_fuse_activation() else Epilogue()
         y = kernel(
             contiguous(x), **self.kernel_arguments(), bias=self.bias, topk_ids=contiguous(topk_ids),
-            **norm_arguments(norm), activation=self.activation if fuses_activation else None,
-            gated=self.gated and fuses_activation,
+            **norm_arguments(norm), activation=fused.activation, gated=fused.gated,
         )
-        return y if fuses_activation else activate(y, self.activation, self.gated, self.backend)
+        return y if fused == self.epilogue else self.apply_activation(y)
 
     def forward_torch(self, x: Tensor, topk_ids: Tensor, norm: RMSNorm | None) -> Tensor:
         """Defines what the kernel computes."""
@@ -100,8 +100,11 @@ class ExpertsGateUp(ExpertsBase):
             x = norm(x)
         repeated = x[..., None, :].expand(*topk_ids.shape, x.shape[-1])  # [B, T, top_k, dim]
         y = self.matmul(repeated.flatten(0, -2), topk_ids.flatten(), query_len=x.shape[-2])
-        y = y.view(*topk_ids.shape, self.out_features)
-        return y if self.activation is None else activate(y, self.activation, self.gated, self.backend)
+        return self.apply_activation(y.view(*topk_ids.shape, self.out_features))
+
+    def apply_activation(self, y: Tensor) -> Tensor:
+        activation, gated = self.epilogue.activation, self.epilogue.gated
+        return y if activation is None else activate(y, activation, gated, self.backend)
 
 
 class ExpertsDown(ExpertsBase):
@@ -112,7 +115,7 @@ class ExpertsDown(ExpertsBase):
     ) -> Tensor:
         """The sum of topk_weights * (hidden W^T + bias) over the experts of each token [+ residual]:
         hidden [B, T, top_k, F], topk_ids and topk_weights [B, T, top_k] -> [B, T, dim]."""
-        kernel = self.backend.find_kernel("experts_down", count_tokens(topk_ids))
+        kernel = self.backend.kernel_for("experts_down", count_tokens(topk_ids))
         if kernel is not None:
             return kernel(
                 contiguous(hidden), **self.kernel_arguments(), bias=self.bias, topk_ids=contiguous(topk_ids),

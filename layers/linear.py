@@ -7,7 +7,7 @@
     activate, add, permute_inputs    steps that fused_linear cannot fuse
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ FUSED_GLU_MULTIPLE = 2 * CPU_BLOCK_N
 
 
 class RMSNorm(nn.Module):
-    """weight [dim]; eps, which is added to the mean square; and backend, which model.py: pack_weights sets."""
+    """weight [dim]; eps, which is added to the mean square; and backend, which packing.py: pack_model sets."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[residual +] x / rms(x) * weight, over the last dimension of x [..., dim]."""
-        kernel = self.backend.find_kernel("rms_norm", count_tokens(x))
+        kernel = self.backend.kernel_for("rms_norm", count_tokens(x))
         if kernel is None:
             return rms_norm_torch(x, self.weight, self.eps, residual)
         return kernel(contiguous(x), self.weight, self.eps, contiguous(residual))
@@ -60,44 +60,43 @@ def norm_arguments(norm: RMSNorm | None) -> dict:
 
 
 class LinearBase(WeightMatrix):
-    """A WeightMatrix for matmuls, with a bias [N], of experts [E, N], or None. quantize.py quantizes and tp.py shards
-    every LinearBase of a model except the routers.
+    """A WeightMatrix for matmuls, with a bias [N], of experts [E, N], or None.
 
-    activation: follows the bias; None for most layers.
-    gated: W is a gate projection above an up projection, and the result is activation(gate) * up, of half the width.
-    Otherwise the result is activation(x W^T + bias)."""
+    epilogue: what follows x W^T + bias. With gated, W is a gate projection above an up projection."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None,
-        activation: str | None = None, gated: bool = False,
+        self, in_features: int, out_features: int, bias: bool = False, n_experts: int | None = None, **epilogue
     ):
+        """epilogue: the fields of Epilogue."""
         super().__init__(in_features, out_features, n_experts)
-        self.activation, self.gated = activation, gated
+        self.epilogue = Epilogue(**epilogue)
         self.bias = nn.Parameter(torch.empty(self.weight.shape[:-1]), requires_grad=False) if bias else None
 
     def can_fuse_activation(self) -> bool:
         """Whether the backend's kernel of the matmul can apply the activation."""
-        if self.activation is None:
+        if self.epilogue.activation is None:
             return True
-        has_whole_blocks = not self.gated or self.out_features % FUSED_GLU_MULTIPLE == 0
-        return has_whole_blocks and self.activation in self.backend.activations
+        has_whole_blocks = not self.epilogue.gated or self.out_features % FUSED_GLU_MULTIPLE == 0
+        return has_whole_blocks and self.epilogue.activation in self.backend.activations
+
+
+def quantizable_linears(model: nn.Module) -> Iterator[tuple[str, LinearBase]]:
+    """Yields (name, layer) for every linear layer that quantize.py quantizes and tp.py shards: all but the routers."""
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase) and not name.endswith(".router"):
+            yield name, module
 
 
 class Linear(LinearBase):
     """y = epilogue(x W^T + bias).
 
-    epilogue: activation, gated, out_scale, softcap and clip.
     input_order: int32 [K], or None; for checkpoints of GPTQ with act-order. Column i of the stored W belongs to input
     input_order[i], so forward permutes x first. A fused norm follows the permutation, so the norm's weight is stored
     in the same order.
     aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, activation: str | None = None,
-        gated: bool = False, out_scale: float = 1.0, softcap: float = 0.0, clip: float = 0.0,
-    ):
-        super().__init__(in_features, out_features, bias, activation=activation, gated=gated)
-        self.epilogue = Epilogue(activation, gated, out_scale, softcap, clip)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, **epilogue):
+        super().__init__(in_features, out_features, bias, **epilogue)
         self.aten_weight: AtenInt8 | AtenInt4 | None = None
         self.register_buffer("input_order", None)
 
@@ -107,25 +106,15 @@ class Linear(LinearBase):
     ) -> Tensor:
         """x [..., K] -> [..., N], or [..., N / 2] if gated.
 
-        norm, residual: applied to x first, added to y last. They are arguments, since the kernel fuses them.
+        norm, residual: applied to x first, added to y last. They are arguments because the kernel fuses them.
         out_dtype: None, which means x.dtype, or torch.float32."""
         if self.input_order is not None:
             x = permute_inputs(x, self.input_order, self.backend)
-        kernel = self.backend.find_kernel("fused_linear", count_tokens(x))
-        if kernel is None:
-            return self.forward_torch(x, norm, residual, out_dtype)
-        if self.can_fuse_activation():
+        kernel = self.backend.kernel_for("fused_linear", count_tokens(x))
+        if kernel is not None and self.can_fuse_activation():
             return self.call_kernel(kernel, x, norm, self.epilogue, residual, out_dtype)
-        y = self.call_kernel(kernel, x, norm, Epilogue())  # only norm(x) W^T + bias, since the activation comes next
+        y = self.matmul(x, norm) if kernel is None else self.call_kernel(kernel, x, norm, Epilogue())
         return self.apply_epilogue(y, residual, out_dtype)
-
-    def forward_torch(
-        self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None, out_dtype: torch.dtype | None
-    ) -> Tensor:
-        """Defines what the kernel computes."""
-        if norm is not None:
-            x = norm(x)
-        return self.apply_epilogue(self.matmul(x), residual, out_dtype)
 
     def call_kernel(
         self, kernel: Callable, x: Tensor, norm: RMSNorm | None, epilogue: Epilogue, residual: Tensor | None = None,
@@ -136,8 +125,11 @@ class Linear(LinearBase):
             residual=contiguous(residual), **epilogue._asdict(), float32_out=out_dtype == torch.float32,
         )
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x W^T + bias in PyTorch: [..., K] -> [..., N]."""
+    def matmul(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """norm(x) W^T + bias in PyTorch: [..., K] -> [..., N]. With apply_epilogue, it defines what the kernel
+        computes."""
+        if norm is not None:
+            x = norm(x)
         n_tokens = count_tokens(x)
         if self.aten_weight is not None and n_tokens <= aten.MAX_ATEN_TOKENS:
             y = aten.multiply(x.flatten(0, -2), self.aten_weight).view(*x.shape[:-1], -1)
@@ -150,16 +142,17 @@ class Linear(LinearBase):
 
     def apply_epilogue(self, y: Tensor, residual: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
         """All that follows the matmul, y [..., N], with the result in out_dtype, or in y.dtype."""
-        if self.activation is not None:
-            y = activate(y, self.activation, self.gated, self.backend)
-        if self.epilogue.out_scale != 1:
-            y = y * self.epilogue.out_scale
+        activation, gated, out_scale, softcap, clip = self.epilogue
+        if activation is not None:
+            y = activate(y, activation, gated, self.backend)
+        if out_scale != 1:
+            y = y * out_scale
         if out_dtype is not None:
             y = y.to(out_dtype)
-        if self.epilogue.softcap:
-            y = apply_softcap(y, self.epilogue.softcap)
-        if self.epilogue.clip:
-            y = y.clamp(-self.epilogue.clip, self.epilogue.clip)
+        if softcap:
+            y = apply_softcap(y, softcap)
+        if clip:
+            y = y.clamp(-clip, clip)
         return y if residual is None else residual + y
 
 
@@ -174,7 +167,7 @@ def apply_softcap(x: Tensor, softcap: float) -> Tensor:
 def activate(x: Tensor, activation: str, gated: bool, backend: Backend) -> Tensor:
     """activation(x), in the shape of x. If gated, x is gate and up [..., 2 F], and the result is activation(gate) * up
     [..., F]."""
-    kernel = backend.find_kernel("activate", count_tokens(x))
+    kernel = backend.kernel_for("activate", count_tokens(x))
     if kernel is None or activation not in backend.activations:
         return activate_torch(x, activation, gated)
     return kernel(contiguous(x), activation, gated)
@@ -203,7 +196,7 @@ def activate_torch(x: Tensor, activation: str, gated: bool) -> Tensor:
 
 def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
     """x + y, of the same shape. Needed for a residual that comes after an all-reduce (tp.py)."""
-    kernel = backend.find_kernel("add", count_tokens(x))
+    kernel = backend.kernel_for("add", count_tokens(x))
     if kernel is None:
         return x + y
     return kernel(contiguous(x), contiguous(y))
@@ -212,7 +205,7 @@ def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
 def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
     """x[..., input_order] for x [..., K] and input_order int32 [N]: [..., N]. N may be less than K: a tensor-parallel
     rank takes only the inputs of its own columns."""
-    kernel = backend.find_kernel("permute_inputs", count_tokens(x))
+    kernel = backend.kernel_for("permute_inputs", count_tokens(x))
     if kernel is None:
         return x.index_select(-1, input_order)
     return kernel(contiguous(x), input_order)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from formats import Tensors, Unquantized, WeightFormat
@@ -18,8 +18,32 @@ from formats.cpu_layouts import ACT_GROUP_SIZE
 from kernels import build
 from layers import aten
 from layers.backend import TORCH_BACKEND, cpu_backend, triton_backend
+from layers.linear import LinearBase, RMSNorm
 from layers.weight import WeightMatrix
 from utils.machine import drop_pages, free_memory, use_huge_pages
+
+
+def pack_model(model: nn.Module, is_mmapped: bool = False):
+    """Switches a Transformer to the kernels of its device. is_mmapped: see pack_weights."""
+    pack_weights([module for module in model.modules() if isinstance(module, WeightMatrix)], model.dtype, is_mmapped)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):  # has nothing to pack: if the head has kernels, so do norms
+            module.backend = model.lm_head.backend
+
+
+def can_capture(model: nn.Module, batch_size: int, query_len: int) -> bool:
+    """Whether a step of query_len new tokens in each of batch_size sequences of a Transformer can be captured: all
+    operations have kernels, on one backend."""
+    matrices = [module for module in model.modules() if isinstance(module, LinearBase)]
+    if model.embed_tokens.format.is_quantized:  # an unquantized embedding can always be captured
+        matrices.append(model.embed_tokens)
+    backend = model.lm_head.backend
+    attention = model.layers[0].attention  # all layers have the same numbers of heads
+    heads_per_kv_head = attention.n_heads // attention.n_kv_heads
+    all_on_one_backend = all(matrix.backend.name == backend.name for matrix in matrices)
+    return all_on_one_backend and backend.supports_step(
+        batch_size, query_len, heads_per_kv_head, model.config.activation
+    )
 
 
 def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):

@@ -35,7 +35,7 @@ def sample(
         uniform = None
     elif uniform is None:
         uniform = draw_uniform(len(logits), logits.device)
-    return backend.get_kernel("sample")(
+    return backend.op("sample")(
         contiguous(logits), temperature=temperature, temperatures=contiguous(temperatures),
         uniform=contiguous(uniform), **{name: getattr(filters, name) for name in KERNEL_FILTERS},
     )

@@ -1,8 +1,10 @@
 """What the layers with weights share: a weight in some format (formats/), packed for some backend.
 
-    WeightMatrix   W, its tensors, and what needs no more than W: dequantize, lookup
+    WeightMatrix   W, its tensors, and what needs no more than W: dequantize, embedding
     Embedding      a WeightMatrix with a row for every token
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +70,14 @@ class WeightMatrix(nn.Module):
     def dequantize_packed(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Dequantizes one matrix from its packed tensors, by the kernel of the backend: [N, K] in dtype."""
         arguments = self.kernel_arguments() | tensors
-        return self.backend.get_kernel("dequantize")(**arguments, k=self.in_features, dtype=dtype)
+        return self.backend.op("dequantize")(**arguments, k=self.in_features, dtype=dtype)
 
-    def lookup(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    def embedding(self, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """The rows of tokens [B, T], times scale: [B, T, K] in dtype."""
         if self.is_packed:  # only the kernel can read W
-            kernel = self.backend.get_kernel("embed")
+            kernel = self.backend.op("embed")
         else:
-            kernel = self.backend.find_kernel("embed", tokens.numel())
+            kernel = self.backend.kernel_for("embed", tokens.numel())
         if kernel is not None:
             return kernel(contiguous(tokens), **self.kernel_arguments(), k=self.in_features, dtype=dtype, scale=scale)
         rows = self.format.dequantize({name: t[tokens] for name, t in self.tensors().items()}, dtype)
@@ -83,10 +85,18 @@ class WeightMatrix(nn.Module):
 
 
 class Embedding(WeightMatrix):
-    """W [V, dim] has a row for every token: lookup. It has no forward, since a tied head, which is a Linear, takes its
-    place (model.py: tie_embedding)."""
+    """W [V, dim] has a row for every token. There is no forward, because a tied head takes the place of an Embedding
+    (model.py: tie_embedding), and the forward of a Linear is the matmul."""
 
     is_embedding = True
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__(in_features=embedding_dim, out_features=num_embeddings)
+
+
+def round_to_dtype(value: float, dtype: torch.dtype) -> float:
+    """Rounds a positive number to the nearest number of dtype, ties to even. Without a tensor, since a captured step
+    cannot make one."""
+    _, exponent = math.frexp(value)  # value is in [2^(exponent - 1), 2^exponent)
+    ulp = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # the distance between two numbers of dtype there
+    return round(value / ulp) * ulp

@@ -44,7 +44,7 @@ from cli import common_args
 from cli.script import run_script
 from config import ModelConfig
 from engine.sequence import check_length
-from formats import GROUP_SIZES, MODES, Unquantized, WeightFormat
+from formats import FORMAT_BY_MODE, GROUP_SIZES, Unquantized, WeightFormat
 from layers.packing import load_triton_kernels
 from scripts import tables
 from scripts.benchmarking import busy, gpu_jobs, real_models
@@ -92,8 +92,8 @@ def add_speed(subparsers):
     parser = add_command(subparsers, speed)
     add = parser.add_argument
     add("--config", required=True, help=f"a config.json, a model.pth, or one of {', '.join(CONFIGS)}")
-    add("--mode", choices=MODES, help="weights in this format (default: in --precision)")
-    with_group_size = ", ".join(mode for mode, format_class in MODES.items() if format_class.group_size_choices)
+    add("--mode", choices=FORMAT_BY_MODE, help="weights in this format (default: in --precision)")
+    with_group_size = ", ".join(mode for mode, cls in FORMAT_BY_MODE.items() if cls.group_size_choices)
     add("--groupsize", type=int, choices=GROUP_SIZES, default=32, help=f"of {with_group_size} (default: %(default)s)")
     add("--compile", action="store_true", help="compile or capture the decode step; a cold start always does")
     common_args.add_device(parser)
@@ -156,7 +156,7 @@ def speed(args: argparse.Namespace):
         args.compile, args.max_new_tokens = True, 2
     device = pick_device(args.device)
     args.device = str(device)
-    format = MODES[args.mode].from_options(args.groupsize) if args.mode else Unquantized()
+    format = FORMAT_BY_MODE[args.mode].from_options(args.groupsize) if args.mode else Unquantized()
     if args.tune:
         tune(config, format, device)
     torch.manual_seed(1234)

@@ -31,9 +31,9 @@ from formats import MXFP4, Float8, GroupedInt8, Int4, Int8, Unquantized, WeightF
 from kernels.schema import TokenFilters
 from kernels.triton import attention, launch, linear, moe, sampling  # noqa: F401
 from kernels.triton.formats import KERNEL_FORMATS, kernel_format
-from layers.attention import LayerCache
 from layers.backend import TRITON_BACKEND
 from layers.experts import ExpertsDown, ExpertsGateUp, route
+from layers.kv_cache import LayerCache
 from layers.linear import permute_inputs
 from layers.packing import pack_for_triton
 from layers.sampling import sample
@@ -172,7 +172,7 @@ def launch_products(gpu: Gpu) -> Counter:
         w.dequantize(dtype)
         launches.update(dequantize_kernel=1)
         if gpu.compiles_all or isinstance(format, Int4):  # both kernels call the same function of the format
-            w.lookup(torch.zeros(1, 2, dtype=torch.int64), 1.5, dtype)
+            w.embedding(torch.zeros(1, 2, dtype=torch.int64), 1.5, dtype)
             launches.update(embed_kernel=1)
     return launches
 

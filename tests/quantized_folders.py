@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoint import empty_model, read_checkpoint
 from converters.write_model import NORM_BEFORE
 from formats import QuantizationConfig
-from layers.linear import Linear
+from layers.linear import Linear, quantizable_linears
 from tests.tiny import FAMILIES, convert, make_hf
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -194,7 +194,7 @@ def dequantized(path: Path) -> dict[str, Tensor]:
     """Returns every tensor of a checkpoint in float32, with quantized weights dequantized, and columns in the order
     that they have without input_order."""
     config, quantization, tensors = read_checkpoint(path)
-    for name, linear in empty_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears():
+    for name, linear in quantizable_linears(empty_model(config, QuantizationConfig.from_dict(quantization))):
         if linear.format.is_quantized:
             parts = {kind: tensors.pop(f"{name}.{kind}") for kind in linear.tensors()}
             tensors[f"{name}.weight"] = linear.format.dequantize(parts, torch.float32)
@@ -226,7 +226,7 @@ def check_weights(path: Path, reference: Path, is_exact: bool):
 def formats_of(path: Path) -> dict[str, str | None]:
     """Returns the names of the formats of the head and of the linear layers in layer 0."""
     config, quantization, _ = read_checkpoint(path)
-    linears = empty_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears()
+    linears = quantizable_linears(empty_model(config, QuantizationConfig.from_dict(quantization)))
     return {name.split(".")[-1]: linear.format.name for name, linear in linears if "layers.1." not in name}
 
 

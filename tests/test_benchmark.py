@@ -235,7 +235,7 @@ def test_tune(tmp_path, monkeypatch):
     times = {fastest: 1.0, (32, 4, 128, 3): 2.0, (16, 4, 128, 3): 1.5}
 
     def time_products(x, weights):
-        gated = weights[0].gated
+        gated = weights[0].epilogue.gated
         assert len(weights) > 4 * 1000 // weights[0].weight.nbytes
         tiles = launch.choose_tiles(x, kernel_format("Int4"), weights[0].out_features, gated, 64)
         if tiles == fastest and x.shape[1] == 8:

@@ -13,13 +13,14 @@ from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
 from kernels.capture import MAX_CPU_GRAPHS, call_between_op_lists, capture, graph_num_threads
 from kernels.schema import CAPTURABLE, MAX_CPU_TOKENS
-from layers.attention import LayerCache
 from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
 from layers.experts import ExpertsDown, ExpertsGateUp, route
-from layers.linear import add
+from layers.kv_cache import KVCache, LayerCache
+from layers.linear import add, quantizable_linears
+from layers.packing import can_capture, pack_model
 from layers.rope import rope_table
 from layers.weight import WeightMatrix
-from model import KVCache, Transformer
+from model import Transformer
 from scripts.kernel_checks.exact_results import (
     attend,
     format_label,
@@ -50,13 +51,13 @@ def make_model(format, dtype: torch.dtype, act_order: bool = False, **config) ->
     model = Transformer(ModelConfig(**sizes | config))
     for name, p in model.named_parameters():
         p.data = (torch.rand(p.shape) if "norm" in name else torch.randn(p.shape) * 0.2).to(dtype)
-    for _, w in model.quantizable_linears():
+    for _, w in quantizable_linears(model):
         set_weight(w, w.weight.data, format)
         if act_order:
             w.set_tensor("input_order", torch.randperm(w.in_features).int())
     if model.config.tie_embeddings:
         model.tie_embedding()
-    model.pack_weights()
+    pack_model(model)
     return packed(model)
 
 
@@ -74,7 +75,7 @@ def test_replay_equals_the_step(format, dtype, family):
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
         for threads, n_tokens, start_pos in steps:
-            assert model.has_kernels_for(2, n_tokens)
+            assert can_capture(model, 2, n_tokens)
             torch.set_num_threads(threads)
             tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
             expected = model(tokens, torch.tensor(start_pos), caches[0])
@@ -108,7 +109,7 @@ def test_every_argument_is_captured(format):
     caches = [LayerCache(*torch.zeros(2, 2, n_kv_heads, 40, d).unbind(), cos_sin) for _ in range(2)]
 
     def step(tokens, start_pos, cache):
-        x = embedding.lookup(tokens, 8.0, torch.float32)
+        x = embedding.embedding(tokens, 8.0, torch.float32)
         y = attend(
             qkv_proj(x), cache, start_pos, n_heads, CPU_BACKEND, 0, q_norm, k_norm, sinks, scale=0.3,
             softcap=2.0, alibi_slopes=slopes,
@@ -243,28 +244,28 @@ def test_there_are_the_kernels_that_a_graph_needs():
     """On a CPU a graph needs those of all operations that it can hold. Limits of other operations do not count."""
     assert CAPTURABLE == CPU_BACKEND.required_in_graph <= CPU_BACKEND.token_limits.keys()
     assert TRITON_BACKEND.required_in_graph <= TRITON_BACKEND.token_limits.keys()
-    assert all(CPU_BACKEND.find_kernel(name, 1) is not None for name in CPU_BACKEND.token_limits)
+    assert all(CPU_BACKEND.kernel_for(name, 1) is not None for name in CPU_BACKEND.token_limits)
     for backend, needs_add in [(CPU_BACKEND, True), (TRITON_BACKEND, False)]:
         assert backend.with_limits(add=1).supports_step(2, 1, 1, "silu") != needs_add
 
 
 def test_a_kernel_that_plain_pytorch_cannot_replace():
     """Such a kernel has no limit of tokens. A backend without kernels says that it has none."""
-    assert CPU_BACKEND.find_kernel("embed", MAX_CPU_TOKENS + 1) is None
-    assert CPU_BACKEND.get_kernel("embed") is torch.ops.gptfast_cpu.embed
+    assert CPU_BACKEND.kernel_for("embed", MAX_CPU_TOKENS + 1) is None
+    assert CPU_BACKEND.op("embed") is torch.ops.gptfast_cpu.embed
     with pytest.raises(RuntimeError, match="the backend 'torch' has no kernels, so none for embed"):
-        TORCH_BACKEND.get_kernel("embed")
+        TORCH_BACKEND.op("embed")
 
 
 @built
 def test_a_step_with_an_activation_without_a_kernel_is_not_captured():
     """A CPU does not capture the step. A GPU does, since a CUDA graph can also hold operations of PyTorch."""
     model = make_model(Unquantized(), torch.float32)
-    assert model.has_kernels_for(2, 1)
+    assert can_capture(model, 2, 1)
     for matrix in model.modules():
         if isinstance(matrix, WeightMatrix):
             matrix.backend = replace(matrix.backend, activations=matrix.backend.activations - {"silu"})
-    assert not model.has_kernels_for(2, 1)
+    assert not can_capture(model, 2, 1)
     assert TRITON_BACKEND.supports_step(2, 1, 1, "no kernel has this activation")
 
 

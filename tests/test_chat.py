@@ -17,9 +17,10 @@ from engine.chat import ContextFull, Conversation
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from kernels import build
+from layers.kv_cache import KVCache
 from llm import LLM
 from loading import load, load_model
-from model import KVCache, Transformer
+from model import Transformer
 from tests.byte_models import END, TEMPLATE, set_up, write_folder, zero_tensors
 from tests.tiny_tokenizers import TEMPLATES, train, write
 from text.tokenizer import load_tokenizer

@@ -15,8 +15,9 @@ from checkpoint import CHECKPOINT_VERSION, read_checkpoint, save_checkpoint
 from config import ModelConfig
 from converters.canonical_checkpoint import CanonicalCheckpoint
 from converters.write_model import write_model
+from formats import GroupedInt8, Int8, QuantizationConfig
+from layers.kv_cache import KVCache
 from loading import load_model
-from model import KVCache
 from tests.tiny import ACTIVATIONS_OF_VERSION_7, call_main, convert, make_hf, write_earlier_version
 from utils.errors import UsageError
 from utils.files import replace_file
@@ -184,6 +185,16 @@ def test_every_activation_of_earlier_files(tmp_path):
         del fields["gated"]
         torch.save({"format": "gpt-fast/7", "config": fields, "quantization": None, "tensors": {}}, path)
         assert read_checkpoint(path).config == replace(CONFIG, activation=activation, gated=gated)
+
+
+def test_grouped_int8_of_earlier_files(tmp_path):
+    path, as_earlier = tmp_path / "model.pth", {"mode": "int8", "groupsize": 16}
+    header = {"format": "gpt-fast/7", "config": CONFIG.to_dict(), "tensors": {}}
+    for quantization in (as_earlier, {"mode": "int8", "layers": {"lm_head": as_earlier}}):
+        torch.save(header | {"quantization": quantization}, path)
+        formats = QuantizationConfig.from_dict(read_checkpoint(path).quantization)
+        assert formats.of_layer("lm_head") == GroupedInt8(16)
+    assert formats.default == Int8()
 
 
 def logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:

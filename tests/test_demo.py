@@ -13,8 +13,8 @@ from converters.convert_gguf import convert_gguf
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
+from layers.kv_cache import KVCache
 from loading import load_model
-from model import KVCache
 from text.tokenizer import load_tokenizer
 from utils.files import ROOT
 

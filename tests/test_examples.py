@@ -21,8 +21,8 @@ from converters.checkpoint_path import ensure_converted
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from formats import Int8
+from layers.kv_cache import KVCache
 from llm import LLM, load
-from model import KVCache
 from scripts.benchmarking.speed import random_linear
 from tests.test_readme import PAGES, sources
 from tests.tiny import call_main, write_folder

@@ -15,7 +15,7 @@ from engine.generation import DecodeLoop, run_one_step_ahead
 from engine.runner import ModelRunner, choose_mode
 from engine.sampling_params import SamplingParams
 from kernels import build
-from model import KVCache
+from layers.kv_cache import KVCache, kv_bytes_per_token
 from tests.tiny import FAMILIES
 
 SOME = ["llama3", "mistral-window", "mixtral"]  # dense, with a window, of experts
@@ -94,7 +94,7 @@ def test_old_contents_of_the_cache_do_not_matter(family, both_models):
 def test_the_size_of_a_cache_is_known_before_it_is_allocated(family, both_models):
     ours = both_models(family)[1]
     layers = KVCache(ours, 2, 7).layers
-    assert 2 * 7 * ours.kv_bytes_per_token() == sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
+    assert 2 * 7 * kv_bytes_per_token(ours) == sum(layer.k.nbytes + layer.v.nbytes for layer in layers)
 
 
 def test_a_cache_that_nothing_uses_is_freed_at_once(both_models):

@@ -28,8 +28,9 @@ from converters.gguf_quantized import (
 )
 from converters.write_model import StackedTensor
 from formats import MXFP4, GroupedInt8, Unquantized
+from layers.kv_cache import KVCache
+from layers.linear import quantizable_linears
 from loading import load_model
-from model import KVCache
 from tests.tiny import make_hf
 from tests.tiny_gguf import make_llama, random_blocks, write_gguf
 from utils.errors import UsageError
@@ -257,7 +258,7 @@ def test_files(name, tmp_path, capsys):
     assert re.search(said, out), out
     dense = load_model(tmp_path / "dense/model.pth", dtype=torch.float32, use_kernels=False)
     ours = load_model(path, dtype=torch.float32, use_kernels=False)
-    matrices = {"embed_tokens": ours.embed_tokens} | dict(ours.quantizable_linears())
+    matrices = {"embed_tokens": ours.embed_tokens} | dict(quantizable_linears(ours))
     found = Counter(matrix.format for matrix in matrices.values())
     assert path.name == f"model_{ours.weight_format.name}.pth" and {*path.parent.glob("*.pth*")} == {path}
     assert found == formats

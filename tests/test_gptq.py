@@ -6,8 +6,8 @@ import torch
 
 import gptq
 from formats import Int4
-from layers.linear import Linear
-from model import KVCache
+from layers.kv_cache import KVCache
+from layers.linear import Linear, quantizable_linears
 from tests.test_quantize import random_matrix, rounded, shapes_of
 from tests.tiny import make_hf, to_ours
 
@@ -50,7 +50,7 @@ def test_calibration_runs_the_model():
     has the same outputs."""
     model = to_ours(make_hf("gemma3"), use_kernels=False)
     rounded = Int4(32)
-    for _, linear in model.quantizable_linears():
+    for _, linear in quantizable_linears(model):
         weight = rounded.dequantize(rounded.quantize(linear.weight), torch.float32)
         linear.set_tensor("weight", weight)
     windows = torch.randint(0, 97, (1, 24), generator=torch.Generator().manual_seed(0))

@@ -15,9 +15,9 @@ from converters.hf_config import config_from_hf
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
+from layers.kv_cache import KVCache
 from layers.rope import alibi_slopes
 from loading import load_model
-from model import KVCache
 from tests.tiny import call_main, convert, make_hf
 from utils.errors import UsageError
 

@@ -375,7 +375,7 @@ def test_format_without_a_struct(dtype):
     w.backend, x, tokens = CPU_BACKEND, torch.randn(1, 3, 72).to(dtype), torch.tensor([[3, 47]])
     assert torch.equal(w.dequantize(dtype), matrix)
     assert torch.equal(w(x), unquantized(x))
-    assert torch.equal(embedding.lookup(tokens, 1.0, dtype), rows[tokens])
+    assert torch.equal(embedding.embedding(tokens, 1.0, dtype), rows[tokens])
 
 
 @built
@@ -428,10 +428,10 @@ def check_embed(table, dtype):
     assert on_kernels.backend.name == "cpu"
     for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
         tokens = torch.randint(50, (2, n_tokens))
-        expected = table.lookup(tokens, scale, dtype)
-        assert torch.equal(on_kernels.lookup(tokens, scale, dtype), expected)
+        expected = table.embedding(tokens, scale, dtype)
+        assert torch.equal(on_kernels.embedding(tokens, scale, dtype), expected)
     with pytest.raises(RuntimeError, match="vocabulary"):
-        on_kernels.lookup(torch.tensor([[50]]), 1.0, dtype)
+        on_kernels.embedding(torch.tensor([[50]]), 1.0, dtype)
 
 
 @built

@@ -9,8 +9,9 @@ import torch
 from config import ModelConfig
 from kernels.schema import AttentionParams
 from layers import attention
-from layers.attention import LayerCache, is_sdpa_compatible
+from layers.attention import is_sdpa_compatible
 from layers.backend import CPU_BACKEND, TORCH_BACKEND
+from layers.kv_cache import LayerCache
 from layers.rope import alibi_slopes, rope_table
 from model import DTYPES
 from scripts.kernel_checks import error_bounds as bounds

@@ -10,8 +10,10 @@ import torch
 import quantize
 from checkpoint import read_checkpoint, save_checkpoint
 from formats import GroupedInt8, Int4, Int8, Unquantized
+from layers.kv_cache import KVCache
+from layers.linear import quantizable_linears
+from layers.packing import can_capture
 from loading import load, load_model
-from model import KVCache
 from tests.byte_models import END, TEMPLATE, VOCAB_SIZE, random_folder
 from tests.tiny import call_main, give_input_orders, quantize_embedding
 from utils.errors import UsageError
@@ -81,7 +83,7 @@ def test_layers_in_other_formats(folder, tmp_path):
     assert model.is_tied and model.weight_format == Int8()
     assert all(plain.get_submodule(name).format == other for name, other in others.items())
     unquantized = load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False)
-    for layer, linear in plain.quantizable_linears():
+    for layer, linear in quantizable_linears(plain):
         unquantized.get_submodule(layer).set_tensor("weight", linear.dequantize(torch.float32))
     with torch.inference_mode():
         start, models = torch.zeros(1, dtype=torch.long), (model, plain, unquantized)
@@ -106,7 +108,7 @@ def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
         context.setattr("kernels.build.load_cpp_kernels", lambda: None)
         models["no compiler"] = load_model(path, dtype=torch.float32)
     plain, unquantized = models["PyTorch"], models["unquantized"]
-    for name, linear in plain.quantizable_linears():
+    for name, linear in quantizable_linears(plain):
         unquantized.get_submodule(name).set_tensor("weight", linear.dequantize(torch.float32))
     unquantized.embed_tokens.set_tensor("weight", plain.embed_tokens.dequantize(torch.float32))
     logits = {}
@@ -116,7 +118,7 @@ def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
             cache = KVCache(model, 2, 41)
             prompt = model(tokens, torch.tensor([0, 0]), cache)
             logits[name] = prompt, model(tokens[:, :1], torch.tensor([40, 40]), cache)
-    assert plain.embed_tokens.format.is_quantized and models["kernels"].has_kernels_for(2, 1)
+    assert plain.embed_tokens.format.is_quantized and can_capture(models["kernels"], 2, 1)
     for ours, expected in zip(logits["kernels"], logits["unquantized"], strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     for name in ("PyTorch", "no compiler"):
@@ -157,7 +159,7 @@ def test_orders_of_inputs(act_order, monkeypatch):
         context.setattr("kernels.build.load_cpp_kernels", lambda: None)
         models["no compiler"] = load_model(act_order, dtype=torch.float32)
     in_order = models["in order"]
-    for _, linear in in_order.quantizable_linears():
+    for _, linear in quantizable_linears(in_order):
         weight = linear.dequantize(torch.float32)[:, linear.input_order.argsort()]
         linear.set_format(Unquantized())
         linear.set_tensor("weight", weight)
@@ -165,7 +167,7 @@ def test_orders_of_inputs(act_order, monkeypatch):
     norms += [(layer.pre_ffn_norm, layer.feed_forward.gate_up_proj) for layer in in_order.layers]
     for norm, linear in [*norms, (in_order.norm, in_order.lm_head)]:
         norm.weight.data = norm.weight[linear.input_order.argsort()]
-    for _, linear in in_order.quantizable_linears():
+    for _, linear in quantizable_linears(in_order):
         linear.input_order = None
     tokens, logits = torch.arange(160).view(2, 80), {}  # more tokens than the kernels take, and then a few
     with torch.inference_mode():
@@ -173,7 +175,7 @@ def test_orders_of_inputs(act_order, monkeypatch):
             cache = KVCache(model, 2, 62)
             prompt = model(tokens[:, :60], torch.tensor([0, 0]), cache)
             logits[name] = torch.cat([prompt, model(tokens[:, 60:62], torch.tensor([60, 60]), cache)], dim=1)
-    assert models["kernels"].has_kernels_for(2, 2)
+    assert can_capture(models["kernels"], 2, 2)
     for name in ("kernels", "PyTorch", "no compiler"):
         # The kernels sum in another order: see test_layers_in_other_formats
         assert (logits[name] - logits["in order"]).norm() < 1e-5 * logits["in order"].norm()

@@ -131,7 +131,7 @@ WRONG_CONTENTS = {
     "no config": (lambda d: d.update(config=None), "config"),
     "config lacks": (lambda d: d["config"].pop("dim"), "dim"),
     "config wrong": (lambda d: d["config"].update(dim=-1), "dim"),
-    "gate": (lambda d: d["config"].update(activation="clamped_silu", gated=False), "gate"),
+    "activation": (lambda d: d["config"].update(activation="swiglu"), "activation 'swiglu' is not supported"),
     "config unknown": (lambda d: d["config"].update(mrope=True), "mrope"),
     "layers": (lambda d: d["config"].update(n_layers=2), "layers.1"),
     "quantization": (lambda d: d.update(quantization={"bits": 3}), "quantiz"),

@@ -13,6 +13,7 @@ import tp
 from config import ModelConfig, MoEConfig
 from engine.memory_traffic import active_weight_bytes
 from formats import Int4, Int8, Unquantized
+from layers.linear import quantizable_linears
 from model import Transformer
 from tests.test_readme import TINY_MIXTRAL, calls_of_script, copy_of_scripts, run_python
 from tests.tiny import convert, make_hf, write_folder
@@ -65,7 +66,7 @@ FORMATS = {
 def test_arithmetic_of_the_page(row):
     with torch.device("meta"):
         model = Transformer(MIXTRAL).bfloat16()
-    for _, linear in model.quantizable_linears():
+    for _, linear in quantizable_linears(model):
         linear.set_format(FORMATS[row])
     sharded = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"}
     assert sharded == tp.tp_plan(MIXTRAL).keys()

@@ -10,8 +10,9 @@ from checkpoint import empty_model
 from config import ModelConfig, MoEConfig
 from converters.families import MODEL_TYPES
 from converters.hf_config import config_from_hf
+from layers.kv_cache import KVCache
 from layers.rope import rope_table
-from model import KVCache, round_to_dtype
+from layers.weight import round_to_dtype
 from tests.tiny import FAMILIES, LAYER_TYPES, SIZES
 from utils.errors import UsageError
 

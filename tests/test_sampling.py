@@ -18,8 +18,8 @@ from engine.speculate import NgramProposer, SpeculativeLoop
 from kernels.schema import INVALID_TOKEN, TokenFilters, active_fields
 from layers import sampling
 from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
+from layers.kv_cache import KVCache
 from layers.sampling import compute_probs, has_sample_kernel
-from model import KVCache
 from scripts.kernel_checks.exact_results import kept_tokens
 from utils.errors import UsageError
 

@@ -19,10 +19,13 @@ from engine.scheduler import Scheduler, sample_batch
 from engine.sequence import Sequence, build_sequence
 from formats import MXFP4, Float8, Int4, Int8
 from layers.backend import TORCH_BACKEND
+from layers.kv_cache import KVCache
+from layers.linear import quantizable_linears
+from layers.packing import pack_model
 from layers.sampling import sample
 from llm import LLM
 from loading import load
-from model import KVCache, Transformer
+from model import Transformer
 from tests.tiny import make_hf, to_ours
 from text.tokenizer import StopStringFinder
 from utils.errors import UsageError
@@ -99,11 +102,11 @@ def test_a_conversation_that_has_moved_goes_on(both_models):
 @pytest.mark.parametrize("format", [Int8(), Int4(32), Float8(), MXFP4()], ids=["int8", "int4", "fp8", "mxfp4"])
 def test_quantized(format):
     model = to_ours(make_hf("llama3"), use_kernels=False)
-    for _, linear in model.quantizable_linears():
+    for _, linear in quantizable_linears(model):
         linear.format = format
         for name, tensor in format.quantize(linear.weight).items():
             linear.set_tensor(name, tensor)
-    model.pack_weights()
+    pack_model(model)
     prompts = make_prompts(4)
     found = run(Scheduler(model, 4, 48), [Sequence(prompt, 8) for prompt in prompts])
     assert found == [run_alone(model, prompt, 8) for prompt in prompts]

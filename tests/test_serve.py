@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from model import KVCache
+from layers.kv_cache import KVCache
 from tests.byte_models import VOCAB_SIZE
 from tests.serving import SECONDS, USER, client_of, joined
 

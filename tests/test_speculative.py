@@ -23,9 +23,9 @@ from engine.speculate import (
     rejection_sample,
 )
 from layers.backend import TORCH_BACKEND
+from layers.kv_cache import KVCache
 from layers.sampling import compute_probs
 from loading import load_model
-from model import KVCache
 from tests.tiny import FAMILIES, call_main, convert, make_hf, to_ours
 from utils.errors import UsageError
 

@@ -17,6 +17,7 @@ from cli.speculation import warn_without_kernels
 from config import ModelConfig
 from engine import speculate as speculate_module
 from layers.backend import CPU_BACKEND, TRITON_BACKEND
+from layers.linear import quantizable_linears
 from tests.byte_models import random_folder, set_up
 from tests.test_readme import calls_of_script, copy_of_scripts, run_python
 from tests.tiny import call_main, convert, write_folder
@@ -138,7 +139,7 @@ def test_only_a_gpu_verifies_without_kernels(heads_per_kv_head, most, capsys):
     model = empty_model(ModelConfig(64, 1, 16 * heads_per_kv_head, 16, 4, 64, 64, 64))
     cases = [(TRITON_BACKEND, most, False), (TRITON_BACKEND, most + 1, True), (CPU_BACKEND, 32, False)]
     for backend, k, warns in cases:
-        for _, linear in model.quantizable_linears():
+        for _, linear in quantizable_linears(model):
             linear.backend = backend
         warn_without_kernels(k, model)
         said = f"More than {most} tokens at a time are verified without the kernels.\n"

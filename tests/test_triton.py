@@ -30,14 +30,14 @@ from kernels.triton import (  # noqa: F401  (some register operations)
     sampling,
 )
 from kernels.triton.formats import KERNEL_FORMATS
-from layers.attention import LayerCache
 from layers.backend import TRITON_BACKEND
 from layers.experts import ExpertsDown, route
-from layers.linear import LinearBase
-from layers.packing import pack_for_triton
+from layers.kv_cache import KVCache, LayerCache
+from layers.linear import LinearBase, quantizable_linears
+from layers.packing import can_capture, pack_for_triton
 from layers.rope import rope_table
 from layers.sampling import sample
-from model import DTYPES, KVCache
+from model import DTYPES
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.all_checks import all_checks, interpreter_sizes, name_of
 from scripts.kernel_checks.exact_results import (
@@ -336,7 +336,7 @@ def test_model(family, format, small_gpu):
     """A whole model gives the float32 logits of PyTorch, and so the same greedy tokens. Layers of Qwen3 have an
     input_order."""
     model, prompt = tiny_model(family, n_layers=2), torch.arange(3, 27)
-    for _, w in model.quantizable_linears():
+    for _, w in quantizable_linears(model):
         if family == "qwen3":
             w.set_tensor("input_order", torch.randperm(w.in_features).int())
         tensors = format.quantize(w.weight.data)
@@ -353,7 +353,7 @@ def test_model(family, format, small_gpu):
 def test_many_sequences(small_gpu):
     """With twelve sequences at different positions, kernels compute every matmul, attention and norm."""
     model, start_pos = tiny_model("llama3", n_layers=1), torch.arange(12) * 5
-    for _, w in model.quantizable_linears():
+    for _, w in quantizable_linears(model):
         tensors = Int8().quantize(w.weight.data)
         w.set_format(Int8())
         for name, tensor in tensors.items():
@@ -369,7 +369,7 @@ def test_many_sequences(small_gpu):
 
     expected = step()
     use_triton(model)
-    assert model.has_kernels_for(12, 1) and model.has_kernels_for(64, 1) and not model.has_kernels_for(65, 1)
+    assert can_capture(model, 12, 1) and can_capture(model, 64, 1) and not can_capture(model, 65, 1)
     # 5 matmuls, and then the head, as in test_model
     assert (step() - expected).abs().max() <= 6 * 2 * (64 + 8) * U32 * expected.abs().max()
 

@@ -13,8 +13,9 @@ import transformers as hf
 from checkpoint import empty_model, read_checkpoint, save_checkpoint
 from converters.convert_folder import convert_folder
 from formats import QuantizationConfig
+from layers.kv_cache import KVCache
+from layers.linear import quantizable_linears
 from loading import load_model
-from model import KVCache
 from scripts.tiny_model import write_tokenizer
 from utils.errors import UsageError
 
@@ -269,7 +270,7 @@ def give_input_orders(source: Path, target: Path):
     act-order. The result is another model."""
     config, quantization, tensors = read_checkpoint(source)
     generator = torch.Generator().manual_seed(0)
-    linears = dict(empty_model(config, QuantizationConfig.from_dict(quantization)).quantizable_linears())
+    linears = dict(quantizable_linears(empty_model(config, QuantizationConfig.from_dict(quantization))))
     names = [name for name, linear in linears.items() if linear.n_experts is None]
     for name in names:
         order = torch.randperm(linears[name].in_features, generator=generator)

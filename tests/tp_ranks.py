@@ -31,7 +31,8 @@ from engine.runner import ModelRunner  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
 from formats import QuantizationConfig  # noqa: E402
 from layers import collectives  # noqa: E402
-from model import KVCache, Transformer  # noqa: E402
+from layers.kv_cache import KVCache  # noqa: E402
+from model import Transformer  # noqa: E402
 
 # name: (family, changed sizes, quantize.py's mode, numbers of ranks)
 CASES = {
@@ -71,7 +72,7 @@ CASES = {
     "int4 qwen3-moe": ("qwen3-moe", {}, ["int4", "--groupsize", "32"], (4,)),
 }
 MODES = {mode for _, _, options, _ in CASES.values() for mode in options[:1]}
-CASES |= {mode: ("llama3", {}, [mode], (2,)) for mode in formats.MODES if mode not in MODES}  # of new formats
+CASES |= {mode: ("llama3", {}, [mode], (2,)) for mode in formats.FORMAT_BY_MODE if mode not in MODES}  # of new formats
 COMPILED = "mixtral"  # the case that 2 ranks also run with torch.compile, without kernels
 GREEDY, SPECULATE = ["--temperature", "0"], ["--ignore_eos", "--prompt", "ab ab ab", "--temperature", "0"]
 COMMANDS = {  # name: (arguments of generate.py besides the checkpoint, standard input); FOLDER: the files
@@ -228,7 +229,7 @@ def bytes_read(path: Path) -> dict:
     config, quantization, tensors = read_checkpoint(path)
     tensors = with_tied_head(config, tensors)
     model = empty_model(config, QuantizationConfig.from_dict(quantization))
-    shard_tensor = tp.tensor_sharder(model)
+    shard_tensor = tp.build_shard_fn(model)
     with BytesRead(tensors.values()) as read:
         parts = {name: shard_tensor(name, t) for name, t in tensors.items()}
     cut = [name for name, part in parts.items() if part is not tensors[name]]

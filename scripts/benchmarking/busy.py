@@ -37,7 +37,8 @@ from config import ModelConfig
 from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from formats import WeightFormat
-from model import KVCache
+from layers.kv_cache import KVCache
+from layers.packing import pack_model
 from scripts.benchmarking.speed import SAMPLING, describe_machine, random_model, random_prompt, time_tokens
 from utils.errors import OutOfMemoryError, UsageError
 
@@ -88,7 +89,7 @@ class TimedModel:
     def __init__(self, args: argparse.Namespace, config: ModelConfig, format: WeightFormat):
         self.model = random_model(config, format, CPU, getattr(torch, args.precision))
         if args.kernels == "auto":
-            self.model.pack_weights()
+            pack_model(self.model)
         self.n_prompt, self.n_new = args.prompt_tokens, args.max_new_tokens
         self.kv_cache = KVCache(self.model, 1, self.n_prompt + self.n_new)
 

@@ -27,8 +27,9 @@ from engine.generation import DecodeLoop
 from engine.memory_traffic import mean_attended_tokens, step_bytes
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
+from layers.kv_cache import KVCache, kv_bytes_per_token
 from loading import load_model
-from model import KVCache, Transformer
+from model import Transformer
 from scripts.benchmarking.speed import seconds_of_steps
 from utils.errors import UsageError
 from utils.machine import read_bandwidth
@@ -109,7 +110,7 @@ def bytes_per_token(files: dict[str, Path]) -> dict[str, int]:
     load = partial(load_model, device=CPU, dtype=torch.bfloat16, use_kernels=False)
     model = load(files["bf16"])
     n_attended = mean(mean_attended_tokens(model.config, PROMPT + i + 1) for i in range(STEPS))
-    cache_bytes = round(n_attended * model.kv_bytes_per_token())
+    cache_bytes = round(n_attended * kv_bytes_per_token(model))
     sizes = {}
     for name, file in files.items():
         if file.suffix == ".pth":

@@ -24,6 +24,7 @@ from checkpoint import empty_model, read_checkpoint, with_tied_head
 from cli.generate_args import DEFAULT_SPECULATE_K
 from cli.report import tokens_per_step
 from converters.checkpoint_path import ensure_converted
+from layers.linear import quantizable_linears
 from quantize import GROUP_SIZE_MODES, MODES
 from scripts import tables
 from utils.errors import UsageError
@@ -109,7 +110,7 @@ def bits_per_weight(file: Path) -> float:
     config, _, tensors = read_checkpoint(file)
     tensors = with_tied_head(config, tensors)
     n_bytes = n_weights = 0
-    for layer, linear in empty_model(config).quantizable_linears():
+    for layer, linear in quantizable_linears(empty_model(config)):
         n_weights += linear.weight.numel()
         names = [f"{layer}.{name}" for name in ("weight", "scales", "zeros")]
         n_bytes += sum(tensors[name].nbytes for name in names if name in tensors)

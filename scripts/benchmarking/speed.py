@@ -30,10 +30,12 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from formats import Unquantized, WeightFormat
-from layers.linear import Linear, LinearBase, RMSNorm
+from layers.kv_cache import KVCache, kv_bytes_per_token
+from layers.linear import Linear, LinearBase, RMSNorm, quantizable_linears
+from layers.packing import pack_model
 from layers.rope import alibi_slopes
 from layers.weight import Embedding
-from model import Attention, KVCache, Transformer
+from model import Attention, Transformer
 from utils.errors import UsageError
 from utils.files import read_json
 from utils.machine import cpu_name, peak_memory, read_bandwidth, synchronize
@@ -79,7 +81,7 @@ def find_config(name: str) -> ModelConfig:
 def random_model(config: ModelConfig, format: WeightFormat, device: torch.device, dtype: torch.dtype) -> Transformer:
     """Makes a model whose linear layers have format, not packed for the kernels."""
     model = empty_model(config).to(dtype)
-    for _, linear in model.quantizable_linears():
+    for _, linear in quantizable_linears(model):
         linear.set_format(format)
     if config.tie_embeddings and format == Unquantized():  # quantize.py gives a quantized head its own weight
         model.tie_embedding()
@@ -157,7 +159,7 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, format: WeightF
     model = random_model(config, format, device, getattr(torch, args.precision))
     weights_bytes = sum(t.nbytes for t in checkpoint_tensors(model).values())
     if args.kernels == "auto":
-        model.pack_weights()
+        pack_model(model)
     synchronize(device)
     result = {
         "make_weights_seconds": time.perf_counter() - began,
@@ -209,7 +211,7 @@ def measure_decode(model: Transformer, n_prompt: int, n_new: int, compile: bool)
     bytes_per_second = step_bytes(model, n_attended) / seconds
     return {
         "compile_seconds": compile_seconds,
-        "kv_bytes": model.kv_bytes_per_token() * kv_cache.max_seq_len,
+        "kv_bytes": kv_bytes_per_token(model) * kv_cache.max_seq_len,
         "peak_memory_bytes": peak,
         "model_bytes": active_weight_bytes(model),
         "decode_tokens_per_sec": 1 / seconds,

@@ -18,7 +18,7 @@ from config import ModelConfig
 from formats import WeightFormat
 from kernels.triton.formats import kernel_format
 from kernels.triton.launch import MMA_N, TUNED, TileConfig, choose_tiles, gpu_info, table_key
-from layers.linear import Linear, RMSNorm
+from layers.linear import Linear, RMSNorm, quantizable_linears
 from layers.packing import pack_for_triton
 from scripts.benchmarking.speed import fill_randomly, random_linear
 from utils.files import replace_file
@@ -33,7 +33,7 @@ CANDIDATES = [
 
 def tune(config: ModelConfig, format: WeightFormat, device: torch.device):
     """Tunes every matmul of a model whose linear layers have format. This takes some minutes."""
-    linears = empty_model(config.with_layers(1)).quantizable_linears()
+    linears = quantizable_linears(empty_model(config.with_layers(1)))
     for n, k, gated in {
         (w.out_features, w.in_features, config.gated and name.endswith("gate_up_proj")) for name, w in linears
     }:

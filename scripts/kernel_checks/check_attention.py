@@ -3,8 +3,8 @@
 import torch
 
 from config import ModelConfig
-from layers.attention import LayerCache
 from layers.backend import TRITON_BACKEND
+from layers.kv_cache import LayerCache
 from layers.rope import alibi_slopes, rope_table
 from scripts.kernel_checks.exact_results import Comparison, attend, exact_attention, exact_cache, make_norm
 

@@ -45,7 +45,7 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
         # [B, T, 1, 1, dim] times [B, T, top_k, dim, N]
         y, terms = (t.squeeze(-2) for t in exact_product(x[..., None, None, :], matrix[topk_ids], chosen_bias, norm))
-        by_kernel = w.backend.find_kernel("experts_gate_up", n_tokens) is not None
+        by_kernel = w.backend.kernel_for("experts_gate_up", n_tokens) is not None
         error = exact_sums_error(terms, dim, format) if by_kernel else pytorch_error(terms, dim, dtype)
         error = error + separate_norm_error(x[..., None, None, :], norm, matrix[topk_ids]).squeeze(-2)
         fused = by_kernel and n % FUSED_GLU_MULTIPLE == 0
@@ -68,7 +68,7 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
         # [B, T, top_k, 1, F] times [B, T, top_k, F, N], weighted and summed over top_k
         products = exact_product(hidden[..., None, :], matrix[topk_ids], chosen_bias)
         y, terms = ((t.squeeze(-2) * topk_weights.double()[..., None]).sum(-2) for t in products)
-        by_kernel = w.backend.find_kernel("experts_down", n_tokens) is not None
+        by_kernel = w.backend.kernel_for("experts_down", n_tokens) is not None
         error = exact_sums_error(terms, ffn_dim, format) if by_kernel else pytorch_error(terms, ffn_dim, dtype)
         case = f"{format_label(format)}, {n_experts} of {dim}x{ffn_dim}, {n_tokens} tokens"
         routed = {"topk_ids": topk_ids, "topk_weights": topk_weights}

@@ -102,7 +102,7 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
     tokens, scale = torch.randint(n, (3, 4)), 1.7
     rows = exact[tokens]
     error = scale * triton_rounding_error(rows, dtype) + triton_rounding_error(2 * scale * rows, dtype)
-    yield Comparison("embed", case, w.lookup(tokens, scale, dtype), scale * rows.double(), error)
+    yield Comparison("embed", case, w.embedding(tokens, scale, dtype), scale * rows.double(), error)
 
 
 def check_activation(dtype: torch.dtype, activation: str, gated: bool):

@@ -23,8 +23,8 @@ from engine.generation import DecodeLoop
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from formats import Int8
-from layers.packing import load_triton_kernels
-from model import KVCache
+from layers.kv_cache import KVCache
+from layers.packing import load_triton_kernels, pack_model
 from scripts.benchmarking.speed import random_model
 from scripts.kernel_checks import error_bounds as bounds
 from scripts.kernel_checks.all_checks import Check, all_checks, gpu_sizes, interpreter_sizes, name_of
@@ -122,7 +122,7 @@ def check_captured_steps(device: torch.device, options: dict) -> Iterator[Compar
         torch.manual_seed(0)
         model = random_model(config, Int8(), device, torch.float32)
         if use_kernels:
-            model.pack_weights()
+            pack_model(model)
         runner = ModelRunner(model, KVCache(model, 1, 64), SamplingParams(), compile=use_kernels)
         prompt = torch.arange(1, 12, device=device)[None]
         tokens.append(torch.tensor(list(DecodeLoop(runner).decode_tokens(prompt, 40))))

@@ -21,8 +21,9 @@ from formats import GROUP_SIZES, MXFP4, Float8, GroupedInt8, Int4, Int8, Unquant
 from formats.integers import GroupwiseAffine
 from kernels.schema import CLAMPED_SILU_LIMIT, AttentionParams
 from layers import attention
-from layers.attention import LayerCache, apply_rope, norm_heads
+from layers.attention import apply_rope, norm_heads
 from layers.backend import Backend
+from layers.kv_cache import LayerCache
 from layers.linear import Linear, LinearBase, RMSNorm, activate_torch, apply_softcap
 from layers.packing import pack_for_triton
 from scripts.kernel_checks import error_bounds as bounds
@@ -98,9 +99,7 @@ def set_weight(matrix, w: torch.Tensor, format):
 def with_activation(w: LinearBase, activation: str, gated: bool) -> LinearBase:
     """Returns a layer of the same tensors, with another activation."""
     w = copy.copy(w)
-    w.activation, w.gated = activation, gated
-    if isinstance(w, Linear):
-        w.epilogue = w.epilogue._replace(activation=activation, gated=gated)
+    w.epilogue = w.epilogue._replace(activation=activation, gated=gated)
     return w
 
 
