@@ -168,11 +168,10 @@ def output_width(n: int, gated: bool) -> int:
 
 @define(
     f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, {EPILOGUE}, "
-    "bool float32_out) -> Tensor"
+    "ScalarType out_dtype) -> Tensor"
 )
-def empty_fused_linear(x, *, w, gated, float32_out, **_):
-    dtype = torch.float32 if float32_out else x.dtype
-    return x.new_empty(*x.shape[:-1], output_width(w.n, gated), dtype=dtype)
+def empty_fused_linear(x, *, w, gated, out_dtype, **_):
+    return x.new_empty(*x.shape[:-1], output_width(w.n, gated), dtype=out_dtype)
 
 
 @define("activate(Tensor x, str activation, bool gated) -> Tensor", namespaces=(CPU_NAMESPACE,))

@@ -180,8 +180,8 @@ def launch_products(gpu: Gpu) -> Counter:
 def launch_many(dtype: torch.dtype):
     """Launches the matmuls of decode steps with many sequences."""
     norm = make_norm(2048, dtype)
-    for n_tokens, format in MANY_TOKENS:
-        w, x = make_linear(256, 2048, format, dtype), torch.zeros(1, n_tokens, 2048, dtype=dtype)
+    for num_tokens, format in MANY_TOKENS:
+        w, x = make_linear(256, 2048, format, dtype), torch.zeros(1, num_tokens, 2048, dtype=dtype)
         pack_for_triton([w])
         with_activation(w, "silu", gated=True)(x, norm=norm)
 

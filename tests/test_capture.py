@@ -74,10 +74,10 @@ def test_replay_equals_the_step(format, dtype, family):
     generator = torch.Generator().manual_seed(1)
     steps = [(1, 3, [0, 0]), (2, 1, [3, 3]), (2, 4, [4, 1]), (1, 1, [8, 5]), (2, 3, [30, 37]), (2, 32, [7, 0])]
     with torch.inference_mode():
-        for threads, n_tokens, start_pos in steps:
-            assert can_capture(model, 2, n_tokens)
+        for threads, query_len, start_pos in steps:
+            assert can_capture(model, 2, query_len)
             torch.set_num_threads(threads)
-            tokens = torch.randint(0, 97, (2, n_tokens), generator=generator)
+            tokens = torch.randint(0, 97, (2, query_len), generator=generator)
             expected = model(tokens, torch.tensor(start_pos), caches[0])
             assert torch.equal(captured(tokens, torch.tensor(start_pos)), expected)
     torch.set_num_threads(1)

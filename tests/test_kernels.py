@@ -259,8 +259,8 @@ def test_a_token_does_not_depend_on_the_tokens_beside_it(format):
     x = torch.randn(1100, 200).bfloat16()
     alone = torch.cat([w(row) for row in x.split(1)])
     in_prompts = [65, 511, 513, 1100] if rounds_to_int8(format, torch.bfloat16) else []
-    for n_tokens in (*range(2, 20), 33, 64, *in_prompts):
-        assert torch.equal(w(x[:n_tokens]), alone[:n_tokens]), n_tokens
+    for num_tokens in (*range(2, 20), 33, 64, *in_prompts):
+        assert torch.equal(w(x[:num_tokens]), alone[:num_tokens]), num_tokens
 
 
 @built
@@ -402,8 +402,8 @@ def test_small_operations(dtype):
 def test_permute_inputs(dtype):
     """permute_inputs is exact: for all inputs in another order, and for some of the inputs, which a rank gathers."""
     torch.manual_seed(0)
-    for n_tokens, k, n in [(1, 5, 5), (3, 72, 72), (64, 70, 33), (65, 70, 33)]:  # the last in PyTorch
-        x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
+    for num_tokens, k, n in [(1, 5, 5), (3, 72, 72), (64, 70, 33), (65, 70, 33)]:  # the last in PyTorch
+        x, order = torch.randn(1, num_tokens, k).to(dtype), torch.randperm(k)[:n]
         assert torch.equal(permute_inputs(x, order.int(), CPU_BACKEND), x[..., order])
     x = torch.zeros(1, 2, 8).to(dtype)
     for order in (torch.tensor([0, 8]).int(), torch.tensor([-1]).int(), torch.tensor([0, 1]), torch.zeros(1, 2).int()):
@@ -426,8 +426,8 @@ def test_embed(dtype, format):
 def check_embed(table, dtype):
     (on_kernels,) = packed(torch.nn.ModuleList([copy.deepcopy(table)]))
     assert on_kernels.backend.name == "cpu"
-    for n_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
-        tokens = torch.randint(50, (2, n_tokens))
+    for num_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
+        tokens = torch.randint(50, (2, num_tokens))
         expected = table.embedding(tokens, scale, dtype)
         assert torch.equal(on_kernels.embedding(tokens, scale, dtype), expected)
     with pytest.raises(RuntimeError, match="vocabulary"):

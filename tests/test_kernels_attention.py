@@ -27,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("threads")
 ANY_TOKENS = CPU_BACKEND.with_limits(attend=math.inf)  # kernels for prompts, too, where PyTorch may be faster
 
 
-def check_attention(starts, n_tokens, n_heads, cache: LayerCache, window, norms, **options):
-    """Checks attention of n_tokens new tokens in each sequence, at the positions starts. The cache holds NaN where
+def check_attention(starts, query_len, n_heads, cache: LayerCache, window, norms, **options):
+    """Checks attention of query_len new tokens in each sequence, at the positions starts. The cache holds NaN where
     nothing has been written yet. Only the keys and values of the new tokens may change in it."""
     (_, n_kv_heads, _, d), dtype = cache.k.shape, cache.k.dtype
     start_pos = torch.tensor(starts)
-    qkv = torch.randn(len(starts), n_tokens, (n_heads + 2 * n_kv_heads) * d).to(dtype)
+    qkv = torch.randn(len(starts), query_len, (n_heads + 2 * n_kv_heads) * d).to(dtype)
     before = cache._replace(k=cache.k.clone(), v=cache.v.clone())
     ours = attend(qkv, cache, start_pos, n_heads, ANY_TOKENS, window, *norms, **options)
     exact = exact_attention(qkv, before, start_pos, n_heads, window, norms, factor=dtype, **options)

@@ -292,8 +292,8 @@ def test_pytorchs_kernels_without_a_compiler(monkeypatch):
                 has_kernel = k % 16 == 0 if isinstance(format, Int8) else n % 16 == 0 and k % format.group_size == 0
                 assert (linear.aten_weight is not None) == has_kernel and linear.format.is_quantized == has_kernel
                 assert not hasattr(experts, "aten_weight") and not experts.format.is_quantized
-                for n_tokens in (1, 3, aten.MAX_ATEN_TOKENS, aten.MAX_ATEN_TOKENS + 1):
-                    x = torch.randn(1, n_tokens, k).to(dtype)
+                for num_tokens in (1, 3, aten.MAX_ATEN_TOKENS, aten.MAX_ATEN_TOKENS + 1):
+                    x = torch.randn(1, num_tokens, k).to(dtype)
                     # Of each weight: scale, and offset of up to 15 scales or the weight itself; of the result: a
                     # product rounded before the bias is added, and the sum; float32 sums
                     u, magnitude = bounds.U[dtype], x.double().abs() @ largest_weights(format, exact).T

@@ -74,13 +74,13 @@ def test_default_fits(format, bits, group_size, gated, monkeypatch):
             assert tiles.block_n % 32 == 0 or not gated
 
 
-@pytest.mark.parametrize("n_tokens", [9, 16, 33, 64])
+@pytest.mark.parametrize("num_tokens", [9, 16, 33, 64])
 @pytest.mark.parametrize("gated", [False, True])
-def test_default_tiles_of_many_tokens_fit(n_tokens, gated):
+def test_default_tiles_of_many_tokens_fit(num_tokens, gated):
     """Loads in flight fit into 99 KB. The sums of a warp and the products of one step fit into its registers."""
     formats = [(Unquantized, 16, 576), (Int8, 8, 576), (Float8, 8, 576), (Float8, 8, 128), (GroupedInt8, 8, 16)]
     formats += [(Int4, 4, 64), (Int4, 4, 128), (MXFP4, 4, 32)]
-    block_m = triton.next_power_of_2(n_tokens)
+    block_m = triton.next_power_of_2(num_tokens)
     sizes = itertools.product(formats, (64, 1536, 4096, 57344, 128256), (1, 16, 132, 300))
     for (format, bits, group_size), n, num_sms in sizes:
         tiles = launch.default_tiles_many_tokens(

@@ -136,19 +136,19 @@ void accumulate_pv(int64_t n_queries, const float* p, int64_t stride, const T* v
 
 template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   using Base = RopeAndCacheOp<T>;
-  using Base::batch, Base::n_tokens, Base::n_heads, Base::n_kv_heads, Base::head_dim, Base::max_seq_len;
+  using Base::batch, Base::query_len, Base::n_heads, Base::n_kv_heads, Base::head_dim, Base::max_seq_len;
   using Base::start_pos, Base::cached;
 
   const T* sinks;             // [n_heads] or null
   const float* alibi_slopes;  // [n_heads] or null
   ScoreMod score_mod;         // of all heads, without their slopes
   int64_t window;             // how many keys a token sees, including the key of the token; 0 means all
-  T* out;                     // [batch, n_tokens, n_heads, head_dim]
+  T* out;                     // [batch, query_len, n_heads, head_dim]
 
   // Scratch memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and softmax states.
   struct Shared {
     float* partial;         // [batch, n_kv_heads, max_splits, queries_per_kv_head, head_dim]
-    T* q;                   // [batch, n_tokens, n_heads, head_dim]
+    T* q;                   // [batch, query_len, n_heads, head_dim]
     SoftmaxState* softmax;  // [batch, n_kv_heads, max_splits, queries_per_kv_head]
   };
   size_t shared_bytes() const {
@@ -217,7 +217,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   //             partial = p v         [count, D]         the values       next_keys
   template <int64_t D> void attend_to_split(const Shared& shared, const Task& task, const T* next_keys) const {
     const int64_t first_head = task.kv_head * heads_per_kv_head(), end_head = first_head + heads_per_kv_head();
-    const Range tokens = split_range(task.token_block, n_token_blocks(), n_tokens);
+    const Range tokens = split_range(task.token_block, n_token_blocks(), query_len);
     const int64_t first = first_index(task, tokens.begin);
     int64_t index = first;
     for (int64_t t = tokens.begin; t < tokens.end; t++)
@@ -229,7 +229,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     index = first;
     for (int64_t t = tokens.begin; t < tokens.end; t++)
       for (int64_t head = first_head; head < end_head; head++)
-        combine_query(shared, index++, 1, task.b * n_tokens + t, head);
+        combine_query(shared, index++, 1, task.b * query_len + t, head);
   }
 
   template <int64_t D>
@@ -239,7 +239,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     const int64_t begin = std::max(split_begin, first_key_of(position));
     const int64_t end = std::min(split_begin + split_len(), position + 1), n = std::max<int64_t>(0, end - begin);
     const T *k = cached(this->k_cache, b, task.kv_head, begin), *v = cached(this->v_cache, b, task.kv_head, begin);
-    const T* q = shared.q + ((b * n_tokens + queries.t) * n_heads + queries.first_head) * d;
+    const T* q = shared.q + ((b * query_len + queries.t) * n_heads + queries.first_head) * d;
     alignas(64) float scores[MAX_Q<D> * MAX_SPLIT_LEN];  // [count, split_len()]
     for (int64_t i = 0; i < queries.count; i++) {
       float* s = scores + i * split_len();
@@ -257,14 +257,14 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   void combine_splits(const Shared& shared) const {
     const Range range = thread_range(n_queries());
     for (int64_t i = range.begin; i < range.end; i++) {
-      const int64_t head = i % n_heads, token = i / n_heads, b = token / n_tokens, n = n_splits(b);
+      const int64_t head = i % n_heads, token = i / n_heads, b = token / query_len, n = n_splits(b);
       const Task first_task{b, head / heads_per_kv_head(), 0, 0};
-      const int64_t first = first_index(first_task, token % n_tokens) + head % heads_per_kv_head();
+      const int64_t first = first_index(first_task, token % query_len) + head % heads_per_kv_head();
       if (n > 1) combine_query(shared, first, n, token, head);
     }
   }
 
-  // Combines the n splits of a query, which is a head of a token in [batch, n_tokens]. first is the index of its first
+  // Combines the n splits of a query, which is a head of a token in [batch, query_len]. first is the index of its first
   // split in Shared::partial and Shared::softmax.
   //
   //     out  =  the sum of weights_s * partial_s        weights: combine_softmaxes
@@ -299,9 +299,9 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   int64_t first_key(const Task& task) const { return first_key(task.b) + task.split * split_len(); }
   // The keys of a split. The scratch memory for partial outputs grows with tokens times splits. To bound it, a step
   // with more tokens has longer and fewer splits.
-  int64_t split_len() const { return SPLIT_LEN * divide_up(batch * n_tokens, TOKEN_BLOCK); }
+  int64_t split_len() const { return SPLIT_LEN * divide_up(batch * query_len, TOKEN_BLOCK); }
   int64_t count_splits(int64_t n_keys) const { return divide_up(n_keys, split_len()); }
-  int64_t n_splits(int64_t b) const { return count_splits(start_pos[b] + n_tokens - first_key(b)); }
+  int64_t n_splits(int64_t b) const { return count_splits(start_pos[b] + query_len - first_key(b)); }
   int64_t max_splits() const { return count_splits(max_seq_len); }
   bool any_sequence_is_split() const {
     for (int64_t b = 0; b < batch; b++)
@@ -311,7 +311,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
 
   // ---- Tasks ----
 
-  int64_t n_token_blocks() const { return divide_up(n_tokens, TOKEN_BLOCK); }  // of a sequence
+  int64_t n_token_blocks() const { return divide_up(query_len, TOKEN_BLOCK); }  // of a sequence
   int64_t n_tasks(int64_t b) const { return n_kv_heads * n_splits(b) * n_token_blocks(); }  // of sequence b
 
   Task task_at(int64_t i) const {
@@ -332,10 +332,10 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
 
   // ---- Queries ----
 
-  int64_t n_queries() const { return batch * n_tokens * n_heads; }
+  int64_t n_queries() const { return batch * query_len * n_heads; }
   int64_t heads_per_kv_head() const { return n_heads / n_kv_heads; }
-  // The queries of a key/value head are [n_tokens, heads_per_kv_head]. query_index is an index into them, flattened.
-  int64_t queries_per_kv_head() const { return n_tokens * heads_per_kv_head(); }
+  // The queries of a key/value head are [query_len, heads_per_kv_head]. query_index is an index into them, flattened.
+  int64_t queries_per_kv_head() const { return query_len * heads_per_kv_head(); }
   int64_t query_index(int64_t t, int64_t head) const { return t * heads_per_kv_head() + head % heads_per_kv_head(); }
   // The index in Shared::partial and Shared::softmax of a task's first query of new token t.
   int64_t first_index(const Task& task, int64_t t) const {

@@ -20,7 +20,7 @@ template <typename T> struct FusedLinearOp {
   Activation activation;
   float out_scale, softcap, clip;  // a softcap or clip of 0 changes nothing
   T* out;
-  float* float32_out;  // if not null, replaces out
+  float* float_out;  // if not null, replaces out
 
   int64_t n_out() const { return activation.gated ? w.n / 2 : w.n; }
   int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
@@ -67,10 +67,10 @@ template <typename T> struct FusedLinearOp {
     const int64_t blocks[] = {block, block + (gated ? n_out_blocks() : 1)}, n_blocks = gated ? 2 : n_tasks;
     BlockSums sums[2];
     for (int64_t first = slice.begin; first < slice.end; first += MAX_CPU_TOKENS) {
-      const int64_t n_tokens = std::min(MAX_CPU_TOKENS, slice.end - first);
-      if (panels) dot_amx(n_tokens, w, blocks, n_blocks, panels, sums);
-      else matmul<T>(n_tokens, w, blocks, n_blocks, tokens + first, sums);
-      for (int64_t i = 0; i < n_tokens; i++)
+      const int64_t num_tokens = std::min(MAX_CPU_TOKENS, slice.end - first);
+      if (panels) dot_amx(num_tokens, w, blocks, n_blocks, panels, sums);
+      else matmul<T>(num_tokens, w, blocks, n_blocks, tokens + first, sums);
+      for (int64_t i = 0; i < num_tokens; i++)
         for (int64_t b = 0; b < n_tasks; b++) epilogue(sums, i, first + i, b, blocks);
     }
   }
@@ -83,7 +83,7 @@ template <typename T> struct FusedLinearOp {
     if (softcap) v = apply_softcap(v, softcap);
     if (clip) v = clamp(v, clip);
     if (residual) v += load_partial(residual + token * n_out, block * BLOCK_N, n_out);
-    if (float32_out) store_partial(v, float32_out + token * n_out, block * BLOCK_N, n_out);
+    if (float_out) store_partial(v, float_out + token * n_out, block * BLOCK_N, n_out);
     else store_partial(v, out + token * n_out, block * BLOCK_N, n_out);
   }
 };

@@ -122,17 +122,18 @@ Activation check_activation(OptString activation, bool gated) {
 Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, StringHandle format, int64_t n,
                     int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
                     OptString activation, bool gated, double out_scale, double softcap, double clip,
-                    bool float32_out) {
+                    ScalarType out_dtype) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight, residual});
+  const bool is_float_out = out_dtype == ScalarType::Float;
+  STD_TORCH_CHECK(is_float_out || out_dtype == x.scalar_type(), "out_dtype must be float32 or the activations' type");
   const Weights w = check_weights(weight, scales, zeros, format, n, group_size, k, x.scalar_type());
-  Tensor out = torch::stable::new_empty(x, resized(x, gated ? n / 2 : n),
-                                        float32_out ? ScalarType::Float : x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, resized(x, gated ? n / 2 : n), out_dtype);
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     const FusedLinearOp<T> op{
         .x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
         .residual = ptr<T>(residual), .activation = check_activation(activation, gated), .out_scale = float(out_scale),
         .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
-        .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr};
+        .float_out = is_float_out ? mutable_ptr<float>(out) : nullptr};
 #if defined(__AVX512BF16__)
     const bool has_int8_loops = dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
     if constexpr (std::is_same_v<T, bf16>)
@@ -228,7 +229,7 @@ RopeAndCacheOp<T> rope_and_cache_op(const Tensor& qkv, const Tensor& start_pos, 
           .v_cache = mutable_ptr<T>(v_cache), .batch_stride = k_cache.stride(0), .head_stride = k_cache.stride(1),
           .cos_sin = ptr<float>(cos_sin), .q_norm_weight = ptr<T>(q_norm_weight),
           .k_norm_weight = ptr<T>(k_norm_weight), .norms_all_heads = norms_all_heads, .eps = float(eps),
-          .batch = batch, .n_tokens = m / batch, .n_heads = n_heads, .n_kv_heads = n_kv_heads,
+          .batch = batch, .query_len = m / batch, .n_heads = n_heads, .n_kv_heads = n_kv_heads,
           .head_dim = d, .max_seq_len = max_seq_len, .q = nullptr};
 }
 

@@ -76,21 +76,21 @@ template <typename T> void pack_values(const T* v, int64_t n, int64_t d, int64_t
 
 template <typename T> struct PrefillAttendOp : AttendOp<T> {
   using Base = AttendOp<T>;
-  using Base::batch, Base::n_tokens, Base::n_heads, Base::n_kv_heads, Base::head_dim, Base::start_pos, Base::cached;
+  using Base::batch, Base::query_len, Base::n_heads, Base::n_kv_heads, Base::head_dim, Base::start_pos, Base::cached;
   using Base::window, Base::heads_per_kv_head;
 
   int64_t block_tokens() const { return std::clamp<int64_t>(TASK_ROWS / heads_per_kv_head(), 8, 64); }
   int64_t query_pairs() const { return round_up(divide_up(head_dim, VNNI_SIZE<T>), LANES); }
   int64_t width() const { return round_up(head_dim, NR); }  // of acc and of packed values
 
-  // The memory that all threads share holds q [batch, n_tokens, n_heads, head_dim].
-  size_t shared_bytes() const { return batch * n_tokens * n_heads * head_dim * sizeof(T); }
+  // The memory that all threads share holds q [batch, query_len, n_heads, head_dim].
+  size_t shared_bytes() const { return batch * query_len * n_heads * head_dim * sizeof(T); }
 
   void execute(char* memory, Barrier& barrier) const {
     T* q = reinterpret_cast<T*>(memory);
     this->rope_and_cache(q, barrier);
     // The threads take the tasks in turns, since later blocks of tokens see more keys and take longer.
-    const int64_t n_blocks = divide_up(n_tokens, block_tokens()), n_caches = batch * n_kv_heads;
+    const int64_t n_blocks = divide_up(query_len, block_tokens()), n_caches = batch * n_kv_heads;
     for (int64_t i = omp_get_thread_num(); i < n_blocks * n_caches; i += omp_get_num_threads())
       attend_block(q, i % n_caches / n_kv_heads, i % n_kv_heads, i / n_caches);
   }
@@ -109,7 +109,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   };
 
   void attend_block(const T* q, int64_t b, int64_t kv_head, int64_t block) const {
-    const int64_t first_token = block * block_tokens(), end_token = std::min(n_tokens, first_token + block_tokens());
+    const int64_t first_token = block * block_tokens(), end_token = std::min(query_len, first_token + block_tokens());
     const Rows rows{b, kv_head, first_token, (end_token - first_token) * heads_per_kv_head(), is_scale_only(kv_head)};
     const Buffers buffers = allocate(round_up(rows.n_rows, MR));
     for (int64_t row = 0; row < round_up(rows.n_rows, MR); row++) {
@@ -145,7 +145,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   int64_t position(const Rows& rows, int64_t row) const { return start_pos[rows.b] + token(rows, row); }
   // Returns where the query of row is in q, and the output in out.
   int64_t offset(const Rows& rows, int64_t row) const {
-    return ((rows.b * n_tokens + token(rows, row)) * n_heads + head(rows, row)) * head_dim;
+    return ((rows.b * query_len + token(rows, row)) * n_heads + head(rows, row)) * head_dim;
   }
 
   // The keys of a tile that a row sees, from begin to end. The tile starts at key.

@@ -101,8 +101,8 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   }
 
   static void matmul_panel(const VnniPair* x, const VnniPair* panel, int64_t n_pairs, bool accumulates,
-                           int64_t n_tokens, float* acc) {
-    for (int64_t token = 0; token < n_tokens; token += MR, x += MR * PANEL_PAIRS, acc += MR * NR) {
+                           int64_t num_tokens, float* acc) {
+    for (int64_t token = 0; token < num_tokens; token += MR, x += MR * PANEL_PAIRS, acc += MR * NR) {
       const auto gemm = accumulates ? microkernel<bf16, true> : microkernel<bf16, false>;
       gemm(x, PANEL_PAIRS, panel, BLOCK_N, PANEL_PAIRS * BLOCK_N, n_pairs, acc, NR);
     }

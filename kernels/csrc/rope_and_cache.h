@@ -24,7 +24,7 @@ template <typename T> void apply_rope(const T* x, const float* cos_sin, int64_t 
 
 // The task of a thread is a head of a token.
 template <typename T> struct RopeAndCacheOp {
-  const T* qkv;                            // [batch, n_tokens, n_heads + 2 n_kv_heads, head_dim]
+  const T* qkv;                            // [batch, query_len, n_heads + 2 n_kv_heads, head_dim]
   const int64_t* start_pos;                // [batch]: the position of each sequence's first new token
   T *k_cache, *v_cache;                    // [batch, n_kv_heads, max_seq_len, head_dim]
   int64_t batch_stride, head_stride;       // of k_cache and v_cache
@@ -32,13 +32,13 @@ template <typename T> struct RopeAndCacheOp {
   const T *q_norm_weight, *k_norm_weight;  // [head_dim] or null
   bool norms_all_heads;                    // norm all heads together; weights [n_heads or n_kv_heads, head_dim]
   float eps;
-  int64_t batch, n_tokens, n_heads, n_kv_heads, head_dim;
+  int64_t batch, query_len, n_heads, n_kv_heads, head_dim;
   int64_t max_seq_len;  // the length of the cache
-  T* q;                 // [batch, n_tokens, n_heads, head_dim]
+  T* q;                 // [batch, query_len, n_heads, head_dim]
 
   const char* validate() const {
     for (int64_t b = 0; b < batch; b++)
-      if (start_pos[b] < 0 || start_pos[b] + n_tokens > max_seq_len) return "the cache has no room for these positions";
+      if (start_pos[b] < 0 || start_pos[b] + query_len > max_seq_len) return "the cache has no room for these positions";
     return nullptr;
   }
 
@@ -48,11 +48,11 @@ template <typename T> struct RopeAndCacheOp {
 
   void execute(char*, Barrier&) const {
     const int64_t d = head_dim, all_heads = n_heads + 2 * n_kv_heads;  // q, k, v
-    const Range range = thread_range(batch * n_tokens * all_heads);
+    const Range range = thread_range(batch * query_len * all_heads);
     float rms_scale = 0;  // 1 / rms of this head, or of all heads of the token's q or k
     for (int64_t i = range.begin; i < range.end; i++) {
-      const int64_t head = i % all_heads, token = i / all_heads, b = token / n_tokens;
-      const int64_t position = start_pos[b] + token % n_tokens;
+      const int64_t head = i % all_heads, token = i / all_heads, b = token / query_len;
+      const int64_t position = start_pos[b] + token % query_len;
       const T* x = qkv + i * d;
       T* out;
       if (head < n_heads) {

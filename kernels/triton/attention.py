@@ -293,10 +293,10 @@ def attend(
     params = AttentionParams(**params)
     n_heads, window, softcap = params.n_heads, params.window, params.softcap
     q_norm_weight, k_norm_weight = params.q_norm_weight, params.k_norm_weight
-    (batch, n_tokens, _), (_, n_kv_heads, max_seq_len, head_dim) = qkv.shape, k_cache.shape
+    (batch, query_len, _), (_, n_kv_heads, max_seq_len, head_dim) = qkv.shape, k_cache.shape
     n_splits = choose_splits(gpu_info(qkv.device).num_sms, batch * n_kv_heads, max_seq_len, window)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    n_queries = batch * n_tokens * n_heads
+    n_queries = batch * query_len * n_heads
     out = empty_attend(qkv, start_pos, k_cache, v_cache, n_heads=n_heads)
     results = None
     if n_splits > 1:
@@ -311,7 +311,7 @@ def attend(
         cache=Cache(k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), S=max_seq_len),
         norms=HeadNorms(q_norm_weight, k_norm_weight, params.eps),
         sinks_ptr=params.sinks, alibi_slopes_ptr=params.alibi_slopes, out_ptr=out, results=results,
-        qk_scale=LOG2_E.value * params.scale, qk_softcap=LOG2_E.value * softcap if softcap else None, T=n_tokens,
+        qk_scale=LOG2_E.value * params.scale, qk_softcap=LOG2_E.value * softcap if softcap else None, T=query_len,
         HEADS=HeadLayout(
             n_heads, n_kv_heads, HEADS_PER_KV_HEAD=n_heads // n_kv_heads, D=head_dim, TOKEN_STRIDE=qkv.shape[-1],
             BLOCK_D=block_d, BLOCK_HALF=max(16, triton.next_power_of_2(head_dim // 2)),
@@ -319,7 +319,7 @@ def attend(
             K_NORM_HEADS=1 if k_norm_weight is None else k_norm_weight.numel() // head_dim,
         ),
         SIZES=AttentionSizes(
-            BLOCK_M=max(16, triton.next_power_of_2(n_tokens * n_heads // n_kv_heads)),
+            BLOCK_M=max(16, triton.next_power_of_2(query_len * n_heads // n_kv_heads)),
             BLOCK_N=max(16, 8192 // (block_d * qkv.element_size())),  # 8 KB of keys, 8 KB of values, two stages
             N_SPLITS=n_splits, N_SPLITS_PADDED=triton.next_power_of_2(n_splits),
         ),

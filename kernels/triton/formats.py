@@ -280,7 +280,7 @@ def dequantize(*, w: WeightArguments, k: int, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def embed_kernel(tokens_ptr, w_ptr, scales_ptr, y_ptr, scale, N, K, GROUP_SIZE, DEQUANTIZE: tl.constexpr):
-    """Computes y [n_tokens, K] = the rows of W at tokens, times scale. Program (i, j) has token i and columns
+    """Computes y [num_tokens, K] = the rows of W at tokens, times scale. Program (i, j) has token i and columns
     [64 j, 64 (j + 1)). It dequantizes a whole tile, and stores one row of the tile."""
     i, tile_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(tokens_ptr + i)

@@ -177,16 +177,16 @@ def table_key(format: KernelFormat, n: int, k: int, gated: bool, group_size: int
 
 
 def choose_tiles(
-    x: Tensor, format: KernelFormat, n: int, gated: bool, group_size: int, n_tokens: int = 1
+    x: Tensor, format: KernelFormat, n: int, gated: bool, group_size: int, num_tokens: int = 1
 ) -> TileConfig:
     """Returns the tile sizes for x [..., K] and W [n, K], from tuned.json or by default. By default a program takes at
     most 99 KB of shared memory, or 64 KB on AMD's MI300 and NVIDIA's Turing, which have no more.
 
     gated: W is a gate projection above an up projection. A program needs 16 rows of each.
-    n_tokens: not taken from x, since x of experts_down has a vector for each pair of a token and an expert."""
+    num_tokens: not taken from x, since x of experts_down has a vector for each pair of a token and an expert."""
     gpu, k, on_tensor_cores = gpu_info(x.device), x.shape[-1], uses_tensor_cores(x.device, x.dtype)
-    if n_tokens > MMA_N and on_tensor_cores:
-        block_m = triton.next_power_of_2(n_tokens)
+    if num_tokens > MMA_N and on_tensor_cores:
+        block_m = triton.next_power_of_2(num_tokens)
         tiles = default_tiles_many_tokens(block_m, format, n, k, gated, group_size, gpu.num_sms)
         return tiles if gpu.min_block_m == MMA_N else tiles._replace(num_stages=2)
     key = table_key(format, n, k, gated, group_size)

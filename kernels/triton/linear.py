@@ -266,7 +266,7 @@ def add_squares(squares, x_ptr, offs_k, NUM_TOKENS_CONST: tl.constexpr, K: tl.co
 def fused_linear(
     x: Tensor, *, w: WeightArguments, bias: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = 0.0,
     residual: Tensor | None = None, activation: str | None = None, gated: bool = False, out_scale: float = 1.0,
-    softcap: float = 0.0, clip: float = 0.0, float32_out: bool = False, topk_ids: Tensor | None = None,
+    softcap: float = 0.0, clip: float = 0.0, out_dtype: torch.dtype | None = None, topk_ids: Tensor | None = None,
 ) -> Tensor:
     """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]:
     [..., n], or [..., n / 2] if gated.
@@ -279,7 +279,7 @@ def fused_linear(
     if topk_ids is not None:
         n_pairs, top_k, y_shape = topk_ids.numel(), topk_ids.shape[-1], topk_ids.shape
         num_tokens = n_pairs // top_k
-    y = x.new_empty(*y_shape, output_width(n, gated), dtype=torch.float32 if float32_out else x.dtype)
+    y = x.new_empty(*y_shape, output_width(n, gated), dtype=out_dtype or x.dtype)
     num_tokens_const = num_tokens if num_tokens <= MMA_N else None
     if norm_weight is not None and num_tokens_const is None:  # registers have no room for the squares of many tokens
         x, norm_weight = rms_norm(x, norm_weight, eps, None), None

@@ -19,17 +19,17 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
     n_heads, n_kv_heads, head_dim = heads
     norms, arguments = make_options(options, heads, dtype)
     config = ModelConfig(64, 1, n_heads, n_kv_heads, head_dim, 64, 64, max_seq_len=10_000)
-    for n_tokens, starts, length in caches:
+    for query_len, starts, length in caches:
         n_sequences, full_length = len(starts), length + 40
         cos_sin, start_pos = rope_table(config, full_length), torch.tensor(starts)
-        qkv = torch.randn(n_sequences, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
+        qkv = torch.randn(n_sequences, query_len, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
         k, v = torch.randn(2, n_sequences, n_kv_heads, full_length, head_dim).to(dtype).unbind()
         for b, start in enumerate(starts):
             k[b, :, start:], v[b, :, start:] = torch.nan, torch.nan
         before = LayerCache(k.clone(), v.clone(), cos_sin)
         view = before._replace(k=k[:, :, :length], v=v[:, :, :length])
         ours = attend(qkv, view, start_pos, n_heads, TRITON_BACKEND, window, *norms, **arguments)
-        case = f"{heads}, window {window}, {n_tokens} tokens from {starts} on, options {options}"
+        case = f"{heads}, window {window}, {query_len} tokens from {starts} on, options {options}"
         y, error = exact_attention(qkv, before, start_pos, n_heads, window, norms, **arguments)
         yield Comparison("attend", case, ours, y, error)
         exact_k, exact_v, k_error = exact_cache(qkv, before, start_pos, n_heads, norms)

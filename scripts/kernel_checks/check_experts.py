@@ -39,18 +39,18 @@ def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
     )
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
-    for n_tokens in token_counts:
-        _, topk_ids = route_torch(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
-        x = integers(1, n_tokens, dim, dtype=dtype)
+    for num_tokens in token_counts:
+        _, topk_ids = route_torch(torch.randn(1, num_tokens, n_experts) * 3, TOP_K, True)
+        x = integers(1, num_tokens, dim, dtype=dtype)
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
         # [B, T, 1, 1, dim] times [B, T, top_k, dim, N]
         y, terms = (t.squeeze(-2) for t in exact_product(x[..., None, None, :], matrix[topk_ids], chosen_bias, norm))
-        by_kernel = w.backend.kernel_for("experts_gate_up", n_tokens) is not None
+        by_kernel = w.backend.kernel_for("experts_gate_up", num_tokens) is not None
         error = exact_sums_error(terms, dim, format) if by_kernel else pytorch_error(terms, dim, dtype)
         error = error + separate_norm_error(x[..., None, None, :], norm, matrix[topk_ids]).squeeze(-2)
         fused = by_kernel and n % FUSED_GLU_MULTIPLE == 0
         y, error = exact_stored_activation(y, error, "silu", True, dtype, fused)
-        case = f"{format_label(format)}, {n_experts} of {n}x{dim}, {n_tokens} tokens"
+        case = f"{format_label(format)}, {n_experts} of {n}x{dim}, {num_tokens} tokens"
         yield Comparison("experts_gate_up", case, w(x, topk_ids=topk_ids, norm=norm), y, error)
 
 
@@ -60,17 +60,17 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
     matrix, bias = matrix_and_bias(w)
     pack_for_triton([w])
     assert w.backend.name == ("triton" if format.kernels_can_read(ffn_dim) else "torch")
-    for n_tokens in token_counts:
-        topk_weights, topk_ids = route_torch(torch.randn(1, n_tokens, n_experts) * 3, TOP_K, True)
-        hidden = integers(1, n_tokens, TOP_K, ffn_dim, dtype=dtype)
-        residual = torch.randn(1, n_tokens, dim).to(dtype)
+    for num_tokens in token_counts:
+        topk_weights, topk_ids = route_torch(torch.randn(1, num_tokens, n_experts) * 3, TOP_K, True)
+        hidden = integers(1, num_tokens, TOP_K, ffn_dim, dtype=dtype)
+        residual = torch.randn(1, num_tokens, dim).to(dtype)
         chosen_bias = bias[topk_ids][..., None, :] if has_bias else bias
         # [B, T, top_k, 1, F] times [B, T, top_k, F, N], weighted and summed over top_k
         products = exact_product(hidden[..., None, :], matrix[topk_ids], chosen_bias)
         y, terms = ((t.squeeze(-2) * topk_weights.double()[..., None]).sum(-2) for t in products)
-        by_kernel = w.backend.kernel_for("experts_down", n_tokens) is not None
+        by_kernel = w.backend.kernel_for("experts_down", num_tokens) is not None
         error = exact_sums_error(terms, ffn_dim, format) if by_kernel else pytorch_error(terms, ffn_dim, dtype)
-        case = f"{format_label(format)}, {n_experts} of {dim}x{ffn_dim}, {n_tokens} tokens"
+        case = f"{format_label(format)}, {n_experts} of {dim}x{ffn_dim}, {num_tokens} tokens"
         routed = {"topk_ids": topk_ids, "topk_weights": topk_weights}
         yield Comparison("experts_down", case, w(hidden, **routed), y, stored_error(y, error, dtype))
         if not by_kernel:
@@ -80,10 +80,10 @@ def check_down(dtype: torch.dtype, format: WeightFormat, size: tuple):
         yield Comparison("experts_down", f"{case}, residual", ours, total, stored_error(total, error, dtype))
 
 
-def check_route(n_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, norm_topk_prob: bool):
-    logits = torch.randn(1, n_tokens, n_experts + (n_shared_experts > 0)) * 3
+def check_route(num_tokens: int, n_experts: int, top_k: int, n_shared_experts: int, norm_topk_prob: bool):
+    logits = torch.randn(1, num_tokens, n_experts + (n_shared_experts > 0)) * 3
     topk_weights, topk_ids = route_torch(logits, top_k, norm_topk_prob, n_shared_experts)
     our_weights, our_ids = route(logits, top_k, norm_topk_prob, n_shared_experts, TRITON_BACKEND)
-    case = f"{top_k} of {n_experts} for {n_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
+    case = f"{top_k} of {n_experts} for {num_tokens} tokens, {n_shared_experts} shared, norm_topk_prob {norm_topk_prob}"
     yield Comparison("topk_ids", case, our_ids, topk_ids, torch.zeros(()))
     yield Comparison("topk_weights", case, our_weights, topk_weights, (n_experts + 32) * U32 * topk_weights)

@@ -40,9 +40,9 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     w, norm = exact_linear(n, k, format, dtype, bias=has_bias), exact_norm(k, dtype)
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
-    for n_tokens in token_counts:
-        case = f"{format_label(format)} {n}x{k} of {n_tokens} tokens"
-        x, residual = integers(1, n_tokens, k, dtype=dtype), torch.randn(1, n_tokens, n).to(dtype)
+    for num_tokens in token_counts:
+        case = f"{format_label(format)} {n}x{k} of {num_tokens} tokens"
+        x, residual = integers(1, num_tokens, k, dtype=dtype), torch.randn(1, num_tokens, n).to(dtype)
         y, terms = exact_product(x, matrix, bias)
         ours = w(x, out_dtype=torch.float32)
         yield Comparison("float32_linear", case, ours, y, exact_sums_error(terms, k, format))
@@ -60,7 +60,7 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     """Checks a matmul of random data, where sums and products with the norm's weight are rounded, and Int4's magic
     bias costs bits."""
-    n, k, n_tokens = size
+    n, k, num_tokens = size
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantize(torch.float32).double(), bounds.magnitudes(w)
     if w.zeros is not None:  # the kernel computes (bias + q) x - (bias + zero) x
@@ -68,8 +68,8 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
         magnitude = magnitude + 2 * bias * wide_scales
     use_triton(w)
-    x = torch.randn(1, n_tokens, k).to(dtype)
-    case = f"{format_label(format)} {n}x{k} of {n_tokens} tokens, random"
+    x = torch.randn(1, num_tokens, k).to(dtype)
+    case = f"{format_label(format)} {n}x{k} of {num_tokens} tokens, random"
     y = x.double() @ matrix.T
     error = bounds.product_error(x, magnitude, y, torch.float32)
     yield Comparison("float32_linear", case, w(x, out_dtype=torch.float32), y, error)
@@ -111,14 +111,14 @@ def check_activation(dtype: torch.dtype, activation: str, gated: bool):
     w = exact_linear(n, k, Unquantized(), dtype, bias=True)
     matrix, bias = matrix_and_bias(w)
     use_triton(w)
-    for n_tokens in (1, 5):
-        x = integers(1, n_tokens, k, dtype=dtype)
+    for num_tokens in (1, 5):
+        x = integers(1, num_tokens, k, dtype=dtype)
         y, terms = exact_product(x, matrix, bias)
-        assert n_tokens == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
+        assert num_tokens == 1 or (y.abs().max() > 8 and y.abs().min() < 0.1)
         sum_error = exact_sums_error(terms, k, Unquantized())
         y, error = exact_stored_activation(y, sum_error, activation, gated, dtype, fused=True)
         ours = with_activation(w, activation, gated)(x)
-        yield Comparison(operation, f"{n}x{k} of {n_tokens} tokens", ours, y, error)
+        yield Comparison(operation, f"{n}x{k} of {num_tokens} tokens", ours, y, error)
     x[0, 3, 7] = torch.nan
     is_nan = with_activation(w, activation, gated)(x).isnan()
     expected = x.isnan().any(-1, keepdim=True).expand(is_nan.shape)
@@ -138,9 +138,9 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
             y, error = apply_softcap(y, softcap), error + softcap_error(softcap)
         return y.clamp(-clip, clip) if clip else y, error
 
-    for n_tokens in (1, 5):
-        case = f"scale {scale}, softcap {softcap}, clip {clip}, {n_tokens} tokens"
-        x, residual = integers(1, n_tokens, k, dtype=dtype), torch.randn(1, n_tokens, n).to(dtype)
+    for num_tokens in (1, 5):
+        case = f"scale {scale}, softcap {softcap}, clip {clip}, {num_tokens} tokens"
+        x, residual = integers(1, num_tokens, k, dtype=dtype), torch.randn(1, num_tokens, n).to(dtype)
         products, terms = exact_product(x, matrix, bias)
         sum_error = exact_sums_error(terms, k, Int8())
         y, error = epilogue(products, sum_error)
@@ -153,21 +153,21 @@ def check_epilogue(dtype: torch.dtype, scale: float, softcap: float, clip: float
         yield Comparison(operation, f"{case}, gated", ours, y, stored_error(y, error, dtype))
 
 
-def check_rms_norm(dtype: torch.dtype, n_tokens: int, dim: int):
-    norm, (x, residual) = make_norm(dim, dtype), (torch.randn(2, 1, n_tokens, dim) * 3).to(dtype)
+def check_rms_norm(dtype: torch.dtype, num_tokens: int, dim: int):
+    norm, (x, residual) = make_norm(dim, dtype), (torch.randn(2, 1, num_tokens, dim) * 3).to(dtype)
     norm.backend = TRITON_BACKEND
     y = exact_rms_norm(x, norm)
     error = (dim + 8) * U32 * y.abs()
-    yield Comparison("rms_norm", f"{n_tokens}x{dim}", norm(x), y, stored_error(y, error, dtype))
+    yield Comparison("rms_norm", f"{num_tokens}x{dim}", norm(x), y, stored_error(y, error, dtype))
     total, error = with_residual(y, error, residual)
     ours = norm(x, residual)
-    yield Comparison("rms_norm", f"{n_tokens}x{dim}, residual", ours, total, stored_error(total, error, dtype))
+    yield Comparison("rms_norm", f"{num_tokens}x{dim}, residual", ours, total, stored_error(total, error, dtype))
 
 
 def check_permute_inputs(dtype: torch.dtype):
     """Checks that results are exact: for all inputs in another order, and for a part of the inputs, as with several
     ranks."""
-    for n_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
-        x, order = torch.randn(1, n_tokens, k).to(dtype), torch.randperm(k)[:n]
+    for num_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
+        x, order = torch.randn(1, num_tokens, k).to(dtype), torch.randperm(k)[:n]
         y = permute_inputs(x, order.int(), TRITON_BACKEND)
-        yield Comparison("permute_inputs", f"{n_tokens}x{k}, {n}", y, x[..., order].double(), torch.zeros(()))
+        yield Comparison("permute_inputs", f"{num_tokens}x{k}, {n}", y, x[..., order].double(), torch.zeros(()))
