@@ -235,9 +235,9 @@ def cpp_formats(library: ctypes.CDLL) -> list[str]:
     return library.format_names().decode().split(", ")
 
 
-def has_int8_activations(library: ctypes.CDLL, format: WeightFormat) -> bool:
-    """Whether the C++ kernels round 16-bit activations to int8, to multiply them with weights of format."""
-    return bool(library.format_int8_activations(type(format).__name__.encode()))
+def quantizes_activations(library: ctypes.CDLL, format: WeightFormat) -> bool:
+    """Whether a matmul of the C++ kernels with weights of format rounds 16-bit activations to int8."""
+    return bool(library.format_quantizes_activations(type(format).__name__.encode()))
 
 
 def cpp_activations(library: ctypes.CDLL) -> list[str]:

@@ -148,7 +148,7 @@ def cpu_backend(dtype: torch.dtype, format: WeightFormat, is_quantized: bool) ->
     if not is_quantized:  # with more tokens PyTorch multiplies faster
         limits |= dict.fromkeys(MATMULS, library.max_unquantized_tokens(is_bf16))
     # Prompts, where kernels are faster than PyTorch: those of decode, or kernels of their own (csrc/prefill_*.h)
-    if build.has_int8_activations(library, format) and dtype.itemsize == 2 and library.has_int8_prefill():
+    if build.quantizes_activations(library, format) and dtype.itemsize == 2 and library.has_quantized_prefill():
         limits |= dict.fromkeys(MATMULS, math.inf)
     elif library.has_prefill_linear(is_bf16):
         limits["fused_linear"] = math.inf

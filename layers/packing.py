@@ -96,7 +96,7 @@ def cpu_kernels_can_read(matrix: WeightMatrix) -> bool:
     format, library = matrix.format, build.load_cpp_kernels()
     has_struct = type(format).__name__ in build.cpp_formats(library)
     has_whole_groups = format.group_size is None or format.group_size % ACT_GROUP_SIZE == 0
-    fits = has_whole_groups or not build.has_int8_activations(library, format)
+    fits = has_whole_groups or not build.quantizes_activations(library, format)
     return has_struct and fits and format.kernels_can_read(matrix.in_features)
 
 

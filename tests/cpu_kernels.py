@@ -72,10 +72,10 @@ def rounded_activations(x: torch.Tensor) -> torch.Tensor:
     return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)[..., :k]
 
 
-def rounds_to_int8(format, dtype: torch.dtype) -> bool:
-    return dtype != torch.float32 and kernels.build.has_int8_activations(kernels.build.load_cpp_kernels(), format)
+def quantizes_activations(format, dtype: torch.dtype) -> bool:
+    return dtype != torch.float32 and kernels.build.quantizes_activations(kernels.build.load_cpp_kernels(), format)
 
 
 def as_seen(x: torch.Tensor, format) -> torch.Tensor:
     """Returns what the kernels multiply with weights of format: x, or x rounded to int8."""
-    return rounded_activations(x) if rounds_to_int8(format, x.dtype) else x
+    return rounded_activations(x) if quantizes_activations(format, x.dtype) else x

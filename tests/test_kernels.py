@@ -31,7 +31,7 @@ from scripts.kernel_checks.exact_results import (
     set_weight,
     with_activation,
 )
-from tests.cpu_kernels import as_seen, built, make_embedding, packed, rounds_to_int8, step_of
+from tests.cpu_kernels import as_seen, built, make_embedding, packed, quantizes_activations, step_of
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 EPILOGUES = [  # N, K, scale, softcap, clip
@@ -85,7 +85,7 @@ def test_linear_of_many_tokens(format, dtype):
     torch.manual_seed(0)
     is_bf16 = dtype == torch.bfloat16
     on_amx = is_bf16 and library().has_amx_bf16()
-    is_prefill = library().has_prefill_linear(is_bf16) and not rounds_to_int8(format, dtype)
+    is_prefill = library().has_prefill_linear(is_bf16) and not quantizes_activations(format, dtype)
     odd = [(21, 37)] if isinstance(format, Unquantized) else []  # quantized, K must be a multiple of 8
     for n, k in [(33, 72), (64, 200), *odd]:
         w, norm = make_linear(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
@@ -123,7 +123,7 @@ def test_linear_of_many_tokens(format, dtype):
 def test_linear_of_a_prompt(format, n, k, tokens):
     """Matmuls with several panels of inputs, several tasks, and a last task of fewer outputs or tokens
     (csrc/prefill_linear.h). With int8 activations: with a second slice of tokens (csrc/linear.h)."""
-    is_int8 = rounds_to_int8(format, torch.bfloat16)
+    is_int8 = quantizes_activations(format, torch.bfloat16)
     if not is_int8 and not library().has_prefill_linear(True):
         pytest.skip("this CPU has no instructions for bf16, or AMX")
     torch.manual_seed(0)
@@ -258,7 +258,7 @@ def test_a_token_does_not_depend_on_the_tokens_beside_it(format):
     w.backend = ANY_TOKENS
     x = torch.randn(1100, 200).bfloat16()
     alone = torch.cat([w(row) for row in x.split(1)])
-    in_prompts = [65, 511, 513, 1100] if rounds_to_int8(format, torch.bfloat16) else []
+    in_prompts = [65, 511, 513, 1100] if quantizes_activations(format, torch.bfloat16) else []
     for num_tokens in (*range(2, 20), 33, 64, *in_prompts):
         assert torch.equal(w(x[:num_tokens]), alone[:num_tokens]), num_tokens
 
@@ -281,7 +281,7 @@ def test_linear_near_its_reference(format, rows, dtype):
         exact = x.double() @ matrix.T
         bound = bounds.product_error(x, bounds.magnitudes(plain), exact, dtype)
         bound = bound + bounds.U[dtype] * (x.double().abs() @ matrix.abs().T)  # weights are rounded, too
-        if rounds_to_int8(format, dtype):
+        if quantizes_activations(format, dtype):
             half_step = x.double().abs().max() / 254  # of an activation; the errors' signs are random
             bound = bound + 5 * half_step * matrix.norm(dim=1)
         bounds.check(ours, exact, bound)

@@ -131,6 +131,12 @@ def test_functions_take_the_arguments_of_the_schemas():
             compare_parameters(ops_cpp.replace(*change))
 
 
+def test_the_schema_that_the_docstring_shows():
+    """It is fused_linear's, but for the notes behind the lines."""
+    shown = re.search(r"fused_linear\(.*? -> Tensor", kernels.schema.__doc__, re.S)[0].splitlines()
+    assert " ".join(re.split(" {3,}", line.strip())[0] for line in shown) == SCHEMAS["fused_linear"]
+
+
 @built
 def test_formats_and_activations_are_the_same_in_both_languages():
     library = kernels.build.load_cpp_kernels()

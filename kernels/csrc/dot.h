@@ -24,32 +24,32 @@ using BlockSums = f32x16[MAX_CPU_TOKENS];  // the outputs of a block of weights:
 // not. Even so, one loop over 8 tokens is faster than two over 4, so the limit holds only if there are more than 8.
 constexpr int UNQUANTIZED_BLOCK_M = 6;
 
-// When a tile reads two blocks of weights side by side. Two share the loads of the activations, but need registers for
-// twice as many sums. A memory-bound matmul is faster with one block after the other, because memory is read in order.
+// When a tile reads a pair of blocks in step, instead of one block after the other. A pair shares the loads of the
+// activations, but needs registers for twice as many sums. A memory-bound matmul is faster with one block after the
+// other, because it then reads memory in order.
 //
-//     IF_GATED    if one block is of the gate projection and one of the up projection. Each projection is read in
-//                 order, also its scales. One block after the other would jump between four streams of memory
-//     IF_CUT      if the tokens are cut into several tiles: all tiles but the first find the weights in the cache
-enum SideBySide { NEVER, IF_GATED, IF_CUT, ALWAYS };
+//     GATED         if the pair is a block of the gate projection and one of the up projection. Each projection, also
+//                   its scales, is then read in order. One block after the other would jump between four streams
+//     MULTI_TILE    if there are several tiles of tokens: all tiles but the first find the weights in the cache
+enum BlockPairing { NEVER, GATED, MULTI_TILE, ALWAYS };
 
-// By the number of tokens in the tile, for wide registers. If the tokens are cut, tiles have at least 4 of them (9 are
-// cut into 4 and 5), so a tile of fewer is the only one. PackedBf16 is memory-bound as an only tile. Groups with scales
-// are compute-bound soonest, since the scales have to be unpacked. Measured on two cores of a Zen 5 server at 43 to 80
-// GB/s, November 2026.
-using ByTokens = std::array<SideBySide, BLOCK_M>;
-//                                   1 token   2         3       4       5       6       7       8 tokens
-constexpr ByTokens PACKED_BF16_TILES{NEVER,    NEVER,    NEVER,  NEVER,  IF_CUT, IF_CUT, NEVER,  NEVER};
-constexpr ByTokens FLOAT8_TILES     {NEVER,    NEVER,    NEVER,  NEVER,  IF_CUT, ALWAYS, ALWAYS, ALWAYS};
-constexpr ByTokens INT8_TILES       {NEVER,    NEVER,    NEVER,  IF_CUT, IF_CUT, ALWAYS, ALWAYS, ALWAYS};
-constexpr ByTokens GROUPED_TILES    {IF_GATED, IF_GATED, ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS};
+// By the number of tokens in the tile, for wide registers. Several tiles have at least 4 tokens each: 9 tokens are cut
+// into 4 and 5. PackedBf16 is memory-bound if there is one tile. Groups with scales become compute-bound first, because
+// the scales have to be unpacked. Measured on two cores of a Zen 5 server at 43 to 80 GB/s, November 2026.
+using ByTokens = std::array<BlockPairing, BLOCK_M>;
+//                                     1 token 2      3       4           5           6           7       8 tokens
+constexpr ByTokens PACKED_BF16_PAIRING{NEVER,  NEVER, NEVER,  NEVER,      MULTI_TILE, MULTI_TILE, NEVER,  NEVER};
+constexpr ByTokens FLOAT8_PAIRING     {NEVER,  NEVER, NEVER,  NEVER,      MULTI_TILE, ALWAYS,     ALWAYS, ALWAYS};
+constexpr ByTokens INT8_PAIRING       {NEVER,  NEVER, NEVER,  MULTI_TILE, MULTI_TILE, ALWAYS,     ALWAYS, ALWAYS};
+constexpr ByTokens GROUPED_PAIRING    {GATED,  GATED, ALWAYS, ALWAYS,     ALWAYS,     ALWAYS,     ALWAYS, ALWAYS};
 
 // The line of the table for weights of format F and activations of type X.
-template <typename F, typename X> constexpr SideBySide side_by_side(int m) {
+template <typename F, typename X> constexpr BlockPairing block_pairing(int m) {
   if (!HAS_WIDE_REGISTERS) return NEVER;
-  if (std::is_same_v<X, ActGroup>) return F::HAS_CHANNEL_SCALES ? INT8_TILES[m - 1] : GROUPED_TILES[m - 1];
+  if (std::is_same_v<X, ActGroup>) return F::HAS_CHANNEL_SCALES ? INT8_PAIRING[m - 1] : GROUPED_PAIRING[m - 1];
   if (!std::is_same_v<X, bf16>) return NEVER;
-  if (std::is_same_v<F, Float8>) return FLOAT8_TILES[m - 1];
-  return std::is_same_v<F, PackedBf16> ? PACKED_BF16_TILES[m - 1] : NEVER;
+  if (std::is_same_v<F, Float8>) return FLOAT8_PAIRING[m - 1];
+  return std::is_same_v<F, PackedBf16> ? PACKED_BF16_PAIRING[m - 1] : NEVER;
 }
 
 // The matmul of M tokens with BLOCKS blocks of weights, by the loop for the format F and the type X of the activations.
@@ -82,10 +82,10 @@ void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks,
     using X = ActElement<F, T>;
     const X* typed[M];
     for (int m = 0; m < M; m++) typed[m] = static_cast<const X*>(tokens[m]);
-    constexpr SideBySide WHEN = side_by_side<F, X>(M);
+    constexpr BlockPairing WHEN = block_pairing<F, X>(M);
     if constexpr (WHEN != NEVER) {
-      const bool is_gated = tile.n_adjacent == 1, is_cut = tile.n_tiles > 1;  // gate and up blocks are not adjacent
-      if (n_blocks == 2 && (WHEN == ALWAYS || (WHEN == IF_GATED && is_gated) || (WHEN == IF_CUT && is_cut)))
+      const bool is_gated = tile.n_adjacent == 1;  // gate and up blocks are not adjacent
+      if (n_blocks == 2 && (WHEN == ALWAYS || (WHEN == GATED && is_gated) || (WHEN == MULTI_TILE && tile.n_tiles > 1)))
         return run_loop<F, M, 2>(w, blocks, tile, typed, out);
     }
     for (int64_t b = 0; b < n_blocks; b++) run_loop<F, M, 1>(w, blocks + b, tile, typed, out + b);

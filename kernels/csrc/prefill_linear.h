@@ -65,7 +65,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     VnniPair* panel = panel_scratch.at_least<VnniPair>(PANEL_PAIRS * NR);
     float* acc = acc_scratch.at_least<float>(round_up(tokens.end - tokens.begin, MR) * NR);
     dispatch_format(w, [&]<typename F>(F) {
-      if constexpr (!F::INT8_ACTIVATIONS) matmul_blocks<F>(x_pairs, blocks, tokens, panel, acc);
+      if constexpr (!F::QUANTIZES_ACTIVATIONS) matmul_blocks<F>(x_pairs, blocks, tokens, panel, acc);
     });
     for (int64_t token = tokens.begin; token < tokens.end; token += MR, acc += MR * NR)
       store_outputs(acc, first_block, blocks, {token, std::min(token + MR, tokens.end)});

@@ -59,14 +59,15 @@ struct ActGroup {
   int8_t q[ACT_GROUP_SIZE];
 };
 
-// Whether activations of type T are quantized for a matmul with weights of format F. Float32 activations (--precision
-// float32) are never quantized.
-template <typename F, typename T> constexpr bool ROUNDS_TO_INT8 = F::INT8_ACTIVATIONS && !std::is_same_v<T, float>;
-
-// Whether activations of type T become float for a matmul with weights of format F.
+// Whether a matmul with weights of format F quantizes activations of type T. Float32 activations (--precision float32)
+// are never quantized.
 template <typename F, typename T>
-constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Unquantized> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
-                                 !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
+constexpr bool QUANTIZES_ACTIVATIONS = F::QUANTIZES_ACTIVATIONS && !std::is_same_v<T, float>;
+
+// Whether a matmul with weights of format F converts activations of type T to float.
+template <typename F, typename T>
+constexpr bool WIDENS_ACTIVATIONS = !std::is_same_v<F, Unquantized> && !F::QUANTIZES_ACTIVATIONS &&
+                                    !std::is_same_v<T, float> && !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
 // Quantizes x [k] to groups [padded k / ACT_GROUP_SIZE]. F is the format of w. An f32x16 holds the x of a group.
 static_assert(ACT_GROUP_SIZE == LANES);
@@ -96,7 +97,7 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
 // float [k] or T [k].
 template <typename F, typename T>
 using ActElement =
-    std::conditional_t<ROUNDS_TO_INT8<F, T>, ActGroup, std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
+    std::conditional_t<QUANTIZES_ACTIVATIONS<F, T>, ActGroup, std::conditional_t<WIDENS_ACTIVATIONS<F, T>, float, T>>;
 
 // The address of a token after the prologue. The type is void, since the format F is known only at run time.
 // matmul_by_format (dot.h) casts the address to const ActElement<F, T>*.
@@ -120,19 +121,19 @@ template <typename T> struct Prologue {
   float eps;
   int64_t panel_k = 0, panel_m = 1;  // the sizes of panels. Without panels, panel_k is 0
 
-  bool is_quantized() const {
-    return !panel_k && dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
+  bool quantizes_activations() const {
+    return !panel_k && dispatch_format(w, []<typename F>(F) { return QUANTIZES_ACTIVATIONS<F, T>; });
   }
-  bool is_widened() const {
-    return !panel_k && dispatch_format(w, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
+  bool widens_activations() const {
+    return !panel_k && dispatch_format(w, []<typename F>(F) { return WIDENS_ACTIVATIONS<F, T>; });
   }
   int64_t padded_m() const { return round_up(m, panel_m); }
   int64_t padded_k() const { return round_up(w.k, panel_k ? panel_k : 32); }  // 32 elements of 16 bits: a cache line
 
   // Returns the bytes of a token after the prologue. 0 means that the matmul reads x itself.
   int64_t token_bytes() const {
-    if (is_quantized()) return padded_k() / ACT_GROUP_SIZE * sizeof(ActGroup);
-    if (is_widened()) return padded_k() * sizeof(float);
+    if (quantizes_activations()) return padded_k() / ACT_GROUP_SIZE * sizeof(ActGroup);
+    if (widens_activations()) return padded_k() * sizeof(float);
     return norm_weight || panel_k ? padded_k() * sizeof(T) : 0;
   }
   int64_t bytes() const { return padded_m() * token_bytes(); }
@@ -166,12 +167,12 @@ template <typename T> struct Prologue {
     char* out = memory + i * token_bytes();
     const T* token = x + i * w.k;
     if (norm_weight) {
-      const bool is_last_step = !is_quantized() && !is_widened() && !panel_k;
+      const bool is_last_step = !quantizes_activations() && !widens_activations() && !panel_k;
       T* normed = is_last_step ? reinterpret_cast<T*>(out) : scratch.at_least<T>(padded_k());
       token = apply_norm(token, norm_weight, inverse_rms(token, eps, w.k), w.k, normed);
     }
-    if (is_quantized()) quantize(token, reinterpret_cast<ActGroup*>(out));
-    if (is_widened())
+    if (quantizes_activations()) quantize(token, reinterpret_cast<ActGroup*>(out));
+    if (widens_activations())
       for (int64_t k = 0; k < w.k; k += LANES)
         store_partial(load_partial(token, k, w.k), reinterpret_cast<float*>(out), k, w.k);
     if (panel_k) copy_to_panels(token, i, reinterpret_cast<T*>(memory));
@@ -179,7 +180,7 @@ template <typename T> struct Prologue {
 
   void quantize(const T* token, ActGroup* out) const {
     dispatch_format(w, [&]<typename F>(F) {
-      if constexpr (ROUNDS_TO_INT8<F, T>) quantize_token<F>(token, w, out);
+      if constexpr (QUANTIZES_ACTIVATIONS<F, T>) quantize_token<F>(token, w, out);
     });
   }
 

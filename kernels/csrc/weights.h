@@ -92,8 +92,8 @@ struct ScalesAndZeros { f32x16 scales, zeros; };
 
 // A format derives from these defaults.
 struct FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = false;  // whether the matmul rounds 16-bit activations to int8
-  static constexpr bool BF16_ACTIVATIONS = false;  // whether the matmul takes bf16 activations without conversion
+  static constexpr bool QUANTIZES_ACTIVATIONS = false;    // whether the matmul rounds 16-bit activations to int8
+  static constexpr bool BF16_ACTIVATIONS = false;         // whether the matmul takes bf16 activations as they are
   static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // from this number of tokens amx.h is faster than dot.h
   static constexpr bool HAS_ZEROS = false;                // whether there is a tensor of zero points
   static constexpr bool HAS_CHANNEL_SCALES = false;       // whether each output has a scale, beside group scales
@@ -115,7 +115,7 @@ struct PackedBf16 : FormatDefaults {
 };
 
 struct Int8 : FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = true, HAS_CHANNEL_SCALES = true;
+  static constexpr bool QUANTIZES_ACTIVATIONS = true, HAS_CHANNEL_SCALES = true;
   static constexpr int32_t SHARED_ZERO = 128;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 4;
   static i32x16 element(i32x16 words, int j) { return (words >> (8 * j)) & 255; }
@@ -128,7 +128,7 @@ struct Int8 : FormatDefaults {
 };
 
 struct Int4 : FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
+  static constexpr bool QUANTIZES_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int ELEMENTS_PER_WORD = 8, SCALE_BYTES = 2;
   static i32x16 element(i32x16 words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
   // Maps each byte of nibbles, 0 to 15, to the unsigned byte that dot_grouped multiplies.
@@ -140,7 +140,7 @@ struct Int4 : FormatDefaults {
 };
 
 struct GroupedInt8 : FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
+  static constexpr bool QUANTIZES_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 2;
   static i32x16 element(i32x16 words, int j) { return Int8::element(words, j); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
@@ -162,7 +162,7 @@ struct Float8 : FormatDefaults {
 //
 //     q  =  12 + 2 * e2m1        2 * e2m1 is an integer from -12 to 12
 struct MXFP4 : FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = true;
+  static constexpr bool QUANTIZES_ACTIVATIONS = true;
   static constexpr int ELEMENTS_PER_WORD = 8, SCALE_BYTES = 1;
   // For the four bits of a number, TABLE has q, and VALUES has the number.
   alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
