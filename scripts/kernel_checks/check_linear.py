@@ -4,7 +4,8 @@ embed, rms_norm, permute_inputs. all_checks.py lists the sizes."""
 import torch
 from torch import Tensor
 
-from formats import Int8, Unquantized, WeightFormat
+from formats import Int4, Int8, Unquantized, WeightFormat
+from formats.integers import GroupwiseAffine
 from kernels.triton import MAGIC_BIASES
 from layers.backend import TRITON_BACKEND
 from layers.linear import FUSED_GLU_MULTIPLE, RMSNorm, apply_softcap, permute_inputs
@@ -63,8 +64,8 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
     n, k, num_tokens = size
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantize(torch.float32).double(), bounds.magnitudes(w)
-    if w.zeros is not None:  # the kernel computes (bias + q) x - (bias + zero) x
-        bias = MAGIC_BIASES.get(factor_dtype(dtype), 0) if format.elements_per_byte == 2 else 128
+    if isinstance(format, GroupwiseAffine):  # the kernel computes (bias + q) x - (bias + zero) x
+        bias = MAGIC_BIASES.get(factor_dtype(dtype), 0) if isinstance(format, Int4) else 128
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
         magnitude = magnitude + 2 * bias * wide_scales
     use_triton(w)
