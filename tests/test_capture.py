@@ -289,7 +289,7 @@ def test_between_replays_pytorch_takes_the_graphs_threads(monkeypatch):
     class Functions:
         op_list_threads = staticmethod(lambda: 2)
 
-    monkeypatch.setattr(kernels.build, "loaded_library", lambda: Functions)
+    monkeypatch.setattr(kernels.build, "loaded_cpp_kernels", lambda: Functions)
     torch.set_num_threads(3)
     try:
         with graph_num_threads():

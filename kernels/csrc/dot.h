@@ -2,10 +2,10 @@
 //
 // A matmul with few tokens is memory-bound: it takes as long as reading the weights. So the loops read each weight
 // once, prefetch the next ones (prefetch.h), and keep the sums of up to BLOCK_M tokens in registers. More tokens are
-// cut into tiles of nearly equal size. A block is then read once for each tile, after the first time from the cache.
+// cut into tiles of nearly equal size. Each tile reads the block again, but only the first tile reads it from memory.
 //
 //     matmul              cuts the tokens into tiles
-//     matmul_by_format    one tile: finds the format of the weights, and how many blocks to read side by side
+//     matmul_by_format    one tile: finds the format of the weights, and whether to read a pair of blocks
 //     run_loop            calls a loop of dot_quantized.h or dot_unquantized.h
 #pragma once
 
@@ -20,8 +20,8 @@ template <typename F> constexpr bool IS_QUANTIZED = !std::is_same_v<F, Unquantiz
 
 using BlockSums = f32x16[MAX_CPU_TOKENS];  // the outputs of a block of weights: [tokens, BLOCK_N]
 
-// Unquantized weights have up to four sums for each token. The sums of 6 tokens fit in wide registers, those of 8 do
-// not. Even so, one loop over 8 tokens is faster than two over 4, so the limit holds only if there are more than 8.
+// For unquantized weights, which have up to four sums for each token. 6 tokens fit in wide registers, 8 spill. Still,
+// one pass over 8 tokens beats two over 4. So up to 8 tokens are one tile, and more are cut into tiles of at most 6.
 constexpr int UNQUANTIZED_BLOCK_M = 6;
 
 // When a tile reads a pair of blocks in step, instead of one block after the other. A pair shares the loads of the
@@ -57,7 +57,7 @@ template <typename F, int M, int BLOCKS, typename X>
 void run_loop(const Weights& w, const int64_t* blocks, const TokenTile& tile, const X* const* tokens,
               f32x16* const* out) {
   if constexpr (std::is_same_v<F, Unquantized>) {
-    // The loads of one or two tokens are few beside the loads of the weights, so sharing would gain nothing.
+    // With one or two tokens, sharing their loads gains nothing: the loads of the weights are far more.
     constexpr int OUTPUTS_IN_STEP = M <= 2 ? 1 : 4;
     for (int b = 0; b < BLOCKS; b++) dot_unquantized<M, OUTPUTS_IN_STEP>(w, blocks[b], tile, tokens, out[b]);
   } else if constexpr (std::is_same_v<F, PackedBf16> && std::is_same_v<X, bf16>) {
@@ -73,8 +73,8 @@ void run_loop(const Weights& w, const int64_t* blocks, const TokenTile& tile, co
   }
 }
 
-// The matmul of a tile of M tokens, M <= BLOCK_M, with 1 or 2 blocks. Finds the format F of the weights, and gives the
-// tokens their type.
+// The matmul of a tile of M tokens, M <= BLOCK_M, with 1 or 2 blocks. Finds the format F of the weights, and casts the
+// tokens to the type X of the activations.
 template <int M, typename T>
 void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const TokenTile& tile,
                       const TokenPtr* tokens, f32x16* const* out) {
@@ -97,7 +97,7 @@ template <typename T, int... I> constexpr auto functions_by_tokens(std::integer_
   return std::array{&matmul_by_format<I + 1, T>...};
 }
 
-// Returns the most tokens of a tile, if there are m tokens.
+// Returns how many tokens a tile has at most, if there are m tokens.
 inline int64_t max_tile_tokens(const Weights& w, int64_t m) {
   const bool is_quantized = dispatch_format(w, []<typename F>(F) { return IS_QUANTIZED<F>; });
   return is_quantized || !HAS_WIDE_REGISTERS || m <= BLOCK_M ? BLOCK_M : UNQUANTIZED_BLOCK_M;
@@ -126,8 +126,8 @@ template <typename T> f32x16 add_bias(f32x16 v, const T* bias, int64_t block, in
   return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
 }
 
-// Adds the bias [n] to sums[b][token], the outputs of block blocks[b], and applies the activation. If it is gated, b is
-// 0, blocks[0] is of the gate projection, and blocks[1] of the up projection.
+// Adds the bias [n] to sums[b][token], the outputs of block blocks[b], and applies the activation. If the activation is
+// gated, b is 0, blocks[0] is of the gate projection, and blocks[1] of the up projection.
 template <typename T>
 f32x16 add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const int64_t* blocks, const T* bias,
                              int64_t n, Activation activation) {

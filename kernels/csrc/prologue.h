@@ -1,4 +1,4 @@
-// The prologue of a matmul: norms the activations, and then quantizes them, converts them, or copies them into panels.
+// The prologue of a matmul: norms the activations. Then it quantizes them, converts them, or copies them into panels.
 // Every operation with a matmul runs a Prologue first.
 #pragma once
 
@@ -18,8 +18,8 @@ template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
   return 1 / std::sqrt(sum(squares) / k + eps);
 }
 
-// Returns elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds x * inverse_rms to T first, as
-// layers/linear.py: rms_norm_torch does.
+// Returns elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds x * inverse_rms to T first, like
+// layers/linear.py: rms_norm_torch.
 template <typename T> f32x16 normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
   T rounded[LANES];
   store_vec(load_partial(x, i, k) * inverse_rms, rounded);
@@ -40,11 +40,11 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 //
 //     sum of (w - zero) * x  =  sum of w * x  -  zero * (sum of x)
 //
-// The sum of x is the same for all outputs, so quantize_token computes it once (ggml: s of block_q8_1). What
+// The sum of x is the same for all outputs, so quantize_token computes it once, like s of ggml's block_q8_1. What
 // zero_correction holds depends on the format:
 //
-//     all weights have one zero point, F::SHARED_ZERO    -F::SHARED_ZERO * (sum of q), of this ActGroup
-//     each group of weights has its own                  the sum of x from the start of that group up to here. The loop
+//     all weights share F::SHARED_ZERO                   -F::SHARED_ZERO * (sum of q), of this ActGroup
+//     each group of weights has a zero point             the sum of x from the start of that group up to here. The loop
 //                                                        reads it once, in the last ActGroup of the group
 //
 // With groups of 48 weights, and sums s0, s1, ... of ActGroups:
@@ -54,7 +54,7 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 //     zero_correction     s0    s0 + s1    s0+s1+s2     s3    s3 + s4    s3+s4+s5
 //                                          read                          read
 struct ActGroup {
-  float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
+  float scale;  // NaN if an element of x is not finite: then the outputs are NaN
   float zero_correction;  // see above
   int8_t q[ACT_GROUP_SIZE];
 };
@@ -78,7 +78,7 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
   float running_sum = 0;
   for (int64_t k = 0; k < w.k; k += LANES) {
     const f32x16 v = load_partial(x, k, w.k);
-    // Without the sign bit, the bits of floats are ordered as the floats are, and NaN is the largest.
+    // Without the sign bit, the bits of floats have the order of the floats. NaN is the largest.
     const f32x16 max = (f32x16)reduce_lanes((i32x16)v & 0x7fffffff, maximum);
     const i32x16 q = (i32x16)(v * (max > 1e-30f ? 127 / max : f32x16{}) + to_int) - (i32x16)to_int;
     const i8x16 bytes = __builtin_convertvector(q, i8x16);
@@ -99,8 +99,8 @@ template <typename F, typename T>
 using ActElement =
     std::conditional_t<QUANTIZES_ACTIVATIONS<F, T>, ActGroup, std::conditional_t<WIDENS_ACTIVATIONS<F, T>, float, T>>;
 
-// The address of a token after the prologue. The type is void, since the format F is known only at run time.
-// matmul_by_format (dot.h) casts the address to const ActElement<F, T>*.
+// The address of a token after the prologue. It points to void because the format F is known only at run time.
+// matmul_by_format (dot.h) casts it to const ActElement<F, T>*.
 using TokenPtr = const void*;
 
 // The prologue of x [m, k] W^T. If norm_weight [k] is not null, applies RMSNorm first.
@@ -111,7 +111,7 @@ using TokenPtr = const void*;
 //     panel 0    token 0: inputs 0 to panel_k - 1              token 1: the same inputs     ...    token m - 1
 //     panel 1    token 0: inputs panel_k to 2 panel_k - 1      token 1                      ...    token m - 1
 //
-// A panel's inputs beyond k are zeros. m is padded to a multiple of panel_m by tokens of any values, whose outputs are
+// A panel's inputs beyond k are zeros. m is padded to a multiple of panel_m by tokens of any values. Their outputs are
 // not stored.
 template <typename T> struct Prologue {
   const T* x;
@@ -139,7 +139,7 @@ template <typename T> struct Prologue {
   int64_t bytes() const { return padded_m() * token_bytes(); }
 
   // Whether the threads share the tokens. With few tokens, each thread runs the prologue of all tokens in its own
-  // scratch memory, which is cheaper than a barrier.
+  // scratch memory. That is cheaper than a barrier.
   bool is_shared() const { return m > BLOCK_M && token_bytes() > 0; }
   size_t shared_bytes() const { return is_shared() ? bytes() : 0; }
 
