@@ -1,7 +1,7 @@
-// The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Kernels trust addresses and sizes, also when a
-// CPU graph is replayed, so tensors are checked here. Each function checks its tensors, allocates the output, and
-// submits the operation (op_list.h: submit). The functions have the parameters of the schemas (kernels/schema.py).
-// layers/ describes the operations. kernels/build.py compiles this file, which includes the headers.
+// The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Each function checks its tensors, allocates the
+// output, and submits the operation (op_list.h: submit). The checks must be here: kernels trust addresses and sizes,
+// also when a CPU graph is replayed. The functions have the parameters of the schemas (kernels/schema.py). layers/
+// describes the operations. kernels/build.py compiles this file, which includes the headers.
 //
 // The headers, in reading order:
 //
@@ -177,7 +177,8 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
   return out;
 }
 
-// Checks the values of input_order here, and not when a CPU graph is replayed: input_order is as constant as a weight.
+// Checks the values of input_order here, and not at every replay of a CPU graph: input_order is as constant as a
+// weight.
 Tensor permute_inputs(Tensor x, Tensor input_order) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {}), n = input_order.numel();
   STD_TORCH_CHECK(input_order.scalar_type() == ScalarType::Int && input_order.is_contiguous() &&

@@ -1,5 +1,5 @@
-// The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill: for
-// unquantized weights and 8-bit floats. Other formats quantize the activations (linear.h: FusedLinearOp).
+// The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill. It is for the
+// formats that do not quantize activations: unquantized weights and 8-bit floats. FusedLinearOp computes the others.
 //
 //     task     a block of tokens, and NR outputs
 //     panel    PANEL_K inputs of the task's weights, dequantized to bf16 once for all tokens of the task. The prologue
@@ -9,8 +9,8 @@
 //         for MR tokens at a time:  acc [MR, NR] += x [MR, PANEL_K] panel
 //     out = epilogue(acc)
 //
-// A panel stays in the L1 cache for all tokens of the task. PyTorch would dequantize a whole matrix to memory first,
-// and round the weights to bf16, too.
+// A panel stays in the L1 cache for all tokens of the task. PyTorch would first dequantize a whole matrix to memory. It
+// would round the weights to bf16, too.
 #pragma once
 
 #include "bf16_weights.h"
@@ -19,7 +19,7 @@
 
 #if defined(__AVX512BF16__)
 
-// Multiplies tile [n_pairs] of e4m3 weights, which are not scaled yet, with the scales of their groups.
+// Multiplies a tile [n_pairs] of unscaled e4m3 weights with the scales of their groups.
 template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t first_input, int64_t n_pairs,
                                       i32x16* tile) {
   for (int64_t i = 0; i < n_pairs; i++) {
@@ -32,9 +32,9 @@ template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t f
 
 struct PrefillLinearOp : FusedLinearOp<bf16> {
   static constexpr int64_t PANEL_K = 256, PANEL_PAIRS = PANEL_K / 2, PANEL_BYTES = PANEL_K * sizeof(bf16);
-  // With 96 tokens, dequantization takes a few percent of the time of the matmul; with fewer tokens it would take more.
+  // With 96 tokens, dequantization takes a few percent of the time of the matmul. With fewer tokens it takes more.
   static constexpr int64_t MIN_BLOCK_TOKENS = 96, MAX_BLOCK_TOKENS = 516;
-  static constexpr int64_t TASKS_PER_THREAD = 8;  // enough that no thread ends much later than other threads
+  static constexpr int64_t TASKS_PER_THREAD = 8;  // enough that no thread ends much later than the others
 
   Prologue<bf16> prologue() const { return {x, m, w, norm_weight, eps, PANEL_K, MR}; }
   size_t shared_bytes() const { return prologue().shared_bytes(); }

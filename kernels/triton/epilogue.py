@@ -18,7 +18,7 @@ ALPHA, LIMIT = tl.constexpr(schema.CLAMPED_SILU_ALPHA), tl.constexpr(schema.CLAM
 
 
 class EpilogueArgs(NamedTuple):
-    """The epilogue's operands. A step whose operand is None is left out."""
+    """The epilogue's operands. An operand that is None leaves its step out."""
 
     bias_ptr: tl.tensor | None  # [N], of experts [E, N]
     residual_ptr: tl.tensor | None  # [M, N_OUT]
@@ -104,5 +104,5 @@ def activate(y, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
 
 @triton.jit
 def apply_softcap(x, softcap):
-    """Returns softcap * tanh(x / softcap), which stays between -softcap and softcap."""
+    """Returns softcap * tanh(x / softcap): between -softcap and softcap."""
     return softcap * (2 * tl.sigmoid(2 / softcap * x) - 1)

@@ -1,17 +1,17 @@
-"""The matmul of a few tokens with a weight in any format, in Triton. A decode step on a GPU is memory-bound, so weights
-are read once for all tokens, and the norm before the matmul (prologue) and the steps after it (epilogue) are fused.
+"""The matmul of a few tokens with a weight in any format, in Triton. It reads weights once for all tokens, and fuses
+the norm before the matmul (prologue) and the steps after it (epilogue): a decode step on a GPU is memory-bound.
 
     fused_linear    y = x W^T with prologue and epilogue, in the order of layers/linear.py: Linear
     rms_norm        a norm that no matmul follows
     permute_inputs  puts x in the order of the columns of W
 
-They implement torch.operands.gptfast_triton.* (kernels/schema.py). formats.py has what depends on the format of W.
+They implement torch.ops.gptfast_triton.* (kernels/schema.py). formats.py has what depends on the format of W.
 
-Instructions that only NVIDIA's GPUs have are left out on other GPUs. With TRITON_INTERPRET=1 the kernels run on CPU
-tensors: so tests/test_triton.py checks them.
+Other GPUs than NVIDIA's leave out the instructions that only NVIDIA's have. With TRITON_INTERPRET=1 the kernels run on
+CPU tensors. tests/test_triton.py checks them in this way.
 
-M, N and K are CUTLASS's, for y [M, N] = x W^T, in shapes and in names such as offs_m: M tokens, N outputs (the rows of
-W), K inputs (the columns of W).
+M, N and K are CUTLASS's, for y [M, N] = x W^T: M tokens, N outputs (the rows of W), K inputs (the columns of W). Names
+such as offs_m have the same letters.
 """
 
 from typing import NamedTuple
@@ -74,7 +74,7 @@ from kernels.triton.weights import (
 # The norm is fused: norm(x) W^T = (x * norm_weight) W^T / rms(x). The loop also sums x^2, and the epilogue multiplies
 # with 1 / rms(x).
 #
-# If IS_GATED, W is a gate projection above an up projection. A program has rows of both, so that it can compute
+# If IS_GATED, W is a gate projection above an up projection. A program has rows of both, because it computes
 # activation(gate) * up: BLOCK_OUT = BLOCK_N / 2 outputs (weights.py: program_outputs).
 #
 # With experts, W is a stack of matrices, and topk_ids has TOP_K experts for each token. A pair is a token and one of
@@ -84,7 +84,7 @@ from kernels.triton.weights import (
 class Norm(NamedTuple):
     """The norm before the matmul."""
 
-    weight_ptr: tl.tensor | None  # [K], or None: there is no norm
+    weight_ptr: tl.tensor | None  # [K], or None without a norm
     eps: tl.tensor
 
 
@@ -117,15 +117,15 @@ def fused_linear_kernel(
     DTYPE: tl.constexpr,  # the type of both operands of tl.dot
     USE_PDL: tl.constexpr, TRIGGER_EARLY: tl.constexpr,  # see launch.py
 ):
-    """Computes y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 if IS_GATED. None as an argument means
-    that the step is left out.
+    """Computes y = epilogue(norm(x) W^T), with N_OUT = N outputs, or N / 2 if IS_GATED. An argument that is None leaves
+    its step out.
 
     Grid: [N / BLOCK_N]. Program i computes outputs [i * BLOCK_OUT, (i + 1) * BLOCK_OUT) of all tokens. With topk_ids,
     the grid is [N / BLOCK_N, M * TOP_K] (see operands_of_expert).
 
     NUM_TOKENS_CONST: M as a compile-time constant, for up to MMA_N tokens, because add_squares has a tensor for each
     token. None for more: then one compiled kernel serves all num_tokens that round up to the same BLOCK_M."""
-    # Prologue. Before pdl_wait a program reads only W
+    # Prologue. Before pdl_wait, read only W
     N_OUT = N // 2 if IS_GATED else N
     w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, SIZES)
     if USE_PDL and topk_ids_ptr is None:
@@ -141,8 +141,8 @@ def fused_linear_kernel(
         )
         if is_done:
             return
-    # Load the operands of the epilogue now, so that it does not wait for memory. Exception: the residual of many
-    # tokens comes after the loop, because the loop needs the registers
+    # Load the operands of the epilogue now: after the loop it would wait for memory. But load the residual of many
+    # tokens after the loop, because the loop needs the registers
     y_offsets, mask_y = output_offsets(operands, N_OUT, SIZES.BLOCK_OUT)
     channel_scale = load_per_output(operands.w.scales_ptr if LAYOUT.HAS_CHANNEL_SCALES else None, operands.w)
     bias = load_per_output(operands.bias_ptr, operands.w)
@@ -268,11 +268,11 @@ def fused_linear(
     residual: Tensor | None = None, activation: str | None = None, gated: bool = False, out_scale: float = 1.0,
     softcap: float = 0.0, clip: float = 0.0, out_dtype: torch.dtype | None = None, topk_ids: Tensor | None = None,
 ) -> Tensor:
-    """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]:
-    [..., n], or [..., n / 2] if gated.
+    """Computes epilogue(norm(x) W^T) for x [..., K] of up to MAX_TRITON_TOKENS tokens and W [n, K]: [..., n], or
+    [..., n / 2] if gated.
 
-    topk_ids [..., top_k], which only moe.py passes: W [E, n, K] is a stack of experts, and the result is
-    [..., top_k, n]. x has a vector for each token, or for each id."""
+    topk_ids [..., top_k]: only from moe.py. W [E, n, K] is then a stack of experts, and the result is [..., top_k, n].
+    x has a vector for each token, or for each id."""
     n, k, group_size = w.n, x.shape[-1], w.group_size
     n_inputs = x.numel() // k  # vectors [K] in x
     num_tokens, n_pairs, top_k, y_shape = n_inputs, 1, 1, x.shape[:-1]
@@ -370,7 +370,7 @@ def permute_inputs_kernel(
     Grid: [M, N / BLOCK]. Program (m, j) has block j of token m."""
     offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_n < N
-    # input_order belongs to the weight: no kernel writes input_order, so this load need not wait
+    # This load need not wait: input_order belongs to the weight, and no kernel writes it
     input_order = tl.load(input_order_ptr + offs_n, mask=mask, other=0)
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     x = tl.load(x_ptr + tl.program_id(0) * K + input_order, mask=mask, other=0.0)

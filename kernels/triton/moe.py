@@ -34,7 +34,7 @@ def route_kernel(
     logits_ptr += token * (E + 1 if N_SHARED else E)
     logits = tl.load(logits_ptr + e, mask=e < E, other=-float("inf"))
     p = tl.exp(logits - tl.max(logits, axis=0))
-    remaining = tl.where(p == p, p, 0.0)  # without NaN, which argmax cannot compare
+    remaining = tl.where(p == p, p, 0.0)  # without NaN: argmax cannot compare it
     topk_weights, topk_ids = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     for i in tl.static_range(TOP_K):
         best = tl.argmax(remaining, axis=0)
