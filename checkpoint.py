@@ -1,5 +1,5 @@
-"""model.pth: one file with a model's config and weights. The converters and quantize.py write it, and loading.py makes
-a model of it.
+"""model.pth: one file with a model's config and weights. The converters and quantize.py write it, and loading.py reads
+it.
 
     checkpoint = read_checkpoint(Path("checkpoints/M/model.pth"))
     checkpoint.config, checkpoint.quantization, checkpoint.tensors
@@ -8,9 +8,9 @@ The file is this dict, as torch.save writes it:
 
     {"format": "gpt-fast/8", "config": {...}, "quantization": None or {...}, "tensors": {name: tensor}}
 
-torch.load(mmap=True, weights_only=True) reads the file, so a checkpoint cannot run code. save_checkpoint writes tensor
-by tensor to a temporary file, and renames the file at the end, so that a file named model.pth is always complete. If
-two processes write the same model.pth, the process that started first fails.
+torch.load(mmap=True, weights_only=True) reads the file, so a checkpoint cannot run code. A file named model.pth is
+always complete: save_checkpoint writes to a temporary file, and renames it at the end. If two processes write the same
+model.pth, the process that started first fails.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ from model import Transformer
 from utils.errors import UsageError
 from utils.files import delete_if_possible, is_state_dict, load_torch_file, replace_file
 
-CHECKPOINT_VERSION = "gpt-fast/8"  # if a name changes, so does the version, and UPGRADES gets a row
+CHECKPOINT_VERSION = "gpt-fast/8"  # changes with any name in the file; UPGRADES then gets a row
 UNQUANTIZED = Unquantized()
 ALL_UNQUANTIZED = QuantizationConfig(UNQUANTIZED)
 
@@ -55,10 +55,10 @@ def save_checkpoint(
 ):
     """Writes a checkpoint to path. An error leaves path unchanged.
 
-    stream: yields all tensors in any order, so that only one needs to be in memory at a time. Those in tensors then
-        need no data, and may be on the meta device.
-    tokenizer_files: name -> content of files beside path, where None removes the file. They are replaced before path,
-        so that a folder with a model.pth has a complete tokenizer."""
+    stream: yields all tensors in any order. Only one then needs to be in memory, and those in tensors may be on the
+        meta device.
+    tokenizer_files: name -> content of files next to path, where None removes the file. They are replaced before path,
+        because a folder with a model.pth must have a complete tokenizer."""
     header = {"format": CHECKPOINT_VERSION, "config": config.to_dict(), "quantization": quantization}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -82,8 +82,8 @@ def save_checkpoint(
 
 
 def reserve_space(file: BinaryIO, header: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Writes the checkpoint to file, with room for the tensors' bytes but without the bytes. Returns a placeholder for
-    each tensor: a fake tensor, which has no data, but knows the offset of the tensor's bytes in the file."""
+    """Writes the checkpoint to file, with room for the tensors' bytes. Returns a placeholder for each tensor: a fake
+    tensor without data that knows the offset of the bytes in the file."""
     with FakeTensorMode():
         fakes = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
     with skip_data(materialize_fake_tensors=True):
@@ -94,7 +94,7 @@ def reserve_space(file: BinaryIO, header: dict, tensors: dict[str, Tensor]) -> d
 
 
 def write_tensors(file: BinaryIO, placeholders: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]):
-    """Writes the bytes of each tensor into the room that reserve_space left for it."""
+    """Writes the bytes of each tensor to the offset of its placeholder."""
     missing = dict(placeholders)
     for name, tensor in tqdm(tensors, "write", len(placeholders), disable=None, leave=False):
         placeholder = missing.pop(name, None)
@@ -139,8 +139,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adds the tensors of a tied head, which a checkpoint stores only under the embedding's names. With tie_embeddings
-    a head may still have tensors of its own, since quantize.py quantizes the head, but not the embedding."""
+    """Adds the tensors of a tied head. A checkpoint stores them only under the embedding's names. But a quantized
+    head has tensors of its own."""
     if not config.tie_embeddings or "lm_head.weight" in tensors:
         return tensors
     embedding = {name: tensor for name, tensor in tensors.items() if name.startswith("embed_tokens.")}
@@ -152,8 +152,8 @@ def with_tied_head(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str,
 
 def empty_model(config: ModelConfig, formats: QuantizationConfig = ALL_UNQUANTIZED) -> Transformer:
     """A model on the meta device: its tensors have a checkpoint's shapes and dtypes, but no memory. The embedding is
-    quantized only if formats names it. Raises UsageError if formats names a layer that the model does not have, or
-    gives an input_order to one that cannot have it."""
+    quantized only if formats.overrides names it. Raises UsageError if formats names a layer that the model lacks, or
+    gives an input_order to a layer that cannot have it."""
     with torch.device("meta"):
         model = Transformer(config)
     linears = dict(quantizable_linears(model))

@@ -1,9 +1,8 @@
 """ModelConfig: a model's sizes and options.
 
 The converters make a ModelConfig of another project's config, such as config.json (converters/hf_config.py). model.pth
-stores the ModelConfig, and model.py builds the model from it. The default of an option is what most families do, so a
-family states only the options that differ. First in this file are the fields, then the dict of model.pth, then the
-checks of the values.
+stores it, and model.py builds the model from it. An option's default is what most families do, so a family states only
+what differs. Below are the fields, then the dict of model.pth, then the checks of the values.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +16,8 @@ ROPE_TYPES = ("linear", "llama3", "dynamic", "yarn", "longrope")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE is changed for contexts longer than original_max_seq_len, the trained context. layers/rope.py:
-    rope_frequencies has the formula of each type. "Stretched" means that a frequency is divided by factor."""
+    """How RoPE changes for contexts longer than the trained context. layers/rope.py: rope_frequencies has the formulas.
+    A stretched pair has its frequency divided by factor."""
 
     rope_type: str  # one of ROPE_TYPES
     factor: float  # how many times as long the context becomes
@@ -41,7 +40,7 @@ class MoEConfig:
     n_experts: int  # routed experts of each layer
     top_k: int  # routed experts that each token uses
     norm_topk_prob: bool = True  # scale the weights of a token's routed experts so that they sum to one
-    n_shared_experts: int = 0  # experts beside the routed ones; every token uses them, weighted by one sigmoid
+    n_shared_experts: int = 0  # every token also uses these experts, weighted by one sigmoid
     bias: bool = False  # the router and the experts' projections have biases
 
     @property
@@ -55,9 +54,8 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """0 switches a number's option off. None in attention_scale, rotary_dim, layer_has_window, layer_has_rope and
-    local_rope_theta means the value that the field's comment names. None in moe, rope_scaling and bos_id means that the
-    model has none."""
+    """Conventions: 0 disables a numeric option. None means the default named in the field's comment, except in moe,
+    rope_scaling and bos_id: there the model has none."""
 
     dim: int  # width of the residual stream
     n_layers: int  # transformer blocks
@@ -166,15 +164,15 @@ def lists_to_tuples(fields: dict) -> dict:
 
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
-# A config comes from a file, which may be broken. Without these checks a wrong value would raise an error far from its
-# cause, or change the text silently.
+# A config comes from a file, and the file may be broken. Without these checks a wrong value would raise an error far
+# from its cause, or change the output silently.
 
 MAX_MODULES = 2**16  # layers, heads or experts; a broken config must not make model.py create millions of modules
 MAX_SIZE = 2**31  # the limit of a dimension, in elements or tokens
 
 
 def check_dimensions(config: ModelConfig):
-    """Tensors have these dimensions, and kernels compute addresses from them."""
+    """Kernels compute addresses from these dimensions."""
     for name in "dim n_layers n_heads n_kv_heads head_dim ffn_dim vocab_size max_seq_len".split():
         check_size(f"the model's {name}", getattr(config, name))
     if config.sliding_window != 0:
@@ -191,7 +189,7 @@ def check_dimensions(config: ModelConfig):
 
 
 def check_layers(config: ModelConfig):
-    """The lists are only indexed by layer, so one that is too long would pass unseen."""
+    """Without this check, a list that is too long would pass unseen."""
     for name in ("layer_has_window", "layer_has_rope"):
         layers = getattr(config, name)
         if layers is not None and len(layers) != config.n_layers:
@@ -199,7 +197,7 @@ def check_layers(config: ModelConfig):
 
 
 def check_options(config: ModelConfig):
-    """A scale of 0 or NaN would ruin the logits, and model.py ignores options that a mixture of experts lacks."""
+    """A scale of 0 or NaN would ruin the logits. model.py ignores some options in a mixture of experts."""
     for name in "norm_eps rope_theta embed_scale residual_scale logit_scale".split():
         check_positive_number(f"the model's {name}", getattr(config, name))
     for name in "attention_scale local_rope_theta".split():

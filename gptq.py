@@ -1,14 +1,14 @@
-"""Calibrated int4: rounds weights so that the layers' outputs on a text change little (GPTQ, arXiv:2210.17323).
+"""GPTQ, arXiv:2210.17323: rounds weights to int4 so that the layers' outputs on a calibration text change little.
 
     python quantize.py --checkpoint_path checkpoints/M/model.pth --mode int4-gptq --calibration_text book.txt
 
 Layers are quantized in order, so each one is calibrated on the outputs of already quantized layers. The Hessian H of a
-layer is the sum of x x^T over all its inputs x. The columns of its weight are rounded one by one, and changes of the
-columns not yet rounded compensate each rounding error.
+layer is the sum of x x^T over all its inputs x. The columns of the weight are rounded one by one. Changes of the other
+columns compensate each rounding error.
 
 Unlike in the paper, groups are static: every group gets a scale and a zero before any column is rounded. Of several
-candidates, the pair (scale, zero) with the least rounding error wins, weighted by diag(H). act_order changes the order
-of rounding, which static groups do not depend on.
+candidates, the pair (scale, zero) with the least rounding error wins, weighted by diag(H). So act_order changes the
+order of rounding alone.
 
 quantize.py calls quantize_model. converters/hf_quantized_integers.py reads GPTQ checkpoints of other projects.
 """
@@ -33,14 +33,14 @@ from model import Transformer
 from text.tokenizer import Tokenizer
 from utils.errors import UsageError
 
-MAX_WEIGHTS_PER_PASS = 2**24  # weights rounded at a time, which bounds the memory of the float32 copies
+MAX_WEIGHTS_PER_PASS = 2**24  # weights rounded at a time; bounds the memory of the float32 copies
 
 
 @dataclass(frozen=True)
 class GPTQConfig:
     group_size: int
     percdamp: float  # adds percdamp * mean(diag(H)) to diag(H), so that H has an inverse
-    blocksize: int  # how many columns are rounded before all columns behind the block compensate the errors
+    blocksize: int  # columns rounded before the columns after them compensate the errors
     act_order: bool  # whether the columns with the largest inputs are rounded first
 
 
@@ -50,10 +50,9 @@ def quantize_model(
 ) -> Iterator[tuple[str, Tensors]]:
     """Quantizes the linear layers of model, calibrated on windows [n, T] of tokens. Yields (name, tensors).
 
-    model is on the CPU. The blocks move to device one by one. A quantized block moves to the meta device, which frees
-    the memory."""
+    model: on the CPU. Its blocks move to device one by one, and then to the meta device, to free the memory."""
     start_pos = torch.zeros(1, dtype=torch.long, device=device)
-    # One cache serves all windows: every window begins at position 0, and overwrites the previous window.
+    # One cache serves all windows, because every window begins at position 0
     kv_cache = KVCache(model, 1, windows.shape[1])
     block_inputs = [model.embed(window[None]).to(device) for window in windows]  # each [1, T, dim]
     for i, block in enumerate(model.layers):
@@ -72,8 +71,8 @@ def quantize_model(
 
 
 def quantize_linear(name: str, linear: LinearBase, hessian: Tensor, config: GPTQConfig) -> Tensors:
-    """Returns the int4 tensors of linear, on the CPU. Also rounds the weight in linear, so that the inputs of later
-    layers include the rounding error."""
+    """Returns the int4 tensors of linear, on the CPU. Also rounds the weight in linear: the inputs of later layers must
+    include the rounding error."""
     check_finite_weight(name, linear.weight)
     is_zero = hessian.diagonal(dim1=-2, dim2=-1) == 0  # [K], for experts [E, K]
     n_unseen = is_zero.all(-1).sum().item()
@@ -181,7 +180,7 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
     importance = padded.unflatten(-1, (-1, group_size))
     scales, zeros = fit_scales_and_zeros(split_groups(w, group_size), importance)  # [..., N, n_groups]
 
-    # Put the columns in the order of rounding, and transpose to [..., K, N], so that a column is contiguous.
+    # Columns in the order of rounding, [..., K, N]: then a column is contiguous
     group_ids = order[..., None, :] // group_size
     column_scales = scales.float().take_along_dim(group_ids, -1).mT.contiguous()
     column_zeros = decode_zeros(zeros).take_along_dim(group_ids, -1).mT.contiguous()
@@ -194,7 +193,7 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
             column, scale, zero = columns[..., i, :], column_scales[..., i, :], column_zeros[..., i, :]  # [..., N]
             q = quantize_affine(column, scale, zero)
             error = (column - (q - zero) * scale) / upper[..., i, i, None]
-            # Correct the later columns of this block now. All columns after the block are corrected together.
+            # Correct the later columns of this block now, and those after the block together
             columns[..., i + 1 : stop, :] -= upper[..., i, i + 1 : stop, None] * error[..., None, :]
             columns[..., i, :], errors[..., i - start, :] = q, error
         columns[..., stop:, :] -= upper[..., start:stop, stop:].mT @ errors
@@ -204,8 +203,8 @@ def gptq_quantize_rows(w: Tensor, diagonal: Tensor, order: Tensor, upper: Tensor
 
 def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the scales and zeros [..., n_groups] that round groups [..., n_groups, group_size] with the least sum of
-    squared errors, weighted by importance. A candidate scale and zero span the range of a group, shrunk by a factor.
-    Several steps improve each candidate: round the group, then fit scale and zero to the rounded numbers."""
+    squared errors, weighted by importance. The first candidates span the range of a group, shrunk by a factor. Each is
+    improved in several steps: round the group, then fit scale and zero to the rounded numbers."""
     best_loss, best_scales, best_zeros = torch.inf, 0, 0
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6):
         scales, zeros = choose_qparams(groups * shrink)
@@ -223,7 +222,7 @@ def fit_scales_and_zeros(groups: Tensor, importance: Tensor) -> tuple[Tensor, Te
 
 def least_squares(groups: Tensor, q: Tensor, importance: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the scales and zeros [..., n_groups] for which (q - zero) * scale is closest to groups, with q fixed. A
-    group whose fitted scale is not positive, because all q of the group are equal, keeps the scale in scales."""
+    group without a positive fit, such as one whose q are all equal, keeps the scale in scales."""
     total = importance.sum(-1)
     weighted = q * importance
     q_mean, w_mean = weighted.sum(-1) / total, (groups * importance).sum(-1) / total

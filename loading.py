@@ -1,11 +1,11 @@
-"""Loads a model: reads and checks a checkpoint, takes this rank's shard, moves the tensors to the device and packs them
-for the kernels.
+"""Loads a model: reads and checks a checkpoint, takes this rank's shard, moves it to the device and packs it for the
+kernels.
 
     model, tokenizer = load("checkpoints/SmolLM2-135M-Instruct/model.pth")
     model = load_model(path, device="cuda", dtype=torch.float16)
 
-A checkpoint is memory-mapped. Loading converts and moves the tensors one by one, and releases the file's pages after
-each tensor, so that no tensor is in memory twice. A tensor that needs no change stays in the mapped file.
+A checkpoint is memory-mapped. Loading converts and moves one tensor after the other. It then releases the file's pages
+of each, because no tensor should be in memory twice. A tensor that needs no change stays in the mapped file.
 
 Read load_model first. The other functions are its steps, in order.
 """
@@ -29,7 +29,7 @@ from utils.machine import check_memory, drop_pages
 
 
 def load(path: Path | str, **options) -> tuple[Transformer, Tokenizer]:
-    """Returns the model in path, and the tokenizer from the same folder, whose end tokens are added to the model's.
+    """Returns the model in path and the tokenizer from the same folder. Adds the tokenizer's end tokens to the model's.
     Raises UsageError if the tokenizer, without special tokens, has more tokens than the model.
 
     options: the arguments of load_model."""
@@ -54,9 +54,9 @@ def load_model(
 ) -> Transformer:
     """Reads the model in path onto device, ready for inference.
 
-    dtype: the type of activations and of all tensors except those of quantized weights.
-    use_kernels: whether to use this project's kernels, if the device has them, or only PyTorch.
-    sharded: whether to read only this rank's shard, if there are several ranks (tp.py), or the whole model."""
+    dtype: of activations and of all tensors but those of quantized weights.
+    use_kernels: whether to use this project's kernels, if the device has them.
+    sharded: whether to read only this rank's shard, if there are several ranks (tp.py)."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be {DTYPES[0]}, {DTYPES[1]} or {DTYPES[2]}, not {dtype!r:.80}")
     path = Path(path)
@@ -75,8 +75,8 @@ def load_model(
     shard_tensor = tp.shard_model(model, device) if n_ranks > 1 else None
     moved = move_tensors(tensors, device, dtype, quantized_names, shard_tensor)
     model.load_state_dict(moved, assign=True)
-    model.to(device)  # what checkpoints do not have: ALiBi's slopes
-    if moved["lm_head.weight"] is moved["embed_tokens.weight"]:  # not if the head is sharded: the embedding is whole
+    model.to(device)  # ALiBi's slopes, which no checkpoint has
+    if moved["lm_head.weight"] is moved["embed_tokens.weight"]:  # never with several ranks: only the head is sharded
         model.tie_embedding()
     model.eval().requires_grad_(False)
 
@@ -88,7 +88,7 @@ def load_model(
 
 
 def quantized_tensor_names(model: Transformer) -> set[str]:
-    """The names of all tensors of quantized weights. Loading does not change their dtypes."""
+    """The names of the tensors of quantized weights: loading keeps their dtypes."""
     names = {name for name, _ in model.named_buffers() if name.endswith(".input_order")}
     for name, matrix in [("embed_tokens", model.embed_tokens), *quantizable_linears(model)]:
         if matrix.format.is_quantized:
@@ -99,8 +99,8 @@ def quantized_tensor_names(model: Transformer) -> set[str]:
 def check_tensors(path: Path, model: Transformer, tensors: dict[str, Tensor], quantized_names: set[str]):
     """Raises UsageError unless the checkpoint in path holds exactly the tensors that model needs.
 
-    tensors: those of the checkpoint and of a tied head.
-    quantized_names: the tensors whose dtypes must be the model's. Others may be of any floating-point type."""
+    tensors: of the checkpoint, with those of a tied head.
+    quantized_names: these tensors must have the model's dtypes. Others may have any floating-point type."""
     needed = model.state_dict()
     for name in sorted(needed.keys() | tensors.keys()):  # embed_tokens before a tied lm_head
         fits = name in needed and name in tensors and tensors[name].shape == needed[name].shape
@@ -120,7 +120,7 @@ def check_input_orders(path: Path, tensors: dict[str, Tensor]):
 
 
 def loaded_bytes(tensors: dict[str, Tensor], dtype: torch.dtype, quantized_names: set[str]) -> int:
-    """The size of a checkpoint's tensors after move_tensors. Those of a tied head count once."""
+    """The bytes of a checkpoint's tensors after move_tensors. A tied head counts once."""
     sizes = {}
     for name, tensor in tensors.items():
         sizes[id(tensor)] = tensor.numel() * (tensor.itemsize if name in quantized_names else dtype.itemsize)
@@ -132,10 +132,10 @@ def move_tensors(
     shard_tensor: tp.ShardFn | None,
 ) -> dict[str, Tensor]:
     """Moves a checkpoint's tensors to device, and converts them to dtype. Tensors in quantized_names keep their dtypes.
-    A tied head gets the embedding's tensors, unless it is sharded.
+    A tied head gets the embedding's moved tensors, unless it is sharded.
 
     shard_tensor: the result of tp.shard_model, or None if every tensor stays whole."""
-    moved, whole = {}, {}  # whole: moved tensors by the id of the checkpoint's tensor
+    moved, whole = {}, {}  # whole: id of the checkpoint's tensor -> moved tensor
     for name, tensor in tensors.items():
         shard = tensor if shard_tensor is None else shard_tensor(name, tensor)
         if shard is tensor and id(tensor) in whole:

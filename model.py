@@ -3,8 +3,8 @@
     Transformer       embedding, blocks, head: forward(tokens, start_pos, kv_cache) -> logits
     TransformerBlock  the only place where a block is composed, for prefill, decode and verification, on any device
 
-Every computation is a layer of layers/, which calls a kernel or plain PyTorch, so one forward runs on every device. To
-read the maths, read layers/linear.py and layers/attention.py.
+Every computation is a layer of layers/. A layer calls a kernel or plain PyTorch, so one forward runs on every device.
+The maths is in layers/linear.py and layers/attention.py.
 
 Letters in the shape comments: B batch size, T new tokens of each sequence, S cache length, H query heads, G key/value
 heads, D head_dim, F feed-forward width, E experts, V vocabulary. A weight [N, K] has N outputs and K inputs.
@@ -33,8 +33,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # The format of most linear layers in the checkpoint, for reports. A layer's own format may be another one, also
-        # because weights without kernels are dequantized while loading (layers/packing.py: dequantize_weights).
+        # For reports only: the checkpoint's most common format of linear layers. A layer may have another format, and
+        # loading dequantizes the layers without kernels.
         self.weight_format: WeightFormat = Unquantized()
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))
@@ -66,7 +66,7 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the activations, and of all weights that are not quantized."""
+        """The dtype of the activations and of all unquantized weights."""
         return self.norm.weight.dtype
 
     @property
@@ -75,9 +75,9 @@ class Transformer(nn.Module):
 
     def tie_embedding(self):
         """Makes lm_head and embed_tokens one layer under two names."""
-        # The head keeps the weight, and its kernels choose the packing, since a step reads the whole head but only a
-        # few rows of the embedding. In model.pth the weight has the embedding's name (checkpoint.py: with_tied_head).
-        del self.embed_tokens  # otherwise named_modules would find the layer first as embed_tokens
+        # The Linear stays, because its kernels choose the packing: a step reads the whole head, but only a few rows of
+        # the embedding. In model.pth the weight has the embedding's name (checkpoint.py: with_tied_head).
+        del self.embed_tokens  # or named_modules would yield the layer as embed_tokens
         self.embed_tokens = self.lm_head
 
     @property
@@ -103,8 +103,8 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim].
 
-        The kernel of a matmul also computes the norm before it and the addition after it, so a sublayer takes both as
-        arguments. A norm after a sublayer takes the addition. A model has only some of the norms."""
+        A sublayer takes the norm before it and the residual as arguments, because the kernel of a matmul fuses both. A
+        norm after a sublayer adds the residual itself. A model has only some of the norms."""
         block_input = x
         # x = x + post_attention_norm(attention(pre_attention_norm(x)))
         if self.post_attention_norm is None:
@@ -145,7 +145,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(k_heads * self.head_dim, config.norm_eps)
         if config.sinks:
             self.sinks = nn.Parameter(torch.empty(config.n_heads), requires_grad=False)
-        # Not persistent, since a checkpoint does not have it. Loading moves it to the device.
+        # Not persistent, because a checkpoint does not have it
         self.register_buffer("alibi_slopes", alibi_slopes(config.n_heads) if config.alibi else None, persistent=False)
         qkv_dim = config.q_dim + 2 * config.kv_dim
         self.qkv_proj = Linear(config.dim, qkv_dim, config.qkv_bias, clip=config.clip_qkv)
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         return self.o_proj(y, residual=residual)
 
     def attention_params(self) -> AttentionParams:
-        """Made anew for each step, because loading replaces the tensors, and tensor parallelism also n_heads."""
+        """Built in each forward, because loading, sharding and Module.to replace the tensors. Replays skip it."""
         params = AttentionParams(
             self.n_heads, self.scale, self.window, self.softcap, sinks=self.sinks, alibi_slopes=self.alibi_slopes
         )
@@ -191,10 +191,11 @@ class FeedForward(nn.Module):
 
 
 class MoE(nn.Module):
-    """A mixture of experts (Mixtral, arXiv:2401.04088). For each token the router chooses top_k experts, each a
-    feed-forward. The sum of their outputs is weighted by the softmax of the router's logits. norm_topk_prob: the chosen
-    weights are scaled to sum to one, as Mixtral's always are. Every token uses the shared experts (Qwen2-MoE), whose
-    ids are the highest."""
+    """A mixture of experts (Mixtral, arXiv:2401.04088). The router chooses top_k experts for each token, and each is a
+    feed-forward. The softmax of the router's logits weights the sum of their outputs. Every token also uses the shared
+    experts (Qwen2-MoE), whose ids are the highest.
+
+    norm_topk_prob: the chosen weights are scaled to sum to one, as Mixtral's always are."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -208,8 +209,7 @@ class MoE(nn.Module):
         self.down_proj = ExpertsDown(config.ffn_dim, config.dim, bias, n_experts)
 
     def forward(self, x: Tensor, *, norm: RMSNorm | None, residual: Tensor | None = None) -> Tensor:
-        # Both matmuls take the norm, because the kernels fuse the norm with the matmul. So plain PyTorch computes the
-        # norm twice, which costs little beside the experts' matmuls.
+        # Both matmuls take the norm, because their kernels fuse it. Plain PyTorch computes it twice, at little cost.
         logits = self.router(x, norm=norm, out_dtype=torch.float32)  # [B, T, E]
         topk_weights, topk_ids = route(
             logits, self.top_k, self.norm_topk_prob, self.n_shared_experts, self.router.backend

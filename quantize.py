@@ -11,7 +11,7 @@ int4-hqq    the same format; zero points refined without data (half-quadratic qu
 int4-gptq   the same format; rounded so that the layers' outputs on a calibration text change little (gptq.py)
 fp8         8-bit floats (e4m3), one scale per output channel
 mxfp4       4-bit floats (e2m1); 32 inputs share a power of two as the scale. Of the two possible powers, the one with
-            the smaller squared error is taken
+            the smaller squared error wins
 
 Norms, biases, routers and the embedding are not quantized. The table in formats/__init__.py says what the files hold.
 One tensor at a time is in memory; with int4-gptq, one layer.
@@ -68,9 +68,9 @@ def hqq_quantize_rows(format: Int4, w: Tensor) -> Tensors:
 
 
 def hqq_zeros(groups: Tensor, scales: Tensor, zeros: Tensor, beta: float = 3.0, steps: int = 8) -> Tensor:
-    """Refines zeros by half-quadratic splitting, so that each group's sum of |w - dequantized|^0.5 gets small. Each
-    step shrinks the rounding errors towards 0, which leaves outliers, subtracts these from the weights, and fits the
-    zero points to the difference."""
+    """Refines zeros by half-quadratic splitting, which makes each group's sum of |w - dequantized|^0.5 small. Each step
+    shrinks the rounding errors towards 0. What remains are outliers. The zero points are then fitted to the weights
+    minus the outliers."""
     w, zero = groups / scales.float()[..., None], decode_zeros(zeros)[..., None]  # in units of the scale
     best, best_loss = zero, torch.full_like(zero, torch.inf)
     for _ in range(steps):
@@ -103,7 +103,7 @@ def round_by_gptq(args: argparse.Namespace, dtype: torch.dtype) -> QuantizedLaye
 # By --mode: the format of the result
 MODES: dict[str, type[WeightFormat]] = formats.FORMAT_BY_MODE | {"int4-hqq": Int4, "int4-gptq": Int4}
 GROUP_SIZE_MODES = [mode for mode, format_class in MODES.items() if format_class.group_size_choices]
-# Of options that only some modes read. argparse's own default is None, so that check_mode knows what the user gave
+# Of options that only some modes read. argparse's own default is None, because check_mode asks what the user gave
 DEFAULTS = {"group_size": 32, "calibration_limit": 64, "percdamp": 0.1, "blocksize": 128, "act_order": True}
 GPTQ_OPTIONS = (
     "calibration_text", "calibration_tasks", "calibration_limit", "calibration_seq_length", "percdamp", "blocksize",
@@ -196,8 +196,9 @@ def main():
 
 
 def linear_weights(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights to quantize, by the name of the layer. tensors: those of the checkpoint at path. The weight of a tied
-    head is the embedding."""
+    """The weights to quantize, by the name of the layer. The weight of a tied head is the embedding.
+
+    tensors: of the checkpoint in path."""
     shapes = {name: linear.weight.shape for name, linear in quantizable_linears(empty_model(config))}
     tensors = with_tied_head(config, tensors)
     weights = {name: tensors.get(f"{name}.weight") for name in shapes}
@@ -219,8 +220,9 @@ def write_quantized(
     path: Path, config: ModelConfig, tensors: dict[str, Tensor], weights: dict[str, Tensor],
     quantized: QuantizedLayers, format: WeightFormat,
 ):
-    """Writes a checkpoint of tensors, but with quantized in place of weights. quantized: (name, tensors in format) of
-    all weights, in any order."""
+    """Writes a checkpoint of tensors, with quantized in place of weights.
+
+    quantized: (name, tensors in format) of all weights, in any order."""
     kept = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in weights}
     empty = dict(kept)
     for name, w in weights.items():

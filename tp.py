@@ -19,17 +19,16 @@ stores W^T, so its columns are our rows: the outputs).
     lm_head            column-parallel without a W2: an all-gather concatenates the logits
     whole              embedding, norms, routers, and the residual stream x
 
-tp_plan returns this table. loading.py: load_model calls shard_model before it reads tensors, so that a rank reads only
-its part, and insert_collectives when the weights are packed.
+tp_plan returns this table. load_model (loading.py) calls shard_model before it reads tensors, so a rank reads only its
+shard. It calls insert_collectives after the weights are packed.
 
 Every rank runs the same code on the same tokens, with a few exceptions. All ranks sample a token, and take that of
-rank 0 (layers/collectives.py: broadcast). Rank 0 alone converts a checkpoint (call_on_rank_0), prints, and reads what
-the user types (cli/ranks.py, where each rank also gets a device and a trace file of its own). It alone keeps the biases
-of o_proj and down_proj, which the all-reduce would add up. Outputs that do not divide evenly are padded with zeros on
-the last ranks.
+rank 0 (layers/collectives.py: broadcast). Rank 0 alone converts a checkpoint, prints, and reads what the user types
+(cli/ranks.py). It alone keeps the biases of o_proj and down_proj, because the all-reduce would add them up. If outputs
+do not divide evenly, zeros pad those of the last ranks.
 
-generate.py and eval.py connect the ranks (cli/ranks.py: process_group). Other scripts, and programs with LLM, do not:
-with torchrun, every process would do all of their work.
+Only generate.py and eval.py connect the ranks (cli/ranks.py: process_group). With other scripts, every process of
+torchrun would do all of the work.
 """
 
 import math
@@ -57,15 +56,14 @@ ShardFn = Callable[[str, Tensor], Tensor]  # (name, tensor of the checkpoint) ->
 class ShardSpec:
     style: str  # "column": column-parallel, along the outputs; "row": row-parallel, along the inputs
     sizes: tuple[int, ...]  # the width of each matrix that one weight stacks (q, k and v); each is sharded by itself
-    head_size: int = 1  # elements of a head, which stay on one rank; 1: the layer has no heads
+    head_size: int = 1  # elements that stay on one rank: those of a head, or 1 without heads
 
 
 def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
-    """Returns {last component of a linear layer's name: how the layer is sharded}. All other tensors are whole on every
-    rank.
+    """Returns {last component of a linear layer's name: how the layer is sharded}. All other tensors stay whole.
 
-    A q/k norm over all heads together needs all heads. So with such a norm every rank computes all of attention, and
-    only o_proj is sharded."""
+    A q/k norm over all heads together needs all heads. With such a norm every rank computes all of attention, and only
+    o_proj is sharded."""
     plan = {
         "o_proj": ShardSpec("row", (config.q_dim,), head_size=config.head_dim),
         "gate_up_proj": ShardSpec("column", config.gate_up_dims),
@@ -79,10 +77,10 @@ def tp_plan(config: ModelConfig) -> dict[str, ShardSpec]:
 
 
 def shard_range(size: int, head_size: int, rank: int, n_ranks: int) -> tuple[int, int]:
-    """Returns (start, length) of a rank's shard of size elements. Cuts are between heads of head_size elements.
+    """Returns (start, length) of a rank's shard of size elements, cut between heads of head_size elements.
 
-    The length is the same on all ranks. If length * n_ranks exceeds size, the ranges of the last ranks reach beyond the
-    end. With fewer heads than ranks, as is common for key/value heads, several ranks share a head."""
+    All ranks have the same length. If length * n_ranks exceeds size, the ranges of the last ranks reach beyond the end.
+    With fewer heads than ranks, as is common for key/value heads, several ranks share a head."""
     n_heads = size // head_size
     if n_heads < n_ranks:
         return rank * n_heads // n_ranks * head_size, head_size
@@ -104,8 +102,8 @@ def check_can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int):
 
 
 def can_shard(config: ModelConfig, format: WeightFormat, n_ranks: int) -> bool:
-    """Whether n_ranks ranks can have equal shards. Ranks may share key/value heads. The vocabulary may have any size,
-    since it is padded."""
+    """Whether n_ranks ranks can have equal shards. Ranks may share key/value heads. The vocabulary is padded, so it may
+    have any size."""
     heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.ffn_dim
     if heads % n_ranks or width % n_ranks or config.vocab_size < n_ranks:
         return False
@@ -125,7 +123,7 @@ def check_device(device: torch.device):
 
 
 def shard_model(model: Transformer, device: torch.device) -> ShardFn:
-    """Shards model, which is on the meta device. Returns the function that shards the checkpoint's tensors.
+    """Shards a model on the meta device. Returns the function that shards the checkpoint's tensors.
 
     device: where the shard will be."""
     check_device(device)
@@ -153,15 +151,15 @@ def shard_model(model: Transformer, device: torch.device) -> ShardFn:
 
 
 def build_shard_fn(model: Transformer) -> ShardFn:
-    """Returns shard_tensor for the checkpoint of model, which is not sharded yet."""
+    """model: not sharded yet."""
     plan = tp_plan(model.config)
     linears = dict(quantizable_linears(model))
     n_heads = model.config.n_heads
     formats = {name: linear.format for name, linear in linears.items()}  # shard_model changes linear.format
 
     def shard_tensor(name: str, tensor: Tensor) -> Tensor:
-        """Returns this rank's shard as a copy, so that the other parts of a memory-mapped tensor are not read. Returns
-        tensor itself if every rank has the whole tensor."""
+        """Returns this rank's shard as a copy, or tensor itself if it stays whole. Copying reads only the shard's pages
+        of a memory-mapped file."""
         module_name, _, tensor_name = name.rpartition(".")
         if tensor_name == "sinks":
             start, length = shard_range(n_heads, 1, dist.get_rank(), world_size())
@@ -187,10 +185,10 @@ def shard_attention(attention: Attention, n_ranks: int):
 
 
 def shard_row_parallel(tensor: Tensor, tensor_name: str, spec: ShardSpec, format: WeightFormat) -> Tensor:
-    """Returns this rank's shard of a tensor of a row-parallel layer: what belongs to the rank's inputs.
+    """Returns this rank's inputs of a tensor of a row-parallel layer.
 
     tensor_name: weight, scales, zeros, input_order or bias."""
-    if tensor_name == "bias":  # the all-reduce sums the biases of all ranks, so ranks other than 0 have zeros
+    if tensor_name == "bias":  # the all-reduce sums the biases of all ranks, so only rank 0 keeps them
         return tensor.clone() if dist.get_rank() == 0 else torch.zeros_like(tensor)
     (size,) = spec.sizes
     start, length = shard_range(size, spec.head_size, dist.get_rank(), world_size())
@@ -200,8 +198,8 @@ def shard_row_parallel(tensor: Tensor, tensor_name: str, spec: ShardSpec, format
 
 
 def shard_column_parallel(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
-    """Returns this rank's outputs along dim, of each of the matrices that tensor stacks. Zeros pad a range that
-    reaches beyond the end of a matrix."""
+    """Returns this rank's outputs along dim, of each matrix that tensor stacks. Zeros pad a range that reaches beyond
+    the end of a matrix."""
     shards = []
     for size, matrix in zip(spec.sizes, tensor.split(spec.sizes, dim), strict=True):
         start, length = shard_range(size, spec.head_size, dist.get_rank(), world_size())
@@ -217,8 +215,8 @@ def shard_column_parallel(tensor: Tensor, spec: ShardSpec, dim: int) -> Tensor:
 
 
 def insert_collectives(model: Transformer):
-    """Adds the collectives to a sharded model. This is the last step of load_model, since it changes the names of the
-    wrapped layers' tensors: o_proj.weight becomes o_proj.linear.weight."""
+    """Adds the collectives to a sharded model. Must be the last step of load_model, because it changes the names of
+    tensors: o_proj.weight becomes o_proj.linear.weight."""
     reduce = choose_all_reduce(model.norm.weight)
     shards_attention = "qkv_proj" in tp_plan(model.config)
     for layer in model.layers:
@@ -230,10 +228,9 @@ def insert_collectives(model: Transformer):
 
 class RowParallelLinear(nn.Module):
     """A linear layer that is sharded along the inputs: o_proj or down_proj, also of experts. An all-reduce adds up the
-    partial sums of all ranks. The residual is added after the all-reduce, since otherwise every rank would add it.
+    partial sums of all ranks. The residual comes after it, because otherwise every rank would add the residual.
 
-    input_is_parallel: x is only this rank's shard, since the layer before is sharded (see tp_plan). Otherwise x is
-    full."""
+    input_is_parallel: x is only this rank's shard, because the layer before is sharded, too. Otherwise x is full."""
 
     def __init__(self, linear: LinearBase, all_reduce: Callable[[Tensor], Tensor], input_is_parallel: bool):
         super().__init__()
@@ -245,8 +242,7 @@ class RowParallelLinear(nn.Module):
         return y if residual is None else add(residual, y, self.backend)
 
     def inputs_of_linear(self, x: Tensor) -> Tensor:
-        """Returns this rank's shard of the full x. With act-order, returns the full x: linear.input_order may select
-        inputs of any rank."""
+        """Returns this rank's shard of x, but with act-order the full x: input_order may select inputs of any rank."""
         needs_full = isinstance(self.linear, Linear) and self.linear.input_order is not None
         if self.input_is_parallel:
             return all_gather(x) if needs_full else x

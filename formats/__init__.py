@@ -11,8 +11,8 @@
     MXFP4         mxfp4    weight [N, K / 2] uint8, scales [N, K / 32] uint8    w = e2m1(q) * 2^(scale - 127)
 
 q is an element of weight. Experts have one more dimension in front: [E, N, K]. group_size inputs of an output are a
-group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16, or float16 if another
-project's checkpoint has float16 scales, for which bfloat16 has too few bits.
+group; n_groups is K / group_size, rounded up. The scales of Int4 and GroupedInt8 are bfloat16, or float16 if those of
+another project's checkpoint are: bfloat16 has too few bits for these.
 
 Only converters make GroupedInt8: from other projects' grouped weights with more bits or other group sizes than Int4.
 
@@ -59,9 +59,9 @@ class QuantizationConfig:
 
     @classmethod
     def from_dict(cls, quantization: dict | None) -> "QuantizationConfig":
-        """The formats that a checkpoint's "quantization" describes. The dict is to_dict of the default format, with two
-        more keys: "layers" has the to_dict of each layer with another format, "act_order" lists layers with a tensor
-        input_order. Raises UsageError."""
+        """quantization: that of a checkpoint, the to_dict of the default format with two more keys. "layers" has the
+        to_dict of each layer with another format. "act_order" lists the layers with a tensor input_order. Raises
+        UsageError."""
         default, overrides, act_order = quantization, {}, []
         if isinstance(quantization, dict):
             default = dict(quantization)

@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = 2**18  # quantized or dequantized at a time: float32 copies of 
 class WeightFormat:
     """How a weight is stored: the interface of the formats, with defaults that suit most of them.
 
-    Int4 is a class. Int4(group_size=32) is an object, which says everything about one weight:
+    Int4 is a class. An object, such as Int4(group_size=32), says everything about one weight:
 
                            mode             name         to_dict()
         Int8()             "int8"           "int8"       {"mode": "int8"}
@@ -29,19 +29,18 @@ class WeightFormat:
 
     Kernels know a format by the name of its class.
 
-    There are two limits, on which the layers and the kernels rely. A byte holds a whole number of elements, so elements
-    have 8, 4, 2 or 1 bits, but not 3, 5 or 6. And a weight has the tensors weight, scales and zeros, or fewer, so there
-    is no room for a codebook or for scales of scales.
+    Layers and kernels rely on two limits. A byte holds a whole number of elements, so 3, 5 and 6 bits are impossible. A
+    weight has no tensors but weight, scales and zeros, so there is no codebook, and there are no scales of scales.
     """
 
     mode: str | None = None  # None: not quantized
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
-    # The sizes from which --groupsize chooses, and which model.pth then names. Empty: there is no choice
+    # The choices of --groupsize. If there are any, model.pth names the size
     group_size_choices: tuple[int, ...] = ()
     dtypes: dict[str, torch.dtype]  # of the tensors of a checkpoint, for the default of allocate
     elements_per_byte = 1  # of "weight": an integer
     k_alignment = 1  # K must be a multiple of this number
-    shard_alignment = 1  # K of a rank's shard must be a multiple of this number, since a word cannot be cut
+    shard_alignment = 1  # K of a rank's shard must be a multiple of this number, because a word cannot be cut
 
     @property
     def is_quantized(self) -> bool:
@@ -64,19 +63,19 @@ class WeightFormat:
 
     @classmethod
     def from_options(cls, group_size: int) -> "WeightFormat":
-        """The format that --mode names, with --groupsize if there is a choice."""
+        """group_size: used if the format has a choice."""
         return cls(group_size) if cls.group_size_choices else cls()
 
     def allocate(self, shape: torch.Size, dtype: torch.dtype, device) -> Tensors:
-        """Uninitialized tensors of a checkpoint, for W [..., N, K] of this shape; dtype is that of Unquantized. The
-        default is for formats with groups: scales and zeros have one element for each group."""
+        """Uninitialized tensors of a checkpoint, for W [..., N, K] of this shape. dtype: of Unquantized. The default is
+        for formats with groups: scales and zeros have one element for each group."""
         *outputs, k = shape
         n_groups = math.ceil(k / self.effective_group_size(k))
         sizes = {name: n_groups for name in self.dtypes} | {"weight": k // self.elements_per_byte}
         return {name: torch.empty((*outputs, sizes[name]), dtype=t, device=device) for name, t in self.dtypes.items()}
 
     def quantize(self, w: Tensor) -> Tensors:
-        """The tensors of a checkpoint for w [..., N, K]: each element is rounded to the nearest value of the format."""
+        """The tensors of a checkpoint for w [..., N, K], rounded to nearest."""
         return in_chunks(self.quantize_rows, w)
 
     def quantize_rows(self, w: Tensor) -> Tensors:
@@ -88,8 +87,8 @@ class WeightFormat:
         raise NotImplementedError
 
     def promote_format(self, other: "WeightFormat") -> "WeightFormat | None":
-        """The smallest format that can hold weights of both formats without loss, or None: like torch.promote_types,
-        for stacked weights of other projects, such as q, k and v."""
+        """Like torch.promote_types: the smallest format that holds weights of both formats without loss, or None. For
+        stacked weights of other projects, such as q, k and v."""
         return self if self == other else None
 
     def promote_tensors(self, tensors: Tensors, promoted: "WeightFormat", in_features: int) -> Tensors:
@@ -102,8 +101,8 @@ class WeightFormat:
         return tensors | groups
 
     def shard_inputs(self, name: str, tensor: Tensor, start: int, length: int) -> Tensor:
-        """The part of the tensor called name that belongs to inputs [start, start + length) of W: a copy, so that the
-        rest of a memory-mapped tensor is not read. Scales without groups belong to all inputs."""
+        """The part of the tensor called name that belongs to inputs [start, start + length) of W. Scales without groups
+        belong to all inputs. A part is a copy, because only its pages of a memory-mapped tensor should be read."""
         if name == "weight":
             return tensor[..., start // self.elements_per_byte : (start + length) // self.elements_per_byte].clone()
         if self.group_size is None:
@@ -125,13 +124,13 @@ class WeightFormat:
         return {"weight": words} | {name: to_blocks(t) for name, t in tensors.items() if name != "weight"}
 
     def to_triton_layout(self, tensors: Tensors) -> Tensors:
-        """Packs a checkpoint's tensors for the Triton kernels, in the layout that kernels/triton/formats.py:
-        KERNEL_FORMATS names. A tensor that the kernels do not read becomes None."""
+        """Packs a checkpoint's tensors for the Triton kernels, as KERNEL_FORMATS (kernels/triton/formats.py) says. A
+        tensor that the kernels do not read becomes None."""
         raise NotImplementedError(f"the format {self.name} is in KERNEL_FORMATS, but has no method to_triton_layout")
 
     def kernels_can_read(self, in_features: int) -> bool:
-        """Whether kernels can read a weight with in_features inputs. A backend may have conditions of its own. The
-        default is for quantized weights, of which kernels read 8 elements at a time."""
+        """Whether kernels can read a weight with in_features inputs. A backend may add conditions. The default is for
+        quantized weights: kernels read 8 elements at a time."""
         return in_features % 8 == 0
 
 
@@ -148,7 +147,7 @@ class Unquantized(WeightFormat):
         return {"weight": w}
 
     def to_cpu_layout(self, tensors):
-        """For bf16, which some CPUs pack. K must be even."""
+        """For bf16 on some CPUs. K must be even."""
         return {"weight": words_to_blocks(tensors["weight"], 2)}
 
     def to_triton_layout(self, tensors):
@@ -162,7 +161,7 @@ class Unquantized(WeightFormat):
 
 
 def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
-    """Applies quantize_rows, which takes [rows, K], to w [..., N, K], a few rows at a time."""
+    """Applies quantize_rows to w [..., N, K], a few rows [rows, K] at a time."""
     chunks = w.flatten(0, -2).split(max(1, CHUNK_ELEMENTS // w.shape[-1]))
     parts = [quantize_rows(chunk) for chunk in chunks]
     return {name: torch.cat([part[name] for part in parts]).unflatten(0, w.shape[:-1]) for name in parts[0]}
@@ -170,7 +169,7 @@ def in_chunks(quantize_rows: Callable[[Tensor], Tensors], w: Tensor) -> Tensors:
 
 def slice_groups(t: Tensor, start: int, length: int, group_size: int, new_group_size: int) -> Tensor:
     """Selects scales or zeros t [..., n_groups] for inputs [start, start + length) of W, in shorter groups of
-    new_group_size. Each gets the scale or zero of the group that it is a part of."""
+    new_group_size. A new group gets the scale or zero of the group around it."""
     first_inputs = range(start, start + length, new_group_size)
     return t[..., [i // group_size for i in first_inputs]]
 

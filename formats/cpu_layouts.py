@@ -20,8 +20,8 @@ def words_to_blocks(weight: Tensor, elements_per_word: int) -> Tensor:
 
 
 def to_blocks(t: Tensor, row_multiple: int = 1) -> Tensor:
-    """[..., N, X] -> [..., N / 16, X, 16]. N is padded with zeros to a multiple of 16, and X of row_multiple. Without
-    padding the result is a view, so that packing copies a weight only once (layers/packing.py: HugePageArena)."""
+    """[..., N, X] -> [..., N / 16, X, 16]. Zeros pad N to a multiple of 16, and X to one of row_multiple. Without
+    padding the result is a view, because HugePageArena (layers/packing.py) copies the weight anyway."""
     padding = (0, -t.shape[-1] % row_multiple, 0, -t.shape[-2] % CPU_BLOCK_N)
     if any(padding):
         t = F.pad(t, padding)

@@ -127,6 +127,6 @@ def decode_e2m1(q: Tensor) -> Tensor:
 
 
 def decode_e8m0(scales: Tensor) -> Tensor:
-    """2^(scale - 127), float32. scale becomes the float32's exponent, which has the bias 127, too. The exception is
+    """2^(scale - 127), float32. scale becomes the exponent of the float32, whose bias is 127, too. The exception is
     2^-127, a subnormal number with one bit set."""
     return (scales.int() << 23).clamp(min=1 << 22).view(torch.float32)

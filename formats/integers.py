@@ -1,4 +1,4 @@
-"""Int8, Int4 and GroupedInt8: weights as integers with a scale; and the rounding, for quantize.py and gptq.py."""
+"""Int8, Int4 and GroupedInt8: weights as integers with a scale; and the rounding for quantize.py and gptq.py."""
 
 import math
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Int8(WeightFormat):
         return (tensors["weight"] * tensors["scales"][..., None]).to(dtype)
 
     def to_cpu_layout(self, tensors):
-        # ^ 128 on a byte adds 128. One expression, so that the result of ^ is freed early
+        # ^ 128 on a byte adds 128. A name for the result would keep it in memory
         words = words_to_blocks(tensors["weight"].view(torch.uint8) ^ 128, 4)
         return {"weight": words, "scales": tensors["scales"]}
 
@@ -84,8 +84,8 @@ class GroupwiseAffine(WeightFormat):
         return ((q - zeros) * scales).to(dtype)
 
     def promote_format(self, other):
-        """GroupedInt8 can hold an Int4 of another project with the same scale_dtype, since the zero points of other
-        projects are integers."""
+        """GroupedInt8 can hold another project's Int4 with the same scale_dtype: other projects have integer zero
+        points."""
         if not isinstance(other, GroupwiseAffine) or other.scale_dtype != self.scale_dtype:
             return None
         format_class = type(self) if type(self) is type(other) else GroupedInt8
@@ -142,8 +142,8 @@ class GroupedInt8(GroupwiseAffine):
 
     def quantize_rows(self, w):
         groups = split_groups(w.float(), self.group_size)  # [N, n_groups, group_size]
-        # 254 leaves headroom: bfloat16 may round the scale down by a factor of 1 + 2^-8, and the zero point is rounded,
-        # too, so q is below 254 * (1 + 2^-8) + 0.5 = 255.5. With 255, the group's largest weight could be clamped
+        # With 255, the group's largest weight could be clamped. 254 leaves headroom for two roundings: bfloat16 may
+        # round the scale down by a factor of 1 + 2^-8, the zero point by 0.5. 254 * (1 + 2^-8) + 0.5 is below 255.5
         scales, zeros = choose_range(groups, 254, self.scale_dtype)
         zeros = zeros.round().clamp(0, 255)
         q = quantize_affine(groups, scales.float()[..., None], zeros[..., None], max_q=255)
@@ -162,8 +162,8 @@ class GroupedInt8(GroupwiseAffine):
 
 
 def split_groups(w: Tensor, group_size: int) -> Tensor:
-    """[..., K] -> [..., n_groups, group_size]. A shorter last group is padded with the last element, which leaves the
-    group's minimum and maximum unchanged."""
+    """[..., K] -> [..., n_groups, group_size]. The last element pads a shorter last group, whose minimum and maximum
+    stay the same."""
     missing = -w.shape[-1] % group_size
     if missing:
         w = torch.cat([w, w[..., -1:].expand(*w.shape[:-1], missing)], dim=-1)
@@ -176,8 +176,8 @@ def join_groups(groups: Tensor, k: int) -> Tensor:
 
 
 def choose_range(groups: Tensor, max_q: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Chooses scales [...] in scale_dtype and zero points [...] in float32 for groups [..., group_size]. q from 0 to
-    max_q then spans the values of each group, and the value 0."""
+    """Chooses scales [...] in scale_dtype and zero points [...] in float32 for groups [..., group_size]: q from 0 to
+    max_q span the values of each group, and 0."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = ((high - low) / max_q).to(scale_dtype)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))

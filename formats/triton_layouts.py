@@ -64,8 +64,8 @@ def pack_words(weight: Tensor) -> Tensor:
 
 def pack_scales(scales: Tensor, zeros: Tensor) -> Tensor:
     """scales [..., N, n_groups] bfloat16 or float16, zeros [..., N, n_groups] uint8 -> words int32 [..., N, n_groups],
-    stored column by column. A word is the scale as a float32, with the zero point in the lowest 8 bits, which are 0 in
-    a 16-bit scale."""
+    stored column by column. A word is the scale as a float32, with the zero point in the lowest 8 bits. They are free,
+    because the scale has 16 bits."""
     return to_column_major(scales.float().view(torch.int32) | zeros.int())
 
 

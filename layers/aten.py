@@ -3,9 +3,8 @@
     weight = to_aten_weight(linear.format, linear.tensors(), torch.bfloat16)    # None: PyTorch has no kernel
     y = multiply(x, weight)                                                     # [M, K] -> [M, N]
 
-A decode step then reads 8 or 4 bits for each weight, where plain PyTorch would read dequantized weights of 16 bits.
-PyTorch's kernels take as long for each token as for the first one. So with more than MAX_ATEN_TOKENS tokens, it is
-faster to dequantize the weight first.
+A decode step then reads 8 or 4 bits for each weight, and not dequantized weights of 16 bits. PyTorch's kernels take as
+long for each token as for the first one, so with more than MAX_ATEN_TOKENS tokens it is faster to dequantize first.
 """
 
 from typing import NamedTuple

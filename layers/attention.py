@@ -43,17 +43,17 @@ def attend_torch(
     if is_sdpa_compatible(params):
         y = sdpa_attention(q, params, cache, positions)
     else:
-        step = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
-        parts = zip(q.split(step, dim=2), positions.split(step, dim=1), strict=True)
-        y = torch.cat([eager_attention(q, params, cache, positions) for q, positions in parts], dim=2)
+        chunk = T if torch.compiler.is_compiling() else EAGER_QUERIES  # a loop would specialize the graph
+        chunks = zip(q.split(chunk, dim=2), positions.split(chunk, dim=1), strict=True)
+        y = torch.cat([eager_attention(queries, params, cache, at) for queries, at in chunks], dim=2)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
 def rope_and_cache(
     qkv: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor, backend: Backend
 ) -> Tensor:
-    """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T], which are
-    contiguous in each sequence. Returns the queries [B, T, H, D]."""
+    """Norms and rotates queries and keys, and writes keys and values into the cache at positions [B, T]. The positions
+    of a sequence are contiguous. Returns the queries [B, T, H, D]."""
     kernel = backend.kernel_for("rope_and_cache", count_tokens(qkv))
     if kernel is None:
         return rope_and_cache_torch(qkv, params, cache, positions)
@@ -92,8 +92,7 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotates x [B, T, H, D] by cos_sin [B, T, D/2, 2], cos and sin. Elements i and i + D/2 are a pair, as in Hugging
-    Face transformers."""
+    """Rotates x [B, T, H, D] by cos_sin [B, T, D/2, 2]. Elements i and i + D/2 are a pair, as in transformers."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos_sin[:, :, None].unbind(-1)  # [B, T, 1, D/2]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -129,14 +128,14 @@ def causal_mask(positions: Tensor, S: int, window: int) -> Tensor:
 
 
 def is_sdpa_compatible(params: AttentionParams) -> bool:
-    """Whether PyTorch's SDPA can compute the attention: every option that it lacks, also a new one, is off."""
+    """Whether every option that PyTorch's SDPA lacks is off. A new option counts as one of these."""
     return active_fields(params) <= SDPA_FIELDS
 
 
 def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positions: Tensor) -> Tensor:
-    """The same by PyTorch's scaled_dot_product_attention, which is faster, if is_sdpa_compatible."""
+    """eager_attention by PyTorch's scaled_dot_product_attention, which is faster."""
     (B, H, T, D), (_, G, S, _) = q.shape, cache.k.shape
-    if T == 1:  # fold the query heads of a key/value head into the dimension T: SDPA is then several times faster
+    if T == 1:  # with the query heads of a key/value head in the dimension T, SDPA is several times faster
         mask = causal_mask(positions, S, params.window)
         y = F.scaled_dot_product_attention(q.view(B, G, -1, D), cache.k, cache.v, attn_mask=mask, scale=params.scale)
         return y.view(B, H, 1, D)
@@ -150,6 +149,6 @@ def sdpa_attention(q: Tensor, params: AttentionParams, cache: LayerCache, positi
 
 
 def fills_cache(T: int, S: int) -> bool:
-    """Returns whether T new tokens fill a cache of S positions. Then the first token is at position 0. Returns False
-    under torch.compile, where comparing T with S would specialize the graph."""
+    """Whether T new tokens fill a cache of S positions. Then the first token is at position 0. False under
+    torch.compile, where comparing T with S would specialize the graph."""
     return not torch.compiler.is_compiling() and S == T

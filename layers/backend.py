@@ -1,27 +1,45 @@
-"""The backends: which operations have kernels, and for how many tokens. A layer asks its backend at every step, since a
-kernel for few tokens is slow for many tokens, or cannot take many tokens.
+"""The backends: which code computes an operation. A layer asks its backend at every step, because a kernel for few
+tokens is slow for many tokens, or cannot take them.
 
     CPU_BACKEND       C++, kernels/csrc/, for CPUs
     TRITON_BACKEND    Triton, kernels/triton/, for NVIDIA's and AMD's GPUs
-    TORCH_BACKEND     no kernels: plain PyTorch, for any device. On a CPU without a C++ compiler, aten.py
-                      multiplies some quantized weights by PyTorch's own kernels
+    TORCH_BACKEND     plain PyTorch, for any device; aten.py on a CPU without a C++ compiler
 
-Every layer holds a backend: TORCH_BACKEND, until packing.py packs the weights for another backend.
+Tables of what computes an operation. [n] means up to n tokens of all sequences, dot_quantized is a file of
+kernels/csrc/, and of the lines for fused_linear the first that fits holds.
 
-The backends compute the same functions, but round differently. With activations of 16 bits:
+    fused_linear on a CPU
+    CPU, activations              weights
+    AMX, bf16                     Unquantized                    dot_unquantized [4]     amx [64]    PyTorch
+                                  Float8                         dot_quantized [2]       amx [64]    PyTorch
+                                  Int8 Int4 GroupedInt8 MXFP4    dot_quantized [8]       amx [64]    PyTorch
+    AVX512_BF16, bf16             Unquantized                    dot_unquantized [64]    prefill_linear
+                                  Float8                         dot_quantized [64]      prefill_linear
+    AVX2, no AMX, bf16 or fp16    Int8 Int4 GroupedInt8 MXFP4    dot_quantized
+    any                           Unquantized                    dot_unquantized [64]    PyTorch
+                                  quantized                      dot_quantized [64]      PyTorch
 
-    TORCH_BACKEND     A quantized weight is rounded to 16 bits before the matmul (but see aten.py), and the result of
-                      every step of an operation is rounded.
-    kernels           Most steps of an operation stay float32, and only the last result is rounded. Exceptions:
-    CPU_BACKEND       A matmul with Int8, Int4, GroupedInt8 or MXFP4 rounds x, after the norm, to int8, in groups of 16
-                      with a scale each (kernels/csrc/prologue.h: quantize_token). AMX (kernels/csrc/amx.h) and,
-                      in prefill, PyTorch do not round x, but weights to bfloat16. A norm rounds x / rms(x), and
-                      then multiplies with the norm's weight, as PyTorch does.
-    TRITON_BACKEND    A fused norm rounds x * weight to 16 bits, and divides by rms(x) after the matmul
-                      (kernels/triton/linear.py: fused_linear_kernel). For many tokens the norm is a separate kernel.
+In the line "any", an unquantized model has smaller limits: [32] in fp16 and fp32, and [8] without AVX-512. Experts use
+only the two files dot_*, within the same limits. The other operations:
 
-With activations of 32 bits only the order of sums, the place of the division by rms(x), and the last bits of functions
-such as exp differ. scripts/kernel_checks/ has the bounds of the errors.
+    CPU    attend                                     attention [64]    prefill_attention with AVX-512, but not for
+                                                                        bf16 with AMX; otherwise PyTorch
+           route, embed                               C++ [64]          PyTorch; C++ for a packed embedding
+           rms_norm, activate, add, permute_inputs    C++
+    GPU    matmuls                                    Triton [64]; [8] without tensor cores    PyTorch
+           attend, route, rms_norm, permute_inputs    Triton [64]       PyTorch
+           activate, add, embed                       PyTorch; Triton for a packed embedding
+
+With activations of 16 bits, PyTorch rounds the result of every step, and the dequantized weights of a matmul (but see
+aten.py). Kernels compute in float32 and round the last result, with these exceptions:
+
+    dot_quantized             x becomes int8, in groups of 16 with a scale each; not for Float8
+    amx, prefill_linear       dequantized weights become bf16
+    a norm in C++             x / rms(x) is rounded before the multiplication with weight, as in PyTorch
+    a fused norm in Triton    x * weight is rounded, and rms(x) divides the result of the matmul
+
+With activations of 32 bits, only the order of sums and the last bits of functions such as exp differ.
+scripts/kernel_checks/ has the bounds of all errors.
 """
 
 import math
@@ -53,19 +71,15 @@ TRITON_OPERATIONS = ("rms_norm", "permute_inputs", "attend", "route", *MATMULS) 
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """CPU_BACKEND, TRITON_BACKEND or TORCH_BACKEND, with the limits of a model. The limits depend on the weights and on
-    the machine (cpu_backend, triton_backend).
+    """The kernels of a device and their limits, which also depend on the weight and on the machine (cpu_backend).
 
     name: "cpu", "triton" or "torch", whatever the limits.
-    namespace: torch.ops.NAMESPACE has the kernels; None: there are none.
-    token_limits: operation -> the largest step that the kernel takes, in tokens of all sequences. Plain PyTorch
-    computes larger steps, and operations without an entry.
+    namespace: torch.ops.NAMESPACE has the kernels; None if there are none.
+    token_limits: operation -> the largest num_tokens of its kernel. Without an entry, PyTorch computes the operation.
     required_in_graph: the operations that need a kernel in a captured step. A CPU graph can hold nothing but kernels. A
-    CUDA graph can also hold PyTorch's operations: activate, add, and embed of unquantized weights.
-    max_query_len, max_queries: further limits of attend: new tokens of a sequence; new tokens times query heads of a
-    key/value head.
-    activations: the activations that the kernels compute. Plain PyTorch computes other activations, after the kernel
-    of the matmul.
+    CUDA graph can also hold PyTorch's operations.
+    max_query_len, max_queries: limits of attend: query_len, and query_len times the query heads of a key/value head.
+    activations: those of the kernels. PyTorch computes others, after the kernel of the matmul.
     filters: the fields of TokenFilters that the kernel of sample uses."""
 
     name: str
@@ -77,39 +91,34 @@ class Backend:
     activations: frozenset[str] = frozenset()
     filters: frozenset[str] = frozenset()
 
-    def kernel_for(self, name: str, n_tokens: int) -> Callable | None:
-        """The kernel of the operation called name, for a step of n_tokens tokens of all sequences, or None if plain
-        PyTorch computes the step.
-
-        Kernels are called like their operation: "attend" is attend in kernels/csrc/ops.cpp and in
-        kernels/triton/attention.py. kernels/schema.py declares it for both, as empty_attend."""
-        return self.op(name) if 0 < n_tokens <= self.token_limits.get(name, 0) else None
+    def kernel_for(self, name: str, num_tokens: int) -> Callable | None:
+        """The kernel for a step of num_tokens tokens of all sequences, or None if PyTorch computes the step. The kernel
+        "attend" is attend in kernels/csrc/ops.cpp and in kernels/triton/attention.py."""
+        return self.op(name) if 0 < num_tokens <= self.token_limits.get(name, 0) else None
 
     def supports_queries(self, query_len: int, heads_per_kv_head: int) -> bool:
-        """The further limits of attend: query_len new tokens of each sequence, query heads of a key/value head."""
+        """Whether attend has a kernel for query_len new tokens of each sequence."""
         return query_len <= self.max_query_len and query_len * heads_per_kv_head <= self.max_queries
 
     def op(self, name: str) -> Callable:
-        """The kernel of an operation that has no limit of tokens, such as dequantize: only this kernel reads a packed
-        weight. Raises RuntimeError if the backend has no kernels."""
+        """The kernel for any number of tokens, where PyTorch cannot replace it: it alone reads a packed weight. Raises
+        RuntimeError if the backend has no kernels."""
         if self.namespace is None:
             raise RuntimeError(f"the backend {self.name!r} has no kernels, so none for {name}")
         return getattr(getattr(torch.ops, self.namespace), name)
 
     def supports_step(self, batch_size: int, query_len: int, heads_per_kv_head: int, activation: str) -> bool:
-        """Whether a step of query_len tokens in each of batch_size sequences can be captured: every operation in
-        required_in_graph has a kernel for it.
+        """Whether a step of query_len new tokens in each of batch_size sequences can be captured.
 
         heads_per_kv_head, activation: those of the model."""
         if self.namespace is None:
             return False
-        n_tokens = batch_size * query_len
-        has_kernels = all(self.kernel_for(name, n_tokens) is not None for name in self.required_in_graph)
+        num_tokens = batch_size * query_len
+        has_kernels = all(self.kernel_for(name, num_tokens) is not None for name in self.required_in_graph)
         has_activation = activation in self.activations or "activate" not in self.required_in_graph
         return has_kernels and has_activation and self.supports_queries(query_len, heads_per_kv_head)
 
     def with_limits(self, **token_limits: float) -> "Backend":
-        """This backend with other limits, by operation."""
         return replace(self, token_limits=self.token_limits | token_limits)
 
 
@@ -117,9 +126,11 @@ TORCH_BACKEND = Backend("torch")
 CPU_BACKEND = Backend(
     "cpu",
     CPU_NAMESPACE,
-    # The second group is elementwise or per token, so any number of tokens is fine
-    dict.fromkeys(["embed", "attend", "route", *MATMULS], MAX_CPU_TOKENS)
-    | dict.fromkeys(["rms_norm", "activate", "add", "rope_and_cache", "permute_inputs"], math.inf),
+    dict(
+        fused_linear=MAX_CPU_TOKENS, experts_gate_up=MAX_CPU_TOKENS, experts_down=MAX_CPU_TOKENS,
+        attend=MAX_CPU_TOKENS, route=MAX_CPU_TOKENS, embed=MAX_CPU_TOKENS,
+        rms_norm=math.inf, activate=math.inf, add=math.inf, rope_and_cache=math.inf, permute_inputs=math.inf,
+    ),
     required_in_graph=frozenset(CAPTURABLE),
     activations=frozenset(ACTIVATIONS),  # cpu_backend leaves out those without C++ code
     filters=frozenset(CPU_FILTERS),
@@ -136,31 +147,28 @@ TRITON_BACKEND = Backend(
 )
 
 
-def cpu_backend(dtype: torch.dtype, format: WeightFormat, is_quantized: bool) -> Backend:
-    """CPU_BACKEND with the limits of a weight on this machine.
+def cpu_backend(dtype: torch.dtype, format: WeightFormat, model_is_quantized: bool) -> Backend:
+    """CPU_BACKEND with the limits of a weight on this machine: the lines of the table for this CPU.
 
-    dtype: the dtype of the activations.
-    format: the format of the weight.
-    is_quantized: whether any weight of the model is quantized. If so, kernels also multiply with unquantized weights,
-    such as those of routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but would keep the step from being
-    captured."""
-    library, is_bf16, limits = build.load_cpp_kernels(), dtype == torch.bfloat16, {}
-    if not is_quantized:  # with more tokens PyTorch multiplies faster
-        limits |= dict.fromkeys(MATMULS, library.max_unquantized_tokens(is_bf16))
-    # Prompts, where kernels are faster than PyTorch: those of decode, or kernels of their own (csrc/prefill_*.h)
+    dtype: of the activations.
+    model_is_quantized: whether any weight of the model is quantized. If so, kernels also multiply with unquantized
+    weights, such as those of routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but no CPU graph can hold it."""
+    library, is_bf16 = build.load_cpp_kernels(), dtype == torch.bfloat16
+    experts = MAX_CPU_TOKENS if model_is_quantized else library.max_unquantized_tokens(is_bf16)
+    linear, attend = experts, MAX_CPU_TOKENS
     if build.quantizes_activations(library, format) and dtype.itemsize == 2 and library.has_quantized_prefill():
-        limits |= dict.fromkeys(MATMULS, math.inf)
+        linear = experts = math.inf
     elif library.has_prefill_linear(is_bf16):
-        limits["fused_linear"] = math.inf
+        linear = math.inf
     if library.has_prefill_attention(is_bf16):
-        limits["attend"] = math.inf
+        attend = math.inf
+    limits = {"fused_linear": linear, "experts_gate_up": experts, "experts_down": experts, "attend": attend}
     return replace(CPU_BACKEND.with_limits(**limits), activations=frozenset(build.cpp_activations(library)))
 
 
 def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:
-    """TRITON_BACKEND with the limits of a model whose activations have this dtype, on this device. Without tensor cores
-    the matmuls take up to MMA_N tokens, since PyTorch is faster with more."""
-    from kernels.triton.launch import MMA_N, uses_tensor_cores  # here, since not every machine has Triton
+    """TRITON_BACKEND with the limits of a matmul on this device. dtype: of the activations."""
+    from kernels.triton.launch import MMA_N, uses_tensor_cores  # here, because not every machine has Triton
 
     if uses_tensor_cores(device, dtype):
         return TRITON_BACKEND

@@ -5,7 +5,7 @@
     gather_objects, call_on_rank_0    Python values, outside of steps
 
 Tensors travel over gloo between CPUs and over NCCL between GPUs. If the GPUs can read each other's memory, small
-tensors, such as those of a decode step, are reduced over peer memory instead (choose_all_reduce).
+tensors, such as those of a decode step, are reduced over peer memory (choose_all_reduce).
 """
 
 import json
@@ -26,7 +26,7 @@ from utils.errors import UsageError
 
 ONE_SHOT_BYTES = 2**18  # up to this size, a one-shot all-reduce over peer memory is faster than NCCL
 c10d = torch.ops._c10d_functional  # the functional collectives, which torch.compile can trace
-# Name of a collective -> the time this process has spent in it. Only between CPUs, and not in a compiled step, since
+# Name of a collective -> the time this process has spent in it. Only between CPUs, and not in a compiled step:
 # torch.compile cannot trace a clock
 collective_seconds: Counter[str] = Counter()
 
@@ -103,9 +103,9 @@ def can_one_shot(like: Tensor) -> bool:
 
 @cache
 def one_shot_all_reduce(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Returns an all-reduce that is one kernel over PyTorch's symmetric memory. It is a custom op with a buffer of its
-    own, so that CUDA graphs see a fixed address."""
-    import torch.distributed._symmetric_memory as symmetric_memory  # imported here, since only several GPUs need it
+    """Returns an all-reduce that is one kernel over PyTorch's symmetric memory. It has a buffer of its own, because a
+    CUDA graph needs a fixed address."""
+    import torch.distributed._symmetric_memory as symmetric_memory  # here, because only several GPUs need it
 
     group = group_name()
     buffer = symmetric_memory.empty(ONE_SHOT_BYTES // dtype.itemsize, dtype=dtype, device=device)
@@ -133,8 +133,8 @@ broadcast_numbers = count()  # for the keys of broadcast_json: a key stays set, 
 
 
 def broadcast_json(store: dist.Store, function: Callable[[], object]):
-    """Calls function on rank 0 while the other ranks wait, however long it takes. Every rank returns the result, which
-    must be JSON serializable."""
+    """Calls function on rank 0 while the other ranks wait, however long it takes. Every rank returns the result, a JSON
+    value."""
     key = f"result {next(broadcast_numbers)}"
     if dist.get_rank() == 0:
         store.set(key, json.dumps(function()))

@@ -64,7 +64,7 @@ class ExpertsBase(LinearBase):
         return y
 
     def gather_experts(self, x: Tensor, expert_ids: Tensor) -> Tensor:
-        """One matrix for each row, for a compiled decode step, which has few rows. torch.compile fuses look-up,
+        """One matrix for each row, for the few rows of a compiled decode step. torch.compile fuses gather,
         dequantization and matmul into one loop. Plain PyTorch would copy the weights of the experts."""
         y = (self.dequantize_experts(expert_ids, x.dtype).float() * x[:, None].float()).sum(-1)
         return (y if self.bias is None else y + self.bias[expert_ids].float()).to(x.dtype)

@@ -20,7 +20,7 @@ from layers.aten import AtenInt4, AtenInt8
 from layers.backend import TORCH_BACKEND, Backend, contiguous, count_tokens
 from layers.weight import WeightMatrix
 
-# out_features must be a multiple of this for a fused activation with a gate, so that gate and up are whole blocks
+# A gated activation can be fused if out_features is a multiple of this: gate and up must be whole blocks
 FUSED_GLU_MULTIPLE = 2 * CPU_BLOCK_N
 
 
@@ -28,7 +28,7 @@ FUSED_GLU_MULTIPLE = 2 * CPU_BLOCK_N
 
 
 class RMSNorm(nn.Module):
-    """weight [dim]; eps, which is added to the mean square; and backend, which packing.py: pack_model sets."""
+    """weight: [dim]. eps: added to the mean square. backend: set by pack_model (packing.py)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -45,8 +45,8 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """RMSNorm (arXiv:1910.07467). F.rms_norm computes x / rms(x) in float32 and rounds the result to x.dtype. The
-    weight is multiplied after the rounding, as in transformers."""
+    """RMSNorm (arXiv:1910.07467). F.rms_norm computes x / rms(x) in float32 and rounds it to x.dtype. The weight comes
+    after the rounding, as in transformers."""
     y = F.rms_norm(x, x.shape[-1:], eps=eps) * weight
     return y if residual is None else residual + y
 
@@ -90,10 +90,10 @@ def quantizable_linears(model: nn.Module) -> Iterator[tuple[str, LinearBase]]:
 class Linear(LinearBase):
     """y = epilogue(x W^T + bias).
 
-    input_order: int32 [K], or None; for checkpoints of GPTQ with act-order. Column i of the stored W belongs to input
-    input_order[i], so forward permutes x first. A fused norm follows the permutation, so the norm's weight is stored
-    in the same order.
-    aten_weight: W for PyTorch's own kernels, or None; only on a CPU without a C++ compiler."""
+    input_order: int32 [K] for checkpoints of GPTQ with act-order, or None. Column i of the stored W belongs to input
+    input_order[i], so forward permutes x first. The weight of a fused norm is stored in the same order, because the
+    norm follows the permutation.
+    aten_weight: W for PyTorch's own kernels, on a CPU without a C++ compiler, or None."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, **epilogue):
         super().__init__(in_features, out_features, bias, **epilogue)
@@ -130,12 +130,12 @@ class Linear(LinearBase):
         computes."""
         if norm is not None:
             x = norm(x)
-        n_tokens = count_tokens(x)
-        if self.aten_weight is not None and n_tokens <= aten.MAX_ATEN_TOKENS:
+        num_tokens = count_tokens(x)
+        if self.aten_weight is not None and num_tokens <= aten.MAX_ATEN_TOKENS:
             y = aten.multiply(x.flatten(0, -2), self.aten_weight).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         weight = self.dequantize(x.dtype)
-        if n_tokens == 1 and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
+        if num_tokens == 1 and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
             y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)  # about twice as fast as F.linear
             return y if self.bias is None else y + self.bias
         return F.linear(x, weight, self.bias)
@@ -157,7 +157,7 @@ class Linear(LinearBase):
 
 
 def apply_softcap(x: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(x / softcap), which stays between -softcap and softcap."""
+    """softcap * tanh(x / softcap)"""
     return softcap * torch.tanh(x / softcap)
 
 
@@ -195,7 +195,7 @@ def activate_torch(x: Tensor, activation: str, gated: bool) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
-    """x + y, of the same shape. Needed for a residual that comes after an all-reduce (tp.py)."""
+    """x + y, of the same shape: a residual after an all-reduce (tp.py)."""
     kernel = backend.kernel_for("add", count_tokens(x))
     if kernel is None:
         return x + y
@@ -203,8 +203,8 @@ def add(x: Tensor, y: Tensor, backend: Backend) -> Tensor:
 
 
 def permute_inputs(x: Tensor, input_order: Tensor, backend: Backend) -> Tensor:
-    """x[..., input_order] for x [..., K] and input_order int32 [N]: [..., N]. N may be less than K: a tensor-parallel
-    rank takes only the inputs of its own columns."""
+    """x[..., input_order] for x [..., K] and input_order int32 [N]: [..., N]. A tensor-parallel rank takes only the
+    inputs of its own columns, so N may be less than K."""
     kernel = backend.kernel_for("permute_inputs", count_tokens(x))
     if kernel is None:
         return x.index_select(-1, input_order)

@@ -1,7 +1,7 @@
 """Chooses the backend of a model by its device, and packs the weights for the kernels of the backend.
 
-The backend of a matrix is TORCH_BACKEND until the matrix is packed. If there are no kernels for the matrix or for the
-device, the backend stays TORCH_BACKEND.
+    pack_model     for all layers of a model. A layer without kernels keeps TORCH_BACKEND
+    can_capture    whether all operations of a step have kernels
 """
 
 import math
@@ -47,14 +47,14 @@ def can_capture(model: nn.Module, batch_size: int, query_len: int) -> bool:
 
 
 def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmapped: bool = False):
-    """Packs the weights of matrices, which are all matrices of a model, for the kernels of the device, if kernels work
-    here. Packed copies replace the weights, so no two matrices may share a weight. On a CPU without a C++ compiler,
-    PyTorch's own kernels take some quantized weights (aten.py). Quantized weights without any kernel are dequantized to
-    dtype.
+    """Packs the weights of matrices for the kernels of the device, if kernels work here. Packed copies replace the
+    weights, so no two matrices may share a weight. On a CPU without a C++ compiler, PyTorch's own kernels take some
+    quantized weights (aten.py). Quantized weights without any kernel are dequantized to dtype.
 
-    dtype: the type of the activations.
-    is_mmapped: whether the weights are in a memory-mapped file. Then the pages of a weight are released as soon as the
-    weight is packed, so that no weight is in memory twice."""
+    matrices: all matrices of a model.
+    dtype: of the activations.
+    is_mmapped: whether the weights are in a memory-mapped file. Then packing a weight releases its pages, because no
+    weight should be in memory twice."""
     matrices = [matrix for matrix in matrices if matrix.backend.name == TORCH_BACKEND.name]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
@@ -71,12 +71,12 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
 def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
     """Packs the weights of matrices into huge pages, one weight behind the other."""
     memory = HugePageArena()
-    is_quantized = any(matrix.format.is_quantized for matrix in matrices)
-    # Packed bf16 is faster for several tokens (kernels/csrc/dot_unquantized.h), but only kernels can read packed
-    # weights. So bf16 is packed if the kernels also compute prefill: in linear layers, but not in experts.
+    model_is_quantized = any(matrix.format.is_quantized for matrix in matrices)
+    # Packing bf16 speeds up multi-token steps, but PyTorch cannot read packed weights. So pack only where prefill also
+    # runs in our kernels: linear layers, not experts.
     packs_unquantized = dtype == torch.bfloat16 and build.load_cpp_kernels().has_prefill_linear(True)
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
-        matrix.backend = cpu_backend(dtype, matrix.format, is_quantized)
+        matrix.backend = cpu_backend(dtype, matrix.format, model_is_quantized)
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
             continue
         unpacked = matrix.tensors()
@@ -90,9 +90,9 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
 
 
 def cpu_kernels_can_read(matrix: WeightMatrix) -> bool:
-    """Whether the C++ kernels can read matrix: there is a struct for the format, and the layout fits. If the kernels
-    round activations to int8, no group of activations may span two groups of weights. One spans two only in a shard
-    whose width is an odd multiple of 8."""
+    """Whether the C++ kernels have a struct for the format of matrix, and the layout fits. If the kernels round
+    activations to int8, no group of activations may span two groups of weights. That happens only in a shard whose
+    width is an odd multiple of 8."""
     format, library = matrix.format, build.load_cpp_kernels()
     has_struct = type(format).__name__ in build.cpp_formats(library)
     has_whole_groups = format.group_size is None or format.group_size % ACT_GROUP_SIZE == 0
@@ -130,9 +130,8 @@ def pack_for_aten(matrices: list[WeightMatrix], dtype: torch.dtype) -> list[Weig
 
 
 def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: bool):
-    """Replaces the quantized weights among those of matrices by dequantized weights. Otherwise PyTorch would dequantize
-    every matrix for every token, which takes about twenty times as long as the matmul. If memory is too small, prints a
-    line and changes nothing."""
+    """Dequantizes the quantized weights of matrices. Otherwise PyTorch would dequantize every matrix for every token,
+    which takes twenty times as long as the matmul. If memory is too small, prints a line and changes nothing."""
     matrices = [matrix for matrix in matrices if matrix.format.is_quantized]
     n_bytes = sum(m.out_features * m.in_features * (m.n_experts or 1) for m in matrices) * dtype.itemsize
     free = free_memory()
@@ -150,19 +149,19 @@ def dequantize_weights(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmap
 
 
 def dequantize_rows(format: WeightFormat, tensors: Tensors, in_features: int, dtype: torch.dtype) -> Tensor:
-    """format.dequantize, a few rows at a time: the float32 copies stay in the processor's cache."""
+    """format.dequantize, a few rows at a time, to keep the float32 copies in the CPU's cache."""
     *outputs, _ = tensors["weight"].shape
     rows = {name: t.flatten(0, len(outputs) - 1) for name, t in tensors.items()}
     weight = torch.empty(math.prod(outputs), in_features, dtype=dtype)
     use_huge_pages(weight)
-    step = max(1, CHUNK_ELEMENTS // in_features)
-    for i in range(0, len(weight), step):
-        weight[i : i + step] = format.dequantize({name: t[i : i + step] for name, t in rows.items()}, dtype)
+    chunk = max(1, CHUNK_ELEMENTS // in_features)
+    for i in range(0, len(weight), chunk):
+        weight[i : i + chunk] = format.dequantize({name: t[i : i + chunk] for name, t in rows.items()}, dtype)
     return weight.view(*outputs, in_features)
 
 
 def pack_for_triton(matrices: list[WeightMatrix], dtype: torch.dtype = torch.bfloat16):
-    """Packs the weights of matrices for the Triton kernels. dtype: the type of the activations."""
+    """dtype: of the activations."""
     from kernels.triton.formats import triton_kernels_can_read
 
     for matrix in matrices:

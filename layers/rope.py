@@ -49,8 +49,8 @@ def depends_on_length(config: ModelConfig) -> bool:
 def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
     """Returns the radians per position of each pair of elements: [rotary_dim/2], float32.
 
-    RoPE is arXiv:2104.09864. "llama3" was published with Llama 3.1. "dynamic" and "longrope" depend on length, which is
-    the KV cache's."""
+    RoPE is arXiv:2104.09864. "llama3" was published with Llama 3.1. "dynamic" and "longrope" depend on the KV cache's
+    length."""
     dim = config.rotary_dim or config.head_dim
     theta, scaling = config.rope_theta, config.rope_scaling
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
@@ -72,7 +72,7 @@ def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
         case "llama3":
             rotations = original * freqs / (2 * math.pi)  # how often each pair rotates within the trained context
             ramp = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    # ramp 1: the pair rotates many times within the trained context, and keeps its frequency.
+    # ramp 1: the pair rotates often within the trained context, and keeps its frequency.
     # ramp 0: the pair rotates less than about once, and its frequency is divided by factor.
     ramp = ramp.clamp(0, 1)
     return ramp * freqs + (1 - ramp) * freqs / scaling.factor

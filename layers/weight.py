@@ -19,8 +19,8 @@ class WeightMatrix(nn.Module):
 
     format: how W is stored (formats/).
     backend: what computes with W (backend.py).
-    is_packed: whether the tensors are in the order of the backend's kernels, so that only these can read W. Otherwise
-    the tensors are as in a checkpoint of this format.
+    is_packed: whether the tensors are in the order of the backend's kernels. Then only these can read W. Otherwise the
+    tensors are as in a checkpoint.
     is_embedding: whether a step reads only some rows of W."""
 
     is_embedding = False
@@ -95,7 +95,7 @@ class Embedding(WeightMatrix):
 
 
 def round_to_dtype(value: float, dtype: torch.dtype) -> float:
-    """Rounds a positive number to the nearest number of dtype, ties to even. Without a tensor, since a captured step
+    """Rounds a positive number to the nearest number of dtype, ties to even. Without a tensor, because a captured step
     cannot make one."""
     _, exponent = math.frexp(value)  # value is in [2^(exponent - 1), 2^exponent)
     ulp = math.ldexp(torch.finfo(dtype).eps, exponent - 1)  # the distance between two numbers of dtype there

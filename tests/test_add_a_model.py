@@ -93,26 +93,26 @@ def check_matmuls(w, exact, x, weight_error, rounding_error):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nf4_on_a_cpu(dtype):
     """AMX rounds weights to bfloat16."""
-    for n, k, n_tokens in [(48, 72, 1), (33, 200, 5), (48, 136, 33)]:
+    for n, k, num_tokens in [(48, 72, 1), (33, 200, 5), (48, 136, 33)]:
         w = random_linear((n, k), NF4(), torch.device("cpu"), dtype)
         exact = w.dequantize(torch.float32)
         pack_weights([w], dtype)
         assert w.backend.name == "cpu"
         w.backend = CPU_BACKEND
         u = torch.finfo(dtype).eps / 2
-        check_matmuls(w, exact, torch.randn(n_tokens, k).to(dtype), u if dtype == torch.bfloat16 else 0, u)
+        check_matmuls(w, exact, torch.randn(num_tokens, k).to(dtype), u if dtype == torch.bfloat16 else 0, u)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nf4_on_a_gpu(dtype):
     """Both factors of a product have the type of x. Truncating to bfloat16, as the interpreter does, doubles errors."""
-    for n, k, n_tokens in [(16, 64, 3), (48, 72, 1), (33, 200, 5)]:
+    for n, k, num_tokens in [(16, 64, 3), (48, 72, 1), (33, 200, 5)]:
         w = random_linear((n, k), NF4(), torch.device("cpu"), dtype)
         exact = w.dequantize(torch.float32)
         use_triton(w)
         u = torch.finfo(dtype).eps / 2
         error = 2 * u if dtype == torch.bfloat16 else u
-        check_matmuls(w, exact, torch.randn(n_tokens, k).to(dtype), 0 if dtype == torch.float32 else error, error)
+        check_matmuls(w, exact, torch.randn(num_tokens, k).to(dtype), 0 if dtype == torch.float32 else error, error)
 '''
 # Tests that go through a list of formats and do not take minutes
 FORMAT_TESTS = ["tests/test_quantize.py", "tests/test_kernels.py", "tests/test_triton.py::test_every_format_is_checked"]

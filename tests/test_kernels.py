@@ -426,8 +426,8 @@ def test_embed(dtype, format):
 def check_embed(table, dtype):
     (on_kernels,) = packed(torch.nn.ModuleList([copy.deepcopy(table)]))
     assert on_kernels.backend.name == "cpu"
-    for num_tokens, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
-        tokens = torch.randint(50, (2, num_tokens))
+    for query_len, scale in [(3, 1.0), (3, 48**0.5), (100, 1.0), (0, 1.0)]:
+        tokens = torch.randint(50, (2, query_len))
         expected = table.embedding(tokens, scale, dtype)
         assert torch.equal(on_kernels.embedding(tokens, scale, dtype), expected)
     with pytest.raises(RuntimeError, match="vocabulary"):

@@ -52,10 +52,10 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     tuned.pop(key, None)
     guess = choose_tiles(x, known, n, gated, group_size)
 
-    def microseconds(tiles: TileConfig, n_tokens: int) -> float:
+    def microseconds(tiles: TileConfig, num_tokens: int) -> float:
         tuned[key] = tiles._asdict()
         try:
-            return time_products(x[:, :n_tokens], weights)
+            return time_products(x[:, :num_tokens], weights)
         except Exception as e:  # such as tiles that need more shared memory than the GPU has
             print(f"{key}: {tuple(tiles)} does not run: {e}", file=sys.stderr)
             return math.inf
@@ -63,7 +63,7 @@ def tune_product(n: int, k: int, gated: bool, format: WeightFormat, device: torc
     candidates = dict.fromkeys([guess, *(TileConfig(*sizes) for sizes in CANDIDATES)])
     if gated:  # a program needs 16 outputs of both projections
         candidates = [tiles for tiles in candidates if tiles.block_n % 32 == 0]
-    times = {tiles: microseconds(tiles, n_tokens=1) for tiles in candidates}
+    times = {tiles: microseconds(tiles, num_tokens=1) for tiles in candidates}
     for tiles in sorted(times, key=times.get):
         if times[tiles] < math.inf and microseconds(tiles, MMA_N) < math.inf:
             print(f"{key}: {tuple(tiles)} takes {times[tiles]:.1f} us, the guess {times[guess]:.1f}", file=sys.stderr)
