@@ -41,6 +41,7 @@ from kernels.triton.launch import (
 )
 from kernels.triton.weights import (
     BlockSizes,
+    ProgramWeights,
     WeightLayout,
     prefetch_weights,
     program_weights,
@@ -89,15 +90,15 @@ class Norm(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What a program multiplies, and where it stores the result."""
+    """What a program multiplies, and where it stores the results."""
 
-    w: tl.tensor  # weights.py: ProgramWeights
+    w: ProgramWeights
     bias_ptr: tl.tensor | None  # of the outputs of w
     x_ptr: tl.tensor
     y_ptr: tl.tensor
-    rows_x: tl.tensor  # [BLOCK_M], the row of x_ptr that belongs to each token
-    rows_y: tl.tensor  # [BLOCK_M], the row of y_ptr that belongs to each token
-    mask_m: tl.tensor  # [BLOCK_M], which tokens the program has
+    rows_x: tl.tensor  # [BLOCK_M], the row of each token at x_ptr
+    rows_y: tl.tensor  # [BLOCK_M], the row of each token at y_ptr
+    mask_m: tl.tensor  # [BLOCK_M], false for a token that the program does not have
 
 
 @triton.jit
