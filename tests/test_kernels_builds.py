@@ -263,7 +263,7 @@ def test_no_compiler(compiler, tmp_path):
 
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
     """They are dequantized to the same bits as by PyTorch."""
-    monkeypatch.setattr(kernels.build, "library", lambda: None)
+    monkeypatch.setattr(kernels.build, "load_cpp_kernels", lambda: None)
     monkeypatch.setattr(packing, "CHUNK_ELEMENTS", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
         torch.manual_seed(0)
@@ -285,7 +285,7 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
 def test_pytorchs_kernels_without_a_compiler(monkeypatch):
     """Kernels of PyTorch multiply int8 and int4 weights of linear layers with 16-bit activations. All other weights are
     dequantized."""
-    monkeypatch.setattr(kernels.build, "library", lambda: None)
+    monkeypatch.setattr(kernels.build, "load_cpp_kernels", lambda: None)
     monkeypatch.setattr(aten, "CHUNK_ROWS", 128)
     for dtype in (torch.bfloat16, torch.float16):
         for format in (Int8(), Int4(32), Int4(64)):
