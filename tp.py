@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from config import ModelConfig
 from formats import WeightFormat
-from kernels.capture import graph_break
+from kernels.capture import call_between_op_lists
 from layers.collectives import all_gather, choose_all_reduce, world_size
 from layers.linear import Linear, LinearBase, add, quantizable_linears
 from model import Attention, Transformer
@@ -246,7 +246,7 @@ class RowParallelLinear(nn.Module):
         needs_full = isinstance(self.linear, Linear) and self.linear.input_order is not None
         if self.input_is_parallel:
             return all_gather(x) if needs_full else x
-        return x if needs_full else graph_break(self.shard, x)
+        return x if needs_full else call_between_op_lists(self.shard, x)
 
     def shard(self, x: Tensor) -> Tensor:
         n = self.linear.in_features

@@ -1,9 +1,9 @@
-"""Builds and loads the C++ kernels in kernels/csrc/: library().
+"""Compiles and loads the C++ kernels in kernels/csrc/: load_cpp_kernels().
 
-The first use compiles the kernels for this machine, which takes some fifteen seconds. The compiled library is cached in
-~/.cache/gpt-fast, or in a temporary folder if that cache is not usable. The environment variable CXX chooses the
-compiler, and CXXFLAGS adds flags. Loading a cached library needs no compiler. Without a library, everything runs on
-PyTorch's own, slower operations.
+The first use compiles the kernels for this machine. That takes some fifteen seconds. The compiled library is cached in
+~/.cache/gpt-fast, or in a temporary folder if that cache is not usable. Loading a cached library needs no compiler. The
+environment variable CXX chooses the compiler, and CXXFLAGS adds flags. Without a library, everything runs on PyTorch's
+own, slower operations.
 """
 
 import contextlib
@@ -53,15 +53,21 @@ FLAGS = [
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def load_cpp_kernels() -> ctypes.CDLL | None:
     """Loads the kernels as torch.ops.gptfast_cpu, and compiles them first if the cache has no library. Several
     processes may do so at once. On failure, prints one line to stderr and returns None.
 
-    The returned library has the functions that capture.py calls to fill and replay OpLists (kernels/csrc/op_list.h)."""
+    The returned library has the functions that capture.py calls to fill and replay OpLists (kernels/csrc/op_list.h),
+    and those that say what the kernels can compute (extern "C" in kernels/csrc/ops.cpp)."""
     library = find_or_compile()
     if library is not None:
         os.register_at_fork(after_in_child=use_one_thread)
     return library
+
+
+def loaded_cpp_kernels() -> ctypes.CDLL | None:
+    """The result of load_cpp_kernels() if this process has called it, or None. Never compiles."""
+    return load_cpp_kernels() if load_cpp_kernels.cache_info().currsize else None
 
 
 def find_or_compile() -> ctypes.CDLL | None:
@@ -73,15 +79,15 @@ def find_or_compile() -> ctypes.CDLL | None:
             return load_cached(library_name(compiler)) or compile_and_load(compiler)
         except (OSError, subprocess.CalledProcessError) as e:
             why = f"kernels/csrc does not build here ({reason(e)})"
-    library = load_cached(library_name(None))  # which any compiler may have made earlier
+    library = load_cached(library_name(None))  # any compiler may have made it earlier
     if library is None:
         print(f"{why}: running on PyTorch's own, slower operations", file=sys.stderr)
     return library
 
 
 def use_one_thread():
-    """Makes the child of a fork use one thread. OpenMP's other threads exist only in the parent, so a child that used
-    more threads would wait forever."""
+    """Makes the child of a fork use one thread. With more threads it would wait forever, because OpenMP's other threads
+    exist only in the parent."""
     torch.set_num_threads(1)
 
 
@@ -135,8 +141,8 @@ def cache_folders() -> list[Path]:
 
 
 def check_folder(folder: Path):
-    """Raises OSError if libraries cannot be loaded from folder, or must not be, since another user could have written
-    them: in a parent that all users can write to, the folder must be this user's alone."""
+    """Raises OSError if libraries cannot be loaded from folder, or if another user could have written them. In a parent
+    that all users can write to, the folder must be this user's alone."""
     status, parent = folder.lstat(), folder.parent.stat()
     is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
     if parent.st_mode & stat.S_IWOTH and not is_own:
@@ -160,10 +166,10 @@ def load_cached(name: str) -> ctypes.CDLL | None:
 
 
 def compile_and_load(compiler: list[str]) -> ctypes.CDLL:
-    """Compiles and loads the library in the first of cache_folders where that works. If it does not work in the
-    preferred folder, prints why. If it works in none, raises OSError or CalledProcessError.
+    """Compiles and loads the library in the first of cache_folders where that works. If the preferred folder does not
+    work, prints why. If no folder works, raises OSError or CalledProcessError.
 
-    Prints a line before, so that nobody takes the seconds of silence for a program that hangs."""
+    Prints a line first: otherwise the program would seem to hang for some seconds."""
     if sys.stderr:  # None if the shell has closed stderr
         print("compiling kernels/csrc for this machine, once", file=sys.stderr, flush=True)
     preferred, *others = cache_folders()
@@ -190,8 +196,8 @@ def compile_to(folder: Path, compiler: list[str]) -> ctypes.CDLL:
 
 
 def run_compiler(command: list[str], env: dict[str, str]):
-    """Runs a compiler. Raises CalledProcessError if it fails. If a signal ends this process, the compiler is killed,
-    too, with all processes that it has started."""
+    """Runs a compiler. Raises CalledProcessError if it fails. If a signal ends this process, kills the compiler and all
+    processes that the compiler has started."""
     with defer_signals() as held, subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
     ) as process:
@@ -229,9 +235,9 @@ def cpp_formats(library: ctypes.CDLL) -> list[str]:
     return library.format_names().decode().split(", ")
 
 
-def has_int8_activations(library: ctypes.CDLL, format: WeightFormat) -> bool:
-    """Whether the C++ kernels round 16-bit activations to int8, to multiply them with weights of format."""
-    return bool(library.format_int8_activations(type(format).__name__.encode()))
+def quantizes_activations(library: ctypes.CDLL, format: WeightFormat) -> bool:
+    """Whether a matmul of the C++ kernels with weights of format rounds 16-bit activations to int8."""
+    return bool(library.format_quantizes_activations(type(format).__name__.encode()))
 
 
 def cpp_activations(library: ctypes.CDLL) -> list[str]:

@@ -1,6 +1,6 @@
-"""Captures a decode step as a graph, and replays it for every token. Calling the operations of a step from Python takes
-some milliseconds, about as long as a small model's operations themselves. On a GPU the graph is a CUDA graph, on a CPU
-a CPU graph: lists of calls of C++ kernels.
+"""Captures a decode step as a graph, and replays it for every token. On a GPU the graph is a CUDA graph. On a CPU it is
+a CPU graph: lists of calls of C++ kernels. Without a graph, Python takes some milliseconds to call the operations of a
+step. A small model's operations themselves take about as long.
 
     step = capture(lambda tokens, start_pos: model(tokens, start_pos, kv_cache))
     logits = step(tokens, start_pos)       # the first call with these shapes captures; every later call replays
@@ -14,12 +14,12 @@ Who owns whom:
      +- CUDAGraph (CUDA, ROCm)     inputs, outputs, and PyTorch's CUDA graph of everything that step does on the GPU
      +- CPUGraph                   inputs, outputs, the activations between them, and the segments:
          +- OpList                 a C++ list of kernel calls, with the addresses of tensors (kernels/csrc/op_list.h)
-         +- function               Python to call between two OpLists (graph_break); vLLM calls this a piecewise graph
+         +- function               Python to call between two OpLists; vLLM calls this a piecewise graph
 
 How a CPUGraph captures and replays:
 
-    capture   step runs once. Each kernel appends itself to the OpList and computes nothing. A collective is no kernel,
-              so step passes it to graph_break, which ends the OpList and begins another.
+    capture   step runs once. Each kernel appends itself to the OpList and computes nothing. A collective is not a
+              kernel, so step passes it to call_between_op_lists. This ends the OpList and begins another.
 
               embed  fused_linear  attend  ...  fused_linear |   all_reduce   | add  fused_linear  attend  ...
               [------------------ OpList ------------------] |    function    | [---------- OpList -----------
@@ -27,8 +27,8 @@ How a CPUGraph captures and replays:
     replay    copy the arguments to inputs, call the segments one by one, return outputs. An OpList executes all of its
               kernels in one parallel region.
 
-An OpList can hold the operations of kernels/schema.py: CAPTURABLE. CaptureMode raises an error for any other operation,
-which would be computed once, during the capture, and never again.
+An OpList can hold the operations of kernels/schema.py: CAPTURABLE. CaptureMode raises an error for any other operation.
+Such an operation would be computed once, during the capture, and never again.
 """
 
 import ctypes
@@ -45,16 +45,15 @@ from kernels import build
 from kernels.schema import CAPTURABLE, CPU_NAMESPACE
 from utils.signals import defer_signals
 
-# A step keeps this many of the most recently used CPUGraphs, since a graph holds the memory of all activations.
-# Capturing again takes some milliseconds, as much as calling the operations one by one (docs/measurements.md).
+# capture keeps this many CPUGraphs, the most recently used ones. A graph holds the memory of all activations, and
+# capturing it again is cheap: some milliseconds, as much as calling the operations one by one (docs/measurements.md).
 MAX_CPU_GRAPHS = 8
 
 
 class ThreadState(threading.local):
-    """What C++ also keeps for each thread: the OpList that it captures, and how many threads its replays use."""
+    """Per thread, as in C++ (kernels/csrc/op_list.h: captured_list)."""
 
-    capture: "CaptureMode | None" = None
-    library: ctypes.CDLL | None = None  # the C++ functions, once this thread has replayed an OpList
+    capture_mode: "CaptureMode | None" = None  # None if nothing is being captured
 
 
 this_thread = ThreadState()
@@ -76,8 +75,8 @@ def capture(step: Callable) -> Callable:
             if on_gpu:
                 graph = CUDAGraph(step, args)
             else:
-                # An interrupt halfway would leave the kernels capturing, and a program that goes on, such as a chat,
-                # would get results that no kernel has computed.
+                # An interrupt halfway would leave the kernels in capture mode. A program that continues, such as a
+                # chat, would then get results that no kernel has computed.
                 with defer_signals():
                     graph = CPUGraph(step, args)
         graphs[shapes] = graph
@@ -86,19 +85,19 @@ def capture(step: Callable) -> Callable:
     return replay
 
 
-def graph_break(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Returns fn(*inputs). While a CPU graph is captured, ends the OpList and begins another, so that every replay
+def call_between_op_lists(fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Returns fn(*inputs). During the capture of a CPU graph, ends the OpList and begins another. Every replay then
     calls fn between the two. fn must always return the same shape."""
-    if this_thread.capture is None:
+    if this_thread.capture_mode is None:
         return fn(*inputs)
-    return this_thread.capture.graph_break(fn, inputs)
+    return this_thread.capture_mode.append_call(fn, inputs)
 
 
 @contextmanager
 def graph_num_threads():
-    """Inside, PyTorch uses as many threads as this thread's CPU graphs: fewer on a busy machine, where more threads
-    would spin while other programs hold the cores."""
-    n_threads, library = torch.get_num_threads(), this_thread.library
+    """Inside, PyTorch uses as many threads as this thread's CPU graphs. On a busy machine these are fewer, because more
+    threads would spin while other programs hold the cores."""
+    n_threads, library = torch.get_num_threads(), build.loaded_cpp_kernels()
     n_graph_threads = n_threads if library is None else library.op_list_threads()
     if n_graph_threads == n_threads:
         yield
@@ -136,10 +135,10 @@ class CPUGraph:
 
     def __init__(self, step: Callable, args: tuple):
         self.inputs = [None if arg is None else arg.clone(memory_format=torch.contiguous_format) for arg in args]
-        with CaptureMode() as capture:
+        with CaptureMode() as mode:
             self.outputs = step(*self.inputs)
-        self.segments, self.keepalive = capture.segments, capture.keepalive
-        # With several OpLists the number of threads would change within a step, which costs more than it gains.
+        self.segments, self.keepalive = mode.segments, mode.keepalive
+        # With several OpLists the number of threads would change within a step. That costs more than it gains.
         if len(self.segments) == 1:
             self.segments[0].adapt_threads = True
 
@@ -184,18 +183,18 @@ class CaptureMode(TorchDispatchMode):
         return False
 
     def begin_op_list(self):
-        this_thread.capture = self
-        self.segments.append(OpList(build.library()))
+        this_thread.capture_mode = self
+        self.segments.append(OpList(build.load_cpp_kernels()))
 
     def end_op_list(self):
-        this_thread.capture = None
-        build.library().op_list_end()
+        this_thread.capture_mode = None
+        build.load_cpp_kernels().op_list_end()
 
-    def graph_break(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
+    def append_call(self, fn: Callable[..., Tensor], inputs: tuple) -> Tensor:
         """Puts a call of fn(*inputs) between two OpLists. Returns the tensor that will hold the result."""
         self.end_op_list()
         with torch.utils._python_dispatch._disable_current_modes():
-            # Only for the shape: inputs are not computed yet. If fn is a collective, all ranks run it here, too, in the
+            # Only for the shape: the replay computes inputs. If fn is a collective, all ranks run it here, too, in the
             # same order.
             result = fn(*inputs).clone()
 
@@ -209,7 +208,7 @@ class CaptureMode(TorchDispatchMode):
 
 
 class OpList:
-    """OpList of kernels/csrc/op_list.h. The constructor starts the capture, which CaptureMode ends. A call replays.
+    """OpList of kernels/csrc/op_list.h. The constructor starts the capture, and CaptureMode ends it. A call replays.
 
     adapt_threads: whether to use fewer threads while other programs need the cores (kernels/csrc/threads.h)."""
 
@@ -218,7 +217,6 @@ class OpList:
         weakref.finalize(self, functions.op_list_free, self.address)
 
     def __call__(self):
-        this_thread.library = self.functions
         error = self.functions.op_list_replay(self.address, self.adapt_threads)
         if error:
             raise RuntimeError(error.decode())

@@ -3,12 +3,19 @@
 C++ implements an operation as torch.ops.gptfast_cpu.NAME (kernels/csrc/), Triton as torch.ops.gptfast_triton.NAME. Both
 implement the same schema, so a changed schema changes both. layers/ describes the operations.
 
-In a schema, the arguments after `*` are passed by name, so that no two numbers can change places. But C++ gets all
-arguments by position, so a test compares the parameters in csrc/ops.cpp with the schemas.
+Some arguments come in bundles: WeightArguments, Epilogue, AttentionParams and TokenFilters. A schema lists the fields
+of a bundle one by one, because PyTorch passes no NamedTuple to an operation. This is the whole schema of fused_linear:
 
-WEIGHT, EPILOGUE, ATTENTION and FILTERS are groups of arguments: the fields of WeightArguments, Epilogue,
-AttentionParams and TokenFilters. format is the name of a class in formats/, such as "Int4", and activation one of
-config.py: ACTIVATIONS.
+    fused_linear(Tensor x, *,                                                          by position; the rest by name
+        Tensor weight, Tensor? scales, Tensor? zeros, str format, int n, int group_size,        WEIGHT
+        Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual,
+        str? activation, bool gated, float out_scale, float softcap, float clip,                EPILOGUE
+        ScalarType out_dtype) -> Tensor
+
+Names keep two numbers from changing places. But C++ gets all arguments by position, so a test compares the parameters
+in csrc/ops.cpp with the schemas. Triton's functions get the six arguments of WEIGHT as one argument, w.
+
+format is the name of a class in formats/, such as "Int4". activation is one of config.py: ACTIVATIONS.
 """
 
 from collections.abc import Callable
@@ -22,17 +29,17 @@ from torch import Tensor
 CPU_NAMESPACE = "gptfast_cpu"
 TRITON_NAMESPACE = "gptfast_triton"
 NAMESPACES = (CPU_NAMESPACE, TRITON_NAMESPACE)
-# The most tokens of a step on a CPU, of all sequences together. C++ has arrays of this size for the sums of a matmul,
-# which cuts more tokens into batches
+# The largest number of tokens of a step on a CPU, of all sequences together. C++ has arrays of this size for the sums
+# of a matmul. It cuts more tokens into batches
 MAX_CPU_TOKENS = 64
-# The most tokens that a Triton kernel takes, since a program of a matmul holds the sums of all tokens in registers.
-# The tokens of all sequences of a step count together.
+# The largest number of tokens of a step for Triton, of all sequences together. A program of a matmul holds the sums of
+# all tokens in registers
 MAX_TRITON_TOKENS = 64
 # A program of Triton's attention holds the new tokens and the queries in registers
 MAX_TRITON_QUERY_LEN = 16  # the new tokens of a sequence
 MAX_TRITON_QUERIES = 64  # the queries of a key/value head
-# What sample returns for a sequence whose logits are not all finite: weights with NaN, or overflow in 16 bits. Sampling
-# does not wait for the device, so it cannot raise an error: whoever reads the token on the host does.
+# What sample returns for a sequence whose logits are not all finite: weights with NaN, or overflow in 16 bits. sample
+# cannot raise an error, because it does not wait for the device. Whoever reads the token on the host raises it
 INVALID_TOKEN = -1
 SMALLEST_TEMPERATURE = 1e-30  # of sample; a smaller divisor could round to 0 in float32
 SCHEMAS: dict[str, str] = {}  # name of an operation -> schema
@@ -42,7 +49,7 @@ CLAMPED_SILU_ALPHA = 1.702  # sigmoid(alpha * gate)
 CLAMPED_SILU_LIMIT = 7.0  # gate is at most the limit, up between -limit and limit
 
 
-# ---- Groups of arguments --------------------------------------------------------------------------------------------
+# ---- Bundles of arguments -------------------------------------------------------------------------------------------
 
 
 class WeightArguments(NamedTuple):
@@ -57,8 +64,7 @@ class WeightArguments(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What fused_linear does to y = x W^T + bias, in this order. The default of a field means that fused_linear leaves
-    the step out."""
+    """What fused_linear does to y = x W^T + bias, in this order. The default of a field leaves its step out."""
 
     activation: str | None = None
     gated: bool = False  # y is gate and up, and becomes activation(gate) * up, of half the width
@@ -68,11 +74,11 @@ class Epilogue(NamedTuple):
 
 
 class AttentionParams(NamedTuple):
-    """What attention does besides softmax(q k^T) v. The default of a field means that attention leaves the step out."""
+    """What attention does besides softmax(q k^T) v. The default of a field leaves its step out."""
 
     n_heads: int  # H, the heads of queries
     scale: float  # multiplies the scores
-    window: int = 0  # how many tokens a token sees, including itself; 0 means all
+    window: int = 0  # the number of tokens that a token sees, including itself; 0 means all
     softcap: float = 0.0  # scores, after scale, become softcap * tanh(score / softcap)
     q_norm_weight: Tensor | None = None  # of norms before RoPE: [D] norms each head, [H D] all heads together
     k_norm_weight: Tensor | None = None  # [D] or [G D]
@@ -95,17 +101,17 @@ TRITON_FILTERS = ("top_p", "min_p")
 KERNEL_FILTERS = tuple(name for name in TokenFilters._fields if name in CPU_FILTERS + TRITON_FILTERS)
 
 
-def as_schema(group: type[NamedTuple], names: tuple[str, ...] | None = None) -> str:
-    """The fields of a group, or those in names, as arguments of a schema."""
+def as_schema(bundle: type[NamedTuple], names: tuple[str, ...] | None = None) -> str:
+    """The fields of a bundle, or those in names, as arguments of a schema."""
     types = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
     types |= {str: "str", str | None: "str?"}
-    return ", ".join(f"{types[group.__annotations__[name]]} {name}" for name in names or group._fields)
+    return ", ".join(f"{types[bundle.__annotations__[name]]} {name}" for name in names or bundle._fields)
 
 
-def active_fields(group: NamedTuple) -> set[str]:
-    """The fields of a group that differ from their defaults, and those without a default."""
-    defaults = group._field_defaults
-    return {name for name, value in group._asdict().items() if name not in defaults or value != defaults[name]}
+def active_fields(bundle: NamedTuple) -> set[str]:
+    """The fields of a bundle that differ from their defaults, and those without a default."""
+    defaults = bundle._field_defaults
+    return {name for name, value in bundle._asdict().items() if name not in defaults or value != defaults[name]}
 
 
 WEIGHT, EPILOGUE, ATTENTION = as_schema(WeightArguments), as_schema(Epilogue), as_schema(AttentionParams)
@@ -116,9 +122,10 @@ FILTERS = as_schema(TokenFilters, KERNEL_FILTERS)
 
 
 def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = NAMESPACES) -> Callable:
-    """Decorator: defines the operation of schema, "NAME(arguments) -> results", in each namespace. The decorated
-    function is empty_NAME, which allocates the results: Triton's kernels fill them, and PyTorch takes it as the fake
-    (meta) implementation. The six arguments of WEIGHT arrive as one argument, w.
+    """Decorator: defines the operation of schema, "NAME(arguments) -> results", in each namespace.
+
+    The decorated function is empty_NAME. It allocates the results: Triton's kernels fill them, and PyTorch takes the
+    function as the fake (meta) implementation. It gets the six arguments of WEIGHT as one argument, w.
 
     capturable: whether a CPU graph can hold the operation (capture.py)."""
     name = schema.partition("(")[0]
@@ -137,15 +144,14 @@ def define(schema: str, capturable: bool = True, namespaces: tuple[str, ...] = N
 
 
 def register_triton(function: Callable) -> Callable:
-    """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name,
-    also for CPU tensors, on which Triton's interpreter runs. function takes the arguments of the schema, with those of
-    WEIGHT as one argument, w."""
+    """Decorator: makes function the implementation of torch.ops.gptfast_triton.NAME, where NAME is the function's name.
+    CPU tensors are for Triton's interpreter. function gets the six arguments of WEIGHT as one argument, w."""
     torch.library.impl(f"{TRITON_NAMESPACE}::{function.__name__}", ("CUDA", "CPU"), bundle_weight(function))
     return function
 
 
 def bundle_weight(function: Callable) -> Callable:
-    """Wraps function: a call passes the six arguments of WEIGHT by name, and function gets one argument, w."""
+    """Wraps function: PyTorch passes the six arguments of WEIGHT by name, and function gets one argument, w."""
 
     @wraps(function)
     def call(*args, **kwargs):
@@ -163,16 +169,15 @@ def output_width(n: int, gated: bool) -> int:
 
 # ---- The operations -------------------------------------------------------------------------------------------------
 #
-# A function names only the arguments that the function needs. `_` takes the rest.
+# A function names only the arguments that it needs. `_` takes the rest.
 
 
 @define(
     f"fused_linear(Tensor x, *, {WEIGHT}, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, {EPILOGUE}, "
-    "bool float32_out) -> Tensor"
+    "ScalarType out_dtype) -> Tensor"
 )
-def empty_fused_linear(x, *, w, gated, float32_out, **_):
-    dtype = torch.float32 if float32_out else x.dtype
-    return x.new_empty(*x.shape[:-1], output_width(w.n, gated), dtype=dtype)
+def empty_fused_linear(x, *, w, gated, out_dtype, **_):
+    return x.new_empty(*x.shape[:-1], output_width(w.n, gated), dtype=out_dtype)
 
 
 @define("activate(Tensor x, str activation, bool gated) -> Tensor", namespaces=(CPU_NAMESPACE,))
@@ -200,7 +205,7 @@ def empty_embed(tokens, *, w, k, dtype, **_):
     return w.weight.new_empty(*tokens.shape, k, dtype=dtype)
 
 
-# Comes before attention in PyTorch, which no CPU graph can hold.
+# Not capturable: attention in PyTorch follows it, and a CPU graph cannot hold that
 @define(
     "rope_and_cache(Tensor qkv, Tensor start_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cos_sin, "
     "int n_heads, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor",
@@ -240,7 +245,7 @@ def empty_experts_down(hidden, *, w, topk_ids, **_):
     return hidden.new_empty(*topk_ids.shape[:-1], w.n)
 
 
-# Comes before a matmul in PyTorch, which no CPU graph can hold.
+# Not capturable: a matmul in PyTorch follows it, and a CPU graph cannot hold that
 @define(f"dequantize(*, {WEIGHT}, int k, ScalarType dtype) -> Tensor", capturable=False)
 def empty_dequantize(*, w, k, dtype):
     return w.weight.new_empty(w.n, k, dtype=dtype)

@@ -153,10 +153,10 @@ def cpu_backend(dtype: torch.dtype, format: WeightFormat, model_is_quantized: bo
     dtype: of the activations.
     model_is_quantized: whether any weight of the model is quantized. If so, kernels also multiply with unquantized
     weights, such as those of routers, up to MAX_CPU_TOKENS. PyTorch would be faster, but no CPU graph can hold it."""
-    library, is_bf16 = build.library(), dtype == torch.bfloat16
+    library, is_bf16 = build.load_cpp_kernels(), dtype == torch.bfloat16
     experts = MAX_CPU_TOKENS if model_is_quantized else library.max_unquantized_tokens(is_bf16)
     linear, attend = experts, MAX_CPU_TOKENS
-    if build.has_int8_activations(library, format) and dtype.itemsize == 2 and library.has_int8_prefill():
+    if build.quantizes_activations(library, format) and dtype.itemsize == 2 and library.has_quantized_prefill():
         linear = experts = math.inf
     elif library.has_prefill_linear(is_bf16):
         linear = math.inf

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.capture import graph_break
+from kernels.capture import call_between_op_lists
 from utils.errors import UsageError
 
 ONE_SHOT_BYTES = 2**18  # up to this size, a one-shot all-reduce over peer memory is faster than NCCL
@@ -38,7 +38,7 @@ def world_size() -> int:
 def collective(join_ranks: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Decorator for a function that joins the x of all ranks. With one rank the result is x itself.
 
-    A CUDA graph captures the collective. A CPU graph is cut at it (kernels/capture.py: graph_break)."""
+    A CUDA graph captures the collective. A CPU graph is cut at it (kernels/capture.py: call_between_op_lists)."""
 
     def timed(x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -50,7 +50,7 @@ def collective(join_ranks: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
 
     @wraps(join_ranks)
     def call(x: Tensor) -> Tensor:
-        return x if world_size() == 1 else graph_break(timed, x)
+        return x if world_size() == 1 else call_between_op_lists(timed, x)
 
     return call
 

@@ -122,7 +122,7 @@ class Linear(LinearBase):
     ) -> Tensor:
         return kernel(
             contiguous(x), **self.kernel_arguments(), bias=self.bias, **norm_arguments(norm),
-            residual=contiguous(residual), **epilogue._asdict(), float32_out=out_dtype == torch.float32,
+            residual=contiguous(residual), **epilogue._asdict(), out_dtype=out_dtype or x.dtype,
         )
 
     def matmul(self, x: Tensor, norm: RMSNorm | None) -> Tensor:

@@ -58,7 +58,7 @@ def pack_weights(matrices: Sequence[WeightMatrix], dtype: torch.dtype, is_mmappe
     matrices = [matrix for matrix in matrices if matrix.backend.name == TORCH_BACKEND.name]
     device = matrices[0].weight.device if matrices else torch.device("cpu")
     if device.type == "cpu":
-        if build.library() is None:
+        if build.load_cpp_kernels() is None:
             with_kernel = pack_for_aten(matrices, dtype)
             dequantize_weights([m for m in matrices if m not in with_kernel], dtype, is_mmapped)
         else:
@@ -74,7 +74,7 @@ def pack_for_cpu(matrices: list[WeightMatrix], dtype: torch.dtype, is_mmapped: b
     model_is_quantized = any(matrix.format.is_quantized for matrix in matrices)
     # Packing bf16 speeds up multi-token steps, but PyTorch cannot read packed weights. So pack only where prefill also
     # runs in our kernels: linear layers, not experts.
-    packs_unquantized = dtype == torch.bfloat16 and build.library().has_prefill_linear(True)
+    packs_unquantized = dtype == torch.bfloat16 and build.load_cpp_kernels().has_prefill_linear(True)
     for matrix in tqdm(matrices, "load", disable=None, leave=False):
         matrix.backend = cpu_backend(dtype, matrix.format, model_is_quantized)
         if matrix.is_embedding and not matrix.format.is_quantized:  # stays in the file: a step reads few rows
@@ -93,10 +93,10 @@ def cpu_kernels_can_read(matrix: WeightMatrix) -> bool:
     """Whether the C++ kernels have a struct for the format of matrix, and the layout fits. If the kernels round
     activations to int8, no group of activations may span two groups of weights. That happens only in a shard whose
     width is an odd multiple of 8."""
-    format, library = matrix.format, build.library()
+    format, library = matrix.format, build.load_cpp_kernels()
     has_struct = type(format).__name__ in build.cpp_formats(library)
     has_whole_groups = format.group_size is None or format.group_size % ACT_GROUP_SIZE == 0
-    fits = has_whole_groups or not build.has_int8_activations(library, format)
+    fits = has_whole_groups or not build.quantizes_activations(library, format)
     return has_struct and fits and format.kernels_can_read(matrix.in_features)
 
 

@@ -90,7 +90,7 @@ def main():
 def compare(args: argparse.Namespace) -> dict:
     """Makes the files of both sides and measures both. Returns what --json writes."""
     torch.set_num_threads(args.threads)
-    build.library()  # compiles before the first round, and prints a line if that fails
+    build.load_cpp_kernels()  # compiles before the first round, and prints a line if that fails
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(args.config, args.gguf, folder / "bf16.pth")

@@ -18,7 +18,7 @@ done
 
 def write_compiler(script: Path) -> str:
     """Writes the compiler, a script for $CXX, and returns its path."""
-    assert build.library()
+    assert build.load_cpp_kernels()
     name = build.library_name(build.find_compiler())
     library = next(folder / name for folder in build.cache_folders() if (folder / name).exists())
     script.write_text(SCRIPT.format(library=library))

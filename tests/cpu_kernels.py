@@ -21,7 +21,7 @@ built = pytest.mark.skipif(kernels.build.find_compiler() is None, reason="no C++
 @pytest.fixture(scope="session")
 def library():
     """The kernels, for tests that call an operation without a layer."""
-    return kernels.build.library()
+    return kernels.build.load_cpp_kernels()
 
 
 @pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
@@ -58,7 +58,7 @@ def packed(module):
 
 def stored_rows(n: int, dtype: torch.dtype) -> int:
     """Returns how many rows an unquantized matrix of n rows has in memory. Packing pads n to whole blocks."""
-    library = kernels.build.library()
+    library = kernels.build.load_cpp_kernels()
     is_packed = library is not None and dtype == torch.bfloat16 and library.has_prefill_linear(True)
     return math.ceil(n / CPU_BLOCK_N) * CPU_BLOCK_N if is_packed else n
 
@@ -72,10 +72,10 @@ def rounded_activations(x: torch.Tensor) -> torch.Tensor:
     return ((groups / scale.clamp(min=1e-30)).round() * scale).flatten(-2)[..., :k]
 
 
-def rounds_to_int8(format, dtype: torch.dtype) -> bool:
-    return dtype != torch.float32 and kernels.build.has_int8_activations(kernels.build.library(), format)
+def quantizes_activations(format, dtype: torch.dtype) -> bool:
+    return dtype != torch.float32 and kernels.build.quantizes_activations(kernels.build.load_cpp_kernels(), format)
 
 
 def as_seen(x: torch.Tensor, format) -> torch.Tensor:
     """Returns what the kernels multiply with weights of format: x, or x rounded to int8."""
-    return rounded_activations(x) if rounds_to_int8(format, x.dtype) else x
+    return rounded_activations(x) if quantizes_activations(format, x.dtype) else x

@@ -29,4 +29,4 @@ def load(env: dict[str, str], err: Path, sender):
     os.environ |= env
     tempfile.tempdir = None  # so that tempfile reads TMPDIR again
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    sender.send(bool(kernels.build.library()))
+    sender.send(bool(kernels.build.load_cpp_kernels()))

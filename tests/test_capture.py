@@ -11,7 +11,7 @@ import torch
 import kernels.build
 from config import ModelConfig, MoEConfig
 from formats import Float8, Int4, Int8, Unquantized
-from kernels.capture import MAX_CPU_GRAPHS, capture, graph_break, graph_num_threads
+from kernels.capture import MAX_CPU_GRAPHS, call_between_op_lists, capture, graph_num_threads
 from kernels.schema import CAPTURABLE, MAX_CPU_TOKENS
 from layers.backend import CPU_BACKEND, TORCH_BACKEND, TRITON_BACKEND
 from layers.experts import ExpertsDown, ExpertsGateUp, route
@@ -150,7 +150,7 @@ def test_threads_capture_at_the_same_time():
     """Two threads can each capture a step of two OpLists at the same time."""
 
     def add_thrice(x):
-        twice = graph_break(lambda t: t + 0, add(x, x, CPU_BACKEND))
+        twice = call_between_op_lists(lambda t: t + 0, add(x, x, CPU_BACKEND))
         return add(twice, x, CPU_BACKEND)
 
     def step(x):
@@ -158,7 +158,7 @@ def test_threads_capture_at_the_same_time():
         thread = threading.Thread(target=lambda: others.append(capture(add_thrice)(y)))
         thread.start()
         thread.join()
-        return add(graph_break(lambda t: t * 2, twice), x, CPU_BACKEND)
+        return add(call_between_op_lists(lambda t: t * 2, twice), x, CPU_BACKEND)
 
     x, y, others = torch.randn(2, 37), torch.randn(5), []
     assert torch.equal(capture(step)(x), x * 4 + x)
@@ -289,7 +289,7 @@ def test_between_replays_pytorch_takes_the_graphs_threads(monkeypatch):
     class Functions:
         op_list_threads = staticmethod(lambda: 2)
 
-    monkeypatch.setattr(kernels.capture.this_thread, "library", Functions)
+    monkeypatch.setattr(kernels.build, "loaded_cpp_kernels", lambda: Functions)
     torch.set_num_threads(3)
     try:
         with graph_num_threads():
@@ -310,10 +310,10 @@ def test_a_function_runs_between_two_op_lists():
         total.append(float(t.sum()))
         return t * 2
 
-    step = capture(lambda t: add(graph_break(double, add(t, t, CPU_BACKEND)), t, CPU_BACKEND))
+    step = capture(lambda t: add(call_between_op_lists(double, add(t, t, CPU_BACKEND)), t, CPU_BACKEND))
     for value in (1.0, 3.0):
         assert torch.equal(step(x + value), x + 5 * value)
     assert total[-2:] == [148.0, 444.0]  # of what the first OpList had just computed
-    assert torch.equal(graph_break(double, x + 1), x + 2)
+    assert torch.equal(call_between_op_lists(double, x + 1), x + 2)
 
 

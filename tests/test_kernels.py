@@ -14,7 +14,7 @@ import torch
 from config import ACTIVATIONS
 from formats import MXFP4, Float8, Int4, Int8, Unquantized
 from formats.integers import GroupwiseAffine
-from kernels.build import library
+from kernels.build import load_cpp_kernels
 from kernels.schema import Epilogue
 from layers.backend import CPU_BACKEND
 from layers.experts import ExpertsDown
@@ -31,7 +31,7 @@ from scripts.kernel_checks.exact_results import (
     set_weight,
     with_activation,
 )
-from tests.cpu_kernels import as_seen, built, make_embedding, packed, rounds_to_int8, step_of
+from tests.cpu_kernels import as_seen, built, make_embedding, packed, quantizes_activations, step_of
 
 SIZES = [(16, 32), (5, 8), (48, 72), (100, 576), (33, 1544), (32, 8)]  # N, K: not only multiples of the blocks
 EPILOGUES = [  # N, K, scale, softcap, clip
@@ -84,8 +84,8 @@ def test_linear_of_many_tokens(format, dtype):
     activations, AMX and prefill round weights with a scale for each group."""
     torch.manual_seed(0)
     is_bf16 = dtype == torch.bfloat16
-    on_amx = is_bf16 and library().has_amx_bf16()
-    is_prefill = library().has_prefill_linear(is_bf16) and not rounds_to_int8(format, dtype)
+    on_amx = is_bf16 and load_cpp_kernels().has_amx_bf16()
+    is_prefill = load_cpp_kernels().has_prefill_linear(is_bf16) and not quantizes_activations(format, dtype)
     odd = [(21, 37)] if isinstance(format, Unquantized) else []  # quantized, K must be a multiple of 8
     for n, k in [(33, 72), (64, 200), *odd]:
         w, norm = make_linear(n, k, format, dtype, bias=n % 2 == 0), make_norm(k, dtype)
@@ -123,8 +123,8 @@ def test_linear_of_many_tokens(format, dtype):
 def test_linear_of_a_prompt(format, n, k, tokens):
     """Matmuls with several panels of inputs, several tasks, and a last task of fewer outputs or tokens
     (csrc/prefill_linear.h). With int8 activations: with a second slice of tokens (csrc/linear.h)."""
-    is_int8 = rounds_to_int8(format, torch.bfloat16)
-    if not is_int8 and not library().has_prefill_linear(True):
+    is_int8 = quantizes_activations(format, torch.bfloat16)
+    if not is_int8 and not load_cpp_kernels().has_prefill_linear(True):
         pytest.skip("this CPU has no instructions for bf16, or AMX")
     torch.manual_seed(0)
     w, norm = make_linear(n, k, format, torch.bfloat16, bias=True), make_norm(k, torch.bfloat16)
@@ -249,7 +249,7 @@ def test_softcap_of_extremes():
 def test_a_token_does_not_depend_on_the_tokens_beside_it(format):
     """A row has the same bits in a batch as alone, and in a prompt, if activations are rounded to int8. (AMX and plain
     rows of bf16 sum in another order.)"""
-    if library().has_amx_bf16():
+    if load_cpp_kernels().has_amx_bf16():
         pytest.skip("AMX multiplies many tokens")
     torch.manual_seed(0)
     w = packed(make_linear(64, 200, format, torch.bfloat16))
@@ -258,7 +258,7 @@ def test_a_token_does_not_depend_on_the_tokens_beside_it(format):
     w.backend = ANY_TOKENS
     x = torch.randn(1100, 200).bfloat16()
     alone = torch.cat([w(row) for row in x.split(1)])
-    in_prompts = [65, 511, 513, 1100] if rounds_to_int8(format, torch.bfloat16) else []
+    in_prompts = [65, 511, 513, 1100] if quantizes_activations(format, torch.bfloat16) else []
     for num_tokens in (*range(2, 20), 33, 64, *in_prompts):
         assert torch.equal(w(x[:num_tokens]), alone[:num_tokens]), num_tokens
 
@@ -281,7 +281,7 @@ def test_linear_near_its_reference(format, rows, dtype):
         exact = x.double() @ matrix.T
         bound = bounds.product_error(x, bounds.magnitudes(plain), exact, dtype)
         bound = bound + bounds.U[dtype] * (x.double().abs() @ matrix.abs().T)  # weights are rounded, too
-        if rounds_to_int8(format, dtype):
+        if quantizes_activations(format, dtype):
             half_step = x.double().abs().max() / 254  # of an activation; the errors' signs are random
             bound = bound + 5 * half_step * matrix.norm(dim=1)
         bounds.check(ours, exact, bound)
@@ -295,7 +295,7 @@ def test_dequantize_packed(format, dtype):
         w = make_linear(n, k, format, dtype)
         expected = w.dequantize(dtype)
         assert torch.equal(packed(w).dequantize(dtype), expected), (n, k)
-        packs_unquantized = dtype == torch.bfloat16 and library().has_prefill_linear(True)
+        packs_unquantized = dtype == torch.bfloat16 and load_cpp_kernels().has_prefill_linear(True)
         assert w.is_packed == (format.is_quantized or packs_unquantized)
     experts = make_linear(48, 72, format, dtype, n_experts=3, kind=ExpertsDown)
     expected, some = experts.dequantize(dtype), torch.tensor([2, 0, 1])

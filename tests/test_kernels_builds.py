@@ -135,9 +135,15 @@ def test_functions_take_the_arguments_of_the_schemas():
             compare_parameters(ops_cpp.replace(*change))
 
 
+def test_the_schema_that_the_docstring_shows():
+    """It is fused_linear's, but for the notes behind the lines."""
+    shown = re.search(r"fused_linear\(.*? -> Tensor", kernels.schema.__doc__, re.S)[0].splitlines()
+    assert " ".join(re.split(" {3,}", line.strip())[0] for line in shown) == SCHEMAS["fused_linear"]
+
+
 @built
 def test_formats_and_activations_are_the_same_in_both_languages():
-    library = kernels.build.library()
+    library = kernels.build.load_cpp_kernels()
     formats = {format_class.__name__: format_class for format_class in FORMATS}
     cpp_formats, cpp_activations = kernels.build.cpp_formats(library), kernels.build.cpp_activations(library)
     assert len(cpp_formats) > 5 and formats.keys() >= {*cpp_formats}
@@ -256,7 +262,7 @@ def test_the_compiler_ends_with_the_process(sig, tmp_path):
     env = os.environ | {"CXX": str(script), "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     code = (
         "import signal; from kernels import build\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler); build.library()"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); build.load_cpp_kernels()"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
         while not (pid.exists() and pid.read_text().endswith("\n")):
@@ -288,7 +294,7 @@ def test_no_compiler(compiler, tmp_path):
 
 def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
     """They are dequantized to the same bits as by PyTorch."""
-    monkeypatch.setattr(kernels.build, "library", lambda: None)
+    monkeypatch.setattr(kernels.build, "load_cpp_kernels", lambda: None)
     monkeypatch.setattr(packing, "CHUNK_ELEMENTS", 256)  # several chunks, and some rows over
     for format in CPU_FORMATS[1:]:
         torch.manual_seed(0)
@@ -310,7 +316,7 @@ def test_without_kernels_weights_are_dequantized_once(monkeypatch, capsys):
 def test_pytorchs_kernels_without_a_compiler(monkeypatch):
     """Kernels of PyTorch multiply int8 and int4 weights of linear layers with 16-bit activations. All other weights are
     dequantized."""
-    monkeypatch.setattr(kernels.build, "library", lambda: None)
+    monkeypatch.setattr(kernels.build, "load_cpp_kernels", lambda: None)
     monkeypatch.setattr(aten, "CHUNK_ROWS", 128)
     for dtype in (torch.bfloat16, torch.float16):
         for format in (Int8(), Int4(32), Int4(64)):

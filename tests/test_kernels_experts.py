@@ -20,7 +20,7 @@ from scripts.kernel_checks.exact_results import (
     make_norm,
     with_activation,
 )
-from tests.cpu_kernels import built, packed, rounds_to_int8
+from tests.cpu_kernels import built, packed, quantizes_activations
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -30,7 +30,7 @@ def check_near(ours: torch.Tensor, expected: torch.Tensor, format):
     rounded to int8, 0.7 % of an activation, twice: a step is 1/127 of the largest activation in a group, which is about
     three times as large as a typical one, and the error is at most half a step."""
     error = (ours.double() - expected.double()).norm() / expected.double().norm()
-    assert error < (3e-2 if rounds_to_int8(format, ours.dtype) else 16 * bounds.U[ours.dtype])
+    assert error < (3e-2 if quantizes_activations(format, ours.dtype) else 16 * bounds.U[ours.dtype])
 
 
 @built
@@ -111,7 +111,7 @@ def test_experts(format, dtype):
 @pytest.mark.parametrize("format", CPU_FORMATS, ids=format_label)
 def test_experts_of_a_prompt(format):
     """A token of a prompt has the same bits as alone, if activations are rounded to int8."""
-    if not rounds_to_int8(format, torch.bfloat16):
+    if not quantizes_activations(format, torch.bfloat16):
         pytest.skip("PyTorch multiplies prompts")
     torch.manual_seed(0)
     gate_up = make_linear(

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("vocab_size", [1, 15, 17, 511, 513, 5000, 49152])
 def test_likeliest_token(vocab_size):
     """The likeliest token is the argmax of PyTorch, the first of several tied ones, or -1 if a logit is not finite."""
-    assert kernels.build.library()
+    assert kernels.build.load_cpp_kernels()
     logits = torch.randn(70, vocab_size, generator=torch.Generator().manual_seed(0))
     for i in range(10):
         logits[i, [i * vocab_size // 10, -1]] = 9.0  # ties, in two parts of the vocabulary
@@ -39,7 +39,7 @@ def test_likeliest_token(vocab_size):
 
 @built
 def test_logits_that_the_kernel_does_not_take():
-    assert kernels.build.library()
+    assert kernels.build.load_cpp_kernels()
     for wrong in (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(3), torch.zeros(0, 3)):
         with pytest.raises(RuntimeError, match="logits must be float32"):
             sample(wrong, 0.0, TokenFilters(), CPU_BACKEND)
@@ -65,7 +65,7 @@ def test_drawn_tokens(vocab_size, truncation):
     """Draws follow the distribution: for few and many likely tokens, for ties, of which the first tokens are kept, and
     for extreme logits. n evenly spaced random numbers draw a token of probability p about n p times, give or take
     one."""
-    assert kernels.build.library()
+    assert kernels.build.load_cpp_kernels()
     n, noise = 500, 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
     rand = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
     for logits in (noise, 3 * noise, noise.round(), (noise > 2).float(), torch.zeros(vocab_size), 1e37 * noise):
@@ -83,7 +83,7 @@ def test_drawn_tokens(vocab_size, truncation):
 
 @built
 def test_each_row_has_its_own_temperature():
-    assert kernels.build.library()
+    assert kernels.build.load_cpp_kernels()
     logits, rand = torch.randn(9, 300), torch.rand(9, 1, dtype=torch.float64)
     rand[4] = 1.0  # which rounding of a random number can give
     temperatures = torch.logspace(-30, 3, 9)[:, None]

@@ -105,7 +105,7 @@ def test_a_quantized_embedding(folder, tmp_path, mode, is_tied, monkeypatch):
         "unquantized": load_model(folder / "model.pth", dtype=torch.float32, use_kernels=False),
     }
     with monkeypatch.context() as context:
-        context.setattr("kernels.build.library", lambda: None)
+        context.setattr("kernels.build.load_cpp_kernels", lambda: None)
         models["no compiler"] = load_model(path, dtype=torch.float32)
     plain, unquantized = models["PyTorch"], models["unquantized"]
     for name, linear in quantizable_linears(plain):
@@ -156,7 +156,7 @@ def test_orders_of_inputs(act_order, monkeypatch):
         "in order": load_model(act_order, dtype=torch.float32, use_kernels=False),
     }
     with monkeypatch.context() as context:
-        context.setattr("kernels.build.library", lambda: None)
+        context.setattr("kernels.build.load_cpp_kernels", lambda: None)
         models["no compiler"] = load_model(act_order, dtype=torch.float32)
     in_order = models["in order"]
     for _, linear in quantizable_linears(in_order):

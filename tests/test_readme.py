@@ -86,7 +86,7 @@ def tree(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in ELSEWHERE)])
 def test_command(command, tree, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tree)
-    if "--cold_start" in command and build.library():  # with an empty cache, so the kernels are compiled
+    if "--cold_start" in command and build.load_cpp_kernels():  # with an empty cache, so the kernels are compiled
         monkeypatch.setenv("CXX", write_compiler(tmp_path / "compiler"))
     command = command.replace("meta-llama/Llama-3.2-1B", Path(M).name).replace("TinyLlama-1.1B", f"{M}/config.json")
     command = command.replace("$M", M)

@@ -1,4 +1,4 @@
-// The activation of a feed-forward: an epilogue of matmuls (dot.h), and an operation (linear.h).
+// The activation of a feed-forward: a part of the epilogue of matmuls (dot.h), and an operation (linear.h).
 #pragma once
 
 #include "names.h"
@@ -10,7 +10,7 @@ enum class ActivationFunction { none, ACTIVATIONS };
 
 struct Activation {
   ActivationFunction function;
-  bool gated;  // whether the feed-forward has a gate projection beside its up projection
+  bool gated;  // whether the feed-forward has a gate projection and an up projection
 };
 
 constexpr float CLAMPED_SILU_ALPHA = GPTFAST_CLAMPED_SILU_ALPHA;  // of clamped_silu: see kernels/schema.py
@@ -33,8 +33,8 @@ inline f32x16 normal_cdf(f32x16 x) {
 // x * Phi(x) with the tanh form of Phi: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + ...)
 inline f32x16 gelu_tanh(f32x16 x) { return x / (1 + exp_vec(-1.59576912f * (x + 0.044715f * x * x * x))); }
 
-// Computes activation(x), as layers/linear.py: activate_torch does. If gated, computes activation(x) * up, where x is
-// the output of the gate projection. Otherwise up is not used.
+// Computes activation(x), like layers/linear.py: activate_torch. If gated, x is the output of the gate projection, and
+// the result is activation(x) * up.
 inline f32x16 activate_vec(f32x16 x, f32x16 up, Activation activation) {
   switch (activation.function) {
     case ActivationFunction::none: break;

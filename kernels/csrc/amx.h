@@ -1,12 +1,12 @@
-// The matmul of the bf16 activations of many tokens with blocks of weights, on Intel's matrix unit AMX. FusedLinearOp
-// (linear.h) calls dot_amx in place of matmul (dot.h) if uses_amx.
+// The matmul of the bf16 activations of many tokens with blocks of weights, on Intel's matrix unit AMX. If uses_amx,
+// FusedLinearOp (linear.h) calls dot_amx instead of matmul (dot.h).
 //
 // A tile register has 16 rows of 64 bytes. One instruction multiplies two tiles of bf16 and adds to a tile of float:
 //
 //     activations [16 tokens, 32 inputs]  *  weights [32 inputs, 16 outputs]  ->  sums [16 tokens, 16 outputs]
 //
-// Weights of any format are converted to bf16, once for all tokens. If a group has a scale, the dequantized weight is
-// rounded to bf16, as in prefill. Activations are not quantized.
+// Converts weights of any format to bf16, once for all tokens. Rounds dequantized weights whose groups have scales to
+// bf16, as in prefill. Does not quantize activations.
 //
 //     for each tile of 32 inputs of a block:
 //         dequantize the weights                                                   1 tile register
@@ -108,7 +108,7 @@ static_assert(MAX_CPU_TOKENS == 4 * AMX_TILE_M);
 template <typename F> constexpr decltype(&dot_amx<F, 1>) DOT_AMX[] = {
     dot_amx<F, 1>, dot_amx<F, 2>, dot_amx<F, 3>, dot_amx<F, 4>};
 
-// Computes what matmul in dot.h computes, from activations in panels (prologue.h) of AMX_TILE_K inputs.
+// Computes the results of matmul in dot.h, from activations in panels (prologue.h) of AMX_TILE_K inputs.
 inline void dot_amx(int64_t m, const Weights& w, const int64_t* blocks, int64_t n_blocks, const char* panels,
                     BlockSums* out) {
   dispatch_format(w, [&]<typename F>(F) {

@@ -10,23 +10,23 @@
 //     2 attend_to_splits   a block of new tokens and a split of a key/value head: a partial output, m_i and l_i
 //     3 combine_splits     a query head of a new token: the output, from the partial outputs of all splits
 //
-// If all keys of a sequence are one split, phase 2 computes the outputs, too. If all sequences are so short, phase 3 is
+// If all keys of a sequence are one split, phase 2 also computes the outputs. If all sequences are so short, phase 3 is
 // left out.
 //
-// Every sequence has a position, start_pos, which is read at execution. So the time depends on the number of keys in
-// the cache, and not on the length of the cache.
+// Each execution reads the position start_pos of every sequence. So the time depends on the number of keys in the
+// cache, and not on the length of the cache.
 #pragma once
 
 #include "rope_and_cache.h"
 #include "softmax.h"
 
-constexpr int64_t TOKEN_BLOCK = 8;  // the most new tokens of a task, which reads a split once for all its tokens
+constexpr int64_t TOKEN_BLOCK = 8;  // a task has up to 8 new tokens, and reads a split once for all of them
 constexpr int64_t SPLIT_LEN = 256;  // the keys of a split, for up to TOKEN_BLOCK tokens
 constexpr int64_t MAX_SPLIT_LEN = SPLIT_LEN * (MAX_CPU_TOKENS / TOKEN_BLOCK);
 
 // ---- Queries against one split of keys ------------------------------------------------------------------------------
 //
-// The loops are compiled for D = 64, 128 and 256, the usual head_dims. D = 0 is slower and reads head_dim from d.
+// The loops are compiled for the usual head_dims, D = 64, 128 and 256. D = 0 is slower and reads head_dim from d.
 
 // Returns q [D] . k [D] as 16 partial sums.
 template <int64_t D> inline f32x16 dot_head(const auto* q, const auto* k) {
@@ -67,8 +67,8 @@ inline f32x16 apply_score_mod(f32x16 qk, const ScoreMod& mod, f32x16 distance) {
 // Computes the scores [n] of q [d] and k [n, d], 16 keys at a time, and returns the largest score. Scores beyond n, up
 // to a multiple of 16, become -infinity. distance (see ScoreMod) is the distance of the first key.
 //
-// next, if not null: the values [n / stride, d] that this call also prefetches, one for every stride keys. So the first
-// `stride` queries of a task share the prefetch of its n values.
+// next, if not null: the values [n / stride, d] that this call also prefetches, one for every stride keys. The first
+// `stride` queries of a task share the prefetch of its n values in this way.
 template <int64_t D, typename T>
 float score_keys(const T* q, const T* k, int64_t n, int64_t d, const ScoreMod& mod, int64_t distance,
                  float* scores, const T* next, int64_t stride) {
@@ -112,10 +112,10 @@ void accumulate_pv(const float* p, int64_t stride, const T* v, int64_t n, float*
   std::memcpy(out, acc, sizeof acc);
 }
 
-// The most queries per call of accumulate_pv: their sums fit in 16 registers. D = 0 takes one query.
+// How many queries a call of accumulate_pv takes at most: their sums fit in 16 registers. D = 0 takes one query.
 template <int64_t D> constexpr int MAX_Q = D ? 256 / D : 1;
 
-// Calls accumulate_pv<D, Q, T> with Q = n_queries, which is 1 to MAX_Q.
+// Calls accumulate_pv<D, Q, T> with Q = n_queries, from 1 to MAX_Q.
 template <int64_t D, typename T>
 void accumulate_pv(int64_t n_queries, const float* p, int64_t stride, const T* v, int64_t n, int64_t d, float* out,
                   const T* next) {
@@ -142,7 +142,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   const T* sinks;             // [n_heads] or null
   const float* alibi_slopes;  // [n_heads] or null
   ScoreMod score_mod;         // of all heads, without their slopes
-  int64_t window;             // how many keys a token sees, including the key of the token; 0 means all
+  int64_t window;             // how many keys a token sees, including its own; 0 means all
   T* out;                     // [batch, query_len, n_heads, head_dim]
 
   // Scratch memory that all threads share. Phase 1 writes q; phase 2 writes partial outputs and softmax states.
@@ -160,8 +160,8 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     return {partial, q, reinterpret_cast<SoftmaxState*>(q + n_queries() * head_dim)};
   }
 
-  // A block of new tokens of sequence b, and a split of the keys of a key/value head. The members are in the order of
-  // the tasks: token_block changes from each task to the next.
+  // A block of new tokens of sequence b, and a split of the keys of a key/value head. The order of the members is the
+  // order of the tasks: token_block changes with each task.
   struct Task { int64_t b, kv_head, split, token_block; };
 
   // The queries of one new token t with the key/value head of a task: query heads first_head to first_head + count - 1,
@@ -177,7 +177,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     combine_splits(shared);
   }
 
-  // Phase 1 and the barrier after phase 1. Prefill has the same phase.
+  // Phase 1, and the barrier after it. Prefill has the same phase.
   void rope_and_cache(T* q, Barrier& barrier) const {
     RopeAndCacheOp<T> op = *this;
     op.q = q;
@@ -253,7 +253,7 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
                      is_first ? next_keys : nullptr);
   }
 
-  // Combines the splits of all sequences with several. The others' outputs are complete.
+  // Combines the splits of all sequences that have several. The outputs of the other sequences are complete.
   void combine_splits(const Shared& shared) const {
     const Range range = thread_range(n_queries());
     for (int64_t i = range.begin; i < range.end; i++) {
@@ -264,8 +264,8 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
     }
   }
 
-  // Combines the n splits of a query, which is a head of a token in [batch, query_len]. first is the index of its first
-  // split in Shared::partial and Shared::softmax.
+  // Combines the n splits of a query: a head of a token in [batch, query_len]. first is the index of its first split in
+  // Shared::partial and Shared::softmax.
   //
   //     out  =  the sum of weights_s * partial_s        weights: combine_softmaxes
   void combine_query(const Shared& shared, int64_t first, int64_t n, int64_t token, int64_t head) const {
@@ -297,8 +297,8 @@ template <typename T> struct AttendOp : RopeAndCacheOp<T> {
   // The first key that a new token of sequence b sees.
   int64_t first_key(int64_t b) const { return first_key_of(start_pos[b]); }
   int64_t first_key(const Task& task) const { return first_key(task.b) + task.split * split_len(); }
-  // The keys of a split. The scratch memory for partial outputs grows with tokens times splits. To bound it, a step
-  // with more tokens has longer and fewer splits.
+  // The keys of a split. With more tokens in a step, splits are longer and fewer. That bounds the scratch memory for
+  // partial outputs, which grows with tokens times splits.
   int64_t split_len() const { return SPLIT_LEN * divide_up(batch * query_len, TOKEN_BLOCK); }
   int64_t count_splits(int64_t n_keys) const { return divide_up(n_keys, split_len()); }
   int64_t n_splits(int64_t b) const { return count_splits(start_pos[b] + query_len - first_key(b)); }

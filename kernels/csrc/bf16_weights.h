@@ -1,4 +1,4 @@
-// Weights of any format as bf16, in tiles of 32 inputs and 16 outputs, which amx.h and prefill_linear.h multiply.
+// Weights of any format as bf16, in tiles of 32 inputs and 16 outputs, for amx.h and prefill_linear.h.
 //
 //     WordDequantizer    packed words of one format to rows of a tile
 //     WeightTiles        a block of weights as tiles
@@ -18,14 +18,14 @@ inline f32x16 add_half_ulp(f32x16 v) { return (f32x16)((u32x16)v + 0x8000); }
 
 // Dequantizes packed words of format F to rows of a tile of weights.
 //
-//     set_group(w, i)            loads the scales and zeros of group i, which the next words belong to
+//     set_group(w, i)            loads the scales and zeros of group i, the group of the next words
 //     dequantize(words, rows)    16 words -> ELEMENTS_PER_WORD / 2 rows. Row i has elements 2 i and 2 i + 1 of each
-//                                output, which is the VNNI layout that AMX and vdpbf16ps read
+//                                output: the VNNI layout that AMX and vdpbf16ps read
 //
-// amx.h and prefill_linear.h apply the scales that WordDequantizer leaves out: channel scales, and with SCALE_AFTER_SUM
-// group scales.
+// WordDequantizer leaves out channel scales, and with SCALE_AFTER_SUM group scales. amx.h and prefill_linear.h apply
+// them.
 //
-// The template dequantizes any format. Specializations for single formats follow, which are faster.
+// The template dequantizes any format. The specializations below are faster.
 template <typename F> struct WordDequantizer {
   ScalesAndZeros group = {};
 
@@ -52,8 +52,8 @@ template <> struct WordDequantizer<Int8> {
   }
 };
 
-// Dequantizes the element q in bits BIT to BIT + SIZE - 1 of each word. To avoid a shift and a conversion, ORs q into
-// the mantissa of 1.0f, which gives the float 1 + q / 2^(23 - BIT). set computes scale and offset so that
+// Dequantizes the element q in bits BIT to BIT + SIZE - 1 of each word. ORs q into the mantissa of 1.0f, to avoid a
+// shift and a conversion. The result is the float 1 + q / 2^(23 - BIT). set computes scale and offset of this equation:
 //
 //     (q - zero) * s  =  (1 + q / 2^(23 - BIT)) * scale + offset
 template <int BIT, int SIZE> struct ElementAt {
@@ -116,8 +116,8 @@ template <> struct WordDequantizer<MXFP4> {
   }
 };
 
-// Reads a block of weights in order, tile by tile. read(begin, end, rows) writes the next tile, which has the inputs
-// [begin, end), to rows [(end - begin) / 2].
+// Reads a block of weights in order, tile by tile. read(begin, end, rows) writes the next tile, of inputs [begin, end),
+// to rows [(end - begin) / 2].
 template <typename F> class WeightTiles {
   const Weights& w;
   const char* data;
@@ -130,7 +130,7 @@ template <typename F> class WeightTiles {
   void read(int64_t begin, int64_t end, i32x16* rows) {
     for (int64_t k = begin; k < end; k += F::ELEMENTS_PER_WORD, rows += F::ELEMENTS_PER_WORD / 2, data += 64) {
       if (k == next_group_begin) dequantizer.set_group(w, next_group++), next_group_begin += w.group_size;
-      prefetch_l2(data + PREFETCH_DISTANCE);  // and not to L1, which holds tiles
+      prefetch_l2(data + PREFETCH_DISTANCE);  // not to L1: it holds tiles
       prefetch_l1(data + 512);
       dequantizer.dequantize(load<i32x16>(data), rows);
     }
@@ -142,7 +142,7 @@ template <> class WeightTiles<Unquantized> {
   const char* data;
 
  public:
-  // read prefetches what lies prefetch_distance bytes further: by default the next block.
+  // read prefetches prefetch_distance bytes ahead: by default the next block.
   WeightTiles(const Weights& w, int64_t block, int64_t prefetch_distance = 0)
       : output_bytes(w.k * sizeof(bf16)), n_outputs(std::min(BLOCK_N, w.n - block * BLOCK_N)),
         prefetch_distance(prefetch_distance ? prefetch_distance : BLOCK_N * output_bytes), data(w.block_data(block)) {}

@@ -2,10 +2,10 @@
 //
 // A matmul with few tokens is memory-bound: it takes as long as reading the weights. So the loops read each weight
 // once, prefetch the next ones (prefetch.h), and keep the sums of up to BLOCK_M tokens in registers. More tokens are
-// cut into tiles of nearly equal size. A block is then read once for each tile, after the first time from the cache.
+// cut into tiles of nearly equal size. Each tile reads the block again, but only the first tile reads it from memory.
 //
 //     matmul              cuts the tokens into tiles
-//     matmul_by_format    one tile: finds the format of the weights, and how many blocks to read side by side
+//     matmul_by_format    one tile: finds the format of the weights, and whether to read a pair of blocks
 //     run_loop            calls a loop of dot_quantized.h or dot_unquantized.h
 #pragma once
 
@@ -20,36 +20,36 @@ template <typename F> constexpr bool IS_QUANTIZED = !std::is_same_v<F, Unquantiz
 
 using BlockSums = f32x16[MAX_CPU_TOKENS];  // the outputs of a block of weights: [tokens, BLOCK_N]
 
-// Unquantized weights have up to four sums for each token. The sums of 6 tokens fit in wide registers, those of 8 do
-// not. Even so, one loop over 8 tokens is faster than two over 4, so the limit holds only if there are more than 8.
+// For unquantized weights, which have up to four sums for each token. 6 tokens fit in wide registers, 8 spill. Still,
+// one pass over 8 tokens beats two over 4. So up to 8 tokens are one tile, and more are cut into tiles of at most 6.
 constexpr int UNQUANTIZED_BLOCK_M = 6;
 
-// When a tile reads two blocks of weights side by side. Two share the loads of the activations, but need registers for
-// twice as many sums. A memory-bound matmul is faster with one block after the other, because memory is read in order.
+// When a tile reads a pair of blocks in step, instead of one block after the other. A pair shares the loads of the
+// activations, but needs registers for twice as many sums. A memory-bound matmul is faster with one block after the
+// other, because it then reads memory in order.
 //
-//     IF_GATED    if one block is of the gate projection and one of the up projection. Each projection is read in
-//                 order, also its scales. One block after the other would jump between four streams of memory
-//     IF_CUT      if the tokens are cut into several tiles: all tiles but the first find the weights in the cache
-enum SideBySide { NEVER, IF_GATED, IF_CUT, ALWAYS };
+//     GATED         if the pair is a block of the gate projection and one of the up projection. Each projection, also
+//                   its scales, is then read in order. One block after the other would jump between four streams
+//     MULTI_TILE    if there are several tiles of tokens: all tiles but the first find the weights in the cache
+enum BlockPairing { NEVER, GATED, MULTI_TILE, ALWAYS };
 
-// By the number of tokens in the tile, for wide registers. If the tokens are cut, tiles have at least 4 of them (9 are
-// cut into 4 and 5), so a tile of fewer is the only one. PackedBf16 is memory-bound as an only tile. Groups with scales
-// are compute-bound soonest, since the scales have to be unpacked. Measured on two cores of a Zen 5 server at 43 to 80
-// GB/s, November 2026.
-using ByTokens = std::array<SideBySide, BLOCK_M>;
-//                                   1 token   2         3       4       5       6       7       8 tokens
-constexpr ByTokens PACKED_BF16_TILES{NEVER,    NEVER,    NEVER,  NEVER,  IF_CUT, IF_CUT, NEVER,  NEVER};
-constexpr ByTokens FLOAT8_TILES     {NEVER,    NEVER,    NEVER,  NEVER,  IF_CUT, ALWAYS, ALWAYS, ALWAYS};
-constexpr ByTokens INT8_TILES       {NEVER,    NEVER,    NEVER,  IF_CUT, IF_CUT, ALWAYS, ALWAYS, ALWAYS};
-constexpr ByTokens GROUPED_TILES    {IF_GATED, IF_GATED, ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS};
+// By the number of tokens in the tile, for wide registers. Several tiles have at least 4 tokens each: 9 tokens are cut
+// into 4 and 5. PackedBf16 is memory-bound if there is one tile. Groups with scales become compute-bound first, because
+// the scales have to be unpacked. Measured on two cores of a Zen 5 server at 43 to 80 GB/s, November 2026.
+using ByTokens = std::array<BlockPairing, BLOCK_M>;
+//                                     1 token 2      3       4           5           6           7       8 tokens
+constexpr ByTokens PACKED_BF16_PAIRING{NEVER,  NEVER, NEVER,  NEVER,      MULTI_TILE, MULTI_TILE, NEVER,  NEVER};
+constexpr ByTokens FLOAT8_PAIRING     {NEVER,  NEVER, NEVER,  NEVER,      MULTI_TILE, ALWAYS,     ALWAYS, ALWAYS};
+constexpr ByTokens INT8_PAIRING       {NEVER,  NEVER, NEVER,  MULTI_TILE, MULTI_TILE, ALWAYS,     ALWAYS, ALWAYS};
+constexpr ByTokens GROUPED_PAIRING    {GATED,  GATED, ALWAYS, ALWAYS,     ALWAYS,     ALWAYS,     ALWAYS, ALWAYS};
 
 // The line of the table for weights of format F and activations of type X.
-template <typename F, typename X> constexpr SideBySide side_by_side(int m) {
+template <typename F, typename X> constexpr BlockPairing block_pairing(int m) {
   if (!HAS_WIDE_REGISTERS) return NEVER;
-  if (std::is_same_v<X, ActGroup>) return F::HAS_CHANNEL_SCALES ? INT8_TILES[m - 1] : GROUPED_TILES[m - 1];
+  if (std::is_same_v<X, ActGroup>) return F::HAS_CHANNEL_SCALES ? INT8_PAIRING[m - 1] : GROUPED_PAIRING[m - 1];
   if (!std::is_same_v<X, bf16>) return NEVER;
-  if (std::is_same_v<F, Float8>) return FLOAT8_TILES[m - 1];
-  return std::is_same_v<F, PackedBf16> ? PACKED_BF16_TILES[m - 1] : NEVER;
+  if (std::is_same_v<F, Float8>) return FLOAT8_PAIRING[m - 1];
+  return std::is_same_v<F, PackedBf16> ? PACKED_BF16_PAIRING[m - 1] : NEVER;
 }
 
 // The matmul of M tokens with BLOCKS blocks of weights, by the loop for the format F and the type X of the activations.
@@ -57,7 +57,7 @@ template <typename F, int M, int BLOCKS, typename X>
 void run_loop(const Weights& w, const int64_t* blocks, const TokenTile& tile, const X* const* tokens,
               f32x16* const* out) {
   if constexpr (std::is_same_v<F, Unquantized>) {
-    // The loads of one or two tokens are few beside the loads of the weights, so sharing would gain nothing.
+    // With one or two tokens, sharing their loads gains nothing: the loads of the weights are far more.
     constexpr int OUTPUTS_IN_STEP = M <= 2 ? 1 : 4;
     for (int b = 0; b < BLOCKS; b++) dot_unquantized<M, OUTPUTS_IN_STEP>(w, blocks[b], tile, tokens, out[b]);
   } else if constexpr (std::is_same_v<F, PackedBf16> && std::is_same_v<X, bf16>) {
@@ -73,8 +73,8 @@ void run_loop(const Weights& w, const int64_t* blocks, const TokenTile& tile, co
   }
 }
 
-// The matmul of a tile of M tokens, M <= BLOCK_M, with 1 or 2 blocks. Finds the format F of the weights, and gives the
-// tokens their type.
+// The matmul of a tile of M tokens, M <= BLOCK_M, with 1 or 2 blocks. Finds the format F of the weights, and casts the
+// tokens to the type X of the activations.
 template <int M, typename T>
 void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks, const TokenTile& tile,
                       const TokenPtr* tokens, f32x16* const* out) {
@@ -82,10 +82,10 @@ void matmul_by_format(const Weights& w, const int64_t* blocks, int64_t n_blocks,
     using X = ActElement<F, T>;
     const X* typed[M];
     for (int m = 0; m < M; m++) typed[m] = static_cast<const X*>(tokens[m]);
-    constexpr SideBySide WHEN = side_by_side<F, X>(M);
+    constexpr BlockPairing WHEN = block_pairing<F, X>(M);
     if constexpr (WHEN != NEVER) {
-      const bool is_gated = tile.n_adjacent == 1, is_cut = tile.n_tiles > 1;  // gate and up blocks are not adjacent
-      if (n_blocks == 2 && (WHEN == ALWAYS || (WHEN == IF_GATED && is_gated) || (WHEN == IF_CUT && is_cut)))
+      const bool is_gated = tile.n_adjacent == 1;  // gate and up blocks are not adjacent
+      if (n_blocks == 2 && (WHEN == ALWAYS || (WHEN == GATED && is_gated) || (WHEN == MULTI_TILE && tile.n_tiles > 1)))
         return run_loop<F, M, 2>(w, blocks, tile, typed, out);
     }
     for (int64_t b = 0; b < n_blocks; b++) run_loop<F, M, 1>(w, blocks + b, tile, typed, out + b);
@@ -97,7 +97,7 @@ template <typename T, int... I> constexpr auto functions_by_tokens(std::integer_
   return std::array{&matmul_by_format<I + 1, T>...};
 }
 
-// Returns the most tokens of a tile, if there are m tokens.
+// Returns how many tokens a tile has at most, if there are m tokens.
 inline int64_t max_tile_tokens(const Weights& w, int64_t m) {
   const bool is_quantized = dispatch_format(w, []<typename F>(F) { return IS_QUANTIZED<F>; });
   return is_quantized || !HAS_WIDE_REGISTERS || m <= BLOCK_M ? BLOCK_M : UNQUANTIZED_BLOCK_M;
@@ -126,8 +126,8 @@ template <typename T> f32x16 add_bias(f32x16 v, const T* bias, int64_t block, in
   return bias ? v + load_partial(bias, block * BLOCK_N, n) : v;
 }
 
-// Adds the bias [n] to sums[b][token], the outputs of block blocks[b], and applies the activation. If it is gated, b is
-// 0, blocks[0] is of the gate projection, and blocks[1] of the up projection.
+// Adds the bias [n] to sums[b][token], the outputs of block blocks[b], and applies the activation. If the activation is
+// gated, b is 0, blocks[0] is of the gate projection, and blocks[1] of the up projection.
 template <typename T>
 f32x16 add_bias_and_activate(const BlockSums* sums, int64_t token, int64_t b, const int64_t* blocks, const T* bias,
                              int64_t n, Activation activation) {

@@ -1,5 +1,5 @@
-// The loops of dot.h over quantized weights, which unpack a few words at a time to registers and multiply them with all
-// tokens of a tile. A loop reads 1 or 2 blocks in step, from the first word to the last (weights.h draws a block):
+// The loops of dot.h over quantized weights. A loop unpacks a few words at a time to registers, and multiplies them
+// with all tokens of a tile. It reads 1 or 2 blocks in step, from the first word to the last (weights.h draws a block):
 //
 //     for each group of inputs, whose weights share a scale:              (dot_int8: all inputs)
 //         for each ACT_GROUP_SIZE inputs:                                 (dot_float8, dot_dequantized: each word)
@@ -13,7 +13,7 @@
 //     dot_dequantized    any packed format                             float
 //     dot_float8         Float8                                        bf16 or float
 //
-// Some loops copy the addresses of the tokens to x [M], a local array that the compiler keeps in registers.
+// Some loops copy the addresses of the tokens to a local array x [M], so that the compiler keeps them in registers.
 #pragma once
 
 #include "prologue.h"
@@ -41,8 +41,8 @@ inline void dot4(i32x16& acc, i32x16 w, i32x16 x) {
   const __m256i *v = reinterpret_cast<const __m256i*>(&w), *b = reinterpret_cast<const __m256i*>(&x);
   for (int h = 0; h < 2; h++) a[h] = _mm256_dpbusd_avx_epi32(a[h], v[h], b[h]);
 #elif defined(__AVX2__)
-  // maddubs adds w * x of two bytes in 16 bits, and saturates. With 4 bits of w the sum always fits, so the lower and
-  // the upper 4 bits of w are multiplied separately.
+  // maddubs adds w * x of two bytes in 16 bits, and saturates. Multiply the lower and the upper 4 bits of w separately,
+  // because the sum of 4-bit products always fits.
   const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), b = *reinterpret_cast<const __m256i*>(&x);
   __m256i* a = reinterpret_cast<__m256i*>(&acc);
   const __m256i* v = reinterpret_cast<const __m256i*>(&w);
@@ -179,8 +179,8 @@ inline f32x16 add_pairs(f32x16 a, f32x16 b) {
 
 // Multiplies Float8 weights with M tokens. X is bf16 or float. Scales the sum of each group of inputs.
 //
-// Each token has UNROLL * SUMS sums along k, which are independent and so hide the latency of additions. Floats need
-// two for the two lanes of a pair. With many tokens of bf16, one for each token suffices.
+// Each token has UNROLL * SUMS sums along k. They are independent, and so hide the latency of additions. Floats need
+// two sums for the two lanes of a pair. With many tokens of bf16, one sum for each token suffices.
 template <int M, int BLOCKS, typename X>
 void dot_float8(const Weights& w, const int64_t* blocks, const TokenTile& tile, const X* const* tokens,
                 f32x16* const* out) {

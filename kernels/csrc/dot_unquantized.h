@@ -3,10 +3,10 @@
 //     dot_packed_bf16    packed bf16: a load has two inputs of each of 16 outputs (weights.h draws a block)
 //     dot_unquantized    weights of any type that are not packed: a block is 16 rows of W, one after the other
 //
-// Packed weights are faster with several tokens. Memory is read in order, and the activations of a token once for 16
-// outputs. Weights that are not packed need the activations once for each output, or several rows are read side by
-// side, which is not the order of memory. With k = 2048 a step of 5 tokens takes as long as 1.0 steps of one token if
-// weights are packed, and 1.4 steps if weights are not packed (Zen 5, 80 GB/s).
+// Packed weights are faster with several tokens. Memory is read in order, and the activations of a token are loaded
+// once for 16 outputs. Weights that are not packed need the activations once for each output. The alternative is to
+// read several rows in step, but that is not the order of memory. With k = 2048 a step of 5 tokens takes as long as 1.0
+// steps of one token if weights are packed, and 1.4 steps if they are not (Zen 5, 80 GB/s).
 #pragma once
 
 #include "prefetch.h"
@@ -16,8 +16,8 @@
 template <int M, int BLOCKS>
 void dot_packed_bf16(const Weights& w, const int64_t* blocks, const TokenTile& tile, const bf16* const* tokens,
                      f32x16* const* out) {
-  // Two independent sums hide a part of the additions' latency. Two for any number of tokens: so a token's result does
-  // not depend on how many tokens are multiplied together, and a text not on the texts beside it.
+  // Two independent sums hide a part of the additions' latency. Keep two for any number of tokens: otherwise a sequence
+  // would depend on the other sequences of the batch.
   constexpr int UNROLL = 2;
   const char* data[BLOCKS];
   for (int b = 0; b < BLOCKS; b++) data[b] = w.block_data(blocks[b]);
@@ -26,8 +26,8 @@ void dot_packed_bf16(const Weights& w, const int64_t* blocks, const TokenTile& t
   const auto step = [&](int64_t word, int u) {
     i32x16 words[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) {
-      // Two blocks mean at least two tiles of tokens, and each tile prefetches at most half of the next weights: 64
-      // bytes for two words. So every second word prefetches.
+      // Only every second word of a pair of blocks prefetches. A pair means at least two tiles of tokens, and each tile
+      // prefetches at most half of the next weights: 64 bytes for two words.
       if (BLOCKS == 1 || u == 0) prefetch(data[b], 64 * word);
       words[b] = load<i32x16>(data[b] + 64 * word);
     }
@@ -48,8 +48,7 @@ void dot_packed_bf16(const Weights& w, const int64_t* blocks, const TokenTile& t
 
 // ---- Weights that are not packed ------------------------------------------------------------------------------------
 
-// Adds the dot product of 64 bytes of a and b to acc. The dot product is the sum of all lanes: dot_unquantized adds up
-// the lanes of acc after the loop.
+// Adds the products of 64 bytes of a and b to acc. dot_unquantized adds up the lanes of acc after the loop.
 template <typename T> inline void dot64(f32x16& acc, const T* a, const T* b) {
   for (size_t i = 0; i < 64 / sizeof(T); i += LANES) acc += load_vec(a + i) * load_vec(b + i);
 }
@@ -59,8 +58,8 @@ inline void dot64(f32x16& acc, const bf16* a, const bf16* b) {
 }
 #endif
 
-// Adds tokens [m, k] * w [n, k]^T to out [m, BLOCK_N], but only inputs begin to k - 1, which are less than 64 bytes.
-// noinline leaves more registers to the loop in dot_unquantized.
+// Adds tokens [m, k] * w [n, k]^T to out [m, BLOCK_N], but only inputs begin to k - 1: less than 64 bytes. noinline
+// leaves more registers to the loop in dot_unquantized.
 template <typename T>
 [[gnu::noinline]]
 void add_remainder(const T* w, int64_t n, int64_t k, int64_t begin, const T* const* tokens, int64_t m, f32x16* out) {
@@ -91,7 +90,7 @@ void dot_unquantized(const Weights& w, int64_t block, const TokenTile& tile, con
     for (int j = 0; j < R; j++) weight[j] = first + std::min(r + j, n - 1) * k;
     f32x16 acc[M][R][UNROLL] = {};
     const auto step = [&](int64_t i, int u) {
-      // R rows are read side by side. After row r + j comes row r + j + R, so the address jumps over the R - 1 between
+      // R rows are read in step. Row r + j + R follows row r + j, so the address jumps over the R - 1 rows between
       const int64_t ahead = i + AHEAD + (i + AHEAD < k ? 0 : (R - 1) * k);
       for (int j = 0; j < R; j++) {
         if constexpr (R == 1) prefetch(w.block_data(block), (r * k + i) * sizeof(T));

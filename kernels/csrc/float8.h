@@ -1,5 +1,4 @@
-// Converts e4m3 weights, which are 8-bit floats, to bf16 or float in registers, for dot_quantized.h, bf16_weights.h and
-// linear.h.
+// Converts e4m3 weights, 8-bit floats, to bf16 or float in registers.
 //
 // An e4m3 number has the bits s eeee mmm: sign, exponent and mantissa. Its magnitude is
 //
@@ -12,10 +11,10 @@
 //     a0 a1  b0 b1  c0 c1  d0 d1    a2 a3  b2 b3  c2 c3  d2 d3
 //
 // The bf16 instructions multiply pairs of inputs. Unpack instructions take the lower or the upper half of each 16 bytes
-// and widen each byte to 16 bits. The result is a register that holds one pair of inputs for each of the 16 outputs.
+// and widen each byte to 16 bits. The result is a register with one pair of inputs for each of the 16 outputs.
 //
-// The functions here return 1/256 of the weights. The bits of a weight become bits of an f16 unchanged, which saves an
-// addition for each weight. But an f16's exponent has the bias 15, and not 7:
+// The functions here return 1/256 of the weights. They leave the bits of a weight unchanged in an f16. That saves an
+// addition for each weight, but an f16's exponent has the bias 15, and not 7:
 //
 //     e4m3    0  0111 100              1.5 * 2^(7 - 7)   =  1.5
 //     f16     0 00111 1000000000       1.5 * 2^(7 - 15)  =  1.5 / 256
@@ -27,8 +26,8 @@
 
 #include "simd.h"
 
-// Whether a matmul of Float8 weights with bf16 activations is computed in bf16: if the CPU has the instructions of
-// dot2 (simd.h) and of float8_to_bf16. Otherwise activations become float.
+// Whether a matmul of Float8 weights takes bf16 activations as they are: if the CPU has the instructions of dot2
+// (simd.h) and of float8_to_bf16. Otherwise activations become float.
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 constexpr bool HAS_FLOAT8_BF16 = true;
 #else
@@ -84,7 +83,7 @@ inline Bf16Pairs float8_to_bf16(i32x16 words) {
 struct FloatPairs { f32x16 inputs01[2], inputs23[2]; };
 
 // Converts e4m3 to f16 and then to float. The f16 has the bits s 0eeee mmm0000000. To make these bits, puts the byte
-// into the upper half of 16 bits, shifts right by one, and clears the copy of the sign.
+// into the upper half of 16 bits, shifts right by one, and clears the second copy of the sign.
 inline FloatPairs float8_to_float(i32x16 words) {
 #if defined(__AVX512BW__)
   const auto convert = [](__m512i upper_bytes, f32x16* out) {

@@ -6,10 +6,10 @@
 // Computes out [m, n_out] = epilogue(norm(x [m, k]) W^T). layers/linear.py: Linear has the steps in order.
 //
 // With a gated activation, W is a gate projection above an up projection, and out is activation(gate) * up. Each
-// projection has n / 2 outputs, a multiple of BLOCK_N, so no block has outputs of both projections.
+// projection has n / 2 outputs, a multiple of BLOCK_N. So no block has outputs of both projections.
 //
-// A prompt with int8 activations rounds like the steps that follow it. It takes 0.65 to 0.85 of the time of a prompt in
-// bf16 (prefill_linear.h), measured on two cores of a Zen 5 server, November 2026.
+// Formats that quantize activations take this path for a prompt, too. The prompt is then rounded like the steps after
+// it, and takes 0.65 to 0.85 of the time of prefill_linear.h in bf16 (two cores of a Zen 5 server, November 2026).
 template <typename T> struct FusedLinearOp {
   const T* x;
   int64_t m;
@@ -20,7 +20,7 @@ template <typename T> struct FusedLinearOp {
   Activation activation;
   float out_scale, softcap, clip;  // a softcap or clip of 0 changes nothing
   T* out;
-  float* float32_out;  // if not null, replaces out
+  float* float_out;  // if not null, replaces out
 
   int64_t n_out() const { return activation.gated ? w.n / 2 : w.n; }
   int64_t n_out_blocks() const { return divide_up(n_out(), BLOCK_N); }
@@ -31,8 +31,8 @@ template <typename T> struct FusedLinearOp {
   // The loops, from the outermost:
   //
   //     slice     up to MAX_SLICE_TOKENS tokens
-  //     blocks    of W: two neighbours, or with a gated activation one of the gate and one of the up projection
-  //     batch     up to MAX_CPU_TOKENS tokens of the slice, as many as matmul takes
+  //     blocks    a pair of neighbours in W; with a gated activation, one of the gate and one of the up projection
+  //     batch     up to MAX_CPU_TOKENS tokens of the slice, because matmul takes no more
   //
   // A task is a block of outputs for a slice. The tasks of a slice are neighbours:
   //
@@ -40,7 +40,7 @@ template <typename T> struct FusedLinearOp {
   //     slice     0  0  0  ...  0                      1  ...
   //     block     0  1  2  ...  n_out_blocks() - 1     0  ...
   //
-  // A thread reads the activations of a slice again for each block, so they must fit in the last-level cache.
+  // A thread reads the activations of a slice again for each block. So they must fit in the last-level cache.
   static constexpr int64_t MAX_SLICE_TOKENS = 512;
 
   void execute(char* shared, Barrier& barrier) const {
@@ -59,23 +59,23 @@ template <typename T> struct FusedLinearOp {
     }
   }
 
-  // The inner loop of execute: n_tasks blocks of outputs, from block on, for the tokens of a slice. Reads panels unless
-  // they are null, and then tokens.
+  // The inner loop of execute: n_tasks blocks of outputs, from block on, for the tokens of a slice. Reads tokens if
+  // panels are null.
   [[gnu::always_inline]]
   void matmul_slice(Range slice, int64_t block, int64_t n_tasks, const TokenPtr* tokens, const char* panels) const {
     const bool gated = activation.gated;
     const int64_t blocks[] = {block, block + (gated ? n_out_blocks() : 1)}, n_blocks = gated ? 2 : n_tasks;
     BlockSums sums[2];
     for (int64_t first = slice.begin; first < slice.end; first += MAX_CPU_TOKENS) {
-      const int64_t n_tokens = std::min(MAX_CPU_TOKENS, slice.end - first);
-      if (panels) dot_amx(n_tokens, w, blocks, n_blocks, panels, sums);
-      else matmul<T>(n_tokens, w, blocks, n_blocks, tokens + first, sums);
-      for (int64_t i = 0; i < n_tokens; i++)
+      const int64_t num_tokens = std::min(MAX_CPU_TOKENS, slice.end - first);
+      if (panels) dot_amx(num_tokens, w, blocks, n_blocks, panels, sums);
+      else matmul<T>(num_tokens, w, blocks, n_blocks, tokens + first, sums);
+      for (int64_t i = 0; i < num_tokens; i++)
         for (int64_t b = 0; b < n_tasks; b++) epilogue(sums, i, first + i, b, blocks);
     }
   }
 
-  // Computes and stores the outputs of a token in block blocks[b]. sums[b][i] are the sums of the token.
+  // Computes and stores the outputs of a token in block blocks[b], from its sums sums[b][i].
   void epilogue(const BlockSums* sums, int64_t i, int64_t token, int64_t b, const int64_t* blocks) const {
     const int64_t block = blocks[b], n_out = this->n_out();
     f32x16 v = add_bias_and_activate(sums, i, b, blocks, bias, w.n, activation);
@@ -83,7 +83,7 @@ template <typename T> struct FusedLinearOp {
     if (softcap) v = apply_softcap(v, softcap);
     if (clip) v = clamp(v, clip);
     if (residual) v += load_partial(residual + token * n_out, block * BLOCK_N, n_out);
-    if (float32_out) store_partial(v, float32_out + token * n_out, block * BLOCK_N, n_out);
+    if (float_out) store_partial(v, float_out + token * n_out, block * BLOCK_N, n_out);
     else store_partial(v, out + token * n_out, block * BLOCK_N, n_out);
   }
 };
@@ -97,7 +97,7 @@ template <typename T> struct RMSNormOp {
   const T* residual;  // [m, k] or null
   T* out;
 
-  // The threads share the elements. A thread that has elements of a token computes the rms of the token, which is
+  // The threads share the elements. Each thread computes the rms of every token of which it has elements. That is
   // cheaper than a barrier.
   void execute(char*, Barrier&) const {
     const int64_t vecs_per_token = divide_up(k, LANES);
@@ -130,8 +130,8 @@ template <typename T> struct PermuteInputsOp {
   }
 };
 
-// out [m, f] = activation(gate) * up, for x [m, 2 f]. A row of x is f gates and f ups. If the activation is not
-// gated, out [m, f] = activation(x [m, f]).
+// out [m, f] = activation(gate) * up, where a row of x [m, 2 f] is f gates and f ups. If the activation is not gated,
+// out [m, f] = activation(x [m, f]).
 template <typename T> struct ActivateOp {
   const T* x;
   int64_t m, f;
@@ -170,9 +170,11 @@ template <typename F> void unpack_words(F, const char* data, f32x16* out) {
 }
 inline void unpack_words(Float8, const char* data, f32x16* out) { unpack_float8(load<i32x16>(data), out); }
 
-// Unpacks a block of w, up to 16 inputs of a group at a time. Calls visit(tile, group, begin, end) for the inputs from
-// begin on: tile [16 inputs, 16 outputs] has elements that are not scaled yet, and group has their scales and zeros.
-// The group's inputs end at end, and the rest of the tile is zeros.
+// Unpacks a block of w, up to 16 inputs of a group at a time. Calls visit(tile, group, begin, end):
+//
+//     tile     [16 inputs, 16 outputs], elements that are not scaled yet, from input begin on; zeros from input end on
+//     group    the scales and zeros of these elements
+//     end      the end of the group's inputs
 template <typename F, typename Visit> void for_each_tile(const Weights& w, int64_t block, Visit visit) {
   const char* data = w.block_data(block);
   for (int64_t begin = 0, end, group = block * w.n_groups; begin < w.k; begin = end, group++) {
@@ -188,7 +190,7 @@ template <typename F, typename Visit> void for_each_tile(const Weights& w, int64
   }
 }
 
-// Computes out [k] = row `row` of w. The row is one lane of a block, since the words of 16 rows are adjacent.
+// Computes out [k] = row `row` of w. The row is one lane of a block, because the words of 16 rows are adjacent.
 template <typename F, typename T> void dequantize_row(const Weights& w, int64_t row, T* out) {
   const int64_t lane = row % BLOCK_N;
   for_each_tile<F>(w, row / BLOCK_N, [&](const f32x16* tile, const ScalesAndZeros& group, int64_t begin, int64_t end) {
@@ -226,11 +228,11 @@ template <typename T> struct EmbedOp {
   }
 };
 
-// Computes out [n, k] = the dequantized weights of packed format F. Only prefill dequantizes, and prefill is never
+// Computes out [n, k] = the dequantized weights of packed format F. Only prefill calls it, and prefill is never
 // captured.
 //
-// Unpacking gives vectors that hold one input of 16 outputs. Transposing 16 such vectors gives vectors that hold 16
-// inputs of one output, which are a piece of a row of out.
+// An unpacked vector holds one input of 16 outputs. Transposing 16 such vectors gives vectors of 16 inputs of one
+// output: pieces of a row of out.
 template <typename F, typename T> void dequantize_to(const Weights& w, T* out) {
 #pragma omp parallel for num_threads(torch::stable::get_num_threads())
   for (int64_t b = 0; b < w.n_blocks(); b++) {

@@ -1,8 +1,8 @@
 // The GEMM microkernel of prefill, with BLIS's names: c [MR, NR] = a [MR, n] b [n, NR].
 //
 // An element of a or b is a VnniPair, 32 bits: two bf16 that are neighbours along n. The instruction vdpbf16ps of
-// AVX512-BF16 computes the dot product of two pairs in each of 16 lanes. On other CPUs, and for other types, an
-// element is a float. Prefill attention and prefill linear layers (prefill_attention.h, prefill_linear.h) multiply
+// AVX512-BF16 computes the dot product of two pairs in each of 16 lanes. On other CPUs, and for other types, an element
+// is a float. prefill_attention.h and prefill_linear.h multiply
 //
 //     GEMM       a [MR, n]                     b [n, NR]
 //     q k^T      queries, pairs of head_dim    packed keys: row i has pair i of each key
@@ -41,7 +41,7 @@ template <typename T, bool accumulates>
 inline void microkernel(const VnniPair* a, int64_t a_stride, const VnniPair* b, int64_t b_stride,
                         int64_t b_column_stride, int64_t n, float* c, int64_t c_stride) {
   f32x16 acc[MR][4] = {};
-  const auto for_each_vec = [&](auto f) {  // unrolled, so that acc stays in registers
+  const auto for_each_vec = [&](auto f) {  // unrolled, to keep acc in registers
 #pragma GCC unroll 6
     for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4

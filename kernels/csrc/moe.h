@@ -4,15 +4,15 @@
 
 #include "dot.h"
 
-// A pair of a token and an expert of the token is an index into topk_ids [m, top_k], flattened: topk_ids[pair] is the
+// A pair of a token and one of its experts is an index into topk_ids [m, top_k], flattened: topk_ids[pair] is the
 // expert, and pair / top_k is the token. A batch is 1 to MAX_CPU_TOKENS pairs with the same expert.
 struct ExpertBatch {
   int64_t expert;
   std::vector<int64_t> pairs;
 };
 
-// Groups pairs [n_pairs] by expert, so that the weights of an expert are read once for all pairs of a batch. Sorts the
-// batches by expert, so that the order in which a token's experts are summed does not depend on the other tokens.
+// Groups pairs [n_pairs] by expert: the weights of an expert are then read once for all pairs of a batch. Sorts the
+// batches by expert: otherwise the order in which a token's experts are summed would depend on the other tokens.
 inline std::vector<ExpertBatch> group_by_expert(const int64_t* topk_ids, int64_t n_pairs) {
   std::vector<ExpertBatch> batches;
   for (int64_t pair = 0; pair < n_pairs; pair++) {
@@ -111,11 +111,11 @@ template <typename T> struct ExpertsDownOp {
 };
 
 // Computes topk_weights and topk_ids [m, top_k], the largest entries of softmax(logits [m, n_experts]). If
-// norm_topk_prob, divides the weights of a token by the sum of these weights. If a logit is NaN, all weights of the
-// token are NaN, and the ids are top_k different experts.
+// norm_topk_prob, divides the weights of a token by their sum. If a logit is NaN, all weights of the token are NaN, and
+// the ids are top_k different experts.
 //
-// Shared experts are used by every token. With n_shared_experts > 0, logits are [m, n_experts + 1], and the sigmoid of
-// the last logit is the weight of each shared expert:
+// Every token uses the shared experts. With n_shared_experts > 0, logits are [m, n_experts + 1]. The sigmoid of the
+// last logit is the weight of each shared expert:
 //
 //     topk_ids[token]        top_k chosen experts    n_experts, n_experts + 1, ...
 //     topk_weights[token]    softmax                 sigmoid, sigmoid, ...

@@ -23,7 +23,7 @@ constexpr int64_t find_name(std::string_view names, std::string_view name) {
   }
 }
 
-// Returns a string argument, and frees its handle. Operations take handles, since PyTorch's conversion to std::string
+// Returns a string argument, and frees its handle. Operations take handles because PyTorch's conversion to std::string
 // leaks memory with every call (version 2.13).
 inline std::string take_string(StringHandle handle) {
   const char* chars = "";

@@ -1,5 +1,5 @@
-// Operations and OpLists. A small model computes an operation in microseconds, about as long as Python takes for the
-// call. So a CPU replays a captured list of operations, an OpList, as a GPU replays a CUDA graph. Without OpLists, a
+// Operations and OpLists. A CPU replays a captured list of operations, an OpList, like a GPU replays a CUDA graph. A
+// small model computes an operation in microseconds, and calling it from Python takes about as long. Without OpLists, a
 // small model ran at 0.4 to 0.7 of the speed (docs/how_it_works.md).
 //
 // The threads of an OpenMP parallel region execute an operation together. Each thread computes a range of the tasks.
@@ -24,7 +24,7 @@
 #include "simd.h"
 #include "threads.h"
 
-// Scratch memory, which is aligned to cache lines. It grows as needed, and is kept for the next operation.
+// Scratch memory, aligned to cache lines. It grows as needed, and stays for the next operation.
 class Scratch {
   struct alignas(64) CacheLine { char bytes[64]; };
   std::vector<CacheLine> lines;
@@ -75,8 +75,8 @@ using Ops = std::vector<std::unique_ptr<AnyOp>>;
 struct OpList {
   Ops ops;
   int n_replays = 0;
-  // The duration of the second replay, since the first replay also waits for new memory. ThreadCount::add compares the
-  // durations of later replays with reference_seconds.
+  // The duration of the second replay, because the first replay also waits for new memory. ThreadCount::add compares
+  // the durations of later replays with it.
   double reference_seconds = 0;
 };
 
@@ -102,13 +102,13 @@ inline const char* validate(const Ops& ops) {
   return nullptr;
 }
 
-// All OpLists use the same number of threads, since a change from one to the next costs more than it gains.
+// All OpLists of a thread use the same number of threads. A change from one to the next costs more than it gains.
 inline thread_local ThreadCount thread_count;
 
 // Executes an OpList. If the value of an input is wrong, computes nothing and returns the message.
-// adapt_threads: whether to use fewer threads while other programs need the cores. It must be false if a step is
-// several OpLists (kernels/capture.py: CPUGraph): ThreadCount decides after each, and would change the number within a
-// step.
+//
+// adapt_threads: whether to use fewer threads while other programs need the cores. Must be false if a step is several
+// OpLists (kernels/capture.py: CPUGraph). ThreadCount decides after each, and would change the number within a step.
 inline const char* replay(OpList& list, bool adapt_threads) {
   static thread_local double last_end = 0;
   if (const char* error = validate(list.ops)) return error;
@@ -121,9 +121,9 @@ inline const char* replay(OpList& list, bool adapt_threads) {
   return nullptr;
 }
 
-inline thread_local OpList* captured_list = nullptr;  // what is being captured, or null
+inline thread_local OpList* captured_list = nullptr;  // the OpList that is being captured, or null
 
-// Appends an operation to captured_list. If captured_list is null, executes the operation.
+// Appends an operation to captured_list. If captured_list is null, executes the operation now.
 inline void submit_op(std::unique_ptr<AnyOp> op) {
   if (captured_list) {
     captured_list->ops.push_back(std::move(op));

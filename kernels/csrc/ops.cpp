@@ -1,7 +1,7 @@
-// The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Kernels trust addresses and sizes, also when a
-// CPU graph is replayed, so tensors are checked here. Each function checks its tensors, allocates the output, and
-// submits the operation (op_list.h: submit). The functions have the parameters of the schemas (kernels/schema.py).
-// layers/ describes the operations. kernels/build.py compiles this file, which includes the headers.
+// The CPU kernels as PyTorch operations, torch.ops.gptfast_cpu.NAME. Each function checks its tensors, allocates the
+// output, and submits the operation (op_list.h: submit). The checks must be here: kernels trust addresses and sizes,
+// also when a CPU graph is replayed. The functions have the parameters of the schemas (kernels/schema.py). layers/
+// describes the operations. kernels/build.py compiles this file, which includes the headers.
 //
 // The headers, in reading order:
 //
@@ -98,7 +98,7 @@ Weights check_weights(const Tensor& w, const OptTensor& scales, const OptTensor&
       return type == ScalarType::BFloat16 && k % 2 == 0;
     } else {
       if (!scales || (F::HAS_ZEROS && !zeros) || group_size < 1) return false;
-      if (F::INT8_ACTIVATIONS && group_size < k && group_size % ACT_GROUP_SIZE) return false;
+      if (F::QUANTIZES_ACTIVATIONS && group_size < k && group_size % ACT_GROUP_SIZE) return false;
       result.bits = 32 / F::ELEMENTS_PER_WORD, result.padded_k = round_up(k, ACT_GROUP_SIZE);
       result.n_groups = divide_up(k, group_size);
       result.has_f16_scales = scales->scalar_type() == ScalarType::Half;
@@ -122,21 +122,22 @@ Activation check_activation(OptString activation, bool gated) {
 Tensor fused_linear(Tensor x, Tensor weight, OptTensor scales, OptTensor zeros, StringHandle format, int64_t n,
                     int64_t group_size, OptTensor bias, OptTensor norm_weight, double eps, OptTensor residual,
                     OptString activation, bool gated, double out_scale, double softcap, double clip,
-                    bool float32_out) {
+                    ScalarType out_dtype) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {bias, norm_weight, residual});
+  const bool is_float_out = out_dtype == ScalarType::Float;
+  STD_TORCH_CHECK(is_float_out || out_dtype == x.scalar_type(), "out_dtype must be float32 or the activations' type");
   const Weights w = check_weights(weight, scales, zeros, format, n, group_size, k, x.scalar_type());
-  Tensor out = torch::stable::new_empty(x, resized(x, gated ? n / 2 : n),
-                                        float32_out ? ScalarType::Float : x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, resized(x, gated ? n / 2 : n), out_dtype);
   dispatch_type(x.scalar_type(), [&]<typename T>(T) {
     const FusedLinearOp<T> op{
         .x = ptr<T>(x), .m = m, .w = w, .bias = ptr<T>(bias), .norm_weight = ptr<T>(norm_weight), .eps = float(eps),
         .residual = ptr<T>(residual), .activation = check_activation(activation, gated), .out_scale = float(out_scale),
         .softcap = float(softcap), .clip = float(clip), .out = mutable_ptr<T>(out),
-        .float32_out = float32_out ? mutable_ptr<float>(out) : nullptr};
+        .float_out = is_float_out ? mutable_ptr<float>(out) : nullptr};
 #if defined(__AVX512BF16__)
-    const bool has_int8_loops = dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
+    const bool quantizes_activations = dispatch_format(w, []<typename F>(F) { return QUANTIZES_ACTIVATIONS<F, T>; });
     if constexpr (std::is_same_v<T, bf16>)
-      if (m > MAX_CPU_TOKENS && !has_int8_loops) return submit(PrefillLinearOp{op});
+      if (m > MAX_CPU_TOKENS && !quantizes_activations) return submit(PrefillLinearOp{op});
 #endif
     submit(op);
   });
@@ -176,7 +177,8 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, OptTensor residual) {
   return out;
 }
 
-// Checks the values of input_order here, and not when a CPU graph is replayed: input_order is as constant as a weight.
+// Checks the values of input_order here, and not at every replay of a CPU graph: input_order is as constant as a
+// weight.
 Tensor permute_inputs(Tensor x, Tensor input_order) {
   const int64_t k = x.size(-1), m = check_rows(x, k, {}), n = input_order.numel();
   STD_TORCH_CHECK(input_order.scalar_type() == ScalarType::Int && input_order.is_contiguous() &&
@@ -354,26 +356,29 @@ Tensor dequantize(Tensor weight, OptTensor scales, OptTensor zeros, StringHandle
 }
 
 extern "C" {
-// Return the names that these kernels know, "Unquantized, Int8, ...": build.py: cpp_formats, cpp_activations.
+// What Python asks about these kernels.
+
+// Return the names that these kernels know: "Unquantized, Int8, ...".
 const char* format_names() { return NAMES_OF(FORMATS); }
 const char* activation_names() { return NAMES_OF(ACTIVATIONS); }
-// Returns whether 16-bit activations are rounded to int8 for this format: build.py: has_int8_activations.
-int format_int8_activations(const char* name) {
-  return dispatch(Formats{}, find_name(NAMES_OF(FORMATS), name), []<typename F>(F) { return F::INT8_ACTIVATIONS; });
+// Returns whether the matmul with weights of this format quantizes 16-bit activations.
+int format_quantizes_activations(const char* name) {
+  const int64_t index = find_name(NAMES_OF(FORMATS), name);
+  return dispatch(Formats{}, index, []<typename F>(F) { return F::QUANTIZES_ACTIVATIONS; });
 }
-// Returns the most tokens for which these kernels multiply unquantized weights faster than PyTorch does, as measured in
-// docs/measurements.md.
+// Returns up to how many tokens these kernels multiply unquantized weights faster than PyTorch does
+// (docs/measurements.md).
 int max_unquantized_tokens(int is_bf16) {
   return !HAS_WIDE_REGISTERS ? BLOCK_M : is_bf16 ? MAX_CPU_TOKENS : MAX_CPU_TOKENS / 2;
 }
-// Return whether these kernels compute more than MAX_CPU_TOKENS tokens faster than PyTorch does: matmuls with int8
-// activations, fused_linear with others, and attend. Where bf16 has AMX, PyTorch multiplies with AMX, and the two were
+// Return whether these kernels compute more than MAX_CPU_TOKENS tokens faster than PyTorch does: matmuls that quantize
+// activations, fused_linear without that, and attend. On CPUs with AMX, PyTorch multiplies bf16 with AMX. The two were
 // not compared.
-int has_int8_prefill() { return HAS_FAST_DOT4 && !has_amx(); }
+int has_quantized_prefill() { return HAS_FAST_DOT4 && !has_amx(); }
 int has_prefill_linear(int is_bf16) { return HAS_PREFILL_LINEAR && is_bf16 && !has_amx(); }
 int has_prefill_attention(int is_bf16) { return HAS_WIDE_REGISTERS && !(is_bf16 && has_amx()); }
 
-// Only the tests call the rest. elements_per_byte is also in formats/.
+// Only the tests call the functions below, to compare C++ with formats/ and to know what runs on AMX.
 int format_elements_per_byte(const char* name) {
   return dispatch(Formats{}, find_name(NAMES_OF(FORMATS), name), []<typename F>(F) {
     if constexpr (std::is_same_v<F, Unquantized>) return 1;

@@ -1,15 +1,15 @@
 // What the loops of dot.h prefetch. A core reaches memory's bandwidth only if it asks for weights long before it
-// multiplies them: PREFETCH_DISTANCE bytes ahead, in the order of reading. A loop over two adjacent blocks reads them
-// side by side, then the next two:
+// multiplies them: PREFETCH_DISTANCE bytes ahead, in the order of reading. A loop over a pair of adjacent blocks reads
+// both in step, then the next pair:
 //
 //     block 0  ------->  block 2  ------->  block 4
 //     block 1  ------->  block 3  ------->  block 5
 //
-// The scales of groups are read side by side, too, in short runs: those of block 0 end where those of block 1 begin,
-// which misleads the processor's own prefetcher. So they are prefetched in the same order.
+// The scales of the pair's groups are read in step, too. Prefetch them in the same order. They mislead the processor's
+// own prefetcher, because the scales of block 0 end where those of block 1 begin.
 //
 // With more than BLOCK_M tokens, the loop runs once for each tile of tokens. Only the first tile reads the blocks from
-// memory. So that memory is never idle, each of n tiles prefetches an n-th of the next blocks:
+// memory. Each of n tiles prefetches an n-th of the next blocks, to keep memory busy all the time:
 //
 //     tokens 0-3    read blocks 0 and 1, prefetch the first half of blocks 2 and 3
 //     tokens 4-8    read blocks 0 and 1, prefetch the second half
@@ -20,22 +20,22 @@
 // A core that reads 40 GB/s at a latency of 200 ns has 8,000 bytes in flight. L1 then still has room for activations.
 constexpr int64_t PREFETCH_DISTANCE = 8192;
 
-// A tile is up to BLOCK_M tokens, which a loop multiplies together. This one is tile index of n_tiles, and multiplies
-// with n_adjacent blocks that are adjacent in memory: 1 or 2.
+// A tile is up to BLOCK_M tokens that a loop multiplies together. index counts the n_tiles tiles. n_adjacent is the
+// number of the loop's blocks that are adjacent in memory: 1 or 2.
 struct TokenTile { int64_t index, n_tiles, n_adjacent; };
 
-// Prefetches for a loop over M tokens that reads BLOCKS blocks side by side.
+// Prefetches for a loop over M tokens that reads BLOCKS blocks in step.
 template <int M, int BLOCKS> class Prefetcher {
   static constexpr bool IS_ONLY = M <= 2;  // one or two tokens are the only tile
   int64_t distance;   // in bytes, from the first weights of a block to the weights that are prefetched first
   int64_t step = 64;  // bytes to prefetch for 64 bytes read
-  // Blocks 0 and 1 are read side by side, so what comes after block 0 is block 2. From offset jump_from on, the
-  // prefetched address is jump_bytes further, to skip block 1:
+  // Blocks 0 and 1 are read in step, so block 2 follows block 0. From offset jump_from on, the prefetched address is
+  // jump_bytes further, to skip block 1:
   //
   //     | block 0      read | block 1            | block 2  prefetched     |
   //                     |<--- distance + jump_bytes --->|
   int64_t jump_from, jump_bytes;
-  int64_t distance_groups, jump_groups;  // distance and jump_bytes, as groups of weights
+  int64_t distance_groups, jump_groups;  // distance and jump_bytes, counted in groups of weights
 
  public:
   Prefetcher(const Weights& w, const TokenTile& tile)

@@ -1,7 +1,7 @@
 // The operation attend for more than MAX_CPU_TOKENS new tokens, as in a prefill. The algorithm is FlashAttention-2:
 //
 //     task     a block of new tokens of a key/value head: its rows are (token, query head) pairs
-//     tile     KEY_TILE keys and values, which the thread packs once for all rows of the task
+//     tile     KEY_TILE keys and values; the thread packs them once for all rows of the task
 //
 //     for each tile:                                            [rows, KEY_TILE]
 //         for MR rows at a time:
@@ -10,11 +10,11 @@
 //             acc    +=  p v                                    [MR, head_dim]
 //     out = acc / l_i
 //
-// PyTorch computes the scores of all keys up to the last token, and then masks the keys that a token does not see,
-// unless the sequence begins with the new tokens. Here the time depends on the number of keys that the tokens see.
+// The time depends on the number of keys that the tokens see. PyTorch computes the scores of all keys up to the last
+// token, and masks those that a token does not see. It skips them only if the sequence begins with the new tokens.
 //
-// With registers of 64 bytes these loops are 2 to 4 times as fast as PyTorch (docs/measurements.md). Other CPUs call
-// PyTorch.
+// With registers of 64 bytes these loops are 2 to 4 times as fast as PyTorch (docs/measurements.md). On other CPUs,
+// PyTorch computes prefill.
 #pragma once
 
 #include "attention.h"
@@ -89,7 +89,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
   void execute(char* memory, Barrier& barrier) const {
     T* q = reinterpret_cast<T*>(memory);
     this->rope_and_cache(q, barrier);
-    // The threads take the tasks in turns, since later blocks of tokens see more keys and take longer.
+    // The threads take the tasks in turns, because later blocks of tokens see more keys and take longer.
     const int64_t n_blocks = divide_up(query_len, block_tokens()), n_caches = batch * n_kv_heads;
     for (int64_t i = omp_get_thread_num(); i < n_blocks * n_caches; i += omp_get_num_threads())
       attend_block(q, i % n_caches / n_kv_heads, i % n_kv_heads, i / n_caches);
@@ -178,7 +178,7 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
       if (!rows.is_scale_only) modify_scores(rows, row + r, key, scores[r]);
       if (visible[r].begin > 0 || visible[r].end < KEY_TILE) mask_row(visible[r], scores[r]);
     }
-    // All rows at each step, since the steps of a single row wait for each other.
+    // Each step for all rows, because the steps of a single row wait for each other.
     float* const acc = buffers.acc + row * width();
     SoftmaxState* const softmax = buffers.softmax + row;
     const float exponent_scale = this->exponent_scale(rows);
@@ -195,8 +195,8 @@ template <typename T> struct PrefillAttendOp : AttendOp<T> {
                            KEY_TILE / VNNI_SIZE<T>, acc + column, width());
   }
 
-  // Scores [KEY_TILE] are q k^T, or what modify_scores makes of q k^T. score * exponent_scale is the exponent of a
-  // softmax with base 2. SoftmaxState::m_i is the maximum of these exponents.
+  // score * exponent_scale is the exponent of a softmax with base 2, and SoftmaxState::m_i is the maximum of these
+  // exponents. If is_scale_only, a score is q k^T without the scale. Otherwise modify_scores has applied it.
   float exponent_scale(const Rows& rows) const { return LOG2_E * (rows.is_scale_only ? this->score_mod.scale : 1.0f); }
 
   void modify_scores(const Rows& rows, int64_t row, int64_t key, float* scores) const {

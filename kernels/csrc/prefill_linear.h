@@ -1,5 +1,5 @@
-// The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill: for
-// unquantized weights and 8-bit floats. Other formats quantize the activations (linear.h: FusedLinearOp).
+// The operation fused_linear for more than MAX_CPU_TOKENS tokens with bf16 activations, as in a prefill. It is for the
+// formats that do not quantize activations: unquantized weights and 8-bit floats. FusedLinearOp computes the others.
 //
 //     task     a block of tokens, and NR outputs
 //     panel    PANEL_K inputs of the task's weights, dequantized to bf16 once for all tokens of the task. The prologue
@@ -9,8 +9,8 @@
 //         for MR tokens at a time:  acc [MR, NR] += x [MR, PANEL_K] panel
 //     out = epilogue(acc)
 //
-// A panel stays in the L1 cache for all tokens of the task. PyTorch would dequantize a whole matrix to memory first,
-// and round the weights to bf16, too.
+// A panel stays in the L1 cache for all tokens of the task. PyTorch would first dequantize a whole matrix to memory. It
+// would round the weights to bf16, too.
 #pragma once
 
 #include "bf16_weights.h"
@@ -19,7 +19,7 @@
 
 #if defined(__AVX512BF16__)
 
-// Multiplies tile [n_pairs] of e4m3 weights, which are not scaled yet, with the scales of their groups.
+// Multiplies a tile [n_pairs] of unscaled e4m3 weights with the scales of their groups.
 template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t first_input, int64_t n_pairs,
                                       i32x16* tile) {
   for (int64_t i = 0; i < n_pairs; i++) {
@@ -32,9 +32,9 @@ template <typename F> void scale_tile(const Weights& w, int64_t block, int64_t f
 
 struct PrefillLinearOp : FusedLinearOp<bf16> {
   static constexpr int64_t PANEL_K = 256, PANEL_PAIRS = PANEL_K / 2, PANEL_BYTES = PANEL_K * sizeof(bf16);
-  // With 96 tokens, dequantization takes a few percent of the time of the matmul; with fewer tokens it would take more.
+  // With 96 tokens, dequantization takes a few percent of the time of the matmul. With fewer tokens it takes more.
   static constexpr int64_t MIN_BLOCK_TOKENS = 96, MAX_BLOCK_TOKENS = 516;
-  static constexpr int64_t TASKS_PER_THREAD = 8;  // enough that no thread ends much later than other threads
+  static constexpr int64_t TASKS_PER_THREAD = 8;  // enough that no thread ends much later than the others
 
   Prologue<bf16> prologue() const { return {x, m, w, norm_weight, eps, PANEL_K, MR}; }
   size_t shared_bytes() const { return prologue().shared_bytes(); }
@@ -65,7 +65,7 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
     VnniPair* panel = panel_scratch.at_least<VnniPair>(PANEL_PAIRS * NR);
     float* acc = acc_scratch.at_least<float>(round_up(tokens.end - tokens.begin, MR) * NR);
     dispatch_format(w, [&]<typename F>(F) {
-      if constexpr (!F::INT8_ACTIVATIONS) matmul_blocks<F>(x_pairs, blocks, tokens, panel, acc);
+      if constexpr (!F::QUANTIZES_ACTIVATIONS) matmul_blocks<F>(x_pairs, blocks, tokens, panel, acc);
     });
     for (int64_t token = tokens.begin; token < tokens.end; token += MR, acc += MR * NR)
       store_outputs(acc, first_block, blocks, {token, std::min(token + MR, tokens.end)});
@@ -101,8 +101,8 @@ struct PrefillLinearOp : FusedLinearOp<bf16> {
   }
 
   static void matmul_panel(const VnniPair* x, const VnniPair* panel, int64_t n_pairs, bool accumulates,
-                           int64_t n_tokens, float* acc) {
-    for (int64_t token = 0; token < n_tokens; token += MR, x += MR * PANEL_PAIRS, acc += MR * NR) {
+                           int64_t num_tokens, float* acc) {
+    for (int64_t token = 0; token < num_tokens; token += MR, x += MR * PANEL_PAIRS, acc += MR * NR) {
       const auto gemm = accumulates ? microkernel<bf16, true> : microkernel<bf16, false>;
       gemm(x, PANEL_PAIRS, panel, BLOCK_N, PANEL_PAIRS * BLOCK_N, n_pairs, acc, NR);
     }

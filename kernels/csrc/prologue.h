@@ -1,4 +1,4 @@
-// The prologue of a matmul: norms the activations, and then quantizes them, converts them, or copies them into panels.
+// The prologue of a matmul: norms the activations. Then it quantizes them, converts them, or copies them into panels.
 // Every operation with a matmul runs a Prologue first.
 #pragma once
 
@@ -18,8 +18,8 @@ template <typename T> float inverse_rms(const T* x, float eps, int64_t k) {
   return 1 / std::sqrt(sum(squares) / k + eps);
 }
 
-// Returns elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds x * inverse_rms to T first, as
-// layers/linear.py: rms_norm_torch does.
+// Returns elements [i, i + 16) of x [k] * inverse_rms * weight [k]. Rounds x * inverse_rms to T first, like
+// layers/linear.py: rms_norm_torch.
 template <typename T> f32x16 normed_vec(const T* x, const T* weight, float inverse_rms, int64_t i, int64_t k) {
   T rounded[LANES];
   store_vec(load_partial(x, i, k) * inverse_rms, rounded);
@@ -40,11 +40,11 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 //
 //     sum of (w - zero) * x  =  sum of w * x  -  zero * (sum of x)
 //
-// The sum of x is the same for all outputs, so quantize_token computes it once (ggml: s of block_q8_1). What
+// The sum of x is the same for all outputs, so quantize_token computes it once, like s of ggml's block_q8_1. What
 // zero_correction holds depends on the format:
 //
-//     all weights have one zero point, F::SHARED_ZERO    -F::SHARED_ZERO * (sum of q), of this ActGroup
-//     each group of weights has its own                  the sum of x from the start of that group up to here. The loop
+//     all weights share F::SHARED_ZERO                   -F::SHARED_ZERO * (sum of q), of this ActGroup
+//     each group of weights has a zero point             the sum of x from the start of that group up to here. The loop
 //                                                        reads it once, in the last ActGroup of the group
 //
 // With groups of 48 weights, and sums s0, s1, ... of ActGroups:
@@ -54,19 +54,20 @@ template <typename T> const T* apply_norm(const T* x, const T* weight, float inv
 //     zero_correction     s0    s0 + s1    s0+s1+s2     s3    s3 + s4    s3+s4+s5
 //                                          read                          read
 struct ActGroup {
-  float scale;  // NaN if an element of x is not finite, which makes the outputs NaN
+  float scale;  // NaN if an element of x is not finite: then the outputs are NaN
   float zero_correction;  // see above
   int8_t q[ACT_GROUP_SIZE];
 };
 
-// Whether activations of type T are quantized for a matmul with weights of format F. Float32 activations (--precision
-// float32) are never quantized.
-template <typename F, typename T> constexpr bool ROUNDS_TO_INT8 = F::INT8_ACTIVATIONS && !std::is_same_v<T, float>;
-
-// Whether activations of type T become float for a matmul with weights of format F.
+// Whether a matmul with weights of format F quantizes activations of type T. Float32 activations (--precision float32)
+// are never quantized.
 template <typename F, typename T>
-constexpr bool WIDENS_TO_FLOAT = !std::is_same_v<F, Unquantized> && !F::INT8_ACTIVATIONS && !std::is_same_v<T, float> &&
-                                 !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
+constexpr bool QUANTIZES_ACTIVATIONS = F::QUANTIZES_ACTIVATIONS && !std::is_same_v<T, float>;
+
+// Whether a matmul with weights of format F converts activations of type T to float.
+template <typename F, typename T>
+constexpr bool WIDENS_ACTIVATIONS = !std::is_same_v<F, Unquantized> && !F::QUANTIZES_ACTIVATIONS &&
+                                    !std::is_same_v<T, float> && !(std::is_same_v<T, bf16> && F::BF16_ACTIVATIONS);
 
 // Quantizes x [k] to groups [padded k / ACT_GROUP_SIZE]. F is the format of w. An f32x16 holds the x of a group.
 static_assert(ACT_GROUP_SIZE == LANES);
@@ -77,7 +78,7 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
   float running_sum = 0;
   for (int64_t k = 0; k < w.k; k += LANES) {
     const f32x16 v = load_partial(x, k, w.k);
-    // Without the sign bit, the bits of floats are ordered as the floats are, and NaN is the largest.
+    // Without the sign bit, the bits of floats have the order of the floats. NaN is the largest.
     const f32x16 max = (f32x16)reduce_lanes((i32x16)v & 0x7fffffff, maximum);
     const i32x16 q = (i32x16)(v * (max > 1e-30f ? 127 / max : f32x16{}) + to_int) - (i32x16)to_int;
     const i8x16 bytes = __builtin_convertvector(q, i8x16);
@@ -96,10 +97,10 @@ template <typename F, typename T> void quantize_token(const T* x, const Weights&
 // float [k] or T [k].
 template <typename F, typename T>
 using ActElement =
-    std::conditional_t<ROUNDS_TO_INT8<F, T>, ActGroup, std::conditional_t<WIDENS_TO_FLOAT<F, T>, float, T>>;
+    std::conditional_t<QUANTIZES_ACTIVATIONS<F, T>, ActGroup, std::conditional_t<WIDENS_ACTIVATIONS<F, T>, float, T>>;
 
-// The address of a token after the prologue. The type is void, since the format F is known only at run time.
-// matmul_by_format (dot.h) casts the address to const ActElement<F, T>*.
+// The address of a token after the prologue. It points to void because the format F is known only at run time.
+// matmul_by_format (dot.h) casts it to const ActElement<F, T>*.
 using TokenPtr = const void*;
 
 // The prologue of x [m, k] W^T. If norm_weight [k] is not null, applies RMSNorm first.
@@ -110,7 +111,7 @@ using TokenPtr = const void*;
 //     panel 0    token 0: inputs 0 to panel_k - 1              token 1: the same inputs     ...    token m - 1
 //     panel 1    token 0: inputs panel_k to 2 panel_k - 1      token 1                      ...    token m - 1
 //
-// A panel's inputs beyond k are zeros. m is padded to a multiple of panel_m by tokens of any values, whose outputs are
+// A panel's inputs beyond k are zeros. m is padded to a multiple of panel_m by tokens of any values. Their outputs are
 // not stored.
 template <typename T> struct Prologue {
   const T* x;
@@ -120,25 +121,25 @@ template <typename T> struct Prologue {
   float eps;
   int64_t panel_k = 0, panel_m = 1;  // the sizes of panels. Without panels, panel_k is 0
 
-  bool is_quantized() const {
-    return !panel_k && dispatch_format(w, []<typename F>(F) { return ROUNDS_TO_INT8<F, T>; });
+  bool quantizes_activations() const {
+    return !panel_k && dispatch_format(w, []<typename F>(F) { return QUANTIZES_ACTIVATIONS<F, T>; });
   }
-  bool is_widened() const {
-    return !panel_k && dispatch_format(w, []<typename F>(F) { return WIDENS_TO_FLOAT<F, T>; });
+  bool widens_activations() const {
+    return !panel_k && dispatch_format(w, []<typename F>(F) { return WIDENS_ACTIVATIONS<F, T>; });
   }
   int64_t padded_m() const { return round_up(m, panel_m); }
   int64_t padded_k() const { return round_up(w.k, panel_k ? panel_k : 32); }  // 32 elements of 16 bits: a cache line
 
   // Returns the bytes of a token after the prologue. 0 means that the matmul reads x itself.
   int64_t token_bytes() const {
-    if (is_quantized()) return padded_k() / ACT_GROUP_SIZE * sizeof(ActGroup);
-    if (is_widened()) return padded_k() * sizeof(float);
+    if (quantizes_activations()) return padded_k() / ACT_GROUP_SIZE * sizeof(ActGroup);
+    if (widens_activations()) return padded_k() * sizeof(float);
     return norm_weight || panel_k ? padded_k() * sizeof(T) : 0;
   }
   int64_t bytes() const { return padded_m() * token_bytes(); }
 
   // Whether the threads share the tokens. With few tokens, each thread runs the prologue of all tokens in its own
-  // scratch memory, which is cheaper than a barrier.
+  // scratch memory. That is cheaper than a barrier.
   bool is_shared() const { return m > BLOCK_M && token_bytes() > 0; }
   size_t shared_bytes() const { return is_shared() ? bytes() : 0; }
 
@@ -166,12 +167,12 @@ template <typename T> struct Prologue {
     char* out = memory + i * token_bytes();
     const T* token = x + i * w.k;
     if (norm_weight) {
-      const bool is_last_step = !is_quantized() && !is_widened() && !panel_k;
+      const bool is_last_step = !quantizes_activations() && !widens_activations() && !panel_k;
       T* normed = is_last_step ? reinterpret_cast<T*>(out) : scratch.at_least<T>(padded_k());
       token = apply_norm(token, norm_weight, inverse_rms(token, eps, w.k), w.k, normed);
     }
-    if (is_quantized()) quantize(token, reinterpret_cast<ActGroup*>(out));
-    if (is_widened())
+    if (quantizes_activations()) quantize(token, reinterpret_cast<ActGroup*>(out));
+    if (widens_activations())
       for (int64_t k = 0; k < w.k; k += LANES)
         store_partial(load_partial(token, k, w.k), reinterpret_cast<float*>(out), k, w.k);
     if (panel_k) copy_to_panels(token, i, reinterpret_cast<T*>(memory));
@@ -179,7 +180,7 @@ template <typename T> struct Prologue {
 
   void quantize(const T* token, ActGroup* out) const {
     dispatch_format(w, [&]<typename F>(F) {
-      if constexpr (ROUNDS_TO_INT8<F, T>) quantize_token<F>(token, w, out);
+      if constexpr (QUANTIZES_ACTIVATIONS<F, T>) quantize_token<F>(token, w, out);
     });
   }
 

@@ -1,5 +1,5 @@
 // The operation rope_and_cache: norms and rotates the new queries and keys, and writes the new keys and values into the
-// cache. ops.cpp submits it where PyTorch computes the attention. Elsewhere it is phase 1 of attend.
+// cache. It is phase 1 of attend. Where PyTorch computes the attention, it is an operation of its own.
 //
 //     qkv of a token    [q heads | k heads | v heads]
 //                           |         |         |
@@ -22,7 +22,7 @@ template <typename T> void apply_rope(const T* x, const float* cos_sin, int64_t 
   }
 }
 
-// The task of a thread is a head of a token.
+// A task is a head of a token. The threads share the tasks.
 template <typename T> struct RopeAndCacheOp {
   const T* qkv;                            // [batch, query_len, n_heads + 2 n_kv_heads, head_dim]
   const int64_t* start_pos;                // [batch]: the position of each sequence's first new token

@@ -1,8 +1,8 @@
-// Vectors of 16 numbers, which all kernels compute with, and the types of activations: float, f16 and bf16.
+// Vectors of 16 numbers for all kernels, and the types of activations: float, f16 and bf16.
 //
-// The types are vector extensions of GCC and clang: an f32x16 has 16 lanes of float. An f32x16 fills one AVX-512
-// register or two AVX2 registers; on other CPUs the compiler chooses. Intrinsics are used only where the compiler would
-// convert one element at a time.
+// The types are vector extensions of GCC and clang: an f32x16 has 16 lanes of float. It fills one AVX-512 register or
+// two AVX2 registers. On other CPUs the compiler chooses. Intrinsics stand only where the compiler would convert one
+// element at a time.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -92,8 +92,7 @@ inline void store_vec(f32x16 v, f16* p) {
 #endif
 }
 
-// Load or store elements [first, first + 16) of an array p [n]. Elements beyond the end are loaded as zeros, and are
-// not stored.
+// Load or store elements [first, first + 16) of an array p [n]. Elements beyond the end are zeros, and are not stored.
 template <typename T> inline f32x16 load_partial(const T* p, int64_t first, int64_t n) {
   if (first + LANES <= n) return load_vec(p + first);
   T padded[LANES] = {};
@@ -138,8 +137,8 @@ inline f32x16 lookup(f32x16 table, i32x16 indices) {
 #endif
 }
 
-// Returns 2^(e - 127) for exponents e [16]. A float's exponent field has the bias 127, so e is shifted into that field.
-// The exception is e = 0: 2^-127 is a subnormal number, whose only bit is the highest bit of the mantissa.
+// Returns 2^(e - 127) for exponents e [16]. Shifts e into the exponent field of a float, which has the bias 127. The
+// exception is e = 0: 2^-127 is a subnormal number. Its only bit is the highest bit of the mantissa.
 inline f32x16 decode_e8m0(const uint8_t* exponents) {
 #if defined(__AVX512F__)
   i32x16 bits = (i32x16)_mm512_cvtepu8_epi32(load<__m128i>(exponents));
@@ -195,7 +194,7 @@ inline f32x16 max_vec(f32x16 a, f32x16 b) {
 #endif
 }
 
-// Returns the largest lane of v, which has no NaN.
+// Returns the largest lane of v. v must not have NaN.
 inline float max_lane(f32x16 v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
@@ -211,7 +210,8 @@ inline float max_lane(f32x16 v) {
 #endif
 
 // Returns a vector whose lane i is the sum of all lanes of v[i], for v [16]. Overwrites v.
-// Each step turns two vectors into one: interleaves the lower halves, interleaves the upper halves, adds both results.
+//
+// Each step turns two vectors into one: it interleaves the lower halves and the upper halves, and adds the results.
 inline f32x16 transpose_reduce_add(f32x16* v) {
 #pragma GCC unroll 4  // so that v stays in registers
   for (int n = 8; n; n /= 2)
@@ -272,13 +272,14 @@ inline bool any_lane(i32x16 is_true) {
 #endif
 }
 
-// Adding ROUND_TO_INT to x, |x| < 2^22, rounds x to an integer, because the sum has no mantissa bits for a fraction.
-// Subtracting ROUND_TO_INT from the sum gives the integer as a float. Subtracting the bits gives the integer as an int.
+// Add ROUND_TO_INT to x, |x| < 2^22, to round x to an integer: the sum has no mantissa bits for a fraction. Subtract
+// ROUND_TO_INT for the integer as a float. Subtract its bits from the bits of the sum for the integer as an int.
 constexpr float ROUND_TO_INT = 12582912.0f;  // 1.5 * 2^23
 
 // Returns e^x to float's precision. Clamps x to [-87, 88] first. NaN stays NaN.
-// x = n ln 2 + r with an integer n, so e^x = 2^n e^r. A polynomial of Cephes gives e^r; adding n to the exponent field
-// of e^r multiplies by 2^n.
+//
+// x = n ln 2 + r with an integer n, so e^x = 2^n e^r. e^r is a polynomial of Cephes. Adding n to its exponent field
+// multiplies by 2^n.
 inline f32x16 exp_vec(f32x16 x) {
   x = x < -87.0f ? f32x16{} - 87.0f : x;
   x = x > 88.0f ? f32x16{} + 88.0f : x;
@@ -295,7 +296,8 @@ inline f32x16 exp_vec(f32x16 x) {
 }
 
 // Returns 2^x to float's precision, for x <= 0. Powers below 2^-126 may become 0, and 2^-infinity is 0. NaN stays NaN.
-// x = n + r with an integer n, and a polynomial gives 2^r; its coefficients minimize the relative error for |r| <= 1/2.
+//
+// x = n + r with an integer n. 2^r is a polynomial whose coefficients minimize the relative error for |r| <= 1/2.
 inline f32x16 exp2_vec(f32x16 x) {
 #if defined(__AVX512F__)
   x = max_vec(f32x16{} - 200.0f, x);  // 2^-200 is rounded to 0
@@ -319,8 +321,8 @@ inline f32x16 exp2_vec(f32x16 x) {
 #endif
 }
 
-// Returns tanh(x) to float's precision. NaN stays NaN. The formula with e^(2x) loses precision near zero, so a
-// polynomial of Cephes serves |x| < 0.625.
+// Returns tanh(x) to float's precision. NaN stays NaN. For |x| < 0.625 it is a polynomial of Cephes, because the
+// formula with e^(2x) loses precision near zero.
 inline f32x16 tanh_vec(f32x16 x) {
   const f32x16 x2 = x * x, large = 1 - 2 / (1 + exp_vec(2 * x));
   f32x16 p = f32x16{} - 5.70498872745e-3f;

@@ -6,8 +6,8 @@
 //     l_i     =  the sum of p
 //     output  =  (the sum of p v) / l_i         =  softmax(scores) v
 //
-// The output is the same for every m_i, and the maximum keeps p from overflowing. m_i ignores a score that is NaN. Its
-// p is NaN, and so is the output.
+// The output is the same for every m_i. The maximum keeps p from overflowing. m_i ignores a score that is NaN. Its p is
+// NaN, and so is the output.
 #pragma once
 
 #include "simd.h"
@@ -36,8 +36,7 @@ inline float exponentiate(const float* scores, int64_t n, float exponent_scale, 
 //     weights_s  =  alpha_s / l_i
 //     output     =  the sum of weights_s * (the sum of p v of split s)
 //
-// splits[s * stride] is m_s and l_s. A sink is the score of one more key, whose value is zero; -infinity means that
-// there is no sink.
+// splits[s * stride] is m_s and l_s. A sink is the score of one more key, whose value is zero. -infinity means no sink.
 inline void combine_softmaxes(const SoftmaxState* splits, int64_t n, int64_t stride, float sink, float* weights) {
   float m_i = sink * LOG2_E;
   for (int64_t s = 0; s < n; s++) m_i = std::max(m_i, splits[s * stride].m_i);

@@ -28,9 +28,9 @@ inline Range split_range(int64_t i, int64_t n_parts, int64_t n) { return {n * i 
 // The range of n tasks that the calling thread of a parallel region has.
 inline Range thread_range(int64_t n) { return split_range(omp_get_thread_num(), omp_get_num_threads(), n); }
 
-// Lets the threads of a parallel region wait for each other. wait spins briefly and then yields the CPU, since on a
-// busy machine the last thread may need this CPU. OpenMP's barrier would go on spinning. The time after the spinning is
-// a stall.
+// Lets the threads of a parallel region wait for each other. wait spins briefly and then yields the CPU, because on a
+// busy machine the last thread may need this CPU. OpenMP's barrier would continue to spin. The time after the spinning
+// is a stall.
 class Barrier {
   std::atomic<int> arrived{0}, round{0};
   std::atomic<int64_t> stalled_ns{0};
@@ -58,18 +58,18 @@ class Barrier {
   double stalled_seconds() const { return stalled_ns.load(std::memory_order_relaxed) * 1e-9; }
 };
 
-// Decides how many threads a repeated computation uses, such as the replay of an OpList. If another program needs a
-// core, the thread on that core stops for milliseconds, and all other threads wait at the next barrier. Then fewer
-// threads are faster.
+// Decides how many threads a repeated computation uses, such as the replay of an OpList. Fewer threads are faster while
+// another program needs a core: the thread on that core stops for milliseconds, and all other threads wait at the next
+// barrier.
 //
 //     what happens                          what ThreadCount does
 //     threads stall                         tries fewer threads for some repetitions, and keeps the faster number
-//     no stalls, some threads are unused    tries more threads again, since the other program may have ended
+//     no stalls, some threads are unused    tries more threads again: the other program may have ended
 //     no stalls, all threads are used       nothing: the machine is idle
 //     a trial gains nothing                 returns to the earlier number; the next trial waits twice as long
 //     a pause                               forgets everything
 //
-// If two programs decode at the same time, both must use fewer threads before either gets faster. So the trials of both
+// If two programs decode at the same time, both must use fewer threads before either gets faster. So their trials
 // should coincide, although neither program knows of the other. A trial begins when the common clock passes a multiple
 // of `patience` windows:
 //
@@ -77,8 +77,8 @@ class Barrier {
 //     first program                          trial   trial           trial      patience 2, 4, 8
 //     second program, starts in 5                            trial   trial      patience 2, 4
 //
-// Graphs of different length may take turns: in speculative decoding, the graphs of the draft and of the model. To make
-// times comparable, the time of a repetition is divided by the time that the second replay of the same graph took.
+// Graphs of different length may take turns, such as those of draft and model in speculative decoding. To compare their
+// times, add divides the time of a repetition by the time of the second replay of the same graph.
 class ThreadCount {
   static constexpr double WINDOW_SECONDS = 0.03;  // repetitions are timed for at least this long before a decision
   static constexpr int MIN_TIMED = 2;             // and at least this many repetitions
@@ -89,7 +89,7 @@ class ThreadCount {
   static constexpr double PAUSE_SECONDS = 1;
 
   int most = 0, current = 0;     // numbers of threads
-  int before_trial = 0;          // the number of threads before the current trial; 0 means that there is no trial
+  int before_trial = 0;          // the number of threads before the current trial, or 0 if there is no trial
   int divisor = 2;               // the next trial of fewer threads uses current / divisor threads less
   int patience = LESS_PATIENCE;  // windows between two trials
   double mean_before_trial = 0;  // the mean relative time before the current trial
@@ -107,8 +107,8 @@ class ThreadCount {
     return current;
   }
 
-  // Takes the times of a repetition: when the repetition ended, how long the repetition took, how long its threads
-  // stalled (the sum over all threads), and how long an earlier repetition of the same computation took.
+  // Takes the times of a repetition: when it ended, how long it took, how long its threads stalled (the sum over all
+  // threads), and how long an earlier repetition of the same computation took.
   void add(double end, double seconds, double stalled_seconds, double reference_seconds) {
     const int64_t window = int64_t(end / WINDOW_SECONDS);
     const double relative = seconds / reference_seconds;

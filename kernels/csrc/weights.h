@@ -3,8 +3,8 @@
 //
 //     y [m, n] = x [m, k] W [n, k]^T      m tokens, k inputs, n outputs
 //
-// In these files "token" means a row of x, "output" a row of W, and "sequence" a row of the batch and of the KV cache.
-// W has a name at each stage:
+// In csrc/ a token is a row of x, an output is a row of W, and a sequence is a row of the batch and of the KV cache. W
+// has a name at each stage:
 //
 //     Tensor weight      what PyTorch passes to ops.cpp
 //     Weights w          addresses and sizes of the packed W, scales and zeros; all other files get a Weights
@@ -15,15 +15,15 @@
 #include "names.h"
 #include "op_list.h"
 
-// Python's numbers, which build.py passes to the compiler
-constexpr int64_t MAX_CPU_TOKENS = GPTFAST_MAX_CPU_TOKENS;  // the most tokens of an operation, of all sequences
+// Numbers of Python, which kernels/build.py passes to the compiler
+constexpr int64_t MAX_CPU_TOKENS = GPTFAST_MAX_CPU_TOKENS;  // of an operation, of all sequences together
 constexpr int64_t BLOCK_N = GPTFAST_BLOCK_N;                // the outputs of a block: one for each lane of an f32x16
 constexpr int64_t ACT_GROUP_SIZE = GPTFAST_ACT_GROUP_SIZE;  // the activations that share a scale as int8 (prologue.h)
 
-constexpr int64_t BLOCK_M = 8;  // the most tokens of a tile: their sums fit in registers
+constexpr int64_t BLOCK_M = 8;  // a tile has up to 8 tokens, whose sums fit in registers
 
 // A matrix [n, k], or a stack of matrices [n_experts, n, k] (see expert). A packed matrix is stored in blocks of 16
-// outputs, so that one load has a word of 4 bytes of each output:
+// outputs. One load then has a word of 4 bytes of each output:
 //
 //                64 bytes, one load
 //     word 0     output 0   output 1   output 2   ...   output 15      elements 0-3 (8 bits) or 0-7 (4 bits) of each
@@ -38,7 +38,7 @@ constexpr int64_t BLOCK_M = 8;  // the most tokens of a tile: their sums fit in 
 //     Float8         float8.h draws the order of the bytes
 //
 // The last block is padded to 16 outputs, and each output to a multiple of ACT_GROUP_SIZE inputs. Unquantized weights
-// that are not packed are stored output by output (layers/packing.py says which are packed).
+// that are not packed are stored output by output. layers/packing.py says which are packed.
 struct Weights {
   int64_t format;                                          // its index in FORMATS
   bool is_packed;
@@ -61,8 +61,8 @@ struct Weights {
     return w;
   }
 
-  // Scales and zeros are [n_blocks, n_groups, 16]. scales_of and zeros_of return the address of 16 of them, where
-  // group = block * n_groups + the index of the group in the block.
+  // Scales and zeros are [n_blocks, n_groups, 16]. scales_of and zeros_of return the address of 16 of them. Here, group
+  // is block * n_groups + the index of the group in the block.
   template <typename T> const T* scales_of(int64_t group) const {
     return reinterpret_cast<const T*>(scales) + group * BLOCK_N;
   }
@@ -81,8 +81,8 @@ struct Weights {
 //     element             element j of each of 16 words
 //     scales_and_zeros    the scales and zeros of 16 outputs in a group (an index as in scales_of)
 //
-// and an entry in FORMATS. Then the loops for any format can read it. Faster loops of its own are a branch of run_loop
-// (dot.h), a specialization of WordDequantizer (bf16_weights.h), or an overload of unpack_words.
+// and an entry in FORMATS. Then the loops for any format can read it. For speed, add a branch to run_loop (dot.h), a
+// specialization of WordDequantizer (bf16_weights.h), or an overload of unpack_words (linear.h).
 
 // The scales and zeros of a block's 16 outputs in one group of inputs:
 //
@@ -92,11 +92,11 @@ struct ScalesAndZeros { f32x16 scales, zeros; };
 
 // A format derives from these defaults.
 struct FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = false;  // whether the matmul rounds 16-bit activations to int8
-  static constexpr bool BF16_ACTIVATIONS = false;  // whether the matmul takes bf16 activations without conversion
-  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // from this number of tokens amx.h is faster than dot.h
+  static constexpr bool QUANTIZES_ACTIVATIONS = false;    // whether the matmul rounds 16-bit activations to int8
+  static constexpr bool BF16_ACTIVATIONS = false;         // whether the matmul takes bf16 activations as they are
+  static constexpr int64_t MIN_AMX_TOKENS = BLOCK_M + 1;  // with fewer tokens dot.h is faster than amx.h
   static constexpr bool HAS_ZEROS = false;                // whether there is a tensor of zero points
-  static constexpr bool HAS_CHANNEL_SCALES = false;       // whether each output has a scale, beside group scales
+  static constexpr bool HAS_CHANNEL_SCALES = false;       // whether each output has a scale, apart from groups
   static constexpr bool SCALE_AFTER_SUM = false;          // whether amx.h scales sums of groups, not weights
   static constexpr int32_t SHARED_ZERO = 0;               // the zero point of all weights, or 0 if zero points differ
   static f32x16 channel_scales(const Weights&, int64_t /* block */) { return f32x16{} + 1; }
@@ -115,7 +115,7 @@ struct PackedBf16 : FormatDefaults {
 };
 
 struct Int8 : FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = true, HAS_CHANNEL_SCALES = true;
+  static constexpr bool QUANTIZES_ACTIVATIONS = true, HAS_CHANNEL_SCALES = true;
   static constexpr int32_t SHARED_ZERO = 128;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 4;
   static i32x16 element(i32x16 words, int j) { return (words >> (8 * j)) & 255; }
@@ -128,7 +128,7 @@ struct Int8 : FormatDefaults {
 };
 
 struct Int4 : FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
+  static constexpr bool QUANTIZES_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int ELEMENTS_PER_WORD = 8, SCALE_BYTES = 2;
   static i32x16 element(i32x16 words, int j) { return (words >> (8 * (j % 4) + 4 * (j / 4))) & 15; }
   // Maps each byte of nibbles, 0 to 15, to the unsigned byte that dot_grouped multiplies.
@@ -140,7 +140,7 @@ struct Int4 : FormatDefaults {
 };
 
 struct GroupedInt8 : FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = true, HAS_ZEROS = true;
+  static constexpr bool QUANTIZES_ACTIVATIONS = true, HAS_ZEROS = true;
   static constexpr int ELEMENTS_PER_WORD = 4, SCALE_BYTES = 2;
   static i32x16 element(i32x16 words, int j) { return Int8::element(words, j); }
   static ScalesAndZeros scales_and_zeros(const Weights& w, int64_t group) {
@@ -148,7 +148,7 @@ struct GroupedInt8 : FormatDefaults {
   }
 };
 
-// 8-bit floats, e4m3, which float8.h converts.
+// 8-bit floats, e4m3. float8.h converts them.
 struct Float8 : FormatDefaults {
   static constexpr bool BF16_ACTIVATIONS = HAS_FLOAT8_BF16, SCALE_AFTER_SUM = true;
   static constexpr int64_t MIN_AMX_TOKENS = 3;
@@ -158,11 +158,11 @@ struct Float8 : FormatDefaults {
   }
 };
 
-// 4-bit floats, e2m1. The matmul takes them as integers q from 0 to 24, with the zero point 12 and half the scale:
+// 4-bit floats, e2m1. The matmul takes a float as an integer q from 0 to 24, with the zero point 12 and half the scale:
 //
 //     q  =  12 + 2 * e2m1        2 * e2m1 is an integer from -12 to 12
 struct MXFP4 : FormatDefaults {
-  static constexpr bool INT8_ACTIVATIONS = true;
+  static constexpr bool QUANTIZES_ACTIVATIONS = true;
   static constexpr int ELEMENTS_PER_WORD = 8, SCALE_BYTES = 1;
   // For the four bits of a number, TABLE has q, and VALUES has the number.
   alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};

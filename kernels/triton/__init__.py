@@ -11,17 +11,17 @@
     sampling.py     sample
 
 linear, formats, moe, attention and sampling register their operations as torch.ops.gptfast_triton.* when they are
-imported (kernels/schema.py). They allocate their results by schema.py's empty_NAME. In these files `import triton` is
+imported (kernels/schema.py). They allocate their results with schema.py's empty_NAME. In these files `import triton` is
 the library.
 
-A weight of int4 takes this way. It is packed once, when the model is loaded:
+A weight of int4 takes this path. It is packed once, when the model is loaded:
 
     formats/triton_layouts.py: pack_tiles, pack_scales     from a checkpoint's bytes to tiles and to words of scales
 
 Then, in every decode step:
 
     linear.py: fused_linear             looks up KERNEL_FORMATS, chooses the tile sizes, launches the kernel
-    linear.py: fused_linear_kernel      the loop over K; each step calls DOT, which is dot_int4
+    linear.py: fused_linear_kernel      the loop over K; each step calls DOT: here dot_int4
     formats.py: dot_int4                acc += scale * (q x - zero * sum of x), by calling
         weights.py: load_tiles              words of 8 elements
         elements.py: tiles_to_floats        words to the left operand of tl.dot, by int4_pair
@@ -32,6 +32,6 @@ Then, in every decode step:
 
 import torch
 
-# These are here because machines without Triton need them, too
+# Here, because machines without Triton need them, too
 TRITON_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_silu", "relu2")  # that epilogue.py computes
 MAGIC_BIASES = {torch.bfloat16: 128, torch.float16: 1024}  # what elements.py: int4_pair adds, by type; 0 for float32

@@ -3,12 +3,12 @@
     attend    q/k norm, RoPE, cache write and softmax([ALiBi] q k^T) v, registered as torch.ops.gptfast_triton.attend
 
 This is Flash-Decoding. The cache is cut into splits. Each program goes over one split with FlashAttention's online
-softmax (arXiv:2205.14135), and the one that finishes last combines the results of all splits. Programs read on the
+softmax (arXiv:2205.14135). The program that finishes last combines the results of all splits. Programs read on the
 device how many tokens the cache holds, so one CUDA graph serves every position.
 
 In shape comments B is sequences, T new tokens of a sequence, S max_seq_len of the cache, H query heads, G key/value
 heads, D head_dim. In a program M is queries and N keys. BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_HALF and BLOCK_T are powers
-of two. Queries and keys are two halves, lo and hi, for the reason that heads.py gives.
+of two. Queries and keys are two halves, lo and hi (heads.py says why).
 """
 
 from typing import NamedTuple
@@ -71,7 +71,7 @@ class Cache(NamedTuple):
 
 
 class HeadNorms(NamedTuple):
-    """The norms of queries and keys. None means that there is no norm."""
+    """The norms of queries and keys. None means no norm."""
 
     q_weight_ptr: tl.tensor | None  # [Q_NORM_HEADS, D]
     k_weight_ptr: tl.tensor | None  # [K_NORM_HEADS, D]
@@ -79,7 +79,7 @@ class HeadNorms(NamedTuple):
 
 
 class SplitResults(NamedTuple):
-    """What the programs of a key/value head store, one for each split, for the one that finishes last."""
+    """The results of the splits of a key/value head. The program that finishes last combines them."""
 
     out_ptr: tl.tensor  # [B, T, H, N_SPLITS, D] float32: acc
     ml_ptr: tl.tensor  # [B, T, H, N_SPLITS, 2] float32: m_i and l_i
@@ -103,11 +103,11 @@ def attend_kernel(
                      |   cached tokens              |   new tokens  |
         program i    |    0    |    1    |    2     |       2       |            for N_SPLITS = 3
 
-    It reads them from qkv, and alone writes to the cache, so no program waits for another. Whichever program of a
-    sequence and key/value head finishes last combines all splits.
+    Only this program reads the new tokens, from qkv, and writes to the cache. So no program waits for another. The
+    program of a sequence and key/value head that finishes last combines all splits.
 
-    The softmax has base 2, since exp2 is one instruction: qk_scale and qk_softcap include a factor of LOG2_E."""
-    # Prologue. The loads of the new tokens come first: their addresses do not depend on start, which is being loaded
+    The softmax has base 2, because exp2 is one instruction: qk_scale and qk_softcap include a factor of LOG2_E."""
+    # Prologue. Load the new tokens first: their addresses do not depend on start, whose load takes time
     pdl_wait(USE_PDL, TRIGGER_EARLY)
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     qkv_ptr += sequence * T * HEADS.TOKEN_STRIDE
@@ -128,7 +128,7 @@ def attend_kernel(
         softmax, q, k_cache_ptr, v_cache_ptr, begin, end, start, score_mod, HEADS.D, WINDOW, SIZES.BLOCK_N
     )
 
-    # The new tokens, which are also written into the cache
+    # The new tokens: attend to them, and write them into the cache
     if split == SIZES.N_SPLITS - 1:
         keys_ptr = qkv_ptr + HEADS.N_HEADS * HEADS.D
         new_k = norm_and_rope(k, tokens, norms.k_weight_ptr, keys_ptr, norms.eps, HEADS.K_NORM_HEADS, HEADS, DTYPE)
@@ -164,7 +164,7 @@ def split_bounds(start, S, split, WINDOW: tl.constexpr, N_SPLITS: tl.constexpr, 
 @triton.jit
 def initial_softmax(sinks_ptr, head, has_sink, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """Returns the SoftmaxState before the first key. A sink is the score of a key whose value is zero."""
-    m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf, since a query may see no key, and -inf - -inf is NaN
+    m_i = tl.full([BLOCK_M], -1e38, tl.float32)  # not -inf: if a query sees no key, -inf - -inf is NaN
     l_i = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, mask=has_sink, other=0.0).to(tl.float32) * LOG2_E
@@ -217,7 +217,7 @@ def online_softmax_step(softmax, q, k_lo, k_hi, v, mask, score_mod, distance):
 
     mask [M, N]: whether a query sees a key.
     distance [M, N]: the position of the key minus the position of the query.
-    Keys, values and p are rounded to the type of q, since both operands of tl.dot must have one type."""
+    Keys, values and p are rounded to the type of q, because both operands of tl.dot must have the same type."""
     m_i, l_i, acc = softmax
     k_lo, k_hi, v = k_lo.to(q.lo.dtype), k_hi.to(q.lo.dtype), v.to(q.lo.dtype)
     qk = tl.dot(q.lo, tl.trans(k_lo), input_precision="ieee") + tl.dot(q.hi, tl.trans(k_hi), input_precision="ieee")
@@ -284,12 +284,12 @@ def attend(
     qkv: Tensor, start_pos: Tensor, k_cache: Tensor, v_cache: Tensor, *, cos_sin: Tensor, **params
 ) -> Tensor:
     """Attends from T new tokens of each sequence: qkv [B, T, (H + 2 G) D] -> [B, T, H D]. The first new token is at
-    start_pos [B]. T may be up to MAX_TRITON_QUERY_LEN and T H / G up to MAX_TRITON_QUERIES, since a program holds all
+    start_pos [B]. T may be up to MAX_TRITON_QUERY_LEN and T H / G up to MAX_TRITON_QUERIES, because a program holds all
     queries of a key/value head.
 
-    k_cache, v_cache: [B, G, S, D], the keys and values of earlier tokens. attend writes the keys and values of the new
-    tokens. Both may be views of longer caches; attend reads and writes nothing beyond S.
-    params: the fields of AttentionParams. kernels/schema.py has these, with their shapes."""
+    k_cache, v_cache: [B, G, S, D], the keys and values of earlier tokens. attend writes those of the new tokens. Both
+    may be views of longer caches: attend reads and writes nothing beyond S.
+    params: the fields of AttentionParams (kernels/schema.py)."""
     params = AttentionParams(**params)
     n_heads, window, softcap = params.n_heads, params.window, params.softcap
     q_norm_weight, k_norm_weight = params.q_norm_weight, params.k_norm_weight

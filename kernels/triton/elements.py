@@ -8,9 +8,9 @@
 
 formats/triton_layouts.py packs the words.
 
-The floats have the type DTYPE, which is the type of x. A register holds two 16-bit floats. So the functions decode
-elements in pairs. The two elements of a pair are 16 bits apart in the word, and neighbours in their row of W. For
-float32 each element is decoded alone.
+The floats have the type DTYPE of x. A register holds two 16-bit floats, so the functions decode elements in pairs. The
+two elements of a pair are 16 bits apart in the word, and neighbours in their row of W. For float32 each element is
+decoded alone.
 
 e4m3 and e2m1 are floats themselves. Their exponent and mantissa are shifted to where the exponent of DTYPE ends and
 the mantissa of DTYPE begins:
@@ -80,8 +80,8 @@ def int4_pair(words, magic_number, DTYPE: tl.constexpr):
 
     The trick: OR q into the mantissa of 1024.0 (float16) or 128.0 (bfloat16), and the float becomes 1024 + q or
     128 + q. magic_number has this float in both halves, so one instruction (lop3) masks and ORs two elements. It is an
-    argument of the kernel, since lop3 takes one immediate operand only, and the mask is one. For float32 the bias is
-    0: q is converted to a float."""
+    argument of the kernel, because lop3 has room for one immediate operand: the mask. For float32 the bias is 0, and q
+    is converted to a float."""
     nibbles = words & 0x000F000F
     if DTYPE == tl.float32:
         return tl.join((nibbles & 15).to(DTYPE), (nibbles >> 16).to(DTYPE))

@@ -18,7 +18,7 @@ ALPHA, LIMIT = tl.constexpr(schema.CLAMPED_SILU_ALPHA), tl.constexpr(schema.CLAM
 
 
 class EpilogueArgs(NamedTuple):
-    """The epilogue's operands. A step whose operand is None is left out."""
+    """The epilogue's operands. An operand that is None leaves its step out."""
 
     bias_ptr: tl.tensor | None  # [N], of experts [E, N]
     residual_ptr: tl.tensor | None  # [M, N_OUT]
@@ -45,10 +45,10 @@ def load_residual(residual_ptr, y_offsets, mask_y):
 
 
 @triton.jit
-def inverse_rms(squares, eps, SPECIALIZED_TOKENS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
+def inverse_rms(squares, eps, NUM_TOKENS_CONST: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
     """Returns 1 / rms of every token: [BLOCK_M]."""
     offs_m, total = tl.arange(0, BLOCK_M), tl.zeros([BLOCK_M], tl.float32)
-    for m in tl.static_range(SPECIALIZED_TOKENS):
+    for m in tl.static_range(NUM_TOKENS_CONST):
         total = tl.where(offs_m == m, tl.sum(tl.sum(squares[m], axis=1), axis=0), total)
     return tl.rsqrt(total / K + eps)
 
@@ -104,5 +104,5 @@ def activate(y, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr):
 
 @triton.jit
 def apply_softcap(x, softcap):
-    """Returns softcap * tanh(x / softcap), which stays between -softcap and softcap."""
+    """Returns softcap * tanh(x / softcap): between -softcap and softcap."""
     return softcap * (2 * tl.sigmoid(2 / softcap * x) - 1)

@@ -1,6 +1,6 @@
 """The weight formats in the Triton kernels: how fused_linear multiplies, how W is dequantized; dequantize and embed.
 
-A format is a line in KERNEL_FORMATS (below) and two functions, which are compiled into the kernels:
+A format is a line in KERNEL_FORMATS (below) and two functions that are compiled into the kernels:
 
     dot_...           acc + W x for the columns [k, k + BLOCK_K) of one step of fused_linear's loop
     dequantize_...    a tile [TILE_N, TILE_K] of W in float32
@@ -12,8 +12,8 @@ The arguments of dot_... are
     w           the weights of the program, a ProgramWeights (weights.py)
     k_starts    [K_SLICES], the first column of each slice
 
-linear.py calls dot_..., dequantize_kernel and embed_kernel call dequantize_.... Both load with weights.py, and
-convert what is loaded to floats with elements.py.
+linear.py calls dot_..., and dequantize_kernel and embed_kernel call dequantize_.... Both load with weights.py, and
+convert to floats with elements.py.
 
 formats/__init__.py has the table of all formats: the tensors of a checkpoint, and their meaning.
 formats/triton_layouts.py packs these tensors.
@@ -54,8 +54,8 @@ from kernels.triton.weights import (
 
 # ---- Unquantized and Int8 --------------------------------------------------------------------------------------------
 #
-# All dot_... have the same arguments, and all dequantize_... have the same arguments. A function ignores the
-# arguments that its format does not need.
+# All dot_... have the same arguments, and so have all dequantize_.... A function ignores the arguments that its format
+# does not need.
 
 
 @triton.jit
@@ -100,9 +100,9 @@ def dot_with_zeros(q, x, scale, zero):
         scale, zero    [K_SLICES, BLOCK_N, 1]
         the result     [K_SLICES, BLOCK_N, BLOCK_M]
 
-    The sum of x is tl.dot(ones, x), since tensor cores have time to spare and leave it in the layout of the other
-    tl.dot. `ones` is built with tl.join, as q is, and so gets q's register layout: x is loaded once for both. With
-    tl.full Triton would convert x twice."""
+    The sum of x is tl.dot(ones, x), because tensor cores have time to spare. The sum then has the layout of the other
+    tl.dot. Build `ones` with tl.join, like q: it gets q's register layout, and x is loaded once for both. With tl.full
+    Triton would convert x twice."""
     half = tl.full([q.shape[0], q.shape[1], q.shape[2] // 2], 1.0, q.dtype)
     ones = tl.reshape(tl.join(half, half), q.shape)
     sum_x = tl.dot(ones, x, input_precision="ieee")  # equal in all rows
@@ -198,7 +198,7 @@ class KernelFormat(NamedTuple):
     is_tiled: bool  # the layout of W: tiles of words of 8 elements, or rows of elements or words (weights.py)
     scales: Scales
     dot: JITFunction
-    dequantize: JITFunction | None  # None: W is not quantized
+    dequantize: JITFunction | None  # None if W is not quantized
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
     load_new_queries, load_new_keys_values    the part of qkv that a program of attend_kernel has
     norm_and_rope                             norms and rotates new queries or keys
 
-A program holds queries and keys as two halves, lo and hi, since RoPE rotates elements i and i + D / 2 of a head:
+A program holds queries and keys as two halves, lo and hi, because RoPE rotates elements i and i + D / 2 of a head:
 
     lo    elements 0 ... D / 2 - 1      padded to BLOCK_HALF
     hi    elements D / 2 ... D - 1      padded to BLOCK_HALF
@@ -114,8 +114,8 @@ def norm_halves(x, weight_ptr, heads_ptr, T, eps, NORM_HEADS: tl.constexpr, HEAD
 
 @triton.jit
 def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexpr):
-    """Returns the sum of squares of the first WIDTH elements of each token [X] at ptr: [X]. Each of the T tokens is
-    read once, even if it occurs several times in token."""
+    """Returns the sum of squares of the first WIDTH elements of each token [X] at ptr: [X]. Reads each of the T tokens
+    once, even if it occurs several times in token."""
     i = tl.arange(0, triton.next_power_of_2(WIDTH))
     total = tl.zeros(token.shape, tl.float32)
     for t in range(T):
@@ -126,8 +126,8 @@ def sum_of_squares(ptr, token, T, WIDTH: tl.constexpr, TOKEN_STRIDE: tl.constexp
 
 @triton.jit
 def apply_rope(lo, hi, cos_sin_ptr, position, mask, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Rotates vectors of D elements by the angles of position [X]. The vectors are given and returned as halves
-    [X, BLOCK_HALF]. Where mask [X] is false, a vector becomes zeros."""
+    """Rotates vectors of D elements, as halves [X, BLOCK_HALF], by the angles of position [X]. Where mask [X] is false,
+    a vector becomes zeros."""
     d = tl.arange(0, lo.shape[1])
     mask_d = d < D // 2
     angle_ptr = cos_sin_ptr + position[:, None] * D + 2 * d[None, :]  # cos_sin is [S, D / 2, 2]

@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched. A kernel of a decode step takes microseconds. So two things matter: how
+"""How the Triton kernels are launched. Two things matter, because a kernel of a decode step takes microseconds: how
 evenly its programs share the GPU (tile sizes), and how long the GPU idles between two kernels (kernels that overlap).
 
     gpu_info                    what the GPU can do
@@ -8,8 +8,8 @@ evenly its programs share the GPU (tile sizes), and how long the GPU idles betwe
     semaphores, is_last_program    how a program finds out that all other programs have finished
     choose_tiles                the tile sizes of y = x W^T: from tuned.json or by a rule
 
-tuned.json beside this file has the fastest tile sizes that were measured, by GPU and matmul.
-scripts/benchmark.py --tune writes tuned.json.
+tuned.json, next to this file, has the fastest measured tile sizes by GPU and matmul. scripts/benchmark.py --tune writes
+it.
 
 Kernels that overlap. On NVIDIA's Hopper and later GPUs, a kernel may start while the previous kernel still runs. CUDA
 calls this programmatic dependent launch (PDL). Two instructions control it:
@@ -22,18 +22,18 @@ Here kernel B follows kernel A:
     A    ... loop over K ...  gdc_launch_dependents  epilogue, stores  end
     B                                   starts, prefetches its weights    gdc_wait  reads what A wrote ...
 
-Before gdc_wait a kernel reads only weights, since no kernel writes them. Every kernel executes gdc_wait, even if it
+Before gdc_wait a kernel reads only weights, because no kernel writes them. Every kernel executes gdc_wait, even if it
 needs no result of the previous one. So kernels end in order, and a kernel that waits for B waits for A, too.
 
-B should start early, but not take multiprocessors that A still needs, since B's programs occupy them while they wait.
+B should start early, but not take multiprocessors (SMs) that A still needs: B's programs occupy them while they wait.
 So A executes gdc_launch_dependents
 
     at once (TRIGGER_EARLY)       if A has one wave: at most one program for each multiprocessor, and all run already
     after its loop over K         if A is a matmul of several waves: its last programs are nearly done
     never                         if A is any other kernel of several waves: B starts when A ends
 
-If matmuls of several waves did so at once, B would share the multiprocessors with A's last wave. Int8 steps of
-Llama-3.1-8B then took 4.5 ms instead of 3.3 (H100).
+Triggering a matmul of several waves early lets B take SMs from A's last wave: Llama-3.1-8B int8, 4.5 ms a step instead
+of 3.3 ms (H100).
 """
 
 import json
@@ -52,7 +52,7 @@ from kernels.triton.formats import KernelFormat, Scales
 
 TUNED = Path(__file__).with_name("tuned.json")
 # The n of mma.m16n8k16, an instruction of NVIDIA's tensor cores: 8 tokens cost as much as one. So the tile sizes that
-# were measured for one token hold for 8.
+# were tuned for one token hold for 8.
 MMA_N = 8
 N_SEMAPHORES = 256 * MAX_TRITON_TOKENS  # of attention, with at most 256 key/value heads
 
@@ -82,7 +82,7 @@ def gpu_info(device: torch.device) -> Gpu:
 
 
 def uses_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether matmuls with x in dtype use tensor cores, which would round float32 to fewer bits."""
+    """Returns whether matmuls with x in dtype use tensor cores. These would round float32 to fewer bits."""
     return dtype != torch.float32 and gpu_info(device).has_tensor_cores
 
 
@@ -92,8 +92,8 @@ def min_block_m(x: Tensor) -> int:
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
-    """Returns the type of both operands of tl.dot with x. Triton's interpreter, which runs on a CPU, cannot compute
-    in bfloat16."""
+    """Returns the type of both operands of tl.dot with x. Triton's interpreter runs on a CPU, and cannot compute in
+    bfloat16."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return tl.float32
     return getattr(tl, str(x.dtype).removeprefix("torch."))
@@ -135,11 +135,11 @@ def all_semaphores(device: torch.device) -> Tensor:
 @triton.jit
 def is_last_program(semaphore_ptr, N_PROGRAMS: tl.constexpr):
     """Whether this program is the last of N_PROGRAMS that share a semaphore. A program calls this function once, after
-    its stores. The last program can then load what all programs have stored, but only with loads that bypass the
-    L1 cache (.cg), which may have older values.
+    its stores. The last program can then load what all programs have stored. Its loads must bypass the L1 cache (.cg),
+    which may have older values.
 
-    Each program adds one to the semaphore. The last program finds all other programs counted, and sets the semaphore
-    back to zero."""
+    Each program adds one to the semaphore. The last program finds all other programs counted, and resets the semaphore
+    to zero."""
     tl.debug_barrier()  # all threads of the program have stored before the program counts
     is_last = tl.atomic_add(semaphore_ptr, 1, sem="acq_rel") == N_PROGRAMS - 1
     if is_last:
@@ -171,7 +171,7 @@ class TileConfig(NamedTuple):
 def table_key(format: KernelFormat, n: int, k: int, gated: bool, group_size: int) -> str:
     """Returns the name in tuned.json of a matmul with W [n, k]."""
     key = f"{format.name}, {n} x {k}"
-    if group_size < min(64, k):  # small groups make narrow slices, which have tile sizes of their own
+    if group_size < min(64, k):  # small groups make narrow slices, with tile sizes of their own
         key += f", g{group_size}"
     return f"{key}, gated" if gated else key
 
@@ -180,10 +180,10 @@ def choose_tiles(
     x: Tensor, format: KernelFormat, n: int, gated: bool, group_size: int, num_tokens: int = 1
 ) -> TileConfig:
     """Returns the tile sizes for x [..., K] and W [n, K], from tuned.json or by default. By default a program takes at
-    most 99 KB of shared memory, or 64 KB on AMD's MI300 and NVIDIA's Turing, which have no more.
+    most 99 KB of shared memory, or 64 KB on AMD's MI300 and NVIDIA's Turing: they have no more.
 
     gated: W is a gate projection above an up projection. A program needs 16 rows of each.
-    num_tokens: not taken from x, since x of experts_down has a vector for each pair of a token and an expert."""
+    num_tokens: not x's rows, because x of experts_down has a vector for each pair of a token and an expert."""
     gpu, k, on_tensor_cores = gpu_info(x.device), x.shape[-1], uses_tensor_cores(x.device, x.dtype)
     if num_tokens > MMA_N and on_tensor_cores:
         block_m = triton.next_power_of_2(num_tokens)
@@ -230,13 +230,12 @@ def default_tiles_many_tokens(
 ) -> TileConfig:
     """For more than MMA_N tokens.
 
-    All programs together read W once, but each program reads all of x. With 32 rows of int8 and 64 tokens, x is four
-    times as many bytes as the rows. So block_n is the candidate with which the busiest multiprocessor reads the fewest
-    bytes.
+    Chooses block_n so that the busiest multiprocessor reads the fewest bytes. All programs together read W once, but
+    each program reads all of x. With 32 rows of int8 and 64 tokens, x has four times as many bytes as the rows.
 
-    The registers of a warp bound the tile. A warp has block_n * block_m sums for each slice, and with group scales
-    twice as many: the result of tl.dot is scaled before it is added to the sums. In a step a warp executes at most 64
-    instructions of the tensor cores, 128 with zero points."""
+    The registers of a warp bound the tile. A warp has block_n * block_m sums for each slice. With group scales it has
+    twice as many, because the result of tl.dot is scaled before it is added to the sums. In a step a warp executes at
+    most 64 instructions of the tensor cores, 128 with zero points."""
     has_group_scales = format.has_group_scales(group_size, k)
     slice_k, max_sums = (min(64, group_size), 2048) if has_group_scales else (64, 4096)
 

@@ -7,6 +7,7 @@
 They implement torch.ops.gptfast_triton.* (kernels/schema.py). Both matmuls are the kernel of linear.py, with topk_ids.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,7 +34,7 @@ def route_kernel(
     logits_ptr += token * (E + 1 if N_SHARED else E)
     logits = tl.load(logits_ptr + e, mask=e < E, other=-float("inf"))
     p = tl.exp(logits - tl.max(logits, axis=0))
-    remaining = tl.where(p == p, p, 0.0)  # without NaN, which argmax cannot compare
+    remaining = tl.where(p == p, p, 0.0)  # without NaN: argmax cannot compare it
     topk_weights, topk_ids = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     for i in tl.static_range(TOP_K):
         best = tl.argmax(remaining, axis=0)
@@ -86,7 +87,7 @@ def experts_down(
 ) -> Tensor:
     """Multiplies hidden [..., top_k, F] with the experts topk_ids [..., top_k] of W [E, n, F], and adds bias [E, n].
     Sums the results over top_k, weighted with topk_weights [..., top_k]: [residual +] [..., n]."""
-    y = fused_linear(hidden, w=w, bias=bias, float32_out=True, topk_ids=topk_ids)
+    y = fused_linear(hidden, w=w, bias=bias, out_dtype=torch.float32, topk_ids=topk_ids)
     out = empty_experts_down(hidden, w=w, topk_ids=topk_ids)
     grid = triton.cdiv(w.n, 512), out.numel() // w.n
     moe_combine_kernel[grid](

@@ -9,7 +9,7 @@
 W has one of two layouts:
 
     rows     [N, K], row after row
-    tiles    tiles of 16 rows and 64 columns (IS_TILED), which formats/triton_layouts.py draws
+    tiles    tiles of 16 rows and 64 columns (IS_TILED); formats/triton_layouts.py draws one
 
 formats.py lists the layout of each format. linear.py and formats.py call these functions.
 """
@@ -98,9 +98,9 @@ def weights_of_expert(w, bias_ptr, expert, K: tl.constexpr, LAYOUT: tl.constexpr
 
 @triton.jit
 def prefetch_weights(w, LAYOUT: tl.constexpr, SIZES: tl.constexpr):
-    """Prefetches the first PREFETCH_BYTES of the weights of a program into the L2 cache. They are shared out equally
-    among the units of the program: a unit is a row or, if IS_TILED, 16 rows, which are stored together. One thread
-    requests all bytes of a unit, since many small requests are slow."""
+    """Prefetches the first PREFETCH_BYTES of the weights of a program into the L2 cache, as many bytes of each unit. A
+    unit is a row or, if IS_TILED, 16 rows, because these are stored together. One thread requests all bytes of a unit:
+    many small requests are slow."""
     UNIT_N: tl.constexpr = TILE_N if LAYOUT.IS_TILED else 1  # rows of a unit
     N_UNITS: tl.constexpr = SIZES.BLOCK_N // UNIT_N
     UNIT_BYTES: tl.constexpr = UNIT_N * LAYOUT.STRIDE * w.ptr.dtype.element_ty.primitive_bitwidth // 8

@@ -1,5 +1,5 @@
 """Compares the results of the kernels with exact results. The bounds of the errors follow from the arithmetic. The
-command "check" of benchmark.py and the tests call these files:
+command "check" of scripts/benchmark.py and the tests call these files:
 
     error_bounds.py     bounds of the error of a result
     exact_results.py    random layers, data whose sums are exact, exact results

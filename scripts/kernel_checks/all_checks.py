@@ -39,8 +39,8 @@ ROUTERS = [(1, 8, 2, 0), (5, 128, 8, 0), (8, 6, 6, 0), (1, 7, 2, 1), (3, 8, 8, 3
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes to check. The interpreter is slow at large shapes, and a GPU's compiler is slow at many shapes, so each
-    has sizes of its own."""
+    """The sizes to check. Interpreter and GPU have sizes of their own: the interpreter is slow at large shapes, and the
+    GPU's compiler at many shapes."""
 
     linears: list[tuple]  # N, K, whether there is a bias, numbers of tokens
     random_linears: list[tuple]  # N, K, tokens
@@ -57,7 +57,7 @@ def gpu_sizes(dtype: torch.dtype) -> Sizes:
     caches = [(1, [0], 100), (1, [8000], 9000), (1, [255, 248, 241], 2000), (8, [1020], 2000)]
     attention = [(h, window, caches, ("head_norms",) if h[2] == 40 else ()) for h in heads for window in (0, 1000)]
     attention += [(h, 1000, caches[-2:], ATTENTION_OPTIONS) for h in heads[:2]]
-    real_linears = [(4096, 4096, False, (1, 5))] if dtype == torch.bfloat16 else []  # in one type, which saves time
+    real_linears = [(4096, 4096, False, (1, 5))] if dtype == torch.bfloat16 else []  # in one type, to save time
     many = (9, 33, 64) if dtype != torch.float32 else ()  # float32 kernels take at most 8 tokens
     linears = [(1056, 1544, True, (1, 2, 5, 8, *many)), (6, 72, False, (1, 3)), *real_linears]
     return Sizes(
@@ -81,14 +81,14 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
     attention = list(product(heads, windows, [caches], [()]))
     attention += product(heads if dtype == torch.bfloat16 else heads[-1:], windows, [caches], [("head_norms",)])
     if dtype == torch.float16:
-        attention.append(((6, 2, 24), 7, [(16, [140], 160)], ()))  # the most new tokens
+        attention.append(((6, 2, 24), 7, [(16, [140], 160)], ()))  # the largest number of new tokens
     else:
         options = [*((name,) for name in ATTENTION_OPTIONS), ATTENTION_OPTIONS]
         attention += product([(4, 4, 8), (6, 2, 24), (8, 1, 64)], windows[:1], [caches[:2]], options)
     experts = [(4, 64, 48, True, (1, 7, 65 if dtype == torch.float32 else 9))]
     if dtype == torch.float16:
         experts = [(4, 64, 64, True, (12,))]
-    if dtype == torch.float32:  # PyTorch computes the parts of these sizes that no kernel takes
+    if dtype == torch.float32:  # of these sizes, PyTorch computes what no kernel takes
         experts += [(4, 64, ffn_dim, False, (1, 7, 65)) for ffn_dim in (40, 44)]
     many_linears = [(38, 136, False, (33,))] if dtype == torch.float16 else []
     few_linears = [(70, 160, True, (3, 16) if dtype == torch.float16 else (3,))]
@@ -108,8 +108,8 @@ def interpreter_sizes(dtype: torch.dtype) -> Sizes:
 
 
 def all_checks(dtype: torch.dtype, sizes: Sizes) -> list[Check]:
-    """Returns all checks. A check is a partial of a function at module level, since pickle can send such a partial to
-    another process."""
+    """Returns all checks. A check is a partial of a function at module level, so that pickle can send it to another
+    process."""
     checks = [partial(check_linear, dtype, *case) for case in product(CHECKED_FORMATS, sizes.linears)]
     checks += [partial(check_random_linear, dtype, *case) for case in product(CHECKED_FORMATS, sizes.random_linears)]
     checks += [partial(check_rows, dtype, *case) for case in product(CHECKED_FORMATS, sizes.matrices)]

@@ -13,7 +13,7 @@ ATTENTION_OPTIONS = ("sinks", "scale", "softcap", "wide_norms", "alibi")
 
 def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list, options: tuple):
     """Checks attention of sequences at different positions. The cache is a view of a longer cache, and holds NaN where
-    nothing has been written yet. Compares the output and the whole longer cache, which only new tokens may change.
+    nothing has been written yet. Compares the output and the whole longer cache: only new tokens may change it.
 
     caches: tuples (number of new tokens, position of the first new token in every sequence, max_seq_len)."""
     n_heads, n_kv_heads, head_dim = heads
@@ -38,8 +38,8 @@ def check_attention(dtype: torch.dtype, heads: tuple, window: int, caches: list,
 
 
 def make_options(options: tuple, heads: tuple, dtype: torch.dtype) -> tuple[list, dict]:
-    """Makes the norms of queries and keys, and the other arguments of attention. The first sink takes nearly all of the
-    softmax."""
+    """Makes the norms of queries and keys, and the other arguments of attention. The first sink is so large that it
+    takes nearly all of the softmax."""
     n_heads, n_kv_heads, head_dim = heads
     norms, arguments = [None, None], {}
     if "head_norms" in options:

@@ -29,8 +29,8 @@ TOP_K = 2  # experts of a token
 
 
 def check_gate_up(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Checks matmuls with the gate and up projections of experts. Several tokens use one expert. PyTorch computes the
-    sizes that kernels do not support."""
+    """Checks matmuls with the gate and up projections of experts. Several tokens use the same expert. PyTorch computes
+    the sizes that kernels do not support."""
     n_experts, dim, ffn_dim, has_bias, token_counts = size
     n, norm = 2 * ffn_dim, exact_norm(dim, dtype)
     w = exact_linear(

@@ -1,10 +1,11 @@
-"""Checks the matmuls of fused_linear with their prologue and epilogue, and the other operations on weights: dequantize,
-embed, rms_norm, permute_inputs. all_checks.py lists the sizes."""
+"""Checks the matmuls of fused_linear with their prologue and epilogue, and four other operations: dequantize, embed,
+rms_norm, permute_inputs. all_checks.py lists the sizes."""
 
 import torch
 from torch import Tensor
 
-from formats import Int8, Unquantized, WeightFormat
+from formats import Int4, Int8, Unquantized, WeightFormat
+from formats.integers import GroupwiseAffine
 from kernels.triton import MAGIC_BIASES
 from layers.backend import TRITON_BACKEND
 from layers.linear import FUSED_GLU_MULTIPLE, RMSNorm, apply_softcap, permute_inputs
@@ -35,7 +36,7 @@ from scripts.kernel_checks.exact_results import (
 
 
 def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Checks a matmul of exact data, where even the smallest mistake shows."""
+    """Checks a matmul of exact data: there, even the smallest mistake shows."""
     n, k, has_bias, token_counts = size
     w, norm = exact_linear(n, k, format, dtype, bias=has_bias), exact_norm(k, dtype)
     matrix, bias = matrix_and_bias(w)
@@ -58,13 +59,13 @@ def check_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
-    """Checks a matmul of random data, where sums and products with the norm's weight are rounded, and Int4's magic
-    bias costs bits."""
+    """Checks a matmul of random data: sums and products with the norm's weight are rounded, and Int4's magic bias costs
+    bits."""
     n, k, num_tokens = size
     w, norm = make_linear(n, k, format, dtype), make_norm(k, dtype)
     matrix, magnitude = w.dequantize(torch.float32).double(), bounds.magnitudes(w)
-    if w.zeros is not None:  # the kernel computes (bias + q) x - (bias + zero) x
-        bias = MAGIC_BIASES.get(factor_dtype(dtype), 0) if format.elements_per_byte == 2 else 128
+    if isinstance(format, GroupwiseAffine):  # the kernel computes (bias + q) x - (bias + zero) x
+        bias = MAGIC_BIASES.get(factor_dtype(dtype), 0) if isinstance(format, Int4) else 128
         wide_scales = w.scales.double().repeat_interleave(format.group_size, -1)[:, :k]
         magnitude = magnitude + 2 * bias * wide_scales
     use_triton(w)
@@ -82,11 +83,11 @@ def check_random_linear(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def separate_norm_error(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
-    """Returns an additional error of x [B, T, ..., K] times matrix [..., N, K], or 0 for up to MMA_N tokens. With
-    more tokens the norm has its own kernel. That kernel rounds the normed x, so the matmul's data are not exact."""
+    """Returns an additional error of x [B, T, ..., K] times matrix [..., N, K], or 0 for up to MMA_N tokens. With more
+    tokens, a kernel of its own computes the norm, and rounds the normed x. So the matmul's data are not exact."""
     normed = exact_rms_norm(x, norm)
     error = stored_error(normed, 2 * (x.shape[-1] + 8) * U32 * normed.abs(), x.dtype) @ matrix.abs().mT
-    from kernels.triton.launch import MMA_N  # here, since Triton is installed only where there is a GPU
+    from kernels.triton.launch import MMA_N  # here, because Triton is installed only where there is a GPU
 
     return error * (x.shape[1] > MMA_N)
 
@@ -106,7 +107,7 @@ def check_rows(dtype: torch.dtype, format: WeightFormat, size: tuple):
 
 
 def check_activation(dtype: torch.dtype, activation: str, gated: bool):
-    """Checks an activation near zero, where the activation bends, and beyond the clamp. NaN stays NaN."""
+    """Checks an activation near zero, where it bends, and beyond the clamp. NaN stays NaN."""
     n, k, operation = 96, 72, f"{'gated_' if gated else ''}{activation}_linear"
     w = exact_linear(n, k, Unquantized(), dtype, bias=True)
     matrix, bias = matrix_and_bias(w)
@@ -165,8 +166,7 @@ def check_rms_norm(dtype: torch.dtype, num_tokens: int, dim: int):
 
 
 def check_permute_inputs(dtype: torch.dtype):
-    """Checks that results are exact: for all inputs in another order, and for a part of the inputs, as with several
-    ranks."""
+    """Checks that results are exact: for all inputs in another order, and for a part of them, as with several ranks."""
     for num_tokens, k, n in [(1, 5, 5), (3, 1032, 1032), (64, 2100, 1050)]:
         x, order = torch.randn(1, num_tokens, k).to(dtype), torch.randperm(k)[:n]
         y = permute_inputs(x, order.int(), TRITON_BACKEND)

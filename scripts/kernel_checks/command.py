@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py check --precision bfloat16
 
-all_checks.py lists the checks; tests/test_triton.py runs the same checks in Triton's interpreter. This file also checks
-captured steps of whole models, since only a GPU can capture Triton kernels.
+all_checks.py lists the checks. tests/test_triton.py runs the same checks in Triton's interpreter. This file also checks
+captured steps of whole models, because only a GPU can capture Triton kernels.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def check(args: argparse.Namespace):
 
 
 def run_all(tasks: list[Callable[[], CheckResult]], in_parallel: bool) -> list[CheckResult]:
-    """Runs all tasks. in_parallel: in several processes, since Triton's compiler takes most of the time and uses one
+    """Runs all tasks. in_parallel: in several processes, because Triton's compiler takes most of the time and uses one
     core."""
     if not in_parallel:
         return [task() for task in tasks]
@@ -96,7 +96,7 @@ def run_all(tasks: list[Callable[[], CheckResult]], in_parallel: bool) -> list[C
 
 
 def run_on_device(device: torch.device, check: Check) -> CheckResult:
-    """Runs a check with device as PyTorch's default device. The check makes its tensors on the default device."""
+    """Runs a check with device as PyTorch's default device: the check makes its tensors there."""
     load_triton_kernels(device)  # registers the operations
     with device:
         return run(check)
@@ -109,13 +109,13 @@ def run(check: Check) -> CheckResult:
     try:
         for comparison in check():
             outcome.add(comparison)
-    except Exception as e:  # the other checks go on
+    except Exception as e:  # the other checks continue
         outcome.failed[name_of(check)] = f"{type(e).__name__}: {str(e)[:400]}"
     return outcome
 
 
 def check_captured_steps(device: torch.device, options: dict) -> Iterator[Comparison]:
-    """Compares the greedy tokens of a float32 model, with kernels and captured steps, to the tokens without both."""
+    """Compares the greedy tokens of a float32 model with kernels and captured steps with those without both."""
     config = ModelConfig(512, 4, 8, 2, 64, 1024, 1000, 64, **options)
     tokens = []
     for use_kernels in (True, False):

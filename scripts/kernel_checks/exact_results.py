@@ -1,7 +1,7 @@
 """Makes random layers, data whose sums are exact, and exact results, for all checks of the kernels. Also computes the
 bounds of a Triton kernel's error, on a GPU or in Triton's interpreter. error_bounds.py says how bounds are derived.
 
-Sums of exact data lose nothing, so even the smallest error in a zero point shows:
+Sums of exact data are not rounded, so even the smallest error in a zero point shows:
 
     x                           small integers
     weights of norms            powers of two
@@ -30,7 +30,7 @@ from scripts.kernel_checks import error_bounds as bounds
 
 CHECKED_FORMATS = [Unquantized(), Int8(), *map(Int4, GROUP_SIZES)]
 QUANTIZED = CHECKED_FORMATS[1:]
-# Of a class with options, the formats that the checks try. Any other class has one format
+# The formats that the checks try, for a class with options. Any other class has one format
 EXAMPLES = {
     Int4: [Int4(32), Int4(128, torch.float16)],
     GroupedInt8: [GroupedInt8(16), GroupedInt8(64, torch.float16)],
@@ -38,7 +38,7 @@ EXAMPLES = {
 }
 CPU_FORMATS = [format for format_class in formats.FORMATS for format in EXAMPLES.get(format_class) or [format_class()]]
 TRITON_FORMATS = [*CHECKED_FORMATS, Int4(32, torch.float16)]
-TRITON_FORMATS += [  # a format with a method to_triton_layout has kernels
+TRITON_FORMATS += [  # a class with a method to_triton_layout has kernels
     format for format in CPU_FORMATS
     if format not in CHECKED_FORMATS and type(format).to_triton_layout is not WeightFormat.to_triton_layout
 ]
@@ -64,13 +64,13 @@ def factor_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def triton_rounding_error(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the error of storing a kernel's result y in dtype. Triton's interpreter truncates to bfloat16, instead of
-    rounding."""
+    """Returns the error of storing a kernel's result y in dtype. Triton's interpreter truncates to bfloat16, and does
+    not round."""
     return bounds.rounding_error(y, dtype) * (2 if dtype == torch.bfloat16 and is_interpreted() else 1)
 
 
 def format_label(value) -> str:
-    """Returns what the name of a test calls a format, or any other parameter."""
+    """Returns the name of a format, or of any other parameter, for the names of tests."""
     return "unquantized" if isinstance(value, Unquantized) else getattr(value, "name", str(value))
 
 
@@ -80,7 +80,7 @@ def format_label(value) -> str:
 def make_linear(
     n: int, k: int, format, dtype: torch.dtype, bias: bool = False, kind: type[LinearBase] = Linear, **options
 ):
-    """Makes a layer of class kind, not packed for the kernels. Random weights are quantized as by quantize.py."""
+    """Makes a layer of class kind, not packed for the kernels. Quantizes random weights like quantize.py."""
     w = kind(k, n, bias, **options)
     torch.nn.init.normal_(w.weight)
     if bias:
@@ -139,8 +139,8 @@ def attend(
 
 
 def exact_linear(n: int, k: int, format, dtype: torch.dtype, **options):
-    """Makes a Linear whose products with integers have exact sums in float32. Only the last step, the product of a
-    group's sum with the scale, is rounded."""
+    """Makes a Linear whose products with integers have exact sums in float32. Only the last step is rounded: the
+    product of a group's sum with the scale."""
     w = make_linear(n, k, format, dtype, **options)
     if isinstance(format, Unquantized):
         w.weight.data = (w.weight.data * 16).round() / 16
@@ -158,9 +158,12 @@ def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
-    """Returns the error of a float32 output of exact data. Sums are exact within a slice of 16 or more columns. The
-    sums of slices are scaled and added up, and a few roundings (1 / rms, bias, residual) follow. If a format's numbers
-    are no integers of a few bits, every term may be rounded: float8's range is wider than the 24 bits of a float32.
+    """Returns the error of a float32 output of exact data.
+
+    Sums are exact within a slice of 16 or more columns. The sums of slices are scaled and added up, and a few roundings
+    (1 / rms, bias, residual) follow. But every term may be rounded if a format's numbers are not integers of a few
+    bits: float8's range is wider than the 24 bits of a float32.
+
     terms: the sum of all magnitudes."""
     has_exact_sums = isinstance(format, Unquantized | Int8 | GroupwiseAffine | MXFP4)
     n_sums = (0 if format.group_size is None else k / 16) if has_exact_sums else k
@@ -170,8 +173,8 @@ def exact_sums_error(terms: torch.Tensor, k: int, format) -> torch.Tensor:
 def exact_product(
     x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | float, norm: RMSNorm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns x W^T + bias in float64, and the sum of the terms' magnitudes. x [..., K] is normed first, if norm is
-    given. matrix: W [..., N, K]."""
+    """Returns x W^T + bias in float64, and the sum of the terms' magnitudes. Norms x [..., K] first, if norm is given.
+    matrix: W [..., N, K]."""
     x = x.double() if norm is None else exact_rms_norm(x, norm)
     return x @ matrix.mT + bias, x.abs() @ matrix.abs().mT + abs(bias)
 
@@ -189,7 +192,7 @@ def with_residual(y: torch.Tensor, error: torch.Tensor, residual: torch.Tensor) 
 
 
 def stored_error(y: torch.Tensor, error: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the error of y after y is stored in dtype. error: of y before."""
+    """Returns the error of y after storing it in dtype. error: of y before."""
     return error + triton_rounding_error(y.abs() + error, dtype)
 
 
@@ -197,7 +200,7 @@ def activate_with_error(
     x: torch.Tensor, error: torch.Tensor, activation: str, gated: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns layers/linear.py: activate of x, and the error of the result. error: of x. If gated, the product is
-    rounded, too, and the slope of the factor that is made of up is at most 1."""
+    rounded, too. The other factor is up, or clamped_silu's clamp of it: its slope is at most 1."""
     y = activate_torch(x, activation, gated)
     if not gated:
         return y, activation_error(x, error, activation)
@@ -212,8 +215,8 @@ def activate_with_error(
 def activation_error(x: torch.Tensor, error: torch.Tensor, activation: str) -> torch.Tensor:
     """Returns the error of an activation of x, without a gate. error: of x.
 
-    The slope of relu2 at x is 2 x, so an error e of x changes x^2 by at most 2 x e + e^2. The slope of every other
-    activation is at most 1.13."""
+    An error e of x changes relu2(x) = x^2 by at most 2 x e + e^2. The slope of every other activation is at most
+    1.13."""
     if activation == "relu2":
         x = x.clamp(min=0)
         return error * (2 * x + error) + U32 * (x + error) ** 2
@@ -234,8 +237,9 @@ def activation_error(x: torch.Tensor, error: torch.Tensor, activation: str) -> t
 def exact_stored_activation(
     x: torch.Tensor, error: torch.Tensor, activation: str, gated: bool, dtype: torch.dtype, fused: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns layers/linear.py: activate of x, and the error after storing in dtype. If the activation is not fused
-    with the matmul's result x, PyTorch computes the activation of a stored x, and stores intermediate results, too."""
+    """Returns layers/linear.py: activate of x, and the error after storing in dtype. x is the result of a matmul. If
+    the activation is not fused with it, PyTorch computes the activation of a stored x, and also stores intermediate
+    results."""
     if not fused:
         error = stored_error(x, error, dtype)
     y, error = activate_with_error(x, error, activation, gated)
@@ -248,7 +252,7 @@ def softcap_error(softcap: float) -> float:
 
 
 def pytorch_error(terms: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the error of a matmul by PyTorch's operations. Factors, product and every later result are rounded."""
+    """Returns the error of a matmul by PyTorch's operations. They round factors, product and every later result."""
     return ((k + 8) * U32 + 8 * bounds.U[dtype]) * terms
 
 
@@ -313,8 +317,8 @@ def exact_attention(
 def exact_cache(
     qkv, before: LayerCache, start_pos, n_heads: int, norms
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the keys and values in the cache after the step, and the error of the keys. The error of new keys comes
-    from the norm, from rounding and from a flip. Old keys and all values are exact."""
+    """Returns the keys and values in the cache after the step, and the error of the keys. New keys have errors of the
+    norm, of rounding and of a flip. Old keys and all values are exact."""
     (B, T, _), (_, G, _, D) = qkv.shape, before.k.shape
     new = torch.arange(B)[:, None], slice(None), start_pos[:, None] + torch.arange(T)
     _, new_k, new_v = qkv.view(B, T, -1, D).split([n_heads, G, G], dim=2)  # [B, T, G, D]
