@@ -158,7 +158,7 @@ def test_limits_of_fused_linear_are_those_of_the_table():
     if os.environ.get("CXXFLAGS") or os.uname().machine != "x86_64":
         return
     flags = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.M)[0].split()
-    has_amx = bool(kernels.build.library().has_amx_bf16())
+    has_amx = bool(kernels.build.load_cpp_kernels().has_amx_bf16())
 
     def limit(dtype: torch.dtype, format, model_is_quantized: bool) -> float:
         is_bf16 = dtype == torch.bfloat16
