@@ -68,7 +68,7 @@ class ModelConfig:
     norm_eps: float = 1e-5  # RMSNorm adds this to the mean square
     pre_norm: bool = True  # RMSNorm before attention and feed-forward
     post_norm: bool = False  # RMSNorm after attention and feed-forward, before the residual is added
-    parallel_blocks: bool = False  # attention and feed-forward of a block have the same input
+    parallel_residual: bool = False  # attention and feed-forward of a block have the same input
     activation: str = "silu"  # one of ACTIVATIONS
     gated: bool = True  # the feed-forward is down(activation(gate x) * up x), and otherwise down(activation(up x))
     qkv_bias: bool = False  # the projections to queries, keys and values have biases

@@ -9,7 +9,6 @@ import collections
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -17,6 +16,8 @@ if __name__ == "__main__":
     from cli.interrupts import exit_on_interrupt
 
     exit_on_interrupt()
+
+from dataclasses import replace
 
 import torch
 
@@ -51,7 +52,7 @@ def main():
     start = time.perf_counter()
     llm = LLM(checkpoint_path, compile=args.compile, **load_options)
     load_seconds = time.perf_counter() - start
-    reporter = Reporter(llm.model, args.precision, args.compile, args.json, args.seed, load_seconds)
+    reporter = Reporter(llm.model, args.precision, args.compile, args.json, load_seconds)
     sharded = args.draft_tp != "off"
     draft = load_draft(draft_path, llm.tokenizer, sharded=sharded, **load_options) if draft_path else None
     sequences = to_sequences(prompts, args, llm.tokenizer, llm.model.config)
@@ -91,7 +92,6 @@ def required_seq_len(
     return longest + max_new_tokens
 
 
-@torch.inference_mode()
 def compile_steps(loop: GenerationLoop, sequences: list[Sequence], max_new_tokens: int) -> float:
     """Compiles or captures what --compile and --compile_prefill name. Returns the seconds that this takes. Without
     --compile, a CPU captures a step at its first use. The first prompt overwrites the contents of the KV caches."""

@@ -98,7 +98,7 @@ class TransformerBlock(nn.Module):
         self.pre_ffn_norm = norm(config.pre_norm)
         self.feed_forward = MoE(config) if config.moe else FeedForward(config)
         self.post_ffn_norm = norm(config.post_norm)
-        self.is_parallel = config.parallel_blocks
+        self.parallel_residual = config.parallel_residual
 
     def forward(self, x: Tensor, start_pos: Tensor, cache: LayerCache) -> Tensor:
         """x [B, T, dim] -> [B, T, dim].
@@ -113,7 +113,7 @@ class TransformerBlock(nn.Module):
             y = self.attention(x, start_pos, cache, norm=self.pre_attention_norm)
             x = self.post_attention_norm(y, residual=x)
         # x = x + post_ffn_norm(feed_forward(pre_ffn_norm(ffn_input)))
-        ffn_input = block_input if self.is_parallel else x
+        ffn_input = block_input if self.parallel_residual else x
         if self.post_ffn_norm is None:
             return self.feed_forward(ffn_input, norm=self.pre_ffn_norm, residual=x)
         return self.post_ffn_norm(self.feed_forward(ffn_input, norm=self.pre_ffn_norm), residual=x)

@@ -11,9 +11,16 @@ MAX_THREADS = 1024
 CHECKPOINT_HELP = "model.pth, next to its tokenizer; or a model's folder or .gguf, which is converted once"
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage of all options."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
 def build_parser(doc: str) -> argparse.ArgumentParser:
     """Returns a parser whose --help begins with doc, the script's docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_checkpoint_path(

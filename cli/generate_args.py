@@ -111,7 +111,10 @@ def add_length_options(parser: argparse.ArgumentParser):
 def add_sampling_options(parser: argparse.ArgumentParser):
     """Adds --seed, and an option for each field of SamplingParams."""
     add = parser.add_argument
-    description = "default: %(default)s; in a file, the seed of each prompt is 1 larger than the last one"
+    description = (
+        "default: %(default)s; in a file, the seed of each prompt is 1 larger than the last one. A seed draws other "
+        "tokens on another device, and with --kernels off"
+    )
     add("--seed", type=int, default=1234, help=description)
     for field in fields(SamplingParams):
         default = 0.8 if field.name == "temperature" else field.default

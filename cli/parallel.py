@@ -59,4 +59,4 @@ def print_json(sequence: Sequence, scheduler: Scheduler, reporter: Reporter):
     logprobs = None
     if sequence.n_logprobs is not None:
         logprobs = [[{"token": one.logprob, "top": one.top} for one in sequence.logprobs]]
-    reporter.report([[sequence]], scheduler.kv_cache, seed=sequence.seed, logprobs=logprobs)
+    reporter.report([[sequence]], scheduler.kv_cache, logprobs=logprobs)

@@ -65,7 +65,6 @@ class Reporter:
     precision: str
     compile: bool
     as_json: bool  # whether --json is given
-    seed: int
     load_seconds: float
     compile_seconds: float = 0.0
     communication_share: float | None = None  # unless measured
@@ -113,7 +112,8 @@ class Reporter:
             world_size=world_size,
             communication_share=self.communication_share,
             rank_peak_memory_bytes=collectives.gather_objects(n_peak_bytes) if world_size > 1 else None,
-            **{"seed": self.seed} | texts[-1] | others,
+            seed=last.seed,
+            **texts[-1] | others,
         )
 
 

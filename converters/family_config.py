@@ -111,7 +111,7 @@ def bias_everywhere(hf_config: dict) -> dict:
 
 
 def cohere(hf_config: dict) -> dict:
-    return {"norm_eps": hf_config["layer_norm_eps"], "logit_scale": hf_config["logit_scale"], "parallel_blocks": True}
+    return {"norm_eps": hf_config["layer_norm_eps"], "logit_scale": hf_config["logit_scale"], "parallel_residual": True}
 
 
 def cohere2(hf_config: dict) -> dict:
@@ -131,13 +131,13 @@ def stablelm(hf_config: dict) -> dict:
     return {
         "norm_eps": hf_config["layer_norm_eps"],
         "qkv_bias": read_flag(hf_config, "use_qkv_bias"),
-        "parallel_blocks": read_flag(hf_config, "use_parallel_residual"),
+        "parallel_residual": read_flag(hf_config, "use_parallel_residual"),
     }
 
 
 def phi(hf_config: dict) -> dict:
     biases = dict.fromkeys(("qkv_bias", "o_proj_bias", "ffn_bias", "head_bias"), True)
-    biases |= {"norm_eps": hf_config["layer_norm_eps"], "parallel_blocks": True}
+    biases |= {"norm_eps": hf_config["layer_norm_eps"], "parallel_residual": True}
     return ungated(hf_config, "gelu_tanh", "gelu_new", "gelu_pytorch_tanh") | biases
 
 

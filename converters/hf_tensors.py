@@ -32,7 +32,7 @@ def to_canonical_layout(
     split = partial(split_tensors, config=config, family=family)
     rename_all(tensors, rename)
     add_tied_tensors(tensors, config, family)
-    if config.parallel_blocks:
+    if config.parallel_residual:
         add_shared_norms(tensors)
     if not family.has_norm_weights:
         add_norm_weights(tensors, config)

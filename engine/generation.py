@@ -41,10 +41,10 @@ class GenerationLoop(ABC):
             T + max_new_tokens - 1 tokens.
         generator: see ModelRunner.rand_per_step."""
 
-    @torch.inference_mode()
     def warm_up(self, max_new_tokens: int):
         """Compiles or captures each kind of step that max_new_tokens tokens may need. Overwrites the first tokens of
         the KV cache."""
+        # Not in inference mode, as in decode_tokens: torch.compile would compile again for tensors of another mode.
         if max_new_tokens > 1:  # prefill computes the first token
             zeros = torch.zeros(self.runner.kv_cache.batch_size, 1, dtype=torch.long, device=self.runner.device)
             self.runner.decode(zeros, zeros[:, 0])

@@ -29,8 +29,8 @@ class KVCache:
     Later steps overwrite them, and nothing reads beyond a sequence's last token.
 
     layers: the LayerCache of each layer.
-    token_ids [B, S]: the repetition penalty needs the whole sequence. Steps with the penalty store the ids. So do all
-        steps of the scheduler, because a later sequence with the penalty may reuse the cached tokens."""
+    token_ids [B, S]: the tokens, for the repetition penalty. engine/sampler.py: adjust_logits stores them, and only
+        while an option needs them."""
 
     def __init__(self, model: nn.Module, batch_size: int, max_seq_len: int):
         """model: a Transformer, whose device and dtype the cache gets. Raises UsageError if max_seq_len exceeds the

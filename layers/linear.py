@@ -130,15 +130,20 @@ class Linear(LinearBase):
         computes."""
         if norm is not None:
             x = norm(x)
+        y = self.fast_matmul(x)
+        return F.linear(x, self.dequantize(x.dtype), self.bias) if y is None else y
+
+    def fast_matmul(self, x: Tensor) -> Tensor | None:
+        """x W^T + bias by a function of PyTorch that is faster than F.linear. Returns None if there is none."""
         num_tokens = count_tokens(x)
         if self.aten_weight is not None and num_tokens <= aten.MAX_ATEN_TOKENS:
-            y = aten.multiply(x.flatten(0, -2), self.aten_weight).view(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
-        weight = self.dequantize(x.dtype)
-        if num_tokens == 1 and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
-            y = torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)  # about twice as fast as F.linear
-            return y if self.bias is None else y + self.bias
-        return F.linear(x, weight, self.bias)
+            y = aten.multiply(x.flatten(0, -2), self.aten_weight)
+        elif num_tokens == 1 and x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling():
+            y = torch.mv(self.dequantize(x.dtype), x.flatten())  # about twice as fast
+        else:
+            return None
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
     def apply_epilogue(self, y: Tensor, residual: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
         """All that follows the matmul, y [..., N], with the result in out_dtype, or in y.dtype."""

@@ -74,7 +74,8 @@ def copy_of_scripts(tree: Path) -> Path:
 def tree(tmp_path_factory) -> Path:
     """copy_of_scripts with a tiny model in M, and the files that commands read."""
     tree = copy_of_scripts(tmp_path_factory.mktemp("tree"))
-    write_folder("llama3", tree / M)
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}  # as many as the demo's model has
+    write_folder("llama3", tree / M, **heads)
     convert(tree / M)
     (tree / "README.md").symlink_to(README)
     (line,) = re.findall(r"^    (printf .* > prompts.txt)$", README.read_text(), re.M)
