@@ -33,8 +33,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # For reports only: the checkpoint's most common format of linear layers. A layer may have another format, and
-        # loading dequantizes the layers without kernels.
+        # The file's default format, for reports. Single layers may differ: some have a format of their own, and those
+        # without a kernel are dequantized at load time.
         self.weight_format: WeightFormat = Unquantized()
         self.embed_tokens: WeightMatrix = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layers))

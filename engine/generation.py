@@ -57,18 +57,20 @@ class DecodeLoop(GenerationLoop):
         self, token_ids: Tensor, max_new_tokens: int, n_cached: int, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
         """Yields the tokens [B] of prefill and of each decode step, on the device. The next step may overwrite them: a
-        captured graph always writes to the same buffer."""
+        captured graph always writes to the same buffer.
+
+        The random numbers of all steps are drawn first, because a step takes its numbers as an input. So one captured
+        step serves every generator, and a GPU never waits for a draw.
+
+        On a GPU a step is queued before the host has checked the last tokens. They may be INVALID_TOKEN, -1, and the
+        embedding has no such row: hence the clamp. The host raises the error later."""
         prompt = token_ids[:, n_cached:].to(self.runner.device)
         start_pos = torch.full((len(prompt),), n_cached, device=prompt.device)
-        # Draw the random numbers of all steps before the first step. A step takes its numbers as an input, so one
-        # captured step serves every generator. And a GPU never waits for a draw.
         first, *others = self.runner.rand_per_step(max_new_tokens, len(prompt), generator)
         tokens = self.runner.prefill(prompt, start_pos, first)
         start_pos = start_pos + prompt.shape[1]
         yield tokens
         for rand in others:
-            # On a GPU this step is queued before the host has checked the last tokens, which may be INVALID_TOKEN, -1.
-            # Clamp them: the embedding has no row -1. The host raises the error later.
             tokens = self.runner.decode(tokens[:, None].clamp(min=0), start_pos, rand)
             start_pos = start_pos + 1
             yield tokens

@@ -134,8 +134,8 @@ class ModelRunner:
         return rand.view(n_steps, batch_size, 1)
 
     def build_step(self, sampler: Callable) -> Callable:
-        """Returns a step that ends with sampler: build_step, below. It must not refer to self: the cycle would keep the
-        KV cache alive until the next garbage collection."""
+        """Returns a step that ends with sampler: build_step, below. It gets model and cache and not self, which stores
+        the step: a reference cycle would keep the KV cache alive until the next garbage collection."""
         return build_step(self.model, self.kv_cache, sampler, self.compile)
 
 

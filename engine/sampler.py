@@ -6,9 +6,9 @@
     scheduler          return_logits       nothing. Scheduler.sample_and_append follows the step: adjust_logits,
                                            logits_processor, sample_batch
 
-RejectionSampler and DraftSampler are in speculate.py. A sampler takes the logits [B, n, V] after the last n tokens of
-a step, and then the step's own arguments: tokens [B, T], and start_pos [B], the position of each sequence's first
-token.
+RejectionSampler and DraftSampler are in speculate.py. A sampler takes logits [B, n, V], and then the step's own
+arguments: tokens [B, T], and start_pos [B], the position of each sequence's first token. After prefill n is 1, for the
+last token. After other steps n is T.
 
     sampler = Sampler(SamplingParams(temperature=0.8), kv_cache.token_ids, model.lm_head.backend)
     tokens = sampler(logits[:, None], tokens, start_pos)  # [B, V] -> [B]

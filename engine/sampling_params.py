@@ -17,8 +17,8 @@ def sampling_field(
 
     type: int or float, the type of values other than None.
     allowed: is_allowed in words, for error messages.
-    no_op: a value that turns the option off, such as top_p=1. The field then stores the default. So kernels sample
-        whenever the option is off.
+    no_op: a value that turns the option off, such as top_p=1. It is stored as the default, so an option that is off
+        never looks active, and the kernels can sample.
     is_filter: whether the option excludes tokens. Then kernels/schema.py: TokenFilters has a field of this name."""
     metadata = dict(type=type, help=help, allowed=allowed, is_allowed=is_allowed, no_op=no_op, is_filter=is_filter)
     return field(default=default, metadata=metadata)

@@ -33,6 +33,7 @@ class WeightFormat:
     weight has no tensors but weight, scales and zeros, so there is no codebook, and there are no scales of scales.
     """
 
+    # Class attributes, except group_size in the subclasses whose constructor takes it
     mode: str | None = None  # None: not quantized
     group_size: int | None  # inputs of an output that share a scale. None: all inputs do, or there are no scales
     # The choices of --groupsize. If there are any, model.pth names the size

@@ -37,7 +37,8 @@ class Int8(WeightFormat):
         return (tensors["weight"] * tensors["scales"][..., None]).to(dtype)
 
     def to_cpu_layout(self, tensors):
-        # ^ 128 turns int8, -128 to 127, into uint8, 0 to 255. A name for the result would keep it in memory.
+        # ^ 128 flips the top bit: int8, -128 to 127, becomes uint8, 0 to 255. The result has no name, so that it is
+        # freed before the next line.
         words = words_to_blocks(tensors["weight"].view(torch.uint8) ^ 128, 4)
         return {"weight": words, "scales": tensors["scales"]}
 
@@ -154,7 +155,7 @@ class GroupedInt8(GroupwiseAffine):
         }
 
     def to_triton_layout(self, tensors):
-        rows = (tensors["weight"] ^ 128).view(torch.int8)  # ^ 128 turns uint8, 0 to 255, into int8, -128 to 127
+        rows = (tensors["weight"] ^ 128).view(torch.int8)  # flips the top bit: uint8 to int8
         return {"weight": rows, "scales": pack_scales(tensors["scales"], tensors["zeros"]), "zeros": None}
 
 

@@ -71,7 +71,8 @@ TRITON_OPERATIONS = ("rms_norm", "permute_inputs", "attend", "route", *MATMULS) 
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """The kernels of a device and their limits, which also depend on the weight and on the machine (cpu_backend).
+    """Says for a weight which operations have kernels, and for up to how many tokens. Every layer holds one. The three
+    constants below are templates; cpu_backend and triton_backend fill in the limits of the weight and of the machine.
 
     name: "cpu", "triton" or "torch", whatever the limits.
     namespace: torch.ops.NAMESPACE has the kernels; None if there are none.

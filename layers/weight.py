@@ -21,7 +21,7 @@ class WeightMatrix(nn.Module):
     backend: what computes with W (backend.py).
     is_packed: whether the tensors are in the order of the backend's kernels. Then only these can read W. Otherwise the
     tensors are as in a checkpoint.
-    is_embedding: whether a step reads only some rows of W."""
+    is_embedding: True for an embedding that is not tied to the head. A step reads only the rows of its tokens."""
 
     is_embedding = False
 

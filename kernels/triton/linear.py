@@ -124,8 +124,8 @@ def fused_linear_kernel(
     Grid: [N / BLOCK_N]. Program i computes outputs [i * BLOCK_OUT, (i + 1) * BLOCK_OUT) of all tokens. With topk_ids,
     the grid is [N / BLOCK_N, M * TOP_K] (see operands_of_expert).
 
-    NUM_TOKENS_CONST: M as a compile-time constant, for up to MMA_N tokens, because add_squares has a tensor for each
-    token. None for more: then one compiled kernel serves all num_tokens that round up to the same BLOCK_M."""
+    NUM_TOKENS_CONST: up to MMA_N tokens, M itself: add_squares has a tensor for each token, so every M has a compiled
+    kernel of its own. For more tokens, None: one compiled kernel serves all num_tokens with the same BLOCK_M."""
     # Prologue. Before pdl_wait, read only W
     N_OUT = N // 2 if IS_GATED else N
     w = program_weights(w_ptr, scales_ptr, magic_number, N, N_OUT, SIZES)
